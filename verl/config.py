@@ -1,0 +1,241 @@
+"""Typed configurations, the only place where a default lives. Light to import: no torch.
+
+A value stands here as the user typed it; what is derived from it has a name of its own where it is used.
+Each comment above a field is its documentation (`verl sft --help` prints it).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from verl.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    # Training rows: a path, a list of paths, a glob, or a Hub data set id. JSONL, JSON, CSV, text, Parquet, each also gzipped.
+    train_files: Any = MISSING
+    # Validation rows, named the same way; null: none.
+    val_files: Any = None
+    # Column of the question.
+    prompt_key: str = "question"
+    # Column of the answer.
+    response_key: str = "answer"
+    # Column of a chat, a list of {role, content}; when set, it is used in place of prompt_key and response_key.
+    messages_key: str | None = None
+    # Column of the tools that a chat may call, as JSON schemas.
+    tools_key: str | None = None
+    # Column of plain text that is trained whole; when set, it is used in place of prompt_key and response_key.
+    text_key: str | None = None
+    # A Jinja file that takes the place of the tokenizer's chat template.
+    chat_template: str | None = None
+    # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
+    train_batch_size: int | None = None
+    # Rows of max_length that one GPU holds at a time; with packing their product is a budget of tokens.
+    micro_batch_size_per_gpu: int = 4
+    # Tokens that one GPU holds at a time; null: micro_batch_size_per_gpu × max_length.
+    max_tokens_per_micro_batch: int | None = None
+    # Longest row, in tokens.
+    max_length: int = 1024
+    # A row over max_length: "error" stops before training, "left" cuts its beginning, "right" its end.
+    truncation: str = "error"
+    # Whole documents side by side up to the token budget; false: one row a line, padded to the longest of the micro-batch.
+    packing: bool = True
+    # Use only the first rows; null or -1: all.
+    train_max_samples: int | None = None
+    val_max_samples: int | None = None
+    # Processes that tokenize; null: one per CPU core.
+    num_workers: int | None = None
+    # Where tokenized rows are kept between runs; null: ~/.cache/verl (or $XDG_CACHE_HOME/verl).
+    cache_dir: str | None = None
+
+
+@dataclass
+class FsdpConfig:
+    # Keep parameters, gradients and optimizer state in host memory.
+    cpu_offload: bool = False
+
+
+@dataclass
+class ModelConfig:
+    # A Hugging Face model directory or Hub name.
+    partial_pretrain: str = MISSING
+    # How the model is spread over GPUs: "fsdp2" ("fsdp" is read as fsdp2).
+    strategy: str = "fsdp2"
+    # Recompute activations in the backward pass: less memory, about a quarter slower.
+    enable_gradient_checkpointing: bool = True
+    # Use Liger's kernels (pip install "verl[liger]").
+    use_liger: bool = False
+    # Rank of LoRA adapters; 0: train all weights.
+    lora_rank: int = 0
+    # Scale of LoRA adapters: their product is multiplied by lora_alpha / lora_rank.
+    lora_alpha: float = 16
+    # Modules that get adapters: "all-linear" or a list of names.
+    target_modules: Any = "all-linear"
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+    # Arithmetic of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
+    compute_dtype: str = "auto"
+    # Run Python code that comes with the model. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+
+@dataclass
+class OptimConfig:
+    # Peak learning rate of AdamW.
+    lr: float = 1e-5
+    # AdamW's decay rates of the first and second moment.
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # AdamW's decoupled weight decay, applied to every trained tensor of two or more dimensions.
+    weight_decay: float = 0.01
+    # Share of all steps over which the learning rate rises from 0 (upstream: lr_warmup_steps_ratio).
+    warmup_steps_ratio: float = 0.1
+    # After warm-up: "cosine", "linear", "constant" or "wsd" (warm-up, stable, decay).
+    lr_scheduler: str = "cosine"
+    # Where cosine, linear and wsd end, as a share of lr.
+    min_lr_ratio: float = 0.0
+    # wsd: share of the steps after warm-up at full learning rate.
+    stable_ratio: float = 0.9
+    # Largest global gradient norm; larger gradients are scaled down to it.
+    clip_grad: float = 1.0
+
+
+@dataclass
+class TrainerConfig:
+    # Passes over the training rows.
+    total_epochs: int = 1
+    # Stop after so many optimizer steps, over as many epochs as they take; null: total_epochs decides.
+    total_training_steps: int | None = None
+    # Names of the project and of this run in loggers and paths.
+    project_name: str = "verl-sft"
+    experiment_name: str = "run"
+    # Where checkpoints, metrics and logs go.
+    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
+    # A name, a list of names (console, wandb, tensorboard, trackio) or path/to/file.py. metrics.jsonl is always written.
+    logger: Any = "console"
+    # A checkpoint each so many steps; "epoch": at each epoch's end; -1: only at the end.
+    save_freq: int | str = "epoch"
+    # Validation loss each so many steps; "epoch": at each epoch's end; -1: only at the end.
+    test_freq: int | str = "epoch"
+    # Keep so many newest checkpoints; null or -1: all.
+    max_ckpt_to_keep: int | None = None
+    # "auto" goes on from the newest checkpoint in default_local_dir, "disable" starts anew, "resume_path" goes on from resume_from_path.
+    resume_mode: str = "auto"
+    # A global_step_N directory, for resume_mode=resume_path.
+    resume_from_path: str | None = None
+    # Seed of row order, adapters and dropout.
+    seed: int = 1
+
+
+@dataclass
+class SFTConfig:
+    """`python -m verl.trainer.fsdp_sft_trainer`: supervised fine-tuning."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        data, model, optim, trainer = self.data, self.model, self.optim, self.trainer
+        one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        one_of("model.strategy", model.strategy, ("fsdp2", "fsdp"))
+        one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
+        one_of("optim.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
+        one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
+        at_least("data.max_length", data.max_length, 2)
+        at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
+        at_least("data.train_batch_size", data.train_batch_size, 1)
+        at_least("data.num_workers", data.num_workers, 1)
+        at_least("trainer.total_epochs", trainer.total_epochs, 1)
+        at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
+        at_least("trainer.seed", trainer.seed, 0)
+        at_least("model.lora_rank", model.lora_rank, 0)
+        at_least("optim.lr", optim.lr, 0.0)
+        at_least("optim.weight_decay", optim.weight_decay, 0.0)
+        for key, samples in (("train", data.train_max_samples), ("val", data.val_max_samples)):
+            if samples is not None and samples != -1:
+                at_least(f"data.{key}_max_samples", samples, 1)
+        for key, share in (("warmup_steps_ratio", optim.warmup_steps_ratio), ("min_lr_ratio", optim.min_lr_ratio), ("stable_ratio", optim.stable_ratio)):
+            if not 0.0 <= share <= 1.0:
+                raise UserError(f"{share} is not a share", where=f"optim.{key}", fix="give a number from 0 to 1")
+        if len(optim.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in optim.betas):
+            raise UserError(f"found {list(optim.betas)}", where="optim.betas", fix="give two numbers from 0 to below 1, such as [0.9,0.95]")
+        if not optim.clip_grad > 0:
+            raise UserError(f"{optim.clip_grad} is not positive", where="optim.clip_grad", fix="give the largest allowed norm, such as 1.0")
+        budget = data.max_tokens_per_micro_batch
+        if budget is not None and budget < data.max_length:
+            raise UserError(
+                f"{budget} tokens cannot hold a row of data.max_length={data.max_length}",
+                where="data.max_tokens_per_micro_batch",
+                fix=f"give at least {data.max_length}, or a smaller data.max_length",
+            )
+        if data.messages_key and data.text_key:
+            raise UserError("messages_key and text_key are both set", where="data", fix="name the one column that the rows have")
+        if data.tools_key and not data.messages_key:
+            raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")
+        if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
+            raise UserError(
+                f"resume_mode={trainer.resume_mode} and resume_from_path={trainer.resume_from_path} do not go together",
+                where="trainer.resume_mode",
+                fix="set trainer.resume_mode=resume_path and trainer.resume_from_path=…/global_step_N, or neither",
+            )
+        for key, every in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
+            if every not in ("epoch", -1) and not (isinstance(every, int) and every > 0):
+                raise UserError(f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end')
+        if trainer.max_ckpt_to_keep is not None and trainer.max_ckpt_to_keep != -1:
+            at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
+
+
+@dataclass
+class EvalConfig:
+    """`python -m verl.eval.sft_evaluator`: exact match of a checkpoint on a file of questions and answers."""
+
+    # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
+    model_path: str = MISSING
+    # Rows to answer, named as in data.train_files.
+    test_file: Any = MISSING
+    # Column of the question.
+    prompt_key: str = "question"
+    # Column of the reference answer.
+    response_key: str = "answer"
+    # Where results.json and predictions.jsonl go.
+    output_dir: str = MISSING
+    # Longest answer, in tokens.
+    max_new_tokens: int = 512
+    # Use only the first rows; null or -1: all.
+    max_samples: int | None = None
+    # Answers per question; exact match is their mean.
+    n: int = 1
+    # 0: the most likely token each time; above: sample.
+    temperature: float = 0.0
+    # Answers generated at a time.
+    batch_size: int = 64
+    # The grader: a name in verl/rewards or path/to/file.py.
+    metric: str = "gsm8k"
+    # Seed of sampling.
+    seed: int = 1
+    # Run Python code that comes with the model. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        at_least("n", self.n, 1)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("temperature", self.temperature, 0.0)
+        if self.max_samples is not None and self.max_samples != -1:
+            at_least("max_samples", self.max_samples, 1)
+        if self.n > 1 and self.temperature == 0:
+            raise UserError(f"n={self.n} answers at temperature=0 are all the same", where="n", fix="set temperature=1, or n=1")
+
+
+def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"found {value!r}", where=key, fix=f"one of {', '.join(allowed)}")
+
+
+def at_least(key: str, value: float | None, least: float) -> None:
+    if value is not None and not (least <= value < float("inf")):
+        raise UserError(f"found {value}", where=key, fix=f"give a number of at least {least}")

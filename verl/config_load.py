@@ -1,0 +1,228 @@
+"""From a command line to a typed config: `--config FILE.yaml` (repeatable, later wins) and then `key=value` (wins over files)."""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl import __version__
+from verl.errors import UserError
+
+Config = TypeVar("Config")
+
+# Upstream's spellings that mean the same.
+SAME = {
+    "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
+    "model.path": "model.partial_pretrain",
+    "data.multiturn.messages_key": "data.messages_key",
+    "data.multiturn.tools_key": "data.tools_key",
+}
+# Upstream's keys that are not supported: why, and what to use.
+ANSWERED = {
+    "data.micro_batch_size": "use data.micro_batch_size_per_gpu",
+    "data.multiturn.enable": "set data.messages_key to the column of the chat; it turns multi-turn on",
+    "data.prompt_dict_keys": "flatten the column first; data.prompt_key names a column of text",
+    "data.response_dict_keys": "flatten the column first; data.response_key names a column of text",
+    "data.balance_dp_token": "leave it out; the loss is always divided by the tokens of all GPUs",
+    "data.custom_cls": "write the rows as JSONL; data.train_files reads it",
+    "data.use_dynamic_bsz": "leave it out; rows are always packed to a token budget (data.packing)",
+    "data.max_token_len_per_gpu": "use data.max_tokens_per_micro_batch",
+    "data.pad_mode": "use data.packing=true or data.packing=false",
+    "data.apply_chat_template_kwargs": "write the template you want to a file and set data.chat_template",
+    "model.fsdp_config.model_dtype": "leave it out; master weights are float32, and model.compute_dtype sets the arithmetic",
+    "model.fsdp_config.offload_params": "use model.fsdp_config.cpu_offload",
+    "model.fsdp_config.wrap_policy": "leave it out; every decoder layer is sharded by itself",
+    "model.external_lib": "install the model's package; transformers finds it",
+    "model.use_shm": "leave it out; safetensors are mapped, not copied",
+    "model.use_remove_padding": "leave it out; there is no padding (data.packing)",
+    "use_remove_padding": "leave it out; there is no padding (data.packing)",
+    "ulysses_sequence_parallel_size": "leave it out; one document lives on one GPU",
+    "optim.lr_scheduler_type": "use optim.lr_scheduler",
+    "optim.warmup_style": "use optim.lr_scheduler",
+    "optim.lr_warmup_steps": "use optim.warmup_steps_ratio",
+    "optim.total_training_steps": "use trainer.total_training_steps",
+    "trainer.default_hdfs_dir": "set trainer.default_local_dir to a mounted path",
+    "trainer.nnodes": "torchrun sets it: torchrun --nnodes=N",
+    "trainer.n_gpus_per_node": "torchrun sets it: torchrun --nproc_per_node=N",
+    "trainer.device": "leave it out; the device is CUDA where there is one, else the CPU",
+    "trainer.checkpoint": "leave it out; a checkpoint always holds the model, the optimizer and the data position",
+}
+
+
+def load(schema: type[Config], argv: list[str]) -> Config:
+    """The config that a command line asks for, checked.
+
+    Args:
+        schema: a dataclass of `verl.config`.
+        argv: words after the command: `--config FILE`, `key=value`, `--help`.
+    Raises:
+        UserError: a word, key, type or value that is not right.
+        SystemExit: after `--help`.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(describe(schema))
+        raise SystemExit(0)
+    if "--version" in argv:
+        print(__version__)
+        raise SystemExit(0)
+    files, pairs = _split(argv)
+    config = OmegaConf.structured(schema)
+    for file in files:
+        for key, value in _leaves(_read_yaml(file)):
+            _assign(config, key, value, where=str(file))
+    for key, text in pairs:
+        _assign(config, key, _parse(key, text), where=key)
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given", fix=f"add {' '.join(f'{key}=…' for key in missing)}; --help lists all keys")
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error), fix="mend the ${…} in the value") from error
+    result.check()  # type: ignore[attr-defined]
+    return result  # type: ignore[return-value]
+
+
+def to_yaml(config: object) -> str:
+    """A config as a YAML file that `--config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def describe(schema: type) -> str:
+    """Each key with its default and the comment above it, for `--help`."""
+    lines = [(schema.__doc__ or "").strip(), "", "  --config FILE.yaml   keys from a file; repeatable, later files win, key=value wins over all", ""]
+    lines += _describe(schema, "")
+    return "\n".join(lines)
+
+
+def _describe(schema: type, prefix: str) -> list[str]:
+    source = inspect.getsource(schema)
+    lines: list[str] = []
+    for f in dataclasses.fields(schema):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if dataclasses.is_dataclass(default):
+            lines += _describe(type(default), f"{prefix}{f.name}.")
+            continue
+        comment = re.search(rf"((?:    #.*\n)+)    {f.name}:", source)
+        shown = "required" if default == "???" else "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        lines.append(f"  {prefix}{f.name}={shown}")
+        lines += [f"      {text.strip()[2:]}" for text in comment[1].splitlines()] if comment else []
+    return lines
+
+
+def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+    files, pairs, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config" or word.startswith("--config="):
+            name = word.partition("=")[2] or next(words, "")
+            if not name:
+                raise UserError("--config names no file", fix="--config FILE.yaml")
+            files.append(Path(name).expanduser())
+        elif "=" not in word or word.startswith("-"):
+            raise UserError(f"cannot read {word!r}", fix="write key=value, such as optim.lr=1e-5; --help lists all keys")
+        else:
+            key, _, text = word.partition("=")
+            pairs.append((key.lstrip("+"), text))
+    return files, pairs
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML as people write configs: a key given twice is an error, and 1e-5 is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice, first on line {seen[key.value]}", key.start_mark)
+            seen[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506: a SafeLoader
+    except FileNotFoundError as error:
+        raise UserError("no such config file", where=str(path), fix=f"the current folder is {Path.cwd()}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=str(path)) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}:{mark.line + 1}" if mark else str(path)) from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise UserError(f"found a {type(loaded).__name__}, expected keys and values", where=str(path))
+    return loaded or {}
+
+
+def _parse(key: str, text: str) -> Any:
+    if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` a path
+        return text
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506: a SafeLoader
+    except yaml.YAMLError:
+        if text[0] in "[{":
+            raise UserError(f"cannot read the value {text!r}", where=key, fix="write lists as [a,b]") from None
+        return text
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves += _leaves(value, f"{path}.") if isinstance(value, dict) and value else [(path, value)]
+    return leaves
+
+
+def _assign(config: DictConfig, key: str, value: Any, *, where: str) -> None:
+    known = _keys(config)
+    key_now = SAME.get(key, key)
+    if key_now not in known or SAME.get(key) not in (None, *known):
+        _refuse(key, known, where)
+    if isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        raise UserError(f"found {value!r}", where=where, fix="only ${key} is replaced in a config; write the value itself")
+    try:
+        OmegaConf.update(config, key_now, value)
+    except OmegaConfBaseException as error:
+        place = key if where == key else f"{where}: {key}"
+        raise UserError(_first_line(error), where=place, fix="--help shows the key with an example of its type") from error
+
+
+def _refuse(key: str, known: list[str], where: str) -> None:
+    place = None if where == key else where
+    for answered, fix in ANSWERED.items():
+        if key == answered or key.startswith(f"{answered}."):
+            raise UserError(f"{key} is not supported here", where=place, fix=fix)
+    if any(name.startswith(f"{key}.") for name in known):
+        raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    raise UserError(f"unknown key {key!r}", where=place, fix=f"did you mean {near[0]}?" if near else "--help lists all keys")
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key in config:
+        child = config._get_node(key)
+        keys += _keys(child, f"{prefix}{key}.") if isinstance(child, DictConfig) and not child._is_none() else [f"{prefix}{key}"]
+    return keys
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def main_config(schema: type[Config]) -> Config:
+    """The config of the running command."""
+    return load(schema, sys.argv[1:])

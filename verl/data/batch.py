@@ -1,0 +1,37 @@
+"""The one batch that goes from file to loss: documents side by side in one dimension.
+
+Dimensions: T tokens of the packed batch, S documents in it.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """A packed micro-batch. A document is `[cu_seqlens[s], cu_seqlens[s + 1])`; tokens of one never see another.
+
+    Attributes:
+        input_ids_T: token ids, int64.
+        position_ids_T: positions, from 0 in each document, int64.
+        cu_seqlens: S + 1 ascending offsets, int32, from 0 to T.
+        max_seqlen: tokens of the longest document.
+        target_T: the next token of the same document, int64; of a document's last token nothing is predicted, and the value is 0.
+        loss_mask_T: whether the *target* at this position is trained, bool.
+        sample_ids_S: number of each document's row in its data set; -1 for filler.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    target_T: Tensor
+    loss_mask_T: Tensor
+    sample_ids_S: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy on the device; from pinned memory it does not wait."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})

@@ -1,0 +1,1 @@
+"""Forward, backward, step and checkpoint on one process or many."""

@@ -1,0 +1,40 @@
+"""The error a user can mend: what is wrong, where, and what to do. It ends a command with exit code 2 and no traceback."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """A wrong input.
+
+    Args:
+        what: what was found and what was expected.
+        where: the place, such as `train.jsonl:17` or `data.max_length`.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        fix = f"\n  fix: {self.fix}" if self.fix else ""
+        return f"{place}{self.what}{fix}"
+
+
+def print_error(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
+    """Run `main(*args)` as a command: a UserError is printed and becomes exit code 2."""
+    try:
+        main(*args)
+    except UserError as error:
+        print_error(error)
+        raise SystemExit(EXIT_CODE) from None
+    raise SystemExit(0)

@@ -1,0 +1,1 @@
+"""Evaluating a checkpoint on a file of questions and answers."""

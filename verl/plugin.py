@@ -1,0 +1,59 @@
+"""A plugin is a file: a name is a module of a folder of verl, a dotted name is any module, a path is the user's own file."""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from verl.errors import UserError
+
+
+def names(package: str) -> list[str]:
+    """Names of the plugins that a package of verl holds, such as `names("verl.loggers")`."""
+    folder = importlib.import_module(package).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
+
+
+def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
+    """The module that a name in the config stands for.
+
+    Args:
+        package: the folder that bare names are looked up in, such as `verl.loggers`.
+        name: a bare name (`wandb`), a dotted module (`mine.loggers.csv`), or a path that ends in `.py`.
+        needs: functions that the module has to have.
+    Raises:
+        UserError: no such file, module or name, with the names that exist; or a needed function is missing.
+    """
+    kind = package.rpartition(".")[2]
+    if name.endswith(".py"):
+        module = _from_file(Path(name).expanduser(), kind)
+    elif "." in name:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise UserError(f"no module {error.name!r} for {kind} {name!r}", fix="check the spelling, or give the path of a .py file") from error
+    else:
+        existing = names(package)
+        if name not in existing:
+            near = difflib.get_close_matches(name, existing, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(f"no {kind} named {name!r}", fix=f"{hint}{', '.join(existing)}, or path/to/file.py")
+        module = importlib.import_module(f"{package}.{name}")
+    for function in needs:
+        if not callable(getattr(module, function, None)):
+            raise UserError(f"has no function {function!r}", where=name, fix=f"a plugin of {kind} needs {', '.join(needs)}")
+    return module
+
+
+def _from_file(path: Path, kind: str) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"no such file for a plugin of {kind}", where=str(path), fix=f"the current folder is {Path.cwd()}")
+    spec = importlib.util.spec_from_file_location(f"verl_plugin_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

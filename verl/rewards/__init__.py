@@ -1,0 +1,1 @@
+"""One file a grader, shared by the evaluator and by reinforcement learning."""

@@ -1,0 +1,1 @@
+"""Generation: one file an engine."""
