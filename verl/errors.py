@@ -1,5 +1,6 @@
 """The error a user can mend: what is wrong, where, and what to do. It ends a command with exit code 2 and no traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -27,6 +28,9 @@ class UserError(Exception):
 
 
 def print_error(error: UserError) -> None:
+    """To standard error, once: under torchrun every process meets the same error, and the first one says it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 

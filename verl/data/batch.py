@@ -1,6 +1,6 @@
 """The one batch that goes from file to loss: documents side by side in one dimension.
 
-Dimensions: T tokens of the packed batch, S documents in it.
+Dimensions: T tokens of the packed batch, S documents in it, M trained positions.
 """
 
 from dataclasses import dataclass, fields
@@ -21,6 +21,7 @@ class Batch:
         target_T: the next token of the same document, int64; of a document's last token nothing is predicted, and the value is 0.
         loss_mask_T: whether the *target* at this position is trained, bool.
         sample_ids_S: number of each document's row in its data set; -1 for filler.
+        trained_M: positions of loss_mask_T in ascending order, int64; made on the host, so that no step waits for the device.
     """
 
     input_ids_T: Tensor
@@ -30,8 +31,13 @@ class Batch:
     target_T: Tensor
     loss_mask_T: Tensor
     sample_ids_S: Tensor
+    trained_M: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on the device; from pinned memory it does not wait."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    def pin(self) -> "Batch":
+        """A copy in page-locked host memory."""
+        return Batch(**{f.name: v.pin_memory() if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)})

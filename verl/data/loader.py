@@ -1,0 +1,106 @@
+"""Which rows an optimizer step takes, and their micro-batches for one rank, prepared ahead in a thread.
+
+The order of rows is a function of (seed, epoch) alone, and a step's rows are a slice of it: any number of processes
+trains the same rows in the same step, and a resumed run goes on at the next one.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from verl.data.batch import Batch
+from verl.data.pack import Document, collate, pack, pad_groups
+
+AHEAD = 2  # steps prepared while the device works
+
+
+class Documents(Protocol):
+    """What the loader reads: tokenized documents with random access."""
+
+    lengths_N: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def document(self, index: int) -> Document: ...
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows become micro-batches.
+
+    Attributes:
+        rows: rows of one rank's micro-batch when rows are padded.
+        token_budget: tokens of one rank's micro-batch when rows are packed; None: rows are padded.
+    """
+
+    rows: int
+    token_budget: int | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step as one rank sees it: the same number of micro-batches on every rank."""
+
+    epoch: int
+    first_row: int
+    rows: int
+    micro_batches: list[Batch]
+
+
+def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch takes its rows, int64 [rows]."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def micro_batches(documents: Documents, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    """One rank's share of the given rows. Every rank computes the same plan and takes its own part of it."""
+    lengths = documents.lengths_N[rows].tolist()
+    if packing.token_budget is None:
+        groups = pad_groups(lengths, rows=packing.rows, multiple_of=world_size)
+    else:
+        groups = pack(lengths, token_budget=packing.token_budget, multiple_of=world_size)
+    return [
+        collate([documents.document(int(rows[i])) for i in group], [int(rows[i]) for i in group], pad=packing.token_budget is None)
+        for group in groups[rank::world_size]
+    ]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """The steps of a training run.
+
+    Attributes:
+        rows_per_step: rows of one optimizer step over all ranks; an epoch's last step takes what is left.
+        pin: whether batches are put into page-locked memory, from which copies to a GPU do not wait.
+    """
+
+    documents: Documents
+    packing: Packing
+    rows_per_step: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    pin: bool = False
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.documents) // self.rows_per_step)
+
+    def step(self, number: int) -> Step:
+        """The step of that number, counted from 0 over all epochs."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        first = within * self.rows_per_step
+        rows = row_order(len(self.documents), self.seed, epoch)[first : first + self.rows_per_step]
+        batches = micro_batches(self.documents, rows, self.packing, rank=self.rank, world_size=self.world_size)
+        return Step(epoch, first, len(rows), [batch.pin() for batch in batches] if self.pin else batches)
+
+    def steps(self, start: int, stop: int) -> Iterator[Step]:
+        """Steps `start` to `stop - 1`, prepared ahead."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as worker:
+            ahead: list[Future[Step]] = []
+            for number in range(start, stop):
+                ahead += [worker.submit(self.step, n) for n in range(number + len(ahead), min(stop, number + AHEAD + 1))]
+                yield ahead.pop(0).result()

@@ -1,0 +1,82 @@
+"""Packing: which documents share a micro-batch, and the Batch made of them."""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from verl.data.batch import Batch
+
+Document = tuple[np.ndarray, np.ndarray]  # token ids int32 and whether each is trained, of equal length
+FILLER: Document = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool))
+
+
+def pack(lengths: Sequence[int], *, token_budget: int, multiple_of: int) -> list[list[int]]:
+    """Spread documents over as few, and as evenly filled, bins as the token budget allows.
+
+    The longest document goes first, each into the emptiest bin, so that ranks that take equal numbers of bins take
+    about equal work. The result depends on the lengths alone.
+
+    Args:
+        lengths: tokens of each document, none above the budget.
+        token_budget: most tokens of a bin.
+        multiple_of: the number of bins is a multiple of this, the number of processes; a bin may stay empty.
+    Returns:
+        indices into `lengths`, a list a bin.
+    """
+    bins = -(-max(1, -(-sum(lengths) // token_budget)) // multiple_of) * multiple_of
+    while (packed := _spread(lengths, bins, token_budget)) is None:
+        bins += multiple_of
+    return packed
+
+
+def _spread(lengths: Sequence[int], bins: int, token_budget: int) -> list[list[int]] | None:
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    emptiest = [(0, number) for number in range(bins)]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, number = emptiest[0]
+        if tokens + lengths[index] > token_budget:
+            return None
+        filled[number].append(index)
+        heapq.heapreplace(emptiest, (tokens + lengths[index], number))
+    return filled
+
+
+def pad_groups(lengths: Sequence[int], *, rows: int, multiple_of: int) -> list[list[int]]:
+    """Without packing: at most `rows` documents of similar length a group, the number of groups a multiple."""
+    groups = -(-max(1, -(-len(lengths) // rows)) // multiple_of) * multiple_of
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [group.tolist() for group in np.array_split(np.array(longest_first, dtype=np.int64), groups)]
+
+
+def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bool = False) -> Batch:
+    """A Batch of whole documents side by side.
+
+    Args:
+        documents: at least none; without any, the batch is one untrained token, so that a rank without rows keeps step.
+        sample_ids: row number of each document.
+        pad: fill each document up to the longest with untrained tokens behind it, where no real token sees them.
+    """
+    if not documents:
+        documents, sample_ids = [FILLER], [-1]
+    longest = max(len(ids) for ids, _ in documents)
+    room = [longest if pad else len(ids) for ids, _ in documents]
+    cu_seqlens = np.concatenate([[0], np.cumsum(room)])
+    input_ids, target = np.zeros(cu_seqlens[-1], dtype=np.int64), np.zeros(cu_seqlens[-1], dtype=np.int64)
+    loss_mask = np.zeros(cu_seqlens[-1], dtype=bool)
+    for (ids, mask), start in zip(documents, cu_seqlens, strict=False):
+        input_ids[start : start + len(ids)] = ids
+        target[start : start + len(ids) - 1] = ids[1:]
+        loss_mask[start : start + len(ids) - 1] = mask[1:]
+    position_ids = np.concatenate([np.arange(length) for length in room])
+    return Batch(
+        input_ids_T=torch.from_numpy(input_ids),
+        position_ids_T=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=longest,
+        target_T=torch.from_numpy(target),
+        loss_mask_T=torch.from_numpy(loss_mask),
+        sample_ids_S=torch.tensor(list(sample_ids), dtype=torch.int64),
+        trained_M=torch.from_numpy(loss_mask.nonzero()[0]),
+    )

@@ -1,0 +1,125 @@
+"""Processes and devices: one process on a laptop and many under torchrun run the same code."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from verl.errors import UserError
+
+Result = TypeVar("Result")
+TIMEOUT = timedelta(minutes=10)
+
+
+def start() -> torch.device:
+    """Join the process group (a group of one without torchrun) and choose the device: CUDA, else the CPU.
+
+    Raises:
+        UserError: torchrun's variables are incomplete, or there are more processes than GPUs on this node.
+    """
+    device = _device()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+            if missing:
+                raise UserError(f"RANK is set but {', '.join(missing)} is not", fix="start with torchrun, or unset RANK")
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    return device
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"process {local_rank} of this node has no GPU of its own", fix=f"torchrun --nproc_per_node={gpus}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints, logs and writes what is written once."""
+    return rank() == 0
+
+
+def mesh(device: torch.device) -> DeviceMesh:
+    """All processes in one data-parallel dimension."""
+    return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("data",))
+
+
+def barrier() -> None:
+    any_rank(False)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. On host memory, so that no device is waited for."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def from_main(value: Result) -> Result:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def main_first(work: Callable[[], Result]) -> Result:
+    """Run the work on each node's first process and then on the others, which find its files.
+
+    Raises:
+        UserError: on all ranks if it was raised on one, so that none waits for another.
+    """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    result, error = _attempt(work) if first else (None, None)
+    _raise_together(error)
+    if not first:
+        result, error = _attempt(work)
+    _raise_together(error)
+    return result  # type: ignore[return-value]
+
+
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
+    try:
+        return work(), None
+    except UserError as error:
+        return None, error
+
+
+def _raise_together(error: UserError | None) -> None:
+    if world_size() == 1:
+        if error is not None:
+            raise error
+        return
+    errors: list[UserError | None] = [None] * world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found

@@ -1,0 +1,122 @@
+"""The engine: forward, backward and optimizer step over packed micro-batches, on one process or many.
+
+Dimensions: M trained positions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from verl import dist as processes
+from verl.config import OptimConfig
+from verl.data.batch import Batch
+from verl.engine.fsdp import shard
+from verl.engine.logprobs import TokenOut, TokenScorer
+from verl.engine.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+
+
+@dataclass
+class LossOut:
+    """A loss over one micro-batch, not yet divided by anything.
+
+    Attributes:
+        sum: what is minimized, summed over the trained tokens; a scalar with a gradient.
+        metric_sums: scalars without a gradient, summed over the trained tokens, to be reported as means.
+    """
+
+    sum: Tensor
+    metric_sums: dict[str, Tensor]
+
+
+Loss = Callable[[TokenOut, Batch], LossOut]
+
+
+class Engine:
+    """A model with its optimizer, sharded over all processes.
+
+    Args:
+        scorer: the model, in float32 on any device; it is sharded in place.
+        config: the optimizer and its schedule.
+        total_steps: optimizer steps of the whole run, which the schedule spans.
+        device: where the arithmetic runs.
+        compute_dtype: of the forward and backward pass.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+    """
+
+    def __init__(
+        self,
+        scorer: TokenScorer,
+        config: OptimConfig,
+        *,
+        total_steps: int,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        cpu_offload: bool = False,
+    ):
+        self.device = device
+        self.scorer = scorer if cpu_offload else scorer.to(device)
+        self.sharded = shard(self.scorer, processes.mesh(device), compute_dtype=compute_dtype, cpu_offload=cpu_offload)
+        self.trained = [p for p in self.scorer.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, config)
+        self.learning_rate = learning_rate(config, total_steps)
+        self.largest_gradient_norm = config.clip_grad
+        self.scorer.train()
+
+    def train_step(self, micro_batches: Sequence[Batch], loss: Loss, step: int) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        The loss is divided once, by the number of trained tokens over all ranks and micro-batches, so that the gradient
+        does not depend on how the rows were cut up.
+
+        Args:
+            micro_batches: this rank's, in host memory; as many on every rank.
+            step: number of the step, counted from 0; it sets the learning rate.
+        Returns:
+            the means of the loss's metrics over all ranks, and `grad_norm`, as scalars on the device.
+        """
+        tokens = self._sum_over_ranks(torch.tensor(float(_trained_tokens(micro_batches)))).clamp(min=1)
+        # FSDP takes the mean of the ranks' gradients; their sum is wanted.
+        scale = processes.world_size() / tokens
+        sums: list[dict[str, Tensor]] = []
+        for number, batch in enumerate(micro_batches):
+            self.sharded.set_requires_gradient_sync(number == len(micro_batches) - 1)
+            batch = batch.to(self.device)
+            result = loss(self.scorer(batch), batch)
+            (result.sum * scale).backward()
+            sums.append(result.metric_sums)
+        norm = clip_gradients(self.trained, self.largest_gradient_norm)
+        set_learning_rate(self.optimizer, self.learning_rate(step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**self._means(sums, tokens), "grad_norm": norm}
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+        """The means of the loss's metrics over all trained tokens of all ranks, without training.
+
+        Args:
+            micro_batches: this rank's, in host memory; as many on every rank.
+        """
+        self.scorer.eval()
+        tokens = self._sum_over_ranks(torch.tensor(float(_trained_tokens(micro_batches)))).clamp(min=1)
+        sums = [loss(self.scorer(batch), batch).metric_sums for batch in (b.to(self.device) for b in micro_batches)]
+        self.scorer.train()
+        return self._means(sums, tokens)
+
+    def _means(self, sums: list[dict[str, Tensor]], tokens: Tensor) -> dict[str, Tensor]:
+        names = list(sums[0])
+        totals = self._sum_over_ranks(torch.stack([torch.stack([s[name].float() for s in sums]).sum() for name in names]))
+        return dict(zip(names, (totals / tokens).unbind(), strict=True))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        values = values.to(self.device, non_blocking=True)
+        if processes.world_size() > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def _trained_tokens(micro_batches: Sequence[Batch]) -> int:
+    return sum(len(batch.trained_M) for batch in micro_batches)

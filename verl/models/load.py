@@ -1,0 +1,152 @@
+"""Models and tokenizers from a directory or the Hub, with errors a user can mend."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from verl.errors import UserError
+from verl.models.attention import PACKED
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model for training.
+
+    Attributes:
+        model: a causal language model in float32, its attention set to packed batches.
+        saved_dtypes: the dtype that each parameter and buffer had on disk, and will have again.
+    """
+
+    model: PreTrainedModel
+    saved_dtypes: dict[str, torch.dtype]
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        path: a model directory or Hub name.
+        chat_template: a Jinja file that takes the place of the tokenizer's own template.
+    Raises:
+        UserError: no such model, no tokenizer in it, or no such template.
+    """
+    source = resolve(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", path, error) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("its tokenizer has no fast version (tokenizer.json)", where=path, fix="convert it with transformers' convert_slow_tokenizer")
+    if chat_template is not None:
+        file = Path(chat_template).expanduser()
+        if not file.is_file():
+            raise UserError("no such file", where=f"data.chat_template={chat_template}", fix="give the path of a Jinja template")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_for_training(path: str, *, trust_remote_code: bool = False) -> Loaded:
+    """A causal language model with float32 weights on the CPU, ready for packed batches.
+
+    Raises:
+        UserError: no such model, or not one that PyTorch and safetensors can load.
+    """
+    model = _from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code, attn_implementation=PACKED)
+    saved_dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
+    return Loaded(model.float(), saved_dtypes)
+
+
+def load_for_inference(
+    path: str, *, device: torch.device | str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model for generation; an adapter directory is merged into its base.
+
+    Args:
+        path: a model directory, a LoRA adapter directory, or a Hub name.
+        dtype: of the weights; None: as on disk.
+    Raises:
+        UserError: no such model, or an adapter whose base cannot be found.
+    """
+    adapter = read_adapter_config(path)
+    base = path if adapter is None else adapter["base_model_name_or_path"]
+    try:
+        model = _from_pretrained(base, dtype=dtype or "auto", trust_remote_code=trust_remote_code, attn_implementation="sdpa")
+    except UserError as error:
+        if adapter is None:
+            raise
+        raise UserError(f"the adapter's base model cannot be loaded: {error.what}", where=path, fix=f"put it back at {base}") from error
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(resolve(path))).merge_and_unload()
+    return model.to(device).eval()
+
+
+def read_adapter_config(path: str) -> dict[str, Any] | None:
+    """The adapter_config.json of a LoRA adapter directory; None for anything else."""
+    file = Path(path).expanduser() / "adapter_config.json"
+    if not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= embeddings:
+        raise UserError(
+            f"the tokenizer's highest id is {highest}, the model has {embeddings} embeddings",
+            where=path,
+            fix="use the tokenizer that belongs to the model, or resize the model's embeddings before training",
+        )
+
+
+def resolve(path: str) -> str:
+    """A local directory as an absolute path; anything else is taken for a Hub name.
+
+    Raises:
+        UserError: what is spelled like a path does not exist, or holds no model.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
+            steps = sorted(local.glob("global_step_*"))
+            hint = f"did you mean {steps[-1]}?" if steps else "give the directory that holds config.json"
+            raise UserError("holds no config.json", where=path, fix=hint)
+        return str(local.resolve())
+    if local.exists():
+        raise UserError("is a file", where=path, fix="give the directory that holds it")
+    if path.startswith(("~", "/", ".")) or path.count("/") > 1:
+        raise UserError("no such model directory", where=path, fix=f"the current folder is {Path.cwd()}")
+    return path
+
+
+def _from_pretrained(path: str, *, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str) -> PreTrainedModel:
+    source = resolve(path)
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("model", path, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
+    return model
+
+
+def _cannot_load(what: str, path: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UserError(f"the {what} brings Python code of its own", where=path, fix="if you trust it, set trust_remote_code=true")
+    return UserError(
+        f"cannot load the {what}: {reason}", where=path, fix="give a local model directory, or a Hub name with the network and, where needed, a login"
+    )
