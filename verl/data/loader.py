@@ -21,6 +21,7 @@ class Documents(Protocol):
     """What the loader reads: tokenized documents with random access."""
 
     lengths_N: np.ndarray
+    trained_N: np.ndarray
 
     def __len__(self) -> int: ...
 
@@ -42,11 +43,18 @@ class Packing:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step as one rank sees it: the same number of micro-batches on every rank."""
+    """One optimizer step as one rank sees it.
 
+    Attributes:
+        number: counted from 0 over all epochs.
+        tokens, trained_tokens: over all ranks, without filler.
+        micro_batches: this rank's; as many on every rank.
+    """
+
+    number: int
     epoch: int
-    first_row: int
-    rows: int
+    tokens: int
+    trained_tokens: int
     micro_batches: list[Batch]
 
 
@@ -95,7 +103,13 @@ class Loader:
         first = within * self.rows_per_step
         rows = row_order(len(self.documents), self.seed, epoch)[first : first + self.rows_per_step]
         batches = micro_batches(self.documents, rows, self.packing, rank=self.rank, world_size=self.world_size)
-        return Step(epoch, first, len(rows), [batch.pin() for batch in batches] if self.pin else batches)
+        return Step(
+            number=number,
+            epoch=epoch,
+            tokens=int(self.documents.lengths_N[rows].sum()),
+            trained_tokens=int(self.documents.trained_N[rows].sum()),
+            micro_batches=[batch.pin() for batch in batches] if self.pin else batches,
+        )
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps `start` to `stop - 1`, prepared ahead."""

@@ -3,7 +3,7 @@
 Dimensions: M trained positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ class Engine:
         Returns:
             the means of the loss's metrics over all ranks, and `grad_norm`, as scalars on the device.
         """
-        tokens = self._sum_over_ranks(torch.tensor(float(_trained_tokens(micro_batches)))).clamp(min=1)
+        tokens = self._sum_over_ranks(torch.tensor(float(sum(len(batch.trained_M) for batch in micro_batches)))).clamp(min=1)
         # FSDP takes the mean of the ranks' gradients; their sum is wanted.
         scale = processes.world_size() / tokens
         sums: list[dict[str, Tensor]] = []
@@ -94,17 +94,20 @@ class Engine:
         return {**self._means(sums, tokens), "grad_norm": norm}
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+    def evaluate(self, micro_batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
         """The means of the loss's metrics over all trained tokens of all ranks, without training.
 
         Args:
-            micro_batches: this rank's, in host memory; as many on every rank.
+            micro_batches: this rank's, in host memory, at least one; as many on every rank.
         """
         self.scorer.eval()
-        tokens = self._sum_over_ranks(torch.tensor(float(_trained_tokens(micro_batches)))).clamp(min=1)
-        sums = [loss(self.scorer(batch), batch).metric_sums for batch in (b.to(self.device) for b in micro_batches)]
+        tokens, sums = 0, []
+        for batch in micro_batches:
+            tokens += len(batch.trained_M)
+            batch = batch.to(self.device)
+            sums.append(loss(self.scorer(batch), batch).metric_sums)
         self.scorer.train()
-        return self._means(sums, tokens)
+        return self._means(sums, self._sum_over_ranks(torch.tensor(float(tokens))))
 
     def _means(self, sums: list[dict[str, Tensor]], tokens: Tensor) -> dict[str, Tensor]:
         names = list(sums[0])
@@ -116,7 +119,3 @@ class Engine:
         if processes.world_size() > 1:
             dist.all_reduce(values)
         return values
-
-
-def _trained_tokens(micro_batches: Sequence[Batch]) -> int:
-    return sum(len(batch.trained_M) for batch in micro_batches)

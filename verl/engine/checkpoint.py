@@ -1,0 +1,244 @@
+"""Checkpoints: a Hugging Face directory that a run also resumes from, committed by rename.
+
+    global_step_N/
+      config.json  generation_config.json  model*.safetensors  tokenizer*  chat_template.jinja   (LoRA: adapter_*)
+      manifest.json       size and sha256 of each file
+      trainer/            master weights and optimizer (torch.distributed.checkpoint, any world size reads it),
+                          state.json (step and data position), rng_R.safetensors (random states of rank R)
+
+A directory is written under a temporary name, flushed to disk and renamed: what has the final name is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from verl import __version__, dist
+from verl.engine.engine import Engine
+from verl.errors import UserError
+
+LATEST = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"global_step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands and what its rows were, to go on with the same ones.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: real tokens trained so far, over all ranks.
+        rows: rows of the training set.
+        rows_per_step: rows of one optimizer step over all ranks.
+        seed: of the row order.
+        data_fingerprint: of the tokenized rows.
+    """
+
+    step: int
+    tokens: int
+    rows: int
+    rows_per_step: int
+    seed: int
+    data_fingerprint: str
+
+
+def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None]) -> Path:
+    """Write and commit `global_step_N`. Every rank calls it.
+
+    Args:
+        root: the run's directory.
+        export: writes the Hugging Face files into a directory; called on every rank.
+    Returns:
+        the committed directory.
+    """
+    final = root / f"global_step_{position.step}"
+    temporary = root / f"{final.name}.tmp"
+    if dist.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "trainer").mkdir(parents=True)
+    dist.barrier()
+    export(temporary)
+    dcp.save(_state(engine), checkpoint_id=temporary / "trainer")
+    save_file(_random_states(engine.device), temporary / "trainer" / f"rng_{dist.rank()}.safetensors")
+    if dist.is_main():
+        (temporary / "trainer" / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
+    dist.barrier()
+    if dist.is_main():
+        _write_manifest(temporary, position.step)
+        _commit(temporary, final)
+    dist.barrier()
+    return final
+
+
+def load(directory: Path, engine: Engine) -> None:
+    """Put master weights, optimizer and random states of a checkpoint into an engine, at any world size."""
+    dcp.load(_state(engine), checkpoint_id=directory / "trainer")  # in place: the tensors are the engine's own
+    random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
+    if random_states.exists():
+        _restore_random_states(load_file(random_states), engine.device)
+
+
+def read_position(directory: Path) -> Position:
+    return Position(**json.loads((directory / "trainer" / "state.json").read_text()))
+
+
+def newest(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest committed checkpoint under `root` whose files are what its manifest says. Rank 0 looks, all ranks get the answer.
+
+    Each one that is passed over is named with its reason.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found = dist.from_main(_newest(root, say) if dist.is_main() else None)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _newest(root: Path, say: Callable[[str], None]) -> Path | UserError | None:
+    directories = committed(root)
+    for directory in reversed(directories):
+        damage = find_damage(directory)
+        if damage is None:
+            return directory
+        say(f"passing over {directory.name}: {damage}")
+    if directories:
+        return UserError("every checkpoint is damaged", where=str(root), fix="trainer.resume_mode=disable starts anew; move the directory away first")
+    return None
+
+
+def committed(root: Path) -> list[Path]:
+    """The committed checkpoints under a run's directory, oldest first."""
+    found = [(int(match[1]), path) for path in root.glob("global_step_*") if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def find_damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint's files, checked against its manifest; None if nothing is."""
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((directory / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no readable {MANIFEST} ({type(error).__name__})"
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
+    sums = _checksums(directory, list(files))
+    wrong = [name for name, expected in files.items() if sums[name] != expected["sha256"]]
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def prune(root: Path, keep: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints; None or -1 keeps all. Only after a newer one is committed."""
+    if keep is None or keep == -1 or not dist.is_main():
+        return
+    for directory in committed(root)[:-keep]:
+        shutil.rmtree(directory)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Delete what a killed run left under a temporary name."""
+    if dist.is_main():
+        for path in root.glob("global_step_*.tmp"):
+            shutil.rmtree(path)
+
+
+def write_trainer_state(root: Path, position: Position, metrics: dict[str, float], total_steps: int) -> None:
+    """What a person or a script asks of a run: how far it is, and its last numbers."""
+    state = {**asdict(position), "total_steps": total_steps, "finished": position.step >= total_steps, "metrics": metrics}
+    write_whole(root / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+
+
+def _trained(engine: Engine) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in engine.scorer.named_parameters() if parameter.requires_grad}
+
+
+def _state(engine: Engine) -> dict[str, Any]:
+    """Master weights and AdamW's state by parameter name; frozen weights come from the original model.
+
+    The tensors are the engine's own, so that loading into them loads the optimizer. Before the first step AdamW has no
+    state yet, and the zeros it would start from are made here.
+    """
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in _trained(engine).items():
+        state = engine.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        optimizer[name] = dict(state)
+    return {"model": {name: p.detach() for name, p in _trained(engine).items()}, "optimizer": optimizer}
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _write_manifest(directory: Path, step: int) -> None:
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    sums = _checksums(directory, names)
+    files = {name: {"size": (directory / name).stat().st_size, "sha256": sums[name]} for name in names}
+    manifest = {"verl": __version__, "step": step, "world_size": dist.world_size(), "files": files}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _checksums(directory: Path, names: list[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter, so files are read side by side
+        return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    for path in [*temporary.rglob("*"), temporary]:
+        _flush(path)
+    if final.exists():  # of an abandoned run in the same directory; a committed checkpoint is never written over in place
+        shutil.rmtree(final)
+    temporary.rename(final)
+    write_whole(final.parent / LATEST, _STEP.fullmatch(final.name)[1] + "\n")  # type: ignore[index]
+    _flush(final.parent)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,156 @@
+"""One run: its directory, what it says and logs, its progress bar, and the signals that end it early."""
+
+import json
+import logging
+import os
+import signal
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from verl import config_load, dist, plugin
+from verl.config import SFTConfig
+from verl.errors import UserError
+
+
+class Logger(Protocol):
+    """What `start(run)` of a module in verl/loggers, or of a user's own file, returns."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Run:
+    """A training run, entered with `with`. Only rank 0 prints, logs and writes.
+
+    Attributes:
+        directory: where checkpoints, metrics and logs go (trainer.default_local_dir).
+        config: the configuration as plain nested values.
+        stopped_by: name of the signal that asked the run to end, or None.
+        total_steps: optimizer steps of the whole run; 0 until it is known.
+    """
+
+    def __init__(self, config: SFTConfig):
+        self.config: dict[str, Any] = asdict(config)
+        self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
+        self.directory = Path(config.trainer.default_local_dir).expanduser()
+        self.stopped_by: str | None = None
+        self.total_steps = 0
+        self._config = config
+        self._console = Console()
+        self._loggers: list[Logger] = []
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "Run":
+        quiet_libraries()
+        if dist.is_main():
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                (self.directory / "train.log").open("a").close()
+            except OSError as error:
+                raise UserError(f"cannot be written: {error.strerror}", where=str(self.directory), fix="set trainer.default_local_dir") from error
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for logger in self._loggers:
+            logger.finish()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def start_logging(self, start_step: int, total_steps: int) -> None:
+        """Open the loggers and the progress bar, once the steps are known.
+
+        Raises:
+            UserError: no such logger.
+        """
+        self.total_steps = total_steps
+        names = [self._config.trainer.logger] if isinstance(self._config.trainer.logger, str) else list(self._config.trainer.logger)
+        modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
+        if not dist.is_main():
+            return
+        (self.directory / "config.yaml").write_text(config_load.to_yaml(self._config), encoding="utf-8")
+        self._forget_metrics_after(start_step)
+        self._loggers = [module.start(self) for module in modules]
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, state="")
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        """Lines for the person at the terminal and for train.log."""
+        if dist.is_main():
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._append("train.log", text)
+
+    def line(self, text: str) -> None:
+        """A line a step: to train.log, and to a plain terminal; where there is a progress bar it would only push it along."""
+        if dist.is_main():
+            if self._progress is None:
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._append("train.log", text)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """A step's metrics to metrics.jsonl, the loggers and the progress bar.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if not dist.is_main():
+            return
+        self._append("metrics.jsonl", json.dumps({"step": step, **metrics}))
+        for logger in self._loggers:
+            logger.log(step, metrics)
+        if self._progress is not None and self._task is not None:
+            state = f"loss {metrics['train/loss']:.4f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s" if "train/loss" in metrics else ""
+            self._progress.update(self._task, completed=step, **({"state": state} if state else {}))
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked any rank to end; the same answer on every rank."""
+        return dist.any_rank(self.stopped_by is not None)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped_by = signal.Signals(number).name
+        signal.signal(number, self._handlers[number])  # a second one ends the process at once
+        if dist.is_main():
+            os.write(2, f"\n{self.stopped_by}: ending after this step, with a checkpoint (again: at once)\n".encode())
+
+    def _append(self, name: str, text: str) -> None:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """A run that goes on from a checkpoint takes the steps after it again."""
+        path = self.directory / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            path.write_text("".join(line + "\n" for line in kept if step > 0), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing it
+        return float("inf")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and advice out of what a run says."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
