@@ -1,0 +1,42 @@
+# Needs Python 3.10 or newer, and make. `make help` lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# The first Python that is new enough; `make PYTHON=… setup` takes another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+
+help: ## List the targets
+	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Make .venv and install verl with the pinned dependencies; the others do it by themselves
+
+# Once, and again when what is installed has changed. Only here the network is used.
+$(STAMP): pyproject.toml constraints.txt
+	@$(if $(PYTHON),$(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo 'error: needs Python 3.10 or newer, found $(or $(PYTHON),none)'; echo '  fix: install one, or name it: make PYTHON=/path/to/python3 setup'; exit 2; } >&2
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Train a small model from nothing and prove that it learned; offline, minutes on a CPU
+	$(BIN)/verl demo
+
+test: $(STAMP) ## Run the tests; ARGS='-k name' picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## Check style and types: ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment, caches and the demo's files
+	rm -rf $(VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
