@@ -33,7 +33,7 @@ from verl.engine.logprobs import TokenScorer, check_scorer
 from verl.errors import UserError, exit_on_user_error
 from verl.models.attention import describe_attention
 from verl.models.export import export_adapter, export_model, export_tokenizer
-from verl.models.load import Loaded, check_vocabulary, load_for_training, load_tokenizer
+from verl.models.load import Loaded, check_vocabulary, load_for_training, load_tokenizer, recompute_activations
 from verl.run import Run
 
 VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
@@ -208,7 +208,7 @@ def build_engine(
 
         use_liger(model, device)
     if settings.enable_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     this.say(f"device: {_describe_device(device)} × {dist.world_size()}; attention: {describe_attention(device.type, compute_dtype)}")
     return loaded, adapted, Engine(
         scorer,

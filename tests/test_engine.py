@@ -1,0 +1,303 @@
+"""The engine's invariants, on a real small Qwen2: how rows are cut up, packed and spread changes nothing."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import RandomDocuments, qwen2_config, write_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    get_scheduler,
+)
+
+from verl import dist
+from verl.algorithms import sft
+from verl.config import OptimConfig
+from verl.data.batch import Batch
+from verl.data.loader import Packing, micro_batches
+from verl.data.pack import collate
+from verl.engine.engine import Engine, LossOut
+from verl.engine.logprobs import TokenOut, TokenScorer, check_scorer, token_logprobs
+from verl.engine.optim import learning_rate
+from verl.errors import UserError
+from verl.models.load import load_for_training, recompute_activations
+
+ROWS = np.arange(8)
+CUTS = {
+    "one micro-batch": Packing(8, 8 * 60),
+    "several": Packing(1, 100),
+    "one document each": Packing(1, None),
+    "padded, three rows each": Packing(3, None),
+    "padded, all": Packing(8, None),
+}
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    dist.start()
+    yield
+    dist.stop()
+
+
+def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: bool = False) -> Engine:
+    model = load_for_training(str(path)).model
+    if checkpointing:
+        recompute_activations(model)
+    return Engine(
+        TokenScorer(model),
+        config or OptimConfig(clip_grad=1e9),
+        total_steps=10,
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+    )
+
+
+def gradient(engine: Engine, batches: list[Batch], loss=sft.loss) -> Tensor:
+    engine.backward(batches, loss)
+    return torch.cat([p.grad.full_tensor().flatten() for p in engine.trained])
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def plain_gradient(model_path: Path) -> Tensor:
+    """Token-mean loss over eight documents by transformers alone: its own attention, one document at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
+    documents = RandomDocuments()
+    total, tokens = torch.zeros(()), 0
+    for index in ROWS:
+        ids, mask = documents.document(int(index))
+        labels = torch.where(torch.from_numpy(mask), torch.from_numpy(ids).long(), -100)[None]
+        logits = model(torch.from_numpy(ids).long()[None]).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100)
+        tokens += int((labels[0, 1:] != -100).sum())
+    (total / tokens).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_gradient_is_that_of_the_mean_over_all_tokens_however_rows_are_cut(cut: str, model_path: Path, plain_gradient: Tensor) -> None:
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS[cut])
+    assert relative(gradient(engine_of(model_path), batches), plain_gradient) < 1e-5
+
+
+def test_recomputed_activations_give_the_same_gradient(model_path: Path, plain_gradient: Tensor) -> None:
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    assert relative(gradient(engine_of(model_path, checkpointing=True), batches), plain_gradient) < 1e-5
+
+
+def test_the_mean_of_micro_batch_means_is_another_gradient(model_path: Path, plain_gradient: Tensor) -> None:
+    """Negative control: the usual wrong formula."""
+    engine = engine_of(model_path)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    tokens = sum(len(batch.trained_M) for batch in batches)
+
+    def mean_of_means(out: TokenOut, batch: Batch) -> LossOut:
+        wrong = -out.logprob_M.mean() / len(batches) * tokens
+        return LossOut(wrong, {"loss": wrong.detach()})
+
+    assert relative(gradient(engine, batches, mean_of_means), plain_gradient) > 1e-2
+
+
+def test_two_processes_give_the_same_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        saved = gradient_under_torchrun(processes, model_path, tmp_path / f"{processes}.pt", wrong=False)
+        assert relative(saved, plain_gradient) < 1e-5
+
+
+def test_the_mean_over_ranks_is_another_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
+    """Negative control: each rank divides by its own tokens and FSDP takes the mean."""
+    assert relative(gradient_under_torchrun(2, model_path, tmp_path / "wrong.pt", wrong=True), plain_gradient) > 1e-2
+
+
+def gradient_under_torchrun(processes: int, model_path: Path, saved: Path, *, wrong: bool) -> Tensor:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [str(here / "gradient_of_ranks.py"), str(model_path), str(saved), "wrong" if wrong else "right"]
+    done = subprocess.run(command + words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(here.parent)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(saved, weights_only=True)
+
+
+# Each architecture brings its own attention, norms, windows, experts or logit rules.
+ARCHITECTURES = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral with a sliding window": (MistralForCausalLM, MistralConfig, {"sliding_window": 3}),
+    "gemma3 with sliding windows": (Gemma3ForCausalLM, Gemma3TextConfig, {"sliding_window": 3, "head_dim": 16}),
+    "cohere with scaled logits": (CohereForCausalLM, CohereConfig, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "granite with scaled logits": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
+    "qwen3 with experts": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_documents_packed_have_the_logprobs_they_have_alone(name: str, tmp_path: Path) -> None:
+    kind, config, changes = ARCHITECTURES[name]
+    shape = qwen2_config().to_dict()
+    shape = {key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+    path = write_model(tmp_path, config(**shape, vocab_size=512, **changes), kind=kind)
+    scorer = TokenScorer(load_for_training(str(path)).model)
+    check_scorer(scorer)
+    alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    assert largest_difference(scorer.eval(), alone) < 2e-5
+
+
+def test_gpt2_with_learned_positions_is_served_too(tmp_path: Path) -> None:
+    path = write_model(tmp_path, GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0), kind=GPT2LMHeadModel)
+    alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    assert largest_difference(TokenScorer(load_for_training(str(path)).model).eval(), alone) < 2e-5
+
+
+def largest_difference(scorer: TokenScorer, alone: torch.nn.Module) -> float:
+    documents = [RandomDocuments().document(i) for i in range(4)]
+    with torch.no_grad():
+        packed = scorer(collate(documents, range(4))).logprob_M
+        expected = []
+        for ids, mask in documents:
+            ids_T = torch.from_numpy(ids).long()
+            logprob_TV = alone(ids_T[None], use_cache=False).logits[0].log_softmax(-1)
+            expected.append(logprob_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1)[torch.from_numpy(mask[1:])])
+    return (packed - torch.cat(expected)).abs().max().item()
+
+
+def test_without_document_bounds_packed_logprobs_differ(model_path: Path) -> None:
+    """Negative control: one long sequence in place of documents."""
+    scorer = TokenScorer(load_for_training(str(model_path)).model).eval()
+    batch = collate([RandomDocuments().document(i) for i in range(4)], range(4))
+    with torch.no_grad():
+        right = scorer(batch).logprob_M
+        batch.cu_seqlens = torch.tensor([0, len(batch.input_ids_T)], dtype=torch.int32)
+        assert (scorer(batch).logprob_M - right).abs().max() > 1e-2
+
+
+def test_a_token_of_one_document_does_not_move_another(model_path: Path) -> None:
+    scorer = TokenScorer(load_for_training(str(model_path)).model).eval()
+    (first, mask), other = RandomDocuments().document(0), RandomDocuments().document(1)
+    with torch.no_grad():
+        before = scorer(collate([(first, mask), other], [0, 1])).logprob_M[-int(other[1][1:].sum()) :]
+        after = scorer(collate([((first + 1) % 512, mask), other], [0, 1])).logprob_M[-int(other[1][1:].sum()) :]
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_an_architecture_that_mixes_documents_is_refused_before_training(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = TokenScorer(load_for_training(str(model_path)).model)
+    monkeypatch.setattr("verl.engine.logprobs.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8})
+    with pytest.raises(UserError, match="differs from the same model alone"):
+        check_scorer(scorer)
+
+
+def test_chunked_logprobs_and_their_gradients_are_those_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.engine.logprobs.CHUNK", 7)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    target = torch.randint(0, 50, (20,))
+    found = token_logprobs(hidden, weight, None, target)
+    whole = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None]).squeeze(1)
+    torch.testing.assert_close(found, whole)
+    scale = torch.randn(20)
+    for mine, theirs in zip(torch.autograd.grad((found * scale).sum(), (hidden, weight)), torch.autograd.grad((whole * scale).sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_rank_without_rows_takes_part_and_adds_nothing(model_path: Path) -> None:
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"])
+    alone = gradient(engine_of(model_path), batches)
+    with_filler = gradient(engine_of(model_path), [*batches, collate([], [])])
+    torch.testing.assert_close(with_filler, alone, rtol=1e-6, atol=1e-9)
+
+
+def test_at_learning_rate_zero_nothing_moves(model_path: Path) -> None:
+    before, after = weights_around_training(engine_of(model_path, config=OptimConfig(lr=0.0)), steps=3)
+    assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_every_trained_tensor_moves_at_a_learning_rate_of_one_in_a_million(model_path: Path) -> None:
+    config = OptimConfig(lr=1e-6, lr_scheduler="constant", warmup_steps_ratio=0.0, weight_decay=0.0)
+    before, after = weights_around_training(engine_of(model_path, config=config), steps=100)
+    assert all(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_pure_bfloat16_weights_would_not_all_move(model_path: Path) -> None:
+    """Negative control: updates of 1e-6 are rounded away in weights near 1 such as those of the norms."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    ids = torch.from_numpy(RandomDocuments().document(0)[0]).long()[None]
+    for _ in range(100):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(torch.equal(b, a) for b, a in zip(before, model.parameters(), strict=True))
+
+
+def weights_around_training(engine: Engine, steps: int) -> tuple[list[Tensor], list[Tensor]]:
+    before = [p.detach().full_tensor().clone() for p in engine.trained]
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"])
+    for step in range(steps):
+        engine.train_step(batches, sft.loss, step)
+    return before, [p.detach().full_tensor() for p in engine.trained]
+
+
+def test_the_logged_norm_is_the_global_one_before_clipping(model_path: Path, plain_gradient: Tensor) -> None:
+    metrics = engine_of(model_path, config=OptimConfig(clip_grad=0.1)).train_step(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft.loss, 0)
+    assert metrics["grad_norm"].item() == pytest.approx(plain_gradient.norm().item(), rel=1e-5)
+
+
+def test_validation_loss_is_the_mean_over_all_tokens(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    whole = engine.evaluate(micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"]), sft.loss)["loss"].item()
+    cut = engine.evaluate(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft.loss)["loss"].item()
+    assert cut == pytest.approx(whole, rel=1e-6)
+    assert engine.scorer.training
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_schedules_are_those_of_transformers_without_their_first_point(name: str) -> None:
+    config = OptimConfig(lr=1e-3, lr_scheduler=name, warmup_steps_ratio=0.2)
+    kind = "constant_with_warmup" if name == "constant" else name
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=4, num_training_steps=21)
+    mine = learning_rate(config, total_steps=20)
+    for step in range(20):
+        optimizer.step()
+        theirs.step()
+        assert mine(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+
+
+def test_wsd_is_stable_and_then_falls_to_its_floor() -> None:
+    rate = learning_rate(OptimConfig(lr=1.0, lr_scheduler="wsd", warmup_steps_ratio=0.1, stable_ratio=0.5, min_lr_ratio=0.1), total_steps=100)
+    curve = [rate(step) for step in range(100)]
+    assert curve[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert curve[10:54] == [1.0] * 44
+    assert all(a > b for a, b in zip(curve[56:], curve[57:], strict=False)) and 0.1 < curve[-1] < 0.11
+    assert math.isclose(max(curve), 1.0)

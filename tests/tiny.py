@@ -1,0 +1,46 @@
+"""Small real models and documents that several tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from verl.data.pack import Document
+
+VOCABULARY = 512
+
+
+def qwen2_config(**changes: object) -> Qwen2Config:
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return Qwen2Config(**{**shape, "vocab_size": VOCABULARY, "max_position_embeddings": 512, "tie_word_embeddings": True, **changes})
+
+
+def write_model(directory: Path, config: PretrainedConfig | None = None, *, kind: type[PreTrainedModel] = Qwen2ForCausalLM, dtype: torch.dtype = torch.float32) -> Path:
+    """A model with random weights, far enough from zero that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    model = kind(config or qwen2_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+class RandomDocuments:
+    """Documents of random tokens, the last half of each trained."""
+
+    def __init__(self, number: int = 24, *, longest: int = 60, seed: int = 0, vocabulary: int = VOCABULARY):
+        random = np.random.default_rng(seed)
+        lengths = random.integers(3, longest, number)
+        self._documents: list[Document] = [
+            (random.integers(0, vocabulary, n).astype(np.int32), np.arange(n) >= random.integers(1, n)) for n in lengths
+        ]
+        self.lengths_N = lengths.astype(np.int32)
+        self.trained_N = np.array([mask[1:].sum() for _, mask in self._documents], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def document(self, index: int) -> Document:
+        return self._documents[index]
