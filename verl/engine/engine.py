@@ -68,18 +68,27 @@ class Engine:
     def train_step(self, micro_batches: Sequence[Batch], loss: Loss, step: int) -> dict[str, Tensor]:
         """One optimizer step.
 
-        The loss is divided once, by the number of trained tokens over all ranks and micro-batches, so that the gradient
-        does not depend on how the rows were cut up.
-
         Args:
-            micro_batches: this rank's, in host memory; as many on every rank.
+            micro_batches: this rank's, in host memory, at least one; as many on every rank.
             step: number of the step, counted from 0; it sets the learning rate.
         Returns:
             the means of the loss's metrics over all ranks, and `grad_norm`, as scalars on the device.
         """
+        metrics = self.backward(micro_batches, loss)
+        metrics["grad_norm"] = clip_gradients(self.trained, self.largest_gradient_norm)
+        set_learning_rate(self.optimizer, self.learning_rate(step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def backward(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+        """Add up the gradients of the micro-batches, and return the means of the loss's metrics.
+
+        The loss is divided once, by the number of trained tokens over all ranks and micro-batches, so that the gradient
+        does not depend on how the rows were cut up.
+        """
         tokens = self._sum_over_ranks(torch.tensor(float(sum(len(batch.trained_M) for batch in micro_batches)))).clamp(min=1)
-        # FSDP takes the mean of the ranks' gradients; their sum is wanted.
-        scale = processes.world_size() / tokens
+        scale = processes.world_size() / tokens  # FSDP takes the mean of the ranks' gradients; their sum is wanted
         sums: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches):
             self.sharded.set_requires_gradient_sync(number == len(micro_batches) - 1)
@@ -87,11 +96,7 @@ class Engine:
             result = loss(self.scorer(batch), batch)
             (result.sum * scale).backward()
             sums.append(result.metric_sums)
-        norm = clip_gradients(self.trained, self.largest_gradient_norm)
-        set_learning_rate(self.optimizer, self.learning_rate(step))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {**self._means(sums, tokens), "grad_norm": norm}
+        return self._means(sums, tokens)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
