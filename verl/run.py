@@ -154,3 +154,4 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
