@@ -1,0 +1,155 @@
+"""What only a GPU shows: FlashAttention over packed documents, bfloat16, offloading, Liger. Compared with plain transformers in float32."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_engine import largest_difference
+from tiny import RandomDocuments, qwen2_config, write_model
+from transformers import AutoModelForCausalLM
+
+from verl import dist
+from verl.algorithms import sft
+from verl.config import ModelConfig, OptimConfig
+from verl.data.loader import Loader, Packing, micro_batches
+from verl.engine import checkpoint
+from verl.engine.checkpoint import Position
+from verl.engine.engine import Engine
+from verl.engine.logprobs import TokenScorer, check_scorer
+from verl.models.attention import describe_attention
+from verl.models.export import export_model
+from verl.models.liger import use_liger
+from verl.models.load import load_for_training, recompute_activations
+from verl.models.lora import add_adapters
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), qwen2_config(hidden_size=256, intermediate_size=512))
+
+
+@pytest.fixture(autouse=True)
+def device():
+    yield dist.start()
+    dist.stop()
+
+
+def engine_on(path: Path, device: torch.device, dtype: torch.dtype, *, offload: bool = False, lora: int = 0, liger: bool = False) -> Engine:
+    loaded = load_for_training(str(path))
+    if lora:
+        add_adapters(loaded.model, ModelConfig(lora_rank=lora, lora_alpha=16), compute_dtype=dtype, seed=1)
+    if liger:
+        use_liger(loaded.model, device)
+    recompute_activations(loaded.model)
+    scorer = TokenScorer(loaded.model)
+    config = OptimConfig(lr=1e-2 if lora else 1e-3, warmup_steps_ratio=0.0)
+    return Engine(scorer, config, total_steps=50, device=device, compute_dtype=dtype, cpu_offload=offload)
+
+
+def curve(engine: Engine, packing: Packing = Packing(8, 480), steps: int = 50) -> np.ndarray:
+    loader = Loader(RandomDocuments(), packing, rows_per_step=8, seed=1, pin=True)
+    return np.array([float(engine.train_step(s.micro_batches, sft.loss, s.number)["loss"]) for s in loader.steps(0, steps)])
+
+
+@pytest.fixture(scope="module")
+def plain_curve(model_path: Path) -> np.ndarray:
+    dist.start()
+    return curve(engine_on(model_path, torch.device("cuda", 0), torch.float32))
+
+
+def test_flash_attention_is_taken_in_half_precision() -> None:
+    assert "FlashAttention" in describe_attention("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.25)])
+def test_documents_packed_have_the_logprobs_they_have_alone(dtype: torch.dtype, tolerance: float, model_path: Path, device: torch.device) -> None:
+    scorer = TokenScorer(load_for_training(str(model_path)).model).to(device, dtype).eval()
+    if dtype == torch.float32:
+        check_scorer(scorer)
+    alone = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager").to(device).eval()
+
+    class OnGpu(torch.nn.Module):
+        def forward(self, batch):
+            return scorer(batch.to(device))
+
+    class Alone(torch.nn.Module):
+        def forward(self, ids, use_cache):
+            out = alone(ids.to(device), use_cache=use_cache)
+            out.logits = out.logits.float().cpu()
+            return out
+
+    class ToCpu(torch.nn.Module):
+        def forward(self, batch):
+            out = OnGpu()(batch)
+            out.logprob_M = out.logprob_M.cpu()
+            return out
+
+    assert largest_difference(ToCpu(), Alone()) < tolerance
+
+
+@pytest.mark.parametrize("packing", [Packing(8, 480), Packing(1, 60), Packing(3, None)])
+def test_the_curve_does_not_depend_on_how_rows_are_cut(packing: Packing, model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:
+    found = curve(engine_on(model_path, device, torch.float32), packing, steps=20)
+    np.testing.assert_allclose(found, plain_curve[:20], rtol=1e-4)
+
+
+def test_bfloat16_follows_the_float32_curve(model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:
+    found = curve(engine_on(model_path, device, torch.bfloat16))
+    assert np.abs(found / plain_curve - 1).max() < 1.5e-2
+
+
+def test_offloading_to_the_host_changes_nothing_but_memory(model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:
+    engine = engine_on(model_path, device, torch.float32, offload=True)
+    np.testing.assert_allclose(curve(engine, steps=20), plain_curve[:20], rtol=1e-4)
+    assert all(p.device.type == "cpu" for p in engine.trained)
+
+
+def test_liger_follows_the_plain_curve(model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:
+    pytest.importorskip("liger_kernel")
+    np.testing.assert_allclose(curve(engine_on(model_path, device, torch.float32, liger=True), steps=20), plain_curve[:20], rtol=1e-3)
+
+
+def test_adapters_learn_beside_bfloat16_weights(model_path: Path, device: torch.device) -> None:
+    engine = engine_on(model_path, device, torch.bfloat16, lora=8)
+    assert {p.dtype for p in engine.trained} == {torch.float32}
+    assert {p.dtype for p in engine.scorer.parameters() if not p.requires_grad} == {torch.bfloat16}
+    found = curve(engine)
+    assert found[-5:].mean() < found[:5].mean() - 0.1
+
+
+def test_every_trained_tensor_moves_at_a_learning_rate_of_one_in_a_million_in_bfloat16(model_path: Path, device: torch.device) -> None:
+    loaded = load_for_training(str(model_path))
+    config = OptimConfig(lr=1e-6, lr_scheduler="constant", warmup_steps_ratio=0.0, weight_decay=0.0)
+    engine = Engine(TokenScorer(loaded.model), config, total_steps=100, device=device, compute_dtype=torch.bfloat16)
+    before = [p.detach().full_tensor().clone() for p in engine.trained]
+    curve(engine, steps=100)
+    assert all(not torch.equal(b, p.detach().full_tensor()) for b, p in zip(before, engine.trained, strict=True))
+
+
+def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(model_path: Path, device: torch.device, tmp_path: Path) -> None:
+    loader = Loader(RandomDocuments(), Packing(8, 480), rows_per_step=8, seed=1)
+
+    def train(engine: Engine, start: int, stop: int) -> list[float]:
+        return [float(engine.train_step(s.micro_batches, sft.loss, s.number)["loss"]) for s in loader.steps(start, stop)]
+
+    loaded = load_for_training(str(model_path))
+    engine = Engine(TokenScorer(loaded.model), OptimConfig(lr=1e-3), total_steps=8, device=device, compute_dtype=torch.bfloat16)
+    train(engine, 0, 3)
+    where = Position(step=3, tokens=0, rows=24, rows_per_step=8, seed=1, data_fingerprint="f")
+    saved = checkpoint.save(tmp_path, engine, where, partial(export_model, model=loaded.model, saved_dtypes=loaded.saved_dtypes))
+    rest = train(engine, 3, 8)
+    resumed = Engine(
+        TokenScorer(load_for_training(str(model_path)).model), OptimConfig(lr=1e-3), total_steps=8, device=device, compute_dtype=torch.bfloat16
+    )
+    checkpoint.load(saved, resumed)
+    np.testing.assert_allclose(train(resumed, 3, 8), rest, rtol=1e-3)
+
+
+def test_an_evaluation_batch_of_no_rows_is_served(model_path: Path, device: torch.device) -> None:
+    engine = engine_on(model_path, device, torch.bfloat16)
+    batches = micro_batches(RandomDocuments(), np.arange(1), Packing(8, 480), rank=1, world_size=2)
+    assert np.isfinite(float(engine.evaluate([*batches, *micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480))], sft.loss)["loss"]))
