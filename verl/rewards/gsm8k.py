@@ -1,0 +1,79 @@
+"""Exact match of the final number, as GSM8K writes it: a worked answer that ends in `#### 1,000`.
+
+Numbers are compared as text in one canonical form, so nothing is rounded and nothing is evaluated, and a response of any length takes
+time in proportion to its length.
+"""
+
+import re
+from typing import Literal
+
+Method = Literal["strict", "flexible"]
+
+MINUS = "-\N{MINUS SIGN}"
+# Digits with or without commas between thousands; `1,0000` is not read as 10000.
+INTEGER = r"[0-9]+(?:,[0-9]{3})*(?![0-9])"
+# `12`, `1,234.50`, `12.`, `.5`; the dot in `...5` is no decimal point.
+DECIMAL = rf"{INTEGER}(?:\.[0-9]*)?|(?<![.0-9])\.[0-9]+"
+# A fraction, or a whole number with one (`1 1/2`), before a decimal: the longest reading wins.
+NUMBER = rf"(?:[0-9]+ )?[0-9]+/[0-9]+|{DECIMAL}"
+# The sign of `-5`, `-$5` and `$-5`, but not of `8-5` or `mid-5`, where it joins.
+SIGNED = rf"(?:(?<![\w.)%])(?P<sign>[{MINUS}+]))?\$?(?P<sign_after>(?<=\$)[{MINUS}+])?(?P<number>{NUMBER})"
+
+ANY_NUMBER = re.compile(SIGNED)
+# Four hashes and a number that ends there: of `#### 1.000,50` or `#### 3/4/2024` no part is taken for the whole.
+MARKED_NUMBER = re.compile(rf"(?<!\#)\#{{4}}[ \t]*{SIGNED}(?![0-9]|[.,/][0-9])")
+
+
+def score(prompt: str, response: str, row: dict) -> float:
+    """1.0 if the response's `#### number` is the reference's, else 0.0: the contract of every grader in this folder.
+
+    Args:
+        prompt: the question, as text.
+        response: the model's answer, as text, without its stop token.
+        row: the data row; its `reference` is the right answer, as text.
+    """
+    return float(exact_match(response, row["reference"]))
+
+
+def exact_match(response: str, reference: str, method: Method = "strict") -> bool:
+    """Whether the response ends in the same number as the reference: `1,000`, `1000`, `$1000.00` and `1000.` are the same.
+
+    Args:
+        method: how the response is read, see `extract_answer`.
+        reference: a worked answer that ends in `#### number`, or the number alone.
+    """
+    answer = extract_answer(response, method)
+    return answer is not None and answer == reference_answer(reference)
+
+
+def reference_answer(reference: str) -> str | None:
+    """The right number: that of the last `#### number`, or, in a reference without one, the last number."""
+    return extract_answer(reference, "strict") or extract_answer(reference, "flexible")
+
+
+def extract_answer(text: str, method: Method = "strict") -> str | None:
+    """The final number of a text in canonical form, or None.
+
+    Args:
+        method: "strict" takes the last `#### number`, "flexible" the last number of any kind.
+    Returns:
+        digits without commas, currency or percent sign, without zeros that change nothing, and `-` before a negative one:
+        `-1234.5`. A fraction stays as it is written: `3/4`, `1 1/2`.
+    Raises:
+        ValueError: no such method.
+    """
+    if method not in ("strict", "flexible"):
+        raise ValueError(f"no method {method!r}: strict or flexible")
+    last = None
+    for last in (MARKED_NUMBER if method == "strict" else ANY_NUMBER).finditer(text):
+        pass
+    return None if last is None else _canonical(last)
+
+
+def _canonical(match: re.Match[str]) -> str:
+    number = match["number"].replace(",", "")
+    if "/" not in number:
+        whole, _, decimals = number.partition(".")
+        number = ".".join(part for part in (whole.lstrip("0") or "0", decimals.rstrip("0")) if part)
+    negative = (match["sign"] or match["sign_after"] or "+") in MINUS
+    return f"-{number}" if negative and number != "0" else number
