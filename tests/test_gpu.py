@@ -46,12 +46,13 @@ def engine_on(path: Path, device: torch.device, dtype: torch.dtype, *, offload: 
         use_liger(loaded.model, device)
     recompute_activations(loaded.model)
     scorer = TokenScorer(loaded.model)
-    config = OptimConfig(lr=1e-2 if lora else 1e-3, warmup_steps_ratio=0.0)
+    config = OptimConfig(lr=1e-2 if lora else 1e-4, warmup_steps_ratio=0.0)
     return Engine(scorer, config, total_steps=50, device=device, compute_dtype=dtype, cpu_offload=offload)
 
 
 def curve(engine: Engine, packing: Packing = Packing(8, 480), steps: int = 50) -> np.ndarray:
-    loader = Loader(RandomDocuments(), packing, rows_per_step=8, seed=1, pin=True)
+    # More documents than the steps take: a loss that is learned by heart to nearly zero has no meaningful ratio.
+    loader = Loader(RandomDocuments(400), packing, rows_per_step=8, seed=1, pin=True)
     return np.array([float(engine.train_step(s.micro_batches, sft.loss, s.number)["loss"]) for s in loader.steps(0, steps)])
 
 
@@ -118,7 +119,7 @@ def test_adapters_learn_beside_bfloat16_weights(model_path: Path, device: torch.
     assert {p.dtype for p in engine.trained} == {torch.float32}
     assert {p.dtype for p in engine.scorer.parameters() if not p.requires_grad} == {torch.bfloat16}
     found = curve(engine)
-    assert found[-5:].mean() < found[:5].mean() - 0.1
+    assert found[-5:].mean() < found[:5].mean() - 0.05
 
 
 def test_every_trained_tensor_moves_at_a_learning_rate_of_one_in_a_million_in_bfloat16(model_path: Path, device: torch.device) -> None:
