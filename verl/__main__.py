@@ -1,0 +1,5 @@
+"""`python -m verl` is `verl`."""
+
+from verl.cli import main
+
+main()

@@ -1,0 +1,135 @@
+"""The `verl` command: each subcommand hands its words to the module that does the work. Light to import: no torch."""
+
+import importlib
+import os
+from typing import Annotated, NoReturn
+
+import typer
+
+from verl import __version__
+from verl.errors import UserError, exit_on_user_error
+
+TRAINER = "verl.trainer.fsdp_sft_trainer"
+
+app = typer.Typer(
+    name="verl",
+    help="Post-training of language models: from a file of questions and answers to a Hugging Face directory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# The module behind a subcommand reads its own words, --help among them.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def main() -> None:
+    app()
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """What stands before the subcommand."""
+
+
+@app.command(context_settings=PASS_ON)
+def sft(
+    context: typer.Context,
+    gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
+) -> None:
+    """Fine-tune a model on a file of questions and answers: key=value …"""
+    words = context.args
+    if asks_for_help(words):
+        print_keys("SFTConfig", "verl sft [--gpus N] key=value …")
+    elif gpus is None:
+        run_module(TRAINER, words)
+    else:
+        exit_on_user_error(launch, gpus, words)
+
+
+@app.command(name="eval", context_settings=PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Exact match of a checkpoint on a file of questions and answers: key=value …"""
+    if asks_for_help(context.args):
+        print_keys("EvalConfig", "verl eval key=value …")
+    else:
+        run_module("verl.eval.sft_evaluator", context.args)
+
+
+@app.command(context_settings=PASS_ON)
+def chat(context: typer.Context) -> None:
+    """Talk with a checkpoint in the terminal: DIR"""
+    run_module("verl.chat", context.args)
+
+
+@app.command(context_settings=PASS_ON)
+def demo(context: typer.Context) -> None:
+    """Train a small model from nothing and prove that it learned, offline."""
+    run_module("verl.demo.run", context.args)
+
+
+@app.command(context_settings=PASS_ON)
+def doctor(context: typer.Context) -> None:
+    """Show versions, devices, optional packages and disk space, and what is off."""
+    run_module("verl.doctor", context.args)
+
+
+def asks_for_help(words: list[str]) -> bool:
+    return "--help" in words or "-h" in words
+
+
+def print_keys(schema: str, usage: str) -> None:
+    """Every key of a config of verl.config, with its default and what it means."""
+    from verl import config
+    from verl.config_load import describe
+
+    print(f"{usage}\n\n{describe(getattr(config, schema))}")
+
+
+def run_module(name: str, words: list[str]) -> NoReturn:
+    """Run `main(words)` of a module as this command."""
+
+    def run() -> None:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("verl."):
+                raise
+            raise UserError(f"{error.name} is not installed", fix='pip install -c constraints.txt -e "."; verl doctor shows the rest') from error
+        module.main(words)
+
+    exit_on_user_error(run)
+
+
+def launch(processes: int, words: list[str]) -> None:
+    """Run the trainer under torchrun, on this machine.
+
+    Raises:
+        UserError: a wrong config, before any process starts; or more processes than GPUs.
+        SystemExit: the exit code of the first process that failed.
+    """
+    from verl.config import SFTConfig
+    from verl.config_load import load
+
+    load(SFTConfig, words)
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    if 0 < torch.cuda.device_count() < processes:
+        raise UserError(f"found {torch.cuda.device_count()} GPUs", where=f"--gpus {processes}", fix="ask for no more than there are")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", TRAINER, *words])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        code = failure.exitcode
+        raise SystemExit(code if code >= 0 else 128 - code) from None

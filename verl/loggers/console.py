@@ -1,0 +1,56 @@
+"""One plain line a step, for a terminal and for train.log."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from verl.run import Run
+
+# What a line says of a metric, in this order.
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/lr": "lr {:.2e}",
+    "train/grad_norm": "grad norm {:.3f}",
+    "perf/tokens_per_second": "{:,.0f} tok/s",
+    "perf/peak_memory_gib": "{:.1f} GiB",
+}
+# These need no line: metrics.jsonl has them.
+_NOT_SHOWN = ("epoch", "train/", "perf/")
+
+
+class Console:
+    def __init__(self, run: Run):
+        self._run = run
+        self._first: tuple[int, float] | None = None
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        parts = [f"step {step}/{self._run.total_steps}"]
+        parts += [shown.format(metrics[name]) for name, shown in _SHOWN.items() if name in metrics]
+        parts += [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith(_NOT_SHOWN)]
+        self._run.line(" · ".join([*parts, *self._time_left(step)]))
+
+    def finish(self) -> None:
+        """Nothing is open."""
+
+    def _time_left(self, step: int) -> list[str]:
+        """From the second line on: the first step also warms up, and says nothing of the others."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+            return []
+        first_step, since = self._first
+        seconds_per_step = (now - since) / max(1, step - first_step)
+        return [f"eta {_clock(seconds_per_step * (self._run.total_steps - step))}"]
+
+
+def start(run: Run) -> Console:
+    return Console(run)
+
+
+def _clock(seconds: float) -> str:
+    """`1:23`, or `2:01:23` from an hour on."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

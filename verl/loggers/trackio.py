@@ -1,0 +1,40 @@
+"""Trackio, on this machine's disk: `trackio show` opens its dashboard."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import TYPE_CHECKING, Any
+
+from verl.errors import UserError
+from verl.loggers._redact import redact
+
+if TYPE_CHECKING:
+    from verl.run import Run
+
+
+class Trackio:
+    def __init__(self, session: Any):
+        self._session = session
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._session.log(metrics, step=step)
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._session.finish()
+
+
+def start(run: Run) -> Trackio:
+    """Raises UserError if the package is missing or refuses the project's name."""
+    try:
+        import trackio
+    except ImportError as error:
+        raise UserError("trackio is not installed", where="trainer.logger", fix='pip install "verl[trackio]"') from error
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            session = trackio.init(project=run.project_name, name=run.experiment_name, config=redact(run.config), embed=False)
+    except ValueError as error:
+        raise UserError(str(error), where="trainer.project_name", fix="choose another name") from error
+    run.say(f'trackio: trackio show --project "{run.project_name}"')
+    return Trackio(session)

@@ -1,0 +1,86 @@
+"""Weights & Biases. A missing package, login or network is said in one line, and the console takes its place; no run waits for it or stops."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from verl.loggers import console
+from verl.loggers._redact import redact
+
+if TYPE_CHECKING:
+    from verl.run import Logger, Run
+
+START_SECONDS = 30  # for an answer of the server, before the run goes on without it
+FINISH_SECONDS = 60  # for what is left to upload; the rest stays in the run's directory, for `wandb sync`
+
+
+class _NoLoginError(Exception):
+    pass
+
+
+class Wandb:
+    def __init__(self, run: Run, session: Any):
+        self._run, self._session = run, session
+        self._failed = False
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._attempt(self._session.log, metrics, step=step)
+
+    def finish(self) -> None:
+        self._attempt(self._session.finish)
+
+    def _attempt(self, call: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # whatever happens to the service, the training goes on
+            if not self._failed:
+                self._run.say(f"wandb: {_first_line(error)}; metrics.jsonl has every step")
+            self._failed = True
+
+
+class _Silent:
+    """The logger of a run whose config names the console beside wandb: its lines are already there."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """The console says it."""
+
+    def finish(self) -> None:
+        """Nothing is open."""
+
+
+def start(run: Run) -> Logger:
+    try:
+        session = _open(run)
+    except ModuleNotFoundError as error:
+        reason = 'the package is not installed (pip install "verl[wandb]")' if error.name == "wandb" else _first_line(error)
+    except _NoLoginError:
+        reason = "no login (wandb login, or WANDB_API_KEY; WANDB_MODE=offline keeps a run on disk)"
+    except Exception as error:  # the service, the network, a setting of the user's: none of it is worth the run
+        reason = _first_line(error)
+    else:
+        run.say(f"wandb: {session.dir if session.offline else session.url}")
+        return Wandb(run, session)
+    run.say(f"wandb: {reason}; logging to the console instead")
+    return _Silent() if "console" in run.config["trainer"]["logger"] else console.start(run)
+
+
+def _open(run: Run) -> Any:
+    import wandb
+
+    quiet = {"silent": True, "console": "off", "init_timeout": START_SECONDS, "finish_timeout": FINISH_SECONDS}
+    wandb.setup(wandb.Settings(silent=True))
+    stays_local = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not stays_local and not wandb.login(prompt=False, verify=False):
+        raise _NoLoginError
+    return wandb.init(
+        project=run.project_name,
+        name=run.experiment_name,
+        dir=str(run.directory),
+        config=redact(run.config),
+        settings=wandb.Settings(**quiet),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
