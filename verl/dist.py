@@ -45,6 +45,12 @@ def _device() -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    """The device's name, and how many processes have one each."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{name} × {world_size()}" if world_size() > 1 else name
+
+
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():

@@ -8,13 +8,14 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from verl import config_load, dist, plugin
 from verl.config import SFTConfig
+from verl.durable import replace_text
 from verl.errors import UserError
 
 
@@ -115,9 +116,19 @@ class Run:
             state = f"loss {metrics['train/loss']:.4f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s" if "train/loss" in metrics else ""
             self._progress.update(self._task, completed=step, **({"state": state} if state else {}))
 
+    def keep_state(self, state: dict[str, Any]) -> None:
+        """Write trainer_state.json: how far the run is and its last numbers, for a person or a script to look at."""
+        if dist.is_main():
+            replace_text(self.directory / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+
     def should_stop(self) -> bool:
         """Whether a signal asked any rank to end; the same answer on every rank."""
         return dist.any_rank(self.stopped_by is not None)
+
+    def leave(self, text: str) -> NoReturn:
+        """End the process as the signal asks, saying where the run stands."""
+        self.say(f"stopped by {self.stopped_by or 'a signal to another process'} {text}")
+        raise SystemExit(128 + signal.Signals[self.stopped_by or "SIGTERM"])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = signal.Signals(number).name

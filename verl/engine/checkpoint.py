@@ -11,7 +11,6 @@ A directory is written under a temporary name, flushed to disk and renamed: what
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from verl import __version__, dist
 from verl.engine.engine import Engine
+from verl.durable import flush, replace_text
 from verl.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -159,12 +159,6 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(path)
 
 
-def write_trainer_state(root: Path, position: Position, metrics: dict[str, float], total_steps: int) -> None:
-    """What a person or a script asks of a run: how far it is, and its last numbers."""
-    state = {**asdict(position), "total_steps": total_steps, "finished": position.step >= total_steps, "metrics": metrics}
-    write_whole(root / "trainer_state.json", json.dumps(state, indent=2) + "\n")
-
-
 def _trained(engine: Engine) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in engine.scorer.named_parameters() if parameter.requires_grad}
 
@@ -220,25 +214,9 @@ def _sha256(path: Path) -> str:
 
 def _commit(temporary: Path, final: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
-        _flush(path)
+        flush(path)
     if final.exists():  # of an abandoned run in the same directory; a committed checkpoint is never written over in place
         shutil.rmtree(final)
     temporary.rename(final)
-    write_whole(final.parent / LATEST, _STEP.fullmatch(final.name)[1] + "\n")  # type: ignore[index]
-    _flush(final.parent)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    replace_text(final.parent / LATEST, _STEP.fullmatch(final.name)[1] + "\n")  # type: ignore[index]
+    flush(final.parent)

@@ -56,7 +56,7 @@ class Engine:
         compute_dtype: torch.dtype,
         cpu_offload: bool = False,
     ):
-        self.device = device
+        self.device, self.compute_dtype = device, compute_dtype
         self.scorer = scorer if cpu_offload else scorer.to(device)
         self.sharded = shard(self.scorer, processes.mesh(device), compute_dtype=compute_dtype, cpu_offload=cpu_offload)
         self.trained = [p for p in self.scorer.parameters() if p.requires_grad]

@@ -1,0 +1,95 @@
+"""From a model's name and settings to an engine that trains it and can write it out again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from verl import dist
+from verl.config import ModelConfig, OptimConfig
+from verl.engine.engine import Engine
+from verl.engine.logprobs import TokenScorer, check_scorer
+from verl.models.attention import describe_attention
+from verl.models.export import export_adapter, export_model, export_tokenizer
+from verl.models.load import Loaded, check_vocabulary, load_for_training, recompute_activations
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what it takes to write its model as a Hugging Face directory."""
+
+    engine: Engine
+    loaded: Loaded
+    adapted: PeftModel | None
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+
+    def export(self, directory: Path) -> None:
+        """Write the Hugging Face files, of the adapter alone where there is one. Every rank calls it."""
+        if self.adapted is None:
+            export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
+        else:
+            export_adapter(directory, self.adapted)
+        export_tokenizer(directory, self.tokenizer, self.loaded.model.generation_config, self.stop_ids)
+
+    def describe(self) -> str:
+        """Device, attention path and size, for the first lines of a run."""
+        engine = self.engine
+        trained, everything = sum(p.numel() for p in engine.trained), sum(p.numel() for p in engine.scorer.parameters())
+        return (
+            f"device: {dist.describe_device(engine.device)}; attention: {describe_attention(engine.device.type, engine.compute_dtype)}\n"
+            f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
+            f"arithmetic in {str(engine.compute_dtype).removeprefix('torch.')}"
+        )
+
+
+def build(
+    settings: ModelConfig,
+    optim: OptimConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: list[int],
+    total_steps: int,
+    device: torch.device,
+    seed: int,
+) -> Built:
+    """Load the model, check that packed batches give its own log-probabilities, add adapters where asked for, and shard it.
+
+    Args:
+        stop_ids: token ids that end a trained answer; generation from the written model stops at them.
+        total_steps: optimizer steps of the whole run.
+        seed: of the adapters' first values and of dropout.
+    Raises:
+        UserError: no such model, or one that cannot be trained this way.
+    """
+    torch.manual_seed(seed)
+    loaded = load_for_training(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
+    check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
+    scorer = TokenScorer(loaded.model)
+    if not settings.fsdp_config.cpu_offload:
+        scorer.to(device)
+    check_scorer(scorer)
+    compute_dtype = _compute_dtype(settings.compute_dtype, device)
+    adapted = None
+    if settings.lora_rank > 0:
+        from verl.models.lora import add_adapters
+
+        adapted = add_adapters(loaded.model, settings, compute_dtype=compute_dtype, seed=seed)
+    if settings.use_liger:
+        from verl.models.liger import use_liger
+
+        use_liger(loaded.model, device)
+    if settings.enable_gradient_checkpointing:
+        recompute_activations(loaded.model)
+    offload = settings.fsdp_config.cpu_offload
+    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, cpu_offload=offload)
+    return Built(engine, loaded, adapted, tokenizer, stop_ids)
+
+
+def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
