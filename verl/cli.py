@@ -103,7 +103,9 @@ def run_module(name: str, words: list[str]) -> NoReturn:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("verl."):
                 raise
-            raise UserError(f"{error.name} is not installed", fix='pip install -c constraints.txt -e "."; verl doctor shows the rest') from error
+            raise UserError(
+                f"{error.name} is not installed", fix='pip install -c constraints.txt -e "."; verl doctor shows the rest'
+            ) from error
         module.main(words)
 
     exit_on_user_error(run)

@@ -74,7 +74,9 @@ def _package(requirement: Requirement, extra: str | None) -> Finding:
     except metadata.PackageNotFoundError:
         return Finding(group, requirement.name, "not installed", "absent" if extra else "missing", command)
     if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(group, requirement.name, f"{version}, but {requirement.specifier} is needed", "warning" if extra else "missing", command)
+        return Finding(
+            group, requirement.name, f"{version}, but {requirement.specifier} is needed", "warning" if extra else "missing", command
+        )
     return Finding(group, requirement.name, version)
 
 
@@ -109,7 +111,11 @@ def _gpu(index: int, name: str, free_gib: float, total_gib: float, capability: t
 def _no_gpu(*, has_driver: bool, cuda: str | None) -> Finding:
     if not has_driver:
         return Finding("device", "GPU", "none; a run uses the CPU")
-    found = "a driver is here, but this torch is built without CUDA" if cuda is None else f"a driver is here, but torch (CUDA {cuda}) cannot use it"
+    found = (
+        "a driver is here, but this torch is built without CUDA"
+        if cuda is None
+        else f"a driver is here, but torch (CUDA {cuda}) cannot use it"
+    )
     advice = "install a CUDA build of torch" if cuda is None else "see what nvidia-smi says; the driver may be older than CUDA"
     return Finding("device", "GPU", found, "warning", advice)
 

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 class Trackio:
-    def __init__(self, session: Any):
-        self._session = session
+    def __init__(self, trackio: Any):
+        self._trackio = trackio
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._session.log(metrics, step=step)
+        self._trackio.log(metrics, step=step)
 
     def finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self._session.finish()
+            self._trackio.finish()
 
 
 def start(run: Run) -> Trackio:
@@ -33,8 +33,8 @@ def start(run: Run) -> Trackio:
         raise UserError("trackio is not installed", where="trainer.logger", fix='pip install "verl[trackio]"') from error
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            session = trackio.init(project=run.project_name, name=run.experiment_name, config=redact(run.config), embed=False)
+            trackio.init(project=run.project_name, name=run.experiment_name, config=redact(run.config), embed=False)
     except ValueError as error:
         raise UserError(str(error), where="trainer.project_name", fix="choose another name") from error
     run.say(f'trackio: trackio show --project "{run.project_name}"')
-    return Trackio(session)
+    return Trackio(trackio)

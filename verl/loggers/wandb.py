@@ -59,7 +59,7 @@ def start(run: Run) -> Logger:
     except Exception as error:  # the service, the network, a setting of the user's: none of it is worth the run
         reason = _first_line(error)
     else:
-        run.say(f"wandb: {session.dir if session.offline else session.url}")
+        run.say(f"wandb: {'on disk, ' + session.dir if session.offline else session.url or 'disabled by WANDB_MODE'}")
         return Wandb(run, session)
     run.say(f"wandb: {reason}; logging to the console instead")
     return _Silent() if "console" in run.config["trainer"]["logger"] else console.start(run)
@@ -68,7 +68,6 @@ def start(run: Run) -> Logger:
 def _open(run: Run) -> Any:
     import wandb
 
-    quiet = {"silent": True, "console": "off", "init_timeout": START_SECONDS, "finish_timeout": FINISH_SECONDS}
     wandb.setup(wandb.Settings(silent=True))
     stays_local = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     if not stays_local and not wandb.login(prompt=False, verify=False):
@@ -78,7 +77,7 @@ def _open(run: Run) -> Any:
         name=run.experiment_name,
         dir=str(run.directory),
         config=redact(run.config),
-        settings=wandb.Settings(**quiet),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS),
     )
 
 

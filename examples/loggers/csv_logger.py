@@ -1,0 +1,32 @@
+"""A logger of your own: a CSV file with a line per step and metric.
+
+    verl sft … trainer.logger=examples/loggers/csv_logger.py
+
+A logger is a module with `start(run)`; `run` has config, project_name, experiment_name, directory, total_steps and say(text).
+What it returns has `log(step, metrics)` and `finish()`. Only the first process has loggers.
+"""
+
+import csv
+from typing import TextIO
+
+from verl.run import Run
+
+
+class CsvLogger:
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._writer = csv.writer(file)
+        self._writer.writerow(["step", "metric", "value"])
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._writer.writerows([step, name, value] for name, value in metrics.items())
+        self._file.flush()  # so that a run can be watched
+
+    def finish(self) -> None:
+        self._file.close()
+
+
+def start(run: Run) -> CsvLogger:
+    path = run.directory / "metrics.csv"
+    run.say(f"csv: {path}")
+    return CsvLogger(path.open("w", newline="", encoding="utf-8"))
