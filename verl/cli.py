@@ -67,7 +67,10 @@ def evaluate(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON)
 def chat(context: typer.Context) -> None:
     """Talk with a checkpoint in the terminal: DIR"""
-    run_module("verl.chat", context.args)
+    if asks_for_help(context.args):
+        print_keys("ChatConfig", "verl chat DIR key=value …")
+    else:
+        run_module("verl.chat", context.args)
 
 
 @app.command(context_settings=PASS_ON)

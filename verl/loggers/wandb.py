@@ -1,4 +1,7 @@
-"""Weights & Biases. A missing package, login or network is said in one line, and the console takes its place; no run waits for it or stops."""
+"""Weights & Biases.
+
+A missing package, login or network is said in one line, and the console takes its place: no run waits for an answer or stops.
+"""
 
 from __future__ import annotations
 
