@@ -1,0 +1,202 @@
+"""Text to token ids, such that text from the data can never become a control token.
+
+A tokenizer reads the characters `<|im_end|>` as its control token wherever they stand. In a question they are text, and must not end
+the turn. So before the chat template is rendered, a private-use character takes the place of each control token in the data (`hide`);
+what is a control token afterwards was written by the template, and the stretches between are encoded by a tokenizer that knows none.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from verl.errors import UserError
+
+FIRST_PRIVATE, LAST_PRIVATE = 0xF0000, 0xFFFFD
+BRACKETED = re.compile(r"[<\[{(|].*[>\])}|]", re.DOTALL)
+PROBE = "Hello, world! 12 + 3 = 15\n\n  naïve 你好\tdone."
+
+
+class ControlText:
+    """Finds control tokens in text of the data, and parts of one at its ends that the text beside it could complete."""
+
+    def __init__(self, tokens: Iterable[str], normalize: Callable[[str], str] | None):
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._whole = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._heads = tuple(sorted({t[:n] for t in longest_first for n in range(1, len(t))}, key=len, reverse=True))
+        self._tails = tuple(sorted({t[n:] for t in longest_first for n in range(1, len(t))}, key=len, reverse=True))
+        self._first, self._last = {t[0] for t in longest_first}, {t[-1] for t in longest_first}
+        self._longest = max(map(len, longest_first), default=0)
+        self._normalize = normalize
+
+    def is_in(self, text: str) -> bool:
+        """Whether the text holds a whole control token."""
+        return bool(self._whole.search(text)) or bool(self._normalize and self._whole.search(self._normalize(text)))
+
+    def touches(self, text: str) -> bool:
+        """Whether the text holds a control token or begins or ends with a part of one."""
+        return self.is_in(text) or self._has_head(text) or self._has_tail(text)
+
+    def hide(self, text: str, replace: Callable[[str], str]) -> str:
+        """The text with `replace(part)` in place of whatever `touches` finds."""
+        text = self._whole.sub(lambda found: replace(found[0]), text)
+        if self._has_head(text):
+            body = text.rstrip()
+            head = next(head for head in self._heads if body.endswith(head))
+            text = body[: -len(head)] + replace(head) + text[len(body) :]
+        if self._has_tail(text):
+            body = text.lstrip()
+            tail = next(tail for tail in self._tails if body.startswith(tail))
+            text = text[: len(text) - len(body)] + replace(tail) + body[len(tail) :]
+        if self.is_in(text):
+            raise UserError("holds a control token in another spelling, which cannot be encoded as text", fix="remove it from the row")
+        return text
+
+    def _has_head(self, text: str) -> bool:
+        end = text.rstrip()[-self._longest :]
+        return not self._first.isdisjoint(end) and end.endswith(self._heads)
+
+    def _has_tail(self, text: str) -> bool:
+        start = text.lstrip()[: self._longest]
+        return not self._last.isdisjoint(start) and start.startswith(self._tails)
+
+
+class Disguise:
+    """The control text of one row, each piece of it behind a private-use character that the row does not hold."""
+
+    def __init__(self, row: object):
+        taken = "".join(strings(row))
+        self._free: Iterator[str] = (c for c in map(chr, range(FIRST_PRIVATE, LAST_PRIVATE)) if c not in taken)
+        self._shown: dict[str, str] = {}
+
+    def character_for(self, part: str) -> str:
+        character = next((c for c, shown in self._shown.items() if shown == part), None) or next(self._free)
+        self._shown[character] = part
+        return character
+
+    @property
+    def parts(self) -> Iterable[str]:
+        return self._shown.values()
+
+    def show(self, text: str) -> str:
+        """The text as it stood in the data."""
+        for character, part in self._shown.items():
+            text = text.replace(character, part)
+        return text
+
+
+class Encoder:
+    """A tokenizer and the knowledge of which of its tokens are control tokens.
+
+    A control token is a special one, or any other added one that stands in brackets, such as `<tool_call>`, unless it is part of the
+    tokenizer's ordinary vocabulary and the chat template does not write it.
+
+    Attributes:
+        data: finds control tokens in text of users, systems and tools.
+        answers: finds special tokens in text of the assistant; others, such as `<think>`, are what the model writes.
+        stop: matches a special token together with the space that the tokenizer takes with it.
+        cuts: whether pieces that are encoded one by one give the ids of their encoding after each other. A tokenizer that puts a space
+            before its text does not.
+    Raises:
+        UserError: a control token cannot be told from the same characters in text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = ""):
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+        named = set(tokenizer.all_special_tokens)
+        self.special = {t.content: i for i, t in added.items() if t.special or t.content in named}
+        self.control = {t.content: i for i, t in added.items() if t.content in self.special or self._is_control(t.content, template)}
+        self._names = {number: content for content, number in self.control.items()}
+        self._plain, self._plain_ids = self._without_control({i: t for i, t in added.items() if t.content not in self.control})
+        normalized = any(t.normalized for t in added.values() if t.content in self.control)
+        normalize = self._backend.normalizer.normalize_str if normalized and self._backend.normalizer else None
+        self.data, self.answers = ControlText(self.control, normalize), ControlText(self.special, normalize)
+        rights = {t.content: r"\s*" if t.rstrip else "" for t in added.values()}
+        self.stop = re.compile("|".join(re.escape(t) + rights[t] for t in sorted(self.special, key=len, reverse=True)) or "(?!)")
+        self._check_plain()
+        self.cuts = self._cuts()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, its control tokens among them."""
+        self._reset()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text in which nothing is a control token."""
+        return [self._plain_ids.get(i, i) for i in self._plain.encode(text, add_special_tokens=False).ids]
+
+    def encode_disguised(self, text: str, disguise: Disguise) -> list[int]:
+        """The ids of a rendered text: its control tokens as such, all between them as plain text, and what was hidden shown."""
+        self._reset()
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        done = 0
+        for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if text[start:end].strip() == self._names.get(number):
+                ids += [*self.encode_plain(disguise.show(text[done:start])), number]
+                done = end
+        return ids + self.encode_plain(disguise.show(text[done:]))
+
+    def is_control_in(self, disguise: Disguise | None) -> bool:
+        """Whether a whole control token is hidden, not only a part of one."""
+        return disguise is not None and any(part in self.control for part in disguise.parts)
+
+    def _reset(self) -> None:
+        """Undo what other users of the tokenizer have set in it: truncation, padding, control tokens as text."""
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
+
+    def _is_control(self, content: str, template: str) -> bool:
+        ordinary = self._backend.model.token_to_id(content) is not None
+        return bool(BRACKETED.fullmatch(content)) and (content in template or not ordinary)
+
+    def _without_control(self, kept: dict[int, AddedToken]) -> tuple[Tokenizer, dict[int, int]]:
+        """A tokenizer of the same model that knows no control token, and the true ids of the added tokens that it does know."""
+        plain = Tokenizer(self._backend.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if getattr(self._backend, part) is not None:
+                setattr(plain, part, getattr(self._backend, part))
+        plain.add_tokens(list(kept.values()))
+        return plain, {new: number for number, t in kept.items() if (new := plain.token_to_id(t.content)) is not None}
+
+    def _check_plain(self) -> None:
+        if self.encode_plain(PROBE) != self.encode([PROBE])[0]:
+            raise UserError("the tokenizer encodes text otherwise when it knows no control tokens", where="tokenizer", fix=FIX)
+        for token, number in self.control.items():
+            if number in self.encode_plain(token):
+                raise UserError(f"the tokenizer makes its control token {token!r} out of text", where="tokenizer", fix=FIX)
+
+    def _cuts(self) -> bool:
+        word, token = "Hello", next(iter(self.special), "")
+        alone, between = self.encode([word, f"{word}{token}{word}"])
+        spelled = "".join(filter(None, map(self._backend.id_to_token, alone)))
+        return spelled == word and between == [*alone, *([self.special[token]] if token else []), *alone]
+
+
+FIX = "use a model whose tokenizer keeps control tokens apart from text"
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text inside lists and objects, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy in which every text that `strings` gives is changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): map_strings(item, change) for key, item in value.items()}
+    return [map_strings(item, change) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,310 @@
+"""A chat to token ids and the mask of the tokens that are trained, by the tokenizer's own chat template.
+
+The trained part of an assistant's turn begins where the prompt for it ends, as rendered for generation, and ends with the control token
+that ends the turn. It is found exactly in the rendered text, or the chat is refused. The text is cut there before it is tokenized, so that
+the tokens on both sides are those of inference, where prompt and answer are never one text.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from verl.data.chat import Chat, Message, checked
+from verl.data.encode import ControlText, Disguise, Encoder, map_strings, strings
+from verl.data.formats import first_line
+from verl.errors import UserError
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARK_THE_TURN = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around what the assistant writes"
+PROBE = Chat([{"role": "user", "content": "Is the sky blue?"}, {"role": "assistant", "content": "Yes, it is."}])
+
+Result = TypeVar("Result")
+Span = tuple[int, int]  # first character of a part of a text, and the one behind it
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A document.
+
+    Attributes:
+        input_ids: its tokens.
+        loss_mask: whether each token itself is trained.
+        has_control_text: whether its data held text of a control token, which was encoded as plain text.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    has_control_text: bool = False
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A rendered chat before it is tokenized: its text, the trained parts of it, and what is hidden in it."""
+
+    text: str
+    trained: list[Span]
+    disguise: Disguise | None
+
+    def pieces(self) -> Iterator[tuple[str, bool]]:
+        """The text between, in and behind the trained parts, each with whether it is trained."""
+        done = 0
+        for start, end in self.trained:
+            yield self.text[done:start], False
+            yield self.text[start:end], True
+            done = end
+        yield self.text[done:], False
+
+
+class Renderer:
+    """Renders chats and texts with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        templates = tokenizer.chat_template
+        self._encoder = Encoder(tokenizer, "\n".join(templates.values()) if isinstance(templates, dict) else templates or "")
+
+    def chat(self, messages: object, tools: object = None) -> Rendered:
+        """One chat, with the assistant's turns trained.
+
+        Args:
+            messages: a list of {role, content}, or its JSON; the roles are system, user, assistant and tool.
+            tools: None, a list of JSON schemas, or its JSON.
+        Raises:
+            UserError: the chat is not right, or its trained tokens cannot be found exactly.
+        """
+        (rendered,) = self.chats([(messages, tools)])
+        if isinstance(rendered, UserError):
+            raise rendered
+        return rendered
+
+    def chats(self, chats: Sequence[tuple[object, object]]) -> list[Rendered | UserError]:
+        """Many chats at once, which is much faster; in the place of a chat that is refused stands its error.
+
+        Args:
+            chats: messages and tools of each, as for `chat`.
+        Raises:
+            UserError: the chat template cannot be used at all.
+        """
+        self._check_template()
+        texts = [_or_error(self._text_of, messages, tools) for messages, tools in chats]
+        if not self._encoder.cuts:
+            return [text if isinstance(text, UserError) else _or_error(self._encode_whole, text) for text in texts]
+        rendered = iter(self._encode_in_pieces([text for text in texts if not isinstance(text, UserError)]))
+        return [text if isinstance(text, UserError) else next(rendered) for text in texts]
+
+    def prompt(self, messages: object, tools: object = None) -> list[int]:
+        """The tokens of a chat up to where the assistant begins to write. Raises UserError like `chat`."""
+        chat, disguise = self._disguised(checked(messages, tools))
+        return self._encode_one(self._render(chat, for_answer=True), disguise)
+
+    def text(self, text: str) -> Rendered:
+        """A plain text, trained whole: without control tokens inside, and with the end-of-text token behind it.
+
+        Raises:
+            UserError: the tokenizer has no end-of-text token.
+        """
+        (rendered,) = self.texts([text])
+        return rendered
+
+    def texts(self, texts: Sequence[str]) -> list[Rendered]:
+        """Many texts at once. Raises UserError like `text`."""
+        begin, end = self._text_begin, self._text_end
+        held = [self._encoder.data.is_in(text) for text in texts]
+        ordinary = iter(self._encoder.encode([text for text, is_held in zip(texts, held, strict=True) if not is_held]))
+        bodies = [self._encoder.encode_plain(text) if is_held else next(ordinary) for text, is_held in zip(texts, held, strict=True)]
+        return [
+            Rendered([*begin, *body, end], [False] * len(begin) + [True] * (len(body) + 1), is_held)
+            for body, is_held in zip(bodies, held, strict=True)
+        ]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids of the tokens that end a plain answer, such as that of `<|im_end|>`.
+
+        Raises:
+            UserError: the chat template cannot be used.
+        """
+        return [self._stop]
+
+    def _check_template(self) -> None:
+        """So that a template which cannot be used is one error and not one of each row."""
+        self._stop  # noqa: B018
+
+    @functools.cached_property
+    def _stop(self) -> int:
+        """Found in a chat of one question and its answer."""
+        try:
+            text = self._text_of(PROBE.messages, None)
+            prompt = self._render(PROBE.up_to(1), for_answer=True)
+        except UserError as error:
+            raise UserError(error.what, where="chat template", fix=error.fix) from None
+        ((start, end),) = text.trained
+        if text.text.startswith(prompt) and start < len(prompt):
+            what = "{% generation %} marks what stands in the prompt already"
+            raise UserError(what, where="chat template", fix="begin the mark behind the header of the assistant's turn")
+        return self._encoder.encode([text.text[start:end]])[0][-1]
+
+    @functools.cached_property
+    def _text_begin(self) -> list[int]:
+        bos = self._tokenizer.bos_token_id
+        return [bos] if bos is not None and self._tokenizer("a").input_ids[0] == bos else []
+
+    @functools.cached_property
+    def _text_end(self) -> int:
+        if self._tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-text token", where="eos_token", fix="name one in its tokenizer_config.json")
+        return self._tokenizer.eos_token_id
+
+    def _text_of(self, messages: object, tools: object) -> _Text:
+        chat, disguise = self._disguised(checked(messages, tools))
+        if not any(chat.answers()):
+            raise UserError("no assistant's turn, so there is nothing to learn", where="messages", fix="add the answer, or remove the row")
+        if GENERATION_MARK.search(self._template(chat)):
+            text, marks = self._render_marked(chat)
+            return _Text(text, self._marked(chat, text, marks), disguise)
+        text = self._render(chat)
+        return _Text(text, self._prompted(chat, text), disguise)
+
+    def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
+        """The chat with control text hidden, and what is hidden; None if there is nothing to hide."""
+        encoder = self._encoder
+        controls = [encoder.answers if message["role"] == "assistant" else encoder.data for message in chat.messages]
+        texts = [(control, text) for control, message in zip(controls, chat.messages, strict=True) for text in _data_of(message)]
+        texts += [(encoder.data, text) for text in strings(chat.tools)]
+        if not any(control.touches(text) for control, text in texts):
+            return chat, None
+        disguise = Disguise([chat.messages, chat.tools])
+        messages = [_hidden(message, control, disguise) for control, message in zip(controls, chat.messages, strict=True)]
+        return Chat(messages, _hidden(chat.tools, encoder.data, disguise)), disguise
+
+    # Rendering
+
+    def _template(self, chat: Chat) -> str:
+        if not self._tokenizer.chat_template:
+            fix = "set data.chat_template=path/to/template.jinja, or use an instruct model"
+            raise UserError("the tokenizer has no chat template", where="chat template", fix=fix)
+        return self._tokenizer.get_chat_template(None, chat.tools)  # type: ignore[arg-type]
+
+    def _render(self, chat: Chat, *, for_answer: bool = False) -> str:
+        return self._run_template(chat, add_generation_prompt=for_answer)[0][0]
+
+    def _render_marked(self, chat: Chat) -> tuple[str, list[Span]]:
+        """The rendered text, and the parts of it that the template has marked with {% generation %}."""
+        texts, marks = self._run_template(chat, return_assistant_tokens_mask=True)
+        return texts[0], marks[0]
+
+    def _run_template(self, chat: Chat, **options: bool) -> Any:
+        template = self._template(chat)
+        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options}
+        try:
+            return render_jinja_template([chat.messages], tools=chat.tools, chat_template=template, **names)
+        except Exception as error:  # a template is a program of the model's author, and fails as it likes
+            what = f"the chat template does not take it: {first_line(error)}"
+            raise UserError(what, where="messages", fix="mend the chat, or set data.chat_template") from error
+
+    # Finding the trained parts
+
+    def _prompted(self, chat: Chat, text: str) -> list[Span]:
+        """Each assistant's turn, from the end of the prompt for it to the first special token; those of the data are hidden."""
+        spans = []
+        for number, message in chat.answers():
+            prompt = self._render(chat.up_to(number), for_answer=True)
+            if not text.startswith(prompt):
+                what = "the chat template writes what stands before this turn otherwise once the chat goes on"
+                raise UserError(what, where=f"messages[{number}]", fix=MARK_THE_TURN)
+            spans.append(self._turn(number, message, text, len(prompt), len(prompt)))
+        return spans
+
+    def _marked(self, chat: Chat, text: str, marks: list[Span]) -> list[Span]:
+        """The template's own marks, each up to the special token that ends it or follows it."""
+        answers = list(chat.answers())
+        if len(marks) != len(answers):
+            what = f"the chat template marks {len(marks)} turns with {{% generation %}}, the chat has {len(answers)} of the assistant"
+            raise UserError(what, where="messages", fix="mark each of the assistant's turns once")
+        ends = [self._stop_in(text, *mark) for mark in marks]
+        return [self._turn(*answer, text, start, end) for answer, (start, _), end in zip(answers, marks, ends, strict=True)]
+
+    def _stop_in(self, text: str, start: int, end: int) -> int:
+        """Where a mark's last special token begins, if nothing but space follows it there; else the mark's end."""
+        stops = [found.start() for found in self._encoder.stop.finditer(text, start, end) if not text[found.end() : end].strip()]
+        return stops[-1] if stops else end
+
+    def _turn(self, number: int, message: Message, text: str, start: int, not_before: int) -> Span:
+        """An assistant's turn from `start` to the end of the first special token that does not stand before `not_before`."""
+        where = f"messages[{number}]"
+        stop = self._encoder.stop.search(text, not_before)
+        if stop is None:
+            raise UserError("no control token ends the assistant's turn in the chat template", where=where, fix=MARK_THE_TURN)
+        said = text[start : stop.start()]
+        if not _says(said, message):
+            what = f"the chat template changes or leaves out what the assistant writes, and makes {said!r:.80} of it"
+            raise UserError(what, where=where, fix=MARK_THE_TURN)
+        return start, stop.end()
+
+    # Encoding
+
+    def _encode_in_pieces(self, texts: list[_Text]) -> list[Rendered]:
+        """Each text cut where trained parts begin and end; the pieces of all of them are encoded in one call."""
+        ordinary = iter(self._encoder.encode([piece for text in texts if not text.disguise for piece, _ in text.pieces()]))
+        rendered = []
+        for text in texts:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for piece, trained in text.pieces():
+                tokens = self._encoder.encode_disguised(piece, text.disguise) if text.disguise else next(ordinary)
+                ids += tokens
+                mask += [trained] * len(tokens)
+            rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise)))
+        return rendered
+
+    def _encode_whole(self, text: _Text) -> Rendered:
+        """For a tokenizer whose pieces cannot be put together: the whole text, if its ids begin with those of each prompt in it."""
+        ids = self._encode_one(text.text, text.disguise)
+        mask = [False] * len(ids)
+        for start, end in text.trained:
+            before, within = self._encoder.encode([text.text[:start], text.text[:end]])
+            if ids[: len(before)] != before or ids[: len(within)] != within:
+                what = "the tokenizer joins the end of the prompt and the beginning of the answer into one token"
+                raise UserError(what, where="messages", fix="let the answer begin with a letter, or remove the row")
+            mask[len(before) : len(within)] = [True] * (len(within) - len(before))
+        return Rendered(ids, mask)
+
+    def _encode_one(self, text: str, disguise: Disguise | None) -> list[int]:
+        if disguise is None:
+            return self._encoder.encode([text])[0]
+        if not self._encoder.cuts:
+            what = "holds text of a control token, which this tokenizer cannot encode as plain text inside a chat"
+            raise UserError(what, where="messages", fix="remove it from the row")
+        return self._encoder.encode_disguised(text, disguise)
+
+
+def _or_error(function: Callable[..., Result], *args: object) -> Result | UserError:
+    try:
+        return function(*args)
+    except UserError as error:
+        return error
+
+
+def _data_of(message: Message) -> Iterator[str]:
+    """The texts of a message that come from the data: all but its role."""
+    return (text for key, value in message.items() if key != "role" for text in strings(value))
+
+
+def _hidden(value: Any, control: ControlText, disguise: Disguise) -> Any:
+    hidden = map_strings(value, lambda text: control.hide(text, disguise.character_for))
+    return {**hidden, "role": value["role"]} if isinstance(value, dict) else hidden
+
+
+def _says(said: str, message: Message) -> bool:
+    """Whether a rendered turn holds the message's text, last if there are no calls, and the names of its calls.
+
+    Space is left aside, which templates strip.
+    """
+    said, content = "".join(said.split()), "".join(message.get("content", "").split())
+    names = ["".join(call.get("function", call)["name"].split()) for call in message.get("tool_calls", [])]
+    return all(name in said for name in names) and (content in said if names else said.endswith(content))
