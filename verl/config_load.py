@@ -79,13 +79,14 @@ def load(schema: type[Config], argv: list[str]) -> Config:
             _assign(config, key, value, where=str(file))
     for key, text in pairs:
         _assign(config, key, _parse(key, text), where=key)
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{' and '.join(missing)} must be given", fix=f"add {' '.join(f'{key}=…' for key in missing)}; --help lists all keys")
     try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        if missing:
+            fix = f"add {' '.join(f'{key}=…' for key in missing)}; --help lists all keys"
+            raise UserError(f"{' and '.join(missing)} must be given", fix=fix)
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error), fix="mend the ${…} in the value") from error
+        raise UserError(_first_line(error), where=error.full_key, fix="mend the ${…} in the value") from error
     result.check()  # type: ignore[attr-defined]
     return result  # type: ignore[return-value]
 
@@ -154,7 +155,7 @@ _StrictLoader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506: a SafeLoader
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
         raise UserError("no such config file", where=str(path), fix=f"the current folder is {Path.cwd()}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -171,7 +172,7 @@ def _parse(key: str, text: str) -> Any:
     if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` a path
         return text
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506: a SafeLoader
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         if text[0] in "[{":
             raise UserError(f"cannot read the value {text!r}", where=key, fix="write lists as [a,b]") from None

@@ -1,0 +1,56 @@
+"""A name in the config is a file: a built-in one, a module, or the user's own."""
+
+from pathlib import Path
+
+import pytest
+
+from verl import plugin
+from verl.errors import UserError
+
+LOGGER = "def start(run):\n    return None\n"
+
+
+def test_a_bare_name_is_a_module_of_the_folder() -> None:
+    assert plugin.load("verl.loggers", "console", needs=("start",)).__name__ == "verl.loggers.console"
+
+
+def test_helpers_of_the_folder_are_no_plugins() -> None:
+    assert plugin.names("verl.loggers") == ["console", "tensorboard", "trackio", "wandb"]
+    with pytest.raises(UserError):
+        plugin.load("verl.loggers", "_redact")
+
+
+def test_a_path_is_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(LOGGER)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert plugin.load("verl.loggers", f"{tmp_path}/mine.py", needs=("start",)).start(None) is None
+    assert plugin.load("verl.loggers", "~/mine.py").__file__ == str(tmp_path / "mine.py")
+
+
+def test_a_dotted_name_is_any_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "mine.py").write_text(LOGGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert plugin.load("verl.loggers", "own_package.mine", needs=("start",)).start(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "fix"),
+    [
+        ("wanbd", "no loggers named 'wanbd'", "did you mean 'wandb'? console, tensorboard, trackio, wandb, or path/to/file.py"),
+        ("own.missing", "no module 'own'", "path of a .py file"),
+        ("missing.py", "no such file", "the current folder is"),
+    ],
+)
+def test_what_does_not_exist_is_answered_with_what_does(name: str, found: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plugin.load("verl.loggers", name)
+    assert found in caught.value.what
+    assert fix in (caught.value.fix or "")
+
+
+def test_a_file_without_the_function_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("begin = 1\n")
+    with pytest.raises(UserError, match="has no function 'start'") as caught:
+        plugin.load("verl.loggers", str(tmp_path / "empty.py"), needs=("start",))
+    assert caught.value.where == str(tmp_path / "empty.py")
