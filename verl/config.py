@@ -231,6 +231,27 @@ class EvalConfig:
             raise UserError(f"n={self.n} answers at temperature=0 are all the same", where="n", fix="set temperature=1, or n=1")
 
 
+@dataclass
+class ChatConfig:
+    """`verl chat DIR`: talk with a checkpoint in the terminal."""
+
+    # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name. `verl chat DIR` says the same.
+    model_path: str = MISSING
+    # 0: the most likely token each time; above: sample.
+    temperature: float = 0.7
+    # Longest answer, in tokens.
+    max_new_tokens: int = 512
+    # What the model is told before the chat; null: what its template says by itself.
+    system: str | None = None
+    # Run Python code that comes with the model. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        at_least("temperature", self.temperature, 0.0)
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
 def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"found {value!r}", where=key, fix=f"one of {', '.join(allowed)}")

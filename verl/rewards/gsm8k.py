@@ -5,6 +5,7 @@ time in proportion to its length.
 """
 
 import re
+from collections import deque
 from typing import Literal
 
 Method = Literal["strict", "flexible"]
@@ -64,10 +65,8 @@ def extract_answer(text: str, method: Method = "strict") -> str | None:
     """
     if method not in ("strict", "flexible"):
         raise ValueError(f"no method {method!r}: strict or flexible")
-    last = None
-    for last in (MARKED_NUMBER if method == "strict" else ANY_NUMBER).finditer(text):
-        pass
-    return None if last is None else _canonical(last)
+    last = deque((MARKED_NUMBER if method == "strict" else ANY_NUMBER).finditer(text), maxlen=1)
+    return _canonical(last[0]) if last else None
 
 
 def _canonical(match: re.Match[str]) -> str:

@@ -1,0 +1,124 @@
+"""Talk with a checkpoint in the terminal: `verl chat DIR`."""
+
+import contextlib
+import importlib
+import random
+import sys
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from verl import config_load, dist
+from verl.config import ChatConfig
+from verl.data.render import Renderer
+from verl.errors import UserError, exit_on_user_error, print_error
+from verl.models.load import load_tokenizer
+from verl.rollout import Sampling
+from verl.rollout.hf import HfRollout, load_rollout
+from verl.run import quiet_libraries
+
+HELP = "/reset forgets the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
+# What a model writes must not steer the terminal: of the control characters only the tab and the line end are shown.
+UNSHOWN = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
+
+class Chat:
+    """A chat and the model that answers in it.
+
+    Args:
+        config: temperature, max_new_tokens and the system message.
+        rollout: of the model.
+        tokenizer: of the model.
+        renderer: of the tokenizer.
+    """
+
+    def __init__(self, config: ChatConfig, rollout: HfRollout, tokenizer: PreTrainedTokenizerBase, renderer: Renderer):
+        self._config, self._rollout, self._tokenizer, self._renderer = config, rollout, tokenizer, renderer
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages = [{"role": "system", "content": self._config.system}] if self._config.system else []
+
+    def ask(self, text: str) -> None:
+        """Print the answer while it is generated, and keep it; Ctrl+C stops it, and what was said so far is kept.
+
+        Raises:
+            UserError: the question cannot be asked; the chat is as before.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        prompt = self._renderer.prompt(asked)
+        positions = self._rollout.positions or sys.maxsize
+        if len(prompt) >= positions:
+            raise UserError(f"the chat of {len(prompt):,} tokens fills the model's {positions:,} positions", fix="/reset forgets it")
+        said = Said(self._tokenizer, self._rollout.stop_ids)
+        sampling = Sampling(
+            min(self._config.max_new_tokens, positions - len(prompt)), self._config.temperature, seed=random.randrange(2**31)
+        )
+        try:
+            completion = self._rollout.generate_aloud(prompt, sampling, said.add)
+            print("" if completion.finish_reason == "stop" else f" [cut at {len(completion.token_ids):,} tokens]", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", flush=True)
+        # A template may refuse an empty answer, so a question without one is forgotten.
+        if said.text.strip():
+            self.messages = [*asked, {"role": "assistant", "content": said.text}]
+
+
+class Said:
+    """An answer that is printed token by token; part of a character waits for the rest."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]):
+        self._backend, self._stop_ids, self._stream = tokenizer.backend_tokenizer, stop_ids, DecodeStream(skip_special_tokens=True)
+        self.text = ""
+
+    def add(self, token: int) -> None:
+        if token in self._stop_ids:
+            return
+        new = self._stream.step(self._backend, token) or ""
+        self.text += new
+        print(new.translate(UNSHOWN), end="", flush=True)
+
+
+def talk(chat: Chat) -> None:
+    """Read questions and commands until /exit or the end of the input."""
+    shown = "\n> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(shown).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(f"\n{HELP}")
+            continue
+        if text == "/exit":
+            return
+        if text == "/reset":
+            chat.reset()
+        elif text.startswith("/"):
+            print(HELP)
+        elif text:
+            try:
+                chat.ask(text)
+            except UserError as error:
+                print_error(error)
+
+
+def main(argv: list[str]) -> None:
+    """`DIR key=value …`; the directory may also be written as model_path=DIR."""
+    quiet_libraries()
+    if argv and not argv[0].startswith("-") and "=" not in argv[0]:
+        argv = [f"model_path={argv[0]}", *argv[1:]]
+    config = config_load.load(ChatConfig, argv)
+    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
+    renderer = Renderer(tokenizer)
+    rollout = load_rollout(config.model_path, tokenizer, renderer.stop_ids, batch_size=1, trust_remote_code=config.trust_remote_code)
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            importlib.import_module("readline")  # gives input() arrow keys and a history
+        print(f"{config.model_path} on {dist.describe_device(rollout.model.device)}; {HELP}")
+    talk(Chat(config, rollout, tokenizer, renderer))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, sys.argv[1:])

@@ -1,0 +1,116 @@
+"""One graded answer, by a module of verl/rewards or a user's own file."""
+
+import math
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from verl import plugin
+from verl.errors import UserError
+from verl.rollout import Completion
+
+
+@dataclass(frozen=True)
+class Question:
+    """A data row that is to be answered.
+
+    Attributes:
+        where: its place in the file.
+        prompt: the question, as it stands in the data.
+        reference: the right answer, as it stands in the data.
+        row: all columns, and `reference`.
+    """
+
+    where: str
+    prompt: str
+    reference: str
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One graded answer, a line of predictions.jsonl.
+
+    Attributes:
+        prompt: the question, as it stands in the data.
+        response: the model's answer, without its stop token.
+        reference: the right answer, as it stands in the data.
+        extracted: what the grader compares of the response, or None.
+        expected: what the grader compares of the reference, or None.
+        correct: whether the score is 1.
+        correct_flexible: the same, when any last number counts; None if the grader has no such rule.
+        score: from the grader.
+        finish_reason: "stop", or "length" for an answer cut at max_new_tokens.
+        tokens: generated, with the stop token.
+    """
+
+    prompt: str
+    response: str
+    reference: str
+    extracted: str | None
+    expected: str | None
+    correct: bool
+    correct_flexible: bool | None
+    score: float
+    finish_reason: str
+    tokens: int
+
+
+class Grader:
+    """A grader, and what it can do beside `score` (see verl/rewards).
+
+    Args:
+        name: of a module in verl/rewards, a dotted module, or path/to/file.py.
+    Attributes:
+        measure: what the mean of its scores is called.
+    Raises:
+        UserError: no such grader, or it has no function `score`.
+    """
+
+    def __init__(self, name: str):
+        module = plugin.load("verl.rewards", name, needs=("score",))
+        self.name = name
+        self._score = module.score
+        self._extract = getattr(module, "extract_answer", None)
+        self._expect = getattr(module, "reference_answer", self._extract)
+        self._matches = getattr(module, "exact_match", None)
+        self.measure = "exact match" if self._matches else "mean score"
+
+    def check(self, question: Question) -> None:
+        """Raises UserError if the grader finds no answer in the reference: no response could be right."""
+        if self._expect is not None and self._call(self._expect, question.reference) is None:
+            fix = "mend the row, or set metric to a grader of such answers"
+            raise UserError(f"metric {self.name!r} finds no answer in {question.reference!r:.60}", where=question.where, fix=fix)
+
+    def grade(self, question: Question, response: str, completion: Completion) -> Prediction:
+        """Grade an answer.
+
+        Args:
+            response: the completion's text, without its stop token.
+        Raises:
+            UserError: the grader fails, or its score is not a number.
+        """
+        reference = question.reference
+        score = self._call(self._score, question.prompt, response, question.row)
+        if not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise UserError(f"score() returned {score!r}", where=f"metric={self.name}", fix="return a finite number, such as 0.0 or 1.0")
+        return Prediction(
+            prompt=question.prompt,
+            response=response,
+            reference=reference,
+            extracted=self._call(self._extract, response) if self._extract else None,
+            expected=self._call(self._expect, reference) if self._expect else None,
+            correct=score == 1,
+            correct_flexible=self._call(self._matches, response, reference, "flexible") if self._matches else None,
+            score=float(score),
+            finish_reason=completion.finish_reason,
+            tokens=len(completion.token_ids),
+        )
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except Exception as error:  # a user's own program, which fails as it likes
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{function.__name__}() raised {type(error).__name__}: {error}"
+            raise UserError(what, where=f"{frame.filename}:{frame.lineno}", fix=f"mend the grader, metric={self.name}") from error

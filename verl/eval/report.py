@@ -1,0 +1,168 @@
+"""What an evaluation says: its progress, its files, its numbers, its table."""
+
+import json
+import math
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from verl import __version__
+from verl.config import EvalConfig
+from verl.durable import replace_text
+from verl.errors import UserError
+from verl.eval.grader import Prediction
+
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+Z_95 = 1.959964  # 97.5th percentile of the normal distribution
+
+
+class Meter:
+    """How far the evaluation is: a bar on a terminal, a line each tenth of the way in a log.
+
+    Args:
+        total: answers that are wanted.
+        measure: what the mean of their scores is called.
+    """
+
+    def __init__(self, total: int, measure: str, console: Console):
+        self._total, self._measure, self._console, self._since = total, measure, console, time.perf_counter()
+        self._answers, self._tokens, self._score, self._tenths = 0, 0, 0.0, 0
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> "Meter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def add(self, predictions: Sequence[Prediction]) -> None:
+        """Count answers that are done, and show what all so far come to."""
+        self._answers += len(predictions)
+        self._tokens += sum(p.tokens for p in predictions)
+        self._score += sum(p.score for p in predictions)
+        rate = self._tokens / (time.perf_counter() - self._since)
+        state = f"{rate:,.0f} tokens/s, {self._measure} {self._score / self._answers:.1%}"
+        self._progress.update(self._task, completed=self._answers, description=state)
+        tenths = 10 * self._answers // self._total
+        if tenths > self._tenths and not self._console.is_terminal:
+            self._console.print(f"{self._answers:,}/{self._total:,} answers, {state}")
+        self._tenths = tenths
+
+
+def open_directory(name: str) -> Path:
+    """The output directory, made when missing.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    directory = Path(name).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=f"output_dir={name}", fix="give another directory") from error
+    return directory
+
+
+def forget_earlier(directory: Path) -> None:
+    """Clear the files of an earlier evaluation, so that numbers never stand beside answers that they do not come from."""
+    (directory / RESULTS).unlink(missing_ok=True)
+    write_predictions(directory, [])
+
+
+def write_predictions(directory: Path, predictions: Sequence[Prediction]) -> None:
+    replace_text(directory / PREDICTIONS, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+
+
+def write_results(directory: Path, results: dict[str, Any]) -> None:
+    replace_text(directory / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds: float, device: str) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        predictions: `config.n` to each question, side by side; the mean of their scores is `exact_match`.
+        seconds: that generating and grading them took.
+        device: what they were generated on, in words.
+    """
+    flexible = [p.correct_flexible for p in predictions if p.correct_flexible is not None]
+    questions, tokens = len(predictions) // config.n, sum(p.tokens for p in predictions)
+    exact_match = _mean([p.score for p in predictions])
+    interval = wilson_interval(exact_match, questions)
+    return {
+        "exact_match": exact_match,
+        "exact_match_flexible": _mean(flexible) if flexible else None,
+        "confidence_interval_95": list(interval) if interval else None,
+        "n": questions,
+        "answers": len(predictions),
+        "truncated": _mean([p.finish_reason == "length" for p in predictions]),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "device": device,
+        "config": asdict(config),
+        "versions": {
+            "verl": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float] | None:
+    """Wilson's 95% interval of a share that was seen in n independent trials (Wilson 1927); None for a mean that is no share.
+
+    Several answers to one question are not independent, so n counts questions: with more answers the interval is a little too wide.
+    """
+    if not 0.0 <= share <= 1.0:
+        return None
+    z2 = Z_95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def print_table(console: Console, results: dict[str, Any], measure: str, directory: Path) -> None:
+    """The results for a person: framed on a terminal, plain lines in a log."""
+    table = Table(show_header=False, box=box.ROUNDED if console.is_terminal else None)
+    interval, flexible = results["confidence_interval_95"], results["exact_match_flexible"]
+    table.add_row(measure, f"{results['exact_match']:.2%}" if interval else f"{results['exact_match']:.4f}")
+    if interval:
+        table.add_row("95% interval", f"{interval[0]:.2%} to {interval[1]:.2%}")
+    if flexible is not None:
+        table.add_row("exact match of any last number", f"{flexible:.2%}")
+    answers = "" if results["answers"] == results["n"] else f", {results['answers']:,} answers"
+    table.add_row("questions", f"{results['n']:,}{answers}")
+    table.add_row("cut at max_new_tokens", f"{results['truncated']:.2%}")
+    table.add_row("generated", f"{results['tokens']:,} tokens in {results['seconds']:,.1f} s: {results['tokens_per_second']:,.0f} tokens/s")
+    console.print(table)
+    for name in (RESULTS, PREDICTIONS):
+        console.print(f"wrote {directory / name}")

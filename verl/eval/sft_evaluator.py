@@ -1,0 +1,159 @@
+"""Exact match of a checkpoint on a file of questions and answers.
+
+    python -m verl.eval.sft_evaluator model_path=checkpoints/verl-sft/run/global_step_100 test_file=test.jsonl output_dir=results
+
+`evaluate` below is the whole way; read it first.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from verl import config_load, dist
+from verl.config import EvalConfig
+from verl.data.render import Renderer
+from verl.data.source import read_rows
+from verl.errors import UserError, exit_on_user_error
+from verl.eval import report
+from verl.eval.grader import Grader, Prediction, Question
+from verl.models.load import load_tokenizer
+from verl.rollout import Completion, Sampling
+from verl.rollout.hf import HfRollout, load_rollout
+from verl.run import quiet_libraries
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Answer every question, grade the answers, and write results.json and predictions.jsonl.
+
+    Returns:
+        the content of results.json.
+    Raises:
+        UserError: anything in the config, the rows, the checkpoint or the grader that is not right.
+    """
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    check_one_process()
+    grader = Grader(config.metric)
+    directory = report.open_directory(config.output_dir)
+    questions = read_questions(config, grader)
+    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
+    renderer = Renderer(tokenizer)
+    prompts = [render(renderer, question) for question in questions]
+    rollout = load_rollout(
+        config.model_path, tokenizer, renderer.stop_ids, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code
+    )
+    sampling = Sampling(longest_answer(config, rollout, questions, prompts, console), config.temperature, config.n, config.seed)
+
+    def grade(number: int, completion: Completion) -> Prediction:
+        return grader.grade(questions[number // config.n], decode(tokenizer, completion), completion)
+
+    device = f"{dist.describe_device(rollout.model.device)}, {str(rollout.model.dtype).removeprefix('torch.')}"
+    console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
+    report.forget_earlier(directory)
+    since = time.perf_counter()
+    predictions = answer(prompts, sampling, rollout, grade, grader.measure, directory, console)
+    results = report.summarize(config, predictions, seconds=time.perf_counter() - since, device=device)
+    report.write_results(directory, results)
+    report.print_table(console, results, grader.measure, directory)
+    return results
+
+
+def answer(
+    prompts: list[list[int]],
+    sampling: Sampling,
+    rollout: HfRollout,
+    grade: Callable[[int, Completion], Prediction],
+    measure: str,
+    directory: Path,
+    console: Console,
+) -> list[Prediction]:
+    """All answers, graded, those to the first prompt first. Whatever ends it early, predictions.jsonl holds what was done."""
+    wanted = len(prompts) * sampling.n
+    done: dict[int, Prediction] = {}
+    try:
+        with report.Meter(wanted, measure, console) as meter:
+            for batch in rollout.stream(prompts, sampling):
+                graded = {number: grade(number, completion) for number, completion in batch}
+                done |= graded
+                meter.add(list(graded.values()))
+    except torch.OutOfMemoryError as error:
+        fix = f"set batch_size={rollout.batch_size // 2}" if rollout.batch_size > 1 else "set a smaller max_new_tokens"
+        raise UserError(f"{rollout.batch_size} answers at a time do not fit into the GPU's memory", where="batch_size", fix=fix) from error
+    finally:
+        report.write_predictions(directory, [done[number] for number in sorted(done)])
+        if len(done) < wanted:
+            console.print(f"stopped: {len(done):,} of {wanted:,} answers are in {directory / report.PREDICTIONS}")
+    return [done[number] for number in sorted(done)]
+
+
+def check_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("the evaluator runs in one process", fix="start it with python -m verl.eval.sft_evaluator, without torchrun")
+
+
+def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
+    """The rows to answer, each of them checked. Raises UserError naming file and line."""
+    samples = None if config.max_samples == -1 else config.max_samples
+    questions = []
+    for row in islice(read_rows(config.test_file, "test_file"), samples):
+        if row.is_text:
+            raise UserError("plain text holds no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
+        prompt, reference = row.text(config.prompt_key, "prompt_key"), row.text(config.response_key, "response_key")
+        question = Question(row.where, prompt, reference, {**row.values, "reference": reference})
+        grader.check(question)
+        questions.append(question)
+    return questions
+
+
+def render(renderer: Renderer, question: Question) -> list[int]:
+    """The tokens of the question, as training showed it to the model."""
+    try:
+        return renderer.prompt([{"role": "user", "content": question.prompt}])
+    except UserError as error:
+        where = ": ".join(filter(None, (question.where, error.where)))
+        raise UserError(error.what, where=where, fix=error.fix) from None
+
+
+def longest_answer(config: EvalConfig, rollout: HfRollout, questions: list[Question], prompts: list[list[int]], console: Console) -> int:
+    """max_new_tokens, or what the model's positions leave for it.
+
+    Raises:
+        UserError: a prompt that leaves nothing.
+    """
+    positions = rollout.positions
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    tokens = len(prompts[longest])
+    if positions is None or tokens + config.max_new_tokens <= positions:
+        return config.max_new_tokens
+    if tokens >= positions:
+        what = f"{tokens:,} tokens of prompt do not fit into the model's {positions:,} positions"
+        raise UserError(what, where=questions[longest].where, fix="shorten the question, or remove the row")
+    console.print(
+        f"answers end at {positions - tokens:,} tokens: the model has {positions:,} positions, the longest prompt takes {tokens:,}"
+    )
+    return positions - tokens
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    """The answer as text, without its stop token."""
+    ids = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def main(argv: list[str]) -> None:
+    quiet_libraries()
+    try:
+        evaluate(config_load.load(EvalConfig, argv))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, sys.argv[1:])
