@@ -172,11 +172,16 @@ def _parse(key: str, text: str) -> Any:
     if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` a path
         return text
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         if text[0] in "[{":
             raise UserError(f"cannot read the value {text!r}", where=key, fix="write lists as [a,b]") from None
         return text
+    if text[0] in "[{\"'":
+        return value
+    # Else a number, true, false or null, or the text as typed: in `system=End with #### N` YAML would see a comment.
+    is_word = len(text.split()) == 1 and not text.startswith("#")
+    return value if is_word and isinstance(value, (bool, int, float, type(None))) else text
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
