@@ -43,7 +43,9 @@ def test_values_have_the_types_of_their_keys() -> None:
 
 
 def test_values_stand_as_they_were_typed() -> None:
-    config = load("data.train_files=~/data/*.jsonl", "trainer.logger=[console,~/mine.py]", "trainer.experiment_name=a=b c", "model.strategy=fsdp")
+    config = load(
+        "data.train_files=~/data/*.jsonl", "trainer.logger=[console,~/mine.py]", "trainer.experiment_name=a=b c", "model.strategy=fsdp"
+    )
     assert config.data.train_files == "~/data/*.jsonl"
     assert config.trainer.logger == ["console", "~/mine.py"]
     assert config.trainer.experiment_name == "a=b c"
@@ -85,7 +87,9 @@ def test_an_unknown_word_names_the_nearest_one(word: str, what: str, fix: str) -
     assert fix in (error.fix or "")
 
 
-@pytest.mark.parametrize("word", ["optim.lr=fast", "data.packing=maybe", "data.max_length=1.5", "optim.betas=0.9", "data.train_files=[a", "trainer.seed=null"])
+@pytest.mark.parametrize(
+    "word", ["optim.lr=fast", "data.packing=maybe", "data.max_length=1.5", "optim.betas=0.9", "data.train_files=[a", "trainer.seed=null"]
+)
 def test_a_value_of_the_wrong_type_names_its_key(word: str) -> None:
     assert error_of(word).where == word.partition("=")[0]
 
@@ -124,7 +128,7 @@ def test_what_cannot_be_meant_names_its_key(words: str, where: str) -> None:
 
 
 def test_what_must_be_given_is_asked_for_at_once() -> None:
-    with pytest.raises(UserError, match="data.train_files and model.partial_pretrain must be given"):
+    with pytest.raises(UserError, match=r"data\.train_files and model\.partial_pretrain must be given"):
         config_load.load(SFTConfig, [])
 
 

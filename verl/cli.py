@@ -1,7 +1,10 @@
 """The `verl` command: each subcommand hands its words to the module that does the work. Light to import: no torch."""
 
 import importlib
+import logging
 import os
+import signal
+import sys
 from typing import Annotated, NoReturn
 
 import typer
@@ -119,22 +122,32 @@ def launch(processes: int, words: list[str]) -> None:
 
     Raises:
         UserError: a wrong config, before any process starts; or more processes than GPUs.
-        SystemExit: the exit code of the first process that failed.
+        SystemExit: with the exit code of the first process that failed, or 128 and the number of the signal that ended it.
     """
     from verl.config import SFTConfig
     from verl.config_load import load
 
     load(SFTConfig, words)
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     if 0 < torch.cuda.device_count() < processes:
         raise UserError(f"found {torch.cuda.device_count()} GPUs", where=f"--gpus {processes}", fix="ask for no more than there are")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why by itself
     try:
         torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", TRAINER, *words])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        code = failure.exitcode
-        raise SystemExit(code if code >= 0 else 128 - code) from None
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # this one could not say it
+            print(f"error: process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        raise SystemExit(exit_code(failure.exitcode)) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
+
+
+def exit_code(of_process: int) -> int:
+    """A shell's exit code for that of a process, where a signal is a negative number."""
+    return of_process if of_process >= 0 else 128 - of_process

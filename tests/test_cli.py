@@ -1,0 +1,249 @@
+"""The verl command: quick to answer, and a thin way to the modules that do the work."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import verl
+from verl import cli, config_load, doctor
+from verl.config import ChatConfig, EvalConfig, SFTConfig
+from verl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+
+
+def command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "verl", *words], capture_output=True, text=True, env=ENVIRONMENT, timeout=200, **options)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["verl", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_help_lists_the_commands_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(10):  # a busy machine is given time to be itself
+        since = time.perf_counter()
+        done = command("--help")
+        seconds.append(time.perf_counter() - since)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+    assert done.returncode == 0
+    assert all(f"│ {name}" in done.stdout for name in ("sft", "eval", "chat", "demo", "doctor"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import verl; assert verl.__version__ and verl.__file__",
+        "import sys; sys.argv = ['verl', '--help']; from verl.cli import main; main()",
+        "import sys; sys.argv = ['verl', 'sft', '--help']; from verl.cli import main; main()",
+        "import sys; sys.argv = ['verl', 'eval', '--help']; from verl.cli import main; main()",
+        "import sys; sys.argv = ['verl', 'sft', '--gpus', '2', 'optim.lrr=1']; from verl.cli import main; main()",
+    ],
+)
+def test_torch_is_not_loaded_before_it_is_needed(code: str) -> None:
+    check = "import atexit, os, sys; atexit.register(lambda: 'torch' in sys.modules and os._exit(77)); "
+    done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode in (0, 2), done.stderr
+
+
+def test_loading_torch_would_be_noticed() -> None:
+    with pytest.raises(AssertionError):
+        test_torch_is_not_loaded_before_it_is_needed("import torch")
+
+
+def test_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"{verl.__version__}\n"
+
+
+def test_the_installed_command_is_this_one() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="verl")
+    assert script.load() is cli.main
+
+
+@pytest.mark.parametrize(("name", "schema"), [("sft", SFTConfig), ("eval", EvalConfig), ("chat", ChatConfig)])
+def test_help_of_a_command_shows_its_keys(
+    name: str, schema: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, name, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"verl {name} ")
+    assert shown.endswith(f"{config_load.describe(schema)}\n")
+
+
+MODULES = {
+    "sft": "verl.trainer.fsdp_sft_trainer",
+    "eval": "verl.eval.sft_evaluator",
+    "chat": "verl.chat",
+    "demo": "verl.demo.run",
+    "doctor": "verl.doctor",
+}
+
+
+@pytest.mark.parametrize(("name", "module"), MODULES.items())
+def test_a_command_hands_its_words_to_its_module_as_they_are(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=given.append))  # type: ignore[arg-type]
+    words = ["--config", "a b.yaml", "data.train_files=[a.jsonl,b.csv]", "DIR", "-x", "optim.lr=1e-5", "--config=c.yaml"]
+    assert call(monkeypatch, name, *words) == 0
+    assert given == [words]
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_each_module_has_a_main(module: str) -> None:
+    assert callable(importlib.import_module(module).main)
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("wrong"), 2), (SystemExit(143), 143), (None, 0)])
+def test_exit_codes_pass_through(error: BaseException | None, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(_: list[str]) -> None:
+        if error:
+            raise error
+
+    monkeypatch.setitem(sys.modules, "verl.chat", SimpleNamespace(main=main))  # type: ignore[arg-type]
+    assert call(monkeypatch, "chat", "DIR") == code
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "verl.doctor")
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert call(monkeypatch, "doctor") == 2
+    assert "packaging.requirements is not installed" in capsys.readouterr().err
+
+
+def test_a_wrong_word_ends_with_code_2_and_no_traceback() -> None:
+    for words in (["sft", "optim.lrr=1"], ["sft", "--gpus", "2", "optim.lrr=1"], ["sft", "--gpus", "0"], ["teach"], ["doctor", "me"]):
+        done = command(*words)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from verl.demo.problems import write_problems
+    from verl.models.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("cli")
+    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 16, 4, seed=5)
+    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    return folder
+
+
+def start_two(folder: Path, train_file: str, output: str) -> subprocess.CompletedProcess[str]:
+    keys = {
+        "data.train_files": folder / train_file,
+        "data.cache_dir": folder / "cache",
+        "model.partial_pretrain": folder / "model",
+        "trainer.default_local_dir": folder / output,
+        "trainer.total_training_steps": 2,
+    }
+    return command("sft", *(f"{key}={value}" for key, value in keys.items()), "--gpus", "2")
+
+
+def test_gpus_starts_so_many_processes(folder: Path) -> None:
+    done = start_two(folder, "train.jsonl", "out")
+    assert done.returncode == 0, done.stderr
+    assert "× 2" in done.stdout
+    assert [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_broken_row_ends_all_processes_with_code_2_and_its_place(folder: Path) -> None:
+    (folder / "broken.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": null}\n')
+    done = start_two(folder, "broken.jsonl", "broken")
+    assert done.returncode == 2, done.stderr
+    assert f"error: {folder}/broken.jsonl:2: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="found 2 GPUs"):
+        cli.launch(4, ["data.train_files=train.jsonl", "model.partial_pretrain=model"])
+
+
+# Doctor
+
+
+def test_doctor_says_what_is_here() -> None:
+    done = command("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in ("python", "torch", "transformers", "attention", "current folder", "downloaded models"):
+        assert part in done.stdout
+
+
+def requirement(text: str) -> doctor.Requirement:
+    return doctor.Requirement(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "extra", "state", "advice"),
+    [
+        ("rich>=1", None, "ok", ""),
+        ("rich>=9999", None, "missing", 'pip install "rich>=9999"'),
+        ("no-such-package>=1", None, "missing", 'pip install "no-such-package>=1"'),
+        ("no-such-package>=1", "wandb", "absent", 'pip install "verl[wandb]"'),
+        ("rich>=9999", "wandb", "warning", 'pip install "verl[wandb]"'),
+    ],
+)
+def test_doctor_knows_what_is_missing_and_what_is_only_optional(text: str, extra: str | None, state: str, advice: str) -> None:
+    found = doctor._package(requirement(text), extra)
+    assert (found.state, found.advice) == (state, advice)
+
+
+def test_doctor_ends_with_1_if_something_needed_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = doctor.Finding("needed", "peft", "not installed", "missing", 'pip install "peft>=0.18"')
+    monkeypatch.setattr(doctor, "examine", lambda: [missing])
+    assert call(monkeypatch, "doctor") == 1
+    assert 'missing: peft: not installed\n  fix: pip install "peft>=0.18"' in capsys.readouterr().out
+
+
+def test_doctor_names_every_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    optional = {found.name for found in doctor.examine() if found.group == "optional"}
+    assert {"liger-kernel", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray"} <= optional
+
+
+def test_doctor_warns_of_what_is_off() -> None:
+    off = [
+        doctor._no_gpu(has_driver=True, cuda=None),
+        doctor._no_gpu(has_driver=True, cuda="13.0"),
+        doctor._gpu(0, "T4", 15, 16, (7, 5)),
+        doctor._gpu(0, "H200", 10, 140, (9, 0)),
+    ]
+    assert [found.state for found in off] == ["warning"] * 4
+    assert all(found.advice for found in off)
+    assert doctor._no_gpu(has_driver=False, cuda=None).state == "ok"
+    assert doctor._gpu(0, "H200", 139, 140, (9, 0)).state == "ok"
+
+
+def test_doctor_warns_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._space("cache", tmp_path / "not" / "yet" / "made").state == "ok"
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert doctor._space("cache", tmp_path).state == "warning"
+
+
+def test_doctors_report_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.report(doctor.examine(), Console(width=60))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 60

@@ -1,0 +1,127 @@
+"""What the documentation says is so: its commands are read by the code, its lists are complete."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from verl import config, config_load
+from verl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "examples" / "sft").glob("*.sh"))
+SCHEMAS = {
+    "verl.trainer.fsdp_sft_trainer": config.SFTConfig,
+    "verl.eval.sft_evaluator": config.EvalConfig,
+    "sft": config.SFTConfig,
+    "eval": config.EvalConfig,
+}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command in the ```bash blocks of a page."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def read(words: list[str], model: Path) -> object | None:
+    """The config that a command's words stand for, with a local model in place of a name on the Hub; None for other commands."""
+    if words[0] == "verl":
+        name, rest = words[1], words[2:]
+    elif "-m" in words:
+        name, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+    else:
+        return None
+    local = [re.sub(r"^(model\.partial_pretrain)=.*", rf"\1={model}", word) for word in rest]
+    return config_load.load(SCHEMAS[name], local) if name in SCHEMAS else None
+
+
+README = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("words", README, ids=" ".join)
+def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    loaded = read(words, tmp_path)
+    if isinstance(loaded, config.SFTConfig):
+        assert loaded.model.partial_pretrain == str(tmp_path) or "--config" in words
+    else:
+        assert isinstance(loaded, config.EvalConfig) or words[:2] in (["verl", "chat"], ["make", "setup"], ["make", "demo"])
+
+
+def test_a_command_with_a_wrong_key_would_be_noticed(tmp_path: Path) -> None:
+    (words,) = commands("```bash\npython -m verl.trainer.fsdp_sft_trainer \\\n  data.train_file=a.jsonl\n```\n")
+    with pytest.raises(UserError, match=r"unknown key 'data\.train_file'"):
+        read(words, tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_an_example_script_is_the_readmes_command(script: Path) -> None:
+    text = script.read_text(encoding="utf-8")
+    (words,) = (words for words in commands(f"```bash\n{text}```") if "-m" in words)
+    assert words[-1] == "$@"
+    assert sorted(words[:-1]) in [sorted(command) for command in README]
+    assert os.access(script, os.X_OK)
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_readme_names_both_example_scripts() -> None:
+    assert len(SCRIPTS) == 2
+    assert all(f"(examples/sft/{script.name})" in (ROOT / "README.md").read_text(encoding="utf-8") for script in SCRIPTS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_an_example_config_is_read(path: Path) -> None:
+    loaded = config_load.load(config.SFTConfig, ["--config", str(path), "data.train_files=train.jsonl"])
+    assert loaded != config_load.load(config.SFTConfig, ["data.train_files=train.jsonl", "model.partial_pretrain=model"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md"])
+def test_links_and_named_files_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    named = re.findall(r"`((?:verl|docs|examples|configs|tests)/[\w./-]+\.\w+)`", text)
+    assert [
+        name for name in [*((ROOT / page).parent / link for link in links), *(ROOT / name for name in named)] if not name.exists()
+    ] == []
+
+
+def test_the_list_of_keys_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_keys", ROOT / "docs" / "make_keys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "keys.md").read_text(encoding="utf-8") == module.page(), "run: python docs/make_keys.py"
+
+
+def tree(text: str) -> set[str]:
+    """The files of the README's tree, as paths."""
+    (block,) = re.findall(r"^```\n(verl/\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found, folders = set(), [""]
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth + 1 :] = [f"{folders[depth]}{name}"]
+        if not name.endswith("/"):
+            found.add(f"{folders[depth]}{name}")
+    return found
+
+
+def modules() -> set[str]:
+    paths = (path.relative_to(ROOT).as_posix() for path in (ROOT / "verl").rglob("*.py"))
+    return {path for path in paths if not path.endswith("/__init__.py")}
+
+
+def test_the_readmes_tree_has_every_module() -> None:
+    assert tree((ROOT / "README.md").read_text(encoding="utf-8")) == modules()
+
+
+def test_a_module_that_the_tree_lacks_is_noticed() -> None:
+    shown = tree("```\nverl/\n  cli.py  the command\n  data/\n    batch.py  the batch\n  run.py\n```\n")
+    assert shown == {"verl/cli.py", "verl/data/batch.py", "verl/run.py"}
