@@ -124,6 +124,11 @@ class Encoder:
         self._reset()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def state(self) -> str:
+        """All that the ids depend on."""
+        self._reset()
+        return self._backend.to_str()
+
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text in which nothing is a control token."""
         return [self._plain_ids.get(i, i) for i in self._plain.encode(text, add_special_tokens=False).ids]

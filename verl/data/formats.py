@@ -55,20 +55,20 @@ class Row:
     values: dict[str, Any]
     is_text: bool = False
 
-    def value(self, column: str, key: str) -> Any:
+    def value(self, column: str, key: str, *, may_be_null: bool = False) -> Any:
         """The column's value.
 
         Args:
             key: the config key that names the column, for the error.
         Raises:
-            UserError: no such column, or it is null.
+            UserError: no such column, or it is null and may not be.
         """
         if column not in self.values:
             found = ", ".join(map(repr, self.values)) or "none"
             near = difflib.get_close_matches(column, list(self.values), n=1)
             fix = f"did you mean {key}={near[0]}?" if near else f"set {key} to the column that holds it"
             raise UserError(f"no column {column!r}; found {found}", where=self.where, fix=fix)
-        if self.values[column] is None:
+        if self.values[column] is None and not may_be_null:
             raise UserError(f"column {column!r} is null", where=self.where, fix="fill it in, or remove the row")
         return self.values[column]
 
@@ -130,6 +130,8 @@ def file_rows(path: Path, meter: Meter) -> Rows:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             found = f"the gzip stream is damaged at byte {raw.tell():,}: {error}"
             raise UserError(found, where=str(path), fix="copy it again, or compress it again") from error
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="copy the file again") from error
 
 
 def _decompressed(raw: BinaryIO) -> io.BufferedReader:

@@ -6,11 +6,14 @@ the tokens on both sides are those of inference, where prompt and answer are nev
 """
 
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -90,10 +93,11 @@ class Renderer:
         Raises:
             UserError: the chat template cannot be used at all.
         """
-        self._check_template()
-        texts = [_or_error(self._text_of, messages, tools) for messages, tools in chats]
+        if chats:
+            self._check_template()
+        texts = [or_error(self._text_of, messages, tools) for messages, tools in chats]
         if not self._encoder.cuts:
-            return [text if isinstance(text, UserError) else _or_error(self._encode_whole, text) for text in texts]
+            return [text if isinstance(text, UserError) else or_error(self._encode_whole, text) for text in texts]
         rendered = iter(self._encode_in_pieces([text for text in texts if not isinstance(text, UserError)]))
         return [text if isinstance(text, UserError) else next(rendered) for text in texts]
 
@@ -113,6 +117,8 @@ class Renderer:
 
     def texts(self, texts: Sequence[str]) -> list[Rendered]:
         """Many texts at once. Raises UserError like `text`."""
+        if not texts:
+            return []
         begin, end = self._text_begin, self._text_end
         held = [self._encoder.data.is_in(text) for text in texts]
         ordinary = iter(self._encoder.encode([text for text, is_held in zip(texts, held, strict=True) if not is_held]))
@@ -130,6 +136,11 @@ class Renderer:
             UserError: the chat template cannot be used.
         """
         return [self._stop]
+
+    def fingerprint(self) -> str:
+        """Differs when the same data gives other tokens."""
+        state = [self._encoder.state(), self._tokenizer.special_tokens_map, self._tokenizer.chat_template, transformers.__version__]
+        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
     def _check_template(self) -> None:
         """So that a template which cannot be used is one error and not one of each row."""
@@ -188,7 +199,7 @@ class Renderer:
         if not self._tokenizer.chat_template:
             fix = "set data.chat_template=path/to/template.jinja, or use an instruct model"
             raise UserError("the tokenizer has no chat template", where="chat template", fix=fix)
-        return self._tokenizer.get_chat_template(None, chat.tools)  # type: ignore[arg-type]
+        return self._tokenizer.get_chat_template(None, chat.tools)
 
     def _render(self, chat: Chat, *, for_answer: bool = False) -> str:
         return self._run_template(chat, add_generation_prompt=for_answer)[0][0]
@@ -200,9 +211,9 @@ class Renderer:
 
     def _run_template(self, chat: Chat, **options: bool) -> Any:
         template = self._template(chat)
-        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options}
+        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options, "tools": chat.tools}
         try:
-            return render_jinja_template([chat.messages], tools=chat.tools, chat_template=template, **names)
+            return render_jinja_template([chat.messages], chat_template=template, **names)
         except Exception as error:  # a template is a program of the model's author, and fails as it likes
             what = f"the chat template does not take it: {first_line(error)}"
             raise UserError(what, where="messages", fix="mend the chat, or set data.chat_template") from error
@@ -283,7 +294,7 @@ class Renderer:
         return self._encoder.encode_disguised(text, disguise)
 
 
-def _or_error(function: Callable[..., Result], *args: object) -> Result | UserError:
+def or_error(function: Callable[..., Result], *args: object) -> Result | UserError:
     try:
         return function(*args)
     except UserError as error:

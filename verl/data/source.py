@@ -118,14 +118,22 @@ def _checked(path: Path, key: str) -> Path:
 def content_hash(sources: list[Source]) -> str:
     """A hash of the sources' content, for the name of a cache."""
     digest = hashlib.sha256()
-    for source in sources:
-        paths = [Path(part["filename"]) for part in _hub_dataset(source).cache_files] if isinstance(source, str) else [source]
-        for path in paths:
-            digest.update(f"{path.stat().st_size} ".encode())
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+    for path in _files(sources):
+        digest.update(f"{path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def size_bytes(sources: list[Source]) -> int:
+    """The size of the sources' files together."""
+    return sum(path.stat().st_size for path in _files(sources))
+
+
+def _files(sources: list[Source]) -> Iterator[Path]:
+    for source in sources:
+        yield from (Path(part["filename"]) for part in _hub_dataset(source).cache_files) if isinstance(source, str) else [source]
 
 
 def _hub_rows(name: str) -> Rows:

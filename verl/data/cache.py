@@ -1,0 +1,84 @@
+"""Tokenized rows on disk: an Arrow file that is mapped into memory, and its checksum behind it."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+
+from verl.data.render import Rendered
+from verl.errors import UserError
+
+SCHEMA = pa.schema(
+    [
+        ("where", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.uint8())),
+        ("has_control_text", pa.bool_()),
+    ]
+)
+CHECKSUM_BYTES = 32
+
+
+def table_of(places: Sequence[str], rows: Sequence[Rendered]) -> pa.RecordBatch:
+    """Rendered rows as columns, each with its place."""
+    ends = np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32)
+    ids = np.concatenate([np.array(row.input_ids, dtype=np.int32) for row in rows]) if rows else np.empty(0, np.int32)
+    mask = np.concatenate([np.array(row.loss_mask, dtype=np.uint8) for row in rows]) if rows else np.empty(0, np.uint8)
+    columns = [
+        pa.array(places, pa.string()),
+        pa.ListArray.from_arrays(ends, ids),
+        pa.ListArray.from_arrays(ends, mask),
+        pa.array([row.has_control_text for row in rows], pa.bool_()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
+    """Write the file under another name, and rename it when it is whole.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+        try:
+            _write(temporary, tables)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        found = f"cannot write {path.parent}: {error.strerror or error}"
+        raise UserError(found, where="data.cache_dir", fix="name another folder") from error
+
+
+def _write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for table in tables:
+            writer.write_batch(table)
+    with pa.memory_map(str(path)) as mapped, path.open("ab") as file:
+        file.write(_checksum(mapped.read_buffer()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[pa.RecordBatch] | None:
+    """The tables of a file, mapped into memory; None if there is no such file or it is damaged."""
+    try:
+        content = pa.memory_map(str(path)).read_buffer()
+    except OSError:
+        return None
+    body, checksum = content.slice(0, max(0, content.size - CHECKSUM_BYTES)), content.slice(max(0, content.size - CHECKSUM_BYTES))
+    if _checksum(body) != checksum.to_pybytes():
+        return None
+    reader = pa.ipc.open_file(pa.BufferReader(body))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+
+def _checksum(content: pa.Buffer) -> bytes:
+    return hashlib.sha256(memoryview(content)).digest()

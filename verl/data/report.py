@@ -1,0 +1,74 @@
+"""What became of the rows, and how the first one looks to the model."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+LONGEST_PART = 1200  # characters; of a longer part the middle is left out
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the rows of a data set.
+
+    Attributes:
+        read: rows in the files, up to the limit on samples.
+        used: rows that are trained or evaluated.
+        cut: rows among them that were longer than data.max_length.
+        dropped: rows left out, by reason.
+        tokens: of the used rows.
+        trained_tokens: tokens among them that are predicted and trained.
+        rows_with_control_text: rows that hold text of a control token, which was encoded as plain text.
+    """
+
+    read: int
+    used: int
+    cut: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    trained_tokens: int = 0
+    rows_with_control_text: int = 0
+
+    def __str__(self) -> str:
+        reasons = f" ({'; '.join(f'{count:,} {reason}' for reason, count in self.dropped.items())})" if self.dropped else ""
+        rows = f"rows {self.read:,} read, {self.used:,} used, {self.cut:,} cut, {sum(self.dropped.values()):,} dropped{reasons}"
+        tokens = f"{self.tokens:,} tokens, {self.trained_tokens / max(1, self.tokens):.1%} trained"
+        control = f"\n{self.rows_with_control_text:,} rows hold text of a control token, encoded as plain text"
+        return f"{rows}; {tokens}{control if self.rows_with_control_text else ''}"
+
+
+def show_first_row(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray, console: Console) -> None:
+    """Print a document with its mask: each line says whether it is trained, and in a terminal it is coloured so.
+
+    Args:
+        ids: token ids.
+        mask: whether each of them is trained.
+    """
+    trained = int(mask[1:].sum())
+    console.print(f"first row, {len(ids):,} tokens, {trained:,} trained (\\n is a line end):", markup=False, highlight=False)
+    for is_trained, text in _parts(tokenizer, ids, mask):
+        label, style = ("trained", "green") if is_trained else ("context", "dim")
+        for line in text.splitlines(keepends=True) if text else []:
+            console.print(Text(f"  {label} | {line}".removesuffix("\n"), style), soft_wrap=True)
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[bool, str]]:
+    position = 0
+    for is_trained, group in itertools.groupby(mask.tolist()):
+        end = position + sum(1 for _ in group)
+        yield is_trained, _printable(str(tokenizer.decode(ids[position:end].tolist())))
+        position = end
+
+
+def _printable(text: str) -> str:
+    """The text with line ends shown, other control characters escaped, and the middle of a long one left out."""
+    if len(text) > LONGEST_PART:
+        text = f"{text[: LONGEST_PART // 2]} … {len(text) - LONGEST_PART:,} more characters … {text[-LONGEST_PART // 2 :]}"
+    return CONTROL_CHARACTER.sub(lambda found: ascii(found[0])[1:-1], text).replace("\n", "\\n\n")
