@@ -15,9 +15,9 @@ COMMANDS = {
 HEAD = """\
 # Keys
 
-Every key of every command, made from `verl/config.py` by `python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file that
-`--config FILE.yaml` names (repeatable; later files win, and `key=value` wins over all files). Lists are written `[a,b]`, nothing is `null`, and
-`~` is your home folder. A key that is not here is an error that names the nearest one.
+Every key of every command, made from `verl/config.py` by `python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file
+that `--config FILE.yaml` names (repeatable; later files win, and `key=value` wins over all files). Lists are written `[a,b]`, nothing is
+`null`, and `~` is your home folder. A key that is not here is an error that names the nearest one.
 """
 
 

@@ -129,11 +129,12 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert "packaging.requirements is not installed" in capsys.readouterr().err
 
 
-def test_a_wrong_word_ends_with_code_2_and_no_traceback() -> None:
-    for words in (["sft", "optim.lrr=1"], ["sft", "--gpus", "2", "optim.lrr=1"], ["sft", "--gpus", "0"], ["teach"], ["doctor", "me"]):
-        done = command(*words)
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    "words", ["sft optim.lrr=1", "sft --gpus 2 optim.lrr=1", "sft --gpus 0", "eval model=x", "chat", "teach", "doctor me"]
+)
+def test_a_wrong_word_ends_with_code_2(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, *words.split()) == 2
+    assert "error" in capsys.readouterr().err.lower()
 
 
 # Several processes
@@ -150,7 +151,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start_two(folder: Path, train_file: str, output: str) -> subprocess.CompletedProcess[str]:
+def start(processes: int, folder: Path, train_file: str, output: str) -> subprocess.CompletedProcess[str]:
     keys = {
         "data.train_files": folder / train_file,
         "data.cache_dir": folder / "cache",
@@ -158,22 +159,22 @@ def start_two(folder: Path, train_file: str, output: str) -> subprocess.Complete
         "trainer.default_local_dir": folder / output,
         "trainer.total_training_steps": 2,
     }
-    return command("sft", *(f"{key}={value}" for key, value in keys.items()), "--gpus", "2")
+    return command("sft", *(f"{key}={value}" for key, value in keys.items()), "--gpus", str(processes))
 
 
 def test_gpus_starts_so_many_processes(folder: Path) -> None:
-    done = start_two(folder, "train.jsonl", "out")
+    done = start(2, folder, "train.jsonl", "out")
     assert done.returncode == 0, done.stderr
     assert "× 2" in done.stdout
     assert [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
-def test_a_broken_row_ends_all_processes_with_code_2_and_its_place(folder: Path) -> None:
+def test_a_broken_row_ends_them_with_code_2_and_nothing_but_its_place(folder: Path) -> None:
     (folder / "broken.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": null}\n')
-    done = start_two(folder, "broken.jsonl", "broken")
+    done = start(1, folder, "broken.jsonl", "broken")
     assert done.returncode == 2, done.stderr
-    assert f"error: {folder}/broken.jsonl:2: " in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {folder}/broken.jsonl:2: ")
+    assert len(done.stderr.splitlines()) == 2
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +188,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 # Doctor
 
 
-def test_doctor_says_what_is_here() -> None:
-    done = command("doctor")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "doctor") == 0
+    shown = capsys.readouterr().out
     for part in ("python", "torch", "transformers", "attention", "current folder", "downloaded models"):
-        assert part in done.stdout
+        assert part in shown
 
 
 def requirement(text: str) -> doctor.Requirement:

@@ -136,7 +136,7 @@ def launch(processes: int, words: list[str]) -> None:
     if 0 < torch.cuda.device_count() < processes:
         raise UserError(f"found {torch.cuda.device_count()} GPUs", where=f"--gpus {processes}", fix="ask for no more than there are")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # a process that fails says why by itself
+    logging.disable()  # of torchrun: a process that fails says why by itself
     try:
         torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", TRAINER, *words])
     except ChildFailedError as error:
