@@ -8,7 +8,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEXT = ["the cat sat on the mat and the dog sat on the log", "What is 12 + 30? The answer is 42.\n\n#### 42", "Yes, it is. Is the sky blue?"] * 4
+TEXT = [
+    "the cat sat on the mat and the dog sat on the log",
+    "What is 12 + 30? The answer is 42.\n\n#### 42",
+    "Yes, it is. Is the sky blue?",
+] * 4
 
 CHATML = (
     "{% for message in messages %}"
@@ -82,7 +86,8 @@ PHI3 = (
 # The answer stands in a channel, between control tokens that the prompt does not hold.
 CHANNELS = (
     "{% for message in messages %}"
-    "{{ '<|start|>' + message.role + ('<|channel|>final' if message.role == 'assistant' else '') + '<|message|>' + message.content + '<|end|>' }}"
+    "{{ '<|start|>' + message.role + ('<|channel|>final' if message.role == 'assistant' else '') }}"
+    "{{ '<|message|>' + message.content + '<|end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
@@ -115,15 +120,17 @@ def _with_prefix_space() -> str:
     return json.dumps(state)
 
 
-def byte_level(template: str | None, special: list[str | AddedToken], added: list[str] = (), **names: str) -> PreTrainedTokenizerFast:  # type: ignore[assignment]
+def byte_level(template: str | None, special: list[str | AddedToken], added: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:
     return _finished(_byte_level(), template, special, added, names)
 
 
 def with_prefix_space(template: str, special: list[str | AddedToken], **names: str) -> PreTrainedTokenizerFast:
-    return _finished(_with_prefix_space(), template, special, [], names)
+    return _finished(_with_prefix_space(), template, special, (), names)
 
 
-def _finished(state: str, template: str | None, special: list[str | AddedToken], added: list[str], names: dict[str, str]) -> PreTrainedTokenizerFast:
+def _finished(
+    state: str, template: str | None, special: list[str | AddedToken], added: tuple[str, ...], names: dict[str, str]
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(state)
     backend.add_special_tokens(special)
     backend.add_tokens([AddedToken(token, normalized=False) for token in added])
@@ -132,13 +139,12 @@ def _finished(state: str, template: str | None, special: list[str | AddedToken],
     return tokenizer
 
 
-def chatml(template: str | None = CHATML, **options: list[str]) -> PreTrainedTokenizerFast:
-    added = options.get("added", ["<tool_call>", "</tool_call>"])
+def chatml(template: str | None = CHATML, added: tuple[str, ...] = ("<tool_call>", "</tool_call>")) -> PreTrainedTokenizerFast:
     return byte_level(template, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], added, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def qwen3() -> PreTrainedTokenizerFast:
-    return chatml(QWEN3, added=["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"])
+    return chatml(QWEN3, ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"))
 
 
 def llama3() -> PreTrainedTokenizerFast:
@@ -147,7 +153,8 @@ def llama3() -> PreTrainedTokenizerFast:
 
 
 def gemma() -> PreTrainedTokenizerFast:
-    return byte_level(GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], ["\n\n", "<table>"], bos_token="<bos>", eos_token="<eos>")
+    special = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    return byte_level(GEMMA, special, ("\n\n", "<table>"), bos_token="<bos>", eos_token="<eos>")
 
 
 def mistral() -> PreTrainedTokenizerFast:

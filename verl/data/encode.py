@@ -1,7 +1,7 @@
 """Text to token ids, such that text from the data can never become a control token.
 
 A tokenizer reads the characters `<|im_end|>` as its control token wherever they stand. In a question they are text, and must not end
-the turn. So before the chat template is rendered, a private-use character takes the place of each control token in the data (`hide`);
+the turn. So before the chat template is rendered, a private-use character takes the place of each control token in the data (`hide_in`);
 what is a control token afterwards was written by the template, and the stretches between are encoded by a tokenizer that knows none.
 """
 
@@ -17,50 +17,6 @@ from verl.errors import UserError
 FIRST_PRIVATE, LAST_PRIVATE = 0xF0000, 0xFFFFD
 BRACKETED = re.compile(r"[<\[{(|].*[>\])}|]", re.DOTALL)
 PROBE = "Hello, world! 12 + 3 = 15\n\n  naïve 你好\tdone."
-
-
-class ControlText:
-    """Finds control tokens in text of the data, and parts of one at its ends that the text beside it could complete."""
-
-    def __init__(self, tokens: Iterable[str], normalize: Callable[[str], str] | None):
-        longest_first = sorted(tokens, key=len, reverse=True)
-        self._whole = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._heads = tuple(sorted({t[:n] for t in longest_first for n in range(1, len(t))}, key=len, reverse=True))
-        self._tails = tuple(sorted({t[n:] for t in longest_first for n in range(1, len(t))}, key=len, reverse=True))
-        self._first, self._last = {t[0] for t in longest_first}, {t[-1] for t in longest_first}
-        self._longest = max(map(len, longest_first), default=0)
-        self._normalize = normalize
-
-    def is_in(self, text: str) -> bool:
-        """Whether the text holds a whole control token."""
-        return bool(self._whole.search(text)) or bool(self._normalize and self._whole.search(self._normalize(text)))
-
-    def touches(self, text: str) -> bool:
-        """Whether the text holds a control token or begins or ends with a part of one."""
-        return self.is_in(text) or self._has_head(text) or self._has_tail(text)
-
-    def hide(self, text: str, replace: Callable[[str], str]) -> str:
-        """The text with `replace(part)` in place of whatever `touches` finds."""
-        text = self._whole.sub(lambda found: replace(found[0]), text)
-        if self._has_head(text):
-            body = text.rstrip()
-            head = next(head for head in self._heads if body.endswith(head))
-            text = body[: -len(head)] + replace(head) + text[len(body) :]
-        if self._has_tail(text):
-            body = text.lstrip()
-            tail = next(tail for tail in self._tails if body.startswith(tail))
-            text = text[: len(text) - len(body)] + replace(tail) + body[len(tail) :]
-        if self.is_in(text):
-            raise UserError("holds a control token in another spelling, which cannot be encoded as text", fix="remove it from the row")
-        return text
-
-    def _has_head(self, text: str) -> bool:
-        end = text.rstrip()[-self._longest :]
-        return not self._first.isdisjoint(end) and end.endswith(self._heads)
-
-    def _has_tail(self, text: str) -> bool:
-        start = text.lstrip()[: self._longest]
-        return not self._last.isdisjoint(start) and start.startswith(self._tails)
 
 
 class Disguise:
@@ -85,6 +41,62 @@ class Disguise:
         for character, part in self._shown.items():
             text = text.replace(character, part)
         return text
+
+
+class ControlText:
+    """Finds control tokens in text of the data, and parts of one at its ends that the text beside it could complete."""
+
+    def __init__(self, tokens: Iterable[str], normalize: Callable[[str], str] | None):
+        longest_first = sorted(tokens, key=len, reverse=True)
+        self._whole = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._heads = tuple(sorted({t[:n] for t in longest_first for n in range(1, len(t))}, key=len, reverse=True))
+        self._tails = tuple(sorted({t[n:] for t in longest_first for n in range(1, len(t))}, key=len, reverse=True))
+        self._first, self._last = {t[0] for t in longest_first}, {t[-1] for t in longest_first}
+        self._longest = max(map(len, longest_first), default=0)
+        self._normalize = normalize
+
+    def is_in(self, text: str) -> bool:
+        """Whether the text holds a whole control token."""
+        return bool(self._whole.search(text)) or bool(self._normalize and self._whole.search(self._normalize(text)))
+
+    def touches(self, text: str) -> bool:
+        """Whether the text holds a control token or begins or ends with a part of one."""
+        return self.is_in(text) or self._has_head(text) or self._has_tail(text)
+
+    def hide_in(self, value: Any, disguise: Disguise) -> Any:
+        """A copy of a text, list or object with whatever `touches` finds in its texts disguised.
+
+        Raises:
+            UserError: the tokenizer's normalizer turns a text into a control token.
+        """
+        if isinstance(value, dict):
+            return {self._hide(key, disguise): self.hide_in(item, disguise) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.hide_in(item, disguise) for item in value]
+        return self._hide(value, disguise) if isinstance(value, str) else value
+
+    def _hide(self, text: str, disguise: Disguise) -> str:
+        text = self._whole.sub(lambda found: disguise.character_for(found[0]), text)
+        if self._has_head(text):
+            body = text.rstrip()
+            head = next(head for head in self._heads if body.endswith(head))
+            text = body[: -len(head)] + disguise.character_for(head) + text[len(body) :]
+        if self._has_tail(text):
+            body = text.lstrip()
+            tail = next(tail for tail in self._tails if body.startswith(tail))
+            text = text[: len(text) - len(body)] + disguise.character_for(tail) + body[len(tail) :]
+        if self.is_in(text):
+            what = "holds a control token in another spelling, which cannot be encoded as text"
+            raise UserError(what, where="messages", fix="remove it from the row")
+        return text
+
+    def _has_head(self, text: str) -> bool:
+        end = text.rstrip()[-self._longest :]
+        return not self._first.isdisjoint(end) and end.endswith(self._heads)
+
+    def _has_tail(self, text: str) -> bool:
+        start = text.lstrip()[: self._longest]
+        return not self._last.isdisjoint(start) and start.startswith(self._tails)
 
 
 class Encoder:
@@ -196,12 +208,3 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from strings(item)
-
-
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy in which every text that `strings` gives is changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): map_strings(item, change) for key, item in value.items()}
-    return [map_strings(item, change) for item in value] if isinstance(value, list) else value

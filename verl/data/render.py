@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from verl.data.chat import Chat, Message, checked
-from verl.data.encode import ControlText, Disguise, Encoder, map_strings, strings
+from verl.data.encode import ControlText, Disguise, Encoder, strings
 from verl.data.formats import first_line
 from verl.errors import UserError
 
@@ -183,15 +183,21 @@ class Renderer:
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """The chat with control text hidden, and what is hidden; None if there is nothing to hide."""
-        encoder = self._encoder
-        controls = [encoder.answers if message["role"] == "assistant" else encoder.data for message in chat.messages]
-        texts = [(control, text) for control, message in zip(controls, chat.messages, strict=True) for text in _data_of(message)]
-        texts += [(encoder.data, text) for text in strings(chat.tools)]
-        if not any(control.touches(text) for control, text in texts):
+        fields = [(self._control(message, value), value) for message in chat.messages for key, value in message.items() if key != "role"]
+        fields.append((self._encoder.data, chat.tools))
+        if not any(control.touches(text) for control, value in fields for text in strings(value)):
             return chat, None
         disguise = Disguise([chat.messages, chat.tools])
-        messages = [_hidden(message, control, disguise) for control, message in zip(controls, chat.messages, strict=True)]
-        return Chat(messages, _hidden(chat.tools, encoder.data, disguise)), disguise
+        messages = [
+            {key: value if key == "role" else self._control(message, value).hide_in(value, disguise) for key, value in message.items()}
+            for message in chat.messages
+        ]
+        return Chat(messages, self._encoder.data.hide_in(chat.tools, disguise)), disguise
+
+    def _control(self, message: Message, value: object) -> ControlText:
+        """What is control text in a field: in the assistant's own text special tokens alone, elsewhere every control token."""
+        is_own_text = message["role"] == "assistant" and isinstance(value, str)
+        return self._encoder.answers if is_own_text else self._encoder.data
 
     # Rendering
 
@@ -299,16 +305,6 @@ def or_error(function: Callable[..., Result], *args: object) -> Result | UserErr
         return function(*args)
     except UserError as error:
         return error
-
-
-def _data_of(message: Message) -> Iterator[str]:
-    """The texts of a message that come from the data: all but its role."""
-    return (text for key, value in message.items() if key != "role" for text in strings(value))
-
-
-def _hidden(value: Any, control: ControlText, disguise: Disguise) -> Any:
-    hidden = map_strings(value, lambda text: control.hide(text, disguise.character_for))
-    return {**hidden, "role": value["role"]} if isinstance(value, dict) else hidden
 
 
 def _says(said: str, message: Message) -> bool:

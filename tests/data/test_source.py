@@ -1,0 +1,330 @@
+"""Files to rows: every format gives the same rows, and what is not right is an error at its place."""
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from verl.data import formats
+from verl.data.source import Row, read_rows, read_rows_and_errors, resolve_files
+from verl.errors import UserError
+
+ROWS = [
+    {"question": "What is 1 + 1?", "answer": "2\n#### 2"},
+    {"question": 'Line\u2028separator, "quotes", a comma; and\ttab', "answer": "naïve 你好 🙂"},
+    {"question": " spaces ", "answer": "x\n\ny"},
+]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def jsonl(rows: list[dict[str, object]] = ROWS, end: str = "\n") -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+
+
+def write_csv(path: Path, rows: list[dict[str, str]] = ROWS, **options: str) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), **options)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def values(files: object) -> list[dict[str, object]]:
+    return [row.values for row in read_rows(files)]
+
+
+def errors(path: Path) -> list[UserError]:
+    return [row for row in read_rows_and_errors(resolve_files(str(path))) if isinstance(row, UserError)]
+
+
+def error_of(path: object) -> UserError:
+    with pytest.raises(UserError) as caught:
+        list(read_rows(path if isinstance(path, list) else str(path)))
+    assert "Traceback" not in str(caught.value)
+    return caught.value
+
+
+def every_format(folder: Path) -> list[Path]:
+    files = [
+        write(folder / "a.jsonl", jsonl()),
+        write(folder / "windows.jsonl", jsonl(end="\r\n")),
+        write(folder / "bom.jsonl", b"\xef\xbb\xbf" + jsonl().encode()),
+        write(folder / "no-last-line-end.jsonl", jsonl().rstrip("\n")),
+        write(folder / "blank-lines.jsonl", jsonl(end="\n\n  \n")),
+        write(folder / "array.json", json.dumps(ROWS)),
+        write(folder / "indented.json", json.dumps(ROWS, indent=2, ensure_ascii=False)),
+        write(folder / "array-named.jsonl", json.dumps(ROWS)),
+        write(folder / "unnamed", jsonl()),
+        write_csv(folder / "a.csv"),
+        write_csv(folder / "unix.csv", lineterminator="\n"),
+        write_csv(folder / "semicolons.csv", delimiter=";"),
+        write_csv(folder / "a.tsv", delimiter="\t"),
+        folder / "a.parquet",
+    ]
+    parquet.write_table(pa.Table.from_pylist(ROWS), folder / "a.parquet")
+    gzipped = [write(folder / f"{path.name}.gz", gzip.compress(path.read_bytes())) for path in files]
+    return [*files, *gzipped, write(folder / "gzipped-named.jsonl", gzip.compress(jsonl().encode()))]
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    for path in every_format(tmp_path):
+        assert values(path) == ROWS, path.name
+
+
+def test_rows_know_their_line(tmp_path: Path) -> None:
+    places = {
+        write(tmp_path / "a.jsonl", "\n" + jsonl()): ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4"],
+        write(tmp_path / "a.json", json.dumps(ROWS, indent=1)): ["a.json:2 (items[0])", "a.json:6 (items[1])", "a.json:10 (items[2])"],
+        write_csv(tmp_path / "a.csv"): ["a.csv:2-3", "a.csv:4", "a.csv:5-7"],
+        write(tmp_path / "a.txt", "one\ntwo\n\n\n three\n"): ["a.txt:1", "a.txt:5"],
+    }
+    for path, expected in places.items():
+        assert [row.where for row in read_rows(str(path))] == [f"{tmp_path}/{place}" for place in expected]
+
+
+def test_rows_of_parquet_are_numbered_across_batches(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"question": [str(i) for i in range(600)]}), tmp_path / "a.parquet")
+    rows = list(read_rows(str(tmp_path / "a.parquet")))
+    assert [row.where for row in rows] == [f"{tmp_path}/a.parquet row {i}" for i in range(1, 601)]
+    assert [row.values["question"] for row in rows] == [str(i) for i in range(600)]
+
+
+def test_nulls_that_parquet_puts_into_objects_are_left_out(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]
+    parquet.write_table(pa.Table.from_pylist([{"messages": chat, "tools": None}]), tmp_path / "a.parquet")
+    (row,) = values(tmp_path / "a.parquet")
+    assert row == {"messages": [chat[0], {"role": "assistant", "tool_calls": chat[1]["tool_calls"]}], "tools": None}
+
+
+def test_a_paragraph_of_plain_text_is_a_row(tmp_path: Path) -> None:
+    for name, end in (("a.txt", "\n"), ("a.md", "\r\n")):
+        rows = list(read_rows(str(write(tmp_path / name, f"one{end}two{end} {end}{end}  three\u2028four"))))
+        assert rows == [
+            Row(f"{tmp_path}/{name}:1", {"text": "one\ntwo"}, is_text=True),
+            Row(f"{tmp_path}/{name}:5", {"text": "  three\u2028four"}, is_text=True),
+        ]
+
+
+def test_files_are_a_path_a_list_or_a_glob(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"{name}.jsonl", json.dumps({"name": name}))
+    assert [row["name"] for row in values(f"{tmp_path}/[ab].jsonl")] == ["a", "b"]
+    assert [row["name"] for row in values([f"{tmp_path}/c.jsonl", f"{tmp_path}/*.jsonl"])] == ["c", "a", "b", "c"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [row["name"] for row in values("~/a.jsonl")] == ["a"]
+    bracketed = write(tmp_path / "d[1].jsonl", '{"name": "d"}')
+    assert values(bracketed) == [{"name": "d"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"question": "a", "answer": "b', "not JSON: Unterminated string"),
+        ('{"question": "a"} {"question": "b"}', "more text after the object"),
+        ("What is 1 + 1?", "not JSON: Expecting value at column 1"),
+        ("[1, 2]", "found a list ([1, 2]), expected an object"),
+        ("42", "found a number (42), expected an object"),
+        ('{"question": "a", "question": "b"}', "the key 'question' stands twice"),
+        ('{"question": NaN}', "NaN is not a number of JSON"),
+        ('{"question": -Infinity}', "-Infinity is not a number of JSON"),
+        ('{"question": 1e999}', "1e999 is too large"),
+        ('{"question": ' + "1" * 5000 + "}", "Exceeds the limit"),
+        ('{"question": "a\\ud800b"}', "half of a surrogate pair in 'a\\ud800b'"),
+        ('{"\\udc00": "a"}', "half of a surrogate pair"),
+        ('{"question": "a\\u0000b"}', "a NUL character in 'a\\x00b'"),
+        ('{"question": "a\0b"}', "Invalid control character"),
+        ('{"question": ' + "[" * 100 + "]" * 100 + "}", "nested more than 64 levels deep"),
+        ('{"question": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 64 levels deep"),
+    ],
+)
+def test_a_broken_line_is_an_error_at_its_place_and_the_next_rows_are_read(tmp_path: Path, line: str, what: str) -> None:
+    path = write(tmp_path / "a.jsonl", f'{{"question": "first"}}\n{line}\n{{"question": "last"}}\n')
+    found = list(read_rows_and_errors(resolve_files(str(path))))
+    assert [type(row) for row in found] == [Row, UserError, Row]
+    assert found[1].where == f"{path}:2"
+    assert what in found[1].what
+    assert found[1].fix
+
+
+def test_a_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"question": "\\ud83d\\ude42"}')
+    assert values(path) == [{"question": "🙂"}]
+
+
+def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"question": "a"}\n{"question": "caf\xe9"}\n{"question": "b"}\n')
+    (error,) = errors(path)
+    assert (error.where, error.what) == (f"{path}:2", "not UTF-8: byte 0xe9 at offset 35")
+    assert path.read_bytes()[35] == 0xE9
+    latin = write(tmp_path / "a.csv", "question\ncafé\n".encode("latin-1"))
+    assert "not UTF-8: byte 0xe9 at offset 12" in str(error_of(latin))
+    assert "UTF-16" in str(error_of(write(tmp_path / "utf16.jsonl", jsonl().encode("utf-16"))))
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ('[{"a": 1}, {"a": }]', ":1 (items[1])", "not JSON"),
+        ('[\n{"a": 1}\n{"a": 2}]', ":2 (items[0])", "no ',' or ']'"),
+        ('[{"a": 1},]', ":1 (items[1])", "not JSON"),
+        ('[{"a": 1}', ":1 (items[0])", "no ',' or ']'"),
+        ('[{"a": 1}] {"a": 2}', "", "more text after the array"),
+        ('[{"a": 1}, 2]', ":1 (items[1])", "found a number (2), expected an object"),
+        ('[{"a": 1}, {"a": "\\ud800"}]', ":1 (items[1])", "half of a surrogate pair"),
+        ("[]", "", "no rows in it"),
+        ("[ ] ", "", "no rows in it"),
+    ],
+)
+def test_a_broken_array_is_an_error_at_its_item(tmp_path: Path, text: str, where: str, what: str) -> None:
+    path = write(tmp_path / "a.json", text)
+    error = error_of(path)
+    assert error.where == f"{path}{where}"
+    assert what in error.what
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("question,answer\na,b\nc\n", ":3", "1 fields, the header has 2"),
+        ('question,answer\n"a\nb",c,d\n', ":2-3", "3 fields, the header has 2"),
+        ("question,question\na,b\n", ":1", "the column 'question' twice"),
+        ("\nquestion,answer\n", ":1", "the first line is blank"),
+        ('question,answer\n"a"b,c\n', ":2", "not CSV"),
+        ('question,answer\n"a,b\n', ":2", "not CSV"),
+        ("question,answer\n", "", "no rows in it"),
+        ("question\na\0b\n", ":2", "NUL"),
+    ],
+)
+def test_a_broken_csv_is_an_error_at_its_lines(tmp_path: Path, text: str, where: str, what: str) -> None:
+    path = write(tmp_path / "a.csv", text)
+    error = error_of(path)
+    assert error.where == f"{path}{where}"
+    assert what in error.what
+
+
+def test_a_line_that_is_no_row_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 1000)
+    bomb = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"question": "' + b"a" * 10**6))
+    assert "longer than" in error_of(bomb).what
+    monkeypatch.setattr(formats, "MAX_WHOLE_FILE_BYTES", 1000)
+    assert "read whole" in error_of(write(tmp_path / "a.json.gz", gzip.compress(b"[" + b" " * 10**6))).what
+
+
+def test_damaged_files_say_what_is_damaged(tmp_path: Path) -> None:
+    whole = gzip.compress(jsonl(ROWS * 1000).encode())
+    assert "gzip stream is damaged" in error_of(write(tmp_path / "a.jsonl.gz", whole[: len(whole) // 2])).what
+    assert "gzip stream is damaged" in error_of(write(tmp_path / "b.jsonl.gz", whole[:500] + b"\0\0\0\0" + whole[504:])).what
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    table = (tmp_path / "a.parquet").read_bytes()
+    assert "not a whole Parquet file" in error_of(write(tmp_path / "b.parquet", table[:-10])).what
+    assert "does not begin with PAR1" in error_of(write(tmp_path / "c.parquet", jsonl())).what
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl", b"", "the file is empty"),
+        ("a.jsonl", b"\n \n", "no rows in it"),
+        ("a.jsonl.gz", gzip.compress(b""), "no rows in it"),
+        ("a.csv.gz", gzip.compress(b""), "the first line is blank"),
+        ("a.txt", b"\n\n", "no rows in it"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd....", "compressed with Zstandard"),
+        ("a.csv", b"PK\x03\x04....", "a ZIP archive or a spreadsheet"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("a.docx", b"hello", "no format is known for the name 'a.docx'"),
+    ],
+)
+def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    error = error_of(write(tmp_path / name, content))
+    assert what in error.what
+    assert error.where
+    assert error.fix or "blank" in what
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", jsonl())
+    error = error_of(tmp_path / "trian.jsonl")
+    assert error.where == "data.train_files"
+    assert error.what == f"no file '{tmp_path}/trian.jsonl'"
+    assert f"did you mean {tmp_path}/train.jsonl?" in error.fix
+    assert str(Path.cwd()) in error.fix
+    assert f"there is no folder {tmp_path}/nowhere" in error_of(tmp_path / "nowhere" / "train.jsonl").fix
+    assert "no file matches" in error_of(tmp_path / "*.csv").what
+
+
+def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", jsonl())
+    error = error_of(tmp_path)
+    assert "is a directory" in error.what and f"{tmp_path}/*.jsonl" in error.fix
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert "not a regular file" in error_of(tmp_path / "pipe.jsonl").what
+    (tmp_path / "broken.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert f"a link to '{tmp_path}/gone.jsonl'" in error_of(tmp_path / "broken.jsonl").what
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    assert "cannot be opened" in error_of(tmp_path / "loop.jsonl").what
+    for value in (None, 3, "", [], [None]):
+        with pytest.raises(UserError, match="give a path"):
+            resolve_files(value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission_shows_its_mode(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", jsonl())
+    path.chmod(0)
+    assert "its mode is ----------" in error_of(path).what
+
+
+def test_a_data_set_of_the_hub_is_not_found_without_network() -> None:
+    error = error_of("nobody/no-such-data-set")
+    assert error.where == "nobody/no-such-data-set"
+    assert "cannot be loaded" in error.what
+
+
+def test_a_path_that_only_looks_like_a_data_set_is_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no file 'data/train.jsonl'" in error_of("data/train.jsonl").what
+    (tmp_path / "data").mkdir()
+    assert "no file 'data/train'" in error_of("data/train").what
+
+
+def test_a_data_set_of_the_hub_gives_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set in the layout that `datasets` loads by name, from a folder instead of the network."""
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    write(tmp_path / "org" / "name" / "train.jsonl", jsonl())
+    import datasets
+
+    load = datasets.load_dataset
+    cache = str(tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: load(str(tmp_path / name), split=split, cache_dir=cache))
+    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 0)  # no reader of ours is used
+    rows = list(read_rows("org/name"))
+    assert [row.values for row in rows] == ROWS
+    assert rows[2].where == "org/name row 3"
+
+
+def test_a_column_that_is_missing_null_or_of_a_wrong_type_is_named() -> None:
+    row = Row("train.jsonl:17", {"qestion": "a", "answer": None, "number": 42, "blank": " \n", "chat": [{"role": "user"}]})
+    found = "'qestion', 'answer', 'number', 'blank', 'chat'"
+
+    def error(column: str, key: str = "data.prompt_key") -> UserError:
+        with pytest.raises(UserError) as caught:
+            row.text(column, key)
+        return caught.value
+
+    missing = error("question")
+    fix = "did you mean data.prompt_key=qestion?"
+    assert str(missing) == f"train.jsonl:17: no column 'question'; found {found}\n  fix: {fix}"
+    assert error("answer").what == "column 'answer' is null"
+    assert error("number").what == "column 'number' is a number (42), expected text"
+    assert error("blank").what == "column 'blank' is empty"
+    assert error("chat").fix == "data.messages_key=chat reads chats"
+    assert row.text("qestion", "data.prompt_key") == "a"
