@@ -49,43 +49,42 @@ def sft(
     gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
 ) -> None:
     """Fine-tune a model on a file of questions and answers: key=value …"""
-    words = context.args
-    if asks_for_help(words):
-        print_keys("SFTConfig", "verl sft [--gpus N] key=value …")
-    elif gpus is None:
-        run_module(TRAINER, words)
+    if gpus is None or asks_for_help(context.args):
+        hand_on(context.args, TRAINER, "SFTConfig", "verl sft [--gpus N] key=value …")
     else:
-        exit_on_user_error(launch, gpus, words)
+        exit_on_user_error(launch, gpus, context.args)
 
 
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Exact match of a checkpoint on a file of questions and answers: key=value …"""
-    if asks_for_help(context.args):
-        print_keys("EvalConfig", "verl eval key=value …")
-    else:
-        run_module("verl.eval.sft_evaluator", context.args)
+    hand_on(context.args, "verl.eval.sft_evaluator", "EvalConfig", "verl eval key=value …")
 
 
 @app.command(context_settings=PASS_ON)
 def chat(context: typer.Context) -> None:
     """Talk with a checkpoint in the terminal: DIR"""
-    if asks_for_help(context.args):
-        print_keys("ChatConfig", "verl chat DIR key=value …")
-    else:
-        run_module("verl.chat", context.args)
+    hand_on(context.args, "verl.chat", "ChatConfig", "verl chat DIR key=value …")
 
 
 @app.command(context_settings=PASS_ON)
 def demo(context: typer.Context) -> None:
     """Train a small model from nothing and prove that it learned, offline."""
-    run_module("verl.demo.run", context.args)
+    hand_on(context.args, "verl.demo.run", "DemoConfig", "verl demo key=value …")
 
 
 @app.command(context_settings=PASS_ON)
 def doctor(context: typer.Context) -> None:
     """Show versions, devices, optional packages and disk space, and what is off."""
     run_module("verl.doctor", context.args)
+
+
+def hand_on(words: list[str], module: str, schema: str, usage: str) -> None:
+    """Run a module's main on the words, or, for --help, print what it reads without loading it."""
+    if asks_for_help(words):
+        print_keys(schema, usage)
+    else:
+        run_module(module, words)
 
 
 def asks_for_help(words: list[str]) -> bool:
