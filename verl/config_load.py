@@ -55,6 +55,23 @@ ANSWERED = {
     "trainer.checkpoint": "leave it out; a checkpoint always holds the model, the optimizer and the data position",
 }
 
+# What other trainers call a key; for the hint alone.
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "trainer.total_epochs",
+    "epochs": "trainer.total_epochs",
+    "max_steps": "trainer.total_training_steps",
+    "batch_size": "data.train_batch_size",
+    "per_device_train_batch_size": "data.micro_batch_size_per_gpu",
+    "max_seq_length": "data.max_length",
+    "model_name_or_path": "model.partial_pretrain",
+    "output_dir": "trainer.default_local_dir",
+    "max_grad_norm": "optim.clip_grad",
+    "warmup_ratio": "optim.warmup_steps_ratio",
+    "lora_r": "model.lora_rank",
+    "gradient_checkpointing": "model.enable_gradient_checkpointing",
+}
+
 
 def load(schema: type[Config], argv: list[str]) -> Config:
     """The config that a command line asks for, checked.
@@ -213,7 +230,9 @@ def _refuse(key: str, known: list[str], where: str) -> None:
             raise UserError(f"{key} is not supported here", where=place, fix=fix)
     if any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    last = key.rpartition(".")[2]
+    near = [name for name in known if name == ELSEWHERE.get(last) or name.rpartition(".")[2] == last]
+    near = near[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     raise UserError(f"unknown key {key!r}", where=place, fix=f"did you mean {near[0]}?" if near else "--help lists all keys")
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -93,6 +94,13 @@ class Run:
         if dist.is_main():
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._append("train.log", text)
+
+    def show(self, write: Callable[[Console], None]) -> None:
+        """Something of several colours: `write` is called with the terminal, and with train.log as a plain one."""
+        if dist.is_main():
+            write(self._console)
+            with (self.directory / "train.log").open("a", encoding="utf-8") as file:
+                write(Console(file=file, width=200))
 
     def line(self, text: str) -> None:
         """A line a step: to train.log, and to a plain terminal; where there is a progress bar it would only push it along."""

@@ -8,6 +8,7 @@ The same command under `torchrun` uses several processes. `run` and `train_loop`
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -
 
     train = load("train", data.train_max_samples)
     validation = None if data.val_files is None else load("val", data.val_max_samples)
-    this.say(show_first_row(tokenizer, *train.document(0)))
+    this.show(partial(show_first_row, tokenizer, *train.document(0)))
     return train, validation
 
 
