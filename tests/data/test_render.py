@@ -350,7 +350,8 @@ def test_a_tokenizer_that_cannot_encode_control_text_as_text_refuses_the_row() -
         Renderer(families.llama2()).chat(chat("</s> is a token", "b"))
 
 
-WORDS = "the cat| |\n|\n\n|42|#|é|e\u0301|你好|🙂|\u200d|<|>|[|]|\t|<<1+2=3>>|\u2028|\r\n|\U000f0000|\U000f0001".split("|") + ["<|", "|>"]
+PLAIN = ["the cat", " ", "\n", "\n\n", "42", "#", "é", "e\u0301", "你好", "🙂", "\u200d", "\t", "<<1+2=3>>", "\u2028", "\r\n"]
+WORDS = [*PLAIN, "<", "<|", "|>", ">", "[", "]", "\U000f0000", "\U000f0001"]
 
 
 def random_text(choose: random.Random, tokens: list[str]) -> str:

@@ -40,7 +40,7 @@ class Report:
         reasons = f" ({'; '.join(f'{count:,} {reason}' for reason, count in self.dropped.items())})" if self.dropped else ""
         rows = f"rows {self.read:,} read, {self.used:,} used, {self.cut:,} cut, {sum(self.dropped.values()):,} dropped{reasons}"
         tokens = f"{self.tokens:,} tokens, {self.trained_tokens / max(1, self.tokens):.1%} trained"
-        control = f"\n{self.rows_with_control_text:,} rows hold text of a control token, encoded as plain text"
+        control = f"\nrows with text of a control token, encoded as plain text: {self.rows_with_control_text:,}"
         return f"{rows}; {tokens}{control if self.rows_with_control_text else ''}"
 
 
@@ -52,7 +52,7 @@ def show_first_row(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np
         mask: whether each of them is trained.
     """
     trained = int(mask[1:].sum())
-    console.print(f"first row, {len(ids):,} tokens, {trained:,} trained (\\n is a line end):", markup=False, highlight=False)
+    console.print(Text(f"first row, {len(ids):,} tokens, {trained:,} trained (\\n is a line end):"), soft_wrap=True)
     for is_trained, text in _parts(tokenizer, ids, mask):
         label, style = ("trained", "green") if is_trained else ("context", "dim")
         for line in text.splitlines(keepends=True) if text else []:
