@@ -29,12 +29,14 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     """The tokenizer of a model.
 
     Args:
-        path: a model directory or Hub name.
+        path: a model directory or Hub name, or an adapter directory, which may leave the tokenizer to its base.
         chat_template: a Jinja file that takes the place of the tokenizer's own template.
     Raises:
         UserError: no such model, no tokenizer in it, or no such template.
     """
-    source = resolve(path)
+    source, adapter = resolve(path), read_adapter_config(path)
+    if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
+        source = resolve(adapter["base_model_name_or_path"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

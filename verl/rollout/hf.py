@@ -20,7 +20,7 @@ class HfRollout:
 
     Args:
         model: on its device, in evaluation mode.
-        stop_ids: tokens that end an answer, besides those of the model's generation_config.json.
+        stop_ids: tokens that end an answer, at least one, besides those of the model's generation_config.json.
         batch_size: sequences generated side by side.
     Attributes:
         positions: longest prompt and answer together, in tokens; None if the model sets no limit.
