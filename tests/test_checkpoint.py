@@ -27,7 +27,7 @@ from verl.models.export import export_adapter, export_model
 from verl.models.load import Loaded, load_for_inference, load_for_training
 from verl.models.lora import add_adapters
 
-WHERE = Position(step=2, tokens=100, rows=24, rows_per_step=4, seed=1, data_fingerprint="f")
+WHERE = Position(step=2, tokens=100, supervised_tokens=50, rows=24, rows_per_step=4, seed=1, data_fingerprint="f")
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,7 @@ def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(model_path: Path, devic
     loaded = load_for_training(str(model_path))
     engine = Engine(TokenScorer(loaded.model), OptimConfig(lr=1e-3), total_steps=8, device=device, compute_dtype=torch.bfloat16)
     train(engine, 0, 3)
-    where = Position(step=3, tokens=0, rows=24, rows_per_step=8, seed=1, data_fingerprint="f")
+    where = Position(step=3, tokens=0, supervised_tokens=0, rows=24, rows_per_step=8, seed=1, data_fingerprint="f")
     saved = checkpoint.save(tmp_path, engine, where, partial(export_model, model=loaded.model, saved_dtypes=loaded.saved_dtypes))
     rest = train(engine, 3, 8)
     resumed = Engine(

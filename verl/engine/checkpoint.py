@@ -11,6 +11,7 @@ A directory is written under a temporary name, flushed to disk and renamed: what
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -40,7 +41,8 @@ class Position:
 
     Attributes:
         step: optimizer steps done.
-        tokens: real tokens trained so far, over all ranks.
+        tokens: real tokens that the model has seen so far, over all ranks.
+        supervised_tokens: those among them that were trained.
         rows: rows of the training set.
         rows_per_step: rows of one optimizer step over all ranks.
         seed: of the row order.
@@ -49,6 +51,7 @@ class Position:
 
     step: int
     tokens: int
+    supervised_tokens: int
     rows: int
     rows_per_step: int
     seed: int
@@ -159,6 +162,12 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(path)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _trained(engine: Engine) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in engine.scorer.named_parameters() if parameter.requires_grad}
 
@@ -214,6 +223,7 @@ def _sha256(path: Path) -> str:
 
 def _commit(temporary: Path, final: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
+        path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())  # safetensors writes for the owner alone
         flush(path)
     if final.exists():  # of an abandoned run in the same directory; a committed checkpoint is never written over in place
         shutil.rmtree(final)

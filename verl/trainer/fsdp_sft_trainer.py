@@ -51,7 +51,7 @@ def run(config: SFTConfig) -> Path:
         )
         train, validation = load_data(config.data, tokenizer, this)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
-        fresh = Position(0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
+        fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
         if resume_from is not None and start.step >= total_steps:
@@ -77,7 +77,7 @@ def train_loop(
     config: SFTConfig, loader: Loader, validation: Documents | None, built: Built, start: Position, total_steps: int, this: Run
 ) -> Path | None:
     """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
-    engine, meter, saved = built.engine, Meter(built.engine, start.tokens), None
+    engine, meter, saved = built.engine, Meter(built.engine, start), None
     for step in loader.steps(start.step, total_steps):
         metrics = meter.measure(step, engine.train_step(step.micro_batches, sft.loss, step.number))
         done = step.number + 1
@@ -88,7 +88,8 @@ def train_loop(
         if ends_epoch:
             this.say(meter.end_epoch(step.epoch))
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
-            saved = checkpoint.save(this.directory, engine, replace(start, step=done, tokens=meter.tokens), built.export)
+            here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
+            saved = checkpoint.save(this.directory, engine, here, built.export)
             checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
             this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
             this.say(f"saved {saved}")

@@ -7,6 +7,7 @@ import torch
 
 from verl import dist
 from verl.data.loader import Step
+from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.flops import peak_flops, training_flops
 from verl.errors import UserError
@@ -16,11 +17,11 @@ class Meter:
     """Counts tokens and time of a run.
 
     Args:
-        tokens: real tokens trained before, by the run that this one goes on from.
+        start: where the run that this one goes on from has left off.
     """
 
-    def __init__(self, engine: Engine, tokens: int):
-        self.tokens = tokens
+    def __init__(self, engine: Engine, start: Position):
+        self.tokens, self.supervised_tokens = start.tokens, start.supervised_tokens
         self._engine = engine
         self._flops = training_flops(engine.scorer.model)
         self._peak = peak_flops(engine.device)
@@ -46,6 +47,7 @@ class Meter:
                 fix="lower optim.lr, or look at the rows of this step; the last checkpoint is whole",
             )
         self.tokens += step.tokens
+        self.supervised_tokens += step.trained_tokens
         self._epoch_tokens += step.tokens
         self._epoch_seconds += seconds
         metrics = {
@@ -54,7 +56,7 @@ class Meter:
             "train/grad_norm": norm,
             "train/lr": self._engine.learning_rate(step.number),
             "train/tokens": self.tokens,
-            "train/supervised_tokens": step.trained_tokens,
+            "train/supervised_tokens": self.supervised_tokens,
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": step.tokens / seconds,
             "perf/tokens_per_second_per_gpu": step.tokens / seconds / dist.world_size(),
