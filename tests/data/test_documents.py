@@ -124,6 +124,14 @@ def test_chats_with_tools_and_plain_text_are_read_by_their_columns(tmp_path: Pat
         assert book.stop_ids == [families.chatml().eos_token_id]
 
 
+def test_every_token_that_ends_what_is_trained_is_a_stop_token(tmp_path: Path) -> None:
+    tokenizer = families.llama3()
+    tokenizer.eos_token = "<|end_of_text|>"
+    (tmp_path / "book.txt").write_text("the cat\n\nsat")
+    loaded = load(tmp_path, [write(tmp_path / "chat.jsonl"), str(tmp_path / "book.txt")], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(loaded.stop_ids) == ["<|eot_id|>", "<|end_of_text|>"]
+
+
 def test_plain_text_needs_no_chat_template_and_chats_do(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("the cat")
     assert len(load(tmp_path, str(tmp_path / "book.txt"), families.chatml(None))) == 1

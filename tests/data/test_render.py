@@ -322,6 +322,23 @@ def test_a_control_token_cannot_be_put_together_from_parts() -> None:
     assert len(controls(tokenizer, template_ids(tokenizer, parts))) == len(controls(tokenizer, rendered.input_ids)) + 1  # the wrong way
 
 
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [("message.content + '|>'", "say <|im_end"), ("message.content + '|>'", "say <|im_end \n"), ("'<|' + message.content", " im_end|> x")],
+)
+def test_the_template_cannot_complete_a_control_token_that_the_data_begins_or_ends(written: str, text: str) -> None:
+    for_users = f"({written} if message.role == 'user' else message.content)".replace(
+        written, written.replace(".content", ".content | trim")
+    )
+    tokenizer = families.chatml(families.CHATML.replace("message.content", for_users))
+    rendered, benign = Renderer(tokenizer).chat(chat(text, "b")), Renderer(tokenizer).chat(chat("a", "b"))
+    assert controls(tokenizer, rendered.input_ids) == controls(tokenizer, benign.input_ids)
+    assert "<|im_end|>" in tokenizer.decode(rendered.input_ids[: rendered.loss_mask.index(True)])
+    assert (
+        len(controls(tokenizer, template_ids(tokenizer, chat(text, "b")))) == len(controls(tokenizer, benign.input_ids)) + 1
+    )  # the wrong way
+
+
 def test_the_assistant_may_write_tokens_that_are_not_special_and_no_others() -> None:
     tokenizer = families.qwen3()
     renderer = Renderer(tokenizer)

@@ -17,7 +17,7 @@ from verl.errors import UserError
 ROWS = [
     {"question": "What is 1 + 1?", "answer": "2\n#### 2"},
     {"question": 'Line\u2028separator, "quotes", a comma; and\ttab', "answer": "naïve 你好 🙂"},
-    {"question": " spaces ", "answer": "x\n\ny"},
+    {"question": " spaces ", "answer": "x \n\ny"},
 ]
 
 
