@@ -23,7 +23,6 @@ ONE_TURN: Messages = [{"role": "user", "content": "What is 12 + 30?"}, {"role": 
 TWO_TURNS: Messages = [*ONE_TURN, {"role": "user", "content": "the cat\n\nsat"}, {"role": "assistant", "content": "on the mat"}]
 QWEN = pytest.param("qwen2.5", marks=needs_qwen)
 FAMILIES = ["chatml", "chatml_with_marks", "qwen3", "llama3", "gemma", "mistral", "llama2", "phi3"]
-CUTTABLE = [*(family for family in FAMILIES if family != "llama2"), QWEN]
 
 
 @functools.cache
@@ -263,7 +262,7 @@ def controls(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     return [i for i in ids if i in control_ids(tokenizer)]
 
 
-@pytest.mark.parametrize("family", CUTTABLE)
+@pytest.mark.parametrize("family", [*FAMILIES, QWEN])
 def test_text_of_the_data_never_becomes_a_control_token(family: str) -> None:
     tokenizer = tokenizer_of(family)
     renderer = Renderer(tokenizer)
@@ -362,11 +361,6 @@ def test_added_tokens_that_are_ordinary_text_stay_what_they_are() -> None:
     assert controls(tokenizer, evil.input_ids).count(tokenizer.eos_token_id) == 2
 
 
-def test_a_tokenizer_that_cannot_encode_control_text_as_text_refuses_the_row() -> None:
-    with pytest.raises(UserError, match="cannot encode as plain text"):
-        Renderer(families.llama2()).chat(chat("</s> is a token", "b"))
-
-
 PLAIN = ["the cat", " ", "\n", "\n\n", "42", "#", "é", "e\u0301", "你好", "🙂", "\u200d", "\t", "<<1+2=3>>", "\u2028", "\r\n"]
 WORDS = [*PLAIN, "<", "<|", "|>", ">", "[", "]", "\U000f0000", "\U000f0001"]
 
@@ -377,7 +371,7 @@ def random_text(choose: random.Random, tokens: list[str]) -> str:
     return text if text.strip() else "x"
 
 
-@pytest.mark.parametrize("family", ["chatml", "chatml_with_marks", "llama3", "gemma", "mistral", QWEN])
+@pytest.mark.parametrize("family", ["chatml", "chatml_with_marks", "llama3", "gemma", "mistral", "llama2", QWEN])
 def test_random_chats_keep_their_control_tokens_and_their_text(family: str) -> None:
     tokenizer = tokenizer_of(family)
     renderer, choose = Renderer(tokenizer), random.Random(0)
@@ -389,7 +383,7 @@ def test_random_chats_keep_their_control_tokens_and_their_text(family: str) -> N
         rendered = renderer.chat(chat(*contents))
         assert controls(tokenizer, rendered.input_ids) == controls(tokenizer, renderer.chat(chat(*["a"] * 2 * turns)).input_ids)
         answers = [unicodedata.normalize("NFC", text) for text in contents[1::2]]
-        said = trained_text(tokenizer, rendered)
+        said = unicodedata.normalize("NFC", trained_text(tokenizer, rendered))
         for answer in answers:
             assert answer.strip() in said
         prompt = renderer.prompt(chat(*contents[:-1]))

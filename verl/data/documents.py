@@ -27,7 +27,7 @@ from verl.errors import UserError
 NOTHING_TRAINED = "without a trained token within data.max_length"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Table:
     """ROWS_PER_TABLE rows of the cache, mapped into memory; the last table may have fewer."""
 
@@ -60,7 +60,7 @@ class _Table:
         return before[starts + lengths] - before[starts + 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Documents:
     """Tokenized documents with random access.
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.errors import UserError
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xF0000, 0xFFFFD
+ANCHOR = "\U0010fffd"
 BRACKETED = re.compile(r"[<\[{(|].*[>\])}|]", re.DOTALL)
 PROBE = "Hello, world! 12 + 3 = 15\n\n  naïve 你好\tdone."
 
@@ -122,7 +123,9 @@ class Encoder:
         self.special = {t.content: i for i, t in added.items() if t.special or t.content in named}
         self.control = {t.content: i for i, t in added.items() if t.content in self.special or self._is_control(t.content, template)}
         self._names = {number: content for content, number in self.control.items()}
-        self._plain, self._plain_ids = self._without_control({i: t for i, t in added.items() if t.content not in self.control})
+        kept = {i: t for i, t in added.items() if t.content not in self.control}
+        self._plain, self._behind_token = self._without_control(kept, []), self._without_control(kept, [ANCHOR])
+        self._plain_ids = {new: i for i, t in kept.items() if (new := self._plain.token_to_id(t.content)) is not None}
         normalized = any(t.normalized for t in added.values() if t.content in self.control)
         normalize = self._backend.normalizer.normalize_str if normalized and self._backend.normalizer else None
         self.data, self.answers = ControlText(self.control, normalize), ControlText(self.special, normalize)
@@ -141,9 +144,22 @@ class Encoder:
         self._reset()
         return self._backend.to_str()
 
-    def encode_plain(self, text: str) -> list[int]:
-        """The ids of a text in which nothing is a control token."""
-        return [self._plain_ids.get(i, i) for i in self._plain.encode(text, add_special_tokens=False).ids]
+    def encode_plain(self, text: str, *, behind_token: bool = False) -> list[int]:
+        """The ids of a text in which nothing is a control token.
+
+        Args:
+            behind_token: whether the text follows a control token: some tokenizers put a space only before the first text.
+        Raises:
+            UserError: the text holds the character that stands for such a token.
+        """
+        if not behind_token:
+            ids = self._plain.encode(text, add_special_tokens=False).ids
+        elif ANCHOR in text:
+            what = "holds the private character U+10FFFD beside text of a control token"
+            raise UserError(what, where="messages", fix="remove one of them from the row")
+        else:
+            ids = self._behind_token.encode(ANCHOR + text, add_special_tokens=False).ids[1:]
+        return [self._plain_ids.get(i, i) for i in ids]
 
     def encode_disguised(self, text: str, disguise: Disguise) -> list[int]:
         """The ids of a rendered text: its control tokens as such, all between them as plain text, and what was hidden shown."""
@@ -153,9 +169,9 @@ class Encoder:
         done = 0
         for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if text[start:end].strip() == self._names.get(number):
-                ids += [*self.encode_plain(disguise.show(text[done:start])), number]
+                ids += [*self.encode_plain(disguise.show(text[done:start]), behind_token=done > 0), number]
                 done = end
-        return ids + self.encode_plain(disguise.show(text[done:]))
+        return ids + self.encode_plain(disguise.show(text[done:]), behind_token=done > 0)
 
     def is_control_in(self, disguise: Disguise | None) -> bool:
         """Whether a whole control token is hidden, not only a part of one."""
@@ -171,21 +187,24 @@ class Encoder:
         ordinary = self._backend.model.token_to_id(content) is not None
         return bool(BRACKETED.fullmatch(content)) and (content in template or not ordinary)
 
-    def _without_control(self, kept: dict[int, AddedToken]) -> tuple[Tokenizer, dict[int, int]]:
-        """A tokenizer of the same model that knows no control token, and the true ids of the added tokens that it does know."""
+    def _without_control(self, kept: dict[int, AddedToken], more: list[str]) -> Tokenizer:
+        """A tokenizer of the same model that knows no control token; added tokens get ids of their own in it."""
         plain = Tokenizer(self._backend.model)
         for part in ("normalizer", "pre_tokenizer"):
             if getattr(self._backend, part) is not None:
                 setattr(plain, part, getattr(self._backend, part))
         plain.add_tokens(list(kept.values()))
-        return plain, {new: number for number, t in kept.items() if (new := plain.token_to_id(t.content)) is not None}
+        plain.add_special_tokens(more)
+        return plain
 
     def _check_plain(self) -> None:
-        if self.encode_plain(PROBE) != self.encode([PROBE])[0]:
+        token = next(iter(self.special), "")
+        begin, behind = self.encode([PROBE, token + PROBE])
+        if self.encode_plain(PROBE) != begin or (token and self.encode_plain(PROBE, behind_token=True) != behind[1:]):
             raise UserError("the tokenizer encodes text otherwise when it knows no control tokens", where="tokenizer", fix=FIX)
-        for token, number in self.control.items():
-            if number in self.encode_plain(token):
-                raise UserError(f"the tokenizer makes its control token {token!r} out of text", where="tokenizer", fix=FIX)
+        for name, number in self.control.items():
+            if number in self.encode_plain(name):
+                raise UserError(f"the tokenizer makes its control token {name!r} out of text", where="tokenizer", fix=FIX)
 
     def _cuts(self) -> bool:
         word, token = "Hello", next(iter(self.special), "")

@@ -273,7 +273,7 @@ class Renderer:
             ids: list[int] = []
             mask: list[bool] = []
             for piece, trained in text.pieces():
-                tokens = self._encoder.encode_disguised(piece, text.disguise) if text.disguise else next(ordinary)
+                tokens = self._encode_one(piece, text.disguise) if text.disguise else next(ordinary)
                 ids += tokens
                 mask += [trained] * len(tokens)
             rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise)))
@@ -284,20 +284,15 @@ class Renderer:
         ids = self._encode_one(text.text, text.disguise)
         mask = [False] * len(ids)
         for start, end in text.trained:
-            before, within = self._encoder.encode([text.text[:start], text.text[:end]])
+            before, within = (self._encode_one(text.text[:part], text.disguise) for part in (start, end))
             if ids[: len(before)] != before or ids[: len(within)] != within:
                 what = "the tokenizer joins the end of the prompt and the beginning of the answer into one token"
                 raise UserError(what, where="messages", fix="let the answer begin with a letter, or remove the row")
             mask[len(before) : len(within)] = [True] * (len(within) - len(before))
-        return Rendered(ids, mask)
+        return Rendered(ids, mask, self._encoder.is_control_in(text.disguise))
 
     def _encode_one(self, text: str, disguise: Disguise | None) -> list[int]:
-        if disguise is None:
-            return self._encoder.encode([text])[0]
-        if not self._encoder.cuts:
-            what = "holds text of a control token, which this tokenizer cannot encode as plain text inside a chat"
-            raise UserError(what, where="messages", fix="remove it from the row")
-        return self._encoder.encode_disguised(text, disguise)
+        return self._encoder.encode_disguised(text, disguise) if disguise else self._encoder.encode([text])[0]
 
 
 def or_error(function: Callable[..., Result], *args: object) -> Result | UserError:
