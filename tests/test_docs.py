@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from verl import config, config_load
+from verl import config, config_load, plugin
 from verl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +79,12 @@ def test_the_readme_names_both_example_scripts() -> None:
 def test_an_example_config_is_read(path: Path) -> None:
     loaded = config_load.load(config.SFTConfig, ["--config", str(path), "data.train_files=train.jsonl"])
     assert loaded != config_load.load(config.SFTConfig, ["data.train_files=train.jsonl", "model.partial_pretrain=model"])
+
+
+@pytest.mark.parametrize(("response", "score"), [("A red fox.", 1.0), ("the FOX, a red one", 0.75), ("a cat", 0.4), ("", 0.0)])
+def test_the_example_metric_counts_shared_words(response: str, score: float) -> None:
+    metric = plugin.load("verl.rewards", str(ROOT / "examples" / "metrics" / "word_overlap.py"), needs=("score",))
+    assert metric.score("What is it?", response, {"reference": "a red fox"}) == score
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md"])

@@ -101,11 +101,11 @@ def load(schema: type[Config], argv: list[str]) -> Config:
         if missing:
             fix = f"add {' '.join(f'{key}=…' for key in missing)}; --help lists all keys"
             raise UserError(f"{' and '.join(missing)} must be given", fix=fix)
-        result = OmegaConf.to_object(config)
+        result: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=error.full_key, fix="mend the ${…} in the value") from error
-    result.check()  # type: ignore[attr-defined]
-    return result  # type: ignore[return-value]
+    result.check()
+    return result
 
 
 def to_yaml(config: object) -> str:
@@ -115,7 +115,12 @@ def to_yaml(config: object) -> str:
 
 def describe(schema: type) -> str:
     """Each key with its default and the comment above it, for `--help`."""
-    lines = [(schema.__doc__ or "").strip(), "", "  --config FILE.yaml   keys from a file; repeatable, later files win, key=value wins over all", ""]
+    lines = [
+        (schema.__doc__ or "").strip(),
+        "",
+        "  --config FILE.yaml   keys from a file; repeatable, later files win, key=value wins over all",
+        "",
+    ]
     lines += _describe(schema, "")
     return "\n".join(lines)
 
@@ -129,7 +134,15 @@ def _describe(schema: type, prefix: str) -> list[str]:
             lines += _describe(type(default), f"{prefix}{f.name}.")
             continue
         comment = re.search(rf"((?:    #.*\n)+)    {f.name}:", source)
-        shown = "required" if default == "???" else "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        shown = (
+            "required"
+            if default == "???"
+            else "null"
+            if default is None
+            else str(default).lower()
+            if isinstance(default, bool)
+            else default
+        )
         lines.append(f"  {prefix}{f.name}={shown}")
         lines += [f"      {text.strip()[2:]}" for text in comment[1].splitlines()] if comment else []
     return lines
@@ -158,7 +171,9 @@ class _StrictLoader(yaml.SafeLoader):
         seen: dict[str, int] = {}
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice, first on line {seen[key.value]}", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is given twice, first on line {seen[key.value]}", key.start_mark
+                )
             seen[key.value] = key.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
@@ -239,8 +254,8 @@ def _refuse(key: str, known: list[str], where: str) -> None:
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key in config:
-        child = config._get_node(key)
-        keys += _keys(child, f"{prefix}{key}.") if isinstance(child, DictConfig) and not child._is_none() else [f"{prefix}{key}"]
+        child, name = config._get_node(key), prefix + str(key)
+        keys += _keys(child, f"{name}.") if isinstance(child, DictConfig) and not child._is_none() else [name]
     return keys
 
 
