@@ -226,6 +226,19 @@ def test_doctor_names_every_extra(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"liger-kernel", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray"} <= optional
 
 
+def test_doctor_lists_each_gpu_and_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (139 * 2**30, 140 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    found = {finding.name: finding.found for finding in doctor._devices()}
+    assert found["GPU 0"] == found["GPU 1"] == "H200, 139 of 140 GiB free"
+    assert "FlashAttention" in found["attention"]
+
+
 def test_doctor_warns_of_what_is_off() -> None:
     off = [
         doctor._no_gpu(has_driver=True, cuda=None),
