@@ -361,6 +361,15 @@ def test_added_tokens_that_are_ordinary_text_stay_what_they_are() -> None:
     assert controls(tokenizer, evil.input_ids).count(tokenizer.eos_token_id) == 2
 
 
+def test_a_token_that_joins_prompt_and_answer_is_refused_where_the_text_cannot_be_cut() -> None:
+    tokenizer = families.llama2()
+    tokenizer.chat_template = families.MISTRAL.replace("' [/INST]'", "' th'").replace("' ' + message", "message")
+    renderer = Renderer(tokenizer)
+    assert trained_text(tokenizer, renderer.chat(chat("a", "on the mat"))) == "on the mat</s>"
+    with pytest.raises(UserError, match="joins the end of the prompt and the beginning of the answer"):
+        renderer.chat(chat("a", "e cat"))
+
+
 PLAIN = ["the cat", " ", "\n", "\n\n", "42", "#", "é", "e\u0301", "你好", "🙂", "\u200d", "\t", "<<1+2=3>>", "\u2028", "\r\n"]
 WORDS = [*PLAIN, "<", "<|", "|>", ">", "[", "]", "\U000f0000", "\U000f0001"]
 
