@@ -29,15 +29,14 @@ def write_learned_checkpoint(folder: Path) -> Path:
     input_ids = pad_sequence([torch.tensor(document.input_ids) for document in documents], batch_first=True)
     trained = pad_sequence([torch.tensor(document.loss_mask) for document in documents], batch_first=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(300):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(500):
         loss = model(input_ids=input_ids, labels=input_ids.where(trained, -100)).loss
+        if loss < 0.01:  # over some 70 tokens: the right one is the likeliest everywhere
+            break
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if loss < 0.01:
-            break
-    else:
-        raise AssertionError(f"not learned: loss {loss:.3f}")
+    assert loss < 0.01
     model.save_pretrained(folder)
     return folder

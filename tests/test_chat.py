@@ -142,6 +142,15 @@ def test_a_character_is_shown_when_all_its_tokens_are_there(learned_checkpoint: 
     assert "\N{REPLACEMENT CHARACTER}" in "".join(tokenizer.decode([token]) for token in ids)
 
 
+def test_a_stop_token_is_not_shown_even_if_it_is_no_special_token(learned_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(str(learned_checkpoint))
+    *answer, stop = tokenizer("5!").input_ids
+    said = chat.Said(tokenizer, [stop])
+    for token in [*answer, stop]:
+        said.add(token)
+    assert capsys.readouterr().out == said.text == "5"
+
+
 def test_an_answer_cannot_steer_the_terminal(learned_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(str(learned_checkpoint))
     said = chat.Said(tokenizer, [])

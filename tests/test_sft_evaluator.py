@@ -1,6 +1,7 @@
 """The evaluator from a file of questions to results.json, on checkpoints whose answers are known."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -210,6 +211,24 @@ def test_wrong_settings_are_named_before_a_model_is_loaded(tmp_path: Path, check
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         evaluate(config(tmp_path, checkpoint))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_question_that_the_template_refuses_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    refusal = "{%- if '600' in messages[0].content %}{{ raise_exception('no hundreds') }}{% endif %}"
+    for template, error in (
+        (refusal + tokenizer.chat_template, r"^test.jsonl:3: the chat template does not take it: no hundreds"),
+        (None, r"^chat template: the tokenizer has no chat template"),
+    ):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "config.json").write_text("{}")
+        if template is None:
+            (tmp_path / "model" / "chat_template.jinja").unlink()
+        with pytest.raises(UserError) as caught:
+            evaluate(config(tmp_path, tmp_path / "model"))
+        assert re.search(error, str(caught.value).replace(f"{tmp_path}/", ""))
 
 
 def test_what_the_model_has_no_positions_for_is_not_asked(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

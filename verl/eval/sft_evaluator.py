@@ -45,10 +45,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     questions = read_questions(config, grader)
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
+    stop_ids = renderer.stop_ids  # of a template that can be used at all
     prompts = [render(renderer, question) for question in questions]
-    rollout = load_rollout(
-        config.model_path, tokenizer, renderer.stop_ids, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code
-    )
+    rollout = load_rollout(config.model_path, tokenizer, stop_ids, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code)
     sampling = Sampling(longest_answer(config, rollout, questions, prompts, console), config.temperature, config.n, config.seed)
 
     def grade(number: int, completion: Completion) -> Prediction:
@@ -117,8 +116,7 @@ def render(renderer: Renderer, question: Question) -> list[int]:
     try:
         return renderer.prompt([{"role": "user", "content": question.prompt}])
     except UserError as error:
-        where = ": ".join(filter(None, (question.where, error.where)))
-        raise UserError(error.what, where=where, fix=error.fix) from None
+        raise UserError(error.what, where=question.where, fix=error.fix) from None
 
 
 def longest_answer(config: EvalConfig, rollout: HfRollout, questions: list[Question], prompts: list[list[int]], console: Console) -> int:
