@@ -22,9 +22,7 @@ def mean_of_rank(out: TokenOut, batch: Batch) -> LossOut:
 
 def main(model: str, saved: str, formula: str) -> None:
     device = dist.start()
-    engine = Engine(
-        TokenScorer(load_for_training(model).model), OptimConfig(), total_steps=1, device=device, compute_dtype=torch.float32
-    )
+    engine = Engine(TokenScorer(load_for_training(model).model), OptimConfig(), total_steps=1, device=device, compute_dtype=torch.float32)
     rows = torch.arange(8).numpy()
     batches = micro_batches(RandomDocuments(), rows, Packing(1, 8 * 60), rank=dist.rank(), world_size=dist.world_size())
     if formula == "right":

@@ -56,7 +56,8 @@ def save(root: Path, engine: Engine, loaded: Loaded, step: int = 2) -> Path:
 
 def header(path: Path) -> dict[str, tuple[list[int], str]]:
     with safe_open(path / "model.safetensors", "pt") as file:
-        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}
+        names = file.keys()
+        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in names}
 
 
 @pytest.mark.parametrize("tied", [True, False])

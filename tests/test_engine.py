@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,9 @@ ARCHITECTURES = {
 def test_documents_packed_have_the_logprobs_they_have_alone(name: str, tmp_path: Path) -> None:
     kind, config, changes = ARCHITECTURES[name]
     shape = qwen2_config().to_dict()
-    shape = {key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+    shape = {
+        key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    }
     path = write_model(tmp_path, config(**shape, vocab_size=512, **changes), kind=kind)
     scorer = TokenScorer(load_for_training(str(path)).model)
     check_scorer(scorer)
@@ -173,7 +176,11 @@ def test_documents_packed_have_the_logprobs_they_have_alone(name: str, tmp_path:
 
 
 def test_gpt2_with_learned_positions_is_served_too(tmp_path: Path) -> None:
-    path = write_model(tmp_path, GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0), kind=GPT2LMHeadModel)
+    path = write_model(
+        tmp_path,
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0),
+        kind=GPT2LMHeadModel,
+    )
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     assert largest_difference(TokenScorer(load_for_training(str(path)).model).eval(), alone) < 2e-5
 
@@ -211,7 +218,9 @@ def test_a_token_of_one_document_does_not_move_another(model_path: Path) -> None
 
 def test_an_architecture_that_mixes_documents_is_refused_before_training(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = TokenScorer(load_for_training(str(model_path)).model)
-    monkeypatch.setattr("verl.engine.logprobs.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8})
+    monkeypatch.setattr(
+        "verl.engine.logprobs.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
+    )
     with pytest.raises(UserError, match="differs from the same model alone"):
         check_scorer(scorer)
 
@@ -225,7 +234,11 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_whole_logits(monkeypa
     whole = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(found, whole)
     scale = torch.randn(20)
-    for mine, theirs in zip(torch.autograd.grad((found * scale).sum(), (hidden, weight)), torch.autograd.grad((whole * scale).sum(), (hidden, weight)), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad((found * scale).sum(), (hidden, weight)),
+        torch.autograd.grad((whole * scale).sum(), (hidden, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -269,7 +282,9 @@ def weights_around_training(engine: Engine, steps: int) -> tuple[list[Tensor], l
 
 
 def test_the_logged_norm_is_the_global_one_before_clipping(model_path: Path, plain_gradient: Tensor) -> None:
-    metrics = engine_of(model_path, config=OptimConfig(clip_grad=0.1)).train_step(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft.loss, 0)
+    metrics = engine_of(model_path, config=OptimConfig(clip_grad=0.1)).train_step(
+        micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft.loss, 0
+    )
     assert metrics["grad_norm"].item() == pytest.approx(plain_gradient.norm().item(), rel=1e-5)
 
 
@@ -295,9 +310,11 @@ def test_schedules_are_those_of_transformers_without_their_first_point(name: str
 
 
 def test_wsd_is_stable_and_then_falls_to_its_floor() -> None:
-    rate = learning_rate(OptimConfig(lr=1.0, lr_scheduler="wsd", warmup_steps_ratio=0.1, stable_ratio=0.5, min_lr_ratio=0.1), total_steps=100)
+    rate = learning_rate(
+        OptimConfig(lr=1.0, lr_scheduler="wsd", warmup_steps_ratio=0.1, stable_ratio=0.5, min_lr_ratio=0.1), total_steps=100
+    )
     curve = [rate(step) for step in range(100)]
     assert curve[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert curve[10:54] == [1.0] * 44
-    assert all(a > b for a, b in zip(curve[56:], curve[57:], strict=False)) and 0.1 < curve[-1] < 0.11
+    assert all(a > b for a, b in pairwise(curve[56:])) and 0.1 < curve[-1] < 0.11
     assert math.isclose(max(curve), 1.0)

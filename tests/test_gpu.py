@@ -50,7 +50,10 @@ def engine_on(path: Path, device: torch.device, dtype: torch.dtype, *, offload: 
     return Engine(scorer, config, total_steps=50, device=device, compute_dtype=dtype, cpu_offload=offload)
 
 
-def curve(engine: Engine, packing: Packing = Packing(8, 480), steps: int = 50) -> np.ndarray:
+PACKED = Packing(8, 480)
+
+
+def curve(engine: Engine, packing: Packing = PACKED, steps: int = 50) -> np.ndarray:
     # More documents than the steps take: a loss that is learned by heart to nearly zero has no meaningful ratio.
     loader = Loader(RandomDocuments(400), packing, rows_per_step=8, seed=1, pin=True)
     return np.array([float(engine.train_step(s.micro_batches, sft.loss, s.number)["loss"]) for s in loader.steps(0, steps)])
@@ -67,7 +70,9 @@ def test_flash_attention_is_taken_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.25)])
-def test_documents_packed_have_the_logprobs_they_have_alone(dtype: torch.dtype, tolerance: float, model_path: Path, device: torch.device) -> None:
+def test_documents_packed_have_the_logprobs_they_have_alone(
+    dtype: torch.dtype, tolerance: float, model_path: Path, device: torch.device
+) -> None:
     scorer = TokenScorer(load_for_training(str(model_path)).model).to(device, dtype).eval()
     if dtype == torch.float32:
         check_scorer(scorer)
@@ -93,7 +98,9 @@ def test_documents_packed_have_the_logprobs_they_have_alone(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("packing", [Packing(8, 480), Packing(1, 60), Packing(3, None)])
-def test_the_curve_does_not_depend_on_how_rows_are_cut(packing: Packing, model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:
+def test_the_curve_does_not_depend_on_how_rows_are_cut(
+    packing: Packing, model_path: Path, device: torch.device, plain_curve: np.ndarray
+) -> None:
     found = curve(engine_on(model_path, device, torch.float32), packing, steps=20)
     np.testing.assert_allclose(found, plain_curve[:20], rtol=1e-4)
 
@@ -144,7 +151,11 @@ def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(model_path: Path, devic
     saved = checkpoint.save(tmp_path, engine, where, partial(export_model, model=loaded.model, saved_dtypes=loaded.saved_dtypes))
     rest = train(engine, 3, 8)
     resumed = Engine(
-        TokenScorer(load_for_training(str(model_path)).model), OptimConfig(lr=1e-3), total_steps=8, device=device, compute_dtype=torch.bfloat16
+        TokenScorer(load_for_training(str(model_path)).model),
+        OptimConfig(lr=1e-3),
+        total_steps=8,
+        device=device,
+        compute_dtype=torch.bfloat16,
     )
     checkpoint.load(saved, resumed)
     np.testing.assert_allclose(train(resumed, 3, 8), rest, rtol=1e-3)
@@ -153,4 +164,6 @@ def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(model_path: Path, devic
 def test_an_evaluation_batch_of_no_rows_is_served(model_path: Path, device: torch.device) -> None:
     engine = engine_on(model_path, device, torch.bfloat16)
     batches = micro_batches(RandomDocuments(), np.arange(1), Packing(8, 480), rank=1, world_size=2)
-    assert np.isfinite(float(engine.evaluate([*batches, *micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480))], sft.loss)["loss"]))
+    assert np.isfinite(
+        float(engine.evaluate([*batches, *micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480))], sft.loss)["loss"])
+    )

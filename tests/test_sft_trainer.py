@@ -69,7 +69,14 @@ def losses(metrics: list[dict[str, float]]) -> list[float]:
 
 def command(*argv: str, processes: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"] if processes else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "", "WANDB_API_KEY": "", "HF_HUB_OFFLINE": "1", **options.pop("env", {})}  # type: ignore[dict-item]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "",
+        "WANDB_API_KEY": "",
+        "HF_HUB_OFFLINE": "1",
+        **options.pop("env", {}),
+    }  # type: ignore[dict-item]
     return subprocess.run([sys.executable, *launcher, *argv], capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload, no-any-return]
 
 
@@ -196,7 +203,9 @@ def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: list) -> 
     done = command(*SFT, *words(folder, "two"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(metrics_of(folder / "two")) == pytest.approx(losses(plain_run), rel=1e-5)
-    assert [line["train/grad_norm"] for line in metrics_of(folder / "two")] == pytest.approx([m["train/grad_norm"] for m in plain_run], rel=1e-4)
+    assert [line["train/grad_norm"] for line in metrics_of(folder / "two")] == pytest.approx(
+        [m["train/grad_norm"] for m in plain_run], rel=1e-4
+    )
     assert done.stdout.count("starting anew") == 1, "only rank 0 speaks"
 
 
@@ -225,7 +234,14 @@ def test_the_written_config_runs_again(folder: Path, plain_run: list) -> None:
 
 
 def test_a_checkpoint_at_each_epochs_end_is_the_default(folder: Path) -> None:
-    train(folder, "epochs", trainer__save_freq="epoch", trainer__total_training_steps="null", trainer__total_epochs=2, data__train_batch_size=40)
+    train(
+        folder,
+        "epochs",
+        trainer__save_freq="epoch",
+        trainer__total_training_steps="null",
+        trainer__total_epochs=2,
+        data__train_batch_size=40,
+    )
     names = {path.name for path in (folder / "epochs").glob("global_step_*")}
     assert names == {"global_step_2", "global_step_4"}
 
@@ -236,7 +252,9 @@ def test_only_the_newest_checkpoints_are_kept(folder: Path) -> None:
 
 
 def test_validation_loss_is_that_of_every_trained_token(folder: Path) -> None:
-    metrics = train(folder, "validated", data__val_files=folder / "test.jsonl", trainer__test_freq=2, trainer__total_training_steps=5, optim__lr=0)
+    metrics = train(
+        folder, "validated", data__val_files=folder / "test.jsonl", trainer__test_freq=2, trainer__total_training_steps=5, optim__lr=0
+    )
     assert [line["step"] for line in metrics if "val/loss" in line] == [2, 4, 5]
     tokenizer = load_tokenizer(str(folder / "model"))
     config = DataConfig(max_length=256, cache_dir=str(folder / "cache"))

@@ -16,7 +16,13 @@ def qwen2_config(**changes: object) -> Qwen2Config:
     return Qwen2Config(**{**shape, "vocab_size": VOCABULARY, "max_position_embeddings": 512, "tie_word_embeddings": True, **changes})
 
 
-def write_model(directory: Path, config: PretrainedConfig | None = None, *, kind: type[PreTrainedModel] = Qwen2ForCausalLM, dtype: torch.dtype = torch.float32) -> Path:
+def write_model(
+    directory: Path,
+    config: PretrainedConfig | None = None,
+    *,
+    kind: type[PreTrainedModel] = Qwen2ForCausalLM,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A model with random weights, far enough from zero that every part of it shows in the logits."""
     torch.manual_seed(0)
     model = kind(config or qwen2_config())

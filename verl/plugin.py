@@ -34,7 +34,9 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
         try:
             module = importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise UserError(f"no module {error.name!r} for {kind} {name!r}", fix="check the spelling, or give the path of a .py file") from error
+            raise UserError(
+                f"no module {error.name!r} for {kind} {name!r}", fix="check the spelling, or give the path of a .py file"
+            ) from error
     else:
         existing = names(package)
         if name not in existing:

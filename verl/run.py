@@ -57,7 +57,8 @@ class Run:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 (self.directory / "train.log").open("a").close()
             except OSError as error:
-                raise UserError(f"cannot be written: {error.strerror}", where=str(self.directory), fix="set trainer.default_local_dir") from error
+                what = f"cannot be written: {error.strerror}"
+                raise UserError(what, where=str(self.directory), fix="set trainer.default_local_dir") from error
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -84,8 +85,8 @@ class Run:
         self._forget_metrics_after(start_step)
         self._loggers = [module.start(self) for module in modules]
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
-            self._progress = Progress(*columns, console=self._console)
+            numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
+            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
             self._task = self._progress.add_task("training", total=total_steps, completed=start_step, state="")
             self._progress.start()
 
@@ -121,8 +122,8 @@ class Run:
         for logger in self._loggers:
             logger.log(step, metrics)
         if self._progress is not None and self._task is not None:
-            state = f"loss {metrics['train/loss']:.4f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s" if "train/loss" in metrics else ""
-            self._progress.update(self._task, completed=step, **({"state": state} if state else {}))
+            state = f"loss {metrics['train/loss']:.4f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+            self._progress.update(self._task, completed=step, state=state)
 
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: how far the run is and its last numbers, for a person or a script to look at."""
@@ -139,8 +140,9 @@ class Run:
         raise SystemExit(128 + signal.Signals[self.stopped_by or "SIGTERM"])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stopped_by = signal.Signals(number).name
-        signal.signal(number, self._handlers[number])  # a second one ends the process at once
+        received = signal.Signals(number)
+        self.stopped_by = received.name
+        signal.signal(received, self._handlers[received])  # a second one ends the process at once
         if dist.is_main():
             os.write(2, f"\n{self.stopped_by}: ending after this step, with a checkpoint (again: at once)\n".encode())
 

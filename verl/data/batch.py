@@ -3,7 +3,9 @@
 Dimensions: T tokens of the packed batch, S documents in it, M trained positions.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +37,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on the device; from pinned memory it does not wait."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
         """A copy in page-locked host memory."""
-        return Batch(**{f.name: v.pin_memory() if isinstance(v := getattr(self, f.name), Tensor) else v for f in fields(self)})
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)

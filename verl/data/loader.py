@@ -20,8 +20,11 @@ AHEAD = 2  # steps prepared while the device works
 class Documents(Protocol):
     """What the loader reads: tokenized documents with random access."""
 
-    lengths_N: np.ndarray
-    trained_N: np.ndarray
+    @property
+    def lengths_N(self) -> np.ndarray: ...  # noqa: N802
+
+    @property
+    def trained_N(self) -> np.ndarray: ...  # noqa: N802
 
     def __len__(self) -> int: ...
 

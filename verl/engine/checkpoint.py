@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from verl import __version__, dist
-from verl.engine.engine import Engine
 from verl.durable import flush, replace_text
+from verl.engine.engine import Engine
 from verl.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -120,7 +120,9 @@ def _newest(root: Path, say: Callable[[str], None]) -> Path | UserError | None:
             return directory
         say(f"passing over {directory.name}: {damage}")
     if directories:
-        return UserError("every checkpoint is damaged", where=str(root), fix="trainer.resume_mode=disable starts anew; move the directory away first")
+        return UserError(
+            "every checkpoint is damaged", where=str(root), fix="trainer.resume_mode=disable starts anew; move the directory away first"
+        )
     return None
 
 

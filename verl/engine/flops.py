@@ -6,7 +6,17 @@ import torch
 from transformers import PreTrainedModel
 
 # Dense bfloat16 matrix rate by the vendor's data sheet, FLOP/s.
-PEAKS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
 
 
 def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
@@ -15,13 +25,12 @@ def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
     The output layer meets the trained tokens only. Attention's own products and recomputed activations are not counted,
     nor is it taken off that adapters leave a part undone.
     """
-    head = model.get_output_embeddings().weight
-    table = model.get_input_embeddings().weight
     every = sum(p.numel() for p in model.parameters())
-    inner = every - table.numel() - (head.numel() if head is not table else 0)
+    embeddings = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()}
+    inner, head = every - sum(embeddings.values()), max(embeddings.values())
 
     def flops(tokens: int, trained_tokens: int) -> float:
-        return 6.0 * (inner * tokens + head.numel() * trained_tokens)
+        return 6.0 * (inner * tokens + head * trained_tokens)
 
     return flops
 

@@ -1,5 +1,7 @@
 """Sharding with FSDP2: float32 master weights, arithmetic in the compute dtype, gradients reduced in float32."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,7 +22,12 @@ def shard(scorer: TokenScorer, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
     policy = MixedPrecisionPolicy(param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     # With one process there is nobody to get a layer back from, so giving it away would only cost copies.
-    options = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": mesh.size() > 1 or cpu_offload}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "offload_policy": offload,
+        "reshard_after_forward": mesh.size() > 1 or cpu_offload,
+    }
     for layer in decoder_layers(scorer.model):
         fully_shard(layer, **options)
     sharded: FSDPModule = fully_shard(scorer, **{**options, "reshard_after_forward": False})

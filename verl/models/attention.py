@@ -84,7 +84,13 @@ _USE_ANOTHER = "this architecture cannot be trained in packed batches yet; choos
 
 
 def _varlen(
-    query_1NTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float | None, sliding_window: int | None
+    query_1NTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None,
+    sliding_window: int | None,
 ) -> Tensor:
     query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
     options: dict[str, Any] = {"scale": scaling}
@@ -97,6 +103,7 @@ def _varlen(
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = query_TND.shape[1] != key_TKD.shape[1]
     output_TND = varlen_attn(query_TND, key_TKD, value_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    assert isinstance(output_TND, Tensor)  # a tuple only where auxiliary outputs are asked for
     return output_TND.unsqueeze(0)
 
 

@@ -36,13 +36,19 @@ def export_adapter(directory: Path, adapted: PeftModel) -> None:
     weights = _gather(adapted, {}, only_trained=True)
     if dist.is_main():
         adapter = get_peft_model_state_dict(adapted, state_dict=weights)
-        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in adapter.items()},
+            directory / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
         config = copy.deepcopy(adapted.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(str(directory))
 
 
-def export_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop_ids: Iterable[int]) -> None:
+def export_tokenizer(
+    directory: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop_ids: Iterable[int]
+) -> None:
     """Write the tokenizer, its template, and a generation config that ends at every trained stop token."""
     if not dist.is_main():
         return

@@ -42,7 +42,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     except (OSError, ValueError) as error:
         raise _cannot_load("tokenizer", path, error) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("its tokenizer has no fast version (tokenizer.json)", where=path, fix="convert it with transformers' convert_slow_tokenizer")
+        fix = "convert it with transformers' convert_slow_tokenizer"
+        raise UserError("its tokenizer has no fast version (tokenizer.json)", where=path, fix=fix)
     if chat_template is not None:
         file = Path(chat_template).expanduser()
         if not file.is_file():
@@ -85,7 +86,8 @@ def load_for_inference(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(resolve(path))).merge_and_unload()
-    return model.to(device).eval()
+    torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def read_adapter_config(path: str) -> dict[str, Any] | None:
@@ -99,7 +101,7 @@ def read_adapter_config(path: str) -> dict[str, Any] | None:
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Raises UserError if the tokenizer has ids that the model has no embedding for."""
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = len(next(model.get_input_embeddings().parameters()))
     highest = max(tokenizer.get_vocab().values())
     if highest >= embeddings:
         raise UserError(
@@ -157,5 +159,7 @@ def _cannot_load(what: str, path: str, error: Exception) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(f"the {what} brings Python code of its own", where=path, fix="if you trust it, set trust_remote_code=true")
     return UserError(
-        f"cannot load the {what}: {reason}", where=path, fix="give a local model directory, or a Hub name with the network and, where needed, a login"
+        f"cannot load the {what}: {reason}",
+        where=path,
+        fix="give a local model directory, or a Hub name with the network and, where needed, a login",
     )
