@@ -149,3 +149,14 @@ def test_what_listens_can_end_an_answer() -> None:
     with pytest.raises(KeyboardInterrupt):
         HfRollout(random_model(), [0], batch_size=1).generate_aloud(random_prompts()[0], GREEDY, listen)
     assert len(heard) == 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_holds(stop_ids: list[int]) -> None:
+    prompts, model = random_prompts(), random_model().to("cuda")
+    expected = [plain(random_model(), prompt, stop_ids) for prompt in prompts]
+    rollout, state = HfRollout(model, stop_ids, batch_size=8), torch.cuda.get_rng_state()
+    assert [completion.token_ids for completion in rollout.generate(prompts, GREEDY)] == expected
+    one, two = (Sampling(6, temperature=1.0, n=2, seed=seed) for seed in (1, 2))
+    assert rollout.generate(prompts, one) == rollout.generate(prompts, one) != rollout.generate(prompts, two)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
