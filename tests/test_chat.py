@@ -52,8 +52,9 @@ def decoded(checkpoint: Path, prompt: list[int]) -> str:
 
 def test_the_command_answers_what_is_piped_into_it(learned_checkpoint: Path) -> None:
     command = [sys.executable, "-m", "verl.chat", str(learned_checkpoint), "temperature=0"]
-    done = subprocess.run(command, input=f"{ONE['question']}\n", capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{ONE['answer']}\n", "")
+    typed = f"{ONE['question']}\n/".encode() + b"\xff is no text\n"
+    done = subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (0, f"{ONE['answer']}\n{chat.HELP}\n", "")
 
 
 def test_turns_follow_each_other_until_reset(converse: Converse, prompts: list[list[int]], learned_checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import random
 import sys
 
@@ -87,6 +88,7 @@ def talk(chat: Chat) -> None:
         try:
             text = input(shown).strip()
         except EOFError:
+            print(end="\n" if shown else "")
             return
         except KeyboardInterrupt:
             print(f"\n{HELP}")
@@ -104,20 +106,36 @@ def talk(chat: Chat) -> None:
                 print_error(error)
 
 
+def open_chat(config: ChatConfig) -> Chat:
+    """Load the checkpoint. Raises UserError if it is not right."""
+    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
+    renderer = Renderer(tokenizer)
+    rollout = load_rollout(config.model_path, tokenizer, renderer.stop_ids, batch_size=1, trust_remote_code=config.trust_remote_code)
+    if sys.stdin.isatty():
+        print(f"{config.model_path} on {dist.describe_device(rollout.model.device)}; {HELP}")
+    return Chat(config, rollout, tokenizer, renderer)
+
+
+def prepare_terminal() -> None:
+    """Arrow keys and a history where there are any; bytes that are no text, and text that the terminal has no bytes for, show as `?`."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main(argv: list[str]) -> None:
     """`DIR key=value …`; the directory may also be written as model_path=DIR."""
     quiet_libraries()
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
         argv = [f"model_path={argv[0]}", *argv[1:]]
     config = config_load.load(ChatConfig, argv)
-    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
-    renderer = Renderer(tokenizer)
-    rollout = load_rollout(config.model_path, tokenizer, renderer.stop_ids, batch_size=1, trust_remote_code=config.trust_remote_code)
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
-            importlib.import_module("readline")  # gives input() arrow keys and a history
-        print(f"{config.model_path} on {dist.describe_device(rollout.model.device)}; {HELP}")
-    talk(Chat(config, rollout, tokenizer, renderer))
+    prepare_terminal()
+    try:
+        talk(open_chat(config))
+    except KeyboardInterrupt:  # while it was loading
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
