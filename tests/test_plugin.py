@@ -54,3 +54,11 @@ def test_a_file_without_the_function_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no function 'start'") as caught:
         plugin.load("verl.loggers", str(tmp_path / "empty.py"), needs=("start",))
     assert caught.value.where == str(tmp_path / "empty.py")
+
+
+@pytest.mark.parametrize(("code", "line"), [("def start(:\n", 1), ("import os\n\nos.missing\n", 3)])
+def test_a_file_that_fails_when_it_is_imported_is_named_with_its_line(code: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(UserError, match="fails when it is imported") as caught:
+        plugin.load("verl.loggers", str(tmp_path / "broken.py"))
+    assert caught.value.where == f"{tmp_path / 'broken.py'}:{line}"

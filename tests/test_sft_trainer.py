@@ -20,7 +20,7 @@ from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
 from verl.demo.problems import write_problems
 from verl.errors import UserError, exit_on_user_error
-from verl.models.load import load_tokenizer
+from verl.models.load import load_for_inference, load_tokenizer
 from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer
 
@@ -346,6 +346,8 @@ def test_an_adapter_run_leaves_an_adapter_that_loads(folder: Path) -> None:
     checkpoint = sorted((folder / "lora").glob("global_step_*"))[-1]
     assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
     AutoModelForCausalLM.from_pretrained(checkpoint)
+    stop = AutoTokenizer.from_pretrained(checkpoint).convert_tokens_to_ids("<|im_end|>")
+    assert stop in load_for_inference(str(checkpoint), device="cpu").generation_config.eos_token_id
 
 
 def test_the_first_command_of_the_readme_runs_as_it_stands(folder: Path, tmp_path: Path) -> None:

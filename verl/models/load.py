@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.errors import UserError
 from verl.models.attention import PACKED
@@ -85,7 +86,10 @@ def load_for_inference(
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(resolve(path))).merge_and_unload()
+        directory = resolve(path)
+        model = PeftModel.from_pretrained(model, directory).merge_and_unload()
+        if (Path(directory) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
+            model.generation_config = GenerationConfig.from_pretrained(directory)
     torch.nn.Module.to(model, device)
     return model.eval()
 
@@ -147,9 +151,7 @@ def _from_pretrained(path: str, *, dtype: torch.dtype | str, trust_remote_code: 
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load("model", path, error) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
     return model
 
