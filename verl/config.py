@@ -157,7 +157,11 @@ class SFTConfig:
         for key, samples in (("train", data.train_max_samples), ("val", data.val_max_samples)):
             if samples is not None and samples != -1:
                 at_least(f"data.{key}_max_samples", samples, 1)
-        for key, share in (("warmup_steps_ratio", optim.warmup_steps_ratio), ("min_lr_ratio", optim.min_lr_ratio), ("stable_ratio", optim.stable_ratio)):
+        for key, share in (
+            ("warmup_steps_ratio", optim.warmup_steps_ratio),
+            ("min_lr_ratio", optim.min_lr_ratio),
+            ("stable_ratio", optim.stable_ratio),
+        ):
             if not 0.0 <= share <= 1.0:
                 raise UserError(f"{share} is not a share", where=f"optim.{key}", fix="give a number from 0 to 1")
         if len(optim.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in optim.betas):
@@ -183,7 +187,9 @@ class SFTConfig:
             )
         for key, every in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
             if every not in ("epoch", -1) and not (isinstance(every, int) and every > 0):
-                raise UserError(f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end')
+                raise UserError(
+                    f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end'
+                )
         if trainer.max_ckpt_to_keep is not None and trainer.max_ckpt_to_keep != -1:
             at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
 
@@ -250,6 +256,24 @@ class ChatConfig:
         """Cross-field checks. Raises UserError naming the key."""
         at_least("temperature", self.temperature, 0.0)
         at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass
+class DemoConfig:
+    """`verl demo`: from made-up word problems to a small model that answers them, offline. Its files are in ./demo-run."""
+
+    # Problems to train on, each once.
+    train_rows: int = 16000
+    # Problems to answer before and after, with numbers that were not trained.
+    test_rows: int = 200
+    # Seed of the problems, the weights and the order of rows.
+    seed: int = 1
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        at_least("train_rows", self.train_rows, 1)
+        at_least("test_rows", self.test_rows, 1)
+        at_least("seed", self.seed, 0)
 
 
 def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -1,0 +1,187 @@
+"""The whole way, offline, in minutes on a CPU: problems, a small model from nothing, evaluation, fine-tuning, evaluation.
+
+    python -m verl.demo.run
+
+It prints and runs the same commands that work on anybody's files. `demo` is the whole way; read it first.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from verl import config_load, dist
+from verl.config import DemoConfig, EvalConfig, SFTConfig
+from verl.demo.problems import Problem, write_problems
+from verl.durable import replace_text
+from verl.errors import exit_on_user_error
+from verl.eval import sft_evaluator
+from verl.models.tiny import write_tiny_model
+from verl.run import quiet_libraries
+from verl.trainer import fsdp_sft_trainer
+
+FOLDER = Path("demo-run")
+TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"
+CHECKPOINTS, BEFORE, AFTER = FOLDER / "checkpoints", FOLDER / "eval-before", FOLDER / "eval-after"
+# Small steps, many of them: what a small model from nothing needs. A pretrained model wants a rate some hundred times lower.
+RECIPE = (
+    "data.train_batch_size=16 data.max_length=128 data.max_tokens_per_micro_batch=2048 model.enable_gradient_checkpointing=false "
+    "optim.lr=2e-3 optim.lr_scheduler=linear optim.warmup_steps_ratio=0.05 trainer.logger=verl.demo.milestones"
+).split()
+
+console = Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Go the whole way, and return the content of summary.json."""
+    since = time.perf_counter()
+    title("1. Word problems")
+    train = make_problems(config)
+    title("2. A small model with random weights")
+    make_model(train, config.seed)
+    title("3. Before: the model knows nothing")
+    before = evaluate(MODEL, BEFORE)
+    title("4. Fine-tuning")
+    checkpoint = fine_tune(config.seed)
+    title("5. After: problems that it has not seen")
+    after = evaluate(checkpoint, AFTER)
+    summary = {
+        "exact_match_before": before["exact_match"],
+        "exact_match_after_sft": after["exact_match"],
+        "seconds": round(time.perf_counter() - since, 1),
+        "checkpoint": str(checkpoint),
+        "test_file": str(TEST),
+        "train_file": str(TRAIN),
+        "model": str(MODEL),
+        "train_rows": config.train_rows,
+        "test_rows": config.test_rows,
+        "seed": config.seed,
+        **training(),
+    }
+    replace_text(FOLDER / "summary.json", json.dumps(summary, indent=2) + "\n")
+    title("What happened")
+    show_outcome(summary)
+    return summary
+
+
+def make_problems(config: DemoConfig) -> list[Problem]:
+    """Write train.jsonl and test.jsonl anew; what an earlier demo wrote goes. Returns the training problems."""
+    for folder in (MODEL, CHECKPOINTS, BEFORE, AFTER):
+        shutil.rmtree(folder, ignore_errors=True)
+    FOLDER.mkdir(exist_ok=True)
+    train, test = write_problems(TRAIN, TEST, config.train_rows, config.test_rows, config.seed)
+    say(f"{len(train):,} in {TRAIN}, {len(test):,} in {TEST}; the numbers of the second are never worked with in the first\n")
+    say(f"{train[0].question}\n{train[0].answer}")
+    return train
+
+
+def make_model(train: list[Problem], seed: int) -> None:
+    parameters = write_tiny_model(MODEL, (text for problem in train for text in (problem.question, problem.answer)), seed=seed)
+    say(f"{parameters:,} parameters of the Qwen2 architecture, a tokenizer with Qwen's chat format: {MODEL}")
+
+
+def fine_tune(seed: int) -> Path:
+    """Train with the product's own trainer. Returns the last checkpoint."""
+    words = [
+        f"data.train_files={TRAIN}",
+        f"data.cache_dir={FOLDER / 'cache'}",
+        f"model.partial_pretrain={MODEL}",
+        f"trainer.default_local_dir={CHECKPOINTS}",
+        f"trainer.seed={seed}",
+        *RECIPE,
+    ]
+    show_command("verl.trainer.fsdp_sft_trainer", words)
+    try:
+        return fsdp_sft_trainer.run(config_load.load(SFTConfig, words))
+    finally:
+        dist.stop()
+
+
+def evaluate(model: Path, output_dir: Path) -> dict[str, Any]:
+    """Answer the test problems with the product's own evaluator. Returns the content of its results.json."""
+    words = [f"model_path={model}", f"test_file={TEST}", f"output_dir={output_dir}", "max_new_tokens=64", "batch_size=100"]
+    show_command("verl.eval.sft_evaluator", words)
+    return sft_evaluator.evaluate(config_load.load(EvalConfig, words))
+
+
+def training() -> dict[str, float]:
+    """How many steps were taken, and the loss of the first and of the last."""
+    lines = (CHECKPOINTS / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    return {"steps": last["step"], "loss_first_step": first["train/loss"], "loss_last_step": last["train/loss"]}
+
+
+def show_outcome(summary: dict[str, Any]) -> None:
+    """One problem before and after, the numbers, the files, and the commands for a person's own data."""
+    before, after = (predictions(folder) for folder in (BEFORE, AFTER))
+    shown = next((number for number, prediction in enumerate(after) if prediction["correct"]), 0)
+    say(f"Question: {after[shown]['prompt']}")
+    say(f"Before:   {printable(before[shown]['response'])[:100]} …")
+    say(f"After:    {after[shown]['response']}".replace("\n", "\n          "))
+    say(
+        f"\nexact match {summary['exact_match_before']:.1%} before, {summary['exact_match_after_sft']:.1%} after; "
+        f"loss {summary['loss_first_step']:.2f} to {summary['loss_last_step']:.2f}; {summary['seconds']:.0f} seconds\n"
+    )
+    for path, content in (
+        (TRAIN, "problems to train on"),
+        (TEST, "problems to answer"),
+        (MODEL, "the model with random weights"),
+        (CHECKPOINTS, "metrics.jsonl, train.log, config.yaml and the checkpoint"),
+        (summary["checkpoint"], "the fine-tuned model: a plain Hugging Face directory"),
+        (BEFORE, "results.json and predictions.jsonl before"),
+        (AFTER, "results.json and predictions.jsonl after"),
+        (FOLDER / "summary.json", "these numbers"),
+    ):
+        say(f"{path!s:<44} {content}")
+    title("The same on your data")
+    say(OWN_DATA.format(checkpoint=summary["checkpoint"]))
+
+
+OWN_DATA = """\
+Talk to the model that you have just trained:
+  verl chat {checkpoint}
+
+Your questions and answers, a line each ({{"question": …, "answer": …}}), and a pretrained model. It takes the GPU if there is one:
+  verl sft data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=checkpoints/mine
+  verl eval model_path=checkpoints/mine/global_step_N test_file=test.jsonl output_dir=checkpoints/mine/eval
+
+All four GPUs of a machine:
+  verl sft --gpus 4 data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct \\
+    trainer.default_local_dir=checkpoints/mine"""
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def printable(text: str) -> str:
+    """In one line, without what a terminal cannot show."""
+    return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
+
+
+def show_command(module: str, words: list[str]) -> None:
+    say(f"$ python -m {module} {shlex.join(words)}")
+
+
+def title(text: str) -> None:
+    console.print()
+    console.rule(text, align="left")
+
+
+def say(text: str) -> None:
+    console.print(text)
+
+
+def main(argv: list[str]) -> None:
+    config = config_load.load(DemoConfig, argv)
+    quiet_libraries()
+    demo(config)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, sys.argv[1:])

@@ -1,0 +1,70 @@
+"""A small Qwen2 model with random weights and a tokenizer with Qwen's chat format, made from nothing: a first run needs no network."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+POSITIONS = 2048
+# One message after the other, each between START and END, and the opening of the assistant's when its answer is wanted.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def write_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 1) -> int:
+    """Write a Hugging Face model directory: random weights, a tokenizer whose words come from the texts, a generation config.
+
+    Args:
+        folder: where to; made when missing.
+        texts: what the tokenizer learns its words from; any other text is spelled in bytes.
+        seed: of the weights.
+    Returns:
+        the number of parameters.
+    """
+    tokenizer = tiny_tokenizer(texts)
+    model = tiny_model(tokenizer, seed=seed)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def tiny_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> Qwen2Tokenizer:
+    """Qwen's kind of tokenizer, digits one by one, with its special tokens and chat format."""
+    untrained = Qwen2Tokenizer(eos_token=END, pad_token=PAD, extra_special_tokens=[START, END], model_max_length=POSITIONS)
+    tokenizer = untrained.train_new_from_iterator([*texts, "system\nuser\nassistant\n"], vocab_size, show_progress=False)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(tokenizer: Qwen2Tokenizer, *, seed: int = 1) -> Qwen2ForCausalLM:
+    """A Qwen2 model of about 1.5 million parameters, in float32."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # near 1 / sqrt(192): at the usual 0.02 so narrow a model learns far more slowly
+        use_sliding_window=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
+    )
+    return model
