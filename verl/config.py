@@ -263,7 +263,7 @@ class DemoConfig:
     """`verl demo`: from made-up word problems to a small model that answers them, offline. Its files are in ./demo-run."""
 
     # Problems to train on, each once.
-    train_rows: int = 16000
+    train_rows: int = 24000
     # Problems to answer before and after, with numbers that were not trained.
     test_rows: int = 200
     # Seed of the problems, the weights and the order of rows.
