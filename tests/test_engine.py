@@ -226,7 +226,7 @@ def test_an_architecture_that_mixes_documents_is_refused_before_training(model_p
 
 
 def test_chunked_logprobs_and_their_gradients_are_those_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verl.engine.logprobs.CHUNK", 7)
+    monkeypatch.setattr("verl.engine.logprobs.CHUNK_LOGITS", 50 * 7)
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     target = torch.randint(0, 50, (20,))

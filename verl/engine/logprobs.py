@@ -16,7 +16,7 @@ from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models.attention import packed_kwargs
 
-CHUNK = 1024  # positions whose logits exist at a time: 0.6 GB in float32 at a vocabulary of 152k
+CHUNK_LOGITS = 2**27  # logits that exist at a time, 0.5 GB in float32, whatever the vocabulary
 
 
 @dataclass
@@ -58,10 +58,11 @@ def token_logprobs(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, 
     Returns:
         logprob_M in float32, natural log.
     """
+    size = max(1, CHUNK_LOGITS // len(weight_VH))
     # One chunk at least, even of no positions: a rank without trained tokens still takes part in the backward pass.
     chunks = [
-        checkpoint(_chunk_logprobs, hidden_MH[i : i + CHUNK], weight_VH, bias_V, target_M[i : i + CHUNK], rule, use_reentrant=False)
-        for i in range(0, max(1, len(target_M)), CHUNK)
+        checkpoint(_chunk_logprobs, hidden_MH[i : i + size], weight_VH, bias_V, target_M[i : i + size], rule, use_reentrant=False)
+        for i in range(0, max(1, len(target_M)), size)
     ]
     return torch.cat(chunks)
 
