@@ -1,6 +1,7 @@
 """What only a GPU shows: FlashAttention over packed documents, bfloat16, offloading, Liger. Compared with plain transformers in float32."""
 
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from test_engine import largest_difference
 from tiny import RandomDocuments, qwen2_config, write_model
 from transformers import AutoModelForCausalLM
-from transformers.models.qwen2 import modeling_qwen2
 
 from verl import dist
 from verl.algorithms import sft
@@ -117,13 +117,16 @@ def test_offloading_to_the_host_changes_nothing_but_memory(model_path: Path, dev
     assert all(p.device.type == "cpu" for p in engine.trained)
 
 
-def test_liger_follows_the_plain_curve(
-    model_path: Path, device: torch.device, plain_curve: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def liger_curve(path: Path) -> np.ndarray:
+    device = dist.start()
+    return curve(engine_on(path, device, torch.float32, liger=True), steps=20)
+
+
+def test_liger_follows_the_plain_curve(model_path: Path, plain_curve: np.ndarray) -> None:
+    """In a process of its own: Liger replaces functions of transformers for every model of the process."""
     pytest.importorskip("liger_kernel")
-    # Liger replaces the function in the module, for every model of the process: put back for the tests that follow.
-    monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", modeling_qwen2.apply_rotary_pos_emb)
-    np.testing.assert_allclose(curve(engine_on(model_path, device, torch.float32, liger=True), steps=20), plain_curve[:20], rtol=1e-3)
+    with get_context("spawn").Pool(1) as pool:
+        np.testing.assert_allclose(pool.apply(liger_curve, (model_path,)), plain_curve[:20], rtol=1e-3)
 
 
 def test_adapters_learn_beside_bfloat16_weights(model_path: Path, device: torch.device) -> None:
