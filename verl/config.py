@@ -113,7 +113,7 @@ class TrainerConfig:
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     # A name, a list of names (console, wandb, tensorboard, trackio) or path/to/file.py. metrics.jsonl is always written.
     logger: Any = "console"
-    # A checkpoint each so many steps; "epoch": at each epoch's end; -1: only at the end.
+    # A checkpoint each so many steps; "epoch": at each epoch's end; -1: only at the end; "never": none, to try settings out.
     save_freq: int | str = "epoch"
     # Validation loss each so many steps; "epoch": at each epoch's end; -1: only at the end.
     test_freq: int | str = "epoch"
@@ -123,6 +123,8 @@ class TrainerConfig:
     resume_mode: str = "auto"
     # A global_step_N directory, for resume_mode=resume_path.
     resume_from_path: str | None = None
+    # Record where the time goes in this step, counted from 1 as logged, and the two after it, into default_local_dir/profile.
+    profile_step: int | None = None
     # Seed of row order, adapters and dropout.
     seed: int = 1
 
@@ -150,6 +152,7 @@ class SFTConfig:
         at_least("data.num_workers", data.num_workers, 1)
         at_least("trainer.total_epochs", trainer.total_epochs, 1)
         at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
+        at_least("trainer.profile_step", trainer.profile_step, 1)
         at_least("trainer.seed", trainer.seed, 0)
         at_least("model.lora_rank", model.lora_rank, 0)
         at_least("optim.lr", optim.lr, 0.0)
@@ -186,10 +189,16 @@ class SFTConfig:
                 fix="set trainer.resume_mode=resume_path and trainer.resume_from_path=…/global_step_N, or neither",
             )
         for key, every in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
-            if every not in ("epoch", -1) and not (isinstance(every, int) and every > 0):
+            if every not in ("epoch", -1) and not (isinstance(every, int) and every > 0) and (key, every) != ("save_freq", "never"):
                 raise UserError(
                     f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end'
                 )
+        if trainer.total_training_steps is not None and (trainer.profile_step or 0) > trainer.total_training_steps:
+            raise UserError(
+                f"step {trainer.profile_step} is behind the last one, {trainer.total_training_steps}",
+                where="trainer.profile_step",
+                fix="give a smaller step, or more in trainer.total_training_steps",
+            )
         if trainer.max_ckpt_to_keep is not None and trainer.max_ckpt_to_keep != -1:
             at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
 

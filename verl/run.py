@@ -144,7 +144,8 @@ class Run:
         self.stopped_by = received.name
         signal.signal(received, self._handlers[received])  # a second one ends the process at once
         if dist.is_main():
-            os.write(2, f"\n{self.stopped_by}: ending after this step, with a checkpoint (again: at once)\n".encode())
+            kept = "without" if self._config.trainer.save_freq == "never" else "with"
+            os.write(2, f"\n{self.stopped_by}: ending after this step, {kept} a checkpoint (again: at once)\n".encode())
 
     def _append(self, name: str, text: str) -> None:
         with (self.directory / name).open("a", encoding="utf-8") as file:

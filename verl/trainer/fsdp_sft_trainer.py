@@ -29,6 +29,7 @@ from verl.errors import exit_on_user_error
 from verl.models.load import load_tokenizer
 from verl.run import Run
 from verl.trainer.meter import Meter
+from verl.trainer.profile import profiled
 from verl.trainer.resume import find_checkpoint, start_position
 
 VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
@@ -78,7 +79,7 @@ def train_loop(
 ) -> Path | None:
     """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
     engine, meter, saved = built.engine, Meter(built.engine, start), None
-    for step in loader.steps(start.step, total_steps):
+    for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, this):
         metrics = meter.measure(step, engine.train_step(step.micro_batches, sft.loss, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, this.should_stop()
@@ -94,13 +95,15 @@ def train_loop(
             this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
             this.say(f"saved {saved}")
         if stop:
-            this.leave(f"after step {done}; the same command goes on from {saved}")
+            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
         meter.start()
     return saved
 
 
 def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
-    """Whether what happens `every` so many steps, each "epoch", or (-1) only at the end, happens after step `done`."""
+    """Whether what happens `every` so many steps, each "epoch", (-1) only at the end, or "never", happens after step `done`."""
+    if every == "never":
+        return False
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
 
 

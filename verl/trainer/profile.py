@@ -1,0 +1,146 @@
+"""Where the time of a step goes: a trace of a few steps, and the share of them in which the GPU was busy.
+
+    verl sft … trainer.profile_step=20
+
+traces steps 20 to 22 into `profile/` of the run's directory: `step_20_rank_R.json.gz`, which Perfetto and chrome://tracing
+open, and `step_20_rank_R.txt`, with what took the most time.
+"""
+
+import gzip
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from verl import dist
+from verl.data.loader import Step
+from verl.run import Run
+
+STEPS = 3  # of one trace: several, so that what happens between two of them is in it
+ROWS = 30  # of the table
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of what runs on the GPU
+
+
+@dataclass(frozen=True)
+class Item:
+    """What took time under one name: a kernel on the GPU, or an operator on the CPU.
+
+    Attributes:
+        milliseconds: of all calls together; an operator's without those that it calls.
+    """
+
+    name: str
+    milliseconds: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a trace shows.
+
+    Attributes:
+        seconds: from the first step's beginning to the last one's end, by the host's clock.
+        busy_share: share of that time in which at least one kernel, copy or fill ran on the GPU; None without a GPU.
+        items: the longest first.
+    """
+
+    seconds: float
+    busy_share: float | None
+    items: list[Item]
+
+    def describe(self, first_step: int, steps: int) -> str:
+        """One line, such as `profile of steps 20-22: 391 ms a step, GPU busy 97.6%`."""
+        busy = "" if self.busy_share is None else f", GPU busy {self.busy_share:.1%}"
+        return f"profile of steps {first_step}-{first_step + steps - 1}: {1e3 * self.seconds / steps:,.0f} ms a step{busy}"
+
+    def table(self) -> str:
+        """The longest items, a line each: milliseconds in the whole trace, calls, name."""
+        return "\n".join(["        ms   count  name", *(f"{i.milliseconds:10.2f} {i.count:7d}  {i.name}" for i in self.items[:ROWS])])
+
+
+class Trace:
+    """Records from here to `finish`. On a GPU only what the GPU does, so that the host is not slowed by being watched."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._profiler = profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU])
+        self._profiler.start()
+        self._since = self._now()
+
+    def finish(self, path: Path) -> Profile:
+        """End the recording.
+
+        Args:
+            path: the trace's file, ending in `.json.gz`; its folder is made.
+        """
+        seconds = self._now() - self._since
+        self._profiler.stop()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(path))
+        if self._device.type != "cuda":
+            return Profile(seconds, None, self._operators())
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            work = [event for event in json.load(file)["traceEvents"] if event.get("cat") in DEVICE_WORK]
+        busy = covered([(event["ts"], event["ts"] + event["dur"]) for event in work])
+        return Profile(seconds, busy / 1e6 / seconds, _by_name(work))
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _operators(self) -> list[Item]:
+        found = [Item(e.key, e.self_cpu_time_total / 1e3, e.count) for e in self._profiler.key_averages()]
+        return sorted(found, key=lambda item: -item.milliseconds)
+
+
+def profiled(steps: Iterable[Step], first_step: int | None, device: torch.device, this: Run) -> Iterator[Step]:
+    """The same steps; while the loop works on `first_step` and those after it, a trace is recorded, and then written.
+
+    Args:
+        first_step: counted from 1, as steps are logged; None: nothing is recorded.
+    """
+    steps, reached = iter(steps), first_step is None
+    for step in steps:
+        if step.number + 1 == first_step:
+            reached = True
+            yield from _traced(chain([step], islice(steps, STEPS - 1)), first_step, device, this)
+        else:
+            yield step
+    if not reached:
+        this.say(f"trainer.profile_step={first_step}: this run had no such step, so there is no profile")
+
+
+def _traced(steps: Iterable[Step], first_step: int, device: torch.device, this: Run) -> Iterator[Step]:
+    trace, count = Trace(device), 0
+    for count, step in enumerate(steps, 1):  # noqa: B007 - used after the loop
+        yield step
+    stem = this.directory / "profile" / f"step_{first_step}_rank_{dist.rank()}"
+    found = trace.finish(stem.with_suffix(".json.gz"))
+    line = found.describe(first_step, count)
+    stem.with_suffix(".txt").write_text(f"{line}\n{found.table()}\n", encoding="utf-8")
+    this.say(f"{line}; written to {stem.parent}")
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of what at least one of the (start, stop) intervals covers, so that work side by side counts once."""
+    total, reach = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, reach))
+        reach = max(reach, stop)
+    return total
+
+
+def _by_name(work: list[dict[str, Any]]) -> list[Item]:
+    microseconds: dict[str, list[float]] = defaultdict(list)
+    for event in work:
+        microseconds[event["name"]].append(event["dur"])
+    found = [Item(name, sum(times) / 1e3, len(times)) for name, times in microseconds.items()]
+    return sorted(found, key=lambda item: -item.milliseconds)
