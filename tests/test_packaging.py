@@ -16,7 +16,7 @@ import verl
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # They pin a torch and a transformers of their own, or are not part of what the tests run on.
-NOT_PINNED = {"vllm", "sglang", "ray", "verl"}
+NOT_PINNED = {"vllm", "sglang", "ray", "flash-attn-4", "verl"}
 
 
 def pins(text: str, python: str) -> dict[str, str]:
@@ -63,7 +63,7 @@ def test_torch_stands_first_among_the_pins() -> None:
 
 def test_every_extra_is_there() -> None:
     extras = metadata.metadata("verl").get_all("Provides-Extra") or []
-    assert {"liger", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray", "dev"} == set(extras)
+    assert {"liger", "fa4", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray", "dev"} == set(extras)
 
 
 def test_version_and_changelog_agree() -> None:

@@ -76,6 +76,9 @@ class ModelConfig:
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     # Arithmetic of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
     compute_dtype: str = "auto"
+    # Attention on a GPU in bfloat16: "auto" (the newest FlashAttention that is installed and passes a trial), "fa2" (inside
+    # PyTorch), "fa3", "fa4", or "sdpa" (plain, one document at a time).
+    attn_implementation: str = "auto"
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
@@ -144,6 +147,7 @@ class SFTConfig:
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         one_of("model.strategy", model.strategy, ("fsdp2", "fsdp"))
         one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
+        one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "sdpa"))
         one_of("optim.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
         one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
         at_least("data.max_length", data.max_length, 2)

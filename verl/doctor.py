@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from verl.errors import UserError
+
+if TYPE_CHECKING:
+    from verl.models.flash import Kernel
 
 LEAST_FREE_GIB = 10  # a checkpoint of a 0.5B model with its optimizer takes about 7 GiB
 
@@ -84,6 +87,7 @@ def _devices() -> Iterator[Finding]:
     try:
         import torch
 
+        from verl.models import flash
         from verl.models.attention import describe_attention
     except ImportError as error:
         yield Finding("device", "torch", f"cannot be imported: {error}", "missing", "install what is missing above")
@@ -96,7 +100,24 @@ def _devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         yield _gpu(index, torch.cuda.get_device_name(index), free / 2**30, total / 2**30, torch.cuda.get_device_capability(index))
     yield Finding("device", "CUDA", f"{torch.version.cuda}")
-    yield Finding("device", "attention", describe_attention("cuda", torch.bfloat16))
+    # Common heads; a run tries its own model's.
+    heads = flash.Heads(query=8, key_value=2, size=128)
+    yield from _attention(flash.refusals(torch.device("cuda", 0), torch.bfloat16, heads))
+
+
+def _attention(refusals: "dict[Kernel, str | None]") -> Iterator[Finding]:
+    """Which FlashAttention a run calls, and why not the others that this GPU could use."""
+    from verl.models import flash
+
+    yield Finding("device", "attention", flash.version(flash.preferred(refusals)))
+    for kernel, refusal in refusals.items():
+        package = flash.PACKAGES[kernel]
+        if refusal == flash.NOT_INSTALLED:
+            yield Finding("device", package.name, refusal, "absent", package.install)
+        elif refusal is not None:
+            yield Finding(
+                "device", package.name, refusal, "warning", f"runs do without it; a fitting release may mend it: {package.install}"
+            )
 
 
 def _gpu(index: int, name: str, free_gib: float, total_gib: float, capability: tuple[int, int]) -> Finding:

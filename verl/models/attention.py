@@ -3,29 +3,44 @@
 A model that is loaded with `attn_implementation=PACKED` is called with one row of T tokens, positions that restart in each
 document, and `packed_kwargs(batch)`. No token sees another document. Two exact paths:
 
-- CUDA in half precision: FlashAttention with variable lengths, which is inside PyTorch (`torch.nn.attention.varlen`);
+- CUDA in half precision: FlashAttention with variable lengths, the one inside PyTorch or an installed newer one;
 - anything else: PyTorch's scaled dot product, one document at a time.
+
+`choose_attention` says once for the process which FlashAttention is called.
 
 Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D head size; a leading 1 is transformers' batch.
 """
 
-import inspect
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from verl.data.batch import Batch
 from verl.errors import UserError
+from verl.models import flash
 
 PACKED = "verl_packed"
 
-# The signature moved between PyTorch 2.10 and 2.13.
-_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
+
+@dataclass(frozen=True)
+class Choice:
+    """What a process calls on CUDA in half precision.
+
+    Attributes:
+        kernel: a FlashAttention, or "sdpa" for the path of every other device.
+        refused: packages with kernels for this GPU that are not taken, and why.
+    """
+
+    kernel: flash.Kernel | Literal["sdpa"] = "fa2"
+    refused: dict[flash.Kernel, str] = field(default_factory=dict)
+
+
+_choice = Choice()
 
 
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
@@ -38,15 +53,61 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
     }
 
 
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> None:
+    """Set which attention this process calls from now on.
+
+    Args:
+        wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4" or "sdpa".
+    Raises:
+        UserError: what is wanted does not run here, and why.
+    """
+    global _choice
+    _choice = _choose(wanted, device, dtype, heads)
+    if _choice.kernel != "sdpa" and _has_flash(device.type, dtype):
+        flash.activate(_choice.kernel)
+
+
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> Choice:
+    if wanted == "sdpa":
+        return Choice("sdpa")
+    if not _has_flash(device.type, dtype):
+        if wanted != "auto":
+            raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
+        return Choice()
+    if wanted == "auto":
+        found = flash.refusals(device, dtype, heads)
+        return Choice(flash.preferred(found), {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
+    kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
+    if kernel is None:
+        return Choice()
+    refusal = flash.refusal(kernel, device, dtype, heads)
+    if refusal is not None:
+        package = flash.PACKAGES[kernel]
+        fix = package.install if refusal == flash.NOT_INSTALLED else "leave it at auto"
+        raise UserError(f"{package.name}: {refusal}", where="model.attn_implementation", fix=fix)
+    return Choice(kernel)
+
+
+def heads_of(config: PretrainedConfig) -> flash.Heads:
+    """The attention heads of a causal language model."""
+    text = config.get_text_config()
+    query = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // query
+    return flash.Heads(query, getattr(text, "num_key_value_heads", None) or query, size)
+
+
 def describe_attention(device_type: str, dtype: torch.dtype) -> str:
     """Which path a run on this device takes, and why."""
-    if _has_varlen(device_type, dtype):
-        return "FlashAttention with variable lengths, inside PyTorch"
-    reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
-    return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
+    if not _has_flash(device_type, dtype):
+        reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
+        return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
+    if _choice.kernel == "sdpa":
+        return "PyTorch's scaled dot product, one document at a time (model.attn_implementation=sdpa)"
+    refused = "; ".join(f"{flash.PACKAGES[kernel].name}: {reason}" for kernel, reason in _choice.refused.items())
+    return flash.version(_choice.kernel) + (f" ({refused})" if refused else "")
 
 
-def _has_varlen(device_type: str, dtype: torch.dtype) -> bool:
+def _has_flash(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -75,36 +136,23 @@ def packed_attention(
         raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=_USE_ANOTHER)
     if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False:
         raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=_USE_ANOTHER)
-    if _has_varlen(query_1NTD.device.type, query_1NTD.dtype):
-        return _varlen(query_1NTD, key_1KTD, value_1KTD, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if _choice.kernel != "sdpa" and _has_flash(query_1NTD.device.type, query_1NTD.dtype):
+        query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
+        output_TND = flash.flash_attention(
+            query_TND,
+            key_TKD,
+            value_TKD,
+            cu_seq_lens_q,
+            max_length_q,
+            scale=scaling,
+            sliding_window=sliding_window,
+            kernel=_choice.kernel,
+        )
+        return output_TND.unsqueeze(0), None
     return _per_document(query_1NTD, key_1KTD, value_1KTD, cu_seq_lens_q, scaling, sliding_window), None
 
 
 _USE_ANOTHER = "this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
-
-
-def _varlen(
-    query_1NTD: Tensor,
-    key_1KTD: Tensor,
-    value_1KTD: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
-    options: dict[str, Any] = {"scale": scaling}
-    if "window_size" in _VARLEN_PARAMETERS:
-        options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
-    elif sliding_window:
-        raise UserError("this PyTorch's variable-length attention has no sliding window", fix="install torch>=2.11")
-    else:
-        options["is_causal"] = True
-    if "enable_gqa" in _VARLEN_PARAMETERS:
-        options["enable_gqa"] = query_TND.shape[1] != key_TKD.shape[1]
-    output_TND = varlen_attn(query_TND, key_TKD, value_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-    assert isinstance(output_TND, Tensor)  # a tuple only where auxiliary outputs are asked for
-    return output_TND.unsqueeze(0)
 
 
 def _per_document(

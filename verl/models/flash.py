@@ -1,0 +1,309 @@
+"""FlashAttention over packed documents: 2 is inside PyTorch, 3 and 4 are packages that a person may install.
+
+A package is taken only after a trial: it must be importable, and on this GPU, with the model's own heads, its output and its
+gradients must be those of FlashAttention-2. So a run never stops over a package that does not fit; it says why it does without.
+
+Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D head size.
+"""
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import attention as torch_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from verl.errors import UserError
+
+Kernel = Literal["fa2", "fa3", "fa4"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """Where a kernel comes from.
+
+    Attributes:
+        name: as people call it.
+        distribution: the installed package.
+        module: what is imported.
+        install: how to get it.
+    """
+
+    name: str
+    distribution: str
+    module: str
+    install: str
+
+
+PACKAGES: dict[Kernel, Package] = {
+    "fa3": Package("FlashAttention-3", "flash_attn_3", "flash_attn_interface", "build its repository's folder hopper"),
+    "fa4": Package("FlashAttention-4", "flash-attn-4", "flash_attn.cute.interface", 'pip install "verl[fa4]"'),
+}
+
+# By the major number of the compute capability, the preferred first. FlashAttention-3 is written for Hopper (9); 4 is written
+# for Blackwell (10), and its kernels for Hopper are 3's, in Python.
+PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
+
+NOT_INSTALLED = "not installed"
+TOLERANCE = 0.02  # relative, of sums in bfloat16; a wrong mask or a wrong head gives 0.1 and more
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a kernel must be able to do for a model."""
+
+    query: int
+    key_value: int
+    size: int
+
+
+def refusals(device: torch.device, dtype: torch.dtype, heads: Heads) -> dict[Kernel, str | None]:
+    """For each package that has kernels for this GPU, the preferred first: why it cannot be used, or None where it can."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return {kernel: refusal(kernel, device, dtype, heads) for kernel in PREFERRED.get(major, ())}
+
+
+def preferred(refusals: dict[Kernel, str | None]) -> Kernel:
+    """The first package that can be used, or else what is inside PyTorch."""
+    return next((kernel for kernel, refusal in refusals.items() if refusal is None), "fa2")
+
+
+def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
+    """Why this package's kernel cannot be used here, in one line; None where it can."""
+    package = PACKAGES[kernel]
+    try:
+        importlib.import_module(package.module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        return NOT_INSTALLED if package.module.startswith(missing) else f"its requirement {missing} is not installed"
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another PyTorch, CUDA or Python
+        return f"cannot be imported: {_first_line(error)}"
+    if kernel == "fa3" and not hasattr(torch_attention, "activate_flash_attention_impl"):
+        return f"PyTorch {torch.__version__} cannot call it"
+    return _trial(kernel, device, dtype, heads)
+
+
+def version(kernel: Kernel) -> str:
+    """The name and, where a package is installed, its version."""
+    if kernel == "fa2":
+        return "FlashAttention-2, inside PyTorch"
+    package = PACKAGES[kernel]
+    try:
+        return f"{package.name} {metadata.version(package.distribution)}"
+    except metadata.PackageNotFoundError:
+        return package.name
+
+
+def activate(kernel: Kernel) -> None:
+    """Prepare this process for `flash_attention(kernel=…)`. FlashAttention-3 takes the place of 2 behind PyTorch's own calls."""
+    active = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
+    if kernel == "fa3" and active != "FA3":
+        torch_attention.activate_flash_attention_impl("FA3")
+    elif kernel != "fa3" and active == "FA3":
+        torch_attention.restore_flash_attention_impl()
+
+
+def flash_attention(
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    kernel: Kernel = "fa2",
+) -> Tensor:
+    """Causal attention inside each document, on CUDA in bfloat16 or float16.
+
+    Args:
+        cu_seqlens: bounds of the documents, S + 1 of int32 from 0 to T.
+        max_seqlen: tokens of the longest document, or more.
+        scale: of the scores; None: 1 / √D.
+        sliding_window: how many tokens, itself included, a token sees; None: all before it.
+        kernel: an activated one.
+    Returns:
+        output_TND.
+    """
+    if kernel == "fa4":
+        output_TND, _ = _flash4(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale, sliding_window)
+        return output_TND
+    return _inside_pytorch(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale, sliding_window)
+
+
+# The signature moved between PyTorch 2.10 and 2.13.
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
+
+
+def _inside_pytorch(
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    options: dict[str, Any] = {"scale": scale}
+    if "window_size" in _VARLEN_PARAMETERS:
+        options["window_size"] = (sliding_window - 1 if sliding_window else -1, 0)
+    elif sliding_window:
+        raise UserError("this PyTorch's variable-length attention has no sliding window", fix="install torch>=2.11")
+    else:
+        options["is_causal"] = True
+    if "enable_gqa" in _VARLEN_PARAMETERS:
+        options["enable_gqa"] = query_TND.shape[1] != key_TKD.shape[1]
+    output_TND = varlen_attn(query_TND, key_TKD, value_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    assert isinstance(output_TND, Tensor)  # a tuple only where auxiliary outputs are asked for
+    return output_TND
+
+
+# FlashAttention-4 as an operator of PyTorch, so that a compiled layer holds it as one node. PyTorch's own
+# `activate_flash_attention_impl("FA4")` expects two results of the package's forward function; since 4.0.0b20 there are more.
+@torch.library.custom_op("verl::flash4", mutates_args=())
+def _flash4(
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """output_TND and the logarithm of each row's sum of exponentials, [N, T] in float32."""
+    from flash_attn.cute.interface import flash_attn_varlen_func
+
+    output_TND, logsumexp_NT = flash_attn_varlen_func(
+        query_TND.contiguous(),
+        key_TKD.contiguous(),
+        value_TKD.contiguous(),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(_tokens_before(sliding_window), None),
+        return_lse=True,
+    )
+    return output_TND, logsumexp_NT
+
+
+@_flash4.register_fake
+def _flash4_shapes(
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = query_TND.shape
+    return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("verl::flash4_backward", mutates_args=())
+def _flash4_backward(
+    output_gradient_TND: Tensor,
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    output_TND: Tensor,
+    logsumexp_NT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    query_TND, key_TKD, value_TKD = query_TND.contiguous(), key_TKD.contiguous(), value_TKD.contiguous()
+    gradients: tuple[Tensor, Tensor, Tensor] = _flash_attn_bwd(
+        query_TND,
+        key_TKD,
+        value_TKD,
+        output_TND,
+        output_gradient_TND.contiguous(),
+        logsumexp_NT,
+        softmax_scale=scale,
+        causal=True,
+        window_size_left=_tokens_before(sliding_window),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return gradients
+
+
+@_flash4_backward.register_fake
+def _flash4_backward_shapes(
+    output_gradient_TND: Tensor,
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    output_TND: Tensor,
+    logsumexp_NT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query_gradient_TND, key_gradient_TKD, value_gradient_TKD = (x.new_empty(x.shape) for x in (query_TND, key_TKD, value_TKD))
+    return query_gradient_TND, key_gradient_TKD, value_gradient_TKD
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query_TND, key_TKD, value_TKD, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.sliding_window = inputs
+    ctx.save_for_backward(query_TND, key_TKD, value_TKD, *output, cu_seqlens)
+
+
+def _gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the output alone: nothing uses the logarithms of the sums."""
+    gradients = _flash4_backward(output_gradient_TND, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.sliding_window)
+    return (*gradients, None, None, None, None)
+
+
+_flash4.register_autograd(_gradients, setup_context=_keep_for_backward)
+
+
+def _tokens_before(sliding_window: int | None) -> int | None:
+    return sliding_window - 1 if sliding_window else None
+
+
+def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
+    """Output and gradients of three short documents beside FlashAttention-2's: what is wrong, or None."""
+    expected = _results("fa2", device, dtype, heads)
+    try:
+        found = _results(kernel, device, dtype, heads)
+    except Exception as error:  # whatever a package raises, the run can do without it, and says so
+        return f"does not run here: {type(error).__name__}: {_first_line(error)}"
+    finally:
+        activate("fa2")
+    difference = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
+    return None if difference < TOLERANCE else f"differs from FlashAttention-2 by {difference:.2g}"
+
+
+def _results(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> list[Tensor]:
+    activate(kernel)
+    cu_seqlens = torch.tensor([0, 1, 131, 431], dtype=torch.int32, device=device)
+    generator = torch.Generator(device).manual_seed(0)  # not the run's own random numbers
+    query_TND, key_TKD, value_TKD, output_gradient_TND = (
+        torch.randn(431, number, heads.size, device=device, generator=generator).to(dtype).requires_grad_()
+        for number in (heads.query, heads.key_value, heads.key_value, heads.query)
+    )
+    with torch.enable_grad():
+        output_TND = flash_attention(query_TND, key_TKD, value_TKD, cu_seqlens, 300, kernel=kernel)
+        gradients = torch.autograd.grad(output_TND, (query_TND, key_TKD, value_TKD), output_gradient_TND.detach())
+    return [x.detach().float() for x in (output_TND, *gradients)]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
