@@ -1,16 +1,22 @@
 """Models and tokenizers from a directory or the Hub, with errors a user can mend."""
 
 import json
+import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from verl.errors import UserError
 from verl.models.attention import PACKED
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Loaded:
     """A model for training.
 
     Attributes:
-        model: a causal language model in float32, its attention set to packed batches.
+        model: a causal language model, its attention set to packed batches.
         saved_dtypes: the dtype that each parameter and buffer had on disk, and will have again.
     """
 
@@ -53,15 +59,23 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     return tokenizer
 
 
-def load_for_training(path: str, *, trust_remote_code: bool = False) -> Loaded:
-    """A causal language model with float32 weights on the CPU, ready for packed batches.
+def load_for_training(
+    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Loaded:
+    """A causal language model, ready for packed batches.
 
+    Its weights go tensor by tensor from the file to the device; host memory holds no copy of them.
+
+    Args:
+        device: where the weights are to live.
+        dtype: what they are to be there.
     Raises:
         UserError: no such model, or not one that PyTorch and safetensors can load.
     """
-    model = _from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code, attn_implementation=PACKED)
-    saved_dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
-    return Loaded(model.float(), saved_dtypes)
+    model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED)
+    saved_dtypes = _saved_dtypes(model, resolve(path))
+    _restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
+    return Loaded(model, saved_dtypes)
 
 
 def load_for_inference(
@@ -78,7 +92,9 @@ def load_for_inference(
     adapter = read_adapter_config(path)
     base = path if adapter is None else adapter["base_model_name_or_path"]
     try:
-        model = _from_pretrained(base, dtype=dtype or "auto", trust_remote_code=trust_remote_code, attn_implementation="sdpa")
+        model = _from_pretrained(
+            base, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
     except UserError as error:
         if adapter is None:
             raise
@@ -90,7 +106,6 @@ def load_for_inference(
         model = PeftModel.from_pretrained(model, directory).merge_and_unload()
         if (Path(directory) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
             model.generation_config = GenerationConfig.from_pretrained(directory)
-    torch.nn.Module.to(model, device)
     return model.eval()
 
 
@@ -142,18 +157,75 @@ def resolve(path: str) -> str:
     return path
 
 
-def _from_pretrained(path: str, *, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str) -> PreTrainedModel:
+def _from_pretrained(
+    path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str
+) -> PreTrainedModel:
     source = resolve(path)
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation, use_safetensors=True
+            source,
+            dtype=dtype,
+            device_map=str(device),  # as text, "cuda" is this process's own GPU also in the threads that read the file
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load("model", path, error) from error
     except SafetensorError as error:
         raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
     return model
+
+
+def _saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dtype]:
+    """The dtype on disk of each of the model's tensors, by its name in the model.
+
+    A tensor that is tied to another has that one's. One that is not on disk under its name, because the file has it in parts
+    or under an older name, has the dtype of most of the file.
+    """
+    on_disk: dict[str, torch.dtype] = {}
+    elements: Counter[torch.dtype] = Counter()
+    for name, dtype, count in _weights_on_disk(source):
+        on_disk[name] = dtype
+        elements[dtype] += count
+    tensors = model.state_dict(keep_vars=True)
+    found = {id(tensor): on_disk[name] for name, tensor in tensors.items() if name in on_disk}
+    usual = max(elements, key=elements.__getitem__, default=None)
+    return {
+        name: found.get(id(tensor), usual or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
+    }
+
+
+def _weights_on_disk(source: str) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Name, dtype and number of elements of each floating-point tensor of a model whose files are here; reads their headers alone."""
+    config = cached_file(source, "config.json")
+    assert config is not None  # the model was loaded with it
+    for path in _weight_files(Path(config).parent):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118, it is no dictionary
+                part = file.get_slice(key)
+                if part.get_dtype() in DTYPES:
+                    yield key, DTYPES[part.get_dtype()], math.prod(part.get_shape())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))  # a config may name its file otherwise
+
+
+def _restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[str, torch.dtype], *, trust_remote_code: bool) -> None:
+    """Let the config name the dtype of the file again, in place of the one that was loaded."""
+    stated = AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code).dtype
+    dtype = stated if stated is not None else next(iter(saved_dtypes.values()))
+    for part in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
 
 
 def _cannot_load(what: str, path: str, error: Exception) -> UserError:
