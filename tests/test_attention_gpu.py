@@ -12,7 +12,7 @@ from torch import Tensor
 
 from verl.models import flash
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
 
 # More documents than 256 take another way through FlashAttention-4's scheduler.
 LENGTHS = {"ordinary": [1, 212, 130, 64, 700, 3], "many": [37] * 300, "long": [4096, 1500]}

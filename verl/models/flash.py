@@ -8,6 +8,7 @@ Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D he
 
 import importlib
 import inspect
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -80,7 +81,7 @@ def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Hea
     except ModuleNotFoundError as error:
         missing = error.name or ""
         return NOT_INSTALLED if package.module.startswith(missing) else f"its requirement {missing} is not installed"
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another PyTorch, CUDA or Python
+    except Exception as error:  # whatever a package raises that was built for another PyTorch, CUDA or Python
         return f"cannot be imported: {_first_line(error)}"
     if kernel == "fa3" and not hasattr(torch_attention, "activate_flash_attention_impl"):
         return f"PyTorch {torch.__version__} cannot call it"
@@ -105,6 +106,8 @@ def activate(kernel: Kernel) -> None:
         torch_attention.activate_flash_attention_impl("FA3")
     elif kernel != "fa3" and active == "FA3":
         torch_attention.restore_flash_attention_impl()
+    if kernel == "fa4":  # said of each kernel that it compiles, and of no use to anybody
+        warnings.filterwarnings("ignore", message="Argument .* cannot be converted to a JitArgument", category=UserWarning)
 
 
 def flash_attention(
