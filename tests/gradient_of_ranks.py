@@ -4,6 +4,7 @@ import sys
 
 import torch
 from tiny import RandomDocuments
+from torch.distributed.tensor import DTensor
 
 from verl import dist
 from verl.algorithms import sft
@@ -26,11 +27,12 @@ def main(model: str, saved: str, formula: str) -> None:
     rows = torch.arange(8).numpy()
     batches = micro_batches(RandomDocuments(), rows, Packing(1, 8 * 60), rank=dist.rank(), world_size=dist.world_size())
     if formula == "right":
-        engine.backward(batches, sft.loss)
+        engine.backward(batches, sft)
     else:
         assert len(batches) == 1
         mean_of_rank(engine.scorer(batches[0]), batches[0]).sum.backward()
-    gradient = torch.cat([p.grad.full_tensor().flatten() for p in engine.trained])  # type: ignore[union-attr]
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in engine.trained]
+    gradient = torch.cat([g.flatten() for g in gradients])  # type: ignore[union-attr]
     if dist.is_main():
         torch.save(gradient, saved)
     dist.stop()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ from verl.data.batch import Batch
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
 from verl.engine.engine import Engine, LossOut
-from verl.engine.logprobs import TokenOut, TokenScorer, check_scorer, token_logprobs
+from verl.engine.logprobs import LogitRule, TokenOut, TokenScorer, check_scorer, token_logprobs
 from verl.engine.optim import learning_rate
 from verl.errors import UserError
 from verl.models.load import load_for_training, recompute_activations
@@ -80,9 +81,9 @@ def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: b
     )
 
 
-def gradient(engine: Engine, batches: list[Batch], loss=sft.loss) -> Tensor:
-    engine.backward(batches, loss)
-    return torch.cat([p.grad.full_tensor().flatten() for p in engine.trained])
+def gradient(engine: Engine, batches: list[Batch], algorithm=sft) -> Tensor:
+    engine.backward(batches, algorithm)
+    return torch.cat([p.grad.flatten() for p in engine.trained])
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -126,7 +127,8 @@ def test_the_mean_of_micro_batch_means_is_another_gradient(model_path: Path, pla
         wrong = -out.logprob_M.mean() / len(batches) * tokens
         return LossOut(wrong, {"loss": wrong.detach()})
 
-    assert relative(gradient(engine, batches, mean_of_means), plain_gradient) > 1e-2
+    algorithm = SimpleNamespace(loss=mean_of_means, slope=lambda batch: None)
+    assert relative(gradient(engine, batches, algorithm), plain_gradient) > 1e-2
 
 
 def test_two_processes_give_the_same_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
@@ -225,21 +227,36 @@ def test_an_architecture_that_mixes_documents_is_refused_before_training(model_p
         check_scorer(scorer)
 
 
-def test_chunked_logprobs_and_their_gradients_are_those_of_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [False, True], ids=["slope unknown", "slope known"])
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_chunked_logprobs_and_their_gradients_are_those_of_whole_logits(
+    known: bool, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("verl.engine.logprobs.CHUNK_LOGITS", 50 * 7)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
-    target = torch.randint(0, 50, (20,))
-    found = token_logprobs(hidden, weight, None, target)
-    whole = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None]).squeeze(1)
+    inputs = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randn(50, requires_grad=True)
+    target, slope = torch.randint(0, 50, (20,)), torch.randn(20)
+    found = token_logprobs(*inputs, target, LogitRule(factor), slope if known else None)
+    hidden, weight, bias = inputs
+    whole = torch.log_softmax((hidden @ weight.T + bias) * factor, -1).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(found, whole)
-    scale = torch.randn(20)
-    for mine, theirs in zip(
-        torch.autograd.grad((found * scale).sum(), (hidden, weight)),
-        torch.autograd.grad((whole * scale).sum(), (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, theirs)
+    mine, theirs = (torch.autograd.grad((logprob * slope).sum(), inputs) for logprob in (found, whole))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_a_known_slope_is_the_derivative_of_the_loss() -> None:
+    """The backward pass takes the slope's word for it, so an algorithm that gave a wrong one would train something else."""
+    batch = collate([RandomDocuments().document(0)], [0])
+    logprob = torch.randn(len(batch.trained_M), requires_grad=True)
+    (derivative,) = torch.autograd.grad(sft.loss(TokenOut(logprob), batch).sum, logprob)
+    assert torch.equal(sft.slope(batch), derivative)
+
+
+def test_frozen_weights_get_no_gradient(model_path: Path) -> None:
+    """Adapters train without the output layer's gradient, which would be the largest of all."""
+    hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(50, 16)
+    token_logprobs(hidden, weight, None, torch.arange(5), slope_M=torch.ones(5)).sum().backward()
+    assert hidden.grad is not None and weight.grad is None
 
 
 def test_a_rank_without_rows_takes_part_and_adds_nothing(model_path: Path) -> None:
@@ -274,24 +291,24 @@ def test_pure_bfloat16_weights_would_not_all_move(model_path: Path) -> None:
 
 
 def weights_around_training(engine: Engine, steps: int) -> tuple[list[Tensor], list[Tensor]]:
-    before = [p.detach().full_tensor().clone() for p in engine.trained]
+    before = [p.detach().clone() for p in engine.trained]
     batches = micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"])
     for step in range(steps):
-        engine.train_step(batches, sft.loss, step)
-    return before, [p.detach().full_tensor() for p in engine.trained]
+        engine.train_step(batches, sft, step)
+    return before, [p.detach() for p in engine.trained]
 
 
 def test_the_logged_norm_is_the_global_one_before_clipping(model_path: Path, plain_gradient: Tensor) -> None:
     metrics = engine_of(model_path, config=OptimConfig(clip_grad=0.1)).train_step(
-        micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft.loss, 0
+        micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft, 0
     )
     assert metrics["grad_norm"].item() == pytest.approx(plain_gradient.norm().item(), rel=1e-5)
 
 
 def test_validation_loss_is_the_mean_over_all_tokens(model_path: Path) -> None:
     engine = engine_of(model_path)
-    whole = engine.evaluate(micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"]), sft.loss)["loss"].item()
-    cut = engine.evaluate(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft.loss)["loss"].item()
+    whole = engine.evaluate(micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"]), sft)["loss"].item()
+    cut = engine.evaluate(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft)["loss"].item()
     assert cut == pytest.approx(whole, rel=1e-6)
     assert engine.scorer.training
 

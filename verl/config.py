@@ -65,6 +65,8 @@ class ModelConfig:
     strategy: str = "fsdp2"
     # Recompute activations in the backward pass: less memory, about a quarter slower.
     enable_gradient_checkpointing: bool = True
+    # Compile the layers with torch.compile: true, false, or "auto" (on a GPU, when the run is long enough to earn it back).
+    compile: Any = "auto"
     # Use Liger's kernels (pip install "verl[liger]").
     use_liger: bool = False
     # Rank of LoRA adapters; 0: train all weights.
@@ -145,6 +147,7 @@ class SFTConfig:
         """Cross-field checks. Raises UserError naming the key."""
         data, model, optim, trainer = self.data, self.model, self.optim, self.trainer
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        one_of("model.compile", model.compile, ("auto", True, False))
         one_of("model.strategy", model.strategy, ("fsdp2", "fsdp"))
         one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
         one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "sdpa"))
@@ -289,9 +292,9 @@ class DemoConfig:
         at_least("seed", self.seed, 0)
 
 
-def one_of(key: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise UserError(f"found {value!r}", where=key, fix=f"one of {', '.join(allowed)}")
+        raise UserError(f"found {value!r}", where=key, fix=f"one of {', '.join(str(a) for a in allowed)}")
 
 
 def at_least(key: str, value: float | None, least: float) -> None:

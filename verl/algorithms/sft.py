@@ -3,6 +3,9 @@
 Dimensions: M trained positions.
 """
 
+import torch
+from torch import Tensor
+
 from verl.data.batch import Batch
 from verl.engine.engine import LossOut
 from verl.engine.logprobs import TokenOut
@@ -12,3 +15,8 @@ def loss(out: TokenOut, batch: Batch) -> LossOut:
     """The sum of -log p(token) over the trained tokens, in nats; the engine divides it by their number over all ranks."""
     total = -out.logprob_M.sum()
     return LossOut(total, {"loss": total.detach()})
+
+
+def slope(batch: Batch) -> Tensor:
+    """Derivative of that sum by each log-probability, slope_M in float32: known before the model has run."""
+    return torch.full((len(batch.trained_M),), -1.0, device=batch.trained_M.device)

@@ -38,10 +38,12 @@ class Packing:
     Attributes:
         rows: rows of one rank's micro-batch when rows are padded.
         token_budget: tokens of one rank's micro-batch when rows are packed; None: rows are padded.
+        multiple_of_tokens: a packed micro-batch is filled up to such a length, which GPUs multiply faster.
     """
 
     rows: int
     token_budget: int | None
+    multiple_of_tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ def micro_batches(documents: Documents, rows: np.ndarray, packing: Packing, *, r
         groups = pad_groups(lengths, rows=packing.rows, multiple_of=world_size)
     else:
         groups = pack(lengths, token_budget=packing.token_budget, multiple_of=world_size)
+    pad = packing.token_budget is None
+    fill = 1 if pad else packing.multiple_of_tokens
     return [
-        collate([documents.document(int(rows[i])) for i in group], [int(rows[i]) for i in group], pad=packing.token_budget is None)
+        collate([documents.document(int(rows[i])) for i in group], [int(rows[i]) for i in group], pad=pad, multiple_of_tokens=fill)
         for group in groups[rank::world_size]
     ]
 

@@ -9,7 +9,6 @@ import torch
 from verl.data.batch import Batch
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids int32 and whether each is trained, of equal length
-FILLER: Document = (np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool))
 
 
 def pack(lengths: Sequence[int], *, token_budget: int, multiple_of: int) -> list[list[int]]:
@@ -50,16 +49,20 @@ def pad_groups(lengths: Sequence[int], *, rows: int, multiple_of: int) -> list[l
     return [group.tolist() for group in np.array_split(np.array(longest_first, dtype=np.int64), groups)]
 
 
-def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bool = False) -> Batch:
+def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bool = False, multiple_of_tokens: int = 1) -> Batch:
     """A Batch of whole documents side by side.
 
     Args:
         documents: at least none; without any, the batch is one untrained token, so that a rank without rows keeps step.
         sample_ids: row number of each document.
         pad: fill each document up to the longest with untrained tokens behind it, where no real token sees them.
+        multiple_of_tokens: fill the batch up to such a length with a document of untrained tokens.
     """
-    if not documents:
-        documents, sample_ids = [FILLER], [-1]
+    documents, sample_ids = list(documents), list(sample_ids)
+    filler = max(1 - len(documents), -sum(len(ids) for ids, _ in documents) % multiple_of_tokens)
+    if filler > 0:
+        documents.append((np.zeros(filler, dtype=np.int32), np.zeros(filler, dtype=bool)))
+        sample_ids.append(-1)
     longest = max(len(ids) for ids, _ in documents)
     room = [longest if pad else len(ids) for ids, _ in documents]
     cu_seqlens = np.concatenate([[0], np.cumsum(room)])
@@ -77,6 +80,6 @@ def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bo
         max_seqlen=longest,
         target_T=torch.from_numpy(target),
         loss_mask_T=torch.from_numpy(loss_mask),
-        sample_ids_S=torch.tensor(list(sample_ids), dtype=torch.int64),
+        sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),
         trained_M=torch.from_numpy(loss_mask.nonzero()[0]),
     )

@@ -2,18 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config import ModelConfig, OptimConfig
+from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_scorer
-from verl.models.attention import describe_attention
+from verl.models.attention import choose_attention, describe_attention, heads_of
 from verl.models.export import export_adapter, export_model, export_tokenizer
 from verl.models.load import Loaded, check_vocabulary, load_for_training, recompute_activations
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,19 @@ class Built:
     """An engine and what it takes to write its model as a Hugging Face directory."""
 
     engine: Engine
+    compiler: Compiler
     loaded: Loaded
-    adapted: PeftModel | None
+    adapted: "PeftModel | None"
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
 
     def export(self, directory: Path) -> None:
         """Write the Hugging Face files, of the adapter alone where there is one. Every rank calls it."""
-        if self.adapted is None:
-            export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
-        else:
-            export_adapter(directory, self.adapted)
+        with self.engine.weights.in_model():
+            if self.adapted is None:
+                export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
+            else:
+                export_adapter(directory, self.adapted)
         export_tokenizer(directory, self.tokenizer, self.loaded.model.generation_config, self.stop_ids)
 
     def describe(self) -> str:
@@ -41,7 +47,8 @@ class Built:
         return (
             f"device: {dist.describe_device(engine.device)}; attention: {describe_attention(engine.device.type, engine.compute_dtype)}\n"
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
-            f"arithmetic in {str(engine.compute_dtype).removeprefix('torch.')}"
+            f"arithmetic in {str(engine.compute_dtype).removeprefix('torch.')}, "
+            f"layers {'compiled' if self.compiler.on else 'not compiled'} ({self.compiler.why})"
         )
 
 
@@ -52,6 +59,7 @@ def build(
     *,
     stop_ids: list[int],
     total_steps: int,
+    total_tokens: int,
     device: torch.device,
     seed: int,
 ) -> Built:
@@ -60,18 +68,20 @@ def build(
     Args:
         stop_ids: token ids that end a trained answer; generation from the written model stops at them.
         total_steps: optimizer steps of the whole run.
+        total_tokens: about as many as the whole run sees, over all processes.
         seed: of the adapters' first values and of dropout.
     Raises:
         UserError: no such model, or one that cannot be trained this way.
     """
     torch.manual_seed(seed)
-    loaded = load_for_training(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
+    offload = settings.fsdp_config.cpu_offload
+    home = torch.device("cpu") if offload else device
+    loaded = load_for_training(settings.partial_pretrain, device=home, trust_remote_code=settings.trust_remote_code)
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
     scorer = TokenScorer(loaded.model)
-    if not settings.fsdp_config.cpu_offload:
-        scorer.to(device)
     check_scorer(scorer)
     compute_dtype = _compute_dtype(settings.compute_dtype, device)
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config))
     adapted = None
     if settings.lora_rank > 0:
         from verl.models.lora import add_adapters
@@ -83,9 +93,9 @@ def build(
         use_liger(loaded.model, device)
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model)
-    offload = settings.fsdp_config.cpu_offload
+    compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
     engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, cpu_offload=offload)
-    return Built(engine, loaded, adapted, tokenizer, stop_ids)
+    return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids)
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:

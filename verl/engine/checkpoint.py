@@ -89,6 +89,7 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
 def load(directory: Path, engine: Engine) -> None:
     """Put master weights, optimizer and random states of a checkpoint into an engine, at any world size."""
     dcp.load(_state(engine), checkpoint_id=directory / "trainer")  # in place: the tensors are the engine's own
+    engine.weights.publish()
     random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
     if random_states.exists():
         _restore_random_states(load_file(random_states), engine.device)
@@ -170,10 +171,6 @@ def _umask() -> int:
     return mask
 
 
-def _trained(engine: Engine) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in engine.scorer.named_parameters() if parameter.requires_grad}
-
-
 def _state(engine: Engine) -> dict[str, Any]:
     """Master weights and AdamW's state by parameter name; frozen weights come from the original model.
 
@@ -181,14 +178,14 @@ def _state(engine: Engine) -> dict[str, Any]:
     state yet, and the zeros it would start from are made here.
     """
     optimizer: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in _trained(engine).items():
+    for name, parameter in engine.weights.trained.items():
         state = engine.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         optimizer[name] = dict(state)
-    return {"model": {name: p.detach() for name, p in _trained(engine).items()}, "optimizer": optimizer}
+    return {"model": {name: p.detach() for name, p in engine.weights.trained.items()}, "optimizer": optimizer}
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 Dimensions: M trained positions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ from torch import Tensor
 from verl import dist as processes
 from verl.config import OptimConfig
 from verl.data.batch import Batch
-from verl.engine.fsdp import shard
+from verl.engine.compile import uncompiled
 from verl.engine.logprobs import TokenOut, TokenScorer
 from verl.engine.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from verl.engine.weights import MasterWeights, ShardedWeights, Weights
 
 
 @dataclass
@@ -31,7 +33,19 @@ class LossOut:
     metric_sums: dict[str, Tensor]
 
 
-Loss = Callable[[TokenOut, Batch], LossOut]
+class Algorithm(Protocol):
+    """What a method minimizes: a module such as `verl.algorithms.sft`."""
+
+    def loss(self, out: TokenOut, batch: Batch) -> LossOut:
+        """The loss of one micro-batch."""
+        ...
+
+    def slope(self, batch: Batch) -> Tensor | None:
+        """Derivative of the loss's sum by each trained log-probability, where it is known before the model has run, else None.
+
+        Known, it saves the backward pass a matrix product over the whole vocabulary.
+        """
+        ...
 
 
 class Engine:
@@ -58,14 +72,18 @@ class Engine:
     ):
         self.device, self.compute_dtype = device, compute_dtype
         self.scorer = scorer if cpu_offload else scorer.to(device)
-        self.sharded = shard(self.scorer, processes.mesh(device), compute_dtype=compute_dtype, cpu_offload=cpu_offload)
-        self.trained = [p for p in self.scorer.parameters() if p.requires_grad]
+        self.weights: Weights
+        if processes.world_size() > 1 or cpu_offload:
+            self.weights = ShardedWeights(self.scorer, processes.mesh(device), compute_dtype=compute_dtype, cpu_offload=cpu_offload)
+        else:
+            self.weights = MasterWeights(self.scorer, compute_dtype)
+        self.trained = list(self.weights.trained.values())
         self.optimizer = build_optimizer(self.trained, config)
         self.learning_rate = learning_rate(config, total_steps)
         self.largest_gradient_norm = config.clip_grad
         self.scorer.train()
 
-    def train_step(self, micro_batches: Sequence[Batch], loss: Loss, step: int) -> dict[str, Tensor]:
+    def train_step(self, micro_batches: Sequence[Batch], algorithm: Algorithm, step: int) -> dict[str, Tensor]:
         """One optimizer step.
 
         Args:
@@ -74,32 +92,35 @@ class Engine:
         Returns:
             the means of the loss's metrics over all ranks, and `grad_norm`, as scalars on the device.
         """
-        metrics = self.backward(micro_batches, loss)
+        metrics = self.backward(micro_batches, algorithm)
         metrics["grad_norm"] = clip_gradients(self.trained, self.largest_gradient_norm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.weights.publish()
         return metrics
 
-    def backward(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, Tensor]:
+    def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
         """Add up the gradients of the micro-batches, and return the means of the loss's metrics.
 
         The loss is divided once, by the number of trained tokens over all ranks and micro-batches, so that the gradient
         does not depend on how the rows were cut up.
         """
         tokens = self._sum_over_ranks(torch.tensor(float(sum(len(batch.trained_M) for batch in micro_batches)))).clamp(min=1)
-        scale = processes.world_size() / tokens  # FSDP takes the mean of the ranks' gradients; their sum is wanted
+        scale = processes.world_size() / tokens  # the mean of the ranks' gradients is taken; their sum is wanted
         sums: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches):
-            self.sharded.set_requires_gradient_sync(number == len(micro_batches) - 1)
+            self.weights.begin(last=number == len(micro_batches) - 1)
             batch = batch.to(self.device)
-            result = loss(self.scorer(batch), batch)
+            slope_M = algorithm.slope(batch)
+            result = algorithm.loss(self.scorer(batch, None if slope_M is None else slope_M * scale), batch)
             (result.sum * scale).backward()
+            self.weights.collect()
             sums.append(result.metric_sums)
         return self._means(sums, tokens)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[Batch], loss: Loss) -> dict[str, Tensor]:
+    def evaluate(self, micro_batches: Iterable[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
         """The means of the loss's metrics over all trained tokens of all ranks, without training.
 
         Args:
@@ -107,10 +128,11 @@ class Engine:
         """
         self.scorer.eval()
         tokens, sums = 0, []
-        for batch in micro_batches:
-            tokens += len(batch.trained_M)
-            batch = batch.to(self.device)
-            sums.append(loss(self.scorer(batch), batch).metric_sums)
+        with uncompiled():
+            for batch in micro_batches:
+                tokens += len(batch.trained_M)
+                batch = batch.to(self.device)
+                sums.append(algorithm.loss(self.scorer(batch), batch).metric_sums)
         self.scorer.train()
         return self._means(sums, self._sum_over_ranks(torch.tensor(float(tokens))))
 

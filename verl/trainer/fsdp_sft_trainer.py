@@ -32,6 +32,7 @@ from verl.trainer.meter import Meter
 from verl.trainer.profile import profiled
 from verl.trainer.resume import find_checkpoint, start_position
 
+TILE = 128  # a GPU's kernels work on blocks of so many tokens
 VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
 
 
@@ -65,6 +66,7 @@ def run(config: SFTConfig) -> Path:
             tokenizer,
             stop_ids=train.stop_ids,
             total_steps=total_steps,
+            total_tokens=int(train.lengths_N.sum()) * total_steps // loader.steps_per_epoch,
             device=device,
             seed=config.trainer.seed,
         )
@@ -80,15 +82,22 @@ def train_loop(
     """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
     engine, meter, saved = built.engine, Meter(built.engine, start), None
     for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, this):
-        metrics = meter.measure(step, engine.train_step(step.micro_batches, sft.loss, step.number))
+        meter.add(step, engine.train_step(step.micro_batches, sft, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, this.should_stop()
-        if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
-            metrics |= validate(engine, validation, loader.packing)
-        this.log(done, metrics)
+        validates = not stop and due(config.trainer.test_freq, done, ends_epoch, last)
+        saves = due(config.trainer.save_freq, done, ends_epoch, last or stop)
+        if note := built.compiler.note():
+            this.say(f"step {done}: {note}")
+        # Between pauses a step's metrics are read while the next one runs, so that the GPU never waits for the host.
+        pause = ends_epoch or last or stop or validates or saves
+        for number, metrics in meter.finished(wait=pause):
+            if validates and number == done and validation is not None:
+                metrics |= validate(engine, validation, loader.packing)
+            this.log(number, metrics)
         if ends_epoch:
             this.say(meter.end_epoch(step.epoch))
-        if due(config.trainer.save_freq, done, ends_epoch, last or stop):
+        if saves:
             here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
             saved = checkpoint.save(this.directory, engine, here, built.export)
             checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
@@ -96,7 +105,8 @@ def train_loop(
             this.say(f"saved {saved}")
         if stop:
             this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
-        meter.start()
+        if pause:
+            meter.start()
     return saved
 
 
@@ -128,7 +138,7 @@ def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) ->
     token_budget = data.max_tokens_per_micro_batch or rows * data.max_length
     return Loader(
         documents=train,
-        packing=Packing(rows, token_budget if data.packing else None),
+        packing=Packing(rows, token_budget if data.packing else None, multiple_of_tokens=TILE if pin else 1),
         rows_per_step=data.train_batch_size or rows * world_size,
         seed=seed,
         rank=dist.rank(),
@@ -154,7 +164,7 @@ def validate(engine: Engine, validation: Documents, packing: Packing) -> dict[st
             rows = np.arange(first, min(first + VALIDATION_ROWS, len(validation)))
             yield from micro_batches(validation, rows, packing, rank=dist.rank(), world_size=dist.world_size())
 
-    return {"val/loss": float(engine.evaluate(batches(), sft.loss)["loss"])}
+    return {"val/loss": float(engine.evaluate(batches(), sft)["loss"])}
 
 
 def main(argv: list[str]) -> None:

@@ -2,8 +2,11 @@
 
 import math
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from verl import dist
 from verl.data.loader import Step
@@ -13,8 +16,17 @@ from verl.engine.flops import peak_flops, training_flops
 from verl.errors import UserError
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A step that the device may still be working on, and where its numbers will be."""
+
+    step: Step
+    values: Tensor  # loss and gradient norm, in host memory once `arrived`
+    arrived: torch.cuda.Event | None
+
+
 class Meter:
-    """Counts tokens and time of a run.
+    """Counts tokens and time of a run. A step is added as soon as its work is queued, and read when it is done.
 
     Args:
         start: where the run that this one goes on from has left off.
@@ -26,20 +38,42 @@ class Meter:
         self._flops = training_flops(engine.scorer.model)
         self._peak = peak_flops(engine.device)
         self._epoch_tokens, self._epoch_seconds = 0, 0.0
+        self._running: list[_Running] = []
         self.start()
 
     def start(self) -> None:
         """A step begins here: what came before, such as saving, is not its time."""
         self._since = time.perf_counter()
 
-    def measure(self, step: Step, out: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics of the step that ends here, under the names of metrics.jsonl.
+    def add(self, step: Step, out: dict[str, Tensor]) -> None:
+        """A step's work is queued; `out` is what `Engine.train_step` returned."""
+        values = torch.stack([out["loss"].float(), out["grad_norm"].float()])
+        if not values.is_cuda:
+            self._running.append(_Running(step, values, None))
+            return
+        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._running.append(_Running(step, host, arrived))
 
+    def finished(self, *, wait: bool) -> Iterator[tuple[int, dict[str, float]]]:
+        """Numbers (counted from 1) and metrics, under the names of metrics.jsonl, of the steps that are done.
+
+        Args:
+            wait: for the newest one too; else a GPU keeps it as work in hand while the host goes on to the next.
         Raises:
-            UserError: the loss or the gradient is not finite.
+            UserError: the loss or the gradient of a step is not finite.
         """
-        loss, norm = float(out["loss"]), float(out["grad_norm"])  # waits for the device
-        seconds = time.perf_counter() - self._since
+        keep = 0 if wait or self._engine.device.type != "cuda" else 1
+        while len(self._running) > keep:
+            done = self._running.pop(0)
+            if done.arrived is not None:
+                done.arrived.synchronize()
+            yield done.step.number + 1, self._measure(done.step, *done.values.tolist())
+
+    def _measure(self, step: Step, loss: float, norm: float) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"loss {loss}, gradient norm {norm}",
