@@ -168,12 +168,10 @@ def _step_of(line: str) -> float:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice out of what a run says."""
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")

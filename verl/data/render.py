@@ -139,8 +139,10 @@ class Renderer:
 
     def fingerprint(self) -> str:
         """Differs when the same data gives other tokens."""
-        state = [self._encoder.state(), self._tokenizer.special_tokens_map, self._tokenizer.chat_template, transformers.__version__]
-        return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+        names = [self._tokenizer.special_tokens_map, self._tokenizer.chat_template, transformers.__version__]
+        digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
+        digest.update(self._encoder.state().encode())
+        return digest.hexdigest()
 
     def _check_template(self) -> None:
         """So that a template which cannot be used is one error and not one of each row."""

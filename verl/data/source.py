@@ -143,8 +143,9 @@ def _hub_rows(name: str) -> Rows:
 
 @functools.cache
 def _hub_dataset(name: str) -> Any:
-    import datasets
+    import datasets  # takes half a second, and most rows come from files
 
+    datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, split="train")
     except Exception as error:  # whatever the Hub, the network or the data set's own reader meets

@@ -3,15 +3,18 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str, torch.dtype]) -> None:
@@ -31,8 +34,10 @@ def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str
         model.config.dtype = original.dtype
 
 
-def export_adapter(directory: Path, adapted: PeftModel) -> None:
+def export_adapter(directory: Path, adapted: "PeftModel") -> None:
     """Write a LoRA adapter in peft's own format. Every rank calls it; rank 0 writes."""
+    from peft import get_peft_model_state_dict
+
     weights = _gather(adapted, {}, only_trained=True)
     if dist.is_main():
         adapter = get_peft_model_state_dict(adapted, state_dict=weights)
