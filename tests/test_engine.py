@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -43,8 +44,9 @@ from verl.data.pack import collate
 from verl.engine.engine import Engine, LossOut
 from verl.engine.logprobs import LogitRule, TokenOut, TokenScorer, check_scorer, token_logprobs
 from verl.engine.optim import learning_rate
+from verl.engine.recompute import recompute_activations
 from verl.errors import UserError
-from verl.models.load import load_for_training, recompute_activations
+from verl.models.load import load_for_training
 
 ROWS = np.arange(8)
 CUTS = {
@@ -68,10 +70,10 @@ def process_group():
     dist.stop()
 
 
-def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: bool = False) -> Engine:
+def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: bool | str = False) -> Engine:
     model = load_for_training(str(path)).model
     if checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, selective=checkpointing == "selective")
     return Engine(
         TokenScorer(model),
         config or OptimConfig(clip_grad=1e9),
@@ -112,9 +114,22 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_however_rows_are_cut(c
     assert relative(gradient(engine_of(model_path), batches), plain_gradient) < 1e-5
 
 
-def test_recomputed_activations_give_the_same_gradient(model_path: Path, plain_gradient: Tensor) -> None:
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_recomputed_activations_give_the_same_gradient(checkpointing: bool | str, model_path: Path, plain_gradient: Tensor) -> None:
     batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
-    assert relative(gradient(engine_of(model_path, checkpointing=True), batches), plain_gradient) < 1e-5
+    assert relative(gradient(engine_of(model_path, checkpointing=checkpointing), batches), plain_gradient) < 1e-5
+
+
+def test_each_kind_of_checkpointing_computes_less_again(model_path: Path) -> None:
+    def products(checkpointing: bool | str) -> int:
+        batches = micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"])
+        engine = engine_of(model_path, checkpointing=checkpointing)
+        with FlopCounterMode(display=False) as counter:
+            engine.backward(batches, sft)
+        return counter.get_total_flops()
+
+    none, selective, full = (products(kind) for kind in (False, "selective", True))
+    assert none < selective <= (none + full) / 2
 
 
 def test_the_mean_of_micro_batch_means_is_another_gradient(model_path: Path, plain_gradient: Tensor) -> None:

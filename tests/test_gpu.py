@@ -19,10 +19,11 @@ from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_scorer
+from verl.engine.recompute import recompute_activations
 from verl.models.attention import describe_attention
 from verl.models.export import export_model
 from verl.models.liger import use_liger
-from verl.models.load import load_for_training, recompute_activations
+from verl.models.load import load_for_training
 from verl.models.lora import add_adapters
 
 pytestmark = pytest.mark.gpu

@@ -63,8 +63,8 @@ class ModelConfig:
     partial_pretrain: str = MISSING
     # How the model is spread over GPUs: "fsdp2" ("fsdp" is read as fsdp2).
     strategy: str = "fsdp2"
-    # Recompute activations in the backward pass: less memory, about a quarter slower.
-    enable_gradient_checkpointing: bool = True
+    # Compute activations again in the backward pass: true (least memory), "selective" (some of them) or false (fastest).
+    enable_gradient_checkpointing: Any = True
     # Compile the layers with torch.compile: true, false, or "auto" (on a GPU, when the run is long enough to earn it back).
     compile: Any = "auto"
     # Use Liger's kernels (pip install "verl[liger]").
@@ -147,6 +147,7 @@ class SFTConfig:
         """Cross-field checks. Raises UserError naming the key."""
         data, model, optim, trainer = self.data, self.model, self.optim, self.trainer
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        one_of("model.enable_gradient_checkpointing", model.enable_gradient_checkpointing, (True, "selective", False))
         one_of("model.compile", model.compile, ("auto", True, False))
         one_of("model.strategy", model.strategy, ("fsdp2", "fsdp"))
         one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))

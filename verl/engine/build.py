@@ -12,9 +12,10 @@ from verl.config import ModelConfig, OptimConfig
 from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_scorer
+from verl.engine.recompute import recompute_activations
 from verl.models.attention import choose_attention, describe_attention, heads_of
 from verl.models.export import export_adapter, export_model, export_tokenizer
-from verl.models.load import Loaded, check_vocabulary, load_for_training, recompute_activations
+from verl.models.load import Loaded, check_vocabulary, load_for_training
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,7 +93,7 @@ def build(
 
         use_liger(loaded.model, device)
     if settings.enable_gradient_checkpointing:
-        recompute_activations(loaded.model)
+        recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
     compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
     engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, cpu_offload=offload)
     return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids)

@@ -133,13 +133,6 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only each layer's input in the forward pass and compute the rest again in the backward pass."""
-    # Newer releases of transformers have the first name, older ones the second.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
 def resolve(path: str) -> str:
     """A local directory as an absolute path; anything else is taken for a Hub name.
 

@@ -1,0 +1,41 @@
+"""Activation checkpointing: what a layer keeps of its forward pass, and what it computes again in the backward pass."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from verl.engine.fsdp import decoder_layers
+
+MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+# Short parts of the operators' names, since which of them exist depends on the release of PyTorch and on what is installed.
+ATTENTION = ("varlen_attn", "verl::flash", "_flash_attention", "_efficient_attention", "_cudnn_attention")
+
+
+def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
+    """Let each decoder layer keep only its input, or also what is dear, and compute the rest again in the backward pass.
+
+    Args:
+        selective: keep the output of attention and of every second matrix product; about half of the forward pass's products
+            are computed again, instead of all, and its attention is not.
+    """
+    options: dict[str, Any] = {"context_fn": _selective} if selective else {}
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
+
+
+def _selective() -> Any:
+    products: Counter[bool] = Counter()  # counted apart in the forward pass and when it runs again
+
+    def policy(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in MATRIX_PRODUCTS:
+            products[context.is_recompute] += 1
+            return CheckpointPolicy.MUST_SAVE if products[context.is_recompute] % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+        if any(part in str(operator) for part in ATTENTION):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
