@@ -86,10 +86,7 @@ class Trace:
         self._profiler.export_chrome_trace(str(path))
         if self._device.type != "cuda":
             return Profile(seconds, None, self._operators())
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            work = [event for event in json.load(file)["traceEvents"] if event.get("cat") in DEVICE_WORK]
-        busy = covered([(event["ts"], event["ts"] + event["dur"]) for event in work])
-        return Profile(seconds, busy / 1e6 / seconds, _by_name(work))
+        return of_gpu(path, seconds)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -99,6 +96,19 @@ class Trace:
     def _operators(self) -> list[Item]:
         found = [Item(e.key, e.self_cpu_time_total / 1e3, e.count) for e in self._profiler.key_averages()]
         return sorted(found, key=lambda item: -item.milliseconds)
+
+
+def of_gpu(path: Path, seconds: float) -> Profile:
+    """What a trace's file says of the GPU.
+
+    Args:
+        path: as `torch.profiler` writes it, gzipped.
+        seconds: that the trace took.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        work = [event for event in json.load(file)["traceEvents"] if event.get("cat") in DEVICE_WORK]
+    busy_microseconds = covered([(event["ts"], event["ts"] + event["dur"]) for event in work])
+    return Profile(seconds, busy_microseconds / 1e6 / seconds, _by_name(work))
 
 
 def profiled(steps: Iterable[Step], first_step: int | None, device: torch.device, this: Run) -> Iterator[Step]:
