@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from peers import settings  # noqa: E402
 from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
 
@@ -408,8 +409,9 @@ def environment(on_gpu: bool) -> dict[str, str]:
 
 def why(log: Path, code: int) -> str:
     """The line of a log that names the error, else its last one."""
-    lines = [text.strip() for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-    named = [text for text in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", text)]
+    text = re.sub(r"^\[rank\d+\]: ?", "", log.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(error: |[\w.]*(Error|Exception|Interrupt)\b)", line)]
     found = (named or lines or ["it said nothing"])[-1]
     return f"{found[:300]} (exit code {code})"
 
@@ -498,14 +500,14 @@ def table(results: list[Result]) -> Table:
     ours = next((r.tokens_per_second for r in results if r.name == "verl"), None)
     for r in results:
         if r.failed is not None:
-            shown.add_row(r.name, f"{r.setting}: [red]{r.failed}[/red]")
+            shown.add_row(r.name, f"{escape(r.setting)}: [red]{escape(r.failed)}[/red]")
             continue
         assert r.tokens_per_second is not None
         relative = "" if ours is None else f"{r.tokens_per_second / ours:.2f}"
         rates = [f"{value:,.0f}" for value in (r.tokens_per_second, r.median_tokens_per_second, r.supervised_tokens_per_second) if value]
         waits = "" if r.waiting_share is None else f"{r.waiting_share:.1%}"
         start = "" if r.seconds_to_first_step is None else f"{r.seconds_to_first_step:.1f}"
-        shown.add_row(r.name, r.setting, *rates, f"{r.mfu:.1%}", f"{r.peak_gib:.1f}", waits, start, relative)
+        shown.add_row(r.name, escape(r.setting), *rates, f"{r.mfu:.1%}", f"{r.peak_gib:.1f}", waits, start, relative)
     return shown
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from verl.data.loader import row_order
@@ -131,6 +132,7 @@ def test_a_contestants_figures_are_those_of_its_steps(folder: Path) -> None:
     ("code", "reason"),
     [
         ("print(1)\nraise ValueError('no room')", "ValueError: no room (exit code 1)"),
+        ("print('[rank0]: OSError: [Errno 28] full')\nexit(3)", "OSError: [Errno 28] full (exit code 3)"),
         ("raise SystemExit('error: data.train_files: no such file')", "error: data.train_files: no such file (exit code 1)"),
         ("import os; os.abort()", "it said nothing (exit code -6)"),
         ("import time; time.sleep(60)", "did not end within 1 s"),
@@ -140,7 +142,9 @@ def test_a_contestant_that_fails_says_why_and_the_rest_go_on(code: str, reason: 
     made = work(folder, "--rows", "8", "--max-length", "256", "--timeout", "1" if "sleep" in code else "60")
     result = sft.measure(contestant(folder, code), made, rate=1.0, flops=lambda tokens, trained: 0.0)
     assert result.failed == reason and result.tokens_per_second is None
-    assert sft.table([result]).row_count == 1 and sft.compare([result]) == {}
+    console = Console(width=200, record=True)
+    console.print(sft.table([result]))
+    assert reason in console.export_text() and sft.compare([result]) == {}
 
 
 def test_verl_is_compared_with_the_fastest_peer_of_each_kind_of_weights() -> None:

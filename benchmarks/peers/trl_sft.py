@@ -42,6 +42,10 @@ def arguments() -> argparse.Namespace:
 class CountingTrainer(SFTTrainer):
     """Keeps each step's real and supervised tokens, as scalars on the device."""
 
+    def __init__(self, **named: Any):
+        super().__init__(**named)
+        self.counts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         mask, labels = inputs.get("attention_mask"), inputs["labels"]
         real = torch.tensor(labels.numel()) if mask is None else mask.sum()
@@ -119,7 +123,6 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[clock],
     )
-    trainer.counts = []
     trainer.train()
     timed = slice(options.warmup, options.warmup + options.steps)
     seconds = [end - start for start, end in zip(clock.ends, clock.ends[1:], strict=False)]  # of steps 2 and on
