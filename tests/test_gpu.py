@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_engine import largest_difference
 from tiny import RandomDocuments, qwen2_config, write_model
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from verl import dist
@@ -17,9 +18,11 @@ from verl.config import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
+from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_scorer
 from verl.engine.recompute import recompute_activations
+from verl.engine.softmax import logprobs_with_gradient_
 from verl.models.attention import describe_attention
 from verl.models.export import export_model
 from verl.models.liger import use_liger
@@ -40,13 +43,26 @@ def device():
     dist.stop()
 
 
-def engine_on(path: Path, device: torch.device, dtype: torch.dtype, *, offload: bool = False, lora: int = 0, liger: bool = False) -> Engine:
+def engine_on(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    offload: bool = False,
+    lora: int = 0,
+    liger: bool = False,
+    compiled: bool = False,
+    checkpointing: bool | str = True,
+) -> Engine:
     loaded = load_for_training(str(path))
     if lora:
         add_adapters(loaded.model, ModelConfig(lora_rank=lora, lora_alpha=16), compute_dtype=dtype, seed=1)
     if liger:
         use_liger(loaded.model, device)
-    recompute_activations(loaded.model)
+    if checkpointing:
+        recompute_activations(loaded.model, selective=checkpointing == "selective")
+    if compiled:
+        compile_layers(loaded.model)
     scorer = TokenScorer(loaded.model)
     config = OptimConfig(lr=1e-2 if lora else 1e-4, warmup_steps_ratio=0.0)
     return Engine(scorer, config, total_steps=50, device=device, compute_dtype=dtype, cpu_offload=offload)
@@ -112,6 +128,55 @@ def test_bfloat16_follows_the_float32_curve(model_path: Path, device: torch.devi
     assert np.abs(found / plain_curve - 1).max() < 1.5e-2
 
 
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)])
+def test_compiled_layers_follow_the_plain_curve(
+    dtype: torch.dtype, tolerance: float, checkpointing: bool | str, model_path: Path, device: torch.device, plain_curve: np.ndarray
+) -> None:
+    torch._dynamo.reset()
+    found = curve(engine_on(model_path, device, dtype, compiled=True, checkpointing=checkpointing))
+    assert np.abs(found / plain_curve - 1).max() < tolerance
+
+
+def test_batches_of_other_sizes_compile_nothing_again(model_path: Path, device: torch.device) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    engine = engine_on(model_path, device, torch.bfloat16, compiled=True, checkpointing=False)
+    curve(engine, Packing(8, 480, multiple_of_tokens=128), steps=2)
+    graphs = counters["stats"]["unique_graphs"]
+    curve(engine, Packing(8, 200, multiple_of_tokens=128), steps=10)
+    engine.evaluate(micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480)), sft)
+    assert graphs == counters["stats"]["unique_graphs"] > 0
+
+
+def test_each_kind_of_checkpointing_keeps_less(model_path: Path, device: torch.device) -> None:
+    def peak(checkpointing: bool | str) -> int:
+        engine = engine_on(model_path, device, torch.bfloat16, checkpointing=checkpointing)
+        batch = micro_batches(RandomDocuments(400), np.arange(400), Packing(1, 100_000))
+        engine.backward(batch, sft)
+        torch.cuda.reset_peak_memory_stats()
+        engine.backward(batch, sft)
+        return torch.cuda.max_memory_allocated()
+
+    full, selective, none = (peak(kind) for kind in (True, "selective", False))
+    assert full < 0.8 * selective < 0.8 * 0.8 * none
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [8192, 151_936, 5, 10_001])
+def test_one_kernel_gives_logprobs_and_the_gradient_of_the_logits(vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    logits = (torch.randn(70, vocabulary, device=device) * 5).to(dtype)
+    logits[0] = -300.0  # a row of equal numbers far from zero
+    target, slope = torch.randint(0, vocabulary, (70,), device=device), torch.randn(70, device=device)
+    exact = logits.double().requires_grad_()
+    expected = torch.log_softmax(exact * 0.5, -1).gather(1, target[:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad((expected * slope).sum(), exact)
+    found = logprobs_with_gradient_(logits, target, slope, 0.5)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits.double(), gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-7)
+
+
 def test_offloading_to_the_host_changes_nothing_but_memory(model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:
     engine = engine_on(model_path, device, torch.float32, offload=True)
     np.testing.assert_allclose(curve(engine, steps=20), plain_curve[:20], rtol=1e-4)
@@ -173,6 +238,4 @@ def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(model_path: Path, devic
 def test_an_evaluation_batch_of_no_rows_is_served(model_path: Path, device: torch.device) -> None:
     engine = engine_on(model_path, device, torch.bfloat16)
     batches = micro_batches(RandomDocuments(), np.arange(1), Packing(8, 480), rank=1, world_size=2)
-    assert np.isfinite(
-        float(engine.evaluate([*batches, *micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480))], sft)["loss"])
-    )
+    assert np.isfinite(float(engine.evaluate([*batches, *micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480))], sft)["loss"]))

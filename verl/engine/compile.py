@@ -42,8 +42,7 @@ class Compiler:
         self._graphs = 0
         if self.on:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory()))
-            for layer in decoder_layers(model):
-                layer.compile(dynamic=True)
+            compile_layers(model)
 
     def note(self) -> str | None:
         """What a step that has just ended compiled, if anything: expected of a run's first step, a warning of any later one."""
@@ -56,6 +55,12 @@ class Compiler:
         return "warning: the layers were compiled again in this step; if that goes on, model.compile=false may be faster"
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let each decoder layer be compiled when it is first called, in place and before it is sharded."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
 def cache_directory() -> Path:
     """Where compiled code is kept between runs unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "verl" / "inductor"
@@ -66,18 +71,22 @@ def uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager")
 
 
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which torch.compile needs."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+
+
 def _decide(setting: str | bool, model: PreTrainedModel, device: torch.device, tokens: int) -> tuple[bool, str]:
     if setting is False or setting == "false":
         return False, "model.compile=false"
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     if setting != "auto":
-        if not has_compiler:
+        if not has_compiler():
             raise UserError("torch.compile needs a C compiler", where="model.compile=true", fix="install gcc, or set model.compile=false")
         return True, "model.compile=true"
     peak = peak_flops(device)
     if peak is None:
         return False, "auto: no GPU whose speed is known"
-    if not has_compiler:
+    if not has_compiler():
         return False, "auto: torch.compile needs a C compiler, such as gcc"
     seconds = training_flops(model)(tokens, tokens) / peak
     if seconds < WORTH_SECONDS:

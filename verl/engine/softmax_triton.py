@@ -3,8 +3,6 @@
 Dimensions: C positions of a chunk, V vocabulary.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -25,16 +23,7 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor
 
 
 @triton.jit
-def _kernel(
-    logits: Any,
-    targets: Any,
-    slopes: Any,
-    logprobs: Any,
-    vocabulary: Any,
-    factor: Any,
-    block: tl.constexpr,
-    lane: tl.constexpr,
-) -> None:
+def _kernel(logits, targets, slopes, logprobs, vocabulary: tl.constexpr, factor, block: tl.constexpr, lane: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     # Each thread keeps a running maximum and sum of its own columns, rescaled once for `lane` of them.
