@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -93,7 +94,8 @@ class Contestant:
         setting: in words.
         dtype: of the weights that the optimizer updates.
         arguments: of Python.
-        starts: a file that appears when the first step is done.
+        folder: what it writes, emptied before it starts.
+        starts: a file that appears there when the first step is done.
         read: the measured numbers, once the command has ended.
     """
 
@@ -101,6 +103,7 @@ class Contestant:
     setting: str
     dtype: str
     arguments: list[str]
+    folder: Path
     starts: Path
     read: Callable[[], "Measured"]
 
@@ -114,6 +117,7 @@ class Measured:
     seconds: list[float]
     peak_gib: float | None
     busy_share: float | None
+    compile_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ class Result:
         mfu: against the matrix rate measured in this run, with the FLOP that verl/engine/flops.py counts.
         peak_gib: on a GPU the allocator's, else resident memory.
         waiting_share: share of a step in which nothing ran on the GPU.
-        seconds_to_first_step: from the command to the end of its first step; caches of compiled code are as found.
+        seconds_to_first_step: from the command until its first step is done (verl: logged); caches of compiled code are as found.
+        compile_seconds: of these, as far as the contestant tells.
         failed: why there are no numbers.
     """
 
@@ -141,6 +146,7 @@ class Result:
     peak_gib: float | None = None
     waiting_share: float | None = None
     seconds_to_first_step: float | None = None
+    compile_seconds: float | None = None
     failed: str | None = None
 
 
@@ -159,7 +165,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer-dtypes", default="float32,bfloat16", help="of the weights that their optimizer updates")
     parser.add_argument("--only", help="names of contestants, with commas between")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--work", type=Path, help="keep the model, logs and traces in this folder; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="keep the model, logs and traces in WORK/sft-benchmark")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that one contestant may take")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     return parser.parse_args(argv)
@@ -169,11 +175,12 @@ def main(argv: list[str]) -> None:
     options = arguments(argv)
     check(options)
     if options.work is not None:
-        options.work.mkdir(parents=True, exist_ok=True)
-        run(options, options.work.resolve())
+        folder = options.work.expanduser().resolve() / "sft-benchmark"  # of its own: what is in it is written over
+        folder.mkdir(parents=True, exist_ok=True)
+        run(options, folder)
     else:
-        with tempfile.TemporaryDirectory(prefix="verl-benchmark-") as folder:
-            run(options, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="sft-benchmark-") as temporary:
+            run(options, Path(temporary))
 
 
 def check(options: argparse.Namespace) -> None:
@@ -196,6 +203,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     chosen = choose(contestants(options, work), options.only)
     rate = matrix_rate(torch.device("cuda" if on_gpu else "cpu"))
     flops = step_flops(model)
+    if on_gpu:
+        torch.cuda.empty_cache()  # the contestants are to have all of it
     about = {**machine(on_gpu, rate), "command": shlex.join(["python", "benchmarks/sft.py", *sys.argv[1:]]), **describe(work)}
     console.print("\n".join(f"{key}: {value}" for key, value in about.items()), highlight=False, markup=False)
     results = []
@@ -302,10 +311,12 @@ def verl(work: Work, keys: list[str]) -> Contestant:
     }
     if work.on_gpu:
         words["trainer.profile_step"] = work.warmup + work.steps + 2
+        words["model.compile"] = "true"  # a run as long as its users' would be; "auto" sees the few steps of this one
     pairs = [*(f"{key}={value}" for key, value in words.items()), *keys]
     setting = " ".join([f"{work.rows} rows, micro-batches of {work.budget:,} tokens, float32 master weights", *keys])
     command = ["-m", "verl.trainer.fsdp_sft_trainer", *pairs]
-    return Contestant("verl", setting, "float32", command, directory / "run" / "metrics.jsonl", lambda: read_verl(directory / "run", work))
+    started = directory / "run" / "metrics.jsonl"
+    return Contestant("verl", setting, "float32", command, directory, started, lambda: read_verl(directory / "run", work))
 
 
 def read_verl(directory: Path, work: Work) -> Measured:
@@ -318,12 +329,14 @@ def read_verl(directory: Path, work: Work) -> Measured:
 
     profiles = sorted((directory / "profile").glob("*.txt"))
     busy = re.search(r"GPU busy ([\d.]+)%", profiles[0].read_text(encoding="utf-8")) if profiles else None
+    compiled = re.search(r"compiled the layers in ([\d.]+) s", (directory / "train.log").read_text(encoding="utf-8"))
     return Measured(
         tokens=each("train/tokens"),
         supervised_tokens=each("train/supervised_tokens"),
         seconds=[step["perf/step_seconds"] for step in steps[timed]],
         peak_gib=max(step.get("perf/peak_memory_gib", 0.0) for step in steps) if work.on_gpu else None,
         busy_share=float(busy[1]) / 100 if busy else None,
+        compile_seconds=float(compiled[1]) if compiled else None,
     )
 
 
@@ -339,7 +352,7 @@ def trl(work: Work, setting: settings.Setting) -> Contestant:
     def read() -> Measured:
         return Measured(**json.loads((directory / "measured.json").read_text(encoding="utf-8")))
 
-    return Contestant(setting.name, words, setting.dtype, command, directory / "first_step", read)
+    return Contestant(setting.name, words, setting.dtype, command, directory, directory / "first_step", read)
 
 
 def measure(contestant: Contestant, work: Work, rate: float, flops: Callable[[int, int], float]) -> Result:
@@ -347,7 +360,7 @@ def measure(contestant: Contestant, work: Work, rate: float, flops: Callable[[in
     shown = shlex.join(["python", *contestant.arguments])
     result = Result(contestant.name, contestant.setting, contestant.dtype, shown)
     log = work.folder / f"{contestant.name}.log"
-    contestant.starts.unlink(missing_ok=True)  # of an earlier run in the same folder
+    shutil.rmtree(contestant.folder, ignore_errors=True)
     seconds_to_first_step, resident_gib, failed = execute(contestant, work, log)
     if failed is not None:
         return Result(**{**asdict(result), "failed": failed})
@@ -363,6 +376,7 @@ def measure(contestant: Contestant, work: Work, rate: float, flops: Callable[[in
             "peak_gib": seen.peak_gib if work.on_gpu else resident_gib,
             "waiting_share": None if seen.busy_share is None else 1 - seen.busy_share,
             "seconds_to_first_step": seconds_to_first_step,
+            "compile_seconds": seen.compile_seconds,
         }
     )
 
@@ -495,7 +509,7 @@ def table(results: list[Result]) -> Table:
     shown = Table(title=None)
     shown.add_column("name", no_wrap=True)
     shown.add_column("setting")
-    for column in ("tokens/s", "median", "supervised/s", "MFU", "peak GiB", "GPU waits", "first step s", "× verl"):
+    for column in ("tokens/s", "median", "supervised/s", "MFU", "peak GiB", "GPU waits", "first step s", "compile s", "× verl"):
         shown.add_column(column, justify="right")
     ours = next((r.tokens_per_second for r in results if r.name == "verl"), None)
     for r in results:
@@ -506,8 +520,8 @@ def table(results: list[Result]) -> Table:
         relative = "" if ours is None else f"{r.tokens_per_second / ours:.2f}"
         rates = [f"{value:,.0f}" for value in (r.tokens_per_second, r.median_tokens_per_second, r.supervised_tokens_per_second) if value]
         waits = "" if r.waiting_share is None else f"{r.waiting_share:.1%}"
-        start = "" if r.seconds_to_first_step is None else f"{r.seconds_to_first_step:.1f}"
-        shown.add_row(r.name, escape(r.setting), *rates, f"{r.mfu:.1%}", f"{r.peak_gib:.1f}", waits, start, relative)
+        start, compiling = ("" if value is None else f"{value:.1f}" for value in (r.seconds_to_first_step, r.compile_seconds))
+        shown.add_row(r.name, escape(r.setting), *rates, f"{r.mfu:.1%}", f"{r.peak_gib:.1f}", waits, start, compiling, relative)
     return shown
 
 

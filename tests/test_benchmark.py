@@ -111,17 +111,18 @@ def test_only_the_timed_steps_count(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in lines))
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "step_6_rank_0.txt").write_text("profile of steps 6-8: 391 ms a step, GPU busy 97.6%\n")
-    assert sft.read_verl(tmp_path, made) == sft.Measured([100, 300], [70, 100], [0.5, 1.5], None, 0.976)
+    (tmp_path / "train.log").write_text("step 1: compiled the layers in 12.5 s; kept in ~/.cache for the next run\n")
+    assert sft.read_verl(tmp_path, made) == sft.Measured([100, 300], [70, 100], [0.5, 1.5], None, 0.976, compile_seconds=12.5)
 
 
 def contestant(folder: Path, code: str, measured: sft.Measured | None = None) -> sft.Contestant:
-    return sft.Contestant("peer", "words", "float32", ["-c", code], folder / "first_step", lambda: measured)
+    return sft.Contestant("peer", "words", "float32", ["-c", code], folder / "peer", folder / "peer" / "first_step", lambda: measured)
 
 
 def test_a_contestants_figures_are_those_of_its_steps(folder: Path) -> None:
     made = work(folder, "--rows", "8", "--max-length", "256", "--steps", "2")
     seen = sft.Measured([100, 300], [70, 100], [0.5, 1.5], None, None)
-    first_step = f"import pathlib, time; pathlib.Path({str(folder / 'first_step')!r}).touch(); time.sleep(0.2)"
+    first_step = f"import os, time; os.mkdir({str(folder / 'peer')!r}); open({str(folder / 'peer/first_step')!r}, 'w'); time.sleep(0.2)"
     result = sft.measure(contestant(folder, first_step, seen), made, rate=1000.0, flops=lambda tokens, trained: tokens + trained)
     assert (result.tokens_per_second, result.median_tokens_per_second, result.supervised_tokens_per_second) == (200, 200, 85)
     assert result.mfu == pytest.approx(0.285)
