@@ -78,6 +78,8 @@ class ModelConfig:
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     # Arithmetic of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
     compute_dtype: str = "auto"
+    # Weights that the optimizer updates: "float32", or "bfloat16", rounded stochastically, in half the memory (pip install "verl[8bit]").
+    param_dtype: str = "float32"
     # Attention on a GPU in bfloat16: "auto" (the newest FlashAttention that is installed and passes a trial), "fa2" (inside
     # PyTorch), "fa3", "fa4", or "sdpa" (plain, one document at a time).
     attn_implementation: str = "auto"
@@ -87,6 +89,8 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
+    # "adamw" with moments in float32, or "adamw_8bit" with moments in a quarter of that (pip install "verl[8bit]").
+    name: str = "adamw"
     # Peak learning rate of AdamW.
     lr: float = 1e-5
     # AdamW's decay rates of the first and second moment.
@@ -151,6 +155,8 @@ class SFTConfig:
         one_of("model.compile", model.compile, ("auto", True, False))
         one_of("model.strategy", model.strategy, ("fsdp2", "fsdp"))
         one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
+        one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))
+        one_of("optim.name", optim.name, ("adamw", "adamw_8bit"))
         one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "sdpa"))
         one_of("optim.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
         one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
@@ -186,6 +192,13 @@ class SFTConfig:
                 where="data.max_tokens_per_micro_batch",
                 fix=f"give at least {data.max_length}, or a smaller data.max_length",
             )
+        for key, value, with_offload in (("optim.name", optim.name, "adamw"), ("model.param_dtype", model.param_dtype, "float32")):
+            if model.fsdp_config.cpu_offload and value != with_offload:
+                raise UserError(
+                    "both are there to save GPU memory, and the update in host memory is the plain one",
+                    where=f"{key}={value} with model.fsdp_config.cpu_offload=true",
+                    fix=f"set {key}={with_offload}, or model.fsdp_config.cpu_offload=false",
+                )
         if data.messages_key and data.text_key:
             raise UserError("messages_key and text_key are both set", where="data", fix="name the one column that the rows have")
         if data.tools_key and not data.messages_key:

@@ -48,9 +48,13 @@ class Built:
         return (
             f"device: {dist.describe_device(engine.device)}; attention: {describe_attention(engine.device.type, engine.compute_dtype)}\n"
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
-            f"arithmetic in {str(engine.compute_dtype).removeprefix('torch.')}, "
+            f"weights in {_name(engine.trained[0].dtype)}, arithmetic in {_name(engine.compute_dtype)}, "
             f"layers {'compiled' if self.compiler.on else 'not compiled'} ({self.compiler.why})"
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def build(
@@ -81,6 +85,7 @@ def build(
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
     scorer = TokenScorer(loaded.model)
     check_scorer(scorer)
+    _cast(loaded.model, getattr(torch, settings.param_dtype))
     compute_dtype = _compute_dtype(settings.compute_dtype, device)
     choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config))
     adapted = None
@@ -97,6 +102,15 @@ def build(
     compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
     engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, cpu_offload=offload)
     return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids)
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Weights to the dtype that the optimizer updates, one at a time; buffers, such as rotary frequencies, stay as they are.
+
+    Not earlier: packed batches are compared with the model alone in float32, where a difference of 1e-3 means something.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -3,7 +3,7 @@
     global_step_N/
       config.json  generation_config.json  model*.safetensors  tokenizer*  chat_template.jinja   (LoRA: adapter_*)
       manifest.json       size and sha256 of each file
-      trainer/            master weights and optimizer (torch.distributed.checkpoint, any world size reads it),
+      trainer/            trained weights and optimizer (torch.distributed.checkpoint, any world size reads it),
                           state.json (step and data position), rng_R.safetensors (random states of rank R)
 
 A directory is written under a temporary name, flushed to disk and renamed: what has the final name is whole.
@@ -24,10 +24,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl import __version__, dist
 from verl.durable import flush, replace_text
 from verl.engine.engine import Engine
+from verl.engine.optim import optimizer_state
 from verl.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -87,8 +89,14 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
 
 
 def load(directory: Path, engine: Engine) -> None:
-    """Put master weights, optimizer and random states of a checkpoint into an engine, at any world size."""
-    dcp.load(_state(engine), checkpoint_id=directory / "trainer")  # in place: the tensors are the engine's own
+    """Put trained weights, optimizer and random states of a checkpoint into an engine, at any world size.
+
+    Raises:
+        UserError: it is one of another model or optimizer.
+    """
+    state = _state(engine)
+    _check_same_tensors(state, directory)
+    dcp.load(state, checkpoint_id=directory / "trainer")  # in place: the tensors are the engine's own
     engine.weights.publish()
     random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
     if random_states.exists():
@@ -172,20 +180,33 @@ def _umask() -> int:
 
 
 def _state(engine: Engine) -> dict[str, Any]:
-    """Master weights and AdamW's state by parameter name; frozen weights come from the original model.
+    """Trained weights and AdamW's state by parameter name; frozen weights come from the original model.
 
-    The tensors are the engine's own, so that loading into them loads the optimizer. Before the first step AdamW has no
-    state yet, and the zeros it would start from are made here.
+    The tensors are the engine's own, so that loading into them loads the optimizer.
     """
-    optimizer: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in engine.weights.trained.items():
-        state = engine.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        optimizer[name] = dict(state)
-    return {"model": {name: p.detach() for name, p in engine.weights.trained.items()}, "optimizer": optimizer}
+    trained = engine.weights.trained
+    optimizer = {name: optimizer_state(engine.optimizer, parameter) for name, parameter in trained.items()}
+    return {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer}
+
+
+def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
+    """Raises UserError if a checkpoint holds other tensors than a state to be loaded."""
+    found = {
+        name: (tensor.properties.dtype, tuple(tensor.size))
+        for name, tensor in dcp.FileSystemReader(directory / "trainer").read_metadata().state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    model = {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    optimizer = {f"optimizer.{name}.{key}": tensor for name, tensors in state["optimizer"].items() for key, tensor in tensors.items()}
+    wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in {**model, **optimizer}.items()}
+    if found == wanted:
+        return
+    odd = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    raise UserError(
+        f"this run trains other tensors: for {odd} the checkpoint has {found.get(odd)}, the run {wanted.get(odd)}",
+        where=str(directory),
+        fix="set model.* and optim.name as in the config.yaml beside it, or start anew with trainer.resume_mode=disable",
+    )
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

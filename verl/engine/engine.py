@@ -52,7 +52,7 @@ class Engine:
     """A model with its optimizer, sharded over all processes.
 
     Args:
-        scorer: the model, in float32 on any device; it is sharded in place.
+        scorer: the model on any device, in the dtype that the optimizer updates; it is sharded in place.
         config: the optimizer and its schedule.
         total_steps: optimizer steps of the whole run, which the schedule spans.
         device: where the arithmetic runs.

@@ -1,4 +1,4 @@
-"""Sharding with FSDP2: float32 master weights, arithmetic in the compute dtype, gradients reduced in float32."""
+"""Sharding with FSDP2: weights as they were loaded, arithmetic in the compute dtype, gradients reduced in float32."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def shard(scorer: TokenScorer, mesh: DeviceMesh, *, compute_dtype: torch.dtype, 
     Returns:
         the same module, now sharded.
     """
-    policy = MixedPrecisionPolicy(param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     # With one process there is nobody to get a layer back from, so giving it away would only cost copies.
     options: dict[str, Any] = {

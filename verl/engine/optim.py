@@ -2,22 +2,61 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl.config import OptimConfig
+from verl.errors import UserError
+
+if TYPE_CHECKING:
+    from verl.engine.compact_adamw import CompactAdamW
+
+AdamW: TypeAlias = "torch.optim.AdamW | CompactAdamW"
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; biases and norms (one dimension) are not decayed."""
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> AdamW:
+    """AdamW over the trained parameters; biases and norms (one dimension) are not decayed.
+
+    Weights in bfloat16 are rounded stochastically, since nearly every step of theirs is smaller than what lies between two
+    of its numbers.
+
+    Raises:
+        UserError: 8-bit moments or bfloat16 weights, and torchao is missing.
+    """
     trained = [p for p in parameters if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    groups = [group for group in groups if group["params"]]
+    betas = (config.betas[0], config.betas[1])
+    rounded = any(p.dtype == torch.bfloat16 for p in trained)
+    if config.name == "adamw" and not rounded:
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    try:
+        from verl.engine.compact_adamw import CompactAdamW
+    except ImportError as error:
+        where = "model.param_dtype=bfloat16" if config.name == "adamw" else f"optim.name={config.name}"
+        raise UserError(f"needs torchao: {error}", where=where, fix='pip install "verl[8bit]"') from error
+    return CompactAdamW(groups, lr=config.lr, betas=betas, eight_bit=config.name == "adamw_8bit")
+
+
+def optimizer_state(optimizer: AdamW, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """One parameter's part of the optimizer's state, in plain tensors that are the optimizer's own.
+
+    Before the first step torch's AdamW has none yet, and the zeros it would start from are made here.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return optimizer.state_of(parameter)
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return dict(state)
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
@@ -60,9 +99,12 @@ def _wsd(progress: float, config: OptimConfig) -> float:
 _AFTER_WARMUP = {"cosine": _cosine, "linear": _linear, "constant": _constant, "wsd": _wsd}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: AdamW, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
@@ -71,5 +113,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
     Returns:
         that norm before clipping, a scalar on the device.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # Not torch's clip_grad_norm_: of bfloat16 gradients it would give a norm of three digits.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
