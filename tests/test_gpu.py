@@ -142,24 +142,28 @@ def test_batches_of_other_sizes_compile_nothing_again(model_path: Path, device: 
     torch._dynamo.reset()
     counters.clear()
     engine = engine_on(model_path, device, torch.bfloat16, compiled=True, checkpointing=False)
-    curve(engine, Packing(8, 480, multiple_of_tokens=128), steps=2)
+    # Not a multiple of 128: a batch of as many tokens as the model is wide would be taken for a case of its own.
+    curve(engine, Packing(8, 480, multiple_of_tokens=96), steps=2)
     graphs = counters["stats"]["unique_graphs"]
-    curve(engine, Packing(8, 200, multiple_of_tokens=128), steps=10)
+    curve(engine, Packing(8, 200, multiple_of_tokens=96), steps=10)
     engine.evaluate(micro_batches(RandomDocuments(), np.arange(4), Packing(8, 480)), sft)
     assert graphs == counters["stats"]["unique_graphs"] > 0
 
 
 def test_each_kind_of_checkpointing_keeps_less(model_path: Path, device: torch.device) -> None:
     def peak(checkpointing: bool | str) -> int:
-        engine = engine_on(model_path, device, torch.bfloat16, checkpointing=checkpointing)
-        batch = micro_batches(RandomDocuments(400), np.arange(400), Packing(1, 100_000))
+        torch._dynamo.reset()
+        engine = engine_on(model_path, device, torch.bfloat16, compiled=True, checkpointing=checkpointing)
+        batch = micro_batches(RandomDocuments(2000), np.arange(2000), Packing(1, 500_000))
         engine.backward(batch, sft)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         engine.backward(batch, sft)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
 
     full, selective, none = (peak(kind) for kind in (True, "selective", False))
-    assert full < 0.8 * selective < 0.8 * 0.8 * none
+    assert full < 0.9 * selective < 0.9 * 0.9 * none
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,6 @@ up to the longest. Layers of one class share their code, so compile time does no
 import os
 import shutil
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from torch._dynamo.utils import calculate_time_spent, counters
@@ -41,7 +40,6 @@ class Compiler:
         self.on, self.why = _decide(setting, model, device, tokens)
         self._graphs = 0
         if self.on:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory()))
             compile_layers(model)
 
     def note(self) -> str | None:
@@ -51,7 +49,8 @@ class Compiler:
             return None
         if before == 0:
             seconds = calculate_time_spent().get("total_wall_time", 0.0)
-            return f"compiled the layers in {seconds:.1f} s; kept in {os.environ['TORCHINDUCTOR_CACHE_DIR']} for the next run"
+            kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # PyTorch sets it where a person has not
+            return f"compiled the layers in {seconds:.1f} s{f', kept for the next run in {kept}' if kept else ''}"
         return "warning: the layers were compiled again in this step; if that goes on, model.compile=false may be faster"
 
 
@@ -59,11 +58,6 @@ def compile_layers(model: PreTrainedModel) -> None:
     """Let each decoder layer be compiled when it is first called, in place and before it is sharded."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
-
-
-def cache_directory() -> Path:
-    """Where compiled code is kept between runs unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "verl" / "inductor"
 
 
 def uncompiled() -> AbstractContextManager[object]:

@@ -1,7 +1,7 @@
 """Activation checkpointing: what a layer keeps of its forward pass, and what it computes again in the backward pass."""
 
 from collections import Counter
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from verl.engine.fsdp import decoder_layers
 
 MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # Short parts of the operators' names, since which of them exist depends on the release of PyTorch and on what is installed.
-ATTENTION = ("varlen_attn", "verl::flash", "_flash_attention", "_efficient_attention", "_cudnn_attention")
+ATTENTION = ("varlen_attn", "flash_attention", "verl.flash", "efficient_attention", "cudnn_attention")
 
 
 def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
@@ -22,9 +22,15 @@ def recompute_activations(model: PreTrainedModel, *, selective: bool = False) ->
         selective: keep the output of attention and of every second matrix product; about half of the forward pass's products
             are computed again, instead of all, and its attention is not.
     """
-    options: dict[str, Any] = {"context_fn": _selective} if selective else {}
     for layer in decoder_layers(model):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
+        layer.forward = _recomputed(layer.forward, {"context_fn": _selective} if selective else {})
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return run
 
 
 def _selective() -> Any:
