@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.optim import build_optimizer, optimizer_state, set_learning_rate
 from verl.errors import UserError
+
+if TYPE_CHECKING:
+    from verl.engine.compact_adamw import CompactAdamW
 
 pytest.importorskip("torchao", reason='needs torchao: pip install "verl[8bit]"')
 
@@ -192,6 +196,18 @@ def test_a_checkpoint_of_another_optimizer_is_refused(now: tuple[str, str], mode
     assert caught.value.fix is not None and "optim.name" in caught.value.fix
 
 
+def test_packed_batches_are_compared_in_float32_before_the_weights_become_bfloat16(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import verl.engine.build as module
+
+    seen = []
+    monkeypatch.setattr(module, "check_scorer", lambda scorer: seen.extend(p.dtype for p in scorer.parameters()))
+    built = built_of(model_path, "adamw_8bit", "bfloat16")
+    assert set(seen) == {torch.float32} and built.engine.trained[0].dtype == torch.bfloat16
+    assert built.loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 @pytest.mark.parametrize("on_disk", [torch.float32, torch.bfloat16])
 def test_bfloat16_weights_are_written_in_the_dtype_they_had_on_disk(on_disk: torch.dtype, tmp_path: Path) -> None:
     from verl.models.export import export_model
@@ -225,6 +241,52 @@ def test_each_shape_is_compiled_once_however_many_there_are(monkeypatch: pytest.
             warnings.simplefilter("ignore")
             optimizer.step()
     assert counters["stats"]["unique_graphs"] == len(shapes) > torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_a_gpus_compiled_update_is_the_cpus_and_waits_for_nothing() -> None:
+    shapes = [(300, 1024), (1024,), (256, 384), (90, 100)]
+
+    def trained_on(device: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape).to(device)) for shape in shapes]
+        optimizer = build_optimizer(weights, OptimConfig(name="adamw_8bit"))
+        gradients = [[torch.randn(shape).to(device) for shape in shapes] for _ in range(4)]
+        for step in range(4):
+            set_learning_rate(optimizer, 1e-2 / (step + 1))
+            for weight, gradient in zip(weights, gradients[step], strict=True):
+                weight.grad = gradient
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+            optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+        return [weight.detach().cpu() for weight in weights]
+
+    for on_gpu, on_cpu in zip(trained_on("cuda"), trained_on("cpu"), strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=2e-3)  # of a step of 1e-2; a moment may round the other way
+        assert (on_gpu - on_cpu).abs().mean() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_on_a_gpu_rounding_is_right_on_average_and_goes_on_from_its_random_state() -> None:
+    def steps(weight: nn.Parameter, optimizer: "CompactAdamW | torch.optim.AdamW", number: int) -> None:
+        for _ in range(number):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+
+    weight = nn.Parameter(torch.ones(256, 256, dtype=torch.bfloat16, device="cuda"))
+    optimizer = build_optimizer([weight], OptimConfig(name="adamw_8bit", lr=2**-8 / 100, weight_decay=0.0))
+    steps(weight, optimizer, 2)
+    assert (weight < 1).float().mean().item() == pytest.approx(0.02, rel=0.2)
+    before, random_state = weight.detach().clone(), torch.cuda.get_rng_state()
+    steps(weight, optimizer, 2)
+    after = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(before)
+    torch.cuda.set_rng_state(random_state)
+    steps(weight, optimizer, 2)
+    assert torch.equal(weight, after) and not torch.equal(before, after)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,11 @@
 A moment of two or more dimensions is kept in blocks of BLOCK values of one row: a code of 8 bits for each value, and the
 block's largest magnitude in float32 (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021). Blocks end with
 their row, so that a checkpoint can be cut up between any number of processes. All other moments are float32, whatever the
-weights are. The arithmetic is float32 throughout; on a GPU torch.compile makes one kernel of it, so that no float32 copy of
-a tensor stands in memory.
+weights are. The arithmetic is float32 throughout, one tensor after another; on a GPU torch.compile makes one kernel of it.
 
 Importing this module needs torchao.
 """
 
-import os
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
 
-from verl.engine.compile import cache_directory, has_compiler, uncompiled
+from verl.engine.compile import has_compiler, uncompiled
 from verl.errors import UserError
 
 BLOCK = 128  # values that share a scale; the hidden sizes of common models are multiples of it
@@ -47,28 +45,26 @@ class CompactAdamW:
         self._compiled = parameters[0].device.type == "cuda"  # a CPU's compiler takes a minute for what a step does in less
         if self._compiled:
             _prepare_compiler()
-        # torchao sees plain tensors alone. A whole parameter is its own shard.
-        self._shards = {p: nn.Parameter(p.to_local()) if isinstance(p, DTensor) else p for p in parameters}
-        local = [{**group, "params": [self._shards[p] for p in group["params"]]} for group in groups]
-        self._torchao = AdamW8bit(local, lr=lr, betas=betas, block_size=BLOCK, bf16_stochastic_round=True)
+        self._state = {p: _zeros(_local(p), eight_bit and _fits_blocks(p)) for p in parameters}
+        self._seen = {p: nn.Parameter(_as_blocks(_local(p))) for p in parameters}
+        seen_groups = [{**group, "params": [self._seen[p] for p in group["params"]]} for group in groups]
+        self._torchao = AdamW8bit(seen_groups, lr=lr, betas=betas, block_size=BLOCK, bf16_stochastic_round=True)
         self.param_groups = self._torchao.param_groups
-        self._state = {p: _zeros(shard, eight_bit and _fits_blocks(p)) for p, shard in self._shards.items()}
-        for p, shard in self._shards.items():
-            self._torchao.state[shard] = _as_torchao(self._state[p])
+        for p, seen in self._seen.items():
+            self._torchao.state[seen] = _state_as_blocks(self._state[p])
 
     @torch.no_grad()
     def step(self) -> None:
-        for p, shard in self._shards.items():
-            if isinstance(p, DTensor):
-                shard.data = p.to_local()  # FSDP may have moved it
-                shard.grad = p.grad.to_local() if isinstance(p.grad, DTensor) and shard.numel() else None
+        for p, seen in self._seen.items():
+            seen.data = _as_blocks(_local(p))  # anew in each step: FSDP may have moved it
+            seen.grad = None if p.grad is None or not seen.numel() else _as_blocks(_local(p.grad))
         with nullcontext() if self._compiled else uncompiled():
             self._torchao.step()
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         assert set_to_none
-        for p, shard in self._shards.items():
-            p.grad = shard.grad = None
+        for p, seen in self._seen.items():
+            p.grad = seen.grad = None
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """A parameter's state as plain tensors, sharded as it is; they are the optimizer's own, so loading into them loads it."""
@@ -85,8 +81,17 @@ def _prepare_compiler() -> None:
             where="optim.name",
             fix="install gcc, or set optim.name=adamw and model.param_dtype=float32",
         )
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory()))
     warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching", category=UserWarning)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor; all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _as_blocks(tensor: Tensor) -> Tensor:
+    """A tensor as torchao gets to see it: a block a row, where blocks fit, so that the kernel has no indices to work out."""
+    return tensor.reshape(tensor.numel() // BLOCK, BLOCK) if tensor.ndim and tensor.shape[-1] % BLOCK == 0 else tensor
 
 
 def _fits_blocks(parameter: Tensor) -> bool:
@@ -106,16 +111,16 @@ def _zeros(shard: Tensor, eight_bit: bool) -> dict[str, Tensor]:
     return state
 
 
-def _as_torchao(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same memory under the names and in the types that torchao looks for."""
+def _state_as_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as torchao gets to see it."""
     seen = {"step": state["step"]}
     for name, signed in MOMENTS.items():
         codes = state.get(f"{name}_codes")
         if codes is None:
-            seen[name] = state[name]
+            seen[name] = _as_blocks(state[name])
         elif codes.numel():  # torchao divides by the number of blocks, and an empty shard takes no step
             levels = torch.tensor(get_qmap_signed() if signed else get_qmap_unsigned(), device=codes.device)
-            seen[name] = OptimState8bit(codes, state[f"{name}_scales"].view(-1), levels, signed, dtype=torch.float32)
+            seen[name] = OptimState8bit(_as_blocks(codes), state[f"{name}_scales"].view(-1), levels, signed, dtype=torch.float32)
     return seen
 
 
