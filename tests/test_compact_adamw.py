@@ -112,6 +112,16 @@ def test_at_learning_rate_zero_no_weight_moves(param_dtype: str, model_path: Pat
     assert len(unmoved(engine, 3)) == len(engine.trained)
 
 
+def test_the_learning_rate_of_a_step_is_the_one_that_was_set() -> None:
+    weight = nn.Parameter(torch.ones(64, 128))
+    optimizer = build_optimizer([weight], OptimConfig(name="adamw_8bit", lr=1.0, weight_decay=0.0))
+    for rate, expected in ((0.0, 1.0), (0.25, 0.75)):
+        set_learning_rate(optimizer, rate)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, expected))
+
+
 @pytest.mark.parametrize(("name", "param_dtype"), [*SMALL.items(), ("adamw_8bit", "bfloat16")])
 def test_the_loss_curve_is_that_of_plain_adamw(name: str, param_dtype: str, model_path: Path) -> None:
     plain, small = (train(built_of(model_path, *how).engine, 0, 30) for how in (("adamw", "float32"), (name, param_dtype)))
