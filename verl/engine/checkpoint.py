@@ -202,10 +202,11 @@ def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
     if found == wanted:
         return
     odd = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    there, here = (f"{tensors[odd][0]} {list(tensors[odd][1])}" if odd in tensors else "none" for tensors in (found, wanted))
     raise UserError(
-        f"this run trains other tensors: for {odd} the checkpoint has {found.get(odd)}, the run {wanted.get(odd)}",
+        f"this run trains other tensors: {odd} is {there} in the checkpoint and {here} in this run",
         where=str(directory),
-        fix="set model.* and optim.name as in the config.yaml beside it, or start anew with trainer.resume_mode=disable",
+        fix="set the model, model.lora_rank, model.param_dtype and optim.name back, or start anew with trainer.resume_mode=disable",
     )
 
 

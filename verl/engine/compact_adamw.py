@@ -48,7 +48,7 @@ class CompactAdamW:
         self._state = {p: _zeros(_local(p), eight_bit and _fits_blocks(p)) for p in parameters}
         self._seen = {p: nn.Parameter(_as_blocks(_local(p))) for p in parameters}
         seen_groups = [{**group, "params": [self._seen[p] for p in group["params"]]} for group in groups]
-        self._torchao = AdamW8bit(seen_groups, lr=lr, betas=betas, block_size=BLOCK, bf16_stochastic_round=True)
+        self._torchao = AdamW8bit(seen_groups, lr=lr, betas=betas, bf16_stochastic_round=True)
         self.param_groups = self._torchao.param_groups
         for p, seen in self._seen.items():
             self._torchao.state[seen] = _state_as_blocks(self._state[p])
