@@ -81,7 +81,7 @@ class ModelConfig:
     # Weights that the optimizer updates: "float32", or "bfloat16", rounded stochastically, in half the memory (pip install "verl[8bit]").
     param_dtype: str = "float32"
     # Attention on a GPU in bfloat16: "auto" (the newest FlashAttention that is installed and passes a trial), "fa2" (inside
-    # PyTorch), "fa3", "fa4", or "sdpa" (plain, one document at a time).
+    # PyTorch), "fa3", "fa4", "short" (kernels of our own for short documents), or "sdpa" (plain, one document at a time).
     attn_implementation: str = "auto"
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
@@ -157,7 +157,7 @@ class SFTConfig:
         one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
         one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))
         one_of("optim.name", optim.name, ("adamw", "adamw_8bit"))
-        one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "sdpa"))
+        one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "short", "sdpa"))
         one_of("optim.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
         one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
         at_least("data.max_length", data.max_length, 2)

@@ -1,4 +1,5 @@
-"""FlashAttention over packed documents: 2 is inside PyTorch, 3 and 4 are packages that a person may install.
+"""FlashAttention over packed documents: 2 is inside PyTorch, 3 and 4 are packages that a person may install, and kernels of
+our own serve documents that are short.
 
 A package is taken only after a trial: it must be importable, and on this GPU, with the model's own heads, its output and its
 gradients must be those of FlashAttention-2. So a run never stops over a package that does not fit; it says why it does without.
@@ -20,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from verl.errors import UserError
 
-Kernel = Literal["fa2", "fa3", "fa4"]
+Kernel = Literal["fa2", "fa3", "fa4", "short"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Package:
 
 PACKAGES: dict[Kernel, Package] = {
     "fa3": Package("FlashAttention-3", "flash_attn_3", "flash_attn_interface", "build its repository's folder hopper"),
+    "short": Package("kernels for short documents, Triton", "triton", "verl.models.short_attention_triton", "a PyTorch for GPUs has it"),
     "fa4": Package("FlashAttention-4", "flash-attn-4", "flash_attn.cute.interface", 'pip install "verl[fa4]"'),
 }
 
@@ -132,6 +134,9 @@ def flash_attention(
     Returns:
         output_TND.
     """
+    if kernel == "short" and sliding_window is None:
+        output_TND, _ = _short(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale or query_TND.shape[-1] ** -0.5)
+        return output_TND
     if kernel == "fa4":
         output_TND, _ = _flash4(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale, sliding_window)
         return output_TND
@@ -260,6 +265,71 @@ def _flash4_backward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     query_gradient_TND, key_gradient_TKD, value_gradient_TKD = (x.new_empty(x.shape) for x in (query_TND, key_TKD, value_TKD))
     return query_gradient_TND, key_gradient_TKD, value_gradient_TKD
+
+
+# The kernels for short documents as an operator, for the same reason.
+@torch.library.custom_op("verl::short_attention", mutates_args=())
+def _short(
+    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """output_TND and the logarithm of each row's sum of exponentials, [N, T] in float32."""
+    from verl.models import short_attention_triton
+
+    return short_attention_triton.forward(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale)
+
+
+@_short.register_fake
+def _short_shapes(
+    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = query_TND.shape
+    return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("verl::short_attention_backward", mutates_args=())
+def _short_backward(
+    output_gradient_TND: Tensor,
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    output_TND: Tensor,
+    logsumexp_NT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from verl.models import short_attention_triton
+
+    saved = (query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT)
+    return short_attention_triton.backward(output_gradient_TND.contiguous(), *saved, cu_seqlens, max_seqlen, scale)
+
+
+@_short_backward.register_fake
+def _short_backward_shapes(
+    output_gradient_TND: Tensor,
+    query_TND: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    output_TND: Tensor,
+    logsumexp_NT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query_gradient_TND, key_gradient_TKD, value_gradient_TKD = (x.new_empty(x.shape) for x in (query_TND, key_TKD, value_TKD))
+    return query_gradient_TND, key_gradient_TKD, value_gradient_TKD
+
+
+def _keep_short(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query_TND, key_TKD, value_TKD, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
+    ctx.save_for_backward(query_TND, key_TKD, value_TKD, *output, cu_seqlens)
+
+
+def _short_gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_short_backward(output_gradient_TND, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None)
+
+
+_short.register_autograd(_short_gradients, setup_context=_keep_short)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
