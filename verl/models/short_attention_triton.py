@@ -172,7 +172,7 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     value_sum = tl.zeros([columns, size], tl.float32)
     first = tile * columns // rows * rows
     steps = tl.cdiv(length - first, rows)
-    for step in range(0, group * steps):  # query tiles of one head after another, as one loop that the compiler can pipeline
+    for step in range(group * steps):  # query tiles of one head after another, as one loop that the compiler can pipeline
         head = key_head * group + step // steps
         at = first + step % steps * rows + row
         inside = at < length
