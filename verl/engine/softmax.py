@@ -25,12 +25,14 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor
         from verl.engine import softmax_triton
 
         return softmax_triton.logprobs_with_gradient_(logits_CV, target_C, slope_C, factor)
-    scaled_CV = logits_CV.float() * factor if factor != 1.0 or logits_CV.dtype != torch.float32 else logits_CV
-    normalizer_C = scaled_CV.logsumexp(-1)
-    logprob_C = scaled_CV.gather(1, target_C[:, None]).squeeze(1) - normalizer_C
+    scaled_CV = logits_CV if factor == 1.0 and logits_CV.dtype == torch.float32 else logits_CV.float() * factor
+    at_target_C, highest_C = scaled_CV.gather(1, target_C[:, None]).squeeze(1), scaled_CV.amax(-1)
+    # In place from here on: on a CPU each further copy of the logits costs as much time as the exponentials.
+    weights_CV = scaled_CV.sub_(highest_C[:, None]).exp_()
+    total_C = weights_CV.sum(-1)
     # d logprob / d logit = factor * (1 at the target - probability)
-    weight_C = slope_C * factor
-    gradient_CV = scaled_CV.sub_(normalizer_C[:, None]).exp_().mul_(-weight_C[:, None])
-    gradient_CV.scatter_add_(1, target_C[:, None], weight_C[:, None])
-    logits_CV.copy_(gradient_CV)
-    return logprob_C
+    slope_C = slope_C * factor
+    gradient_CV = weights_CV.mul_((-slope_C / total_C)[:, None]).scatter_add_(1, target_C[:, None], slope_C[:, None])
+    if gradient_CV is not logits_CV:
+        logits_CV.copy_(gradient_CV)
+    return at_target_C - highest_C - total_C.log()
