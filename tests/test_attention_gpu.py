@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning",
 
 # More documents than 256 take another way through FlashAttention-4's scheduler.
 LENGTHS = {"ordinary": [1, 212, 130, 64, 700, 3], "many": [37] * 300, "long": [4096, 1500]}
-KERNELS: list[flash.Kernel] = ["fa2", "fa3", "fa4"]
+KERNELS: list[flash.Kernel] = ["fa2", "fa3", "fa4", "short"]
 
 
 def heads(size: int) -> flash.Heads:
