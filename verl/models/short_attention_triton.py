@@ -178,9 +178,7 @@ def _backward_keys(  # type: ignore[no-untyped-def]
         inside = at < length
         asked = (start + at).to(tl.int64)
         q = tl.load(query + dim[:, None] + asked[None, :] * query_t + head * query_n, mask=inside[None, :], other=0.0)
-        gradient = tl.load(
-            output_gradient + (asked[:, None] * heads + head) * size + dim[None, :], mask=inside[:, None], other=0.0
-        )
+        gradient = tl.load(output_gradient + (asked[:, None] * heads + head) * size + dim[None, :], mask=inside[:, None], other=0.0)
         # A row beyond the document has no weights: its normalizer is infinite.
         normalizer = tl.load(logsumexp + head * tokens + asked, mask=inside, other=float("inf"))
         dots = tl.load(delta + head * tokens + asked, mask=inside, other=0.0)
