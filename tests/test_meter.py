@@ -1,0 +1,58 @@
+"""A step's numbers are read when it is done: on a GPU one step late, and never later than a pause."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from verl.data.loader import Step
+from verl.engine.checkpoint import Position
+from verl.errors import UserError
+from verl.trainer.meter import Meter
+
+START = Position(step=0, tokens=0, supervised_tokens=0, rows=8, rows_per_step=2, seed=1, data_fingerprint="f")
+
+
+@pytest.fixture
+def meter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Meter:
+    monkeypatch.setattr("verl.trainer.meter.training_flops", lambda model: lambda tokens, trained: 1.0)
+    monkeypatch.setattr("verl.trainer.meter.peak_flops", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    engine = SimpleNamespace(device=torch.device(request.param), scorer=SimpleNamespace(model=None), learning_rate=lambda step: 0.1)
+    return Meter(engine, START)
+
+
+def add(meter: Meter, number: int, loss: float = 1.0) -> None:
+    step = Step(number=number, epoch=0, tokens=10, trained_tokens=4, micro_batches=[])
+    meter.add(step, {"loss": torch.tensor(loss), "grad_norm": torch.tensor(1.0)})
+
+
+def read(meter: Meter, *, wait: bool) -> list[int]:
+    return [number for number, _ in meter.finished(wait=wait)]
+
+
+@pytest.mark.parametrize("meter", ["cuda"], indirect=True)
+def test_on_a_gpu_the_newest_step_is_left_running_until_a_pause(meter: Meter) -> None:
+    add(meter, 0)
+    assert read(meter, wait=False) == []
+    add(meter, 1)
+    assert read(meter, wait=False) == [1]
+    add(meter, 2)
+    assert read(meter, wait=True) == [2, 3]
+    assert meter.tokens == 30 and meter.supervised_tokens == 12
+
+
+@pytest.mark.parametrize("meter", ["cpu"], indirect=True)
+def test_on_a_cpu_each_step_is_read_at_once(meter: Meter) -> None:
+    for number in range(3):
+        add(meter, number)
+        assert read(meter, wait=False) == [number + 1]
+
+
+@pytest.mark.parametrize("meter", ["cuda", "cpu"], indirect=True)
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(meter: Meter) -> None:
+    add(meter, 4, math.nan)
+    with pytest.raises(UserError, match="loss nan") as stopped:
+        read(meter, wait=True)
+    assert stopped.value.where == "step 5"
