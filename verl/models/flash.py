@@ -201,20 +201,6 @@ def _flash4(
     return output_TND, logsumexp_NT
 
 
-@_flash4.register_fake
-def _flash4_shapes(
-    query_TND: Tensor,
-    key_TKD: Tensor,
-    value_TKD: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = query_TND.shape
-    return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
-
-
 @torch.library.custom_op("verl::flash4_backward", mutates_args=())
 def _flash4_backward(
     output_gradient_TND: Tensor,
@@ -250,23 +236,6 @@ def _flash4_backward(
     return gradients
 
 
-@_flash4_backward.register_fake
-def _flash4_backward_shapes(
-    output_gradient_TND: Tensor,
-    query_TND: Tensor,
-    key_TKD: Tensor,
-    value_TKD: Tensor,
-    output_TND: Tensor,
-    logsumexp_NT: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    query_gradient_TND, key_gradient_TKD, value_gradient_TKD = (x.new_empty(x.shape) for x in (query_TND, key_TKD, value_TKD))
-    return query_gradient_TND, key_gradient_TKD, value_gradient_TKD
-
-
 # The kernels for short documents as an operator, for the same reason.
 @torch.library.custom_op("verl::short_attention", mutates_args=())
 def _short(
@@ -276,14 +245,6 @@ def _short(
     from verl.models import short_attention_triton
 
     return short_attention_triton.forward(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale)
-
-
-@_short.register_fake
-def _short_shapes(
-    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = query_TND.shape
-    return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
 
 
 @torch.library.custom_op("verl::short_attention_backward", mutates_args=())
@@ -304,20 +265,22 @@ def _short_backward(
     return short_attention_triton.backward(output_gradient_TND.contiguous(), *saved, cu_seqlens, max_seqlen, scale)
 
 
-@_short_backward.register_fake
-def _short_backward_shapes(
-    output_gradient_TND: Tensor,
-    query_TND: Tensor,
-    key_TKD: Tensor,
-    value_TKD: Tensor,
-    output_TND: Tensor,
-    logsumexp_NT: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
+def _shapes(query_TND: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    """Of an operator's two results, for tracing."""
+    tokens, heads, _ = query_TND.shape
+    return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
+
+
+def _backward_shapes(
+    output_gradient_TND: Tensor, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query_gradient_TND, key_gradient_TKD, value_gradient_TKD = (x.new_empty(x.shape) for x in (query_TND, key_TKD, value_TKD))
-    return query_gradient_TND, key_gradient_TKD, value_gradient_TKD
+    return query_TND.new_empty(query_TND.shape), key_TKD.new_empty(key_TKD.shape), value_TKD.new_empty(value_TKD.shape)
+
+
+_flash4.register_fake(_shapes)
+_short.register_fake(_shapes)
+_flash4_backward.register_fake(_backward_shapes)
+_short_backward.register_fake(_backward_shapes)
 
 
 def _keep_short(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
