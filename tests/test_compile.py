@@ -130,9 +130,15 @@ def test_auto_does_not_compile_on_a_cpu_and_without_a_c_compiler_says_so(model_p
 
 def test_compiling_again_after_the_first_step_is_a_warning(model_path: Path) -> None:
     compiler = Compiler(True, load_for_training(str(model_path)).model, torch.device("cpu"), 1)
-    assert compiler.note() is None
     counters["stats"]["unique_graphs"] = 1
     assert "compiled the layers in" in str(compiler.note())
     assert compiler.note() is None
     counters["stats"]["unique_graphs"] = 2
     assert "warning" in str(compiler.note())
+
+
+def test_a_first_step_that_compiled_nothing_is_a_warning(model_path: Path) -> None:
+    compiler = Compiler(True, load_for_training(str(model_path)).model, torch.device("cpu"), 1)
+    assert "made nothing" in str(compiler.note())
+    assert compiler.note() is None
+    assert Compiler(False, load_for_training(str(model_path)).model, torch.device("cpu"), 1).note() is None

@@ -43,16 +43,18 @@ class Compiler:
             compile_layers(model)
 
     def note(self) -> str | None:
-        """What a step that has just ended compiled, if anything: expected of a run's first step, a warning of any later one."""
+        """What a step that has just ended compiled, if that is worth a line: expected of a run's first step, a warning later."""
         before, self._graphs = self._graphs, counters["stats"]["unique_graphs"]
-        if not self.on or self._graphs == before:
+        first, self._said = not self._said, True
+        if not self.on or (self._graphs == before and not first):
             return None
-        if not self._said:
-            self._said = True
-            seconds = calculate_time_spent().get("total_wall_time", 0.0)
-            kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # PyTorch sets it where a person has not
-            return f"compiled the layers in {seconds:.1f} s{f', kept for the next run in {kept}' if kept else ''}"
-        return "warning: the layers were compiled again in this step; if that goes on, model.compile=false may be faster"
+        if not first:
+            return "warning: the layers were compiled again in this step; if that goes on, model.compile=false may be faster"
+        if self._graphs == before:
+            return "warning: torch.compile made nothing of these layers, which run as they are written (TORCH_LOGS=graph_breaks says why)"
+        seconds = calculate_time_spent().get("total_wall_time", 0.0)
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # PyTorch sets it where a person has not
+        return f"compiled the layers in {seconds:.1f} s{f', kept for the next run in {kept}' if kept else ''}"
 
 
 def compile_layers(model: PreTrainedModel) -> None:
