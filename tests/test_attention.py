@@ -105,6 +105,22 @@ def test_the_one_inside_pytorch_can_be_asked_for(gpu: None, flash4: ModuleType) 
     assert described("fa2") == "FlashAttention-2, inside PyTorch"
 
 
+@pytest.mark.parametrize(("document_tokens", "taken"), [(300.0, "short"), (5000.0, "fa4"), (None, "fa4")])
+def test_short_documents_get_the_kernels_for_them(
+    gpu: None, flash4: ModuleType, document_tokens: float | None, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "verl.models.short_attention_triton", ModuleType("short"))
+    monkeypatch.setattr(flash, "_trial", lambda *_: None)
+    choose_attention("auto", GPU, torch.bfloat16, HEADS, document_tokens)
+    assert attention._choice.kernel == taken
+
+
+def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: None, flash4: ModuleType) -> None:
+    choose_attention("auto", GPU, torch.bfloat16, HEADS, 300.0)
+    assert attention._choice.kernel == "fa4"
+    assert "short" in attention._choice.refused
+
+
 def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: ModuleType) -> None:
     def ignore_bounds(q, k, v, *, cu_seqlens_q, **kwargs):
         return fake_forward(q, k, v, cu_seqlens_q=cu_seqlens_q[[0, -1]], **kwargs)

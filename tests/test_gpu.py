@@ -172,13 +172,18 @@ def test_one_kernel_gives_logprobs_and_the_gradient_of_the_logits(vocabulary: in
     torch.manual_seed(0)
     logits = (torch.randn(70, vocabulary, device=device) * 5).to(dtype)
     logits[0] = -300.0  # a row of equal numbers far from zero
+    logits[1, 8192:] += 90  # rows whose maximum is far above that of their first columns, once and twice
+    logits[2, 9000:] += 150
+    logits[2, 10_000:] += 150
+    logits[3, : vocabulary // 2] = float("-inf")
     target, slope = torch.randint(0, vocabulary, (70,), device=device), torch.randn(70, device=device)
+    target[3] = vocabulary - 1
     exact = logits.double().requires_grad_()
     expected = torch.log_softmax(exact * 0.5, -1).gather(1, target[:, None]).squeeze(1)
     (gradient,) = torch.autograd.grad((expected * slope).sum(), exact)
-    found = logprobs_with_gradient_(logits, target, slope, 0.5)
+    found, scale = logprobs_with_gradient_(logits, target, slope, 0.5)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(logits.double(), gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-7)
+    torch.testing.assert_close(logits.double() * scale.double()[:, None], gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-7)
 
 
 def test_offloading_to_the_host_changes_nothing_but_memory(model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:

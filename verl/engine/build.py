@@ -65,6 +65,7 @@ def build(
     stop_ids: list[int],
     total_steps: int,
     total_tokens: int,
+    document_tokens: float,
     device: torch.device,
     seed: int,
 ) -> Built:
@@ -74,6 +75,7 @@ def build(
         stop_ids: token ids that end a trained answer; generation from the written model stops at them.
         total_steps: optimizer steps of the whole run.
         total_tokens: about as many as the whole run sees, over all processes.
+        document_tokens: of the document that an average token lies in, by which attention is chosen.
         seed: of the adapters' first values and of dropout.
     Raises:
         UserError: no such model, or one that cannot be trained this way.
@@ -87,7 +89,7 @@ def build(
     check_scorer(scorer)
     _cast(loaded.model, getattr(torch, settings.param_dtype))
     compute_dtype = _compute_dtype(settings.compute_dtype, device)
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config))
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), document_tokens)
     adapted = None
     if settings.lora_rank > 0:
         from verl.models.lora import add_adapters

@@ -103,13 +103,14 @@ class _KnownSlope(torch.autograd.Function):
         limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
         for rows in _chunks(len(target_M), limit // len(weight_VH)):
             logits_CV = F.linear(hidden_MH[rows], weight_VH, bias_V)
-            logprob_M[rows] = logprobs_with_gradient_(logits_CV, target_M[rows], slope_M[rows], factor)
+            logprob_M[rows], scale_C = logprobs_with_gradient_(logits_CV, target_M[rows], slope_M[rows], factor)
             if hidden_grad_MH is not None:
                 torch.mm(logits_CV, weight_VH, out=hidden_grad_MH[rows])
+                hidden_grad_MH[rows] *= scale_C[:, None]
             if weight_grad_VH is not None:
-                weight_grad_VH.addmm_(logits_CV.T, hidden_MH[rows])
+                weight_grad_VH.addmm_(logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
             if bias_grad_V is not None:
-                bias_grad_V += logits_CV.sum(0)
+                bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
         ctx.save_for_backward(hidden_grad_MH, weight_grad_VH, bias_grad_V)
         return logprob_M
 

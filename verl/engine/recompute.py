@@ -12,7 +12,7 @@ from verl.engine.fsdp import decoder_layers
 
 MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # Short parts of the operators' names, since which of them exist depends on the release of PyTorch and on what is installed.
-ATTENTION = ("varlen_attn", "flash_attention", "verl.flash", "efficient_attention", "cudnn_attention")
+ATTENTION = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "efficient_attention", "cudnn_attention")
 
 
 def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:

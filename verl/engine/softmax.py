@@ -11,15 +11,18 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without it
 
 
-def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor, factor: float = 1.0) -> Tensor:
-    """Log-probability of each target under softmax(factor * logits), in float32.
+def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(factor * logits), and the gradient of sum(slope_C * logprob_C) by the logits.
+
+    The gradient comes as a factor for each row and, in place of the logits, what the factor is to be multiplied with: what
+    uses the gradient is a matrix product, where the factor costs next to nothing, and a further pass over [C, V] does not.
 
     Args:
-        logits_CV: contiguous; overwritten with the gradient of sum(slope_C * logprob_C) by the logits.
+        logits_CV: contiguous; overwritten, so that `scale_C[:, None] * logits_CV` is the gradient.
         target_C: token ids to score.
         slope_C: derivative of what is minimized by each log-probability.
     Returns:
-        logprob_C in float32, natural log.
+        logprob_C, natural log, and scale_C; both float32.
     """
     if HAS_TRITON and logits_CV.is_cuda:
         from verl.engine import softmax_triton
@@ -28,11 +31,10 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor
     scaled_CV = logits_CV if factor == 1.0 and logits_CV.dtype == torch.float32 else logits_CV.float() * factor
     at_target_C, highest_C = scaled_CV.gather(1, target_C[:, None]).squeeze(1), scaled_CV.amax(-1)
     # In place from here on: on a CPU each further copy of the logits costs as much time as the exponentials.
-    weights_CV = scaled_CV.sub_(highest_C[:, None]).exp_()
-    total_C = weights_CV.sum(-1)
-    # d logprob / d logit = factor * (1 at the target - probability)
-    slope_C = slope_C * factor
-    gradient_CV = weights_CV.mul_((-slope_C / total_C)[:, None]).scatter_add_(1, target_C[:, None], slope_C[:, None])
-    if gradient_CV is not logits_CV:
-        logits_CV.copy_(gradient_CV)
-    return at_target_C - highest_C - total_C.log()
+    power_CV = scaled_CV.sub_(highest_C[:, None]).exp_()
+    total_C = power_CV.sum(-1)
+    # d logprob / d logit = factor * (1 at the target - power / total)
+    power_CV.scatter_add_(1, target_C[:, None], -total_C[:, None])
+    if power_CV is not logits_CV:
+        logits_CV.copy_(power_CV)
+    return at_target_C - highest_C - total_C.log(), -slope_C * factor / total_C

@@ -1,4 +1,9 @@
-"""The pass of `verl.engine.softmax` as one Triton kernel: a row of logits is read twice and written once.
+"""The pass of `verl.engine.softmax` as one Triton kernel that reads every logit once and writes it once.
+
+A softmax needs its row's maximum and sum before its first result, so that one pass reads, and another reads again and
+writes. Here the power written for a logit is taken above a whole number that is close to the row's maximum, and the sum
+goes to the caller. The number is the maximum of the first columns. It may lie far below that of a later block, which has room
+in the exponents of bfloat16 and float32; before that runs out, the powers so far are halved as often as needed, which is exact.
 
 Dimensions: C positions of a chunk, V vocabulary.
 """
@@ -8,43 +13,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, LANE, WARPS = 8192, 8, 32  # columns at a time; of them, side by side in one thread
+BLOCK, WARPS = 8192, 32  # columns at a time
+ROOM = tl.constexpr(60.0)  # powers of two up to 2**60, and their sum, are far from the largest number
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor, factor: float) -> Tensor:
-    """As `verl.engine.softmax.logprobs_with_gradient_`, on a CUDA device."""
+def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """As `verl.engine.softmax.logprobs_with_gradient_`, on a CUDA device, in bfloat16 or float32."""
     rows, vocabulary = logits_CV.shape
-    logprob_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
+    logprob_C, scale_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     if rows > 0:
         grid = (rows,)
-        _kernel[grid](logits_CV, target_C, slope_C, logprob_C, vocabulary, factor, BLOCK, LANE, num_warps=WARPS)
-    return logprob_C
+        _kernel[grid](logits_CV, target_C, slope_C, logprob_C, scale_C, vocabulary, factor, BLOCK, num_warps=WARPS)
+    return logprob_C, scale_C
 
 
 @triton.jit
-def _kernel(logits, targets, slopes, logprobs, vocabulary: tl.constexpr, factor, block: tl.constexpr, lane: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(logits, targets, slopes, logprobs, scales, vocabulary: tl.constexpr, factor, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
-    # Each thread keeps a running maximum and sum of its own columns, rescaled once for `lane` of them.
-    highest = tl.full([block // lane], float("-inf"), tl.float32)
-    total = tl.zeros([block // lane], tl.float32)
-    for start in range(0, vocabulary, block):
-        column = start + tl.arange(0, block)
-        x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * (factor * LOG2_E)
-        x = tl.reshape(x, [block // lane, lane])
-        # Where all columns so far lie beyond the vocabulary, any finite maximum keeps infinity from being taken from infinity.
-        higher = tl.maximum(tl.maximum(highest, tl.max(x, 1)), -1e30)
-        total = total * tl.exp2(highest - higher) + tl.sum(tl.exp2(x - higher[:, None]), 1)
-        highest = higher
-    peak = tl.max(highest, 0)
-    log2_normalizer = peak + tl.log2(tl.sum(total * tl.exp2(highest - peak), 0))
+    column = tl.arange(0, block)
     target = tl.load(targets + row)
-    logprob = (tl.load(logits + target).to(tl.float32) * (factor * LOG2_E) - log2_normalizer) / LOG2_E
-    tl.store(logprobs + row, logprob)
-    weight = tl.load(slopes + row) * factor
+    at_target = tl.load(logits + target).to(tl.float32) * (factor * LOG2_E)
+    x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * (factor * LOG2_E)
+    tl.debug_barrier()  # every thread has read the target's logit before any thread writes over it
+    base = tl.ceil(tl.maximum(tl.max(x, 0), -1e30))  # finite, so that infinity is never taken from infinity
+    total = tl.zeros([block], tl.float32)
     for start in range(0, vocabulary, block):
-        column = start + tl.arange(0, block)
-        x = tl.load(logits + column, mask=column < vocabulary, other=0.0).to(tl.float32) * (factor * LOG2_E)
-        gradient = (tl.where(column == target, 1.0, 0.0) - tl.exp2(x - log2_normalizer)) * weight
-        tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < vocabulary)
+        following = start + block + column  # on its way while this block is worked on
+        x_following = tl.load(logits + following, mask=following < vocabulary, other=float("-inf")).to(tl.float32) * (factor * LOG2_E)
+        peak = tl.max(x, 0)
+        if peak > base + ROOM:
+            shrink = tl.exp2(base - tl.ceil(peak))
+            for done in range(0, start, block):
+                earlier = tl.load(logits + done + column).to(tl.float32)
+                tl.store(logits + done + column, (earlier * shrink).to(logits.dtype.element_ty))
+            total *= shrink
+            base = tl.ceil(peak)
+        power = tl.exp2(x - base)
+        total += power
+        tl.store(logits + start + column, power.to(logits.dtype.element_ty), mask=start + column < vocabulary)
+        x = x_following
+    total_power = tl.sum(total, 0)
+    tl.debug_barrier()  # the target's power is written before it is replaced
+    tl.store(logits + target, (tl.exp2(at_target - base) - total_power).to(logits.dtype.element_ty))
+    tl.store(logprobs + row, (at_target - base - tl.log2(total_power)) / LOG2_E)
+    tl.store(scales + row, -tl.load(slopes + row) * factor / total_power)

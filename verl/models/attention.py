@@ -53,21 +53,24 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
     }
 
 
-def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> None:
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, document_tokens: float | None = None
+) -> None:
     """Set which attention this process calls from now on.
 
     Args:
-        wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4" or "sdpa".
+        wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4", "short" or "sdpa".
+        document_tokens: tokens of the document that an average token lies in; None: nothing is known of the documents.
     Raises:
         UserError: what is wanted does not run here, and why.
     """
     global _choice
-    _choice = _choose(wanted, device, dtype, heads)
+    _choice = _choose(wanted, device, dtype, heads, document_tokens)
     if _choice.kernel != "sdpa" and _has_flash(device.type, dtype):
         flash.activate(_choice.kernel)
 
 
-def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> Choice:
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, document_tokens: float | None) -> Choice:
     if wanted == "sdpa":
         return Choice("sdpa")
     if not _has_flash(device.type, dtype):
@@ -75,7 +78,7 @@ def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.
             raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
         return Choice()
     if wanted == "auto":
-        found = flash.refusals(device, dtype, heads)
+        found = flash.refusals(device, dtype, heads, document_tokens)
         return Choice(flash.preferred(found), {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
     kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
     if kernel is None:

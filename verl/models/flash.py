@@ -51,6 +51,9 @@ PACKAGES: dict[Kernel, Package] = {
 # for Blackwell (10), and its kernels for Hopper are 3's, in Python.
 PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
 
+# By the same number: up to so many tokens a document the kernels for short ones are faster than all of these (benchmarks/README.md).
+SHORT_TOKENS = {9: 1024}
+
 NOT_INSTALLED = "not installed"
 TOLERANCE = 0.02  # relative, of sums in bfloat16; a wrong mask or a wrong head gives 0.1 and more
 
@@ -64,10 +67,19 @@ class Heads:
     size: int
 
 
-def refusals(device: torch.device, dtype: torch.dtype, heads: Heads) -> dict[Kernel, str | None]:
-    """For each package that has kernels for this GPU, the preferred first: why it cannot be used, or None where it can."""
+def refusals(device: torch.device, dtype: torch.dtype, heads: Heads, document_tokens: float | None = None) -> dict[Kernel, str | None]:
+    """For each kernel beside FlashAttention-2 that this GPU may prefer, the best first: why it cannot be used, or None where it can.
+
+    Args:
+        document_tokens: tokens of the document that an average token lies in; None: nothing is known of the documents.
+    """
     major, _ = torch.cuda.get_device_capability(device)
-    return {kernel: refusal(kernel, device, dtype, heads) for kernel in PREFERRED.get(major, ())}
+    found: dict[Kernel, str | None] = {}
+    if document_tokens is not None and document_tokens <= SHORT_TOKENS.get(major, 0):
+        found["short"] = refusal("short", device, dtype, heads)
+        if found["short"] is None:
+            return found  # the others would only cost the time of their trials
+    return found | {kernel: refusal(kernel, device, dtype, heads) for kernel in PREFERRED.get(major, ())}
 
 
 def preferred(refusals: dict[Kernel, str | None]) -> Kernel:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Rows of a query tile, columns of a key tile, warps and pipeline stages, by pass and head size.
-FORWARD = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3)}
-QUERIES = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
-KEYS = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2)}
+FORWARD = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3)}
+QUERIES = {64: (64, 32, 4, 3), 128: (64, 64, 4, 2)}
+KEYS = {64: (32, 64, 4, 2), 128: (32, 64, 4, 3)}
 
 
 def forward(

@@ -60,13 +60,15 @@ def run(config: SFTConfig) -> Path:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
+        tokens = int(train.lengths_N.sum())
         built = build(
             model,
             config.optim,
             tokenizer,
             stop_ids=train.stop_ids,
             total_steps=total_steps,
-            total_tokens=int(train.lengths_N.sum()) * total_steps // loader.steps_per_epoch,
+            total_tokens=tokens * total_steps // loader.steps_per_epoch,
+            document_tokens=float((train.lengths_N.astype(float) ** 2).sum() / tokens),
             device=device,
             seed=config.trainer.seed,
         )
