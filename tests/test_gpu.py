@@ -166,6 +166,22 @@ def test_each_kind_of_checkpointing_keeps_less(model_path: Path, device: torch.d
     assert full < 0.9 * selective < 0.9 * 0.9 * none
 
 
+def test_memory_is_flat_in_the_data_and_linear_in_the_token_budget(model_path: Path, device: torch.device) -> None:
+    def peak(rows: int, budget: int) -> int:
+        """Bytes beyond the model's own over a few steps, whose micro-batches are filled up to the budget."""
+        engine = engine_on(model_path, device, torch.bfloat16, checkpointing=False)
+        loader = Loader(RandomDocuments(rows), Packing(1, budget, multiple_of_tokens=budget), rows_per_step=rows // 2, seed=1, pin=True)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for step in loader.steps(0, 2):
+            engine.train_step(step.micro_batches, sft, step.number)
+        return torch.cuda.max_memory_allocated() - before
+
+    small, middle, large = (peak(4000, budget) for budget in (8192, 16_384, 32_768))
+    assert peak(16_000, 16_384) == pytest.approx(middle, rel=0.01)
+    assert large - middle == pytest.approx(2 * (middle - small), rel=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [8192, 151_936, 5, 10_001])
 def test_one_kernel_gives_logprobs_and_the_gradient_of_the_logits(vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
