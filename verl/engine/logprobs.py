@@ -111,6 +111,7 @@ class _KnownSlope(torch.autograd.Function):
                 weight_grad_VH.addmm_(logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
             if bias_grad_V is not None:
                 bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
+            del logits_CV  # before the next chunk's are made
         ctx.save_for_backward(hidden_grad_MH, weight_grad_VH, bias_grad_V)
         return logprob_M
 
