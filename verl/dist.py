@@ -112,6 +112,16 @@ def main_first(work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def together(work: Callable[[], object]) -> None:
+    """Run the work on every rank.
+
+    Raises:
+        UserError: on all ranks if it was raised on one, so that none waits for another.
+    """
+    _, error = _attempt(work)
+    _raise_together(error)
+
+
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, UserError | None]:
     try:
         return work(), None

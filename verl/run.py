@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
+from uuid import uuid4
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -18,6 +20,9 @@ from verl import config_load, dist, plugin
 from verl.config import SFTConfig
 from verl.durable import replace_text
 from verl.errors import UserError
+
+# A scheduler's end, Ctrl-C, and what SLURM sends ahead of a time limit where it is asked to (`sbatch --signal`).
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Logger(Protocol):
@@ -52,23 +57,52 @@ class Run:
 
     def __enter__(self) -> "Run":
         quiet_libraries()
-        if dist.is_main():
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                (self.directory / "train.log").open("a").close()
-            except OSError as error:
-                what = f"cannot be written: {error.strerror}"
-                raise UserError(what, where=str(self.directory), fix="set trainer.default_local_dir") from error
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._open_directory()
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in ENDING}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        for logger in self._loggers:
-            logger.finish()
+        self._finish()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def _finish(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        while self._loggers:
+            self._loggers.pop(0).finish()
+
+    def _open_directory(self) -> None:
+        """Make the directory, and see that all nodes have the same one: a checkpoint is written by all processes.
+
+        Raises:
+            UserError: on all ranks: it cannot be written, or a node has one of its own.
+        """
+        mark = self.directory / dist.from_main(f".{uuid4().hex}")
+        dist.together(lambda: self._make_directory(mark) if dist.is_main() else None)
+        try:
+            if self._config.trainer.save_freq != "never":
+                dist.together(lambda: self._find(mark))
+        finally:
+            if dist.is_main():
+                mark.unlink()
+
+    def _make_directory(self, mark: Path) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "train.log").open("a").close()
+            mark.touch()
+        except OSError as error:
+            what = f"cannot be written: {error.strerror}"
+            raise UserError(what, where=str(self.directory), fix="set trainer.default_local_dir") from error
+
+    def _find(self, mark: Path) -> None:
+        if not mark.exists():
+            raise UserError(
+                f"{socket.gethostname()} has another folder of this name than the first node, so no checkpoint would be whole",
+                where=str(self.directory.absolute()),
+                fix="set trainer.default_local_dir to a folder on a file system that all nodes share",
+            )
 
     def start_logging(self, start_step: int, total_steps: int) -> None:
         """Open the loggers and the progress bar, once the steps are known.
@@ -137,6 +171,8 @@ class Run:
     def leave(self, text: str) -> NoReturn:
         """End the process as the signal asks, saying where the run stands."""
         self.say(f"stopped by {self.stopped_by or 'a signal to another process'} {text}")
+        self._finish()
+        dist.barrier()  # torchrun ends all as soon as one has left, and the first may still have loggers to finish
         raise SystemExit(128 + signal.Signals[self.stopped_by or "SIGTERM"])
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
