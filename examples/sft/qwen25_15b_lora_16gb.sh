@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Adapters for Qwen2.5-1.5B-Instruct on GSM8K, on one GPU of 16 GB. Further key=value words win: ./qwen25_15b_lora_16gb.sh model.lora_rank=16
+# Memory, by arithmetic: frozen weights in bfloat16 3.1 GB (while they are loaded, 9.3 GB: float32 beside them), 37 M parameters of adapters at
+# 18 B 0.7 GB, activations of 8 Ki tokens, kept once a layer and computed again, 3 GB.
+set -euo pipefail
+
+# lora_alpha / lora_rank = 2, and ten times the rate of full fine-tuning: adapters begin at a product of zero.
+# 64 rows, about 14 Ki tokens, are two micro-batches a step; 8 Ki tokens keep a GPU's matrix units busy.
+python -m verl.trainer.fsdp_sft_trainer \
+  data.train_files=~/data/gsm8k/train.jsonl \
+  data.prompt_key=question \
+  data.response_key=answer \
+  data.max_length=2048 \
+  data.max_tokens_per_micro_batch=8192 \
+  data.train_batch_size=64 \
+  model.partial_pretrain=Qwen/Qwen2.5-1.5B-Instruct \
+  model.lora_rank=32 \
+  model.lora_alpha=64 \
+  model.target_modules=all-linear \
+  model.enable_gradient_checkpointing=true \
+  optim.lr=2e-4 \
+  trainer.total_epochs=3 \
+  trainer.project_name=qwen25-15b-lora-gsm8k \
+  trainer.default_local_dir=./checkpoints/qwen25-15b-lora-gsm8k \
+  trainer.logger=console \
+  "$@"

@@ -1,0 +1,132 @@
+"""The example scripts, run with stand-ins for what they start: their words are a config that the trainer takes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from verl.config import SFTConfig
+from verl.config_load import load
+from verl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [*sorted((ROOT / "examples" / "sft").glob("*.sh")), *sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))]
+ENVIRONMENT = {
+    "HEAD": "node1",
+    "SLURM_JOB_ID": "12345",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NODEID": "0",
+    "SLURM_CPUS_ON_NODE": "64",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+STAND_INS = {
+    # What is started last writes down its words.
+    "torchrun": f'exec {sys.executable} -c "import json, sys; json.dump(sys.argv[1:], open(\\"$CAPTURED\\", \\"w\\"))" "$@"',
+    "python": 'exec "$(dirname "$0")/torchrun" "$@"',
+    # On one node, without SLURM's own options.
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "scontrol": "[[ $1 == show ]] && printf 'node1\\nnode2\\n'",
+}
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a script started.
+
+    Attributes:
+        options: torchrun's own, such as nproc_per_node; none where there is one process.
+        words: key=value, for the trainer.
+    """
+
+    options: dict[str, str]
+    words: list[str]
+
+    @property
+    def processes(self) -> int:
+        return int(self.options.get("nnodes", 1)) * int(self.options.get("nproc_per_node", 1))
+
+
+def start(script: Path, folder: Path, *words: str) -> Started:
+    """Run a script with the stand-ins in place of the programs that it starts."""
+    commands = folder / "commands"
+    commands.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (commands / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    captured = folder / "captured.json"
+    path = f"{commands}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [script, *words], env={**os.environ, **ENVIRONMENT, "PATH": path, "CAPTURED": str(captured)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    argv = json.loads(captured.read_text())
+    module = argv.index("-m")
+    assert argv[module + 1] == "verl.trainer.fsdp_sft_trainer"
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in argv[:module])
+    return Started(options, argv[module + 2 :])
+
+
+def check(started: Started) -> SFTConfig:
+    """The config of what was started, after the checks that need the number of processes."""
+    config = load(SFTConfig, started.words)
+    rows = config.data.train_batch_size or config.data.micro_batch_size_per_gpu * started.processes
+    assert rows % started.processes == 0, f"{rows} rows a step on {started.processes} processes"
+    for owner, key in ((config.model, "context_parallel_size"), (config.model.fsdp_config, "shard_size")):
+        assert started.processes % (getattr(owner, key, None) or 1) == 0, f"{key} on {started.processes} processes"
+    return config
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_starts_what_the_trainer_takes_and_passes_further_words_on(script: Path, tmp_path: Path) -> None:
+    assert subprocess.run(["bash", "-n", script]).returncode == 0 and os.access(script, os.X_OK)
+    config = check(start(script, tmp_path))
+    assert config.model.partial_pretrain.startswith("Qwen/Qwen2.5-") and config.trainer.resume_mode == "auto"
+    again = check(start(script, tmp_path, "optim.lr=3e-6", "data.train_files=two words.jsonl"))
+    assert again.optim.lr == 3e-6 and again.data.train_files == "two words.jsonl" and again.trainer == config.trainer
+
+
+def test_each_way_of_the_list_has_its_script(tmp_path: Path) -> None:
+    shapes = {}
+    for script in SCRIPTS:
+        started = start(script, tmp_path)
+        config = check(started)
+        shapes[script.name] = (started.processes, config.model.lora_rank > 0, config.model.fsdp_config.cpu_offload)
+    assert shapes == {
+        "qwen25_05b_one_gpu.sh": (1, False, False),
+        "qwen25_05b_four_gpus.sh": (4, False, False),
+        "qwen25_15b_lora_16gb.sh": (1, True, False),
+        "qwen25_7b_four_gpus.sh": (4, False, False),
+        "qwen25_7b_four_gpus_offload.sh": (4, False, True),
+        "qwen25_7b_many_nodes.sh": (16, False, False),
+        "sft.sbatch": (16, False, False),
+    }
+
+
+def test_the_nodes_of_a_slurm_job_meet_at_the_first_one(tmp_path: Path) -> None:
+    options = start(ROOT / "examples" / "slurm" / "sft.sbatch", tmp_path).options
+    assert options["rdzv_endpoint"] == "node1:22345" and options["rdzv_conf"] == "is_host=1" and options["rdzv_id"] == "12345.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "said"),
+    [
+        ("qwen25_7b_four_gpus.sh", "data.max_length=", "data.max_lenght=", "unknown key 'data.max_lenght'"),
+        ("sft.sbatch", "model.enable_gradient_checkpointing=true", "model.enable_gradient_checkpointing=some", "found 'some'"),
+        ("qwen25_7b_many_nodes.sh", "NODES * 8 * 64", "NODES * 8 * 64 + 8", "1032 rows a step on 16 processes"),
+        ("qwen25_7b_four_gpus.sh", "data.max_tokens_per_micro_batch=16384", "data.max_tokens_per_micro_batch=1024", "cannot hold a row"),
+    ],
+)
+def test_a_script_with_a_mistake_fails(name: str, right: str, wrong: str, said: str, tmp_path: Path) -> None:
+    (script,) = (path for path in SCRIPTS if path.name == name)
+    text = script.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    mistaken = tmp_path / name
+    mistaken.write_text(text.replace(right, wrong), encoding="utf-8")
+    mistaken.chmod(0o755)
+    with pytest.raises((UserError, AssertionError), match=said):
+        check(start(mistaken, tmp_path))
