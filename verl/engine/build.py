@@ -92,9 +92,12 @@ def build(
     choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), document_tokens)
     adapted = None
     if settings.lora_rank > 0:
+        from verl.models.adapted import use_operators
         from verl.models.lora import add_adapters
 
         adapted = add_adapters(loaded.model, settings, compute_dtype=compute_dtype, seed=seed)
+        use_operators(adapted)
+        loaded.model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
     if settings.use_liger:
         from verl.models.liger import use_liger
 

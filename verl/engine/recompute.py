@@ -12,7 +12,7 @@ from verl.engine.fsdp import decoder_layers
 
 MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # Short parts of the operators' names, since which of them exist depends on the release of PyTorch and on what is installed.
-ATTENTION = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "efficient_attention", "cudnn_attention")
+KEPT = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "verl.adapted_linears", "efficient_attention", "cudnn_attention")
 
 
 def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
@@ -40,7 +40,7 @@ def _selective() -> Any:
         if operator in MATRIX_PRODUCTS:
             products[context.is_recompute] += 1
             return CheckpointPolicy.MUST_SAVE if products[context.is_recompute] % 2 else CheckpointPolicy.PREFER_RECOMPUTE
-        if any(part in str(operator) for part in ATTENTION):
+        if any(part in str(operator) for part in KEPT):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
