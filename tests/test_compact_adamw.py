@@ -5,10 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +13,6 @@ import pytest
 import torch
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import nn
-from torch._dynamo.utils import counters
 
 from verl import dist
 from verl.algorithms import sft
@@ -30,7 +26,7 @@ from verl.engine.optim import build_optimizer, optimizer_state, set_learning_rat
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.engine.compact_adamw import CompactAdamW
+    from verl.engine.optim import AdamW
 
 pytest.importorskip("torchao", reason='needs torchao: pip install "verl[8bit]"')
 
@@ -233,29 +229,9 @@ def test_bfloat16_weights_are_written_in_the_dtype_they_had_on_disk(on_disk: tor
     assert all(torch.equal(before[name].bfloat16(), after[name].bfloat16()) for name in before)
 
 
-def test_each_shape_is_compiled_once_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More shapes than torch.compile keeps by itself, and a learning rate that changes. Only the code's capture, not g++."""
-    from verl.engine import compact_adamw
-
-    monkeypatch.setattr(compact_adamw, "uncompiled", nullcontext)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    shapes = [(rows, 128) for rows in range(64, 76)]
-    weights = [nn.Parameter(torch.randn(shape, dtype=torch.bfloat16)) for shape in shapes for _ in range(2)]
-    optimizer = build_optimizer(weights, OptimConfig(name="adamw_8bit"))
-    counters.clear()
-    for step in range(3):
-        set_learning_rate(optimizer, 1e-3 * (step + 1))
-        for weight in weights:
-            weight.grad = torch.randn_like(weight)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            optimizer.step()
-    assert counters["stats"]["unique_graphs"] == len(shapes) > torch._dynamo.config.recompile_limit
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
-def test_a_gpus_compiled_update_is_the_cpus_and_waits_for_nothing() -> None:
+def test_a_gpus_update_is_the_cpus_and_waits_for_nothing() -> None:
     shapes = [(300, 1024), (1024,), (256, 384), (90, 100)]
 
     def trained_on(device: str) -> list[torch.Tensor]:
@@ -280,7 +256,7 @@ def test_a_gpus_compiled_update_is_the_cpus_and_waits_for_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 def test_on_a_gpu_rounding_is_right_on_average_and_goes_on_from_its_random_state() -> None:
-    def steps(weight: nn.Parameter, optimizer: "CompactAdamW | torch.optim.AdamW", number: int) -> None:
+    def steps(weight: nn.Parameter, optimizer: "AdamW", number: int) -> None:
         for _ in range(number):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -317,14 +293,6 @@ def test_a_missing_torchao_names_its_extra(name: str, param_dtype: str, where: s
     with pytest.raises(UserError) as caught:
         build_optimizer([weight], OptimConfig(name=name))
     assert caught.value.where == where and caught.value.fix == 'pip install "verl[8bit]"'
-
-
-def test_a_gpu_without_a_compiler_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.engine import compact_adamw
-
-    monkeypatch.setattr(compact_adamw, "has_compiler", lambda: False)
-    with pytest.raises(UserError, match="C compiler"):
-        compact_adamw._prepare_compiler()
 
 
 @pytest.mark.parametrize(("key", "value"), [("optim.name", "adamw_8bit"), ("model.param_dtype", "bfloat16")])

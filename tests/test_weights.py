@@ -34,10 +34,10 @@ def process_group():
     dist.stop()
 
 
-def engine_of(path: Path, dtype: torch.dtype = torch.bfloat16, lr: float = 1e-3) -> Engine:
+def engine_of(path: Path, dtype: torch.dtype = torch.bfloat16, lr: float = 1e-3, device: str = "cpu") -> Engine:
     config = OptimConfig(lr=lr, lr_scheduler="constant", warmup_steps_ratio=0.0, clip_grad=1e9)
     scorer = TokenScorer(load_for_training(str(path)).model)
-    return Engine(scorer, config, total_steps=10, device=torch.device("cpu"), compute_dtype=dtype)
+    return Engine(scorer, config, total_steps=10, device=torch.device(device), compute_dtype=dtype)
 
 
 def gradient(engine: Engine, packing: Packing) -> Tensor:
@@ -70,6 +70,30 @@ def test_gradients_are_added_up_over_micro_batches_in_float32(model_path: Path) 
     assert (found - exact).norm() / exact.norm() < 2e-2
     only_last = gradient_of_last(engine_of(model_path))
     assert (only_last - exact).norm() / exact.norm() > 0.1, "a step that forgot all but one micro-batch would not be seen"
+
+
+def test_the_gradients_of_a_single_micro_batch_are_taken_as_they_are(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    engine.backward(micro_batches(RandomDocuments(), ROWS, WHOLE), sft)
+    assert {p.grad.dtype for p in engine.trained} == {torch.bfloat16}
+    assert all(p.grad is None for p in engine.scorer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [WHOLE, SEVERAL])
+def test_on_a_gpu_the_optimizer_writes_the_working_copies(packing: Packing, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm before clipping is that of float32, and nothing but the optimizer writes the copies."""
+    exact = gradient(engine_of(model_path, torch.float32), WHOLE).norm()
+    engine = engine_of(model_path, device="cuda")
+    monkeypatch.setattr(engine.weights, "publish", lambda: pytest.fail("the copies were written twice"))
+    before = [p.detach().clone() for p in engine.trained]
+    for step in range(3):
+        metrics = engine.train_step(micro_batches(RandomDocuments(), ROWS, packing), sft, step)
+        assert step > 0 or metrics["grad_norm"].item() == pytest.approx(exact.item(), rel=2e-2)
+    for old, master, copy in zip(before, engine.trained, engine.scorer.parameters(), strict=True):
+        assert not torch.equal(old, master) and master.dtype == torch.float32
+        assert torch.equal(copy, master.to(torch.bfloat16))
+        assert copy.grad is None and master.grad is None
 
 
 def gradient_of_last(engine: Engine) -> Tensor:

@@ -16,7 +16,7 @@ from verl.config import OptimConfig
 from verl.data.batch import Batch
 from verl.engine.compile import uncompiled
 from verl.engine.logprobs import TokenOut, TokenScorer
-from verl.engine.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.weights import MasterWeights, ShardedWeights, Weights
 
 
@@ -78,7 +78,7 @@ class Engine:
         else:
             self.weights = MasterWeights(self.scorer, compute_dtype)
         self.trained = list(self.weights.trained.values())
-        self.optimizer = build_optimizer(self.trained, config)
+        self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
         self.learning_rate = learning_rate(config, total_steps)
         self.largest_gradient_norm = config.clip_grad
         self.scorer.train()
@@ -93,11 +93,8 @@ class Engine:
             the means of the loss's metrics over all ranks, and `grad_norm`, as scalars on the device.
         """
         metrics = self.backward(micro_batches, algorithm)
-        metrics["grad_norm"] = clip_gradients(self.trained, self.largest_gradient_norm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.weights.publish()
+        metrics["grad_norm"] = update(self.optimizer, self.weights, self.largest_gradient_norm)
         return metrics
 
     def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""AdamW, its learning-rate schedule, and the clipping of gradients by their global norm."""
+"""AdamW, its learning-rate schedule, and its step along gradients that are clipped by their global norm."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -9,22 +9,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from verl.config import OptimConfig
+from verl.engine.fused_adamw import FusedAdamW
+from verl.engine.softmax import HAS_TRITON
 from verl.errors import UserError
 
 if TYPE_CHECKING:
     from verl.engine.compact_adamw import CompactAdamW
+    from verl.engine.weights import Weights
 
-AdamW: TypeAlias = "torch.optim.AdamW | CompactAdamW"
+AdamW: TypeAlias = "FusedAdamW | torch.optim.AdamW | CompactAdamW"
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> AdamW:
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, copies: Mapping[nn.Parameter, Tensor] | None = None) -> AdamW:
     """AdamW over the trained parameters; biases and norms (one dimension) are not decayed.
 
     Weights in bfloat16 are rounded stochastically, since nearly every step of theirs is smaller than what lies between two
     of its numbers.
 
+    Args:
+        copies: of some parameters in another dtype, which an optimizer that can writes along with them.
     Raises:
-        UserError: 8-bit moments or bfloat16 weights, and torchao is missing.
+        UserError: 8-bit moments or bfloat16 weights on a CPU, and torchao is missing.
     """
     trained = [p for p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -33,6 +38,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
     ]
     groups = [group for group in groups if group["params"]]
     betas = (config.betas[0], config.betas[1])
+    if HAS_TRITON and trained[0].device.type == "cuda":
+        return FusedAdamW(groups, lr=config.lr, betas=betas, eight_bit=config.name == "adamw_8bit", copies=copies or {})
     rounded = any(p.dtype == torch.bfloat16 for p in trained)
     if config.name == "adamw" and not rounded:
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
@@ -100,6 +107,9 @@ _AFTER_WARMUP = {"cosine": _cosine, "linear": _linear, "constant": _constant, "w
 
 
 def set_learning_rate(optimizer: AdamW, rate: float) -> None:
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.lr = rate
+        return
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -107,15 +117,38 @@ def set_learning_rate(optimizer: AdamW, rate: float) -> None:
             group["lr"] = rate
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale gradients so that their norm over all parameters and ranks is at most `largest`.
+def update(optimizer: AdamW, weights: "Weights", largest: float) -> Tensor:
+    """Step along the gradients, scaled so that their norm over all parameters and ranks is at most `largest`, and drop them.
 
     Returns:
         that norm before clipping, a scalar on the device.
     """
-    parameters = list(parameters)
+    trained = list(weights.trained.values())
+    if isinstance(optimizer, FusedAdamW):
+        norm = _whole(_gradient_norm(trained))
+        optimizer.step((largest / (norm + 1e-6)).clamp(max=1.0))
+    else:
+        norm = _whole(clip_gradients(trained, largest))
+        optimizer.step()
+        weights.publish()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """The same by itself: gradients in the dtype of their parameters, scaled in place, and the norm they had."""
+    for p in parameters:
+        p.grad = None if p.grad is None else p.grad.to(p.dtype)
+    norm = _gradient_norm(parameters)
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Not torch's clip_grad_norm_: of bfloat16 gradients it would give a norm of three digits.
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
-    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+
+
+def _whole(norm: Tensor) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

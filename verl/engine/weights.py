@@ -21,9 +21,11 @@ class Weights(Protocol):
 
     Attributes:
         trained: what the optimizer updates, by the model's own names.
+        copies: of what is trained, those that the model computes with instead; an optimizer may write them as `publish` does.
     """
 
     trained: dict[str, nn.Parameter]
+    copies: dict[nn.Parameter, Tensor]
 
     def begin(self, *, last: bool) -> None:
         """A micro-batch begins; `last` of its step."""
@@ -43,7 +45,7 @@ class MasterWeights:
     """One process: weights as they were loaded, and working copies of them in the compute dtype.
 
     What is loaded in the compute dtype is its own working copy; frozen weights are cast to it. Gradients are added up
-    over micro-batches in the dtype of `trained`.
+    over micro-batches in the dtype of `trained`; those of a single one are left as they are.
     """
 
     def __init__(self, scorer: TokenScorer, compute_dtype: torch.dtype):
@@ -60,29 +62,26 @@ class MasterWeights:
                 module._parameters[name] = working[p]
                 if p.requires_grad:
                     self._places.append((module, name, p, working[p]))
-        pairs = {id(master): (master, copy) for _, _, master, copy in self._places}.values()
-        self._masters, self._working = [master for master, _ in pairs], [copy for _, copy in pairs]
+        self.copies: dict[nn.Parameter, Tensor] = {master: copy for _, _, master, copy in self._places}
+        for master in self.copies:
+            master.grad_dtype = None  # its gradient may have any dtype
 
     def begin(self, *, last: bool) -> None:
         pass
 
     @torch.no_grad()
     def collect(self) -> None:
-        fresh: list[tuple[Tensor, Tensor]] = []
-        for master, copy in zip(self._masters, self._working, strict=True):
-            if copy.grad is not None and master.grad is not None:
-                master.grad += copy.grad
+        for master, copy in self.copies.items():
+            if master.grad is None:
+                master.grad = copy.grad
             elif copy.grad is not None:
-                master.grad = torch.empty_like(master)
-                fresh.append((master.grad, copy.grad))
+                master.grad = master.grad.to(master.dtype).add_(copy.grad)
             copy.grad = None
-        if fresh:
-            torch._foreach_copy_([to for to, _ in fresh], [gradient for _, gradient in fresh])
 
     @torch.no_grad()
     def publish(self) -> None:
-        if self._masters:
-            torch._foreach_copy_(list(self._working), list(self._masters))
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
@@ -101,6 +100,7 @@ class ShardedWeights:
     def __init__(self, scorer: TokenScorer, mesh: DeviceMesh, *, compute_dtype: torch.dtype, cpu_offload: bool):
         self._sharded = shard(scorer, mesh, compute_dtype=compute_dtype, cpu_offload=cpu_offload)
         self.trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
+        self.copies: dict[nn.Parameter, Tensor] = {}
 
     def begin(self, *, last: bool) -> None:
         self._sharded.set_requires_gradient_sync(last)
