@@ -56,7 +56,8 @@ def process_group() -> Iterator[None]:
 def built_of(path: Path, name: str = "adamw", param_dtype: str = "float32", *, lr: float = 1e-3, **model: object) -> Built:
     settings = ModelConfig(partial_pretrain=str(path), param_dtype=param_dtype, enable_gradient_checkpointing=False, **model)  # type: ignore[arg-type]
     optim = OptimConfig(name=name, lr=lr, warmup_steps_ratio=0.0, lr_scheduler="constant")
-    return build(settings, optim, FakeTokenizer(), stop_ids=[1], total_steps=100, total_tokens=0, document_tokens=0.0, device=torch.device("cpu"), seed=1)  # type: ignore[arg-type]
+    size = {"total_steps": 100, "total_tokens": 0, "document_tokens": 0.0}
+    return build(settings, optim, FakeTokenizer(), stop_ids=[1], **size, device=torch.device("cpu"), seed=1)  # type: ignore[arg-type]
 
 
 class FakeTokenizer:
