@@ -11,6 +11,7 @@ COMMANDS = {
     "verl sft": config.SFTConfig,
     "verl eval": config.EvalConfig,
     "verl chat DIR": config.ChatConfig,
+    "verl export SRC DIR": config.ExportConfig,
     "verl demo": config.DemoConfig,
 }
 HEAD = """\

@@ -9,6 +9,7 @@ import pytest
 
 from verl import config, config_load, plugin
 from verl.errors import UserError
+from verl.models import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMAS = {
@@ -16,6 +17,7 @@ SCHEMAS = {
     "verl.eval.sft_evaluator": config.EvalConfig,
     "sft": config.SFTConfig,
     "eval": config.EvalConfig,
+    "export": config.ExportConfig,
 }
 
 
@@ -35,6 +37,7 @@ def read(words: list[str], model: Path) -> object | None:
     else:
         return None
     local = [re.sub(r"^(model\.partial_pretrain)=.*", rf"\1={model}", word) for word in rest]
+    local = merge.keyed(local) if name == "export" else local
     return config_load.load(SCHEMAS[name], local) if name in SCHEMAS else None
 
 
@@ -48,7 +51,8 @@ def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, m
     if isinstance(loaded, config.SFTConfig):
         assert loaded.model.partial_pretrain == str(tmp_path) or "--config" in words
     else:
-        assert isinstance(loaded, config.EvalConfig) or words[:2] in (["verl", "chat"], ["make", "setup"], ["make", "demo"])
+        others = (["verl", "chat"], ["make", "setup"], ["make", "demo"])
+        assert isinstance(loaded, (config.EvalConfig, config.ExportConfig)) or words[:2] in others
 
 
 def test_a_command_with_a_wrong_key_would_be_noticed(tmp_path: Path) -> None:
@@ -84,7 +88,9 @@ def test_the_example_metric_counts_shared_words(response: str, score: float) -> 
     assert metric.score("What is it?", response, {"reference": "a red fox"}) == score
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md", "docs/scaling.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md", "docs/scaling.md"]
+)
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]

@@ -68,6 +68,12 @@ def chat(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON)
+def export(context: typer.Context) -> None:
+    """Merge an adapter into its base, cast, split into files, and check the result: SRC DIR"""
+    hand_on(context.args, "verl.models.export", "ExportConfig", "verl export SRC DIR key=value …")
+
+
+@app.command(context_settings=PASS_ON)
 def demo(context: typer.Context) -> None:
     """Train a small model from nothing and prove that it learned, offline."""
     hand_on(context.args, "verl.demo.run", "DemoConfig", "verl demo key=value …")

@@ -4,6 +4,7 @@ A value stands here as the user typed it; what is derived from it has a name of 
 Each comment above a field is its documentation (`verl sft --help` prints it).
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +74,20 @@ class ModelConfig:
     lora_rank: int = 0
     # Scale of LoRA adapters: their product is multiplied by lora_alpha / lora_rank.
     lora_alpha: float = 16
-    # Modules that get adapters: "all-linear" or a list of names.
+    # Modules that get adapters: "all-linear" (all but the output layer), a list of names, or a regular expression of whole names.
     target_modules: Any = "all-linear"
+    # Share of what goes into an adapter that is dropped at random in training.
+    lora_dropout: float = 0.0
+    # Rank-stabilized LoRA: the scale is lora_alpha / sqrt(lora_rank).
+    use_rslora: bool = False
+    # DoRA: the length of each row of an adapted weight is trained by itself; slower.
+    use_dora: bool = False
+    # Go on from this adapter directory; its rank, scale and modules are then those of the run.
+    lora_adapter_path: str | None = None
+    # Tokens whose embeddings are trained beside the adapter: a list such as [<|im_end|>], or "stop", the token that ends an answer.
+    trainable_tokens: Any = None
+    # Keep the frozen weights of an adapter run in 4 bits (QLoRA's NF4; pip install "verl[4bit]").
+    load_in_4bit: bool = False
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     # Arithmetic of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
     compute_dtype: str = "auto"
@@ -168,7 +181,7 @@ class SFTConfig:
         at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
         at_least("trainer.profile_step", trainer.profile_step, 1)
         at_least("trainer.seed", trainer.seed, 0)
-        at_least("model.lora_rank", model.lora_rank, 0)
+        check_lora(model)
         at_least("optim.lr", optim.lr, 0.0)
         at_least("optim.weight_decay", optim.weight_decay, 0.0)
         for key, samples in (("train", data.train_max_samples), ("val", data.val_max_samples)):
@@ -289,6 +302,28 @@ class ChatConfig:
 
 
 @dataclass
+class ExportConfig:
+    """`verl export SRC DIR`: a checkpoint as one Hugging Face directory, an adapter merged into its base."""
+
+    # What to export: a LoRA adapter directory, a model directory, or a run's directory, of which the newest checkpoint is taken.
+    source: str = MISSING
+    # Where to; must not exist yet, or be empty. `verl export SRC DIR` says the same as source=SRC directory=DIR.
+    directory: str = MISSING
+    # Numbers of the weights: "bfloat16", "float16" or "float32"; null: those of the base.
+    dtype: str | None = None
+    # Largest file of weights.
+    max_shard_size: str = "5GB"
+    # Run Python code that comes with the model. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        one_of("dtype", self.dtype, (None, "bfloat16", "float16", "float32"))
+        if re.fullmatch(r"[1-9]\d*(\.\d+)? *(KB|MB|GB|TB)", self.max_shard_size, re.IGNORECASE) is None:
+            raise UserError(f"found {self.max_shard_size!r}", where="max_shard_size", fix="give a size such as 5GB or 500MB")
+
+
+@dataclass
 class DemoConfig:
     """`verl demo`: from made-up word problems to a small model that answers them, offline. Its files are in ./demo-run."""
 
@@ -304,6 +339,28 @@ class DemoConfig:
         at_least("train_rows", self.train_rows, 1)
         at_least("test_rows", self.test_rows, 1)
         at_least("seed", self.seed, 0)
+
+
+def check_lora(model: ModelConfig) -> None:
+    """The adapter's keys. Raises UserError naming the key."""
+    if model.lora_rank < 0:
+        fix = "give a positive rank, such as 32, or 0 to train all weights without an adapter"
+        raise UserError(f"found {model.lora_rank}", where="model.lora_rank", fix=fix)
+    if not 0 < model.lora_alpha < float("inf"):
+        raise UserError(f"{model.lora_alpha} is not positive", where="model.lora_alpha", fix="give a positive number, such as 16")
+    if not 0.0 <= model.lora_dropout < 1.0:
+        raise UserError(f"{model.lora_dropout} is not a share", where="model.lora_dropout", fix="give a number from 0 to below 1")
+    if model.lora_rank == 0 and model.lora_adapter_path is None:
+        for key in ("lora_dropout", "use_rslora", "use_dora", "trainable_tokens", "load_in_4bit"):
+            if getattr(model, key):
+                fix = "set model.lora_rank, such as 32, or leave this key out"
+                raise UserError("is for adapters, and model.lora_rank=0 trains all weights", where=f"model.{key}", fix=fix)
+    if model.load_in_4bit and model.fsdp_config.cpu_offload:
+        raise UserError(
+            "weights in 4 bits stay on the GPU",
+            where="model.load_in_4bit=true with model.fsdp_config.cpu_offload=true",
+            fix="set one of them to false",
+        )
 
 
 def one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -143,8 +143,21 @@ class TokenScorer(nn.Module):
         ).last_hidden_state[0]
         # Not `hidden_TH[trained_M]`: positions are unique, so the backward pass needs no sort to add up what falls on one.
         hidden_MH, target_M = hidden_TH.index_select(0, batch.trained_M), batch.target_T[batch.trained_M]
-        head = self.model.get_output_embeddings()
-        return TokenOut(token_logprobs(hidden_MH, head.weight, head.bias, target_M, self.rule, slope_M))
+        hidden_MH, weight_VH, bias_V = _output_layer(self.model.get_output_embeddings(), hidden_MH)
+        return TokenOut(token_logprobs(hidden_MH, weight_VH, bias_V, target_M, self.rule, slope_M))
+
+
+def _output_layer(head: Any, hidden_MH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the output layer multiplies with what, and its bias.
+
+    An adapter of rank R on it makes hidden states and weight longer by R, so that both products are one, and nothing of the
+    adapter's is rounded away in a sum with the weight.
+    """
+    weight_VH, bias_V = head.weight, getattr(head, "bias", None)
+    for name in getattr(head, "lora_A", ()):
+        product_MR = head.lora_A[name](head.lora_dropout[name](hidden_MH)) * head.scaling[name]
+        hidden_MH, weight_VH = torch.cat([hidden_MH, product_MR], 1), torch.cat([weight_VH, head.lora_B[name].weight], 1)
+    return hidden_MH, weight_VH, bias_V
 
 
 @torch.no_grad()

@@ -1,6 +1,12 @@
-"""Writing a trained model as the Hugging Face directory that it came from: same keys, shapes and dtypes."""
+"""Writing a trained model as the Hugging Face directory that it came from: same keys, shapes and dtypes.
+
+    python -m verl.models.export SRC DIR
+
+is `verl export`, which verl/models/merge.py does.
+"""
 
 import copy
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +23,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str, torch.dtype]) -> None:
+def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str, torch.dtype], *, max_shard_size: str = "50GB") -> None:
     """Write config and safetensors. Every rank calls it; rank 0 writes.
 
     Args:
         model: sharded or not; its weights are gathered and cast one by one.
         saved_dtypes: dtype of each tensor on disk, by its name in the model.
+        max_shard_size: of a file of weights.
     """
     weights = _gather(model, saved_dtypes)
     if dist.is_main():
         original = copy.deepcopy(model.config)
-        model.save_pretrained(directory, state_dict=weights)
+        model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
         # save_pretrained names the dtype of the weights in memory; the file has that of the weights on disk.
         original.architectures = model.config.architectures
         original.save_pretrained(directory)
@@ -40,15 +47,21 @@ def export_adapter(directory: Path, adapted: "PeftModel") -> None:
 
     weights = _gather(adapted, {}, only_trained=True)
     if dist.is_main():
-        adapter = get_peft_model_state_dict(adapted, state_dict=weights)
+        # The embeddings are never resized here, so that peft need not look for those of the base.
+        adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
         save_file(
-            {name: tensor.contiguous() for name, tensor in adapter.items()},
+            {_name_for_both(name): tensor.contiguous() for name, tensor in adapter.items()},
             directory / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
         config = copy.deepcopy(adapted.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(str(directory))
+
+
+def _name_for_both(name: str) -> str:
+    """DoRA's magnitudes by the name that peft and transformers both read; peft's own leaves out the last part, which the other needs."""
+    return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
 
 
 def export_tokenizer(
@@ -79,3 +92,16 @@ def _gather(model: torch.nn.Module, saved_dtypes: dict[str, torch.dtype], *, onl
             seen[id(tensor)] = whole.detach().to(saved_dtypes.get(name, tensor.dtype)).cpu() if dist.is_main() else torch.empty(0)
         gathered[name] = seen[id(tensor)]
     return gathered if dist.is_main() else {}
+
+
+def main(argv: list[str]) -> None:
+    """The words of `verl export`."""
+    from verl.models import merge
+
+    merge.main(argv)
+
+
+if __name__ == "__main__":
+    from verl.errors import exit_on_user_error
+
+    exit_on_user_error(main, sys.argv[1:])

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from verl.errors import UserError
@@ -63,7 +71,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
 
 
 def load_for_training(
-    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> Loaded:
     """A causal language model, ready for packed batches.
 
@@ -72,10 +85,12 @@ def load_for_training(
     Args:
         device: where the weights are to live.
         dtype: what they are to be there.
+        quantization: of the linear layers, one by one as they are read.
     Raises:
         UserError: no such model, or not one that PyTorch and safetensors can load.
     """
-    model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED)
+    options = {} if quantization is None else {"quantization_config": quantization}
+    model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options)
     saved_dtypes = _saved_dtypes(model, resolve(path))
     _restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
@@ -103,10 +118,10 @@ def load_for_inference(
             raise
         raise UserError(f"the adapter's base model cannot be loaded: {error.what}", where=path, fix=f"put it back at {base}") from error
     if adapter is not None:
-        from peft import PeftModel
+        from verl.models.adapter_files import put_on
 
         directory = resolve(path)
-        model = PeftModel.from_pretrained(model, directory).merge_and_unload()
+        put_on(model, directory).merge_and_unload()
         if (Path(directory) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
             model.generation_config = GenerationConfig.from_pretrained(directory)
     return model.eval()
@@ -142,8 +157,8 @@ def resolve(path: str) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
-            steps = sorted(local.glob("global_step_*"))
-            hint = f"did you mean {steps[-1]}?" if steps else "give the directory that holds config.json"
+            newest = newest_step(local)
+            hint = f"did you mean {newest}?" if newest else "give the directory that holds config.json"
             raise UserError("holds no config.json", where=path, fix=hint)
         return str(local.resolve())
     if local.exists():
@@ -153,8 +168,14 @@ def resolve(path: str) -> str:
     return path
 
 
+def newest_step(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's directory."""
+    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal()]
+    return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
+
+
 def _from_pretrained(
-    path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str
+    path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str, **options: Any
 ) -> PreTrainedModel:
     source = resolve(path)
     try:
@@ -166,6 +187,7 @@ def _from_pretrained(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load("model", path, error) from error
@@ -208,9 +230,7 @@ def _saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dtype]
 
 def _weights_on_disk(source: str) -> Iterator[tuple[str, torch.dtype, int]]:
     """Name, dtype and number of elements of each floating-point tensor of a model whose files are here; reads their headers alone."""
-    config = cached_file(source, "config.json")
-    assert config is not None  # the model was loaded with it
-    for path in _weight_files(Path(config).parent):
+    for path in weight_files(source):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118, it is no dictionary
                 part = file.get_slice(key)
@@ -218,7 +238,11 @@ def _weights_on_disk(source: str) -> Iterator[tuple[str, torch.dtype, int]]:
                     yield key, DTYPES[part.get_dtype()], math.prod(part.get_shape())
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a model that has been loaded from a directory or the Hub."""
+    config = cached_file(source, "config.json")
+    assert config is not None  # the model was loaded with it
+    folder = Path(config).parent
     whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file():
         return [whole]

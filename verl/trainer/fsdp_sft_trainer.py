@@ -51,6 +51,10 @@ def run(config: SFTConfig) -> Path:
         tokenizer = load_tokenizer(
             model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
         )
+        if model.lora_rank > 0 or model.lora_adapter_path is not None:
+            from verl.models.lora import check_adapters  # peft takes its time
+
+            check_adapters(model, tokenizer)
         train, validation = load_data(config.data, tokenizer, this)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)

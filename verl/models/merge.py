@@ -1,0 +1,268 @@
+"""`verl export SRC DIR`: an adapter merged into its base, cast, and split into files; `export` below is the whole way.
+
+What is written is loaded again and must give the logits of what it was made of.
+
+Dimensions: T tokens of a prompt, V vocabulary.
+"""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from verl import config_load
+from verl.config import ExportConfig
+from verl.errors import UserError
+from verl.models import adapter_files
+from verl.models.export import export_model
+from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
+from verl.run import quiet_libraries
+
+PROBE = [
+    {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
+    {"role": "assistant", "content": "In May she sold 48 / 2 = 24 clips, so 48 + 24 = 72 in all."},
+]
+# Largest difference of logits that is put down to the order of sums in float32, absolute, and of the largest logit.
+SAME, SAME_SHARE = 1e-4, 2e-5
+# Largest difference that casting may make, of the largest logit.
+ROUNDING_SHARE = {torch.float32: SAME_SHARE, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the checkpoint as the config says; nothing is left behind if that cannot be done.
+
+    Returns:
+        the directory.
+    Raises:
+        UserError: no such checkpoint or base, a directory that holds something, an adapter that changes nothing, or a result
+            that does not give the logits it should.
+    """
+    target = Path(config.directory).expanduser().absolute()
+    check_target(target)
+    source = find_source(config.source)
+    with torch.no_grad(), scratch_beside(target) as folder:
+        loaded, base = load(source, config)
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        ids_T = probe(tokenizer, loaded.model)
+        expected_TV = logits(loaded.model, ids_T) if base is None else merge(loaded, source, ids_T)
+        dtypes = cast(loaded, config.dtype)
+        cast_TV = logits(loaded.model, ids_T)
+        check_cast(cast_TV, expected_TV, set(dtypes.values()))
+        export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
+        tokenizer.save_pretrained(folder)
+        del loaded
+        check_written(folder, cast_TV, ids_T, base, config)
+        commit(folder, target)
+    say(f"wrote {target}: {describe(target)}")
+    return target
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def check_target(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError("the directory is not empty", where=str(target), fix="name a new one, or move what is in it away")
+    if target.exists() and not target.is_dir():
+        raise UserError("is a file", where=str(target), fix="name a new directory")
+
+
+def find_source(path: str) -> str:
+    """The checkpoint that is meant: the newest one of a run's directory."""
+    local = Path(path).expanduser()
+    steps = local.is_dir() and not any((local / name).is_file() for name in ("config.json", adapter_files.CONFIG)) and newest_step(local)
+    if steps:
+        say(f"{path} is a run's directory; its newest checkpoint is {steps.name}")
+        return str(steps)
+    return resolve(path)
+
+
+def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
+    """The model in float32, without its adapter; and the base's name, if there is an adapter."""
+    adapter = read_adapter_config(source)
+    base = None if adapter is None else adapter_files.read_config(source).base_model_name_or_path
+    if adapter is not None and not base:
+        fix = "write the base's directory or Hub name there"
+        raise UserError("names no base_model_name_or_path", where=f"{source}/{adapter_files.CONFIG}", fix=fix)
+    say(f"loading {base or source}")
+    try:
+        loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code)
+    except UserError as error:
+        if base is None:
+            raise
+        what = f"the adapter's base model cannot be loaded: {error.what}"
+        fix = f"put it back at {base}, or mend base_model_name_or_path in {adapter_files.CONFIG}"
+        raise UserError(what, where=source, fix=fix) from error
+    loaded.model.set_attn_implementation("sdpa")
+    loaded.model.eval()
+    if base is not None and (Path(source) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
+        loaded.model.generation_config = GenerationConfig.from_pretrained(source)
+    return loaded, base
+
+
+def probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
+    """A question and its answer in the chat format of the tokenizer, or as plain text where it has none."""
+    text = "\n".join(message["content"] for message in PROBE)
+    if tokenizer.chat_template:
+        text = str(tokenizer.apply_chat_template(PROBE, tokenize=False))
+    ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
+    return torch.tensor(ids[: getattr(model.config, "max_position_embeddings", None) or len(ids)])
+
+
+def logits(model: torch.nn.Module, ids_T: Tensor) -> Tensor:
+    logits_TV: Tensor = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
+    return logits_TV
+
+
+def merge(loaded: Loaded, source: str, ids_T: Tensor) -> Tensor:
+    """Merge an adapter into the model, in place, and compare.
+
+    Returns:
+        the logits of base and adapter side by side.
+    Raises:
+        UserError: the adapter changes nothing, or the merged model is not what base and adapter are.
+    """
+    say(f"merging {source}")
+    base_TV = logits(loaded.model, ids_T)
+    adapted = adapter_files.put_on(loaded.model, source).eval()
+    adapted_TV = logits(adapted, ids_T)
+    limit, effect = same(adapted_TV), largest(adapted_TV - base_TV)
+    if not effect > limit:
+        why = "each of its lora_B is zero, so it was never trained" if is_untrained(adapted) else "no more than rounding does"
+        what = f"the adapter changes the logits of a prompt by at most {effect:.1g}: {why}"
+        raise UserError(what, where=source, fix="export a checkpoint that was trained further, or with a larger optim.lr")
+    adapted.merge_and_unload()
+    difference = largest(logits(loaded.model, ids_T) - adapted_TV)
+    if not difference <= limit:
+        what = f"the merged model's logits differ by {difference:.2g} from those of base and adapter, which rounding does not explain"
+        raise UserError(what, where=source, fix="use the adapter as it is, with peft")
+    say(f"the adapter changes the logits of a prompt by up to {effect:.2g}; merged: off by {difference:.1g} (allowed: {limit:.1g})")
+    return adapted_TV
+
+
+def is_untrained(adapted: PeftModel) -> bool:
+    parts = [p for name, p in adapted.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
+    return not any(bool(p.any()) for p in parts)
+
+
+def largest(values: Tensor) -> float:
+    """The largest absolute value; infinite if any is no number."""
+    value = values.abs().max().item()
+    return math.inf if math.isnan(value) else value
+
+
+def same(logits_TV: Tensor) -> float:
+    """Up to which difference logits count as the same, in float32."""
+    return max(SAME, SAME_SHARE * largest(logits_TV))
+
+
+def cast(loaded: Loaded, name: str | None) -> dict[str, torch.dtype]:
+    """Round the weights, in place, to what they will be on disk, by their names, and let the config say so."""
+    model, state = loaded.model, loaded.model.state_dict(keep_vars=True)
+    usual = loaded.saved_dtypes.get("model.embed_tokens.weight", next(iter(loaded.saved_dtypes.values())))
+    dtypes = {key: loaded.saved_dtypes.get(key, usual) for key in state}
+    if name is not None:
+        dtype: torch.dtype = getattr(torch, name)
+        dtypes = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in state.items()}
+        for part in (model.config, *(getattr(model.config, sub, None) for sub in model.config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
+    for key, tensor in state.items():
+        tensor.data = tensor.data.to(dtypes[key]).to(tensor.dtype)
+    return dtypes
+
+
+def check_cast(cast_TV: Tensor, expected_TV: Tensor, dtypes: set[torch.dtype]) -> None:
+    share = max(ROUNDING_SHARE.get(dtype, SAME_SHARE) for dtype in dtypes)
+    limit, difference = max(SAME, share * largest(expected_TV)), largest(cast_TV - expected_TV)
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if not difference <= limit:
+        what = f"in {names} the logits are off by {difference:.2g}, and {limit:.2g} would be rounding"
+        raise UserError(what, where="dtype", fix="set dtype=bfloat16 or dtype=float32")
+    say(f"weights in {names}: the logits of a prompt move by up to {difference:.1g}")
+
+
+def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, base: str | None, config: ExportConfig) -> None:
+    """The files, loaded as anyone would, give the logits of the model that was written, and are not the base's again."""
+    if base is not None and equals(weight_files(str(folder)), weight_files(resolve(base))):
+        what = "all of the adapter is lost in rounding: the result would be the base again"
+        raise UserError(what, where=f"dtype={config.dtype or 'null'}", fix="set dtype=float32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    difference = largest(logits(model.eval(), ids_T) - cast_TV)
+    if not difference <= same(cast_TV):
+        what = f"the written model's logits differ by {difference:.2g} from those of the model that was written"
+        raise UserError(what, where=str(config.directory), fix="report this with the names of the model and of transformers' release")
+    say("loaded again, the written model gives the same logits")
+
+
+def equals(written: list[Path], base: list[Path]) -> bool:
+    """Whether the tensors of some files, but for their dtype, are those of the same names in others."""
+    with contextlib.ExitStack() as stack:
+        there = {key: file for path in base for file in [stack.enter_context(safe_open(path, "pt"))] for key in file.keys()}  # noqa: SIM118
+        for path in written:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118, it is no dictionary
+                    tensor = file.get_tensor(key)
+                    if key not in there or not torch.equal(tensor, there[key].get_tensor(key).to(tensor.dtype)):
+                        return False
+    return True
+
+
+@contextlib.contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A directory on the target's disk, removed at the end if it is still there."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    folder = target.with_name(f".{target.name}.export")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot be made: {error.strerror}", where=str(target), fix="name a directory that you may write") from error
+    try:
+        yield folder
+    except OSError as error:
+        raise UserError(f"cannot be written: {error}", where=str(target), fix="free some space, or name another directory") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # if nothing is in it
+
+
+def commit(folder: Path, target: Path) -> None:
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors writes for the owner alone
+    folder.rename(target)
+
+
+def describe(target: Path) -> str:
+    files = weight_files(str(target))
+    size = sum(path.stat().st_size for path in files)
+    return f"{size / 1e9:,.2f} GB of weights in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def keyed(argv: list[str]) -> list[str]:
+    """The words of the command with SRC and DIR as `source=SRC directory=DIR`."""
+    words = list(argv)
+    for number, name in enumerate(("source", "directory")):
+        if len(words) > number and "=" not in words[number] and not words[number].startswith("-"):
+            words[number] = f"{name}={words[number]}"
+    return words
+
+
+def main(argv: list[str]) -> None:
+    """`SRC DIR key=value …`; they may also be written as source=SRC directory=DIR."""
+    quiet_libraries()
+    try:
+        export(config_load.load(ExportConfig, keyed(argv)))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
