@@ -16,7 +16,7 @@ from verl import dist
 from verl.algorithms import sft
 from verl.config import OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine.compile import WORTH_SECONDS, Compiler
+from verl.engine.compile import WORTH_SECONDS, Compiler, compile_layers
 from verl.engine.engine import Engine
 from verl.engine.fsdp import decoder_layers
 from verl.engine.logprobs import TokenScorer
@@ -64,8 +64,7 @@ def train(model_path: Path, backend, *, checkpointing: bool | str = False) -> li
     model = load_for_training(str(model_path)).model
     if checkpointing:
         recompute_activations(model, selective=checkpointing == "selective")
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=True, backend=backend)
+    compile_layers(model, backend=backend)
     engine = Engine(TokenScorer(model), OptimConfig(), total_steps=50, device=torch.device("cpu"), compute_dtype=torch.float32)
     graphs = []
     for packing, steps in ((Packing(8, 480, 96), 2), (Packing(8, 200, 96), 4)):
@@ -79,6 +78,18 @@ def train(model_path: Path, backend, *, checkpointing: bool | str = False) -> li
 def test_all_layers_and_all_sizes_share_one_graph_without_breaks(checkpointing: bool | str, model_path: Path) -> None:
     assert set(train(model_path, "aot_eager", checkpointing=checkpointing)) == {1}
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_a_layers_numbers_are_constants_and_no_tensors(checkpointing: bool | str, model_path: Path) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def look(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, Tensor))
+        return make_boxed_func(graph.forward)
+
+    train(model_path, aot_autograd(fw_compiler=look), checkpointing=checkpointing)
+    assert shapes and () not in shapes
 
 
 def test_each_kind_of_checkpointing_computes_as_many_products_again_as_it_says(model_path: Path) -> None:
@@ -109,7 +120,7 @@ def test_auto_compiles_on_a_gpu_for_runs_that_are_long_enough(model_path: Path, 
     model = load_for_training(str(model_path)).model
     weights = sum(p.numel() for p in model.parameters())
     monkeypatch.setattr("verl.engine.compile.peak_flops", lambda device: 1e12)
-    monkeypatch.setattr("verl.engine.compile.shutil.which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr("verl.kernels.shutil.which", lambda name: "/usr/bin/cc")
     enough = int(WORTH_SECONDS * 1e12 / (6 * weights)) * 2
     assert not Compiler("auto", model, torch.device("cuda"), enough // 100).on
     assert not any(module._compiled_call_impl for module in model.modules())
@@ -122,7 +133,7 @@ def test_auto_does_not_compile_on_a_cpu_and_without_a_c_compiler_says_so(model_p
     model = load_for_training(str(model_path)).model
     assert "no GPU" in Compiler("auto", model, torch.device("cpu"), 10**15).why
     monkeypatch.setattr("verl.engine.compile.peak_flops", lambda device: 1e12)
-    monkeypatch.setattr("verl.engine.compile.shutil.which", lambda name: None)
+    monkeypatch.setattr("verl.kernels.shutil.which", lambda name: None)
     assert "C compiler" in Compiler("auto", model, torch.device("cuda"), 10**15).why
     with pytest.raises(UserError, match="C compiler"):
         Compiler(True, model, torch.device("cpu"), 1)

@@ -5,8 +5,8 @@ up to the longest. Layers of one class share their code, so compile time does no
 """
 
 import os
-import shutil
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch._dynamo.utils import calculate_time_spent, counters
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from verl.engine.flops import peak_flops, training_flops
 from verl.engine.fsdp import decoder_layers
 from verl.errors import UserError
+from verl.kernels import has_compiler
 
 # Compiling takes about 10 seconds. A run that is not compiled reaches about a fifth of the data sheet's rate, so that this much
 # arithmetic lasts over a minute.
@@ -57,20 +58,18 @@ class Compiler:
         return f"compiled the layers in {seconds:.1f} s{f', kept for the next run in {kept}' if kept else ''}"
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
     """Let each decoder layer be compiled when it is first called, in place and before it is sharded."""
+    # A layer's numbers, such as a norm's epsilon, never change. Taken for variables, they are tensors in host
+    # memory, and a checkpointed layer gets kernels for the CPU, which take longest of all to compile.
+    torch._dynamo.config.specialize_float = True
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)
 
 
 def uncompiled() -> AbstractContextManager[object]:
     """While this lasts, layers run as they are written: what is run a few times does not earn back its compiling."""
     return torch.compiler.set_stance("force_eager")
-
-
-def has_compiler() -> bool:
-    """Whether there is a C compiler, which torch.compile needs."""
-    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
 
 
 def _decide(setting: str | bool, model: PreTrainedModel, device: torch.device, tokens: int) -> tuple[bool, str]:

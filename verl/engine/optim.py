@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from verl.config import OptimConfig
 from verl.engine.fused_adamw import FusedAdamW
-from verl.engine.softmax import HAS_TRITON
 from verl.errors import UserError
+from verl.kernels import HAS_TRITON
 
 if TYPE_CHECKING:
     from verl.engine.compact_adamw import CompactAdamW

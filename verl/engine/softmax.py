@@ -3,12 +3,10 @@
 Dimensions: C positions of a chunk, V vocabulary.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # PyTorch for CPUs comes without it
+from verl.kernels import HAS_TRITON
 
 
 def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:

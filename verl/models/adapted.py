@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from verl.engine.softmax import HAS_TRITON
+from verl.kernels import HAS_TRITON
 
 # --- linear layers that read the same tensor: one, or query, key and value
 
@@ -168,8 +168,9 @@ def _swiglu(gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, scale: float) -> tuple
     if _has_kernels(gate_TF, [len(a_RF)]):
         from verl.models import swiglu_triton
 
-        return swiglu_triton.forward(gate_TF, up_TF, a_RF, scale)
-    product_TF = F.silu(gate_TF).mul_(up_TF)
+        product_TF = swiglu_triton.forward(gate_TF, up_TF)
+    else:
+        product_TF = F.silu(gate_TF).mul_(up_TF)
     return product_TF, _product(product_TF, a_RF.T, scale)
 
 

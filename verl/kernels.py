@@ -1,0 +1,13 @@
+"""Whether this machine can run kernels of our own."""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which torch.compile and Triton need."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+
+
+HAS_TRITON = find_spec("triton") is not None and has_compiler()  # PyTorch for CPUs comes without it
