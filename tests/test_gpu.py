@@ -199,7 +199,9 @@ def test_one_kernel_gives_logprobs_and_the_gradient_of_the_logits(vocabulary: in
     (gradient,) = torch.autograd.grad((expected * slope).sum(), exact)
     found, scale = logprobs_with_gradient_(logits, target, slope, 0.5)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(logits.double() * scale.double()[:, None], gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        logits.double() * scale.double()[:, None], gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-7
+    )
 
 
 def test_offloading_to_the_host_changes_nothing_but_memory(model_path: Path, device: torch.device, plain_curve: np.ndarray) -> None:

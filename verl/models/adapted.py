@@ -233,9 +233,10 @@ def use_operators(adapted: PeftModel) -> None:
     """
     for module in list(adapted.modules()):
         if all(_is_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")) and _is_swiglu(module):
-            module.__class__ = _as_operator(type(module))
+            kind: Any = type(module)
+            module.__class__ = _as_operator(kind)
             continue
-        siblings = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        siblings: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if all(map(_is_plain, siblings)) and len({(s.in_features, s.scaling["default"], s.base_layer.bias is None) for s in siblings}) == 1:
             group = _Siblings(siblings)
             for sibling in siblings:
@@ -245,7 +246,7 @@ def use_operators(adapted: PeftModel) -> None:
             module.__class__ = AdaptedLinear
 
 
-def _is_plain(module: nn.Module | None) -> bool:
+def _is_plain(module: Any) -> bool:
     return (
         type(module) is LoraLinear
         and type(module.base_layer) is nn.Linear
@@ -258,7 +259,7 @@ def _is_plain(module: nn.Module | None) -> bool:
 
 
 def _is_swiglu(module: nn.Module) -> bool:
-    parts = [module.gate_proj, module.up_proj, module.down_proj]
+    parts: list[Any] = [module.gate_proj, module.up_proj, module.down_proj]
     return (
         isinstance(getattr(module, "act_fn", None), nn.SiLU)
         and all(part.base_layer.bias is None for part in parts)
@@ -322,7 +323,7 @@ def _is_served(layer: LoraLinear, x: Tensor) -> bool:
     return not layer.disable_adapters and not layer.merged and layer.lora_A["default"].weight.dtype == x.dtype
 
 
-def _outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
+def _outputs(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
     a, b = _factors(layers)
     biases = [layer.base_layer.bias for layer in layers if layer.base_layer.bias is not None]
     weights = [layer.base_layer.weight for layer in layers]
@@ -330,5 +331,5 @@ def _outputs(layers: Sequence[LoraLinear], x: Tensor) -> list[Tensor]:
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs[:-1]]
 
 
-def _factors(layers: Sequence[LoraLinear]) -> tuple[list[Tensor], list[Tensor]]:
+def _factors(layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
     return [layer.lora_A["default"].weight for layer in layers], [layer.lora_B["default"].weight for layer in layers]

@@ -51,7 +51,8 @@ def backward(
         tokens, triton.cdiv(triton.cdiv(tokens, rows), spans), width, *ranks, _padded(max(ranks)), rows, columns,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return gate_gradient_TF, up_gradient_TF, *(total.sum(0).to(gate_TF.dtype) for total in sums)
+    gate_b, up_b, down_a = (total.sum(0).to(gate_TF.dtype) for total in sums)
+    return gate_gradient_TF, up_gradient_TF, gate_b, up_b, down_a
 
 
 def _padded(rank: int) -> int:
