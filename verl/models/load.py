@@ -25,6 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from verl.errors import UserError
 from verl.models.attention import PACKED
+from verl.models.quantize import keep_layout
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
 
@@ -91,6 +92,7 @@ def load_for_training(
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options)
+    keep_layout(model)
     saved_dtypes = _saved_dtypes(model, resolve(path))
     _restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)

@@ -65,7 +65,6 @@ def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> N
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError):
         return  # loading the model says what is wrong with it
-    model.config.name_or_path = source
     lora_config(model, config, tokenizer, ())
 
 
@@ -83,6 +82,7 @@ def lora_config(
         if wanted.modules_to_save or wanted.bias != "none":
             what = "trains whole modules or biases beside its matrices (modules_to_save, bias)"
             raise UserError(what, where=f"model.lora_adapter_path={config.lora_adapter_path}", fix="give an adapter without them")
+        wanted.base_model_name_or_path = None  # peft writes the model's own there
     else:
         wanted = LoraConfig(
             r=config.lora_rank,

@@ -37,6 +37,14 @@ def four_bit(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def keep_layout(model: PreTrainedModel) -> None:
+    """On a CPU, bitsandbytes would lay codes out anew for evaluation, and could not train with them afterwards."""
+    module: Any
+    for module in model.modules():
+        if is_quantized(getattr(module, "weight", None)) and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """The dtype that layers in 4 bits compute in."""
     module: Any
