@@ -209,7 +209,7 @@ def models() -> Iterator[str]:
         sizes = f"{s.layers} × {s.hidden:,} × {s.intermediate:,}"
         yield (
             f"| {s.name} | {sizes} | {heads} | {s.vocabulary:,} | {s.parameters:,} | {tables} | {flops(s) / 1e9:,.1f} "
-            f"| {rounded(tokens_per_second(s))} | {rate_basis(s)} |"
+            f"| {rounded(tokens_per_second(s), 3)} | {rate_basis(s)} |"
         )
 
 
@@ -275,9 +275,9 @@ def checkpoints() -> Iterator[str]:
         yield f"| {s.name} | {whole:,.0f} | {model:,.0f} | {times} | {whole / 2:,.0f} | arithmetic |"
 
 
-def rounded(number: float) -> str:
-    """To two digits that mean something."""
-    size = 10 ** max(0, math.floor(math.log10(number)) - 1)
+def rounded(number: float, digits: int = 2) -> str:
+    """To so many digits that mean something."""
+    size = 10 ** max(0, math.floor(math.log10(number)) + 1 - digits)
     return f"{round(number / size) * size:,.0f}"
 
 

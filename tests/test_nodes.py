@@ -146,16 +146,25 @@ def test_two_nodes_train_what_one_process_trains(folder: Path, one_process: list
     assert losses(folder / "onward") == pytest.approx(one_process[16:], rel=1e-5)
 
 
-def test_a_folder_that_the_nodes_do_not_share_ends_the_run_before_a_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("differs", ["trainer.default_local_dir", "data.train_files"])
+def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loaded(differs: str, folder: Path, tmp_path: Path) -> None:
+    """A name that means another folder, or another file, on each node."""
     places = [tmp_path / "node0", tmp_path / "node1"]
-    for place in places:
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    for number, place in enumerate(places):
         place.mkdir()
-    with nodes(2, *words(folder, "run"), in_folders=places) as agents:
+        (place / "rows.jsonl").write_text("".join(rows[number:]))
+    output = "run" if differs == "trainer.default_local_dir" else tmp_path / "run"
+    with nodes(2, *words(folder, output, "data.train_files=rows.jsonl"), in_folders=places) as agents:
         said = "".join(agent.communicate(timeout=90)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [1, 1]
-    assert said.count("error: ") == 1 and "has another folder of this name" in said and "model: " not in said
+    found = {
+        "trainer.default_local_dir": "has another folder of this name",
+        "data.train_files": f"data.train_files: the rows that {socket.gethostname()} finds are not those",
+    }
+    assert said.count("error: ") == 1 and found[differs] in said and "model: " not in said
     assert said.count("exitcode  : 2 ") == 2
-    assert not list(tmp_path.glob("*/run/.*"))
+    assert not list(tmp_path.rglob("run/.*"))
 
 
 def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_process: list[float]) -> None:

@@ -141,6 +141,7 @@ def launch(processes: int, words: list[str]) -> None:
     if 0 < torch.cuda.device_count() < processes:
         raise UserError(f"found {torch.cuda.device_count()} GPUs", where=f"--gpus {processes}", fix="ask for no more than there are")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for the checkpoint after a signal, in place of 30
     logging.disable()  # of torchrun: a process that fails says why by itself
     try:
         torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", TRAINER, *words])

@@ -5,6 +5,7 @@
 The same command under `torchrun` uses several processes. `run` and `train_loop` are the whole way; read them first.
 """
 
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from verl.engine import checkpoint
 from verl.engine.build import Built, build
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
-from verl.errors import exit_on_user_error
+from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_tokenizer
 from verl.run import Run
 from verl.trainer.meter import Meter
@@ -130,6 +131,8 @@ def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -
         key = f"data.{kind}_files"
         samples = None if max_samples == -1 else max_samples
         documents = dist.main_first(lambda: load_documents(data, getattr(data, f"{kind}_files"), tokenizer, key=key, max_samples=samples))
+        first = dist.from_main(documents.fingerprint)
+        dist.together(lambda: check_same_rows(documents.fingerprint, first, key))
         this.say(f"{key}: {documents.report}")
         return documents
 
@@ -137,6 +140,13 @@ def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -
     validation = None if data.val_files is None else load("val", data.val_max_samples)
     this.show(partial(show_first_row, tokenizer, *train.document(0)))
     return train, validation
+
+
+def check_same_rows(fingerprint: str, of_first: str, key: str) -> None:
+    """Each process plans every step by itself, so all must have the same rows."""
+    if fingerprint != of_first:
+        fix = "give all nodes the same files under the same names"
+        raise UserError(f"the rows that {socket.gethostname()} finds are not those of the first node", where=key, fix=fix)
 
 
 def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
