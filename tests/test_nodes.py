@@ -41,16 +41,16 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$REQUEUED"; fi
 TORCHRUN = f"""#!/usr/bin/env bash
 exec {sys.executable} -m torch.distributed.run "$@"
 """
-# Its finish takes a while, as that of a logger with a network does, and is seen to have come to its end.
-SLOW_LOGGER = """
+# A step takes it a moment, so that a signal comes while there are steps left; its finish takes what that of a logger with a network may.
+LOGGER = """
 import time
 from pathlib import Path
 
 class Slow:
     def __init__(self, folder): self.folder = folder
-    def log(self, step, metrics): pass
+    def log(self, step, metrics): time.sleep(0.1)
     def finish(self):
-        time.sleep(3)
+        time.sleep({seconds})
         (self.folder / "logger-finished").touch()
 
 def start(run): return Slow(run.directory)
@@ -59,11 +59,12 @@ def start(run): return Slow(run.directory)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems in train.jsonl, a small model with its tokenizer, and a logger that takes its time."""
+    """Problems in train.jsonl, a small model with its tokenizer, and two loggers that take their time."""
     folder = tmp_path_factory.mktemp("nodes")
     train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 40, 4, seed=5)
     write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    (folder / "slow.py").write_text(SLOW_LOGGER)
+    for name, seconds in (("paced", 0), ("slow", 3)):
+        (folder / f"{name}.py").write_text(LOGGER.format(seconds=seconds))
     return folder
 
 
@@ -169,7 +170,7 @@ def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loa
 
 def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_process: list[float]) -> None:
     output = folder / "signalled"
-    with nodes(2, *words(folder, output)) as agents:
+    with nodes(2, *words(folder, output, f"trainer.logger={folder / 'paced.py'}")) as agents:
         wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= 2)
         subprocess.run(["pkill", "-USR1", "-P", str(agents[1].pid)], check=True)
         said = "".join(agent.communicate(timeout=60)[0] for agent in agents)
@@ -226,7 +227,7 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
     def trained_since(steps: int) -> Callable[[], bool]:
         return lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= steps + 2
 
-    slow = f"trainer.logger={folder / 'slow.py'}"
+    paced, slow = (f"trainer.logger={folder / name}" for name in ("paced.py", "slow.py"))
     with slurm_job(folder, output, slow, restarts=0) as job:  # the time limit comes near; while the run leaves, a second signal comes
         wait_for(trained_since(0))
         job.send_signal(signal.SIGUSR1)
@@ -238,7 +239,7 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
     assert job.returncode == 143 and f"the same command goes on from {output}/global_step_{first}" in said
     assert requeued.read_text().split()[0] == "requeue" and len(requeued.read_text().splitlines()) == 1
 
-    with slurm_job(folder, output, restarts=1) as job:  # preemption: TERM to a node's task, and the batch shell hears nothing
+    with slurm_job(folder, output, paced, restarts=1) as job:  # preemption: TERM to a node's task, and the batch shell hears nothing
         wait_for(trained_since(first))
         os.killpg(int((tmp_path / "tasks").read_text().split()[1]), signal.SIGTERM)
         said = job.communicate(timeout=60)[0]
