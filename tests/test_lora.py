@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import adapters_of_ranks
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -420,3 +421,23 @@ def test_4_bits_without_the_library_name_the_extra(tied: Path, monkeypatch: pyte
         quantize.four_bit(settings(tied, load_in_4bit=True), torch.float32)
     assert 'pip install "verl[4bit]"' in str(error.value)
     assert quantize.four_bit(settings(tied), torch.float32) is None
+
+
+def test_two_processes_train_save_and_resume_as_one(tied: Path, tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tied)
+    adapters_of_ranks.main(str(tied), str(tmp_path / "1"))
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(here / "adapters_of_ranks.py")]
+    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tied), str(tmp_path / "2")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2"))
+    for dropout in ("0.0", "0.1"):
+        assert two[f"resumed {dropout}"] == two[f"gone on {dropout}"]
+    assert two["gone on 0.1"] != two["gone on 0.0"]
+    for part in ("begun 0.0", "gone on 0.0"):
+        assert two[part] == pytest.approx(one[part], rel=1e-5)
+    written = [load_file(tmp_path / str(n) / "dropout_0.0" / "global_step_3" / adapter_files.WEIGHTS) for n in (1, 2)]
+    assert written[0].keys() == written[1].keys()
+    for name, tensor in written[0].items():
+        torch.testing.assert_close(written[1][name], tensor, rtol=1e-3, atol=1e-4)
