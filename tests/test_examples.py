@@ -107,6 +107,19 @@ def test_each_way_of_the_list_has_its_script(tmp_path: Path) -> None:
     }
 
 
+def test_a_step_of_7b_is_one_micro_batch_of_each_gpu(tmp_path: Path) -> None:
+    """As the scripts say, for rows of GSM8K's 213 tokens: a second one would keep gradients whole."""
+    checked = 0
+    for script in SCRIPTS:
+        started = start(script, tmp_path)
+        data, model = check(started).data, check(started).model
+        if "7B" in model.partial_pretrain:
+            assert data.train_batch_size is not None and data.max_tokens_per_micro_batch is not None
+            assert 0.75 < data.train_batch_size * 213 / started.processes / data.max_tokens_per_micro_batch < 0.95
+            checked += 1
+    assert checked == 4
+
+
 def test_the_nodes_of_a_slurm_job_meet_at_the_first_one(tmp_path: Path) -> None:
     options = start(ROOT / "examples" / "slurm" / "sft.sbatch", tmp_path).options
     assert options["rdzv_endpoint"] == "node1:22345" and options["rdzv_conf"] == "is_host=1" and options["rdzv_id"] == "12345.0"

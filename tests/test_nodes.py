@@ -134,7 +134,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def test_two_nodes_train_what_one_process_trains(folder: Path, one_process: list[float]) -> None:
-    with nodes(2, *words(folder, folder / "two", "trainer.save_freq=16")) as agents:
+    new_cache = f"data.cache_dir={folder / 'cache of two'}"  # which both make at the same time
+    with nodes(2, *words(folder, folder / "two", "trainer.save_freq=16", new_cache)) as agents:
         said = [agent.communicate(timeout=90)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert sum("on each of 2 processes" in text for text in said) == 1  # the first process speaks for all

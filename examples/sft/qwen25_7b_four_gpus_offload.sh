@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Qwen2.5-7B-Instruct on GSM8K, on four GPUs of 80 GB or less, weights and optimizer in host memory. Further key=value words win.
 # Memory, by arithmetic: of the host 16 B × 7.6 B = 122 GB, and as much again while the weights are loaded; of each GPU the embeddings, gathered,
-# with their gradients 9 GB, two layers 1 GB, activations of 32 Ki tokens, kept once a layer and computed again, 16 GB.
+# with their gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 32 Ki tokens, kept once a layer and computed again, 15 GB.
 set -euo pipefail
 
 # The weights cross to the GPUs twice a step and the CPU updates them, so a step has twice the tokens that it has without offload. The update

@@ -3,7 +3,7 @@
 #   HEAD=node1 NODES=2 ./qwen25_7b_many_nodes.sh trainer.default_local_dir=/shared/checkpoints/qwen25-7b-gsm8k
 # (under SLURM: examples/slurm/sft.sbatch). Further key=value words win. trainer.default_local_dir lies on a file system that all nodes share.
 # Memory a GPU of 16, by arithmetic: weights, gradients and moments in float32 16 B × 7.6 B / 16 = 7.6 GB; the embeddings, gathered, with their
-# gradients 9 GB; two layers 1 GB; activations of 16 Ki tokens, kept once a layer and computed again, 8 GB.
+# gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 16 Ki tokens, kept once a layer and computed again, 8 GB.
 set -euo pipefail
 
 : "${HEAD:?the name or address of one of the nodes}"
