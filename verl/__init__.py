@@ -4,6 +4,6 @@ import logging
 
 __version__ = "0.1.0"
 
-# Where torchao is installed transformers imports it, and it tells of kernels that it cannot load. None of them is used here.
-for _name in ("torchao", "torch.utils._pytree"):
+# Where torchao is installed transformers imports it, and it tells of kernels that it cannot load; so does bitsandbytes. None is used here.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)

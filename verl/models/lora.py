@@ -15,7 +15,7 @@ from verl.errors import UserError
 from verl.models import adapter_files, trained_tokens
 from verl.models.adapter_files import ALL_LINEAR
 from verl.models.load import resolve
-from verl.models.quantize import is_quantized, set_compute_dtype
+from verl.models.quantize import four_bit, is_quantized, set_compute_dtype
 
 ADAPTED = (nn.Linear, Conv1D, nn.Embedding)  # kinds of modules that peft has adapters for; those in 4 bits are linear too
 
@@ -58,6 +58,7 @@ def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> N
     Raises:
         UserError: they do not.
     """
+    four_bit(config, torch.float32)
     source = resolve(config.partial_pretrain)
     try:
         shape = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
@@ -133,8 +134,10 @@ def _targets(model: PreTrainedModel, asked: Any) -> Any:
         UserError: names that no module has, or a regular expression that matches none.
     """
     where, names = "model.target_modules", [name for name, _ in model.named_modules() if name]
-    existing = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))})
-    fix = f"{ALL_LINEAR}, some of [{','.join(existing)}], or a regular expression of whole names such as {_example(model)}"
+    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None  # it cannot be adapted
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    existing = sorted({name.rpartition(".")[2] for name in linear})
+    fix = f"{ALL_LINEAR}, some of [{','.join(existing)}], or a regular expression of whole names such as {_example(linear)}"
     if asked == ALL_LINEAR:
         return asked
     if isinstance(asked, str) and not any(adapter_files.names_module(asked, name) for name in names):
@@ -154,9 +157,8 @@ def _targets(model: PreTrainedModel, asked: Any) -> Any:
     return list(targets)
 
 
-def _example(model: PreTrainedModel) -> str:
-    linear = next((name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))), "model.0.proj")
-    return rf".*\.{linear.rpartition('.')[2]}"
+def _example(linear: list[str]) -> str:
+    return rf".*\.{linear[0].rpartition('.')[2]}" if linear else ".*_proj"
 
 
 def _check_modules(model: PreTrainedModel, wanted: LoraConfig) -> None:
