@@ -51,6 +51,10 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert (found[name] - tensor).norm() <= 2e-5 * tensor.norm(), name
 
 
+def is_operator(mlp) -> bool:
+    return type(mlp).forward.__module__ == "verl.models.adapted"
+
+
 IDS = torch.arange(3, 3 + 29 * 13, 13).remainder(512)[None]
 
 
@@ -61,6 +65,7 @@ def test_logits_and_gradients_are_those_of_peft(base: Path, targets, compiled: b
     expected = results(model, IDS)
     use_operators(model)
     assert any(isinstance(module, AdaptedLinear) for module in model.modules())
+    assert is_operator(model.base_model.model.model.layers[0].mlp) == (targets == "all-linear")
     if compiled:
         torch._dynamo.reset()
         counters.clear()

@@ -105,18 +105,24 @@ def test_the_one_inside_pytorch_can_be_asked_for(gpu: None, flash4: ModuleType) 
     assert described("fa2") == "FlashAttention-2, inside PyTorch"
 
 
-@pytest.mark.parametrize(("document_tokens", "taken"), [(300.0, "short"), (5000.0, "fa4"), (None, "fa4")])
-def test_short_documents_get_the_kernels_for_them(
-    gpu: None, flash4: ModuleType, document_tokens: float | None, taken: str, monkeypatch: pytest.MonkeyPatch
+SHORT = flash.Documents(tokens=300.0, batch_tokens=32_768)
+
+
+@pytest.mark.parametrize(
+    ("documents", "taken"),
+    [(SHORT, "short"), (flash.Documents(5000.0, 32_768), "fa4"), (flash.Documents(300.0, 4096), "fa4"), (None, "fa4")],
+)
+def test_short_documents_in_large_batches_get_the_kernels_for_them(
+    gpu: None, flash4: ModuleType, documents: flash.Documents | None, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "verl.models.short_attention_triton", ModuleType("short"))
     monkeypatch.setattr(flash, "_trial", lambda *_: None)
-    choose_attention("auto", GPU, torch.bfloat16, HEADS, document_tokens)
+    choose_attention("auto", GPU, torch.bfloat16, HEADS, documents)
     assert attention._choice.kernel == taken
 
 
 def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: None, flash4: ModuleType) -> None:
-    choose_attention("auto", GPU, torch.bfloat16, HEADS, 300.0)
+    choose_attention("auto", GPU, torch.bfloat16, HEADS, SHORT)
     assert attention._choice.kernel == "fa4"
     assert "short" in attention._choice.refused
 

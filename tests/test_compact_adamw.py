@@ -24,6 +24,7 @@ from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.optim import build_optimizer, optimizer_state, set_learning_rate
 from verl.errors import UserError
+from verl.models import flash
 
 if TYPE_CHECKING:
     from verl.engine.optim import AdamW
@@ -56,12 +57,15 @@ def process_group() -> Iterator[None]:
 def built_of(path: Path, name: str = "adamw", param_dtype: str = "float32", *, lr: float = 1e-3, **model: object) -> Built:
     settings = ModelConfig(partial_pretrain=str(path), param_dtype=param_dtype, enable_gradient_checkpointing=False, **model)  # type: ignore[arg-type]
     optim = OptimConfig(name=name, lr=lr, warmup_steps_ratio=0.0, lr_scheduler="constant")
-    size = {"total_steps": 100, "total_tokens": 0, "document_tokens": 0.0}
+    size = {"total_steps": 100, "total_tokens": 0, "documents": flash.Documents(0.0, 0)}
     return build(settings, optim, FakeTokenizer(), stop_ids=[1], **size, device=torch.device("cpu"), seed=1)  # type: ignore[arg-type]
 
 
 class FakeTokenizer:
     """As much of a tokenizer as `build` looks at."""
+
+    all_special_ids: tuple[int, ...] = ()
+    added_tokens_decoder: dict[int, str] = {}
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}

@@ -13,6 +13,7 @@ from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_scorer
 from verl.engine.recompute import recompute_activations
+from verl.models import flash
 from verl.models.attention import choose_attention, describe_attention, heads_of
 from verl.models.export import export_adapter, export_model, export_tokenizer
 from verl.models.load import Loaded, check_vocabulary, load_for_training
@@ -69,7 +70,7 @@ def build(
     stop_ids: list[int],
     total_steps: int,
     total_tokens: int,
-    document_tokens: float,
+    documents: flash.Documents,
     device: torch.device,
     seed: int,
 ) -> Built:
@@ -79,7 +80,7 @@ def build(
         stop_ids: token ids that end a trained answer; generation from the written model stops at them.
         total_steps: optimizer steps of the whole run.
         total_tokens: about as many as the whole run sees, over all processes.
-        document_tokens: of the document that an average token lies in, by which attention is chosen.
+        documents: of the run, by which attention is chosen.
         seed: of the adapters' first values and of dropout.
     Raises:
         UserError: no such model, or one that cannot be trained this way.
@@ -98,7 +99,7 @@ def build(
     scorer = TokenScorer(loaded.model)
     check_scorer(scorer)
     _cast(loaded.model, getattr(torch, settings.param_dtype))
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), document_tokens)
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents)
     adapted, never_trained = None, list[str]()
     if settings.lora_rank > 0 or settings.lora_adapter_path is not None:
         from verl.models.adapted import use_operators

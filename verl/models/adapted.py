@@ -261,7 +261,7 @@ def _is_plain(module: Any) -> bool:
 def _is_swiglu(module: nn.Module) -> bool:
     parts: list[Any] = [module.gate_proj, module.up_proj, module.down_proj]
     return (
-        isinstance(getattr(module, "act_fn", None), nn.SiLU)
+        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # PyTorch's, or some releases' of transformers
         and all(part.base_layer.bias is None for part in parts)
         and len({part.scaling["default"] for part in parts}) == 1
         and set(dict(module.named_children())) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -319,8 +319,8 @@ def _as_operator(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _is_served(layer: LoraLinear, x: Tensor) -> bool:
-    return not layer.disable_adapters and not layer.merged and layer.lora_A["default"].weight.dtype == x.dtype
+def _is_served(layer: Any, x: Tensor) -> bool:
+    return isinstance(layer, LoraLinear) and not layer.disable_adapters and not layer.merged and layer.lora_A["default"].weight.dtype == x.dtype
 
 
 def _outputs(layers: Sequence[Any], x: Tensor) -> list[Tensor]:

@@ -54,23 +54,23 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
 
 
 def choose_attention(
-    wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, document_tokens: float | None = None
+    wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, documents: flash.Documents | None = None
 ) -> None:
     """Set which attention this process calls from now on.
 
     Args:
         wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4", "short" or "sdpa".
-        document_tokens: tokens of the document that an average token lies in; None: nothing is known of the documents.
+        documents: of the run; None: nothing is known of them.
     Raises:
         UserError: what is wanted does not run here, and why.
     """
     global _choice
-    _choice = _choose(wanted, device, dtype, heads, document_tokens)
+    _choice = _choose(wanted, device, dtype, heads, documents)
     if _choice.kernel != "sdpa" and _has_flash(device.type, dtype):
         flash.activate(_choice.kernel)
 
 
-def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, document_tokens: float | None) -> Choice:
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, documents: flash.Documents | None) -> Choice:
     if wanted == "sdpa":
         return Choice("sdpa")
     if not _has_flash(device.type, dtype):
@@ -78,7 +78,7 @@ def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.
             raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
         return Choice()
     if wanted == "auto":
-        found = flash.refusals(device, dtype, heads, document_tokens)
+        found = flash.refusals(device, dtype, heads, documents)
         return Choice(flash.preferred(found), {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
     kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
     if kernel is None:

@@ -54,9 +54,24 @@ PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
 # By the same number: up to so many tokens a document the kernels for short ones are taken, being at least 1.2 times as fast as
 # FlashAttention-2 (benchmarks/README.md).
 SHORT_TOKENS = {9: 1024}
+# Smaller micro-batches than this are bound by the host, which launches those kernels more slowly than what is inside PyTorch.
+SHORT_BATCH_TOKENS = 16_384
 
 NOT_INSTALLED = "not installed"
 TOLERANCE = 0.02  # relative, of sums in bfloat16; a wrong mask or a wrong head gives 0.1 and more
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What a run puts through attention.
+
+    Attributes:
+        tokens: of the document that an average token lies in.
+        batch_tokens: of a micro-batch, at most.
+    """
+
+    tokens: float
+    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -68,15 +83,15 @@ class Heads:
     size: int
 
 
-def refusals(device: torch.device, dtype: torch.dtype, heads: Heads, document_tokens: float | None = None) -> dict[Kernel, str | None]:
+def refusals(device: torch.device, dtype: torch.dtype, heads: Heads, documents: Documents | None = None) -> dict[Kernel, str | None]:
     """For each kernel beside FlashAttention-2 that this GPU may prefer, the best first: why it cannot be used, or None where it can.
 
     Args:
-        document_tokens: tokens of the document that an average token lies in; None: nothing is known of the documents.
+        documents: of the run; None: nothing is known of them.
     """
     major, _ = torch.cuda.get_device_capability(device)
     found: dict[Kernel, str | None] = {}
-    if document_tokens is not None and document_tokens <= SHORT_TOKENS.get(major, 0):
+    if documents is not None and documents.tokens <= SHORT_TOKENS.get(major, 0) and documents.batch_tokens >= SHORT_BATCH_TOKENS:
         found["short"] = refusal("short", device, dtype, heads)
         if found["short"] is None:
             return found  # the others would only cost the time of their trials

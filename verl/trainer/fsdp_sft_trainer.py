@@ -27,6 +27,7 @@ from verl.engine.build import Built, build
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.errors import UserError, exit_on_user_error
+from verl.models import flash
 from verl.models.load import load_tokenizer
 from verl.run import Run
 from verl.trainer.meter import Meter
@@ -73,7 +74,7 @@ def run(config: SFTConfig) -> Path:
             stop_ids=train.stop_ids,
             total_steps=total_steps,
             total_tokens=tokens * total_steps // loader.steps_per_epoch,
-            document_tokens=float((train.lengths_N.astype(float) ** 2).sum() / tokens),
+            documents=flash.Documents(float((train.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),
             device=device,
             seed=config.trainer.seed,
         )
