@@ -313,10 +313,11 @@ def verl(work: Work, keys: list[str]) -> Contestant:
         words["trainer.profile_step"] = work.warmup + work.steps + 2
         words["model.compile"] = "true"  # a run as long as its users' would be; "auto" sees the few steps of this one
     pairs = [*(f"{key}={value}" for key, value in words.items()), *keys]
-    setting = " ".join([f"{work.rows} rows, micro-batches of {work.budget:,} tokens, float32 master weights", *keys])
+    dtype = next((key.partition("=")[2] for key in keys if key.startswith("model.param_dtype=")), "float32")
+    setting = " ".join([f"{work.rows} rows, micro-batches of {work.budget:,} tokens, {dtype} weights", *keys])
     command = ["-m", "verl.trainer.fsdp_sft_trainer", *pairs]
     started = directory / "run" / "metrics.jsonl"
-    return Contestant("verl", setting, "float32", command, directory, started, lambda: read_verl(directory / "run", work))
+    return Contestant("verl", setting, dtype, command, directory, started, lambda: read_verl(directory / "run", work))
 
 
 def read_verl(directory: Path, work: Work) -> Measured:
