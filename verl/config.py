@@ -31,7 +31,7 @@ class DataConfig:
     text_key: str | None = None
     # A Jinja file that takes the place of the tokenizer's chat template.
     chat_template: str | None = None
-    # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
+    # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes that take different rows.
     train_batch_size: int | None = None
     # Rows of max_length that one GPU holds at a time; with packing their product is a budget of tokens.
     micro_batch_size_per_gpu: int = 4
@@ -56,14 +56,21 @@ class DataConfig:
 class FsdpConfig:
     # Keep parameters, gradients and optimizer state in host memory.
     cpu_offload: bool = False
+    # GPUs that share one copy of the weights, such as those of a node; groups of so many hold copies of each other. null: all.
+    shard_size: int | None = None
+    # Give a layer's whole weights away after its forward pass and get them again for the backward pass: less memory, more traffic.
+    reshard_after_forward: bool = True
 
 
 @dataclass
 class ModelConfig:
     # A Hugging Face model directory or Hub name.
     partial_pretrain: str = MISSING
-    # How the model is spread over GPUs: "fsdp2" ("fsdp" is read as fsdp2).
-    strategy: str = "fsdp2"
+    # How the model is spread over GPUs: "fsdp2" (sharded; "fsdp" is read as fsdp2), "ddp" (all of it on each, faster where it is
+    # small), or "auto" (ddp where weights, gradients and optimizer take no more than a quarter of a GPU).
+    strategy: str = "auto"
+    # GPUs that share each micro-batch, every document's tokens spread over them: for documents too long for one GPU.
+    context_parallel_size: int = 1
     # Compute activations again in the backward pass: true (least memory), "selective" (some of them) or false (fastest).
     enable_gradient_checkpointing: Any = True
     # Compile the layers with torch.compile: true, false, or "auto" (on a GPU, when the run is long enough to earn it back).
@@ -166,7 +173,7 @@ class SFTConfig:
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         one_of("model.enable_gradient_checkpointing", model.enable_gradient_checkpointing, (True, "selective", False))
         one_of("model.compile", model.compile, ("auto", True, False))
-        one_of("model.strategy", model.strategy, ("fsdp2", "fsdp"))
+        one_of("model.strategy", model.strategy, ("auto", "fsdp2", "fsdp", "ddp"))
         one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
         one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))
         one_of("optim.name", optim.name, ("adamw", "adamw_8bit"))
@@ -181,6 +188,9 @@ class SFTConfig:
         at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
         at_least("trainer.profile_step", trainer.profile_step, 1)
         at_least("trainer.seed", trainer.seed, 0)
+        at_least("model.context_parallel_size", model.context_parallel_size, 1)
+        at_least("model.fsdp_config.shard_size", model.fsdp_config.shard_size, 1)
+        check_strategy(model)
         check_lora(model)
         at_least("optim.lr", optim.lr, 0.0)
         at_least("optim.weight_decay", optim.weight_decay, 0.0)
@@ -339,6 +349,20 @@ class DemoConfig:
         at_least("train_rows", self.train_rows, 1)
         at_least("test_rows", self.test_rows, 1)
         at_least("seed", self.seed, 0)
+
+
+def check_strategy(model: ModelConfig) -> None:
+    """What "ddp" cannot be together with."""
+    if model.strategy != "ddp":
+        return
+    for key, value, needed in (
+        ("model.fsdp_config.cpu_offload", model.fsdp_config.cpu_offload, False),
+        ("model.fsdp_config.shard_size", model.fsdp_config.shard_size, None),
+        ("model.param_dtype", model.param_dtype, "float32"),
+    ):
+        if value != needed:
+            why = "copies that are rounded at random would part ways" if key == "model.param_dtype" else "ddp keeps all weights on each GPU"
+            raise UserError(why, where=f"{key}={value} with model.strategy=ddp", fix="set model.strategy=fsdp2")
 
 
 def check_lora(model: ModelConfig) -> None:

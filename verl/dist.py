@@ -14,6 +14,9 @@ from verl.errors import UserError
 Result = TypeVar("Result")
 TIMEOUT = timedelta(minutes=10)
 
+_context_size = 1  # processes that share a micro-batch
+_context_groups: dict[str, dist.ProcessGroup] = {}  # this process's, by name
+
 
 def start() -> torch.device:
     """Join the process group (a group of one without torchrun) and choose the device: CUDA, else the CPU.
@@ -53,6 +56,8 @@ def describe_device(device: torch.device) -> str:
 
 def stop() -> None:
     """Leave the process group."""
+    share_micro_batches(1)
+    _context_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -70,9 +75,55 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def mesh(device: torch.device) -> DeviceMesh:
-    """All processes in one data-parallel dimension."""
-    return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("data",))
+def mesh(device: torch.device, size: int | None = None) -> DeviceMesh:
+    """All processes in one dimension, or in groups of `size` neighbours: which of the groups, and where in it."""
+    if size is None or size == world_size():
+        return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def share_micro_batches(processes: int) -> None:
+    """From now on so many neighbours take the same micro-batches, each a part of their tokens. Every process calls it.
+
+    Raises:
+        UserError: the number of processes is not a multiple.
+    """
+    global _context_size
+    if world_size() % processes:
+        fix = f"set it to 1, or start a multiple of {processes} processes (torchrun --nproc_per_node={processes})"
+        raise UserError(f"{world_size()} processes are not a multiple of {processes}", where="model.context_parallel_size", fix=fix)
+    _context_size = processes
+    if processes > 1 and context_name() not in _context_groups:
+        _context_groups[context_name()], _ = dist.new_subgroups(processes, timeout=TIMEOUT)
+
+
+def context_size() -> int:
+    """Processes that share a micro-batch."""
+    return _context_size
+
+
+def context_rank() -> int:
+    """The number of this process's part of a micro-batch."""
+    return rank() % _context_size
+
+
+def context_name() -> str:
+    """Of the group of processes that share this one's micro-batches."""
+    return f"context of {_context_size}"
+
+
+def context_group(name: str) -> dist.ProcessGroup:
+    return _context_groups[name]
+
+
+def data_rank() -> int:
+    """The number of this process's group among those that take different rows."""
+    return rank() // _context_size
+
+
+def data_size() -> int:
+    """Groups of processes that take different rows."""
+    return world_size() // _context_size
 
 
 def barrier() -> None:

@@ -1,6 +1,6 @@
 """The one batch that goes from file to loss: documents side by side in one dimension.
 
-Dimensions: T tokens of the packed batch, S documents in it, M trained positions.
+Dimensions: T tokens of the packed batch, or of this process's part of it; S documents in all of it; M trained positions.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,8 @@ class Batch:
         loss_mask_T: whether the *target* at this position is trained, bool.
         sample_ids_S: number of each document's row in its data set; -1 for filler.
         trained_M: positions of loss_mask_T in ascending order, int64; made on the host, so that no step waits for the device.
+        parts: processes over which the tokens are spread. With several, what ends in _T or _M is of this process's part,
+            which may cut documents and may have no trained token; the documents are described whole on each.
     """
 
     input_ids_T: Tensor
@@ -34,6 +36,28 @@ class Batch:
     loss_mask_T: Tensor
     sample_ids_S: Tensor
     trained_M: Tensor
+    parts: int = 1
+
+    def part(self, number: int, parts: int) -> "Batch":
+        """The tokens of one of several processes that share this batch: as many on each, one after the other.
+
+        Args:
+            number: of the process, from 0.
+            parts: of which the number of tokens is a multiple.
+        """
+        tokens, rest = divmod(len(self.input_ids_T), parts)
+        assert rest == 0, f"{len(self.input_ids_T)} tokens over {parts} processes"
+        here = slice(number * tokens, (number + 1) * tokens)
+        mine_M = (self.trained_M >= here.start) & (self.trained_M < here.stop)
+        return replace(
+            self,
+            input_ids_T=self.input_ids_T[here],
+            position_ids_T=self.position_ids_T[here],
+            target_T=self.target_T[here],
+            loss_mask_T=self.loss_mask_T[here],
+            trained_M=self.trained_M[mine_M] - here.start,
+            parts=parts,
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy on the device; from pinned memory it does not wait."""

@@ -36,9 +36,9 @@ class Packing:
     """How rows become micro-batches.
 
     Attributes:
-        rows: rows of one rank's micro-batch when rows are padded.
-        token_budget: tokens of one rank's micro-batch when rows are packed; None: rows are padded.
-        multiple_of_tokens: a packed micro-batch is filled up to such a length, which GPUs multiply faster.
+        rows: rows of one micro-batch when rows are padded.
+        token_budget: tokens of one micro-batch when rows are packed; None: rows are padded.
+        multiple_of_tokens: each rank's part of a packed micro-batch is filled up to such a length, which GPUs multiply faster.
     """
 
     rows: int
@@ -68,19 +68,27 @@ def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def micro_batches(documents: Documents, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
-    """One rank's share of the given rows. Every rank computes the same plan and takes its own part of it."""
+def micro_batches(
+    documents: Documents, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1, part: int = 0, parts: int = 1
+) -> list[Batch]:
+    """One rank's share of the given rows. Every rank computes the same plan and takes its own part of it.
+
+    Args:
+        rank, world_size: among those that take different rows.
+        part, parts: among those that take the same micro-batches, each a part of their tokens.
+    """
     lengths = documents.lengths_N[rows].tolist()
     if packing.token_budget is None:
         groups = pad_groups(lengths, rows=packing.rows, multiple_of=world_size)
     else:
         groups = pack(lengths, token_budget=packing.token_budget, multiple_of=world_size)
     pad = packing.token_budget is None
-    fill = 1 if pad else packing.multiple_of_tokens
-    return [
+    fill = parts * (1 if pad else packing.multiple_of_tokens)
+    whole = [
         collate([documents.document(int(rows[i])) for i in group], [int(rows[i]) for i in group], pad=pad, multiple_of_tokens=fill)
         for group in groups[rank::world_size]
     ]
+    return whole if parts == 1 else [batch.part(part, parts) for batch in whole]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,8 @@ class Loader:
 
     Attributes:
         rows_per_step: rows of one optimizer step over all ranks; an epoch's last step takes what is left.
+        rank, world_size: among those that take different rows.
+        part, parts: among those that take the same micro-batches, each a part of their tokens.
         pin: whether batches are put into page-locked memory, from which copies to a GPU do not wait.
     """
 
@@ -98,6 +108,8 @@ class Loader:
     seed: int
     rank: int = 0
     world_size: int = 1
+    part: int = 0
+    parts: int = 1
     pin: bool = False
 
     @property
@@ -109,7 +121,7 @@ class Loader:
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self.rows_per_step
         rows = row_order(len(self.documents), self.seed, epoch)[first : first + self.rows_per_step]
-        batches = micro_batches(self.documents, rows, self.packing, rank=self.rank, world_size=self.world_size)
+        batches = self.micro_batches(self.documents, rows)
         return Step(
             number=number,
             epoch=epoch,
@@ -117,6 +129,11 @@ class Loader:
             trained_tokens=int(self.documents.trained_N[rows].sum()),
             micro_batches=[batch.pin() for batch in batches] if self.pin else batches,
         )
+
+    def micro_batches(self, documents: Documents, rows: np.ndarray) -> list[Batch]:
+        """This rank's share of rows, of these or other documents, in host memory."""
+        ranks = {"rank": self.rank, "world_size": self.world_size, "part": self.part, "parts": self.parts}
+        return micro_batches(documents, rows, self.packing, **ranks)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """Steps `start` to `stop - 1`, prepared ahead."""

@@ -53,18 +53,18 @@ def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bo
     """A Batch of whole documents side by side.
 
     Args:
-        documents: at least none; without any, the batch is one untrained token, so that a rank without rows keeps step.
+        documents: at least none; without any, the batch is filler alone, so that a rank without rows keeps step.
         sample_ids: row number of each document.
         pad: fill each document up to the longest with untrained tokens behind it, where no real token sees them.
         multiple_of_tokens: fill the batch up to such a length with a document of untrained tokens.
     """
-    documents, sample_ids = list(documents), list(sample_ids)
-    filler = max(1 - len(documents), -sum(len(ids) for ids, _ in documents) % multiple_of_tokens)
-    if filler > 0:
-        documents.append((np.zeros(filler, dtype=np.int32), np.zeros(filler, dtype=bool)))
-        sample_ids.append(-1)
-    longest = max(len(ids) for ids, _ in documents)
+    sample_ids = list(sample_ids)
+    longest = max((len(ids) for ids, _ in documents), default=0)
     room = [longest if pad else len(ids) for ids, _ in documents]
+    filler = -sum(room) % multiple_of_tokens if room else multiple_of_tokens
+    if filler > 0:
+        room.append(filler)
+        sample_ids.append(-1)
     cu_seqlens = np.concatenate([[0], np.cumsum(room)])
     input_ids, target = np.zeros(cu_seqlens[-1], dtype=np.int64), np.zeros(cu_seqlens[-1], dtype=np.int64)
     loss_mask = np.zeros(cu_seqlens[-1], dtype=bool)
@@ -77,7 +77,7 @@ def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bo
         input_ids_T=torch.from_numpy(input_ids),
         position_ids_T=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max_seqlen=longest,
+        max_seqlen=max(room),
         target_T=torch.from_numpy(target),
         loss_mask_T=torch.from_numpy(loss_mask),
         sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),

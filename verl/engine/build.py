@@ -5,23 +5,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config import ModelConfig, OptimConfig
 from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
-from verl.engine.logprobs import TokenScorer, check_scorer
+from verl.engine.fsdp import Sharding
+from verl.engine.logprobs import TokenScorer, check_parts, check_scorer
 from verl.engine.recompute import recompute_activations
+from verl.engine.weights import Spread
+from verl.errors import UserError
 from verl.models import flash
 from verl.models.attention import choose_attention, describe_attention, heads_of
+from verl.models.context import check_heads, heads_of_each
 from verl.models.export import export_adapter, export_model, export_tokenizer
-from verl.models.load import Loaded, check_vocabulary, load_for_training
+from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, resolve
 from verl.models.quantize import four_bit, is_quantized, numel
+from verl.models.shards import load_without_values, small_twin
 from verl.models.trained_tokens import stop_token_warning, untrained_stop_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+# model.strategy=auto: bytes of a parameter with working copy, gradient and moments, or frozen, and how much of a GPU is little.
+BYTES_TRAINED, BYTES_FROZEN, SMALL_SHARE = 18, 2, 0.25
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_context(settings: ModelConfig) -> None:
+    """Raises UserError if the model's heads cannot be shared out as asked for; its weights are not read."""
+    if settings.context_parallel_size == 1:
+        return
+    try:
+        config = AutoConfig.from_pretrained(resolve(settings.partial_pretrain), trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # loading the model says what is wrong with it
+    check_heads(config, heads_of(config), settings.context_parallel_size)
+
+
 def build(
     settings: ModelConfig,
     optim: OptimConfig,
@@ -86,20 +106,12 @@ def build(
         UserError: no such model, or one that cannot be trained this way.
     """
     torch.manual_seed(seed)
-    offload = settings.fsdp_config.cpu_offload
-    home = torch.device("cpu") if offload else device
     compute_dtype = _compute_dtype(settings.compute_dtype, device)
-    loaded = load_for_training(
-        settings.partial_pretrain,
-        device=home,
-        trust_remote_code=settings.trust_remote_code,
-        quantization=four_bit(settings, compute_dtype),
-    )
+    spread = choose_spread(settings, device)
+    loaded, scorer = _load(settings, spread, device, compute_dtype)
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
-    scorer = TokenScorer(loaded.model)
-    check_scorer(scorer)
-    _cast(loaded.model, getattr(torch, settings.param_dtype))
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents)
+    heads = heads_of_each(heads_of(loaded.model.config), settings.context_parallel_size)
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads, documents)
     adapted, never_trained = None, list[str]()
     if settings.lora_rank > 0 or settings.lora_adapter_path is not None:
         from verl.models.adapted import use_operators
@@ -116,8 +128,62 @@ def build(
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
     compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
-    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, cpu_offload=offload)
+    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
     return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids, never_trained if settings.trainable_tokens is None else [])
+
+
+def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
+    """How the weights are to lie on the processes; "auto" puts all of them on each GPU where they take a small part of it.
+
+    Raises:
+        UserError: the number of processes is no multiple of the shards' number.
+    """
+    fsdp = settings.fsdp_config
+    if fsdp.shard_size is not None and dist.world_size() % fsdp.shard_size:
+        raise UserError(
+            f"{dist.world_size()} processes are not a multiple of {fsdp.shard_size}",
+            where="model.fsdp_config.shard_size",
+            fix=f"give one of {', '.join(str(n) for n in range(1, dist.world_size() + 1) if dist.world_size() % n == 0)}, or leave it out",
+        )
+    sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload)
+    if settings.strategy == "ddp" or (settings.strategy == "auto" and _is_small(settings, device)):
+        return Spread("ddp", sharding)
+    return Spread("fsdp2", sharding)
+
+
+def _is_small(settings: ModelConfig, device: torch.device) -> bool:
+    fsdp = settings.fsdp_config
+    if device.type != "cuda" or fsdp.cpu_offload or fsdp.shard_size is not None or settings.param_dtype != "float32":
+        return False
+    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
+    parameters = count_parameters(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
+    needed = parameters * (BYTES_FROZEN if adapters else BYTES_TRAINED)
+    return needed <= SMALL_SHARE * torch.cuda.get_device_properties(device).total_memory
+
+
+def _load(settings: ModelConfig, spread: Spread, device: torch.device, compute_dtype: torch.dtype) -> tuple[Loaded, TokenScorer]:
+    """The model, in the dtype that the optimizer updates. Where it is to be sharded it has no values yet (`Loaded.fill`)."""
+    offload, dtype = spread.sharding.cpu_offload, getattr(torch, settings.param_dtype)
+    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
+    sharded = spread.strategy == "fsdp2" and (dist.world_size() > 1 or offload)
+    if sharded and not adapters:
+        loaded = load_without_values(settings.partial_pretrain, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        if loaded is not None:
+            twin = TokenScorer(small_twin(loaded.model, device))
+            check_scorer(twin)
+            check_parts(twin)
+            return loaded, TokenScorer(loaded.model)
+    loaded = load_for_training(
+        settings.partial_pretrain,
+        device="cpu" if offload else device,
+        trust_remote_code=settings.trust_remote_code,
+        quantization=four_bit(settings, compute_dtype),
+    )
+    scorer = TokenScorer(loaded.model)
+    check_scorer(scorer)
+    check_parts(scorer)
+    _cast(loaded.model, dtype)
+    return loaded, scorer
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from verl import dist
 from verl.data.batch import Batch
 from verl.engine.softmax import logprobs_with_gradient_
 from verl.errors import UserError
@@ -19,6 +20,7 @@ from verl.models.attention import packed_kwargs
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
+SAME = 1e-3  # log-probabilities in float32 that differ by less are the same
 
 
 @dataclass
@@ -186,11 +188,39 @@ def check_scorer(scorer: TokenScorer) -> None:
     model.set_attn_implementation(packed_attention)
     model.train(training)
     difference = (found_M - torch.cat(expected)).abs().max().item()
-    if not difference < 1e-3:
+    if not difference < SAME:
         raise UserError(
             f"{type(model).__name__} in packed batches differs from the same model alone by {difference:.2g} in log-probability",
             where="model.partial_pretrain",
             fix="this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral",
+        )
+
+
+@torch.no_grad()
+def check_parts(scorer: TokenScorer) -> None:
+    """Where processes share micro-batches, compare their parts of one with the whole. Every process calls it.
+
+    It shows that nothing but attention, which has its exchange, mixes tokens. The weights must be as in `check_scorer`.
+
+    Raises:
+        UserError: they differ.
+    """
+    if dist.context_size() == 1:
+        return
+    from verl.data.pack import collate
+
+    whole = collate(_probe_documents(scorer.model.config.vocab_size), [0, 1], multiple_of_tokens=dist.context_size())
+    part = whole.part(dist.context_rank(), dist.context_size())
+    mine_M = torch.isin(whole.trained_M, part.trained_M + dist.context_rank() * len(part.input_ids_T))
+    device, training = scorer.model.device, scorer.model.training
+    scorer.model.eval()
+    expected_M, found_M = scorer(whole.to(device)).logprob_M[mine_M.to(device)], scorer(part.to(device)).logprob_M
+    scorer.model.train(training)
+    if dist.any_rank(not bool(((found_M - expected_M).abs() < SAME).all())):
+        raise UserError(
+            f"{type(scorer.model).__name__} gives other log-probabilities when a document is spread over several processes",
+            where="model.context_parallel_size",
+            fix="set it to 1, or choose a model such as Qwen2, Qwen3, Llama or Mistral",
         )
 
 

@@ -8,7 +8,7 @@ document, and `packed_kwargs(batch)`. No token sees another document. Two exact 
 
 `choose_attention` says once for the process which FlashAttention is called.
 
-Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D head size; a leading 1 is transformers' batch.
+Dimensions: T tokens of the packed batch or of this process's part of it, N query heads, K key-value heads, D head size; a leading 1 is transformers' batch.
 """
 
 from dataclasses import dataclass, field
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from verl import dist
 from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models import flash
+from verl.models.context import to_heads, to_tokens
 
 PACKED = "verl_packed"
 
@@ -44,8 +46,9 @@ _choice = Choice()
 
 
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
-    """What a transformers model passes down to its attention; the names are transformers' own for packed batches."""
+    """What a transformers model passes down to its attention; the names are transformers' own for packed batches, but for `context`."""
     return {
+        "context": dist.context_name() if batch.parts > 1 else "",
         "cu_seq_lens_q": batch.cu_seqlens,
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
@@ -126,10 +129,13 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    context: str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, in the form of transformers' attention functions.
 
+    Args:
+        context: name of the group of processes over which the batch's tokens are spread; "": they are all here.
     Returns:
         output_1TND and None (no attention weights).
     Raises:
@@ -139,8 +145,12 @@ def packed_attention(
         raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=_USE_ANOTHER)
     if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False:
         raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=_USE_ANOTHER)
-    if _choice.kernel != "sdpa" and _has_flash(query_1NTD.device.type, query_1NTD.dtype):
-        query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
+    if context is None and dist.context_size() > 1:
+        raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=_USE_ANOTHER)
+    query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
+    if context:
+        query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
+    if _choice.kernel != "sdpa" and _has_flash(query_TND.device.type, query_TND.dtype):
         output_TND = flash.flash_attention(
             query_TND,
             key_TKD,
@@ -151,17 +161,21 @@ def packed_attention(
             sliding_window=sliding_window,
             kernel=_choice.kernel,
         )
-        return output_TND.unsqueeze(0), None
-    return _per_document(query_1NTD, key_1KTD, value_1KTD, cu_seq_lens_q, scaling, sliding_window), None
+    else:
+        output_TND = _per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, scaling, sliding_window)
+    if context:
+        output_TND = to_tokens(output_TND, query_1NTD.shape[1], context)
+    return output_TND.unsqueeze(0), None
 
 
 _USE_ANOTHER = "this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
 
 
 def _per_document(
-    query_1NTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, cu_seqlens: Tensor, scaling: float | None, sliding_window: int | None
+    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
     lengths = cu_seqlens.diff().tolist()
+    by_head = (x.transpose(0, 1).unsqueeze(0) for x in (query_TND, key_TKD, value_TKD))
     outputs = [
         F.scaled_dot_product_attention(
             query,
@@ -173,9 +187,9 @@ def _per_document(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         # `split`, not slices: its backward is one concatenation, where each slice would fill a gradient of all T tokens.
-        for query, key, value in zip(*(x.split(lengths, dim=2) for x in (query_1NTD, key_1KTD, value_1KTD)), strict=True)
+        for query, key, value in zip(*(x.split(lengths, dim=2) for x in by_head), strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
 
 
 def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:

@@ -20,10 +20,10 @@ from verl.algorithms import sft
 from verl.config import DataConfig, SFTConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
-from verl.data.loader import Loader, Packing, micro_batches
+from verl.data.loader import Loader, Packing
 from verl.data.report import show_first_row
 from verl.engine import checkpoint
-from verl.engine.build import Built, build
+from verl.engine.build import Built, build, check_context
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.errors import UserError, exit_on_user_error
@@ -47,6 +47,7 @@ def run(config: SFTConfig) -> Path:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
     """
     device = dist.start()
+    dist.share_micro_batches(config.model.context_parallel_size)
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
         model = config.model
@@ -57,6 +58,7 @@ def run(config: SFTConfig) -> Path:
             from verl.models.lora import check_adapters  # peft takes its time
 
             check_adapters(model, tokenizer)
+        check_context(model)
         train, validation = load_data(config.data, tokenizer, this)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
@@ -101,7 +103,7 @@ def train_loop(
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
-                metrics |= validate(engine, validation, loader.packing)
+                metrics |= validate(engine, validation, loader)
             this.log(number, metrics)
         if ends_epoch:
             this.say(meter.end_epoch(step.epoch))
@@ -151,35 +153,38 @@ def check_same_rows(fingerprint: str, of_first: str, key: str) -> None:
 
 
 def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
-    rows, world_size = data.micro_batch_size_per_gpu, dist.world_size()
+    rows = data.micro_batch_size_per_gpu
     token_budget = data.max_tokens_per_micro_batch or rows * data.max_length
     return Loader(
         documents=train,
         packing=Packing(rows, token_budget if data.packing else None, multiple_of_tokens=TILE if pin else 1),
-        rows_per_step=data.train_batch_size or rows * world_size,
+        rows_per_step=data.train_batch_size or rows * dist.data_size(),
         seed=seed,
-        rank=dist.rank(),
-        world_size=world_size,
+        rank=dist.data_rank(),
+        world_size=dist.data_size(),
+        part=dist.context_rank(),
+        parts=dist.context_size(),
         pin=pin,
     )
 
 
 def describe_plan(loader: Loader, total_steps: int) -> str:
     packing = loader.packing
+    owners = f"process{'es' if loader.world_size > 1 else ''}" if loader.parts == 1 else f"× {loader.parts} processes"
     budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
     return (
         f"plan: {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} rows, "
-        f"in micro-batches of {budget} on each of {loader.world_size} process{'es' if loader.world_size > 1 else ''}"
+        f"in micro-batches of {budget} on each of {loader.world_size} {owners}"
     )
 
 
-def validate(engine: Engine, validation: Documents, packing: Packing) -> dict[str, float]:
-    """Mean loss over every trained token of the validation rows."""
+def validate(engine: Engine, validation: Documents, loader: Loader) -> dict[str, float]:
+    """Mean loss over every trained token of the validation rows, cut up as the loader does with its own."""
 
     def batches() -> Iterator[Batch]:
         for first in range(0, len(validation), VALIDATION_ROWS):
             rows = np.arange(first, min(first + VALIDATION_ROWS, len(validation)))
-            yield from micro_batches(validation, rows, packing, rank=dist.rank(), world_size=dist.world_size())
+            yield from loader.micro_batches(validation, rows)
 
     return {"val/loss": float(engine.evaluate(batches(), sft)["loss"])}
 

@@ -1,0 +1,127 @@
+"""Gradients and losses of tiny models whose documents are spread over the processes. Run under torchrun by test_context_parallel,
+which calls `results` by itself for what one process gives."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import RandomDocuments, qwen2_config, write_model
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import MistralConfig, MistralForCausalLM, PretrainedConfig, Qwen2ForCausalLM
+
+from verl import dist
+from verl.algorithms import sft
+from verl.config import ModelConfig, OptimConfig
+from verl.data.batch import Batch
+from verl.data.loader import Loader, Packing
+from verl.engine.compile import compile_layers
+from verl.engine.engine import Engine
+from verl.engine.logprobs import TokenScorer, check_parts, check_scorer
+from verl.engine.recompute import recompute_activations
+from verl.models.adapted import use_operators
+from verl.models.load import load_for_training
+from verl.models.lora import add_adapters
+
+STEPS = 10
+CPU = torch.device("cpu")
+
+
+def nothing(model: Any) -> None:
+    pass
+
+
+def adapted(model: Any) -> None:
+    use_operators(add_adapters(model, ModelConfig(lora_rank=4, lora_alpha=8), compute_dtype=torch.float32, seed=1, stop_ids=[]))
+    model.enable_input_require_grads()
+
+
+def recomputed(model: Any) -> None:
+    recompute_activations(model)
+
+
+def partly_recomputed(model: Any) -> None:
+    recompute_activations(model, selective=True)
+
+
+def compiled(model: Any) -> None:
+    compile_layers(model, backend="aot_eager")
+
+
+@dataclass
+class Case:
+    config: PretrainedConfig = field(default_factory=qwen2_config)
+    change: Callable[[Any], None] = nothing
+    packing: Packing = Packing(4, 240)
+
+
+WINDOWS = MistralConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+    sliding_window=7,
+)
+CASES = {
+    "two key heads": Case(),
+    "one key head": Case(qwen2_config(num_key_value_heads=1)),
+    "three key heads": Case(qwen2_config(hidden_size=96, num_attention_heads=6, num_key_value_heads=3)),
+    "sliding windows": Case(WINDOWS),
+    "padded rows": Case(packing=Packing(3, None)),
+    "adapters": Case(change=adapted),
+    "recomputed": Case(change=recomputed),
+    "partly recomputed": Case(change=partly_recomputed),
+    "compiled": Case(qwen2_config(num_key_value_heads=1), compiled),
+}
+
+
+def results(folder: Path, case: Case) -> tuple[Tensor, list[float]]:
+    """The gradient of the first step, and the losses of ten, the last of them without training."""
+    if dist.is_main():
+        write_model(folder, case.config, kind=MistralForCausalLM if case.config is WINDOWS else Qwen2ForCausalLM)
+    dist.barrier()
+    scorer = TokenScorer(load_for_training(str(folder)).model)
+    check_scorer(scorer)
+    check_parts(scorer)
+    case.change(scorer.model)
+    engine = Engine(scorer, OptimConfig(lr=1e-3), total_steps=STEPS, device=CPU, compute_dtype=torch.float32)
+    places = {"rank": dist.data_rank(), "world_size": dist.data_size(), "part": dist.context_rank(), "parts": dist.context_size()}
+    loader = Loader(RandomDocuments(), case.packing, rows_per_step=4, seed=1, **places)
+    steps = list(loader.steps(0, STEPS))
+    engine.backward(steps[0].micro_batches, sft)
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in engine.trained]
+    engine.optimizer.zero_grad()
+    losses = [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in steps[:-1]]
+    losses.append(float(engine.evaluate(steps[-1].micro_batches, sft)["loss"]))
+    return torch.cat([g.flatten() for g in gradients]), losses  # type: ignore[union-attr]
+
+
+def cut_documents(batch: Batch, number: int, parts: int) -> Batch:
+    """The known wrong way: each process takes its tokens for whole documents."""
+    part = batch_part(batch, number, parts)
+    tokens = len(part.input_ids_T)
+    inside = (batch.cu_seqlens - number * tokens).clamp(0, tokens).unique()
+    return replace(part, cu_seqlens=inside.int(), parts=1)
+
+
+batch_part = Batch.part
+
+
+def main(folder: str, saved: str, exchange: str, *names: str) -> None:
+    dist.start()
+    dist.share_micro_batches(2)
+    if exchange == "none":
+        Batch.part = cut_documents  # type: ignore[method-assign]
+    found = {name: results(Path(folder) / name.replace(" ", "_"), CASES[name]) for name in names or CASES}
+    if dist.is_main():
+        torch.save(found, saved)
+    dist.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
