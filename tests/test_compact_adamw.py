@@ -65,7 +65,7 @@ class FakeTokenizer:
     """As much of a tokenizer as `build` looks at."""
 
     all_special_ids: tuple[int, ...] = ()
-    added_tokens_decoder: dict[int, str] = {}
+    added_tokens_decoder: tuple[int, ...] = ()
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}

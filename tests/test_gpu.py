@@ -20,9 +20,11 @@ from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
+from verl.engine.fsdp import Sharding
 from verl.engine.logprobs import TokenScorer, check_scorer
 from verl.engine.recompute import recompute_activations
 from verl.engine.softmax import logprobs_with_gradient_
+from verl.engine.weights import Spread
 from verl.models.attention import describe_attention
 from verl.models.export import export_model
 from verl.models.liger import use_liger
@@ -65,7 +67,7 @@ def engine_on(
         compile_layers(loaded.model)
     scorer = TokenScorer(loaded.model)
     config = OptimConfig(lr=1e-2 if lora else 1e-4, warmup_steps_ratio=0.0)
-    return Engine(scorer, config, total_steps=50, device=device, compute_dtype=dtype, cpu_offload=offload)
+    return Engine(scorer, config, total_steps=50, device=device, compute_dtype=dtype, spread=Spread(sharding=Sharding(cpu_offload=offload)))
 
 
 PACKED = Packing(8, 480)

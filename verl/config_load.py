@@ -37,6 +37,7 @@ ANSWERED = {
     "data.pad_mode": "use data.packing=true or data.packing=false",
     "data.apply_chat_template_kwargs": "write the template you want to a file and set data.chat_template",
     "model.fsdp_config.model_dtype": "use model.param_dtype; model.compute_dtype sets the arithmetic",
+    "model.fsdp_config.fsdp_size": "use model.fsdp_config.shard_size",
     "model.fsdp_config.offload_params": "use model.fsdp_config.cpu_offload",
     "model.fsdp_config.wrap_policy": "leave it out; every decoder layer is sharded by itself",
     "model.external_lib": "install the model's package; transformers finds it",

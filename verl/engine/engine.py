@@ -3,13 +3,13 @@
 Dimensions: M trained positions.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from verl import dist as processes
 from verl.config import OptimConfig
@@ -17,7 +17,7 @@ from verl.data.batch import Batch
 from verl.engine.compile import uncompiled
 from verl.engine.logprobs import TokenOut, TokenScorer
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
-from verl.engine.weights import MasterWeights, ShardedWeights, Weights
+from verl.engine.weights import SHARDED, Spread, spread_weights
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Engine:
         total_steps: optimizer steps of the whole run, which the schedule spans.
         device: where the arithmetic runs.
         compute_dtype: of the forward and backward pass.
-        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        spread: how the weights lie on the processes.
+        fill: where the model has no values yet, reads them into its shards.
     """
 
     def __init__(
@@ -68,15 +69,12 @@ class Engine:
         total_steps: int,
         device: torch.device,
         compute_dtype: torch.dtype,
-        cpu_offload: bool = False,
+        spread: Spread = SHARDED,
+        fill: Callable[[nn.Module, torch.device], None] | None = None,
     ):
         self.device, self.compute_dtype = device, compute_dtype
-        self.scorer = scorer if cpu_offload else scorer.to(device)
-        self.weights: Weights
-        if processes.world_size() > 1 or cpu_offload:
-            self.weights = ShardedWeights(self.scorer, processes.mesh(device), compute_dtype=compute_dtype, cpu_offload=cpu_offload)
-        else:
-            self.weights = MasterWeights(self.scorer, compute_dtype)
+        self.scorer = scorer
+        self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
         self.trained = list(self.weights.trained.values())
         self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
         self.learning_rate = learning_rate(config, total_steps)

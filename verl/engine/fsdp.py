@@ -1,35 +1,53 @@
 """Sharding with FSDP2: weights as they were loaded, arithmetic in the compute dtype, gradients reduced in float32."""
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from verl import dist
 from verl.engine.logprobs import TokenScorer
 
 
-def shard(scorer: TokenScorer, mesh: DeviceMesh, *, compute_dtype: torch.dtype, cpu_offload: bool) -> FSDPModule:
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 shards.
+
+    Attributes:
+        size: processes that share one copy of the weights, neighbours by rank; groups of so many hold copies of each other. None: all.
+        reshard_after_forward: give a layer's whole weights away after its forward pass and get them again for the backward pass.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+    """
+
+    size: int | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+
+def shard(scorer: TokenScorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
     """Shard every decoder layer by itself, and what is left (embeddings, last norm, output layer) together.
 
-    Args:
-        mesh: one dimension, all processes; a mesh of one runs the same code.
-        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+    While a layer computes, the next one's weights are on their way.
+
     Returns:
         the same module, now sharded.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    mesh = dist.mesh(device, sharding.size)
     # With one process there is nobody to get a layer back from, so giving it away would only cost copies.
+    alone = mesh.size() == 1 and not sharding.cpu_offload
     options: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": policy,
-        "offload_policy": offload,
-        "reshard_after_forward": mesh.size() > 1 or cpu_offload,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
+        "reshard_after_forward": sharding.reshard_after_forward and not alone,
     }
-    for layer in decoder_layers(scorer.model):
-        fully_shard(layer, **options)
+    layers: list[Any] = [fully_shard(layer, **options) for layer in decoder_layers(scorer.model)]
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
     sharded: FSDPModule = fully_shard(scorer, **{**options, "reshard_after_forward": False})
     return sharded
 

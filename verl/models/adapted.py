@@ -320,7 +320,12 @@ def _as_operator(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _is_served(layer: Any, x: Tensor) -> bool:
-    return isinstance(layer, LoraLinear) and not layer.disable_adapters and not layer.merged and layer.lora_A["default"].weight.dtype == x.dtype
+    return (
+        isinstance(layer, LoraLinear)
+        and not layer.disable_adapters
+        and not layer.merged
+        and layer.lora_A["default"].weight.dtype == x.dtype
+    )
 
 
 def _outputs(layers: Sequence[Any], x: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,10 +38,12 @@ class Loaded:
     Attributes:
         model: a causal language model, its attention set to packed batches.
         saved_dtypes: the dtype that each parameter and buffer had on disk, and will have again.
+        fill: of a model without values (`verl.models.shards`), reads them once it is sharded, onto a device.
     """
 
     model: PreTrainedModel
     saved_dtypes: dict[str, torch.dtype]
+    fill: Callable[[nn.Module, torch.device], None] | None = None
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -59,7 +62,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         with _garbage_left_alone():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _cannot_load("tokenizer", path, error) from error
+        raise cannot_load("tokenizer", path, error) from error
     if not getattr(tokenizer, "is_fast", False):
         fix = "convert it with transformers' convert_slow_tokenizer"
         raise UserError("its tokenizer has no fast version (tokenizer.json)", where=path, fix=fix)
@@ -93,9 +96,25 @@ def load_for_training(
     options = {} if quantization is None else {"quantization_config": quantization}
     model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options)
     keep_layout(model)
-    saved_dtypes = _saved_dtypes(model, resolve(path))
-    _restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
+    saved_dtypes = find_saved_dtypes(model, resolve(path))
+    restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
+
+
+def count_parameters(path: str, *, trust_remote_code: bool = False) -> int:
+    """Of a model, by its config alone.
+
+    Raises:
+        UserError: no such model.
+    """
+    source = resolve(path)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("model", path, error) from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_for_inference(
@@ -192,7 +211,7 @@ def _from_pretrained(
             **options,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load("model", path, error) from error
+        raise cannot_load("model", path, error) from error
     except SafetensorError as error:
         raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
     return model
@@ -210,7 +229,7 @@ def _garbage_left_alone() -> Iterator[None]:
             gc.enable()
 
 
-def _saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dtype]:
+def find_saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dtype]:
     """The dtype on disk of each of the model's tensors, by its name in the model.
 
     A tensor that is tied to another has that one's. One that is not on disk under its name, because the file has it in parts
@@ -253,7 +272,7 @@ def weight_files(source: str) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))  # a config may name its file otherwise
 
 
-def _restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[str, torch.dtype], *, trust_remote_code: bool) -> None:
+def restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[str, torch.dtype], *, trust_remote_code: bool) -> None:
     """Let the config name the dtype of the file again, in place of the one that was loaded."""
     stated = AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code).dtype
     dtype = stated if stated is not None else next(iter(saved_dtypes.values()))
@@ -262,7 +281,8 @@ def _restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[
             part.dtype = dtype
 
 
-def _cannot_load(what: str, path: str, error: Exception) -> UserError:
+def cannot_load(what: str, path: str, error: Exception) -> UserError:
+    """What to raise where transformers or the Hub raised."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return UserError(f"the {what} brings Python code of its own", where=path, fix="if you trust it, set trust_remote_code=true")

@@ -23,7 +23,7 @@ from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
 from verl.data.report import show_first_row
 from verl.engine import checkpoint
-from verl.engine.build import Built, build, check_context
+from verl.engine.build import Built, build, check_context, choose_spread
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.errors import UserError, exit_on_user_error
@@ -59,6 +59,7 @@ def run(config: SFTConfig) -> Path:
 
             check_adapters(model, tokenizer)
         check_context(model)
+        choose_spread(model, device)  # here for its errors, before the data is read
         train, validation = load_data(config.data, tokenizer, this)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
@@ -170,7 +171,8 @@ def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) ->
 
 def describe_plan(loader: Loader, total_steps: int) -> str:
     packing = loader.packing
-    owners = f"process{'es' if loader.world_size > 1 else ''}" if loader.parts == 1 else f"× {loader.parts} processes"
+    many = loader.world_size > 1
+    owners = ("processes" if many else "process") if loader.parts == 1 else f"group{'s' if many else ''} of {loader.parts} processes"
     budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
     return (
         f"plan: {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} rows, "
