@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from transformers import MistralConfig, MistralForCausalLM, PretrainedConfig, Qwen2ForCausalLM
 
@@ -22,6 +24,8 @@ from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_parts, check_scorer
 from verl.engine.recompute import recompute_activations
+from verl.errors import UserError
+from verl.models import attention
 from verl.models.adapted import use_operators
 from verl.models.load import load_for_training
 from verl.models.lora import add_adapters
@@ -48,7 +52,28 @@ def partly_recomputed(model: Any) -> None:
 
 
 def compiled(model: Any) -> None:
+    """With an attention that a graph can hold, as FlashAttention on a GPU is, and activations computed again inside it."""
+    attention._has_flash = lambda *_: True
+    attention.flash.flash_attention = lambda query, key, value, bounds, longest, **_: masked(query, key, value, bounds)
+    counters.clear()
+    recomputed(model)
     compile_layers(model, backend="aot_eager")
+
+
+def ended() -> None:
+    """Attention as it was."""
+    attention._has_flash, attention.flash.flash_attention = HAS_FLASH, FLASH_ATTENTION
+
+
+HAS_FLASH, FLASH_ATTENTION = attention._has_flash, attention.flash.flash_attention
+
+
+def masked(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor) -> Tensor:
+    position_T = torch.arange(query_TND.shape[0])
+    document_T = torch.bucketize(position_T, cu_seqlens[1:], right=True)
+    mask_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
+    by_head = (x.transpose(0, 1)[None] for x in (query_TND, key_TKD, value_TKD))
+    return F.scaled_dot_product_attention(*by_head, attn_mask=mask_TT, enable_gqa=True)[0].transpose(0, 1)
 
 
 @dataclass
@@ -80,14 +105,23 @@ CASES = {
 }
 
 
-def results(folder: Path, case: Case) -> tuple[Tensor, list[float]]:
-    """The gradient of the first step, and the losses of ten, the last of them without training."""
+class Results(NamedTuple):
+    """Of ten steps: the first one's gradient, each one's loss, the last without training, and what layers were compiled to."""
+
+    gradient: Tensor
+    losses: list[float]
+    graphs: int
+    graph_breaks: int
+
+
+def results(folder: Path, case: Case, *, check: bool = True) -> Results:
     if dist.is_main():
         write_model(folder, case.config, kind=MistralForCausalLM if case.config is WINDOWS else Qwen2ForCausalLM)
     dist.barrier()
     scorer = TokenScorer(load_for_training(str(folder)).model)
     check_scorer(scorer)
-    check_parts(scorer)
+    if check:
+        check_parts(scorer)
     case.change(scorer.model)
     engine = Engine(scorer, OptimConfig(lr=1e-3), total_steps=STEPS, device=CPU, compute_dtype=torch.float32)
     places = {"rank": dist.data_rank(), "world_size": dist.data_size(), "part": dist.context_rank(), "parts": dist.context_size()}
@@ -98,7 +132,9 @@ def results(folder: Path, case: Case) -> tuple[Tensor, list[float]]:
     engine.optimizer.zero_grad()
     losses = [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in steps[:-1]]
     losses.append(float(engine.evaluate(steps[-1].micro_batches, sft)["loss"]))
-    return torch.cat([g.flatten() for g in gradients]), losses  # type: ignore[union-attr]
+    ended()
+    gradient = torch.cat([g.flatten() for g in gradients])  # type: ignore[union-attr]
+    return Results(gradient, losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
 
 def cut_documents(batch: Batch, number: int, parts: int) -> Batch:
@@ -112,12 +148,23 @@ def cut_documents(batch: Batch, number: int, parts: int) -> Batch:
 batch_part = Batch.part
 
 
-def main(folder: str, saved: str, exchange: str, *names: str) -> None:
+def wrong(folder: Path) -> tuple[tuple[Any, ...], str]:
+    """Without an exchange, and what the check before training says of it."""
+    Batch.part = cut_documents  # type: ignore[method-assign]
+    said = ""
+    try:
+        results(folder, Case())
+    except UserError as error:
+        said = error.what
+    return tuple(results(folder, Case(), check=False)), said
+
+
+def main(folder: str, saved: str, *names: str) -> None:
     dist.start()
     dist.share_micro_batches(2)
-    if exchange == "none":
-        Batch.part = cut_documents  # type: ignore[method-assign]
-    found = {name: results(Path(folder) / name.replace(" ", "_"), CASES[name]) for name in names or CASES}
+    found: dict[str, Any] = {name: tuple(results(Path(folder) / str(number), CASES[name])) for number, name in enumerate(names)}
+    if dist.world_size() == 2:
+        found["wrong"] = wrong(Path(folder) / "wrong")
     if dist.is_main():
         torch.save(found, saved)
     dist.stop()

@@ -209,7 +209,9 @@ def check_parts(scorer: TokenScorer) -> None:
         return
     from verl.data.pack import collate
 
-    whole = collate(_probe_documents(scorer.model.config.vocab_size), [0, 1], multiple_of_tokens=dist.context_size())
+    # The longer one last: wherever the batch is cut, a trained token has some of what it depends on in another part.
+    documents = _probe_documents(scorer.model.config.vocab_size)[::-1]
+    whole = collate(documents, [0, 1], multiple_of_tokens=dist.context_size())
     part = whole.part(dist.context_rank(), dist.context_size())
     mine_M = torch.isin(whole.trained_M, part.trained_M + dist.context_rank() * len(part.input_ids_T))
     device, training = scorer.model.device, scorer.model.training

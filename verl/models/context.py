@@ -108,12 +108,12 @@ def _size(group: str) -> int:
 @_to_heads.register_fake
 def _shapes_of_wholes(parts_UXD: list[Tensor], group: str) -> list[Tensor]:
     size = _size(group)
-    return [x.new_empty((len(x) * size, math.lcm(int(x.shape[1]), size) // size, x.shape[2])) for x in parts_UXD]
+    return [x.new_empty((x.shape[0] * size, math.lcm(int(x.shape[1]), size) // size, x.shape[2])) for x in parts_UXD]
 
 
 @_to_tokens.register_fake
 def _shapes_of_parts(wholes_TXD: list[Tensor], heads: list[int], group: str) -> list[Tensor]:
-    return [x.new_empty((len(x) // _size(group), number, x.shape[2])) for x, number in zip(wholes_TXD, heads, strict=True)]
+    return [x.new_empty((x.shape[0] // _size(group), number, x.shape[2])) for x, number in zip(wholes_TXD, heads, strict=True)]
 
 
 # Each is the other's backward pass: what was sent comes back as a gradient, and what was sent several times is added up.

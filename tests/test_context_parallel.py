@@ -1,0 +1,198 @@
+"""Documents spread over two processes: what each has of a batch, that the numbers are those of one process, and the trainer."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from context_of_ranks import CASES, Results, results
+from test_sft_trainer import SFT, command, losses, metrics_of, words
+from tiny import RandomDocuments, qwen2_config, write_model
+from torch import Tensor
+
+from verl import dist
+from verl.config import ModelConfig
+from verl.data.loader import Packing, micro_batches
+from verl.data.pack import collate
+from verl.demo.problems import write_problems
+from verl.engine.build import check_context
+from verl.errors import UserError, exit_on_user_error
+from verl.models.context import heads_of_each
+from verl.models.flash import Heads
+from verl.models.tiny import write_tiny_model
+from verl.trainer import fsdp_sft_trainer
+
+# Of PyTorch's own making, while it traces.
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+STEPS = 6
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("packing", [Packing(4, 240), Packing(4, 240, multiple_of_tokens=16), Packing(3, None)])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_batch_are_the_whole_of_it(parts: int, packing: Packing) -> None:
+    rows = np.arange(7)
+    whole = micro_batches(RandomDocuments(), rows, packing)
+    spread = [micro_batches(RandomDocuments(), rows, packing, part=part, parts=parts) for part in range(parts)]
+    for number, expected in enumerate(whole):
+        batches = [batches[number] for batches in spread]
+        tokens, real = len(batches[0].input_ids_T), len(expected.input_ids_T)
+        assert {len(batch.input_ids_T) for batch in batches} == {tokens} and tokens % packing.multiple_of_tokens == 0
+        for name in ("input_ids_T", "position_ids_T", "target_T", "loss_mask_T"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in batches])[:real], getattr(expected, name)[:real]), name
+        trained = torch.cat([batch.trained_M + part * tokens for part, batch in enumerate(batches)])
+        assert torch.equal(trained, expected.trained_M)
+        for batch in batches:
+            assert batch.cu_seqlens[-1] == parts * tokens and batch.max_seqlen == int(batch.cu_seqlens.diff().max()) and batch.parts == parts
+
+
+def test_a_rank_without_rows_has_filler_for_every_part() -> None:
+    batch = collate([], [], multiple_of_tokens=6)
+    assert len(batch.part(1, 2).input_ids_T) == 3 and len(batch.part(1, 2).trained_M) == 0
+    assert batch.cu_seqlens.tolist() == [0, 6] and batch.sample_ids_S.tolist() == [-1]
+
+
+@pytest.mark.parametrize(("query", "key_value", "size", "expected"), [(14, 2, 2, (7, 1)), (14, 2, 7, (2, 2)), (6, 3, 2, (3, 3)), (8, 1, 4, (2, 1))])
+def test_each_process_has_the_key_heads_of_its_query_heads(query: int, key_value: int, size: int, expected: tuple[int, int]) -> None:
+    heads = heads_of_each(Heads(query, key_value, 64), size)
+    assert (heads.query, heads.key_value) == expected
+
+
+def under_torchrun(processes: int, saved: Path, *names: str) -> dict:
+    here = Path(__file__).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+    script = [str(here / "context_of_ranks.py"), str(saved.with_suffix(".models")), str(saved), *names]
+    done = subprocess.run(launcher + script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict = torch.load(saved)
+    return {name: Results(*values) if name in CASES else (Results(*values[0]), values[1]) for name, values in found.items()}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Each case's results by two processes that share each micro-batch, and those without an exchange."""
+    return under_torchrun(2, tmp_path_factory.mktemp("two") / "found.pt", *CASES)
+
+
+@pytest.fixture(scope="module")
+def of_one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
+    return lambda name: results(tmp_path_factory.mktemp("one"), CASES[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_with_half_of_each_batch_have_the_gradient_and_the_losses_of_one(name: str, of_two: dict, of_one: Callable) -> None:
+    expected, found = of_one(name), of_two[name]
+    assert relative(found.gradient, expected.gradient) < 1e-5
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5) and found.losses[-1] < found.losses[0]
+
+
+def test_a_compiled_layer_is_one_graph_with_the_exchange_inside(of_two: dict) -> None:
+    assert of_two["compiled"].graphs == 1 and of_two["compiled"].graph_breaks == 0
+
+
+def test_without_the_exchange_the_gradient_is_another_and_the_check_before_training_says_so(of_two: dict, of_one: Callable) -> None:
+    """Negative control: each process takes its part of a document for a document."""
+    found, said = of_two["wrong"]
+    expected = of_one("two key heads")
+    assert relative(found.gradient, expected.gradient) > 1e-2
+    assert found.losses != pytest.approx(expected.losses, rel=1e-3)
+    assert "spread over several processes" in said
+
+
+def test_two_pairs_of_processes_with_different_rows_have_the_gradient_and_the_losses_of_one(tmp_path: Path, of_one: Callable) -> None:
+    expected, found = of_one("one key head"), under_torchrun(4, tmp_path / "found.pt", "one key head")["one key head"]
+    assert relative(found.gradient, expected.gradient) < 1e-5
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems in train.jsonl and test.jsonl, and a small model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("sft")
+    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
+    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    return folder
+
+
+def config(folder: Path, output: str, **changes: object) -> list[str]:
+    steps = {"trainer__total_training_steps": STEPS, "trainer__save_freq": STEPS // 2, "data__val_files": folder / "test.jsonl"}
+    return words(folder, output, **{**steps, "optim__lr_scheduler": "constant", **changes})
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> list[dict[str, float]]:
+    fsdp_sft_trainer.main(config(folder, "plain"))
+    return metrics_of(folder / "plain")
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> subprocess.CompletedProcess[str]:
+    done = command(*SFT, *config(folder, "shared", model__context_parallel_size=2), processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_a_run_of_two_processes_that_share_documents_is_that_of_one(folder: Path, plain: list, shared: subprocess.CompletedProcess) -> None:
+    found = metrics_of(folder / "shared")
+    for key in ("train/loss", "train/tokens", "train/supervised_tokens"):
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in plain], rel=1e-5)
+    assert found[-1]["val/loss"] == pytest.approx(plain[-1]["val/loss"], rel=1e-5)
+    for line, before in zip(found, [{"train/tokens": 0}, *found], strict=False):
+        tokens = line["train/tokens"] - before["train/tokens"]
+        assert line["perf/tokens_per_second_per_gpu"] == pytest.approx(tokens / line["perf/step_seconds"] / 2)
+    assert "on each of 1 group of 2 processes" in shared.stdout
+
+
+def goes_on(folder: Path, source: str, output: str) -> list[str]:
+    return config(folder, output, trainer__resume_mode="resume_path", trainer__resume_from_path=folder / source / f"global_step_{STEPS // 2}")
+
+
+def test_a_checkpoint_of_shared_documents_goes_on_on_one_process_and_the_other_way_round(folder: Path, plain: list, shared: object) -> None:
+    fsdp_sft_trainer.main(goes_on(folder, "shared", "shared-then-plain"))
+    done = command(*SFT, *goes_on(folder, "plain", "plain-then-shared"), "model.context_parallel_size=2", processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("shared-then-plain", "plain-then-shared"):
+        found = metrics_of(folder / name)
+        assert losses(found) == pytest.approx(losses(plain)[STEPS // 2 :], rel=1e-5)
+        assert [line["train/tokens"] for line in found] == [line["train/tokens"] for line in plain[STEPS // 2 :]]
+
+
+def test_without_a_batch_size_processes_that_share_a_micro_batch_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.config import DataConfig
+
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(dist, "rank", lambda: 3)
+    monkeypatch.setattr(dist, "_context_size", 2)
+    loader = fsdp_sft_trainer.build_loader(DataConfig(micro_batch_size_per_gpu=3), RandomDocuments(), 1, pin=False)  # type: ignore[arg-type]
+    assert (loader.rows_per_step, loader.rank, loader.world_size, loader.part, loader.parts) == (6, 1, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(0, "model.context_parallel_size: found 0"), (2, "1 processes are not a multiple of 2"), ("two", "model.context_parallel_size")],
+)
+def test_a_wrong_size_is_a_users_error_before_the_data_is_read(
+    size: object, expected: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(fsdp_sft_trainer.main, config(folder, "bad", model__context_parallel_size=size))
+    said = capfd.readouterr()
+    assert end.value.code == 2 and expected in said.err and "fix: " in said.err and "Traceback" not in said.err
+    assert not (folder / "bad").exists()
+
+
+def test_heads_that_cannot_be_shared_out_are_a_users_error_with_the_sizes_that_do(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path, qwen2_config(num_attention_heads=4)))
+    check_context(ModelConfig(partial_pretrain=model, context_parallel_size=4))
+    with pytest.raises(UserError) as error:
+        check_context(ModelConfig(partial_pretrain=model, context_parallel_size=3))
+    assert "the 4 attention heads" in error.value.what and error.value.where == "model.context_parallel_size=3"
+    assert error.value.fix == "one of 1, 2, 4"
