@@ -161,6 +161,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12, help="that are timed")
     parser.add_argument("--warmup", type=int, default=6, help="steps before them")
     parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="more keys for verl")
+    parser.add_argument("--lora-rank", type=int, help="measure adapters of this rank at all linear layers beside full fine-tuning")
     parser.add_argument("--peers", action="store_true", help="measure the other trainers too")
     parser.add_argument("--peer-dtypes", default="float32,bfloat16", help="of the weights that their optimizer updates")
     parser.add_argument("--only", help="names of contestants, with commas between")
@@ -187,9 +188,9 @@ def check(options: argparse.Namespace) -> None:
     """Raises UserError for what could not be measured."""
     if options.model in SHAPES and options.tokenizer is None:
         raise UserError(f"{options.model} has random weights and no tokenizer", where="--tokenizer", fix="give the directory of one")
-    for name in ("rows", "steps", "warmup"):
+    for name in ("rows", "steps", "warmup", "lora_rank"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"found {value}", where=f"--{name}", fix="give at least 1")
+            raise UserError(f"found {value}", where=f"--{name.replace('_', '-')}", fix="give at least 1")
     if options.tokens < options.max_length:
         raise UserError(f"{options.tokens} tokens cannot hold a row of {options.max_length}", where="--tokens", fix="lower --max-length")
 
@@ -278,10 +279,15 @@ def prepare_work(options: argparse.Namespace, model: Path, folder: Path, on_gpu:
 
 def contestants(options: argparse.Namespace, work: Work) -> list[Contestant]:
     """verl first, then the peers."""
-    everyone = [verl(work, options.keys)]
+    rank, everyone = options.lora_rank, [verl(work, options.keys)]
+    if rank is not None:
+        everyone.append(verl(work, [f"model.lora_rank={rank}", "optim.lr=1e-4", *options.keys], adapters=True))
     if options.peers:
         dtypes = options.peer_dtypes.split(",")
-        everyone += [trl(work, s) for s in settings.trl(on_gpu=work.on_gpu, fixed_rows=options.rows is not None, dtypes=dtypes)]
+        shape = {"on_gpu": work.on_gpu, "fixed_rows": options.rows is not None}
+        everyone += [trl(work, s) for s in settings.trl(**shape, dtypes=dtypes)]
+        if rank is not None:
+            everyone += [trl(work, settings.with_adapters(s, rank)) for s in settings.trl(**shape, dtypes=["bfloat16"])]
     return everyone
 
 
@@ -293,9 +299,10 @@ def choose(everyone: list[Contestant], only: str | None) -> list[Contestant]:
     return [contestant for contestant in everyone if contestant.name in wanted]
 
 
-def verl(work: Work, keys: list[str]) -> Contestant:
+def verl(work: Work, keys: list[str], *, adapters: bool = False) -> Contestant:
     """The product's own command, writing no checkpoint."""
-    directory = work.folder / "verl"
+    name = "verl-lora" if adapters else "verl"
+    directory = work.folder / name
     words = {
         "data.train_files": work.data,
         "data.max_length": work.max_length,
@@ -314,10 +321,11 @@ def verl(work: Work, keys: list[str]) -> Contestant:
         words["model.compile"] = "true"  # a run as long as its users' would be; "auto" sees the few steps of this one
     pairs = [*(f"{key}={value}" for key, value in words.items()), *keys]
     dtype = next((key.partition("=")[2] for key in keys if key.startswith("model.param_dtype=")), "float32")
+    dtype = settings.ADAPTERS if adapters else dtype
     setting = " ".join([f"{work.rows} rows, micro-batches of {work.budget:,} tokens, {dtype} weights", *keys])
     command = ["-m", "verl.trainer.fsdp_sft_trainer", *pairs]
     started = directory / "run" / "metrics.jsonl"
-    return Contestant("verl", setting, dtype, command, directory, started, lambda: read_verl(directory / "run", work))
+    return Contestant(name, setting, dtype, command, directory, started, lambda: read_verl(directory / "run", work))
 
 
 def read_verl(directory: Path, work: Work) -> Measured:
@@ -492,18 +500,24 @@ def line(result: Result) -> str:
 
 
 def compare(results: list[Result]) -> dict[str, dict[str, Any]]:
-    """verl's speed over that of the fastest peer, by the peers' weights."""
-    ours = next((r for r in results if r.name == "verl" and r.tokens_per_second), None)
+    """verl's speed over that of the fastest peer, by the peers' weights, and that of adapters over full fine-tuning."""
+    own = {r.name: r for r in results if r.name in ("verl", "verl-lora") and r.tokens_per_second}
     ratios: dict[str, dict[str, Any]] = {}
     for dtype in dict.fromkeys(result.dtype for result in results):
-        peers = [r for r in results if r.name != "verl" and r.dtype == dtype and r.tokens_per_second]
-        if ours is None or not peers:
-            continue
-        best = max(peers, key=lambda peer: peer.tokens_per_second or 0.0)
-        ratio = (ours.tokens_per_second or 0.0) / (best.tokens_per_second or 1.0)
-        memory = f", {ours.peak_gib:.1f} GiB against {best.peak_gib:.1f}" if ours.peak_gib and best.peak_gib else ""
-        ratios[dtype] = {"ratio": ratio, "text": f"verl: {ratio:.2f} × the fastest peer with {dtype} weights, {best.name}{memory}"}
+        peers = [r for r in results if r.name not in ("verl", "verl-lora") and r.dtype == dtype and r.tokens_per_second]
+        ours = own.get("verl-lora" if dtype == settings.ADAPTERS else "verl")
+        if ours is not None and peers:
+            best = max(peers, key=lambda peer: peer.tokens_per_second or 0.0)
+            ratios[dtype] = _ratio(ours, best, f"the fastest peer with {dtype} weights, {best.name}")
+    if len(own) == 2:
+        ratios["full"] = _ratio(own["verl-lora"], own["verl"], "full fine-tuning, verl")
     return ratios
+
+
+def _ratio(ours: Result, other: Result, words: str) -> dict[str, Any]:
+    ratio = (ours.tokens_per_second or 0.0) / (other.tokens_per_second or 1.0)
+    memory = f", {ours.peak_gib:.1f} GiB against {other.peak_gib:.1f}" if ours.peak_gib and other.peak_gib else ""
+    return {"ratio": ratio, "text": f"{ours.name}: {ratio:.2f} × {words}{memory}"}
 
 
 def table(results: list[Result]) -> Table:

@@ -159,9 +159,19 @@ def test_verl_is_compared_with_the_fastest_peer_of_each_kind_of_weights() -> Non
     assert found["float32"]["text"] == "verl: 1.50 × the fastest peer with float32 weights, b, 8.0 GiB against 10.0"
 
 
+def test_adapters_are_compared_with_the_peers_adapters_and_with_full_fine_tuning() -> None:
+    def result(name: str, dtype: str, rate: float) -> sft.Result:
+        return sft.Result(name, "", dtype, "", tokens_per_second=rate)
+
+    results = [result("verl", "float32", 100.0), result("verl-lora", settings.ADAPTERS, 150.0), result("a", "float32", 50.0)]
+    found = sft.compare([*results, result("a-lora", settings.ADAPTERS, 75.0)])
+    assert {kind: ratio["ratio"] for kind, ratio in found.items()} == {"float32": 2.0, settings.ADAPTERS: 2.0, "full": 1.5}
+
+
 @pytest.mark.parametrize(("on_gpu", "fixed_rows"), [(True, True), (True, False), (False, True)])
 def test_each_setting_has_a_name_of_its_own(on_gpu: bool, fixed_rows: bool) -> None:
     names = [setting.name for setting in settings.trl(on_gpu=on_gpu, fixed_rows=fixed_rows, dtypes=["float32", "bfloat16"])]
+    names += [settings.with_adapters(s, 8).name for s in settings.trl(on_gpu=on_gpu, fixed_rows=fixed_rows, dtypes=["bfloat16"])]
     assert len(set(names)) == len(names) >= 4
 
 

@@ -1,6 +1,6 @@
 """The settings at which each peer is measured: its best known ones, and how it comes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Setting:
 
 GPU = ("--liger", "--attention", "flash_attention_2")
 GPU_WORDS = "Liger, FlashAttention-2"
+ADAPTERS = "adapters beside frozen"  # in place of a dtype: the frozen weights are bfloat16 on a GPU, the adapters float32
 LEAN = "collated in two workers, no check for NaN"
 
 
@@ -61,3 +62,9 @@ def trl(*, on_gpu: bool, fixed_rows: bool, dtypes: list[str]) -> list[Setting]:
         for dtype in dtypes
         for name, words, options, packs in shapes
     ]
+
+
+def with_adapters(setting: Setting, rank: int) -> Setting:
+    """The same with LoRA through peft, at all linear layers."""
+    name = setting.name.removesuffix(f"-{setting.dtype}") + "-lora"
+    return replace(setting, name=name, dtype=ADAPTERS, options=(*setting.options, "--lora-rank", str(rank)))

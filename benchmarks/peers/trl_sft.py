@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-by-length", action="store_true")
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--lora-rank", type=int, help="adapters at all linear layers, through peft")
     parser.add_argument("--lean-host", action="store_true", help="collate in two workers, and leave out the check of each loss for NaN")
     return parser.parse_args()
 
@@ -109,6 +111,10 @@ def settings(options: argparse.Namespace, on_gpu: bool) -> SFTConfig:
     )
 
 
+def adapters(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def main() -> None:
     options = arguments()
     options.dir.mkdir(parents=True, exist_ok=True)
@@ -122,6 +128,7 @@ def main() -> None:
         train_dataset=dataset(options.data),
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[clock],
+        peft_config=None if options.lora_rank is None else adapters(options.lora_rank),
     )
     trainer.train()
     timed = slice(options.warmup, options.warmup + options.steps)
