@@ -32,6 +32,7 @@ from verl.models.lora import add_adapters
 
 STEPS = 10
 CPU = torch.device("cpu")
+PACKED = Packing(4, 240)
 
 
 def nothing(model: Any) -> None:
@@ -80,7 +81,7 @@ def masked(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Te
 class Case:
     config: PretrainedConfig = field(default_factory=qwen2_config)
     change: Callable[[Any], None] = nothing
-    packing: Packing = Packing(4, 240)
+    packing: Packing = PACKED
 
 
 WINDOWS = MistralConfig(
@@ -148,25 +149,25 @@ def cut_documents(batch: Batch, number: int, parts: int) -> Batch:
 batch_part = Batch.part
 
 
-def wrong(folder: Path) -> tuple[tuple[Any, ...], str]:
-    """Without an exchange, and what the check before training says of it."""
-    Batch.part = cut_documents  # type: ignore[method-assign]
-    said = ""
+def check_without_exchange(folder: Path) -> str:
+    """What the check before training says of it."""
     try:
         results(folder, Case())
     except UserError as error:
-        said = error.what
-    return tuple(results(folder, Case(), check=False)), said
+        return error.what
+    return ""
 
 
-def main(folder: str, saved: str, *names: str) -> None:
+def main(folder: str, *names: str) -> None:
     dist.start()
     dist.share_micro_batches(2)
-    found: dict[str, Any] = {name: tuple(results(Path(folder) / str(number), CASES[name])) for number, name in enumerate(names)}
-    if dist.world_size() == 2:
-        found["wrong"] = wrong(Path(folder) / "wrong")
+    place = Path(folder)
+    found: dict[str, Any] = {name: tuple(results(place / str(number), CASES[name])) for number, name in enumerate(names)}
+    Batch.part = cut_documents  # type: ignore[method-assign]
+    found["said of wrong"] = check_without_exchange(place / "wrong")
+    found["wrong"] = tuple(results(place / "wrong", Case(), check=False))
     if dist.is_main():
-        torch.save(found, saved)
+        torch.save(found, place / "found.pt")
     dist.stop()
 
 

@@ -33,9 +33,10 @@ class DataConfig:
     chat_template: str | None = None
     # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes that take different rows.
     train_batch_size: int | None = None
-    # Rows of max_length that one GPU holds at a time; with packing their product is a budget of tokens.
+    # Rows of max_length that one GPU, or those that share its micro-batches (model.context_parallel_size), hold at a time; with
+    # packing their product is a budget of tokens.
     micro_batch_size_per_gpu: int = 4
-    # Tokens that one GPU holds at a time; null: micro_batch_size_per_gpu × max_length.
+    # Tokens that they hold at a time; null: micro_batch_size_per_gpu × max_length.
     max_tokens_per_micro_batch: int | None = None
     # Longest row, in tokens.
     max_length: int = 1024

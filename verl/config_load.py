@@ -44,7 +44,7 @@ ANSWERED = {
     "model.use_shm": "leave it out; safetensors are mapped, not copied",
     "model.use_remove_padding": "leave it out; there is no padding (data.packing)",
     "use_remove_padding": "leave it out; there is no padding (data.packing)",
-    "ulysses_sequence_parallel_size": "leave it out; one document lives on one GPU",
+    "ulysses_sequence_parallel_size": "use model.context_parallel_size",
     "optim.lr_scheduler_type": "use optim.lr_scheduler",
     "optim.warmup_style": "use optim.lr_scheduler",
     "optim.lr_warmup_steps": "use optim.warmup_steps_ratio",

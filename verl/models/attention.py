@@ -8,7 +8,8 @@ document, and `packed_kwargs(batch)`. No token sees another document. Two exact 
 
 `choose_attention` says once for the process which FlashAttention is called.
 
-Dimensions: T tokens of the packed batch or of this process's part of it, N query heads, K key-value heads, D head size; a leading 1 is transformers' batch.
+Dimensions: T tokens of the packed batch, or of this process's part of it; N query heads, K key-value heads, D head size; a
+leading 1 is transformers' batch.
 """
 
 from dataclasses import dataclass, field
