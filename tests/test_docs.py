@@ -16,6 +16,7 @@ SCHEMAS = {
     "verl.trainer.fsdp_sft_trainer": config.SFTConfig,
     "verl.eval.sft_evaluator": config.EvalConfig,
     "sft": config.SFTConfig,
+    "plan": config.SFTConfig,
     "eval": config.EvalConfig,
     "export": config.ExportConfig,
 }

@@ -55,6 +55,18 @@ def sft(
         exit_on_user_error(launch, gpus, context.args)
 
 
+@app.command(context_settings=PASS_ON)
+def plan(
+    context: typer.Context,
+    gpus: Annotated[int | None, typer.Option(help="Processes of the run, one a GPU; they need not be here.", min=1)] = None,
+) -> None:
+    """Show what a run would take, without a GPU: steps, tokens, memory, and what to change where it does not fit: key=value …"""
+    if asks_for_help(context.args):
+        print_keys("SFTConfig", "verl plan [--gpus N] key=value …")
+    else:
+        exit_on_user_error(show_plan, gpus, context.args)
+
+
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Exact match of a checkpoint on a file of questions and answers: key=value …"""
@@ -120,6 +132,21 @@ def run_module(name: str, words: list[str]) -> NoReturn:
         module.main(words)
 
     exit_on_user_error(run)
+
+
+def show_plan(gpus: int | None, words: list[str]) -> None:
+    """The plan of `verl sft` with these words on so many GPUs.
+
+    Raises:
+        UserError: a wrong config, wrong data, or no such model.
+    """
+    from verl.config import SFTConfig
+    from verl.config_load import load
+
+    config = load(SFTConfig, words)
+    from verl.trainer.fsdp_sft_trainer import dry_run
+
+    dry_run(config, gpus)
 
 
 def launch(processes: int, words: list[str]) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl import config_load, dist
@@ -26,15 +27,16 @@ from verl.engine import checkpoint
 from verl.engine.build import Built, build, check_context, choose_spread
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
+from verl.engine.memory import GIB
 from verl.errors import UserError, exit_on_user_error
 from verl.models import flash
 from verl.models.load import load_tokenizer
-from verl.run import Run
+from verl.run import Run, quiet_libraries
 from verl.trainer.meter import Meter
+from verl.trainer.plan import TILE, check_room, describe, make_plan
 from verl.trainer.profile import profiled
 from verl.trainer.resume import find_checkpoint, start_position
 
-TILE = 128  # a GPU's kernels work on blocks of so many tokens
 VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
 
 
@@ -51,14 +53,7 @@ def run(config: SFTConfig) -> Path:
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
         model = config.model
-        tokenizer = load_tokenizer(
-            model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template
-        )
-        if model.lora_rank > 0 or model.lora_adapter_path is not None:
-            from verl.models.lora import check_adapters  # peft takes its time
-
-            check_adapters(model, tokenizer)
-        check_context(model)
+        tokenizer = read_tokenizer(config)
         choose_spread(model, device)  # here for its errors, before the data is read
         train, validation = load_data(config.data, tokenizer, this)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
@@ -69,6 +64,7 @@ def run(config: SFTConfig) -> Path:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
+        warn_of_memory(config, train, device, this)
         tokens = int(train.lengths_N.sum())
         built = build(
             model,
@@ -85,6 +81,60 @@ def run(config: SFTConfig) -> Path:
         if resume_from is not None:
             checkpoint.load(resume_from, built.engine)
         return train_loop(config, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+
+
+def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
+    """Print what the run would take. Nothing is written but the cache of tokenized rows, and no weights are read.
+
+    Args:
+        gpus: of the run, which need not be here; None: as many as there are processes.
+    Raises:
+        UserError: as `run`.
+    """
+    device = dist.start()
+    quiet_libraries()
+    train = load_rows(config.data, "train", read_tokenizer(config))
+    plan = make_plan(config, train, gpus=gpus or dist.world_size(), gpu_gib=memory_of(device))
+    if dist.is_main():
+        print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
+
+
+def read_tokenizer(config: SFTConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, once it is seen that the model can be what the config asks for.
+
+    Raises:
+        UserError: no such model, or adapters or parts of heads that it cannot have.
+    """
+    model = config.model
+    tokenizer = load_tokenizer(model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
+    if model.lora_rank > 0 or model.lora_adapter_path is not None:
+        from verl.models.lora import check_adapters  # peft takes its time
+
+        check_adapters(model, tokenizer)
+    check_context(model)
+    return tokenizer
+
+
+def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, this: Run) -> None:
+    """Say it before anything is loaded if the GPU is likely to be too small.
+
+    Raises:
+        UserError: on all ranks: it is too small for certain.
+    """
+    gpu_gib = memory_of(device)
+    if gpu_gib is not None:
+        plan = make_plan(config, train, gpus=dist.world_size(), gpu_gib=gpu_gib)
+        dist.together(lambda: say_if(check_room(plan, config, train), this))
+
+
+def say_if(text: str | None, this: Run) -> None:
+    if text is not None:
+        this.say(text)
+
+
+def memory_of(device: torch.device) -> float | None:
+    """GiB of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
 
 
 def train_loop(
@@ -131,19 +181,23 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
 def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Documents, Documents | None]:
     """Tokenized training and validation rows; each node's first process makes the cache, the others read it."""
 
-    def load(kind: str, max_samples: int | None) -> Documents:
-        key = f"data.{kind}_files"
-        samples = None if max_samples == -1 else max_samples
-        documents = dist.main_first(lambda: load_documents(data, getattr(data, f"{kind}_files"), tokenizer, key=key, max_samples=samples))
+    def load(kind: str) -> Documents:
+        documents, key = load_rows(data, kind, tokenizer), f"data.{kind}_files"
         first = dist.from_main(documents.fingerprint)
         dist.together(lambda: check_same_rows(documents.fingerprint, first, key))
         this.say(f"{key}: {documents.report}")
         return documents
 
-    train = load("train", data.train_max_samples)
-    validation = None if data.val_files is None else load("val", data.val_max_samples)
+    train = load("train")
+    validation = None if data.val_files is None else load("val")
     this.show(partial(show_first_row, tokenizer, *train.document(0)))
     return train, validation
+
+
+def load_rows(data: DataConfig, kind: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
+    """Tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
+    files, samples = getattr(data, f"{kind}_files"), getattr(data, f"{kind}_max_samples")
+    return dist.main_first(lambda: load_documents(data, files, tokenizer, key=f"data.{kind}_files", max_samples=samples))
 
 
 def check_same_rows(fingerprint: str, of_first: str, key: str) -> None:
@@ -193,7 +247,8 @@ def validate(engine: Engine, validation: Documents, loader: Loader) -> dict[str,
 
 def main(argv: list[str]) -> None:
     try:
-        run(config_load.load(SFTConfig, argv))
+        config = config_load.load(SFTConfig, argv)
+        dry_run(config) if config.trainer.dry_run else run(config)
     finally:
         dist.stop()
 
