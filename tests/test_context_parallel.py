@@ -192,3 +192,15 @@ def test_heads_that_cannot_be_shared_out_are_a_users_error_with_the_sizes_that_d
         check_context(ModelConfig(partial_pretrain=model, context_parallel_size=3))
     assert "the 4 attention heads" in error.value.what and error.value.where == "model.context_parallel_size=3"
     assert error.value.fix == "one of 1, 2, 4"
+
+
+@pytest.mark.gpu
+def test_two_gpus_that_share_documents_give_the_losses_of_one(folder: Path) -> None:
+    """In bfloat16 with FlashAttention and NCCL."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for name, processes in (("one-gpu", 1), ("two-gpus", 2)):
+        done = command(*SFT, *config(folder, name, model__context_parallel_size=processes), processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (losses(metrics_of(folder / name)) for name in ("one-gpu", "two-gpus"))
+    assert two[0] == pytest.approx(one[0], rel=1e-3) and two == pytest.approx(one, rel=1e-2)
