@@ -203,6 +203,22 @@ def load_with_tokens(run: Run, name: str) -> Tensor:
     return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
 
 
+def test_an_adapter_beside_a_base_in_bfloat16_goes_on_with_its_own_values(tied: Path, tmp_path: Path) -> None:
+    first = add_adapters(load_for_training(str(tied)).model, settings(tied), compute_dtype=torch.float32, seed=1)
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    export_adapter(tmp_path, first)
+    base = load_for_training(str(tied), dtype=torch.bfloat16).model
+    going_on = add_adapters(base, ModelConfig(lora_adapter_path=str(tmp_path)), compute_dtype=torch.bfloat16, seed=1)
+    expected = {name: p for name, p in first.named_parameters() if "lora_" in name}
+    found = {name: p for name, p in going_on.named_parameters() if "lora_" in name}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], p) for name, p in expected.items())
+    assert {p.dtype for name, p in going_on.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+
+
 def test_an_adapter_on_an_untied_output_layer_is_in_the_loss(untied: Path, tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
     run = Run(settings(untied, target_modules=["lm_head"]), tokenizer)
     before = run.train(0, 1)[0]

@@ -164,26 +164,37 @@ def _is_small(settings: ModelConfig, device: torch.device) -> bool:
 def _load(settings: ModelConfig, spread: Spread, device: torch.device, compute_dtype: torch.dtype) -> tuple[Loaded, TokenScorer]:
     """The model, in the dtype that the optimizer updates. Where it is to be sharded it has no values yet (`Loaded.fill`)."""
     offload, dtype = spread.sharding.cpu_offload, getattr(torch, settings.param_dtype)
+    home = torch.device("cpu") if offload else device
     adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
     sharded = spread.strategy == "fsdp2" and (dist.world_size() > 1 or offload)
     if sharded and not adapters:
         loaded = load_without_values(settings.partial_pretrain, dtype=dtype, trust_remote_code=settings.trust_remote_code)
         if loaded is not None:
-            twin = TokenScorer(small_twin(loaded.model, device))
-            check_scorer(twin)
-            check_parts(twin)
+            _check(TokenScorer(small_twin(loaded.model, device)))
             return loaded, TokenScorer(loaded.model)
+    if adapters and compute_dtype != torch.float32 and not (settings.use_dora or settings.load_in_4bit):
+        # What is frozen needs no float32; DoRA starts from the norms of its rows, which do.
+        loaded = load_for_training(
+            settings.partial_pretrain, device=home, dtype=compute_dtype, trust_remote_code=settings.trust_remote_code
+        )
+        _check(TokenScorer(small_twin(loaded.model, device)))
+        return loaded, TokenScorer(loaded.model)
     loaded = load_for_training(
         settings.partial_pretrain,
-        device="cpu" if offload else device,
+        device=home,
         trust_remote_code=settings.trust_remote_code,
         quantization=four_bit(settings, compute_dtype),
     )
     scorer = TokenScorer(loaded.model)
-    check_scorer(scorer)
-    check_parts(scorer)
+    _check(scorer)
     _cast(loaded.model, dtype)
     return loaded, scorer
+
+
+def _check(scorer: TokenScorer) -> None:
+    """Whether the architecture can be trained in packed batches, and where processes share them, in parts of one."""
+    check_scorer(scorer)
+    check_parts(scorer)
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:

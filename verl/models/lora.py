@@ -43,11 +43,11 @@ def add_adapters(
     torch.manual_seed(seed)
     adapted = get_peft_model(model, wanted, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
-    if config.lora_adapter_path is not None:
-        set_peft_model_state_dict(adapted, adapter_files.read_weights(config.lora_adapter_path))
     for parameter in adapted.parameters():
         if not is_quantized(parameter):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+    if config.lora_adapter_path is not None:  # only now, or a base in bfloat16 would have them rounded
+        set_peft_model_state_dict(adapted, adapter_files.read_weights(config.lora_adapter_path))
     set_compute_dtype(model, compute_dtype)
     return adapted
 
