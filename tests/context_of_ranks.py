@@ -24,6 +24,7 @@ from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer, check_parts, check_scorer
 from verl.engine.recompute import recompute_activations
+from verl.engine.weights import SHARDED, Spread
 from verl.errors import UserError
 from verl.models import attention
 from verl.models.adapted import use_operators
@@ -82,6 +83,7 @@ class Case:
     config: PretrainedConfig = field(default_factory=qwen2_config)
     change: Callable[[Any], None] = nothing
     packing: Packing = PACKED
+    spread: Spread = SHARDED
 
 
 WINDOWS = MistralConfig(
@@ -100,6 +102,7 @@ CASES = {
     "sliding windows": Case(WINDOWS),
     "padded rows": Case(packing=Packing(3, None)),
     "adapters": Case(change=adapted),
+    "all weights on each process": Case(spread=Spread("ddp")),
     "recomputed": Case(change=recomputed),
     "partly recomputed": Case(change=partly_recomputed),
     "compiled": Case(qwen2_config(num_key_value_heads=1), compiled),
@@ -124,7 +127,7 @@ def results(folder: Path, case: Case, *, check: bool = True) -> Results:
     if check:
         check_parts(scorer)
     case.change(scorer.model)
-    engine = Engine(scorer, OptimConfig(lr=1e-3), total_steps=STEPS, device=CPU, compute_dtype=torch.float32)
+    engine = Engine(scorer, OptimConfig(lr=1e-3), total_steps=STEPS, device=CPU, compute_dtype=torch.float32, spread=case.spread)
     places = {"rank": dist.data_rank(), "world_size": dist.data_size(), "part": dist.context_rank(), "parts": dist.context_size()}
     loader = Loader(RandomDocuments(), case.packing, rows_per_step=4, seed=1, **places)
     steps = list(loader.steps(0, STEPS))
