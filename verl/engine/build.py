@@ -61,7 +61,7 @@ class Built:
         return (
             f"device: {dist.describe_device(engine.device)}; attention: {describe_attention(engine.device.type, engine.compute_dtype)}\n"
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
-            f"weights in {_name(engine.trained[0].dtype)}, arithmetic in {_name(engine.compute_dtype)}, "
+            f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
             f"layers {'compiled' if self.compiler.on else 'not compiled'} ({self.compiler.why})"
             + (f"\nwarning: {stop_token_warning(self.never_trained)}" if self.never_trained else "")
         )

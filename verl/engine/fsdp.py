@@ -26,6 +26,11 @@ class Sharding:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
 
+    def describe(self) -> str:
+        size, everyone = self.size or dist.world_size(), dist.world_size()
+        groups = f", in {everyone // size} groups" if size < everyone else ""
+        return f"sharded over {size}{groups}" + (" in host memory" if self.cpu_offload else "") if everyone > 1 else "in host memory"
+
 
 def shard(scorer: TokenScorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
     """Shard every decoder layer by itself, and what is left (embeddings, last norm, output layer) together.

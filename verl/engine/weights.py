@@ -43,8 +43,10 @@ class Weights(Protocol):
     Attributes:
         trained: what the optimizer updates, by the model's own names.
         copies: of what is trained, those that the model computes with instead; an optimizer may write them as `publish` does.
+        place: where they lie, in words.
     """
 
+    place: str
     trained: dict[str, nn.Parameter]
     copies: dict[nn.Parameter, Tensor]
 
@@ -68,6 +70,8 @@ class MasterWeights:
     What is loaded in the compute dtype is its own working copy; frozen weights are cast to it. Gradients are added up
     over micro-batches in the dtype of `trained`; those of a single one are left as they are.
     """
+
+    place = "on one process"
 
     def __init__(self, scorer: TokenScorer, compute_dtype: torch.dtype):
         # A shared (tied) parameter has one entry here, as it has in named_parameters.
@@ -145,6 +149,8 @@ class ReplicatedWeights(MasterWeights):
     the step's last backward pass goes on; the micro-batches before it send nothing.
     """
 
+    place = "whole on each process"
+
     def __init__(self, scorer: TokenScorer, compute_dtype: torch.dtype):
         super().__init__(scorer, compute_dtype)
         self._buckets, self._next, self._last = [_Bucket()], 0, False
@@ -208,6 +214,7 @@ class ShardedWeights:
         fill: Callable[[nn.Module, torch.device], None] | None,
     ):
         self._sharded = shard(scorer, device, sharding, compute_dtype=compute_dtype)
+        self.place = sharding.describe()
         if fill is not None:
             fill(scorer, torch.device("cpu") if sharding.cpu_offload else device)
         self.trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
