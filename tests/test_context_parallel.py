@@ -116,8 +116,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, output: str, **changes: object) -> list[str]:
-    steps = {"trainer__total_training_steps": STEPS, "trainer__save_freq": STEPS // 2, "data__val_files": folder / "test.jsonl"}
+    steps = {"trainer__total_training_steps": STEPS, "trainer__save_freq": 2, "data__val_files": folder / "test.jsonl"}
     return words(folder, output, **{**steps, "optim__lr_scheduler": "constant", **changes})
+
+
+def goes_on(folder: Path, output: str, source: str, step: int) -> list[str]:
+    return config(folder, output, trainer__resume_mode="resume_path", trainer__resume_from_path=folder / source / f"global_step_{step}")
 
 
 @pytest.fixture(scope="module")
@@ -127,38 +131,32 @@ def plain(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def shared(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two pairs of processes: each pair has rows of its own, and shares them."""
-    done = command(*SFT, *config(folder, "shared", model__context_parallel_size=2), processes=4, env={"OMP_NUM_THREADS": "1"})
+def shared(folder: Path, plain: list) -> str:
+    """Two pairs of processes go on from the second step of one; each pair has rows of its own, and shares them. What they say."""
+    arguments = [*goes_on(folder, "shared", "plain", 2), "model.context_parallel_size=2"]
+    done = command(*SFT, *arguments, processes=4, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return done.stdout
 
 
-def test_a_run_of_pairs_that_share_documents_is_that_of_one_process(folder: Path, plain: list, shared: subprocess.CompletedProcess) -> None:
-    found = metrics_of(folder / "shared")
+def assert_same_run(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
     for key in ("train/loss", "train/tokens", "train/supervised_tokens"):
-        assert [line[key] for line in found] == pytest.approx([line[key] for line in plain], rel=1e-5)
-    assert found[-1]["val/loss"] == pytest.approx(plain[-1]["val/loss"], rel=1e-5)
-    for line, before in zip(found, [{"train/tokens": 0}, *found], strict=False):
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5)
+    assert found[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], rel=1e-5)
+
+
+def test_pairs_that_share_documents_go_on_as_one_process_does(folder: Path, plain: list, shared: str) -> None:
+    found = metrics_of(folder / "shared")
+    assert_same_run(found, plain[2:])
+    for line, before in zip(found, [plain[1], *found], strict=False):
         tokens = line["train/tokens"] - before["train/tokens"]
         assert line["perf/tokens_per_second_per_gpu"] == pytest.approx(tokens / line["perf/step_seconds"] / 4)
-    assert "on each of 2 groups of 2 processes" in shared.stdout
+    assert "on each of 2 groups of 2 processes" in shared
 
 
-def goes_on(folder: Path, source: str, output: str) -> list[str]:
-    return config(
-        folder, output, trainer__resume_mode="resume_path", trainer__resume_from_path=folder / source / f"global_step_{STEPS // 2}"
-    )
-
-
-def test_a_checkpoint_of_shared_documents_goes_on_on_one_process_and_the_other_way_round(folder: Path, plain: list, shared: object) -> None:
-    fsdp_sft_trainer.main(goes_on(folder, "shared", "shared-then-plain"))
-    done = command(*SFT, *goes_on(folder, "plain", "plain-then-shared"), "model.context_parallel_size=2", processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("shared-then-plain", "plain-then-shared"):
-        found = metrics_of(folder / name)
-        assert losses(found) == pytest.approx(losses(plain)[STEPS // 2 :], rel=1e-5)
-        assert [line["train/tokens"] for line in found] == [line["train/tokens"] for line in plain[STEPS // 2 :]]
+def test_one_process_goes_on_as_pairs_that_shared_documents(folder: Path, plain: list, shared: str) -> None:
+    fsdp_sft_trainer.main(goes_on(folder, "shared-then-plain", "shared", 4))
+    assert_same_run(metrics_of(folder / "shared-then-plain"), plain[4:])
 
 
 def test_without_a_batch_size_processes_that_share_a_micro_batch_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
