@@ -58,8 +58,10 @@ def is_operator(mlp) -> bool:
 IDS = torch.arange(3, 3 + 29 * 13, 13).remainder(512)[None]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj"]])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("targets", "compiled"),
+    [("all-linear", False), ("all-linear", True), (["q_proj", "down_proj"], False), (["q_proj", "k_proj", "v_proj", "gate_proj"], False)],
+)
 def test_logits_and_gradients_are_those_of_peft(base: Path, targets, compiled: bool) -> None:
     model = adapted(base, target_modules=targets)
     expected = results(model, IDS)
