@@ -34,7 +34,8 @@ class Decoder:
         head_trained: whether the output embedding is.
         tied: whether the input embedding is the output embedding.
         ranks: of a layer's adapters, all together.
-        mlp_is_one: the feed-forward part is one operator, which keeps no product of gate and up.
+        mlp_trained: something in the feed-forward part is trained.
+        mlp_is_one: it is one operator, which keeps no product of gate and up.
     """
 
     layers: int
@@ -52,6 +53,7 @@ class Decoder:
     quantized: int = 0
     head_trained: bool = True
     ranks: float = 0.0
+    mlp_trained: bool = True
     mlp_is_one: bool = False
 
     @property
@@ -277,21 +279,23 @@ def inside_layer(model: Decoder, work: Work) -> float:
     c, h, q, k = work.compute_bytes, model.hidden, model.query, model.key
     numbers = 2 * FLOAT32 + FLOAT32 * model.heads  # 1 / root mean square of two norms, logsumexp of the attention
     attention = c * (2 * q + 2 * k)  # q, k, v and the output
-    # Compiled: the layer's input, the output of both norms and of attention's last product. As written: the input of both norms in
-    # float32, what they make, and before it what their weights were multiplied with, which nobody needs where those are frozen.
-    streams = 4 * c * h if work.compiled else 2 * h * (FLOAT32 + (1 if model.frozen else 2) * c)
+    # Compiled: the layer's input, what attention's last product adds to it, and the output of the norms. As written: the input of both
+    # norms in float32, their output, and before it what their weights were multiplied with, which nobody needs where those are frozen.
+    outputs = c * h * (2 if model.mlp_trained else 1)
+    streams = outputs + (2 * c * h if work.compiled else 2 * h * (FLOAT32 + (0 if model.frozen else c)))
     widths = kept_widths(model, work) + passing_widths(model, work)
     return streams + attention + numbers + c * model.ranks + c * model.intermediate * widths
 
 
 def kept_widths(model: Decoder, work: Work) -> int:
-    """[T, F] that the feed-forward part keeps: gate, up, unless it is one operator their product, and as written silu(gate)."""
-    return 2 if model.mlp_is_one else 3 if work.compiled else 4
+    """[T, F] that the feed-forward part keeps: gate, up, as written silu(gate), and their product where what follows needs it."""
+    product = model.mlp_trained and not model.mlp_is_one
+    return 2 + product + (not work.compiled and not model.mlp_is_one)
 
 
 def passing_widths(model: Decoder, work: Work) -> int:
-    """[T, F] more in its backward pass. Of gate, up, the gradient of their product and both their own, the product has left its place."""
-    return 2 if work.compiled and not model.mlp_is_one else 3
+    """[T, F] more in its backward pass: the gradients of the product, of gate and of up; the first takes a kept product's place."""
+    return 5 - kept_widths(model, work) if work.compiled else 3
 
 
 def kept_once(model: Decoder, work: Work) -> float:

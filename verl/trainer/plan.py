@@ -66,16 +66,31 @@ class Plan:
         return self.needed <= gib * GIB
 
 
-def make_plan(config: SFTConfig, documents: Documents, *, gpus: int, gpu_gib: float | None = None) -> Plan:
+@dataclass(frozen=True)
+class Model:
+    """What a plan needs to know of the model.
+
+    Attributes:
+        name: of its class.
+        flops: of a token, forward and backward.
+    """
+
+    name: str
+    sizes: Decoder
+    flops: float
+
+
+def make_plan(config: SFTConfig, documents: Documents, *, gpus: int, gpu_gib: float | None = None, model: Model | None = None) -> Plan:
     """The plan of a run.
 
     Args:
         gpus: processes, one a GPU, that need not be here.
         gpu_gib: memory of the GPU that is here.
+        model: what `read_model` says, where it is known already.
     Raises:
         UserError: no such model, or GPUs that cannot be shared out as the config asks for.
     """
-    model = model_without_values(config.model)
+    model = model or read_model(config.model)
     context, shards = config.model.context_parallel_size, config.model.fsdp_config.shard_size
     for key, size in (("model.context_parallel_size", context), ("model.fsdp_config.shard_size", shards)):
         if size is not None and gpus % size:
@@ -86,25 +101,23 @@ def make_plan(config: SFTConfig, documents: Documents, *, gpus: int, gpu_gib: fl
     tokens_per_step = float(documents.lengths_N.sum()) / steps_per_epoch
     tokens, trained_tokens, micro_batches = largest_micro_batch(config, documents, rows_per_step, steps, groups=gpus // context)
     tokens, trained_tokens = -(-tokens // context), -(-trained_tokens // context)
-    compiled = is_compiled(config.model.compile, model, tokens_per_step * steps / gpus)
-    sizes = decoder(model, config.model)  # last: it puts adapters into the model
-    strategy = choose_strategy(config.model, sizes, gpu_gib or ASSUMED_GIB)
+    strategy = choose_strategy(config.model, model.sizes, gpu_gib or ASSUMED_GIB)
     work = Work(
         tokens=tokens,
         trained_tokens=trained_tokens,
         micro_batches=micro_batches,
-        param_bytes=2 if config.model.param_dtype == "bfloat16" and not sizes.frozen else 4,
+        param_bytes=2 if config.model.param_dtype == "bfloat16" and not model.sizes.frozen else 4,
         compute_bytes=4 if config.model.compute_dtype == "float32" else 2,
         eight_bit=config.optim.name == "adamw_8bit",
         checkpointing=CHECKPOINTING[config.model.enable_gradient_checkpointing],
-        compiled=compiled,
+        compiled=is_compiled(config.model.compile, model.flops * tokens_per_step * steps / gpus),
         strategy=strategy,
         gpus=gpus,
         shards=1 if strategy == "ddp" else shards or gpus,
         resharded=config.model.fsdp_config.reshard_after_forward,
         offload=config.model.fsdp_config.cpu_offload,
     )
-    return Plan(type(model).__name__, sizes, work, steps, steps_per_epoch, rows_per_step, tokens_per_step, gpu_gib)
+    return Plan(model.name, model.sizes, work, steps, steps_per_epoch, rows_per_step, tokens_per_step, gpu_gib)
 
 
 CHECKPOINTING: dict[Any, Literal["none", "selective", "full"]] = {False: "none", "selective": "selective", True: "full"}
@@ -151,6 +164,17 @@ def cut(lengths: Sequence[int], packing: Packing, groups: int) -> list[list[int]
 # The model.
 
 
+def read_model(settings: ModelConfig) -> Model:
+    """A model's sizes and arithmetic, from its config.
+
+    Raises:
+        UserError: no such model, or adapters that it cannot have.
+    """
+    model = model_without_values(settings)
+    flops = training_flops(model)(1, 1)  # before adapters are put into it
+    return Model(type(model).__name__, decoder(model, settings), flops)
+
+
 def model_without_values(settings: ModelConfig) -> PreTrainedModel:
     """A model of the right shapes, on no device.
 
@@ -191,21 +215,12 @@ def decoder(model: PreTrainedModel, settings: ModelConfig) -> Decoder:
     if settings.lora_rank == 0 and settings.lora_adapter_path is None:
         return sizes
     linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
-    trained, ranks, mlp_is_one = put_adapters(model, settings, len(layers))
-    return replace(
-        sizes,
-        frozen=everything,
-        quantized=linear if settings.load_in_4bit else 0,
-        trained=trained,
-        root_trained=0,
-        head_trained=False,
-        ranks=ranks,
-        mlp_is_one=mlp_is_one,
-    )
+    frozen = replace(sizes, frozen=everything, quantized=linear if settings.load_in_4bit else 0, root_trained=0, head_trained=False)
+    return with_adapters(frozen, model, settings)
 
 
-def put_adapters(model: PreTrainedModel, settings: ModelConfig, layers: int) -> tuple[int, float, bool]:
-    """Trained weights, ranks of a layer, and whether its feed-forward part becomes one operator."""
+def with_adapters(frozen: Decoder, model: PreTrainedModel, settings: ModelConfig) -> Decoder:
+    """Sizes of a model with adapters, which are put into it; they are in its layers, nearly always."""
     from peft import get_peft_model  # it takes its time
 
     from verl.models.adapted import use_operators
@@ -215,20 +230,24 @@ def put_adapters(model: PreTrainedModel, settings: ModelConfig, layers: int) -> 
         adapted: Any = get_peft_model(model, lora_config(model, settings, None, ()), autocast_adapter_dtype=False)
     kinds = {name: type(module) for name, module in adapted.named_modules() if hasattr(module, "gate_proj")}
     use_operators(adapted)
-    mlp_is_one = any(type(module) is not kinds[name] for name, module in adapted.named_modules() if name in kinds)
-    ranks = sum(module.r["default"] for module in adapted.modules() if hasattr(module, "lora_A") and "default" in module.r)
-    return numel(p for p in adapted.parameters() if p.requires_grad), ranks / layers, mlp_is_one and not settings.load_in_4bit
+    adapters = {name: module.r["default"] for name, module in adapted.named_modules() if "default" in getattr(module, "lora_A", ())}
+    is_one = any(type(module) is not kinds[name] for name, module in adapted.named_modules() if name in kinds)
+    return replace(
+        frozen,
+        trained=numel(p for p in adapted.parameters() if p.requires_grad),
+        ranks=sum(adapters.values()) / frozen.layers,
+        mlp_trained=not kinds or any(name.rpartition(".")[0] in kinds for name in adapters),
+        mlp_is_one=is_one and not settings.load_in_4bit,
+    )
 
 
 def numel(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def is_compiled(setting: Any, model: PreTrainedModel, tokens: float) -> bool:
-    """As `verl.engine.compile` decides on a GPU, of the fastest kind that is common where none is here."""
-    if setting != "auto":
-        return bool(setting)
-    return training_flops(model)(int(tokens), int(tokens)) / ASSUMED_PEAK >= WORTH_SECONDS
+def is_compiled(setting: Any, flops: float) -> bool:
+    """As `verl.engine.compile` decides on a GPU, of a fast kind that is common; `flops` are those of the run on one GPU."""
+    return flops / ASSUMED_PEAK >= WORTH_SECONDS if setting == "auto" else bool(setting)
 
 
 def choose_strategy(settings: ModelConfig, sizes: Decoder, gpu_gib: float) -> Literal["ddp", "fsdp2"]:
@@ -263,7 +282,13 @@ def remedies(config: SFTConfig, gpus: int) -> Iterator[Changes]:
         yield least
     if model.lora_rank == 0 and model.lora_adapter_path is None:
         yield from remedies_of_optimizer(config, least)
-        yield {**least, "model.lora_rank": 32}
+        least = {**least, "model.lora_rank": 32}
+        yield least
+    if model.fsdp_config.cpu_offload:
+        return
+    if gpus == 1 and not model.load_in_4bit:
+        yield {**least, "model.load_in_4bit": True}
+    yield {**least, **back_to_plain(config), "model.fsdp_config.cpu_offload": True}
 
 
 def remedies_of_optimizer(config: SFTConfig, least: Changes) -> Iterator[Changes]:
@@ -276,10 +301,18 @@ def remedies_of_optimizer(config: SFTConfig, least: Changes) -> Iterator[Changes
         if config.model.strategy != "ddp" or key != "model.param_dtype":
             least_now = {other: missing[other] for other in list(missing)[: list(missing).index(key) + 1]}
             yield {**least, **least_now}
-    plain: Changes = {"optim.name": "adamw", "model.param_dtype": "float32", "model.strategy": "fsdp2"}
-    kept = {"model.strategy": {"fsdp2", "fsdp", "auto"}}
-    back = {key: value for key, value in plain.items() if value_of(config, key) not in kept.get(key, {value})}
-    yield {**least, **back, "model.fsdp_config.cpu_offload": True}
+    yield {**least, **back_to_plain(config), "model.fsdp_config.cpu_offload": True}
+
+
+def back_to_plain(config: SFTConfig) -> Changes:
+    """What offloading cannot be together with, undone."""
+    allowed: dict[str, tuple[object, ...]] = {
+        "optim.name": ("adamw",),
+        "model.param_dtype": ("float32",),
+        "model.strategy": ("fsdp2", "fsdp", "auto"),
+        "model.load_in_4bit": (False,),
+    }
+    return {key: values[0] for key, values in allowed.items() if value_of(config, key) not in values}
 
 
 def smaller_micro_batches(config: SFTConfig) -> Iterator[Changes]:
@@ -332,6 +365,7 @@ class Advisor:
         self._config, self._documents, self._plan = config, documents, plan
         self._remedies = remedies(config, plan.work.gpus)
         self._tried: list[tuple[Changes, Plan]] = []
+        self._models: dict[tuple[int, bool], Model] = {}
 
     def advice(self, gib: float) -> str:
         """The mildest change that makes the run fit so much memory, and what it takes then."""
@@ -349,7 +383,7 @@ class Advisor:
             yield changes, plan
 
     def _more_gpus(self, gib: float) -> str:
-        least = {"model.strategy": "fsdp2", "model.enable_gradient_checkpointing": True}
+        least: Changes = {"model.strategy": "fsdp2", "model.enable_gradient_checkpointing": True}
         for smaller in smaller_micro_batches(self._config):
             least |= smaller
         sharded = changed(self._config, {**least, "data.train_batch_size": None, "model.fsdp_config.shard_size": None})
@@ -361,7 +395,10 @@ class Advisor:
         return "a smaller model, or shorter rows"
 
     def _make(self, config: SFTConfig, gpus: int) -> Plan:
-        return make_plan(config, self._documents, gpus=gpus, gpu_gib=self._plan.gpu_gib)
+        key = config.model.lora_rank, config.model.load_in_4bit  # of what is changed, that alone changes the model
+        if key not in self._models:
+            self._models[key] = read_model(config.model)
+        return make_plan(config, self._documents, gpus=gpus, gpu_gib=self._plan.gpu_gib, model=self._models[key])
 
 
 # What is said.
