@@ -45,7 +45,7 @@ def test_help_lists_the_commands_in_half_a_second() -> None:
             break
     assert min(seconds) < 0.5
     assert done.returncode == 0
-    assert all(f"│ {name}" in done.stdout for name in ("sft", "eval", "chat", "demo", "doctor"))
+    assert all(f"│ {name}" in done.stdout for name in ("sft", "plan", "eval", "chat", "demo", "doctor"))
 
 
 @pytest.mark.parametrize(
