@@ -15,12 +15,13 @@ from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
 
 from verl import dist
-from verl.config import ModelConfig
+from verl.config import DataConfig, ModelConfig
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
 from verl.demo.problems import write_problems
 from verl.engine.build import check_context
 from verl.errors import UserError, exit_on_user_error
+from verl.models.attention import packed_attention
 from verl.models.context import heads_of_each
 from verl.models.flash import Heads
 from verl.models.tiny import write_tiny_model
@@ -160,8 +161,6 @@ def test_one_process_goes_on_as_pairs_that_shared_documents(folder: Path, plain:
 
 
 def test_without_a_batch_size_processes_that_share_a_micro_batch_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.config import DataConfig
-
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     monkeypatch.setattr(dist, "rank", lambda: 3)
     monkeypatch.setattr(dist, "_context_size", 2)
@@ -181,6 +180,16 @@ def test_a_wrong_size_is_a_users_error_before_the_data_is_read(
     said = capfd.readouterr()
     assert end.value.code == 2 and expected in said.err and "fix: " in said.err and "Traceback" not in said.err
     assert not (folder / "bad").exists()
+
+
+def test_an_architecture_that_keeps_what_it_is_given_from_its_attention_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each process would take its part for the whole."""
+    monkeypatch.setattr(dist, "_context_size", 2)
+    row_1NTD, bounds = torch.zeros(1, 4, 6, 8), torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(UserError, match="does not pass its arguments on"):
+        packed_attention(torch.nn.Module(), row_1NTD, row_1NTD, row_1NTD, None, cu_seq_lens_q=bounds, max_length_q=6)
+    found, _ = packed_attention(torch.nn.Module(), row_1NTD, row_1NTD, row_1NTD, None, cu_seq_lens_q=bounds, max_length_q=6, context="")
+    assert found.shape == (1, 6, 4, 8)
 
 
 def test_heads_that_cannot_be_shared_out_are_a_users_error_with_the_sizes_that_do(tmp_path: Path) -> None:

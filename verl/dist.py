@@ -113,6 +113,7 @@ def context_name() -> str:
 
 
 def context_group(name: str) -> dist.ProcessGroup:
+    """The group of that name that this process is in."""
     return _context_groups[name]
 
 
