@@ -199,7 +199,7 @@ def gathered(model: Decoder, work: Work) -> float:
     if not work.sharded:
         return 0.0
     layers = 3 if work.resharded else model.layers + 1
-    from_host = work.param_bytes * (2 * model.layer + model.root) / work.shards if work.offload else 0.0
+    from_host = work.param_bytes * 2 * model.layer / work.shards if work.offload else 0.0
     return work.compute_bytes * (model.root + layers * model.layer) + from_host
 
 

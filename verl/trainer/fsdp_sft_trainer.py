@@ -93,7 +93,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     """
     device = dist.start()
     quiet_libraries()
-    train = load_rows(config.data, "train", read_tokenizer(config))
+    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
     plan = make_plan(config, train, gpus=gpus or dist.world_size(), gpu_gib=memory_of(device))
     if dist.is_main():
         print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
@@ -181,23 +181,23 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
 def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Documents, Documents | None]:
     """Tokenized training and validation rows; each node's first process makes the cache, the others read it."""
 
-    def load(kind: str) -> Documents:
-        documents, key = load_rows(data, kind, tokenizer), f"data.{kind}_files"
+    def load(kind: str, max_samples: int | None) -> Documents:
+        documents, key = load_rows(data, kind, max_samples, tokenizer), f"data.{kind}_files"
         first = dist.from_main(documents.fingerprint)
         dist.together(lambda: check_same_rows(documents.fingerprint, first, key))
         this.say(f"{key}: {documents.report}")
         return documents
 
-    train = load("train")
-    validation = None if data.val_files is None else load("val")
+    train = load("train", data.train_max_samples)
+    validation = None if data.val_files is None else load("val", data.val_max_samples)
     this.show(partial(show_first_row, tokenizer, *train.document(0)))
     return train, validation
 
 
-def load_rows(data: DataConfig, kind: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def load_rows(data: DataConfig, kind: str, max_samples: int | None, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
-    files, samples = getattr(data, f"{kind}_files"), getattr(data, f"{kind}_max_samples")
-    return dist.main_first(lambda: load_documents(data, files, tokenizer, key=f"data.{kind}_files", max_samples=samples))
+    files = getattr(data, f"{kind}_files")
+    return dist.main_first(lambda: load_documents(data, files, tokenizer, key=f"data.{kind}_files", max_samples=max_samples))
 
 
 def check_same_rows(fingerprint: str, of_first: str, key: str) -> None:

@@ -30,6 +30,9 @@ ASSUMED_GIB, ASSUMED_PEAK = CARDS[80], PEAKS["H100"]  # where a choice depends o
 LOOKED_AT = 1000  # steps whose micro-batches are made up to find the largest; steps of one run are much alike
 MOST_GPUS = 1024
 
+# Keys that save activations alone.
+SPARES_ACTIVATIONS = ("data.max_tokens_per_micro_batch", "data.micro_batch_size_per_gpu", "model.enable_gradient_checkpointing")
+
 Changes = dict[str, Any]  # of a config, by key
 
 
@@ -371,9 +374,19 @@ class Advisor:
         """The mildest change that makes the run fit so much memory, and what it takes then."""
         for changes, plan in self._plans():
             if plan.fits(gib):
+                changes, plan = self._without_needless(changes, plan, gib)
                 saved = (self._plan.needed - plan.needed) / GIB
                 return f"{words(changes)} (-{saved:.1f} GiB, needs {plan.needed / GIB:.1f})"
         return self._more_gpus(gib)
+
+    def _without_needless(self, changes: Changes, plan: Plan, gib: float) -> tuple[Changes, Plan]:
+        """Less of a step at a time is no use where weights are what takes the room."""
+        for key in SPARES_ACTIVATIONS:
+            fewer = {other: value for other, value in changes.items() if other != key}
+            if fewer and fewer != changes:
+                without = self._make(changed(self._config, fewer), plan.work.gpus)
+                changes, plan = (fewer, without) if without.fits(gib) else (changes, plan)
+        return changes, plan
 
     def _plans(self) -> Iterator[tuple[Changes, Plan]]:
         yield from list(self._tried)
