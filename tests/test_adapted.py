@@ -10,6 +10,8 @@ from tiny import qwen2_config, write_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from verl.engine.compile import compile_layers
+from verl.engine.recompute import recompute_activations
 from verl.models.adapted import AdaptedLinear, use_operators
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -77,6 +79,22 @@ def test_logits_and_gradients_are_those_of_peft(base: Path, targets, compiled: b
     if compiled:
         assert counters["stats"]["unique_graphs"] <= 2  # the first layer's input takes no gradient
         assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_checkpointed_layers_are_compiled_whole(base: Path, selective: bool) -> None:
+    model = adapted(base)
+    expected = results(model, IDS)
+    use_operators(model, checkpointed=True)
+    plain = model.base_model.model
+    plain.enable_input_require_grads()
+    recompute_activations(plain, selective=selective)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers(plain, backend="aot_eager")
+    assert_same(results(model, IDS), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 def test_a_wrong_scale_is_seen(base: Path) -> None:

@@ -119,7 +119,7 @@ def build(
 
         never_trained = untrained_stop_tokens(loaded.model, tokenizer, stop_ids)
         adapted = add_adapters(loaded.model, settings, compute_dtype=compute_dtype, seed=seed, tokenizer=tokenizer, stop_ids=stop_ids)
-        use_operators(adapted)
+        use_operators(adapted, checkpointed=bool(settings.enable_gradient_checkpointing))
         loaded.model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
     if settings.use_liger:
         from verl.models.liger import use_liger

@@ -174,12 +174,17 @@ def beyond(work: Work, peak_bytes: float) -> float:
 
 
 def loading(model: Decoder, work: Work) -> float:
-    """Weights arrive in float32, in which the model is checked, those in 4 bits as such; what is sharded arrives as shards."""
+    """Weights arrive in float32, in which the model is checked, those in 4 bits as such; what is sharded arrives as shards.
+
+    What stays frozen arrives in the compute dtype (with DoRA in float32 after all), and two layers like its own are checked.
+    """
     adapters = model.frozen > 0
     if work.offload:
         return 0.0
     if work.sharded and not adapters:
         return work.param_bytes * model.trained / work.shards
+    if adapters and not model.quantized:
+        return work.compute_bytes * model.frozen + FLOAT32 * (model.trained + 2 * model.layer)
     return FOUR_BIT * model.quantized + FLOAT32 * (model.trained + model.frozen - model.quantized)
 
 

@@ -226,10 +226,14 @@ _mlp.register_autograd(_mlp_gradients, setup_context=_keep_for_mlp)
 # --- under peft's modules
 
 
-def use_operators(adapted: PeftModel) -> None:
+def use_operators(adapted: PeftModel, *, checkpointed: bool = False) -> None:
     """Let the model's adapted layers run as these operators, in place, wherever they mean the same.
 
     Left to peft are adapters with dropout or DoRA, more than one at a time, and layers that are no plain linear ones.
+
+    Args:
+        checkpointed: whether layers compute their activations again. Query, key and value then go each by itself: what the
+            first hands to the others would be lost to the compiler.
     """
     for module in list(adapted.modules()):
         if all(_is_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")) and _is_swiglu(module):
@@ -237,7 +241,11 @@ def use_operators(adapted: PeftModel) -> None:
             module.__class__ = _as_operator(kind)
             continue
         siblings: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(map(_is_plain, siblings)) and len({(s.in_features, s.scaling["default"], s.base_layer.bias is None) for s in siblings}) == 1:
+        if (
+            not checkpointed
+            and all(map(_is_plain, siblings))
+            and len({(s.in_features, s.scaling["default"], s.base_layer.bias is None) for s in siblings}) == 1
+        ):
             group = _Siblings(siblings)
             for sibling in siblings:
                 sibling.siblings = group
