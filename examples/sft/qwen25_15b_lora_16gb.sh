@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Adapters for Qwen2.5-1.5B-Instruct on GSM8K, on one GPU of 16 GB. Further key=value words win: ./qwen25_15b_lora_16gb.sh model.lora_rank=16
-# Memory, by arithmetic: frozen weights in bfloat16 3.1 GB (while they are loaded, 9.3 GB: float32 beside them), 37 M parameters of adapters at
+# Memory, by arithmetic: frozen weights in bfloat16, in which they are loaded, 3.1 GB, 37 M parameters of adapters at
 # 18 B 0.7 GB, activations of 8 Ki tokens, kept once a layer and computed again, 3 GB.
 set -euo pipefail
 
