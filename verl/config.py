@@ -99,7 +99,7 @@ class ModelConfig:
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
     # Arithmetic of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
     compute_dtype: str = "auto"
-    # Weights that the optimizer updates: "float32", or "bfloat16", rounded stochastically, in half the memory (pip install "verl[8bit]").
+    # Weights that the optimizer updates: "float32", or "bfloat16", rounded stochastically, in half the memory (a CPU needs "verl[8bit]").
     param_dtype: str = "float32"
     # Attention on a GPU in bfloat16: "auto" (the newest FlashAttention that is installed and passes a trial), "fa2" (inside
     # PyTorch), "fa3", "fa4", "short" (kernels of our own for short documents), or "sdpa" (plain, one document at a time).
@@ -110,7 +110,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    # "adamw" with moments in float32, or "adamw_8bit" with moments in a quarter of that (pip install "verl[8bit]").
+    # "adamw" with moments in float32, or "adamw_8bit" with moments in a quarter of that (a CPU needs "verl[8bit]").
     name: str = "adamw"
     # Peak learning rate of AdamW.
     lr: float = 1e-5
