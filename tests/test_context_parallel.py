@@ -11,20 +11,18 @@ import pytest
 import torch
 from context_of_ranks import CASES, Results, results
 from test_sft_trainer import SFT, command, losses, metrics_of, words
-from tiny import RandomDocuments, qwen2_config, write_model
+from tiny import RandomDocuments, qwen2_config, write_model, write_problems_and_model
 from torch import Tensor
 
 from verl import dist
 from verl.config import DataConfig, ModelConfig
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
-from verl.demo.problems import write_problems
 from verl.engine.build import check_context
 from verl.errors import UserError, exit_on_user_error
 from verl.models.attention import packed_attention
 from verl.models.context import heads_of_each
 from verl.models.flash import Heads
-from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer
 
 # Of PyTorch's own making, while it traces.
@@ -109,11 +107,7 @@ def test_without_the_exchange_the_gradient_is_another_and_the_check_before_train
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems in train.jsonl and test.jsonl, and a small model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("sft")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("sft"))
 
 
 def config(folder: Path, output: str, **changes: object) -> list[str]:

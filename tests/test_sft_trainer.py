@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_problems_and_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
@@ -18,10 +19,8 @@ from verl import config_load, dist
 from verl.config import DataConfig, SFTConfig
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
-from verl.demo.problems import write_problems
 from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_for_inference, load_tokenizer
-from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,11 +29,7 @@ STEPS, ROWS_PER_STEP = 20, 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Problems in train.jsonl and test.jsonl, and a small model with its tokenizer."""
-    folder = tmp_path_factory.mktemp("sft")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("sft"))
 
 
 def words(folder: Path, output: str, **changes: object) -> list[str]:

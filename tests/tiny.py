@@ -7,6 +7,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.data.pack import Document
+from verl.demo.problems import write_problems
+from verl.models.tiny import write_tiny_model
 
 VOCABULARY = 512
 
@@ -31,6 +33,13 @@ def write_model(
             parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(directory)
     return directory
+
+
+def write_problems_and_model(folder: Path) -> Path:
+    """Problems of the demo in train.jsonl and test.jsonl, and a small model with its tokenizer."""
+    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
+    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    return folder
 
 
 class RandomDocuments:
