@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -52,6 +53,14 @@ def describe_device(device: torch.device) -> str:
     """The device's name, and how many processes have one each."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{name} × {world_size()}" if world_size() > 1 else name
+
+
+def host_memory() -> int:
+    """Bytes that this machine's processes may take together: its memory, or a container's limit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory, int(text)) if text.isdigit() else memory
 
 
 def stop() -> None:

@@ -1,5 +1,6 @@
 """From a model's name and settings to an engine that trains it and can write it out again."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # model.strategy=auto: bytes of a parameter with working copy, gradient and moments, or frozen, and how much of a GPU is little.
 BYTES_TRAINED, BYTES_FROZEN, SMALL_SHARE = 18, 2, 0.25
+BYTES_OFFLOADED = 16  # of a parameter in host memory: weight, gradient and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
     """How the weights are to lie on the processes; "auto" puts all of them on each GPU where they take a small part of it.
 
     Raises:
-        UserError: the number of processes is no multiple of the shards' number.
+        UserError: the number of processes is no multiple of the shards' number, or what is offloaded has no room.
     """
     fsdp = settings.fsdp_config
     if fsdp.shard_size is not None and dist.world_size() % fsdp.shard_size:
@@ -145,10 +147,28 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
             where="model.fsdp_config.shard_size",
             fix=f"give one of {', '.join(str(n) for n in range(1, dist.world_size() + 1) if dist.world_size() % n == 0)}, or leave it out",
         )
+    if fsdp.cpu_offload and device.type != "cpu":
+        _check_host_memory(settings)
     sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload)
     if settings.strategy == "ddp" or (settings.strategy == "auto" and _is_small(settings, device)):
         return Spread("ddp", sharding)
     return Spread("fsdp2", sharding)
+
+
+def _check_host_memory(settings: ModelConfig) -> None:
+    """Raises UserError if this node's shards of weights, gradients and moments are more than its memory."""
+    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
+    parameters = count_parameters(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
+    shards = settings.fsdp_config.shard_size or dist.world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed, there = parameters * (BYTES_FROZEN if adapters else BYTES_OFFLOADED) * local // shards, dist.host_memory()
+    if needed > there:
+        raise UserError(
+            f"weights, gradients and optimizer state of {parameters:,} parameters take {needed / 2**30:.1f} GiB of this machine's memory, "
+            f"which has {there / 2**30:.1f}",
+            where="model.fsdp_config.cpu_offload=true",
+            fix="use more machines, model.lora_rank=64, or model.param_dtype=bfloat16 optim.name=adamw_8bit without offloading",
+        )
 
 
 def _is_small(settings: ModelConfig, device: torch.device) -> bool:
