@@ -251,6 +251,51 @@ class SFTConfig:
 
 
 @dataclass
+class RewardConfig:
+    # What an answer earns: a module of verl/rewards (gsm8k, math, format), a dotted module, path/to/file.py, or a list of these;
+    # null: nothing but reward_model.
+    name: Any = "gsm8k"
+    # What each of them counts, in their order; null: 1 each.
+    weights: list[float] | None = None
+    # Regular expressions that an answer must match one after the other, for the reward "format"; null: its own, `#### number` at the end.
+    format: list[str] | None = None
+    # A reward that fails, or is not a number: "stop" ends the run with the row's place, "zero" counts it as 0.
+    on_error: str = "stop"
+
+
+@dataclass
+class RewardModelConfig:
+    # A model that scores answers, a sequence classifier with one label: a directory or Hub name; null: none.
+    path: str | None = None
+    # What its score counts beside the rewards of reward.name.
+    weight: float = 1.0
+    # Tokens of questions and answers that it reads at a time.
+    max_tokens_per_micro_batch: int = 16384
+    # Run Python code that comes with it. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+
+def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
+    """What answers earn. Raises UserError naming the key."""
+    one_of("reward.on_error", reward.on_error, ("stop", "zero"))
+    names = reward_names(reward)
+    if not names and model.path is None:
+        fix = "set reward.name, such as gsm8k, or reward_model.path"
+        raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"found {reward.name!r}", where="reward.name", fix="give a name such as gsm8k, or a list such as [gsm8k,format]")
+    if reward.weights is not None and len(reward.weights) != len(names):
+        what = f"{len(reward.weights)} weights for {len(names)} rewards"
+        raise UserError(what, where="reward.weights", fix="give one number for each name in reward.name, or leave it out")
+    at_least("reward_model.max_tokens_per_micro_batch", model.max_tokens_per_micro_batch, 1)
+
+
+def reward_names(reward: RewardConfig) -> list[str]:
+    """The rewards of `reward.name`, one or several."""
+    return [] if reward.name is None else [reward.name] if isinstance(reward.name, str) else list(reward.name)
+
+
+@dataclass
 class EvalConfig:
     """`python -m verl.eval.sft_evaluator`: exact match of a checkpoint on a file of questions and answers."""
 
