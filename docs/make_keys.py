@@ -9,6 +9,7 @@ from verl.config_load import ANSWERED, SAME, describe
 PAGE = Path(__file__).with_name("keys.md")
 COMMANDS = {
     "verl sft": config.SFTConfig,
+    "verl ppo": config.PPOConfig,
     "verl eval": config.EvalConfig,
     "verl chat DIR": config.ChatConfig,
     "verl export SRC DIR": config.ExportConfig,

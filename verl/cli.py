@@ -12,7 +12,7 @@ import typer
 from verl import __version__
 from verl.errors import UserError, exit_on_user_error
 
-TRAINER = "verl.trainer.fsdp_sft_trainer"
+SFT, PPO = "verl.trainer.fsdp_sft_trainer", "verl.trainer.ppo_trainer"
 
 app = typer.Typer(
     name="verl",
@@ -49,10 +49,16 @@ def sft(
     gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
 ) -> None:
     """Fine-tune a model on a file of questions and answers: key=value …"""
-    if gpus is None or asks_for_help(context.args):
-        hand_on(context.args, TRAINER, "SFTConfig", "verl sft [--gpus N] key=value …")
-    else:
-        exit_on_user_error(launch, gpus, context.args)
+    train(gpus, context.args, SFT, "SFTConfig", "verl sft [--gpus N] key=value …")
+
+
+@app.command(context_settings=PASS_ON)
+def ppo(
+    context: typer.Context,
+    gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
+) -> None:
+    """Go on from a fine-tuned checkpoint with reinforcement learning: key=value …"""
+    train(gpus, context.args, PPO, "PPOConfig", "verl ppo [--gpus N] key=value …")
 
 
 @app.command(context_settings=PASS_ON)
@@ -95,6 +101,14 @@ def demo(context: typer.Context) -> None:
 def doctor(context: typer.Context) -> None:
     """Show versions, devices, optional packages and disk space, and what is off."""
     run_module("verl.doctor", context.args)
+
+
+def train(gpus: int | None, words: list[str], module: str, schema: str, usage: str) -> None:
+    """Run a trainer in this process, or on so many GPUs under torchrun."""
+    if gpus is None or asks_for_help(words):
+        hand_on(words, module, schema, usage)
+    else:
+        exit_on_user_error(launch, gpus, words, module, schema)
 
 
 def hand_on(words: list[str], module: str, schema: str, usage: str) -> None:
@@ -149,17 +163,21 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
     dry_run(config, gpus)
 
 
-def launch(processes: int, words: list[str]) -> None:
-    """Run the trainer under torchrun, on this machine.
+def launch(processes: int, words: list[str], trainer: str, schema: str) -> None:
+    """Run a trainer under torchrun, on this machine.
+
+    Args:
+        trainer: its module.
+        schema: its config's name in verl.config.
 
     Raises:
         UserError: a wrong config, before any process starts; or more processes than GPUs.
         SystemExit: with the exit code of the first process that failed, or 128 and the number of the signal that ended it.
     """
-    from verl.config import SFTConfig
+    from verl import config
     from verl.config_load import load
 
-    load(SFTConfig, words)
+    load(getattr(config, schema), words)
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -171,7 +189,7 @@ def launch(processes: int, words: list[str]) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for the checkpoint after a signal, in place of 30
     logging.disable()  # of torchrun: a process that fails says why by itself
     try:
-        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", TRAINER, *words])
+        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", trainer, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # this one could not say it

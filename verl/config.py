@@ -172,45 +172,18 @@ class SFTConfig:
 
     def check(self) -> None:
         """Cross-field checks. Raises UserError naming the key."""
-        data, model, optim, trainer = self.data, self.model, self.optim, self.trainer
+        data = self.data
+        check_model(self.model)
+        check_optim(self.optim)
+        check_offload(self.model, self.optim)
+        check_trainer(self.trainer)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
-        one_of("model.enable_gradient_checkpointing", model.enable_gradient_checkpointing, (True, "selective", False))
-        one_of("model.compile", model.compile, ("auto", True, False))
-        one_of("model.strategy", model.strategy, ("auto", "fsdp2", "fsdp", "ddp"))
-        one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
-        one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))
-        one_of("optim.name", optim.name, ("adamw", "adamw_8bit"))
-        one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "short", "sdpa"))
-        one_of("optim.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
-        one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
         at_least("data.max_length", data.max_length, 2)
         at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
         at_least("data.train_batch_size", data.train_batch_size, 1)
         at_least("data.num_workers", data.num_workers, 1)
-        at_least("trainer.total_epochs", trainer.total_epochs, 1)
-        at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
-        at_least("trainer.profile_step", trainer.profile_step, 1)
-        at_least("trainer.seed", trainer.seed, 0)
-        at_least("model.context_parallel_size", model.context_parallel_size, 1)
-        at_least("model.fsdp_config.shard_size", model.fsdp_config.shard_size, 1)
-        check_strategy(model)
-        check_lora(model)
-        at_least("optim.lr", optim.lr, 0.0)
-        at_least("optim.weight_decay", optim.weight_decay, 0.0)
-        for key, samples in (("train", data.train_max_samples), ("val", data.val_max_samples)):
-            if samples is not None and samples != -1:
-                at_least(f"data.{key}_max_samples", samples, 1)
-        for key, share in (
-            ("warmup_steps_ratio", optim.warmup_steps_ratio),
-            ("min_lr_ratio", optim.min_lr_ratio),
-            ("stable_ratio", optim.stable_ratio),
-        ):
-            if not 0.0 <= share <= 1.0:
-                raise UserError(f"{share} is not a share", where=f"optim.{key}", fix="give a number from 0 to 1")
-        if len(optim.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in optim.betas):
-            raise UserError(f"found {list(optim.betas)}", where="optim.betas", fix="give two numbers from 0 to below 1, such as [0.9,0.95]")
-        if not optim.clip_grad > 0:
-            raise UserError(f"{optim.clip_grad} is not positive", where="optim.clip_grad", fix="give the largest allowed norm, such as 1.0")
+        at_least("model.context_parallel_size", self.model.context_parallel_size, 1)
+        check_samples(data)
         budget = data.max_tokens_per_micro_batch
         if budget is not None and budget < data.max_length:
             raise UserError(
@@ -218,36 +191,10 @@ class SFTConfig:
                 where="data.max_tokens_per_micro_batch",
                 fix=f"give at least {data.max_length}, or a smaller data.max_length",
             )
-        for key, value, with_offload in (("optim.name", optim.name, "adamw"), ("model.param_dtype", model.param_dtype, "float32")):
-            if model.fsdp_config.cpu_offload and value != with_offload:
-                raise UserError(
-                    "both are there to save GPU memory, and the update in host memory is the plain one",
-                    where=f"{key}={value} with model.fsdp_config.cpu_offload=true",
-                    fix=f"set {key}={with_offload}, or model.fsdp_config.cpu_offload=false",
-                )
         if data.messages_key and data.text_key:
             raise UserError("messages_key and text_key are both set", where="data", fix="name the one column that the rows have")
         if data.tools_key and not data.messages_key:
             raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")
-        if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
-            raise UserError(
-                f"resume_mode={trainer.resume_mode} and resume_from_path={trainer.resume_from_path} do not go together",
-                where="trainer.resume_mode",
-                fix="set trainer.resume_mode=resume_path and trainer.resume_from_path=…/global_step_N, or neither",
-            )
-        for key, every in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
-            if every not in ("epoch", -1) and not (isinstance(every, int) and every > 0) and (key, every) != ("save_freq", "never"):
-                raise UserError(
-                    f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end'
-                )
-        if trainer.total_training_steps is not None and (trainer.profile_step or 0) > trainer.total_training_steps:
-            raise UserError(
-                f"step {trainer.profile_step} is behind the last one, {trainer.total_training_steps}",
-                where="trainer.profile_step",
-                fix="give a smaller step, or more in trainer.total_training_steps",
-            )
-        if trainer.max_ckpt_to_keep is not None and trainer.max_ckpt_to_keep != -1:
-            at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
 
 
 @dataclass
@@ -293,6 +240,165 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
 def reward_names(reward: RewardConfig) -> list[str]:
     """The rewards of `reward.name`, one or several."""
     return [] if reward.name is None else [reward.name] if isinstance(reward.name, str) else list(reward.name)
+
+
+@dataclass
+class PromptConfig:
+    # Rows to answer: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    train_files: Any = MISSING
+    # Rows that are answered greedily to see how far the model is; null: none.
+    val_files: Any = None
+    # Column of the question.
+    prompt_key: str = "question"
+    # Column of the right answer, which graders read as row["reference"]; null: the rows have none.
+    response_key: str | None = "answer"
+    # Column of a chat, a list of {role, content} that ends with the user; when set, it is used in place of prompt_key.
+    messages_key: str | None = None
+    # A Jinja file that takes the place of the tokenizer's chat template.
+    chat_template: str | None = None
+    # Prompts of one step over all GPUs.
+    prompts_per_step: int = 64
+    # Longest prompt, in tokens.
+    max_prompt_length: int = 512
+    # A prompt over max_prompt_length: "error" stops before training, "drop" leaves its row out.
+    overlong_prompts: str = "error"
+    # Tokens that one GPU trains on at a time, whole answers with their prompts side by side; null: 16384, or the longest that may occur.
+    max_tokens_per_micro_batch: int | None = None
+    # Use only the first rows; null or -1: all.
+    train_max_samples: int | None = None
+    val_max_samples: int | None = None
+
+
+@dataclass
+class AlgorithmConfig:
+    # The method: a name in verl/algorithms (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo) or path/to/file.py. A key below that
+    # is null is what the method's own file says.
+    name: str = "grpo"
+    # Optimizer steps on the answers of one step, each on as many prompts.
+    updates_per_step: int = 1
+    # The ratio of new to old probability counts up to 1 - clip_ratio_low and 1 + clip_ratio_high.
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    # A bound on the loss where the advantage is negative and the ratio large, such as 3.0; null: none.
+    dual_clip: float | None = None
+    # Discount of a reward for each token that it lies ahead.
+    gamma: float = 1.0
+    # How far the advantage looks ahead before it trusts the critic (GAE): 0 one token, 1 to the end.
+    lam: float = 1.0
+    # Shift and scale all advantages of a step to mean 0 and variance 1.
+    whiten_advantages: bool | None = None
+    # Divide a group's advantages by the standard deviation of its rewards.
+    norm_by_std: bool | None = None
+    # "token-mean" over all tokens of an update, "sequence-mean" over the answers' means, or "constant": sum / (answers × max_new_tokens).
+    loss_aggregation: str | None = None
+    # Weight of the KL divergence from the reference, the model that the run starts from; 0: no reference is kept.
+    kl_coef: float = 0.0
+    # Where it counts: in the "loss", or taken from the "reward" of each token.
+    kl_in: str = "loss"
+    # Its estimator: "k1", "k2" or "k3".
+    kl_estimator: str = "k3"
+    # Adapt kl_coef so that the divergence of an answer's token stays near this; null: kl_coef is fixed.
+    kl_target: float | None = None
+    # Answers over which it adapts: the larger the slower.
+    kl_horizon: int = 10000
+    # Weight of the entropy of the next token's distribution, which is raised.
+    entropy_coef: float = 0.0
+    # A new value counts up to this far from the old one; null: any.
+    value_clip: float | None = 0.2
+    # Log-probabilities before the update: of the "trainer", or of the "rollout" as it drew the answers.
+    old_logprobs: str = "trainer"
+    # Correct for a rollout whose probabilities are not the trainer's: "truncate" weights at importance_cap, "mask" tokens above it.
+    importance_weights: str | None = None
+    importance_cap: float = 2.0
+    # Leave out groups whose answers all have the same reward, and draw further prompts in their place.
+    dynamic_sampling: bool | None = None
+    # Times that further prompts are drawn in one step.
+    max_refills: int = 3
+    # Answers that come within so many tokens of max_new_tokens lose up to overlong_penalty of their reward; 0: none.
+    overlong_buffer_tokens: int = 0
+    overlong_penalty: float = 1.0
+
+
+@dataclass
+class RolloutConfig:
+    # What generates: "native", "hf" (transformers), "vllm" or "sglang".
+    name: str = "native"
+    # Answers to each prompt.
+    samples_per_prompt: int = 8
+    # Of the distribution that answers are drawn from.
+    temperature: float = 1.0
+    # Longest answer, in tokens; with tools, each turn of it.
+    max_new_tokens: int = 512
+    # Answers side by side; null: what memory allows.
+    max_sequences: int | None = None
+    # A server's address (vllm, sglang); null: in this process.
+    url: str | None = None
+    # vllm in this process: the share of a GPU's memory that it may take while it generates.
+    gpu_memory_utilization: float = 0.5
+    # A module or path/to/file.py that answers the model's turns, such as verl.tools.calculator; null: an answer is one turn.
+    tool: str | None = None
+    # Most turns of the model in one answer.
+    max_turns: int = 4
+
+
+@dataclass
+class CriticConfig:
+    # What the critic of ppo starts from; null: model.partial_pretrain.
+    partial_pretrain: str | None = None
+    # Its optimizer.
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, lr_scheduler="constant", warmup_steps_ratio=0.0))
+    # First steps in which the critic learns alone.
+    warmup_steps: int = 0
+
+
+@dataclass
+class MappingConfig:
+    # Processes of each role: "all", or a list of ranks such as [0,1]. The roles that train share theirs; those of the rollout are the
+    # same, or others.
+    actor: Any = "all"
+    critic: Any = "all"
+    reference: Any = "all"
+    reward: Any = "all"
+    rollout: Any = "all"
+
+
+@dataclass
+class PPOConfig:
+    """`python -m verl.trainer.ppo_trainer`: reinforcement learning from a fine-tuned checkpoint."""
+
+    data: PromptConfig = field(default_factory=PromptConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, lr_scheduler="constant", warmup_steps_ratio=0.0))
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(project_name="verl-rl", save_freq=-1, test_freq=-1))
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    mapping: MappingConfig = field(default_factory=MappingConfig)
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        check_model(self.model)
+        for optim, key in ((self.optim, "optim"), (self.critic.optim, "critic.optim")):
+            check_optim(optim, key)
+            check_offload(self.model, optim, key)
+        check_trainer(self.trainer)
+        check_samples(self.data)
+        check_batches(self)
+        check_algorithm(self.algorithm)
+        check_rewards(self.reward, self.reward_model)
+        check_mapping(self.mapping)
+        one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
+        at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
+        at_least("rollout.max_turns", self.rollout.max_turns, 1)
+        at_least("critic.warmup_steps", self.critic.warmup_steps, 0)
+        if not 0.0 < self.rollout.temperature < float("inf"):
+            what = f"{self.rollout.temperature} is not positive, and answers that are all the same teach nothing"
+            raise UserError(what, where="rollout.temperature", fix="give a number above 0, such as 1.0")
+        if self.model.context_parallel_size != 1:
+            what = "answers are not spread over several GPUs in reinforcement learning"
+            raise UserError(what, where="model.context_parallel_size", fix="set it to 1")
 
 
 @dataclass
@@ -397,6 +503,143 @@ class DemoConfig:
         at_least("train_rows", self.train_rows, 1)
         at_least("test_rows", self.test_rows, 1)
         at_least("seed", self.seed, 0)
+
+
+def check_model(model: ModelConfig) -> None:
+    """The keys of a model that is trained. Raises UserError naming the key."""
+    one_of("model.enable_gradient_checkpointing", model.enable_gradient_checkpointing, (True, "selective", False))
+    one_of("model.compile", model.compile, ("auto", True, False))
+    one_of("model.strategy", model.strategy, ("auto", "fsdp2", "fsdp", "ddp"))
+    one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
+    one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))
+    one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "short", "sdpa"))
+    at_least("model.fsdp_config.shard_size", model.fsdp_config.shard_size, 1)
+    check_strategy(model)
+    check_lora(model)
+
+
+def check_optim(optim: OptimConfig, key: str = "optim") -> None:
+    """An optimizer and its schedule. Raises UserError naming the key, which begins with `key`."""
+    one_of(f"{key}.name", optim.name, ("adamw", "adamw_8bit"))
+    one_of(f"{key}.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
+    at_least(f"{key}.lr", optim.lr, 0.0)
+    at_least(f"{key}.weight_decay", optim.weight_decay, 0.0)
+    for name in ("warmup_steps_ratio", "min_lr_ratio", "stable_ratio"):
+        share = getattr(optim, name)
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"{share} is not a share", where=f"{key}.{name}", fix="give a number from 0 to 1")
+    if len(optim.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in optim.betas):
+        raise UserError(f"found {list(optim.betas)}", where=f"{key}.betas", fix="give two numbers from 0 to below 1, such as [0.9,0.95]")
+    if not optim.clip_grad > 0:
+        raise UserError(f"{optim.clip_grad} is not positive", where=f"{key}.clip_grad", fix="give the largest allowed norm, such as 1.0")
+
+
+def check_offload(model: ModelConfig, optim: OptimConfig, key: str = "optim") -> None:
+    """What offloading cannot be together with."""
+    for name, value, with_offload in ((f"{key}.name", optim.name, "adamw"), ("model.param_dtype", model.param_dtype, "float32")):
+        if model.fsdp_config.cpu_offload and value != with_offload:
+            raise UserError(
+                "both are there to save GPU memory, and the update in host memory is the plain one",
+                where=f"{name}={value} with model.fsdp_config.cpu_offload=true",
+                fix=f"set {name}={with_offload}, or model.fsdp_config.cpu_offload=false",
+            )
+
+
+def check_trainer(trainer: TrainerConfig) -> None:
+    """Length, files and checkpoints of a run. Raises UserError naming the key."""
+    one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
+    at_least("trainer.total_epochs", trainer.total_epochs, 1)
+    at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
+    at_least("trainer.profile_step", trainer.profile_step, 1)
+    at_least("trainer.seed", trainer.seed, 0)
+    if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
+        raise UserError(
+            f"resume_mode={trainer.resume_mode} and resume_from_path={trainer.resume_from_path} do not go together",
+            where="trainer.resume_mode",
+            fix="set trainer.resume_mode=resume_path and trainer.resume_from_path=…/global_step_N, or neither",
+        )
+    for key, every in (("save_freq", trainer.save_freq), ("test_freq", trainer.test_freq)):
+        if every not in ("epoch", -1) and not (isinstance(every, int) and every > 0) and (key, every) != ("save_freq", "never"):
+            raise UserError(f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end')
+    if trainer.total_training_steps is not None and (trainer.profile_step or 0) > trainer.total_training_steps:
+        raise UserError(
+            f"step {trainer.profile_step} is behind the last one, {trainer.total_training_steps}",
+            where="trainer.profile_step",
+            fix="give a smaller step, or more in trainer.total_training_steps",
+        )
+    if trainer.max_ckpt_to_keep is not None and trainer.max_ckpt_to_keep != -1:
+        at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
+
+
+def check_samples(data: DataConfig | PromptConfig) -> None:
+    """Limits on the number of rows. Raises UserError naming the key."""
+    for key, samples in (("train", data.train_max_samples), ("val", data.val_max_samples)):
+        if samples is not None and samples != -1:
+            at_least(f"data.{key}_max_samples", samples, 1)
+
+
+def check_batches(config: PPOConfig) -> None:
+    """How prompts, answers and updates of a step fit together. Raises UserError naming the key."""
+    data, rollout, updates = config.data, config.rollout, config.algorithm.updates_per_step
+    at_least("data.prompts_per_step", data.prompts_per_step, 1)
+    at_least("data.max_prompt_length", data.max_prompt_length, 1)
+    at_least("rollout.samples_per_prompt", rollout.samples_per_prompt, 1)
+    at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
+    at_least("algorithm.updates_per_step", updates, 1)
+    if data.prompts_per_step % updates:
+        fits = [str(n) for n in range(1, data.prompts_per_step + 1) if data.prompts_per_step % n == 0]
+        raise UserError(
+            f"{data.prompts_per_step} prompts cannot be cut into {updates} equal updates",
+            where="algorithm.updates_per_step",
+            fix=f"give one of {', '.join(fits)}, or another data.prompts_per_step",
+        )
+    budget, longest = data.max_tokens_per_micro_batch, longest_sample(config)
+    if budget is not None and budget < longest:
+        raise UserError(
+            f"{budget} tokens cannot hold a prompt of {data.max_prompt_length} with an answer of {longest - data.max_prompt_length}",
+            where="data.max_tokens_per_micro_batch",
+            fix=f"give at least {longest}, or less in data.max_prompt_length or rollout.max_new_tokens",
+        )
+
+
+def longest_sample(config: PPOConfig) -> int:
+    """Tokens of the longest prompt with the longest answer."""
+    return config.data.max_prompt_length + config.rollout.max_new_tokens
+
+
+def check_algorithm(algorithm: AlgorithmConfig) -> None:
+    """A method's own keys. Raises UserError naming the key."""
+    one_of("algorithm.loss_aggregation", algorithm.loss_aggregation, (None, "token-mean", "sequence-mean", "constant"))
+    one_of("algorithm.kl_in", algorithm.kl_in, ("loss", "reward"))
+    one_of("algorithm.kl_estimator", algorithm.kl_estimator, ("k1", "k2", "k3"))
+    one_of("algorithm.old_logprobs", algorithm.old_logprobs, ("trainer", "rollout"))
+    one_of("algorithm.importance_weights", algorithm.importance_weights, (None, "truncate", "mask"))
+    for key in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "kl_target", "value_clip", "overlong_penalty", "entropy_coef"):
+        at_least(f"algorithm.{key}", getattr(algorithm, key), 0.0)
+    for key in ("dual_clip", "importance_cap", "kl_horizon"):
+        at_least(f"algorithm.{key}", getattr(algorithm, key), 1.0)
+    at_least("algorithm.max_refills", algorithm.max_refills, 0)
+    at_least("algorithm.overlong_buffer_tokens", algorithm.overlong_buffer_tokens, 0)
+    for key in ("gamma", "lam"):
+        if not 0.0 <= getattr(algorithm, key) <= 1.0:
+            raise UserError(f"{getattr(algorithm, key)} is not a share", where=f"algorithm.{key}", fix="give a number from 0 to 1")
+    if algorithm.kl_target is not None and algorithm.kl_coef == 0:
+        fix = "give algorithm.kl_coef to begin with, such as 0.01"
+        raise UserError("an adaptive coefficient cannot start from 0", where="algorithm.kl_target with algorithm.kl_coef=0", fix=fix)
+    if algorithm.old_logprobs == "rollout" and algorithm.importance_weights is not None:
+        raise UserError(
+            "the old log-probabilities are the rollout's own, so that nothing is left to correct",
+            where=f"algorithm.importance_weights={algorithm.importance_weights} with algorithm.old_logprobs=rollout",
+            fix="set algorithm.old_logprobs=trainer, or algorithm.importance_weights=null",
+        )
+
+
+def check_mapping(mapping: MappingConfig) -> None:
+    """Whether each role has a list of ranks. Raises UserError naming the key."""
+    for role in ("actor", "critic", "reference", "reward", "rollout"):
+        ranks = getattr(mapping, role)
+        if ranks != "all" and not (isinstance(ranks, list) and ranks and all(isinstance(r, int) and r >= 0 for r in ranks)):
+            raise UserError(f"found {ranks!r}", where=f"mapping.{role}", fix='give "all" or a list of ranks, such as [0,1]')
 
 
 def check_strategy(model: ModelConfig) -> None:

@@ -122,17 +122,19 @@ def describe(schema: type) -> str:
         "  --config FILE.yaml   keys from a file; repeatable, later files win, key=value wins over all",
         "",
     ]
-    lines += _describe(schema, "")
+    lines += _describe(schema, None, "")
     return "\n".join(lines)
 
 
-def _describe(schema: type, prefix: str) -> list[str]:
+def _describe(schema: type, group: object, prefix: str) -> list[str]:
+    """Lines of a schema's keys; `group` holds their defaults where the config that the schema is part of has its own."""
     source = inspect.getsource(schema)
     lines: list[str] = []
     for f in dataclasses.fields(schema):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        own = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = own if group is None else getattr(group, f.name)
         if dataclasses.is_dataclass(default):
-            lines += _describe(type(default), f"{prefix}{f.name}.")
+            lines += _describe(type(default), default, f"{prefix}{f.name}.")
             continue
         comment = re.search(rf"((?:    #.*\n)+)    {f.name}:", source)
         shown = (
