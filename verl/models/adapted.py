@@ -120,7 +120,8 @@ def _mlp(
     gate_rank, inputs = len(a[0]), x_TI.shape[1]
     hidden_TR = _product(x_TI, torch.cat([a[0], a[1]]).T, scale)
     # [up's hidden, x, gate's hidden]: x beside either, without a second copy of it
-    beside = torch.cat([hidden_TR[:, gate_rank:], x_TI, hidden_TR[:, :gate_rank]], 1)
+    # (contiguous: what is put side by side is then copied 16 bytes at a time)
+    beside = torch.cat([hidden_TR[:, gate_rank:].contiguous(), x_TI, hidden_TR[:, :gate_rank].contiguous()], 1)
     up_end, gate_start = len(a[1]) + inputs, len(a[1])
     gate_TF = beside[:, gate_start:] @ torch.cat([gate_FI, b[0]], 1).T
     up_TF = beside[:, :up_end] @ torch.cat([b[1], up_FI], 1).T
@@ -157,8 +158,10 @@ def _mlp_backward(
     beside[:, :up_rank].zero_()
     torch.mm(gate_gradient_TF, torch.cat([gate_FI, b[0]], 1), out=beside[:, up_rank:])
     beside[:, : up_rank + inputs].addmm_(up_gradient_TF, torch.cat([b[1], up_FI], 1))
-    hidden_gradient_TR = torch.cat([beside[:, up_rank + inputs :], beside[:, :up_rank]], 1).mul_(scale)
-    x_gradient_TI = torch.addmm(beside[:, up_rank : up_rank + inputs], hidden_gradient_TR, torch.cat([a[0], a[1]]))
+    hidden_gradient_TR = torch.empty_like(hidden_TR)
+    torch.mul(beside[:, up_rank + inputs :], scale, out=hidden_gradient_TR[:, :gate_rank])
+    torch.mul(beside[:, :up_rank], scale, out=hidden_gradient_TR[:, gate_rank:])
+    x_gradient_TI = beside[:, up_rank : up_rank + inputs].addmm_(hidden_gradient_TR, torch.cat([a[0], a[1]]))
     gate_a, up_a = (part.clone() for part in (hidden_gradient_TR.T @ x_TI).split([gate_rank, up_rank]))
     return [x_gradient_TI, gate_a, up_a, down_a_FR.T.contiguous(), gate_b, up_b, gradient_TI.T @ down_hidden_TR]
 
@@ -204,7 +207,9 @@ def _mlp_shapes(x_TI: Tensor, gate_FI: Tensor, up: Any, down: Any, a: Sequence[T
 
 def _mlp_backward_shapes(gradient: Any, x_TI: Tensor, *others: Any) -> list[Tensor]:
     *_, a, b, _ = others
-    return [x.new_empty(x.shape) for x in (x_TI, *a, *b)]
+    tokens, inputs = x_TI.shape
+    x_gradient_TI = x_TI.new_empty(tokens, len(a[1]) + inputs + len(a[0]))[:, len(a[1]) : len(a[1]) + inputs]  # as it lies in memory
+    return [x_gradient_TI, *(x.new_empty(x.shape) for x in (*a, *b))]
 
 
 def _keep_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
