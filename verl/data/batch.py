@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The fields with one value for each trained position that reinforcement learning adds.
+VALUES = ("advantage_M", "old_logprob_M", "ref_logprob_M", "rollout_logprob_M", "value_M", "return_M")
+
 
 @dataclass
 class Batch:
@@ -26,6 +29,16 @@ class Batch:
         trained_M: positions of loss_mask_T in ascending order, int64; made on the host, so that no step waits for the device.
         parts: processes over which the tokens are spread. With several, what ends in _T or _M is of this process's part,
             which may cut documents and may have no trained token; the documents are described whole on each.
+        first_token: of this process's part, counted over all of them.
+        has_filler: whether the last document is filler.
+
+    For reinforcement learning, a float32 value for each trained position, in the order of trained_M; None: not known.
+        advantage_M: how much better the token was than expected.
+        old_logprob_M: log-probability under the policy before the batch's first update.
+        ref_logprob_M: under the reference model.
+        rollout_logprob_M: under the weights and arithmetic that drew the token.
+        value_M: the critic's value before the token, when the answers were scored.
+        return_M: what the critic is to learn.
     """
 
     input_ids_T: Tensor
@@ -37,6 +50,19 @@ class Batch:
     sample_ids_S: Tensor
     trained_M: Tensor
     parts: int = 1
+    first_token: int = 0
+    has_filler: bool = False
+    advantage_M: Tensor | None = None
+    old_logprob_M: Tensor | None = None
+    ref_logprob_M: Tensor | None = None
+    rollout_logprob_M: Tensor | None = None
+    value_M: Tensor | None = None
+    return_M: Tensor | None = None
+
+    @property
+    def documents(self) -> int:
+        """How many there are, without filler."""
+        return len(self.sample_ids_S) - self.has_filler
 
     def part(self, number: int, parts: int) -> "Batch":
         """The tokens of one of several processes that share this batch: as many on each, one after the other.
@@ -49,6 +75,7 @@ class Batch:
         assert rest == 0, f"{len(self.input_ids_T)} tokens over {parts} processes"
         here = slice(number * tokens, (number + 1) * tokens)
         mine_M = (self.trained_M >= here.start) & (self.trained_M < here.stop)
+        values = {name: value[mine_M] for name in VALUES if (value := getattr(self, name)) is not None}
         return replace(
             self,
             input_ids_T=self.input_ids_T[here],
@@ -57,6 +84,8 @@ class Batch:
             loss_mask_T=self.loss_mask_T[here],
             trained_M=self.trained_M[mine_M] - here.start,
             parts=parts,
+            first_token=here.start,
+            **values,
         )
 
     def to(self, device: torch.device | str) -> "Batch":

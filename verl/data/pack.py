@@ -1,12 +1,12 @@
 """Packing: which documents share a micro-batch, and the Batch made of them."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from verl.data.batch import Batch
+from verl.data.batch import VALUES, Batch
 
 Document = tuple[np.ndarray, np.ndarray]  # token ids int32 and whether each is trained, of equal length
 
@@ -30,6 +30,19 @@ def pack(lengths: Sequence[int], *, token_budget: int, multiple_of: int) -> list
     return packed
 
 
+def pack_units(lengths: Sequence[int], size: int, *, token_budget: int, multiple_of: int) -> list[list[int]]:
+    """As `pack`, with units of `size` neighbours (2: pairs) whole and in order: documents 0 to size - 1, then the next ones.
+
+    Args:
+        lengths: tokens of each document; a multiple of `size` of them, and no unit above the budget.
+    """
+    assert len(lengths) % size == 0, f"{len(lengths)} documents in units of {size}"
+    units = [sum(lengths[first : first + size]) for first in range(0, len(lengths), size)]
+    assert max(units, default=0) <= token_budget, f"a unit of {max(units)} tokens in {token_budget}"
+    bins = pack(units, token_budget=token_budget, multiple_of=multiple_of)
+    return [[unit * size + place for unit in members for place in range(size)] for members in bins]
+
+
 def _spread(lengths: Sequence[int], bins: int, token_budget: int) -> list[list[int]] | None:
     filled: list[list[int]] = [[] for _ in range(bins)]
     emptiest = [(0, number) for number in range(bins)]
@@ -49,7 +62,14 @@ def pad_groups(lengths: Sequence[int], *, rows: int, multiple_of: int) -> list[l
     return [group.tolist() for group in np.array_split(np.array(longest_first, dtype=np.int64), groups)]
 
 
-def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bool = False, multiple_of_tokens: int = 1) -> Batch:
+def collate(
+    documents: Sequence[Document],
+    sample_ids: Sequence[int],
+    *,
+    pad: bool = False,
+    multiple_of_tokens: int = 1,
+    values: Mapping[str, Sequence[np.ndarray]] | None = None,
+) -> Batch:
     """A Batch of whole documents side by side.
 
     Args:
@@ -57,6 +77,8 @@ def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bo
         sample_ids: row number of each document.
         pad: fill each document up to the longest with untrained tokens behind it, where no real token sees them.
         multiple_of_tokens: fill the batch up to such a length with a document of untrained tokens.
+        values: by field of the Batch, such as "advantage_M", an array for each document, as long as it has trained tokens (its
+            first token is never one). A rank without documents gives the same fields with empty lists.
     """
     sample_ids = list(sample_ids)
     longest = max((len(ids) for ids, _ in documents), default=0)
@@ -82,4 +104,13 @@ def collate(documents: Sequence[Document], sample_ids: Sequence[int], *, pad: bo
         loss_mask_T=torch.from_numpy(loss_mask),
         sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),
         trained_M=torch.from_numpy(loss_mask.nonzero()[0]),
+        has_filler=filler > 0,
+        **{name: _side_by_side(name, arrays, documents) for name, arrays in (values or {}).items()},
     )
+
+
+def _side_by_side(name: str, arrays: Sequence[np.ndarray], documents: Sequence[Document]) -> torch.Tensor:
+    assert name in VALUES, name
+    found, expected = [len(array) for array in arrays], [int(mask[1:].sum()) for _, mask in documents]
+    assert found == expected, f"{name}: {found} values for documents of {expected} trained tokens"
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *arrays]).astype(np.float32))
