@@ -1,10 +1,10 @@
 """Processes and devices: one process on a laptop and many under torchrun run the same code."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from verl.errors import UserError
 Result = TypeVar("Result")
 TIMEOUT = timedelta(minutes=10)
 
+_group: dist.ProcessGroup | None = None  # of the processes that work with this one; None: all of them
 _context_size = 1  # processes that share a micro-batch
 _context_groups: dict[str, dist.ProcessGroup] = {}  # this process's, by name
 
@@ -65,18 +66,34 @@ def host_memory() -> int:
 
 def stop() -> None:
     """Leave the process group."""
+    global _group
+    _group = None
     share_micro_batches(1)
     _context_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def divide(parts: Sequence[Sequence[int]]) -> None:
+    """From now on the processes of each part work among themselves, and all that is said here of ranks is said of theirs.
+
+    Every process calls it, and is in one part.
+    """
+    global _group
+    _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
+
+
+def group() -> dist.ProcessGroup | None:
+    """The processes that work with this one, for calls of torch.distributed; None: all of them."""
+    return _group
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank(_group) if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size(_group) if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -86,6 +103,9 @@ def is_main() -> bool:
 
 def mesh(device: torch.device, size: int | None = None) -> DeviceMesh:
     """All processes in one dimension, or in groups of `size` neighbours: which of the groups, and where in it."""
+    if _group is not None:
+        assert size in (None, world_size()), "parts of processes are not divided again"
+        return DeviceMesh.from_group(_group, device.type, mesh_dim_names=("shard",))
     if size is None or size == world_size():
         return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
@@ -142,11 +162,33 @@ def barrier() -> None:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. On host memory, so that no device is waited for."""
+    return most(int(flag)) > 0
+
+
+def most(number: int) -> int:
+    """The largest of the ranks' numbers, on every rank. On host memory, so that no device is waited for."""
     if world_size() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_group)
+    return int(numbers)
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """The sums of the ranks' numbers, in float64, on every rank. On host memory."""
+    sums = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(sums, group=_group)
+    return [float(value) for value in sums]
+
+
+def gathered(value: Result) -> list[Result]:
+    """The ranks' values, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_group)
+    return values
 
 
 def from_main(value: Result) -> Result:
@@ -154,7 +196,7 @@ def from_main(value: Result) -> Result:
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, group=_group, group_src=0)
     return values[0]
 
 
@@ -195,8 +237,6 @@ def _raise_together(error: UserError | None) -> None:
         if error is not None:
             raise error
         return
-    errors: list[UserError | None] = [None] * world_size()
-    dist.all_gather_object(errors, error)
-    for found in errors:
+    for found in gathered(error):
         if found is not None:
             raise found

@@ -76,7 +76,7 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
         (temporary / "trainer").mkdir(parents=True)
     dist.barrier()
     export(temporary)
-    dcp.save(_state(engine), checkpoint_id=temporary / "trainer")
+    dcp.save(_state(engine), checkpoint_id=temporary / "trainer", process_group=dist.group())
     save_file(_random_states(engine.device), temporary / "trainer" / f"rng_{dist.rank()}.safetensors")
     if dist.is_main():
         (temporary / "trainer" / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
@@ -96,7 +96,7 @@ def load(directory: Path, engine: Engine) -> None:
     """
     state = _state(engine)
     _check_same_tensors(state, directory)
-    dcp.load(state, checkpoint_id=directory / "trainer")  # in place: the tensors are the engine's own
+    dcp.load(state, checkpoint_id=directory / "trainer", process_group=dist.group())  # in place: the tensors are the engine's own
     engine.weights.publish()
     random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
     if random_states.exists():

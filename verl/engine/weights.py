@@ -198,7 +198,7 @@ class ReplicatedWeights(MasterWeights):
                     part += holder.grad
                     holder.grad = None
         bucket.average /= processes.world_size()
-        bucket.message = dist.all_reduce(bucket.average, async_op=True)
+        bucket.message = dist.all_reduce(bucket.average, group=processes.group(), async_op=True)
 
 
 class ShardedWeights:

@@ -1,0 +1,121 @@
+"""Answers, and the packed batches that they become.
+
+Dimensions: A answers, M trained positions of a micro-batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl import dist
+from verl.data.batch import Batch
+from verl.data.pack import collate, pack
+from verl.data.prompts import Prompt
+
+
+@dataclass
+class Sample:
+    """One answer to a prompt: the token ids of a chat as the model saw and drew them, appended and never made again from text.
+
+    Attributes:
+        prompt: what was answered.
+        group: number of the prompt among all that were drawn since the run began; its answers have the same.
+        prompt_ids: tokens before the answer.
+        answer_ids: tokens of the answer; with tools, of all turns, the others' too.
+        answer_mask: whether each of them was drawn by the model, and is trained.
+        logprobs: of each of them, natural log, as the rollout drew it at its temperature; 0 where it was not drawn.
+            None where the rollout does not tell.
+        text: the answer without its stop token; with tools, of the last turn.
+        finish_reason: "stop", or "length" where the answer was cut.
+        version: of the weights that drew it.
+        reward: what it earned.
+        parts: what each grader gave, by name.
+        turns: that the model took.
+    """
+
+    prompt: Prompt
+    group: int
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answer_mask: list[bool]
+    logprobs: list[float] | None
+    text: str
+    finish_reason: str
+    version: int
+    reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    turns: int = 1
+
+    @property
+    def document(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and whether each is trained."""
+        ids = np.array(self.prompt_ids + self.answer_ids, dtype=np.int32)
+        return ids, np.array([False] * len(self.prompt_ids) + self.answer_mask, dtype=bool)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.answer_mask)
+
+    @property
+    def trained_logprobs(self) -> np.ndarray | None:
+        """The rollout's log-probabilities of the trained tokens, float32."""
+        if self.logprobs is None:
+            return None
+        return np.array(self.logprobs, dtype=np.float32)[np.array(self.answer_mask, dtype=bool)]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The micro-batches of one update on this rank, and which answers lie in each.
+
+    Attributes:
+        samples: all answers of the step on this rank.
+        members: for each micro-batch the numbers of its answers in `samples`, in the order of its documents.
+    """
+
+    samples: list[Sample]
+    members: list[list[int]]
+    batches: list[Batch]
+
+    def per_answer(self, values: Sequence[Tensor]) -> dict[int, np.ndarray]:
+        """Values of the trained positions of each micro-batch, cut into those of each answer, by its number."""
+        found: dict[int, np.ndarray] = {}
+        for numbers, values_M in zip(self.members, values, strict=True):
+            ends = np.cumsum([self.samples[number].trained_tokens for number in numbers])
+            parts = np.split(values_M.float().cpu().numpy(), ends)
+            found |= dict(zip(numbers, parts, strict=False))
+        return found
+
+    def with_fields(self, **fields: list[np.ndarray] | None) -> "Packed":
+        """The same with a value for each trained position, given as one array for each answer of `samples`; None: the field stays away."""
+        given = {name: arrays for name, arrays in fields.items() if arrays is not None}
+        batches = [
+            replace(batch, **{name: _joined([arrays[number] for number in numbers]) for name, arrays in given.items()})
+            for numbers, batch in zip(self.members, self.batches, strict=True)
+        ]
+        return Packed(self.samples, self.members, batches)
+
+
+def _joined(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *arrays]).astype(np.float32))
+
+
+def pack_samples(samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1) -> Packed:
+    """Micro-batches of whole answers with their prompts; as many on every rank, filler where one has fewer. Every rank calls it.
+
+    Args:
+        samples: all answers of the step on this rank.
+        chosen: numbers of those that are packed.
+        token_budget: most tokens of a micro-batch.
+    """
+    lengths = [len(samples[number].prompt_ids) + len(samples[number].answer_ids) for number in chosen]
+    groups = pack(lengths, token_budget=token_budget, multiple_of=1)
+    most = dist.most(len(groups))
+    members = [[chosen[i] for i in group] for group in groups] + [[] for _ in range(most - len(groups))]
+    batches = [
+        collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members
+    ]
+    return Packed(samples, members, batches)
