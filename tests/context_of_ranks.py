@@ -55,7 +55,7 @@ def partly_recomputed(model: Any) -> None:
 
 def compiled(model: Any) -> None:
     """With an attention that a graph can hold, as FlashAttention on a GPU is, and activations computed again inside it."""
-    attention._has_flash = lambda *_: True
+    attention.has_flash = lambda *_: True
     attention.flash.flash_attention = lambda query, key, value, bounds, longest, **_: masked(query, key, value, bounds)
     counters.clear()
     recomputed(model)
@@ -64,10 +64,10 @@ def compiled(model: Any) -> None:
 
 def ended() -> None:
     """Attention as it was."""
-    attention._has_flash, attention.flash.flash_attention = HAS_FLASH, FLASH_ATTENTION
+    attention.has_flash, attention.flash.flash_attention = HAS_FLASH, FLASH_ATTENTION
 
 
-HAS_FLASH, FLASH_ATTENTION = attention._has_flash, attention.flash.flash_attention
+HAS_FLASH, FLASH_ATTENTION = attention.has_flash, attention.flash.flash_attention
 
 
 def masked(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor) -> Tensor:

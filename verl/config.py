@@ -76,6 +76,8 @@ class ModelConfig:
     enable_gradient_checkpointing: Any = True
     # Compile the layers with torch.compile: true, false, or "auto" (on a GPU, when the run is long enough to earn it back).
     compile: Any = "auto"
+    # Run micro-batches that are too small to keep a GPU busy as CUDA graphs: "auto" (with compiled layers, on one GPU) or false.
+    cuda_graphs: Any = "auto"
     # Use Liger's kernels (pip install "verl[liger]").
     use_liger: bool = False
     # Rank of LoRA adapters; 0: train all weights.
@@ -509,6 +511,7 @@ def check_model(model: ModelConfig) -> None:
     """The keys of a model that is trained. Raises UserError naming the key."""
     one_of("model.enable_gradient_checkpointing", model.enable_gradient_checkpointing, (True, "selective", False))
     one_of("model.compile", model.compile, ("auto", True, False))
+    one_of("model.cuda_graphs", model.cuda_graphs, ("auto", False))
     one_of("model.strategy", model.strategy, ("auto", "fsdp2", "fsdp", "ddp"))
     one_of("model.compute_dtype", model.compute_dtype, ("auto", "bfloat16", "float32"))
     one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))

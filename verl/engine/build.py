@@ -18,7 +18,7 @@ from verl.engine.recompute import recompute_activations
 from verl.engine.weights import Spread
 from verl.errors import UserError
 from verl.models import flash
-from verl.models.attention import choose_attention, describe_attention, heads_of
+from verl.models.attention import choose_attention, describe_attention, has_flash, heads_of
 from verl.models.context import check_heads, heads_of_each
 from verl.models.export import export_adapter, export_model, export_tokenizer
 from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, resolve
@@ -130,7 +130,19 @@ def build(
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
     compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
-    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
+    engine = Engine(
+        scorer,
+        optim,
+        total_steps=total_steps,
+        device=device,
+        compute_dtype=compute_dtype,
+        spread=spread,
+        fill=loaded.fill,
+        captured=settings.cuda_graphs == "auto"
+        and compiler.on
+        and has_flash(device.type, compute_dtype)
+        and settings.attn_implementation != "sdpa",
+    )
     return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids, never_trained if settings.trainable_tokens is None else [])
 
 

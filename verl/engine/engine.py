@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from verl import dist as processes
 from verl.config import OptimConfig
 from verl.data.batch import Batch
+from verl.engine.captured import CapturedBackward
 from verl.engine.compile import uncompiled
 from verl.engine.logprobs import TokenOut, TokenScorer
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
-from verl.engine.weights import SHARDED, Spread, spread_weights
+from verl.engine.weights import SHARDED, MasterWeights, Spread, spread_weights
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Engine:
         compute_dtype: of the forward and backward pass.
         spread: how the weights lie on the processes.
         fill: where the model has no values yet, reads them into its shards.
+        captured: run small micro-batches as CUDA graphs, where one process has all of the weights.
     """
 
     def __init__(
@@ -71,10 +73,12 @@ class Engine:
         compute_dtype: torch.dtype,
         spread: Spread = SHARDED,
         fill: Callable[[nn.Module, torch.device], None] | None = None,
+        captured: bool = False,
     ):
         self.device, self.compute_dtype = device, compute_dtype
         self.scorer = scorer
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
+        self.captured = CapturedBackward(scorer, device) if captured and type(self.weights) is MasterWeights else None
         self.trained = list(self.weights.trained.values())
         self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
         self.learning_rate = learning_rate(config, total_steps)
@@ -106,13 +110,19 @@ class Engine:
         sums: list[dict[str, Tensor]] = []
         for number, batch in enumerate(micro_batches):
             self.weights.begin(last=number == len(micro_batches) - 1)
-            batch = batch.to(self.device)
-            slope_M = algorithm.slope(batch)
-            result = algorithm.loss(self.scorer(batch, None if slope_M is None else slope_M * scale), batch)
-            (result.sum * scale).backward()
+            found = None
+            if self.captured is not None and len(micro_batches) == 1:
+                found = self.captured.backward(batch, algorithm, scale)
+            sums.append(found if found is not None else self._backward(batch, algorithm, scale))
             self.weights.collect()
-            sums.append(result.metric_sums)
         return self._means(sums, tokens)
+
+    def _backward(self, batch: Batch, algorithm: Algorithm, scale: Tensor) -> dict[str, Tensor]:
+        batch = batch.to(self.device)
+        slope_M = algorithm.slope(batch)
+        result = algorithm.loss(self.scorer(batch, None if slope_M is None else slope_M * scale), batch)
+        (result.sum * scale).backward()
+        return result.metric_sums
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch], algorithm: Algorithm) -> dict[str, Tensor]:

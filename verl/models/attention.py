@@ -70,14 +70,14 @@ def choose_attention(
     """
     global _choice
     _choice = _choose(wanted, device, dtype, heads, documents)
-    if _choice.kernel != "sdpa" and _has_flash(device.type, dtype):
+    if _choice.kernel != "sdpa" and has_flash(device.type, dtype):
         flash.activate(_choice.kernel)
 
 
 def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, documents: flash.Documents | None) -> Choice:
     if wanted == "sdpa":
         return Choice("sdpa")
-    if not _has_flash(device.type, dtype):
+    if not has_flash(device.type, dtype):
         if wanted != "auto":
             raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
         return Choice()
@@ -105,7 +105,7 @@ def heads_of(config: PretrainedConfig) -> flash.Heads:
 
 def describe_attention(device_type: str, dtype: torch.dtype) -> str:
     """Which path a run on this device takes, and why."""
-    if not _has_flash(device_type, dtype):
+    if not has_flash(device_type, dtype):
         reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
         return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
     if _choice.kernel == "sdpa":
@@ -114,7 +114,8 @@ def describe_attention(device_type: str, dtype: torch.dtype) -> str:
     return flash.version(_choice.kernel) + (f" ({refused})" if refused else "")
 
 
-def _has_flash(device_type: str, dtype: torch.dtype) -> bool:
+def has_flash(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a FlashAttention, the one inside PyTorch at least, takes such tensors."""
     return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -151,7 +152,7 @@ def packed_attention(
     query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
     if context:
         query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
-    if _choice.kernel != "sdpa" and _has_flash(query_TND.device.type, query_TND.dtype):
+    if _choice.kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
         output_TND = flash.flash_attention(
             query_TND,
             key_TKD,
