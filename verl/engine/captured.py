@@ -29,7 +29,7 @@ LARGEST_GRADIENTS = 2**32  # bytes, which are kept from step to step
 LARGEST_NUMBER = 16  # of recordings
 FIRST_STEPS = 2  # run as they are written: layers are compiled in them
 # Sizes are multiples of these: the smaller, the less is filled in, and the more recordings there are.
-TOKENS, DOCUMENTS, TRAINED = 512, 64, 256
+TOKENS, DOCUMENTS, SHARE_TRAINED = 1024, 64, 8
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,8 @@ class Size:
     def of(cls, batch: Batch) -> "Size":
         """The smallest that holds the batch and one more document, of what is filled in."""
         tokens = _up(len(batch.input_ids_T), TOKENS)
-        longest = max(batch.max_seqlen, tokens - len(batch.input_ids_T))
-        return cls(
-            tokens, _up(len(batch.cu_seqlens), DOCUMENTS), _up(max(1, len(batch.trained_M)), TRAINED), 1 << (longest - 1).bit_length()
-        )
+        documents, trained = _up(len(batch.cu_seqlens), DOCUMENTS), _up(len(batch.trained_M), tokens // SHARE_TRAINED)
+        return cls(tokens, documents, trained, 1 << (max(batch.max_seqlen, TOKENS) - 1).bit_length())
 
 
 def _largest_tokens(scorer: TokenScorer) -> int:
