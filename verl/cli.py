@@ -12,7 +12,7 @@ import typer
 from verl import __version__
 from verl.errors import UserError, exit_on_user_error
 
-SFT, PPO = "verl.trainer.fsdp_sft_trainer", "verl.trainer.ppo_trainer"
+SFT, PPO, REWARD = "verl.trainer.fsdp_sft_trainer", "verl.trainer.ppo_trainer", "verl.trainer.reward_trainer"
 
 app = typer.Typer(
     name="verl",
@@ -59,6 +59,15 @@ def ppo(
 ) -> None:
     """Go on from a fine-tuned checkpoint with reinforcement learning: key=value …"""
     train(gpus, context.args, PPO, "PPOConfig", "verl ppo [--gpus N] key=value …")
+
+
+@app.command(context_settings=PASS_ON)
+def reward(
+    context: typer.Context,
+    gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
+) -> None:
+    """Train a reward model, or with algorithm.name=dpo a policy, on pairs of answers: key=value …"""
+    train(gpus, context.args, REWARD, "RewardTrainerConfig", "verl reward [--gpus N] key=value …")
 
 
 @app.command(context_settings=PASS_ON)

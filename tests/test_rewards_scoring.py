@@ -1,0 +1,105 @@
+"""The weighted sum of several rewards, and what happens where one fails."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from verl.config import RewardConfig, RewardModelConfig, check_rewards
+from verl.errors import UserError
+from verl.rewards import format as form
+from verl.rewards._scoring import Scorer
+
+QUESTIONS = ["What is 2 + 3?"] * 3
+RESPONSES = ["2 + 3 = 5\n#### 5", "2 + 3 = 6\n#### 6", "It is 5."]
+ROWS = [{"reference": "#### 5"}] * 3
+PLACES = ["train.jsonl:7", "train.jsonl:8", "train.jsonl:9"]
+HALF_BROKEN = """
+def score(prompt, response, row):
+    if "6" in response:
+        raise ValueError("no sixes")
+    return float("nan") if "It is" in response else 2.0
+"""
+
+
+def scorer(**keys: object) -> Scorer:
+    reward = RewardConfig(**keys)
+    check_rewards(reward, RewardModelConfig())
+    return Scorer(reward, RewardModelConfig())
+
+
+def test_rewards_add_up_by_their_weights() -> None:
+    scored = scorer(name=["gsm8k", "format"], weights=[1, 0.1]).score(QUESTIONS, RESPONSES, ROWS)
+    np.testing.assert_allclose(scored.reward_A, [1.1, 0.1, 0.05], rtol=1e-6)
+    assert scored.reward_A.dtype == np.float32
+    assert scored.metrics == {"reward/gsm8k": pytest.approx(1 / 3), "reward/format": pytest.approx(2.5 / 3), "reward/errors": 0}
+
+
+def test_a_failing_reward_ends_the_run_with_the_place_of_its_row(tmp_path: Path) -> None:
+    grader = tmp_path / "grader.py"
+    grader.write_text(HALF_BROKEN)
+    with pytest.raises(UserError, match=r"train.jsonl:8: reward grader raised ValueError: no sixes \(.*grader.py:4\)"):
+        scorer(name=str(grader)).score(QUESTIONS, RESPONSES, ROWS, places=PLACES)
+    with pytest.raises(UserError, match="answer 1: reward grader gave nan"):
+        scorer(name=str(grader)).score(QUESTIONS[2:], RESPONSES[2:], ROWS[2:])
+
+
+def test_a_failing_reward_may_count_as_nothing_and_is_counted(tmp_path: Path) -> None:
+    grader = tmp_path / "grader.py"
+    grader.write_text(HALF_BROKEN)
+    scored = scorer(name=[str(grader), "gsm8k"], on_error="zero").score(QUESTIONS, RESPONSES, ROWS, places=PLACES)
+    np.testing.assert_array_equal(scored.reward_A, [3, 0, 0])
+    assert [error.where for error in scored.errors] == ["train.jsonl:8", "train.jsonl:9"]
+    assert scored.metrics["reward/errors"] == pytest.approx(2 / 3)
+    told = scored.describe_errors()
+    assert told is not None and "2 rewards failed" in told and "train.jsonl:9: reward grader gave nan" in told
+
+
+def test_a_row_without_a_right_answer_is_said() -> None:
+    with pytest.raises(UserError, match=r"needs a right answer(.|\n)*data.response_key"):
+        scorer(name="gsm8k").score(["?"], ["5"], [{}])
+
+
+def test_two_graders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"def score(prompt, response, row):\n    return {value}\n")
+    scored = scorer(name=[str(tmp_path / folder / "mine.py") for folder in "ab"], weights=[1, 10]).score(["?"], ["!"], [{}])
+    assert scored.reward_A.tolist() == [21] and set(scored.each) == {"mine", "mine_2"}
+
+
+def test_no_answers_have_no_rewards() -> None:
+    assert scorer().score([], [], []).reward_A.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"name": "gsm8"}, "did you mean 'gsm8k'"),
+        ({"name": None}, "neither a reward nor a reward model"),
+        ({"name": ["gsm8k", "format"], "weights": [1]}, "1 weights for 2 rewards"),
+        ({"name": 3}, "found 3"),
+        ({"on_error": "ignore"}, "found 'ignore'"),
+        ({"name": "format", "format": ["("]}, "not a regular expression"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_before_anything_is_scored(keys: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        scorer(**keys)
+
+
+@pytest.mark.parametrize(
+    ("response", "share"),
+    [("5", 0.5), ("#### 5", 0.5), ("It is\n#### 5", 1.0), ("#### 5\nor so", 0.5), ("", 0.0), ("so\n####", 0.5)],
+)
+def test_the_usual_form_is_a_line_with_the_answer_at_the_end(response: str, share: float) -> None:
+    assert form.score("", response, {}) == share
+
+
+@pytest.mark.parametrize(
+    ("response", "share"),
+    [("<think>a</think>b", 1.0), ("<think>a</think> ", 2 / 3), ("a</think>b", 2 / 3), ("</think><think>b", 2 / 3), ("", 0.0)],
+)
+def test_the_form_that_is_asked_for_is_graded_part_by_part_in_order(response: str, share: float) -> None:
+    scored = scorer(name="format", format=["^<think>", "</think>", r"\S"]).score(["?"], [response], [{form.KEY: ["of the file"]}])
+    assert scored.reward_A[0] == pytest.approx(share)

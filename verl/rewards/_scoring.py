@@ -1,0 +1,165 @@
+"""What answers earn: the graders of `reward.name` and the model of `reward_model.path`, each with its weight.
+
+Dimensions: A answers.
+"""
+
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from verl import plugin
+from verl.config import RewardConfig, RewardModelConfig, reward_names
+from verl.errors import UserError
+from verl.rewards import format as form
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from verl.data.chat import Message
+
+MODEL = "model"  # the reward model's name among the rewards
+ERRORS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What answers have earned.
+
+    Attributes:
+        reward_A: the weighted sum of the rewards of each, float32, finite.
+        each: by reward, what it gave by itself, without its weight, float32 [A]; 0 where it failed.
+        errors: of rewards that failed (`reward.on_error=zero`), each with its row's place.
+    """
+
+    reward_A: np.ndarray
+    each: dict[str, np.ndarray]
+    errors: list[UserError]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Means over these answers: `reward/NAME` of each reward without its weight, and `reward/errors`, failures an answer."""
+        number = max(1, len(self.reward_A))
+        means = {f"reward/{name}": float(values.sum()) / number for name, values in self.each.items()}
+        return {**means, "reward/errors": len(self.errors) / number}
+
+    def describe_errors(self) -> str | None:
+        """How many rewards failed and the first of them, for the log; None if none did."""
+        if not self.errors:
+            return None
+        more = f"\n  and {len(self.errors) - ERRORS_SHOWN:,} more" if len(self.errors) > ERRORS_SHOWN else ""
+        shown = "".join(f"\n  {error.where}: {error.what}" for error in self.errors[:ERRORS_SHOWN])
+        return f"warning: {len(self.errors):,} rewards failed and count as 0 (reward.on_error=zero):{shown}{more}"
+
+
+class Scorer:
+    """Gives answers their rewards.
+
+    Args:
+        reward: the graders and what happens where one fails.
+        model: the reward model, if there is one.
+        tokenizer: of the model that answers; it is said where the reward model has another.
+        device: where the reward model lives.
+        say: writes a line for the user.
+    Raises:
+        UserError: no such grader or model, or one that cannot be used.
+    """
+
+    def __init__(
+        self,
+        reward: RewardConfig,
+        model: RewardModelConfig,
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        device: "torch.device | str" = "cpu",
+        say: Callable[[str], None] = print,
+    ):
+        names = reward_names(reward)
+        graders = [plugin.load("verl.rewards", name, needs=("score",)) for name in names]
+        self._graders = dict(zip(_distinct(names), graders, strict=True))
+        self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(names), strict=True))
+        self._stops = reward.on_error == "stop"
+        self._parts = reward.format
+        form.compiled(reward.format or [])
+        for grader in graders:
+            getattr(grader, "check_installed", lambda: None)()
+        self._model = None
+        if model.path is not None:
+            from verl.rewards._model import RewardModel  # a model takes its time
+
+            self._model = RewardModel(model, device=device, tokenizer=tokenizer, say=say)
+            self._weights[MODEL] = model.weight
+
+    def score(
+        self,
+        questions: Sequence[str],
+        responses: Sequence[str],
+        rows: Sequence[dict[str, Any]],
+        *,
+        places: Sequence[str] | None = None,
+        chats: "Sequence[Sequence[Message]] | None" = None,
+    ) -> Scored:
+        """Score answers. Ranks may have different numbers of them; an error of one must be made known to the others (`dist.together`).
+
+        Args:
+            questions: of each answer, as text.
+            responses: the answers, without their stop tokens.
+            rows: the data row of each, with `reference` where there is a right answer.
+            places: where each row stands, such as `train.jsonl:17`, for errors.
+            chats: the messages before each answer, which the reward model reads; None: the question alone.
+        Raises:
+            UserError: a reward failed or is not a number, and `reward.on_error=stop`.
+        """
+        where = list(places) if places is not None else [f"answer {number + 1}" for number in range(len(rows))]
+        errors: list[UserError] = []
+        each = {}
+        for name, grader in self._graders.items():
+            extra = {} if self._parts is None else {form.KEY: self._parts}
+            inputs = zip(questions, responses, ({**row, **extra} for row in rows), strict=True)
+            each[name] = self._kept([_graded(name, grader.score, *values) for values in inputs], where, errors)
+        if self._model is not None:
+            before = chats if chats is not None else [[{"role": "user", "content": question}] for question in questions]
+            scores = self._model.score(before, responses)
+            each[MODEL] = self._kept([_checked(MODEL, float(score)) for score in scores], where, errors)
+        total = sum((self._weights[name] * values for name, values in each.items()), np.zeros(len(rows)))
+        return Scored(np.asarray(total, dtype=np.float32), each, errors)
+
+    def _kept(self, results: Sequence[float | UserError], where: Sequence[str], errors: list[UserError]) -> np.ndarray:
+        """The numbers, 0 in the place of an error, which gets its row's place. Raises the first one where the run is to stop."""
+        failed = [UserError(r.what, where=at, fix=r.fix) for r, at in zip(results, where, strict=True) if isinstance(r, UserError)]
+        if failed and self._stops:
+            raise failed[0]
+        errors += failed
+        return np.array([0.0 if isinstance(result, UserError) else result for result in results], dtype=np.float32)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names for the log, each once: of `a/mine.py` it is `mine`, of a second one `mine_2`."""
+    short = [name.removesuffix(".py").replace("\\", "/").rpartition("/")[2].rpartition(".")[2] for name in names]
+    before = [short[:number].count(name) for number, name in enumerate(short)]
+    return [f"{name}_{count + 1}" if count or name == MODEL else name for name, count in zip(short, before, strict=True)]
+
+
+def _graded(name: str, score: Callable[[str, str, dict[str, Any]], object], question: str, response: str, row: dict) -> float | UserError:
+    try:
+        return _checked(name, score(question, response, row))
+    except UserError:  # the reward cannot be used at all
+        raise
+    except Exception as error:  # a user's own program, which fails as it likes
+        if isinstance(error, KeyError) and error.args == ("reference",):
+            return UserError(f"reward {name} needs a right answer, and the row has none", fix="set data.response_key to its column")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return UserError(f"reward {name} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})", fix=FIX)
+
+
+def _checked(name: str, value: object) -> float | UserError:
+    if isinstance(value, (int, float, np.number)) and math.isfinite(value):
+        return float(value)
+    return UserError(f"reward {name} gave {value!r}, expected a finite number", fix=FIX)
+
+
+FIX = "mend the reward or the row, or set reward.on_error=zero, which counts it as 0"

@@ -1,0 +1,42 @@
+"""Whether an answer has the required form: the share of its parts that are there, one behind the other."""
+
+import re
+from collections.abc import Sequence
+
+from verl.errors import UserError
+
+KEY = "reward.format"  # of the row: the parts that the config asks for
+PARTS = (r"\S", r"####[ \t]*[^\s#][^\n]*\Z")  # something, and then `#### answer` as the last line
+
+
+def score(prompt: str, response: str, row: dict) -> float:
+    """The share of the required parts, from 0 to 1: each is looked for behind the one that was found before it.
+
+    Args:
+        prompt: the question, as text.
+        response: the model's answer, as text, without its stop token.
+        row: the data row; its `reward.format`, put there from the config, is a list of regular expressions, in which `.` matches
+            line ends too. Without it, the answer has to say something and end in a line `#### …`.
+    Raises:
+        UserError: not a regular expression.
+    """
+    parts = row.get(KEY) or PARTS
+    text, done, found = response.rstrip(), 0, 0
+    for part in compiled(parts):
+        match = part.search(text, done)
+        if match is not None:
+            done, found = match.end(), found + 1
+    return found / len(parts)
+
+
+def compiled(parts: Sequence[str]) -> list[re.Pattern[str]]:
+    """Raises UserError: a part is not a regular expression."""
+    return [_compiled(part) for part in parts]
+
+
+def _compiled(part: str) -> re.Pattern[str]:
+    try:
+        return re.compile(part, re.DOTALL)
+    except (re.error, TypeError) as error:
+        fix = r"give regular expressions, such as [<think>,</think>,\S]"
+        raise UserError(f"{part!r} is not a regular expression: {error}", where=KEY, fix=fix) from error
