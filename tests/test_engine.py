@@ -42,7 +42,7 @@ from verl.data.batch import Batch
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
 from verl.engine.engine import Engine, LossOut
-from verl.engine.logprobs import LogitRule, TokenOut, TokenScorer, check_scorer, token_logprobs
+from verl.engine.logprobs import LogitRule, TokenOut, TokenScorer, check_scorer, token_scores
 from verl.engine.optim import learning_rate
 from verl.engine.recompute import recompute_activations
 from verl.errors import UserError
@@ -236,7 +236,7 @@ def test_a_token_of_one_document_does_not_move_another(model_path: Path) -> None
 def test_an_architecture_that_mixes_documents_is_refused_before_training(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = TokenScorer(load_for_training(str(model_path)).model)
     monkeypatch.setattr(
-        "verl.engine.logprobs.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
+        "verl.models.heads.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
     )
     with pytest.raises(UserError, match="differs from the same model alone"):
         check_scorer(scorer)
@@ -251,7 +251,7 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_whole_logits(
     torch.manual_seed(0)
     inputs = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True), torch.randn(50, requires_grad=True)
     target, slope = torch.randint(0, 50, (20,)), torch.randn(20)
-    found = token_logprobs(*inputs, target, LogitRule(factor), slope if known else None)
+    found = token_scores(*inputs, target, LogitRule(factor), slope if known else None).logprob_M
     hidden, weight, bias = inputs
     whole = torch.log_softmax((hidden @ weight.T + bias) * factor, -1).gather(1, target[:, None]).squeeze(1)
     torch.testing.assert_close(found, whole)
@@ -270,7 +270,7 @@ def test_a_known_slope_is_the_derivative_of_the_loss() -> None:
 def test_frozen_weights_get_no_gradient(model_path: Path) -> None:
     """Adapters train without the output layer's gradient, which would be the largest of all."""
     hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(50, 16)
-    token_logprobs(hidden, weight, None, torch.arange(5), slope_M=torch.ones(5)).sum().backward()
+    token_scores(hidden, weight, None, torch.arange(5), slope_M=torch.ones(5)).logprob_M.sum().backward()
     assert hidden.grad is not None and weight.grad is None
 
 

@@ -13,8 +13,7 @@ from verl.engine.logprobs import TokenOut
 
 def loss(out: TokenOut, batch: Batch) -> LossOut:
     """The sum of -log p(token) over the trained tokens, in nats; the engine divides it by their number over all ranks."""
-    total = -out.logprob_M.sum()
-    return LossOut(total, {"loss": total.detach()})
+    return LossOut(-out.logprob_M.sum(), {})
 
 
 def slope(batch: Batch) -> Tensor:

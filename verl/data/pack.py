@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,7 @@ def collate(
         target[start : start + len(ids) - 1] = ids[1:]
         loss_mask[start : start + len(ids) - 1] = mask[1:]
     position_ids = np.concatenate([np.arange(length) for length in room])
+    of_trained: dict[str, Any] = {name: _side_by_side(name, arrays, documents) for name, arrays in (values or {}).items()}
     return Batch(
         input_ids_T=torch.from_numpy(input_ids),
         position_ids_T=torch.from_numpy(position_ids),
@@ -105,7 +107,7 @@ def collate(
         sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),
         trained_M=torch.from_numpy(loss_mask.nonzero()[0]),
         has_filler=filler > 0,
-        **{name: _side_by_side(name, arrays, documents) for name, arrays in (values or {}).items()},
+        **of_trained,
     )
 
 

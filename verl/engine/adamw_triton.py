@@ -35,7 +35,7 @@ def update(tables: "Tables", kind: "Kind", rates: "Rates", factor: Tensor, seed:
     """AdamW's step of all tensors of `tables` that have a gradient.
 
     Args:
-        factor: a scalar on the device, by which gradients are multiplied first.
+        factor: a scalar on the device, by which gradients are multiplied first; where it is no number, nothing is updated.
         seed: an integer on the device, for the rounding of bfloat16 weights; None for others.
     """
     grid = (len(tables.chunks),)
@@ -111,7 +111,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     factor = tl.load(factor)
     keep = 1.0 - lr * tl.load(decay + tensor)
     left = tl.minimum(tl.load(fixed + SIZE) - first, chunk_rows * WIDTH).to(tl.int32)
-    left = tl.multiple_of(tl.where(tl.load(moving + 1) == 0, 0, left), vector)
+    left = tl.multiple_of(tl.where((tl.load(moving + 1) == 0) | (factor != factor), 0, left), vector)
     row, column = tl.arange(0, rows)[:, None], tl.arange(0, WIDTH)[None, :]
     for start in range(0, left, rows * WIDTH):
         place = start + row * WIDTH + column

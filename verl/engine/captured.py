@@ -17,10 +17,10 @@ from torch import Tensor
 
 from verl.data.batch import Batch
 from verl.engine.fsdp import decoder_layers
-from verl.engine.logprobs import TokenScorer
+from verl.models.heads import Scorer
 
 if TYPE_CHECKING:
-    from verl.engine.engine import Algorithm
+    from verl.engine.engine import Algorithm, LossOut
 
 # A layer's launches take about 2.5 ms, forward and backward. Micro-batches whose arithmetic takes longer keep a GPU busy anyway.
 LARGEST_WORK = 2e11  # tokens × parameters, for each layer
@@ -49,7 +49,7 @@ class Size:
         return cls(tokens, documents, trained, 1 << (max(batch.max_seqlen, TOKENS) - 1).bit_length())
 
 
-def _largest_tokens(scorer: TokenScorer) -> int:
+def _largest_tokens(scorer: Scorer) -> int:
     gradients = sum(p.numel() * p.element_size() for p in scorer.parameters() if p.requires_grad)
     layers, parameters = len(decoder_layers(scorer.model)), sum(p.numel() for p in scorer.parameters())
     return min(LARGEST_TOKENS, int(LARGEST_WORK * layers / parameters)) if gradients <= LARGEST_GRADIENTS else 0
@@ -88,12 +88,11 @@ def fill_up(batch: Batch, size: Size) -> tuple[Batch, Tensor]:
 
 @dataclass
 class _Recording:
-    """A graph, where it reads its batch, and where it leaves the metrics."""
+    """A graph, and where it reads its batch."""
 
-    replay: Callable[[], None]
+    replay: Callable[[], "LossOut"]
     batch: Batch
     real_M: Tensor
-    metric_sums: dict[str, Tensor]
 
 
 class CapturedBackward:
@@ -104,7 +103,7 @@ class CapturedBackward:
         record: whether to record; else every batch is filled up and run as it is written.
     """
 
-    def __init__(self, scorer: TokenScorer, device: torch.device, *, record: bool = True):
+    def __init__(self, scorer: Scorer, device: torch.device, *, record: bool = True):
         self.scorer, self.device, self.record = scorer, device, record
         self._largest_tokens = _largest_tokens(scorer)
         self._scale = torch.zeros((), device=device)
@@ -114,8 +113,8 @@ class CapturedBackward:
         self._steps = 0
         self._pool: tuple[int, int] | None = None
 
-    def backward(self, batch: Batch, algorithm: "Algorithm", scale: Tensor) -> dict[str, Tensor] | None:
-        """Give the parameters the batch's gradient and return the sums of its metrics; or do nothing and return None.
+    def backward(self, batch: Batch, algorithm: "Algorithm", scale: Tensor) -> "LossOut | None":
+        """Give the parameters the batch's gradient and return its loss; or do nothing and return None.
 
         Args:
             batch: in host memory.
@@ -137,8 +136,7 @@ class CapturedBackward:
             if isinstance(place := getattr(recording.batch, field.name), Tensor):
                 place.copy_(getattr(filled, field.name), non_blocking=True)
         recording.real_M.copy_(real_M, non_blocking=True)
-        recording.replay()
-        return recording.metric_sums
+        return recording.replay()
 
     def _plays(self, size: Size) -> bool:
         """Whether there is a recording of this size, or it is time for one."""
@@ -155,7 +153,7 @@ class CapturedBackward:
         for p, gradient in self._gradients.items():
             p.grad = gradient
 
-    def _run(self, batch: Batch, real_M: Tensor, algorithm: "Algorithm") -> dict[str, Tensor]:
+    def _run(self, batch: Batch, real_M: Tensor, algorithm: "Algorithm") -> "LossOut":
         torch._foreach_zero_(list(self._gradients.values()))
         slope_M = algorithm.slope(batch)
         assert slope_M is not None
@@ -163,15 +161,19 @@ class CapturedBackward:
         out.logprob_M = out.logprob_M * real_M
         result = algorithm.loss(out, batch)
         (result.sum * self._scale).backward()
-        return result.metric_sums
+        return result.detached()
 
     def _capture(self, batch: Batch, real_M: Tensor, algorithm: "Algorithm") -> _Recording:
         if not self.record:
-            sums: dict[str, Tensor] = {}
-            return _Recording(lambda: sums.update(self._run(batch, real_M, algorithm)), batch, real_M, sums)
+            return _Recording(lambda: self._run(batch, real_M, algorithm), batch, real_M)
         graph = torch.cuda.CUDAGraph()
         # Other threads pin the next batches meanwhile, which a capture of all threads would forbid.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            sums = self._run(batch, real_M, algorithm)
+            result = self._run(batch, real_M, algorithm)
         self._pool = graph.pool()
-        return _Recording(graph.replay, batch, real_M, sums)
+
+        def replay() -> "LossOut":
+            graph.replay()
+            return result
+
+        return _Recording(replay, batch, real_M)

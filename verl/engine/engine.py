@@ -4,21 +4,22 @@ Dimensions: M trained positions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from verl import dist as processes
 from verl.config import OptimConfig
 from verl.data.batch import Batch
 from verl.engine.captured import CapturedBackward
 from verl.engine.compile import uncompiled
-from verl.engine.logprobs import TokenOut, TokenScorer
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.weights import SHARDED, MasterWeights, Spread, spread_weights
+from verl.models.heads import Scorer
 
 
 @dataclass
@@ -26,19 +27,31 @@ class LossOut:
     """A loss over one micro-batch, not yet divided by anything.
 
     Attributes:
-        sum: what is minimized, summed over the trained tokens; a scalar with a gradient.
+        sum: what is minimized, summed over what the algorithm counts; a scalar with a gradient.
         metric_sums: scalars without a gradient, summed over the trained tokens, to be reported as means.
+        count_sums: likewise, summed over what the algorithm counts, such as answers or pairs.
+        metric_maxima: scalars to be reported as the largest of all micro-batches and ranks.
     """
 
     sum: Tensor
     metric_sums: dict[str, Tensor]
+    count_sums: dict[str, Tensor] = field(default_factory=dict)
+    metric_maxima: dict[str, Tensor] = field(default_factory=dict)
+
+    def detached(self) -> "LossOut":
+        """The same without the graph."""
+        return replace(self, sum=self.sum.detach())
 
 
 class Algorithm(Protocol):
-    """What a method minimizes: a module such as `verl.algorithms.sft`."""
+    """What a method minimizes: a module such as `verl.algorithms.sft`.
 
-    def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """The loss of one micro-batch."""
+    It may have `count(batch: Batch) -> float` too: what a micro-batch in host memory adds to the number that the loss is divided
+    by. Without it, that is the number of trained tokens.
+    """
+
+    def loss(self, out: Any, batch: Batch) -> LossOut:
+        """The loss of one micro-batch, from what the engine's scorer says of it."""
         ...
 
     def slope(self, batch: Batch) -> Tensor | None:
@@ -54,7 +67,7 @@ class Engine:
 
     Args:
         scorer: the model on any device, in the dtype that the optimizer updates; it is sharded in place.
-        config: the optimizer and its schedule.
+        config: the optimizer and its schedule; None: the model is frozen, and scores alone.
         total_steps: optimizer steps of the whole run, which the schedule spans.
         device: where the arithmetic runs.
         compute_dtype: of the forward and backward pass.
@@ -65,8 +78,8 @@ class Engine:
 
     def __init__(
         self,
-        scorer: TokenScorer,
-        config: OptimConfig,
+        scorer: Scorer,
+        config: OptimConfig | None,
         *,
         total_steps: int,
         device: torch.device,
@@ -77,77 +90,130 @@ class Engine:
     ):
         self.device, self.compute_dtype = device, compute_dtype
         self.scorer = scorer
+        if config is None:
+            scorer.requires_grad_(False)
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
         self.captured = CapturedBackward(scorer, device) if captured and type(self.weights) is MasterWeights else None
         self.trained = list(self.weights.trained.values())
-        self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
-        self.learning_rate = learning_rate(config, total_steps)
-        self.largest_gradient_norm = config.clip_grad
-        self.scorer.train()
+        if config is not None:
+            self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
+            self.learning_rate = learning_rate(config, total_steps)
+            self.largest_gradient_norm = config.clip_grad
+        self.scorer.train(config is not None)
 
     def train_step(self, micro_batches: Sequence[Batch], algorithm: Algorithm, step: int) -> dict[str, Tensor]:
-        """One optimizer step.
+        """One optimizer step. If the loss or the gradient is not finite, no rank takes it: weights and moments stay as they are.
 
         Args:
             micro_batches: this rank's, in host memory, at least one; as many on every rank.
             step: number of the step, counted from 0; it sets the learning rate.
         Returns:
-            the means of the loss's metrics over all ranks, and `grad_norm`, as scalars on the device.
+            `loss`, the means of its metrics over all ranks, `grad_norm`, and `skipped` (1 where the step was not taken, else 0), as
+            scalars on the device.
         """
         metrics = self.backward(micro_batches, algorithm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
-        metrics["grad_norm"] = update(self.optimizer, self.weights, self.largest_gradient_norm)
+        metrics["grad_norm"], finite = update(self.optimizer, self.weights, self.largest_gradient_norm, metrics["loss"])
+        metrics["skipped"] = 1.0 - finite.float()
         return metrics
 
     def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
-        """Add up the gradients of the micro-batches, and return the means of the loss's metrics.
+        """Add up the gradients of the micro-batches, and return the loss and the means of its metrics.
 
-        The loss is divided once, by the number of trained tokens over all ranks and micro-batches, so that the gradient
-        does not depend on how the rows were cut up.
+        The loss is divided once, by its count (the trained tokens, or what the algorithm counts) over all ranks and
+        micro-batches, so that the gradient does not depend on how the rows were cut up.
         """
-        tokens = self._sum_over_ranks(torch.tensor(float(sum(len(batch.trained_M) for batch in micro_batches)))).clamp(min=1)
-        scale = processes.world_size() / tokens  # the mean of the ranks' gradients is taken; their sum is wanted
-        sums: list[dict[str, Tensor]] = []
+        totals = self._totals([_counts(batch, algorithm) for batch in micro_batches])
+        scale = processes.world_size() / totals[1]  # the mean of the ranks' gradients is taken; their sum is wanted
+        results: list[LossOut] = []
         for number, batch in enumerate(micro_batches):
             self.weights.begin(last=number == len(micro_batches) - 1)
             found = None
-            if self.captured is not None and len(micro_batches) == 1:
+            if self.captured is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
                 found = self.captured.backward(batch, algorithm, scale)
-            sums.append(found if found is not None else self._backward(batch, algorithm, scale))
+            results.append(found if found is not None else self._backward(batch, algorithm, scale))
             self.weights.collect()
-        return self._means(sums, tokens)
+        return self._metrics(results, totals)
 
-    def _backward(self, batch: Batch, algorithm: Algorithm, scale: Tensor) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, algorithm: Algorithm, scale: Tensor) -> LossOut:
         batch = batch.to(self.device)
         slope_M = algorithm.slope(batch)
         result = algorithm.loss(self.scorer(batch, None if slope_M is None else slope_M * scale), batch)
         (result.sum * scale).backward()
-        return result.metric_sums
+        return result.detached()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
-        """The means of the loss's metrics over all trained tokens of all ranks, without training.
+        """The loss and the means of its metrics over all ranks, without training.
 
         Args:
             micro_batches: this rank's, in host memory, at least one; as many on every rank.
         """
+        training = self.scorer.training
         self.scorer.eval()
-        tokens, sums = 0, []
+        counted, results = [], []
         with uncompiled():
             for batch in micro_batches:
-                tokens += len(batch.trained_M)
+                counted.append(_counts(batch, algorithm))
                 batch = batch.to(self.device)
-                sums.append(algorithm.loss(self.scorer(batch), batch).metric_sums)
-        self.scorer.train()
-        return self._means(sums, self._sum_over_ranks(torch.tensor(float(tokens))))
+                results.append(algorithm.loss(self.scorer(batch), batch))
+        self.scorer.train(training)
+        return self._metrics(results, self._totals(counted))
 
-    def _means(self, sums: list[dict[str, Tensor]], tokens: Tensor) -> dict[str, Tensor]:
-        names = list(sums[0])
-        totals = self._sum_over_ranks(torch.stack([torch.stack([s[name].float() for s in sums]).sum() for name in names]))
-        return dict(zip(names, (totals / tokens).unbind(), strict=True))
+    def score(self, micro_batches: Iterable[Batch]) -> list[Any]:
+        """What the model says of each micro-batch, in order, on the device and without a gradient.
+
+        The arithmetic is that of training, compiled kernels included: before the first update of a batch, its ratios are 1.
+
+        Args:
+            micro_batches: this rank's, in host memory; as many on every rank.
+        """
+        training = self.scorer.training
+        self.scorer.eval()
+        # With gradients, though none are asked for: without them, other kernels would be compiled.
+        outs = [_without_gradient(self.scorer(batch.to(self.device))) for batch in micro_batches]
+        self.scorer.train(training)
+        if isinstance(self.scorer, FSDPModule):
+            self.scorer.reshard()
+        return outs
+
+    def _totals(self, counted: Sequence[tuple[float, float]]) -> Tensor:
+        """Trained tokens and the algorithm's count over all micro-batches and ranks; at least 1 each."""
+        return self._sum_over_ranks(torch.tensor(counted).sum(0)).clamp(min=1)
+
+    def _metrics(self, results: Sequence[LossOut], totals: Tensor) -> dict[str, Tensor]:
+        tokens, count = totals.unbind()
+        sums = {name: [r.metric_sums[name] for r in results] for name in results[0].metric_sums}
+        count_sums = {name: [r.count_sums[name] for r in results] for name in results[0].count_sums}
+        count_sums["loss"] = [r.sum for r in results]
+        summed = [torch.stack(values).float().sum() for values in (*sums.values(), *count_sums.values())]
+        divisors = torch.stack([tokens] * len(sums) + [count] * len(count_sums))
+        means = (self._sum_over_ranks(torch.stack(summed)) / divisors).unbind()
+        return dict(zip((*sums, *count_sums), means, strict=True)) | self._maxima(results)
+
+    def _maxima(self, results: Sequence[LossOut]) -> dict[str, Tensor]:
+        names = list(results[0].metric_maxima)
+        if not names:
+            return {}
+        largest = torch.stack([torch.stack([r.metric_maxima[name] for r in results]).float().amax() for name in names])
+        if processes.world_size() > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=processes.group())
+        return dict(zip(names, largest.unbind(), strict=True))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self.device, non_blocking=True)
         if processes.world_size() > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=processes.group())
         return values
+
+
+def _counts(batch: Batch, algorithm: Algorithm) -> tuple[float, float]:
+    """Of a micro-batch in host memory, the trained tokens and what the algorithm counts."""
+    tokens = float(len(batch.trained_M))
+    count = getattr(algorithm, "count", None)
+    return tokens, tokens if count is None else float(count(batch))
+
+
+def _without_gradient(out: Any) -> Any:
+    tensors = {f.name: value.detach() for f in fields(out) if isinstance(value := getattr(out, f.name), Tensor)}
+    return replace(out, **tensors)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from verl import dist
-from verl.engine.logprobs import TokenScorer
+from verl.models.heads import Scorer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Sharding:
         return f"sharded over {size}{groups}" + (" in host memory" if self.cpu_offload else "") if everyone > 1 else "in host memory"
 
 
-def shard(scorer: TokenScorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
+def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
     """Shard every decoder layer by itself, and what is left (embeddings, last norm, output layer) together.
 
     While a layer computes, the next one's weights are on their way.

@@ -112,6 +112,7 @@ class FusedAdamW:
         self.lr, self._betas = lr, betas
         decays = {p: float(group["weight_decay"]) for group in groups for p in group["params"]}
         self._steps = torch.zeros(len(decays))  # on the host; each parameter's "step" is an element of it
+        self._latest: _Latest | None = None
         self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
         kinds: dict[tuple[object, ...], list[_Member]] = {}
         for number, (p, decay) in enumerate(decays.items()):
@@ -123,18 +124,33 @@ class FusedAdamW:
         self._launches = [_Launch(members) for members in kinds.values()]
 
     @torch.no_grad()
-    def step(self, factor: Tensor | None = None) -> None:
+    def step(self, factor: Tensor | None = None, finite: Tensor | None = None) -> None:
         """Update the parameters that have a gradient, in whatever dtype, and their copies.
 
         Args:
             factor: a scalar on the device; the gradients count so many times as much, and stay as they are.
+            finite: a flag on the device; where it is not set, nothing is updated.
         """
+        self._settle()
         gradients = [None if p.grad is None else _contiguous(moments.local(p.grad)) for p in self._state]
-        self._steps += torch.tensor([float(gradient is not None) for gradient in gradients])
+        moved = torch.tensor([float(gradient is not None) for gradient in gradients])
+        self._steps += moved
         steps = [int(step) for step in self._steps.tolist()]
+        if finite is not None:
+            self._latest = _Latest(moved, finite)
+            factor = torch.where(finite, 1.0 if factor is None else factor, torch.nan)
         rates = {step: Rates(self.lr, self._betas, step) for step in set(steps)}
         for launch in self._launches:
             launch(gradients, [rates[step] for step in steps], factor)
+
+    def _settle(self) -> None:
+        """Take the latest step back if it was not finite.
+
+        Here, where the device has the next step's forward and backward pass in hand and waits for nobody.
+        """
+        if self._latest is not None and not self._latest.was_taken():
+            self._steps -= self._latest.moved
+        self._latest = None
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         assert set_to_none
@@ -143,7 +159,26 @@ class FusedAdamW:
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """A parameter's state as plain tensors, sharded as it is; they are the optimizer's own, so loading into them loads it."""
+        self._settle()
         return moments.sharded_like(parameter, self._state[parameter])
+
+
+class _Latest:
+    """A step of which the device decides whether it is taken.
+
+    Attributes:
+        moved: by parameter, 1 where it had a gradient.
+    """
+
+    def __init__(self, moved: Tensor, finite: Tensor):
+        self.moved = moved
+        self._taken = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+        self._decided = torch.cuda.Event()
+        self._decided.record()
+
+    def was_taken(self) -> bool:
+        self._decided.synchronize()
+        return bool(self._taken)
 
 
 class _Member(NamedTuple):

@@ -3,12 +3,12 @@
 Dimensions: T tokens of the packed batch, M trained positions, C positions of a chunk, H hidden size, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -16,26 +16,34 @@ from verl import dist
 from verl.data.batch import Batch
 from verl.engine.softmax import logprobs_with_gradient_
 from verl.errors import UserError
-from verl.models.attention import packed_kwargs
+from verl.models.heads import Scorer
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
+Entropy: TypeAlias = Literal[False, True, "gradient"]
 SAME = 1e-3  # log-probabilities in float32 that differ by less are the same
 
 
 @dataclass
 class TokenOut:
-    """What a model says of the trained tokens: `logprob_M`, natural log, float32."""
+    """What a model says of the trained tokens, in float32.
+
+    Attributes:
+        logprob_M: natural log.
+        entropy_M: of the distribution that each token was one of, in nats; None: not asked for.
+    """
 
     logprob_M: Tensor
+    entropy_M: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What an architecture does to its logits after the output layer: a factor, then a soft cap."""
+    """What becomes of logits after the output layer: the architecture's factor and soft cap, then the temperature of sampling."""
 
     factor: float = 1.0
     soft_cap: float | None = None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, config: Any) -> "LogitRule":
@@ -47,17 +55,20 @@ class LogitRule:
         logits_CV = logits_CV.float()
         if self.factor != 1.0:
             logits_CV = logits_CV * self.factor
-        return logits_CV if self.soft_cap is None else torch.tanh(logits_CV / self.soft_cap) * self.soft_cap
+        if self.soft_cap is not None:
+            logits_CV = torch.tanh(logits_CV / self.soft_cap) * self.soft_cap
+        return logits_CV if self.temperature == 1.0 else logits_CV / self.temperature
 
 
-def token_logprobs(
+def token_scores(
     hidden_MH: Tensor,
     weight_VH: Tensor,
     bias_V: Tensor | None,
     target_M: Tensor,
     rule: LogitRule = LogitRule(),
     slope_M: Tensor | None = None,
-) -> Tensor:
+    entropy: Entropy = False,
+) -> TokenOut:
     """Log-probability of each target, without ever holding the [M, V] logits, in the forward or the backward pass.
 
     Args:
@@ -68,27 +79,42 @@ def token_logprobs(
         rule: what the architecture does to its logits.
         slope_M: derivative of what is minimized by each log-probability, float32, where it is known beforehand. The backward
             pass then costs no logits: their gradient is formed while they are there, and *must* be asked for with these slopes.
-    Returns:
-        logprob_M in float32, natural log.
+        entropy: whether to return it too, and whether it has a gradient, which a known slope rules out.
     """
     if slope_M is not None and rule.soft_cap is None and torch.is_grad_enabled():
-        logprob_M: Tensor = _KnownSlope.apply(hidden_MH, weight_VH, bias_V, target_M, slope_M, rule.factor)
-        return logprob_M
+        assert entropy != "gradient"
+        arguments = hidden_MH, weight_VH, bias_V, target_M, slope_M, rule.factor / rule.temperature, bool(entropy)
+        logprob_M, entropy_M = _KnownSlope.apply(*arguments)
+        return TokenOut(logprob_M, entropy_M if entropy else None)
     # One chunk at least, even of no positions: a rank without trained tokens still takes part in the backward pass.
     chunks = [
-        checkpoint(_chunk_logprobs, hidden_MH[rows], weight_VH, bias_V, target_M[rows], rule, use_reentrant=False)
+        checkpoint(_chunk_scores, hidden_MH[rows], weight_VH, bias_V, target_M[rows], rule, entropy, use_reentrant=False)
         for rows in _chunks(max(1, len(target_M)), CHUNK_LOGITS // len(weight_VH))
     ]
-    return torch.cat(chunks)
+    logprob_M, entropy_M = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return TokenOut(logprob_M, entropy_M if entropy else None)
 
 
 def _chunks(length: int, size: int) -> list[slice]:
     return [slice(i, i + max(1, size)) for i in range(0, length, max(1, size))]
 
 
-def _chunk_logprobs(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, rule: LogitRule) -> Tensor:
+def _chunk_scores(
+    hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, rule: LogitRule, entropy: Entropy
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and entropies or, where they are not asked for, nothing."""
     logits_CV = rule(F.linear(hidden_CH, weight_VH, bias_V))
-    return logits_CV.gather(1, target_C[:, None]).squeeze(1) - logits_CV.logsumexp(-1)
+    total_C = logits_CV.logsumexp(-1)
+    logprob_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - total_C
+    if not entropy:
+        return logprob_C, total_C[:0]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
+        return logprob_C, _entropy(logits_CV, total_C)
+
+
+def _entropy(logits_CV: Tensor, total_C: Tensor) -> Tensor:
+    """H = log Z - sum p * logit, with log Z given."""
+    return total_C - ((logits_CV - total_C[:, None]).exp() * logits_CV).sum(-1)
 
 
 class _KnownSlope(torch.autograd.Function):
@@ -96,15 +122,25 @@ class _KnownSlope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_M: Tensor, slope_M: Tensor, factor: float
-    ) -> Tensor:
+        ctx: Any,
+        hidden_MH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        target_M: Tensor,
+        slope_M: Tensor,
+        factor: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
         logprob_M = torch.empty(len(target_M), dtype=torch.float32, device=hidden_MH.device)
+        entropy_M = torch.empty_like(logprob_M[: len(target_M) if entropy else 0])
         hidden_grad_MH = torch.empty_like(hidden_MH) if hidden_MH.requires_grad else None
         weight_grad_VH = torch.zeros_like(weight_VH) if weight_VH.requires_grad else None
         bias_grad_V = torch.zeros_like(bias_V) if bias_V is not None and bias_V.requires_grad else None
         limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
         for rows in _chunks(len(target_M), limit // len(weight_VH)):
             logits_CV = F.linear(hidden_MH[rows], weight_VH, bias_V)
+            if entropy:
+                entropy_M[rows] = _entropy_of_parts(logits_CV, factor)
             logprob_M[rows], scale_C = logprobs_with_gradient_(logits_CV, target_M[rows], slope_M[rows], factor)
             if hidden_grad_MH is not None:
                 torch.mm(logits_CV, weight_VH, out=hidden_grad_MH[rows])
@@ -115,38 +151,44 @@ class _KnownSlope(torch.autograd.Function):
                 bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
             del logits_CV  # before the next chunk's are made
         ctx.save_for_backward(hidden_grad_MH, weight_grad_VH, bias_grad_V)
-        return logprob_M
+        ctx.mark_non_differentiable(entropy_M)
+        return logprob_M, entropy_M
 
     @staticmethod
     def backward(ctx: Any, *slope_M: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.saved_tensors, None, None, None
+        return *ctx.saved_tensors, None, None, None, None
 
 
-class TokenScorer(nn.Module):
+def _entropy_of_parts(logits_CV: Tensor, factor: float) -> Tensor:
+    """Of a few rows at a time, since these logits may be half precision and many, and float32 copies are made."""
+    parts = [logits_CV[rows].float() * factor for rows in _chunks(len(logits_CV), CHUNK_LOGITS // logits_CV.shape[1])]
+    return torch.cat([_entropy(part, part.logsumexp(-1)) for part in parts] or [logits_CV.new_zeros(0, dtype=torch.float32)])
+
+
+class TokenScorer(Scorer):
     """A causal language model that scores given tokens: from a packed batch to TokenOut.
 
     Wrapping the whole of it, output layer included, in one module lets FSDP gather the output embedding, which may be
     tied to the input's, for exactly as long as it is used.
+
+    Attributes:
+        temperature: by which logits are divided, as they are where tokens are drawn.
+        entropy: whether to score it too: True, or "gradient" where the loss has a term for it.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
+    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, entropy: Entropy = False):
+        super().__init__(model)
         self.rule = LogitRule.of(model.config)
+        self.temperature, self.entropy = temperature, entropy
 
     def forward(self, batch: Batch, slope_M: Tensor | None = None) -> TokenOut:
-        """Score the batch's trained tokens; for `slope_M` see `token_logprobs`."""
-        hidden_TH = self.model.get_decoder()(
-            input_ids=batch.input_ids_T[None],
-            position_ids=batch.position_ids_T[None],
-            attention_mask=None,
-            use_cache=False,
-            **packed_kwargs(batch),
-        ).last_hidden_state[0]
+        """Score the batch's trained tokens; for `slope_M` see `token_scores`."""
+        hidden_TH = self.hidden(batch)
         # Not `hidden_TH[trained_M]`: positions are unique, so the backward pass needs no sort to add up what falls on one.
         hidden_MH, target_M = hidden_TH.index_select(0, batch.trained_M), batch.target_T[batch.trained_M]
         hidden_MH, weight_VH, bias_V = _output_layer(self.model.get_output_embeddings(), hidden_MH)
-        return TokenOut(token_logprobs(hidden_MH, weight_VH, bias_V, target_M, self.rule, slope_M))
+        rule = replace(self.rule, temperature=self.temperature)
+        return token_scores(hidden_MH, weight_VH, bias_V, target_M, rule, slope_M, self.entropy)
 
 
 def _output_layer(head: Any, hidden_MH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -117,22 +117,29 @@ def set_learning_rate(optimizer: AdamW, rate: float) -> None:
             group["lr"] = rate
 
 
-def update(optimizer: AdamW, weights: "Weights", largest: float) -> Tensor:
+def update(optimizer: AdamW, weights: "Weights", largest: float, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Step along the gradients, scaled so that their norm over all parameters and ranks is at most `largest`, and drop them.
 
+    Where the norm or the loss is not finite, weights, moments and their count of steps stay as they are.
+
+    Args:
+        loss: a scalar on the device, the same on all ranks.
     Returns:
-        that norm before clipping, a scalar on the device.
+        that norm before clipping, and whether the step was taken; scalars on the device.
     """
     trained = list(weights.trained.values())
     if isinstance(optimizer, FusedAdamW):
         norm = _whole(_gradient_norm(trained))
-        optimizer.step((largest / (norm + 1e-6)).clamp(max=1.0))
+        finite = (norm + loss).isfinite()
+        optimizer.step((largest / (norm + 1e-6)).clamp(max=1.0), finite)
     else:
         norm = _whole(clip_gradients(trained, largest))
-        optimizer.step()
-        weights.publish()
+        finite = (norm + loss.to(norm.device)).isfinite()
+        if finite:  # the optimizers of a CPU, where asking costs nothing
+            optimizer.step()
+            weights.publish()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from verl import dist as processes
 from verl.engine.fsdp import Sharding, shard
-from verl.engine.logprobs import TokenScorer
+from verl.models.heads import Scorer
 
 BUCKET = 2**25  # gradients that are averaged in one message: 128 MiB
 
@@ -73,7 +73,7 @@ class MasterWeights:
 
     place = "on one process"
 
-    def __init__(self, scorer: TokenScorer, compute_dtype: torch.dtype):
+    def __init__(self, scorer: Scorer, compute_dtype: torch.dtype):
         # A shared (tied) parameter has one entry here, as it has in named_parameters.
         self.trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
@@ -151,7 +151,7 @@ class ReplicatedWeights(MasterWeights):
 
     place = "whole on each process"
 
-    def __init__(self, scorer: TokenScorer, compute_dtype: torch.dtype):
+    def __init__(self, scorer: Scorer, compute_dtype: torch.dtype):
         super().__init__(scorer, compute_dtype)
         self._buckets, self._next, self._last = [_Bucket()], 0, False
         for p in reversed(self.trained.values()):  # about as their gradients come
@@ -206,7 +206,7 @@ class ShardedWeights:
 
     def __init__(
         self,
-        scorer: TokenScorer,
+        scorer: Scorer,
         device: torch.device,
         sharding: Sharding,
         *,
@@ -234,7 +234,7 @@ class ShardedWeights:
 
 
 def spread_weights(
-    scorer: TokenScorer,
+    scorer: Scorer,
     spread: Spread,
     *,
     device: torch.device,

@@ -64,6 +64,31 @@ def to_tokens(whole_TXD: Tensor, heads: int, group: str) -> Tensor:
     return part_UXD
 
 
+def sum_over_parts(part: Tensor, parts: int) -> Tensor:
+    """A sum over the processes that share this one's batch, the same on each, with a gradient.
+
+    Args:
+        part: this process's summand, of one shape on each.
+        parts: how many processes they are (`Batch.parts`).
+    """
+    total: Tensor = part if parts == 1 else _SumOverParts.apply(part)
+    return total
+
+
+class _SumOverParts(torch.autograd.Function):
+    """What each process makes of the sum depends on every summand, so that the gradients are added up likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=processes.context_group(processes.context_name()))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _SumOverParts.forward(ctx, gradients[0])
+
+
 @torch.library.custom_op("verl::to_heads", mutates_args=())
 def _to_heads(parts_UXD: list[Tensor], group: str) -> list[Tensor]:
     size, tokens = _size(group), len(parts_UXD[0])

@@ -1,0 +1,164 @@
+"""What an engine trains: a model that reads packed batches. And the heads that give a number in place of a distribution.
+
+A critic is saved as a token classification model with one label, a reward model as a sequence classification model with one
+label: `AutoModelForTokenClassification` and `AutoModelForSequenceClassification` load them.
+
+Dimensions: T tokens of the packed batch, or of this process's part; M trained positions; S documents; H hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+
+from verl.data.batch import Batch
+from verl.errors import UserError
+from verl.models.attention import PACKED, packed_kwargs
+from verl.models.context import sum_over_parts
+from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype
+
+
+class Scorer(nn.Module):
+    """A model of the Hugging Face ecosystem that is called with packed batches."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> Any:
+        """What the model says of a batch; for `slope_M` see `verl.engine.engine.Algorithm`."""
+        raise NotImplementedError
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states, hidden_TH."""
+        hidden_1TH: Tensor = self.model.get_decoder()(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            attention_mask=None,
+            use_cache=False,
+            **packed_kwargs(batch),
+        ).last_hidden_state
+        return hidden_1TH[0]
+
+
+@dataclass
+class ValueOut:
+    """What a critic says: `value_M`, float32, the reward that it expects before the token of that position is drawn."""
+
+    value_M: Tensor
+
+
+class ValueScorer(Scorer):
+    """A critic: a value for each trained token."""
+
+    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> ValueOut:
+        hidden_MH = self.hidden(batch).index_select(0, batch.trained_M)
+        return ValueOut(_head(self.model)(hidden_MH).float().squeeze(-1))
+
+
+@dataclass
+class ScoreOut:
+    """What a reward model says: `score_S`, float32, one for each document, filler left out."""
+
+    score_S: Tensor
+
+
+class RewardScorer(Scorer):
+    """A reward model: a score for each document, at its last token. Documents must not be padded."""
+
+    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> ScoreOut:
+        hidden_TH = self.hidden(batch)
+        last_S = batch.cu_seqlens[1 : batch.documents + 1].long() - 1 - batch.first_token
+        hidden_SH = hidden_TH.index_select(0, last_S.clamp(0, len(hidden_TH) - 1))
+        score_S = _head(self.model)(hidden_SH).float().squeeze(-1)
+        is_here_S = (last_S >= 0) & (last_S < len(hidden_TH))
+        return ScoreOut(sum_over_parts(torch.where(is_here_S, score_S, 0.0), batch.parts))
+
+
+def load_critic(
+    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Loaded:
+    """A critic for a ValueScorer, from one that was saved, or from a causal language model with a head of zeros.
+
+    Raises:
+        UserError: no such model, or an architecture without token classification.
+    """
+    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code)
+
+
+def load_reward_model(
+    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Loaded:
+    """A reward model for a RewardScorer, from one that was saved, or from a causal language model with a head of zeros.
+
+    With `trust_remote_code` it may be any model whose code gives it a module `score` from hidden states to one number.
+
+    Raises:
+        UserError: no such model, or not one that gives one number.
+    """
+    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code)
+
+
+def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether a model on disk is one of classification, and not a language model alone.
+
+    Raises:
+        UserError: no such model.
+    """
+    return not any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in _config(path, trust_remote_code).architectures or ["ForCausalLM"]
+    )
+
+
+def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+    source, config = resolve(path), _config(path, trust_remote_code)
+    if type(config) not in kind._model_mapping:
+        if not (trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})):
+            fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"
+            raise UserError(f"transformers has no {config.model_type} with a head for this", where=path, fix=fix)
+        kind = AutoModel
+    options = {} if kind is AutoModel else {"num_labels": 1}
+    try:
+        model, report = kind.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map=str(device),
+            trust_remote_code=trust_remote_code,
+            attn_implementation=PACKED,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise cannot_load("model", path, error) from error
+    _start_at_zero(model, set(report["missing_keys"]), path)
+    saved_dtypes = find_saved_dtypes(model, source)
+    restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
+    return Loaded(model, saved_dtypes)
+
+
+def _config(path: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("model", path, error) from error
+
+
+def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None:
+    """A head that the file lacks says 0 of everything, so that the first advantages are the rewards themselves."""
+    head = {name for name, _ in model.named_parameters() if f".{name}".rpartition(".")[0].endswith(".score")}
+    if missing - head:
+        raise UserError(f"lacks {', '.join(sorted(missing - head)[:3])}", where=path, fix="give a complete model directory")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in missing:
+                parameter.zero_()
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        raise UserError(f"{type(model).__name__} has no module `score`", fix="choose a model such as Qwen2, Qwen3, Llama or Mistral")
+    return head
