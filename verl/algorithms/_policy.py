@@ -1,0 +1,138 @@
+"""The loss of a policy on its own answers: clipped ratios (PPO, arXiv:1707.06347), KL divergence, entropy, and their sum.
+
+Dimensions: M trained positions; S documents, one for each answer, and filler.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from verl.algorithms._documents import document_of_token, sum_by_document, trained_tokens
+from verl.algorithms._kl import estimate
+from verl.algorithms._settings import filled
+from verl.config import AlgorithmConfig
+from verl.data.batch import Batch
+from verl.engine.engine import LossOut
+from verl.engine.logprobs import TokenOut
+from verl.errors import UserError
+
+# What is compared of new and old policy: each token's probability, the answer's, or the geometric mean of its tokens'.
+Ratio: TypeAlias = Literal["token", "answer", "mean of answer"]
+
+
+class PolicyLoss:
+    """Minus the advantage-weighted ratio of new to old probability, which counts within bounds alone.
+
+    Without `old_logprob_M` the old policy is that of the batch itself, which then must be trained on once only.
+
+    Attributes:
+        kl_coef: weight of the KL divergence where it is a part of the loss; a trainer that adapts it sets it.
+    """
+
+    def __init__(self, settings: AlgorithmConfig, max_new_tokens: int, defaults: Mapping[str, object], *, ratio: Ratio = "token"):
+        """
+        Args:
+            max_new_tokens: of an answer; what `loss_aggregation=constant` divides by.
+            defaults: the method's values of keys that are null.
+        Raises:
+            UserError: k1 as a loss.
+        """
+        self.settings = settings = filled(settings, defaults)
+        self.kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
+        self._max_new_tokens, self._ratio = max_new_tokens, ratio
+        if self.kl_coef > 0 and settings.kl_estimator == "k1":
+            raise UserError(
+                "the gradient of k1 in the loss is zero on average",
+                where="algorithm.kl_estimator=k1 with algorithm.kl_in=loss",
+                fix="set algorithm.kl_estimator=k3 or k2, or algorithm.kl_in=reward",
+            )
+
+    def loss(self, out: TokenOut, batch: Batch) -> LossOut:
+        """The loss of one micro-batch, whose advantages must be there.
+
+        Metrics are means over trained tokens: `clip_fraction`; with a reference `kl_k1` and `kl_k3`; with entropies `entropy`; with the
+        rollout's log-probabilities `rollout_difference`, its mean distance from the old ones, and with importance weights
+        `importance_weight`. And the largest `largest_ratio` and `largest_rollout_difference`.
+        """
+        assert batch.advantage_M is not None
+        old_M = out.logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
+        ratio_M = self._ratios(out.logprob_M - old_M, batch)
+        loss_M, is_clipped_M = self._clipped(ratio_M, batch.advantage_M)
+        metrics = {"clip_fraction": is_clipped_M.float().sum()}
+        maxima = {"largest_ratio": _largest(ratio_M)}
+        if batch.rollout_logprob_M is not None:
+            difference_M = (old_M - batch.rollout_logprob_M).abs()
+            metrics["rollout_difference"] = difference_M.sum()
+            maxima["largest_rollout_difference"] = _largest(difference_M)
+            if self.settings.importance_weights is not None:
+                weight_M = self._importance(old_M - batch.rollout_logprob_M)
+                loss_M = loss_M * weight_M
+                metrics["importance_weight"] = weight_M.sum()
+        if batch.ref_logprob_M is not None:
+            if self.kl_coef > 0:
+                loss_M = loss_M + self.kl_coef * estimate(out.logprob_M, batch.ref_logprob_M, str(self.settings.kl_estimator))
+            for estimator in ("k1", "k3"):
+                metrics[f"kl_{estimator}"] = estimate(out.logprob_M.detach(), batch.ref_logprob_M, estimator).sum()
+        if out.entropy_M is not None:
+            if self.settings.entropy_coef > 0:
+                loss_M = loss_M - self.settings.entropy_coef * out.entropy_M
+            metrics["entropy"] = out.entropy_M.detach().sum()
+        return LossOut((loss_M * self._share(batch)).sum(), metrics, metric_maxima=maxima)
+
+    def slope(self, batch: Batch) -> Tensor | None:
+        """Where the batch is its own old policy and nothing else counts, the ratios are 1 and the slope is known."""
+        settings = self.settings
+        corrected = settings.importance_weights is not None and batch.rollout_logprob_M is not None
+        if batch.old_logprob_M is not None or self.kl_coef > 0 or settings.entropy_coef > 0 or corrected:
+            return None
+        assert batch.advantage_M is not None
+        with torch.enable_grad():
+            log_ratio_M = torch.zeros_like(batch.advantage_M, requires_grad=True)
+            loss_M, _ = self._clipped(self._ratios(log_ratio_M, batch), batch.advantage_M)
+            (slope_M,) = torch.autograd.grad((loss_M * self._share(batch)).sum(), log_ratio_M)
+        return slope_M
+
+    def count(self, batch: Batch) -> float:
+        """Trained tokens, or answers."""
+        return len(batch.trained_M) if self.settings.loss_aggregation == "token-mean" else batch.documents / batch.parts
+
+    def _share(self, batch: Batch) -> Tensor | float:
+        """How much a token's loss counts; with `count` this is all that distinguishes the kinds of aggregation."""
+        if self.settings.loss_aggregation == "token-mean":
+            return 1.0
+        if self.settings.loss_aggregation == "constant":
+            return 1.0 / self._max_new_tokens
+        return 1.0 / trained_tokens(batch)[document_of_token(batch)]
+
+    def _ratios(self, log_ratio_M: Tensor, batch: Batch) -> Tensor:
+        if self._ratio == "token":
+            return log_ratio_M.exp()
+        log_ratio_S = sum_by_document(log_ratio_M, batch)
+        if self._ratio == "mean of answer":
+            log_ratio_S = log_ratio_S / trained_tokens(batch).clamp(min=1)
+        return log_ratio_S.exp()[document_of_token(batch)]
+
+    def _clipped(self, ratio_M: Tensor, advantage_M: Tensor) -> tuple[Tensor, Tensor]:
+        low, high, dual = self.settings.clip_ratio_low, self.settings.clip_ratio_high, self.settings.dual_clip
+        assert low is not None and high is not None
+        plain_M, bounded_M = -advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - low, 1 + high)
+        loss_M, is_clipped_M = torch.maximum(plain_M, bounded_M), bounded_M > plain_M
+        if dual is not None:  # arXiv:1912.09729: a large ratio makes a bad token no worse than so many times
+            is_bad_M = advantage_M < 0
+            is_clipped_M = is_clipped_M | (is_bad_M & (ratio_M > dual))
+            loss_M = torch.where(is_bad_M, torch.minimum(loss_M, -dual * advantage_M), loss_M)
+        return loss_M, is_clipped_M
+
+    def _importance(self, log_weight_M: Tensor) -> Tensor:
+        """Weights of tokens that other arithmetic or other weights drew: cut off at the cap, or 0 outside of 1 / cap to cap."""
+        weight_M, cap = log_weight_M.exp(), self.settings.importance_cap
+        if self.settings.importance_weights == "truncate":
+            return weight_M.clamp(max=cap)
+        return torch.where((weight_M <= cap) & (weight_M >= 1 / cap), weight_M, 0.0)
+
+
+def _largest(values_M: Tensor) -> Tensor:
+    """0 of none, as a rank without answers has them."""
+    return torch.cat([values_M.detach(), values_M.new_zeros(1)]).amax()

@@ -1,0 +1,68 @@
+"""DPO (arXiv:2305.18290): of two answers, the chosen one is to gain more probability over the reference than the rejected one.
+
+Documents are pairs: 2k is a chosen answer, 2k + 1 the rejected one, and filler comes last.
+
+Dimensions: M trained positions; S documents; P pairs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from verl.algorithms._documents import sum_by_document
+from verl.data.batch import Batch
+from verl.engine.engine import LossOut
+from verl.engine.logprobs import TokenOut
+
+
+class Loss:
+    """-log sigmoid(beta × margin), a sum over pairs.
+
+    Args:
+        beta: how strongly the policy is held to the reference.
+        label_smoothing: the share of pairs that are thought to be the wrong way round (arXiv:2305.18290, appendix; cDPO).
+    """
+
+    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
+        self._beta, self._smoothing = beta, label_smoothing
+
+    def loss(self, out: TokenOut, batch: Batch) -> LossOut:
+        """The loss of one micro-batch, which has the reference's log-probabilities.
+
+        Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`, a reward being beta times an answer's
+        gain over the reference, and the answers' log-probabilities `chosen_logprob` and `rejected_logprob`.
+        """
+        assert batch.ref_logprob_M is not None
+        chosen_P, rejected_P = pairs(self._beta * sum_by_document(out.logprob_M - batch.ref_logprob_M, batch))
+        margin_P = chosen_P - rejected_P
+        loss_P = -(1 - self._smoothing) * F.logsigmoid(margin_P) - self._smoothing * F.logsigmoid(-margin_P)
+        with torch.no_grad():
+            chosen_logprob_P, rejected_logprob_P = pairs(sum_by_document(out.logprob_M, batch))
+            metrics = {
+                "accuracy": (margin_P > 0).float(),
+                "margin": margin_P,
+                "chosen_reward": chosen_P,
+                "rejected_reward": rejected_P,
+                "chosen_logprob": chosen_logprob_P,
+                "rejected_logprob": rejected_logprob_P,
+            }
+            sums = {name: values_P.sum() / batch.parts for name, values_P in metrics.items()}
+        return LossOut(loss_P.sum() / batch.parts, {}, sums)
+
+    def slope(self, batch: Batch) -> Tensor | None:
+        return None
+
+    def count(self, batch: Batch) -> float:
+        return count_pairs(batch)
+
+
+def pairs(values_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Of documents in pairs, the values of the chosen and of the rejected ones; what may follow, filler, is left out."""
+    values_P2 = values_S[: len(values_S) // 2 * 2].view(-1, 2)
+    return values_P2[:, 0], values_P2[:, 1]
+
+
+def count_pairs(batch: Batch) -> float:
+    """How many pairs a batch has; of one that several processes share, this one's part of them."""
+    assert batch.documents % 2 == 0, f"{batch.documents} documents are no pairs"
+    return batch.documents / 2 / batch.parts

@@ -1,0 +1,71 @@
+"""PPO (arXiv:1707.06347) for language models: a critic says what to expect at each token.
+
+Dimensions: M trained positions.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.algorithms._advantage import finished, generalized_advantages, moments, token_rewards
+from verl.algorithms._policy import PolicyLoss
+from verl.algorithms._settings import COMMON, filled
+from verl.algorithms.answers import Advantages, Answers
+from verl.config import AlgorithmConfig
+from verl.data.batch import Batch
+from verl.engine.engine import LossOut
+from verl.models.heads import ValueOut
+
+needs_critic, needs_groups = True, False
+DEFAULTS: dict[str, object] = {**COMMON, "whiten_advantages": True}
+
+
+def advantages(answers: Answers, settings: AlgorithmConfig) -> Advantages:
+    """GAE over the critic's values, whitened over all ranks; returns are the advantages before that, plus the values.
+
+    Metrics: `explained_variance`, the share of the returns' variance that the values foresaw, and the means `value` and `return`.
+    """
+    settings = filled(settings, DEFAULTS)
+    assert answers.values is not None
+    raw = generalized_advantages(token_rewards(answers, settings), answers.values, settings.gamma, settings.lam)
+    returns = [tokens + value for tokens, value in zip(raw, answers.values, strict=True)]
+    return finished(answers, settings, raw, returns=returns, metrics=_foresight(returns, answers.values))
+
+
+def _foresight(returns: list[np.ndarray], values: list[np.ndarray]) -> dict[str, float]:
+    returned, valued = (np.concatenate([np.zeros(0), *arrays]) for arrays in (returns, values))
+    mean, variance = moments(returned)
+    value, _ = moments(valued)
+    _, left = moments(returned - valued)
+    return {"explained_variance": 1 - left / variance if variance > 0 else 0.0, "value": value, "return": mean}
+
+
+class Loss(PolicyLoss):
+    """Clipped ratios of tokens; each token counts the same."""
+
+    def __init__(self, settings: AlgorithmConfig, max_new_tokens: int):
+        super().__init__(settings, max_new_tokens, DEFAULTS)
+
+
+class ValueLoss:
+    """What the critic minimizes, over a ValueScorer: half the squared distance from the returns.
+
+    A value that has moved further than `value_clip` from the one of the scoring gains nothing more by it.
+    """
+
+    def __init__(self, settings: AlgorithmConfig):
+        self._clip = settings.value_clip
+
+    def loss(self, out: ValueOut, batch: Batch) -> LossOut:
+        """Metrics: `value_clip_fraction`."""
+        assert batch.value_M is not None and batch.return_M is not None
+        square_M = (out.value_M - batch.return_M).square()
+        if self._clip is None:
+            return LossOut(square_M.sum() / 2, {})
+        bounded_M = batch.value_M + (out.value_M - batch.value_M).clamp(-self._clip, self._clip)
+        bounded_square_M = (bounded_M - batch.return_M).square()
+        is_clipped_M = bounded_square_M > square_M
+        return LossOut(torch.maximum(square_M, bounded_square_M).sum() / 2, {"value_clip_fraction": is_clipped_M.float().sum()})
+
+    def slope(self, batch: Batch) -> Tensor | None:
+        return None

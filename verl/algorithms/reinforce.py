@@ -1,0 +1,31 @@
+"""REINFORCE with a baseline: an answer is compared with all answers of the step, whatever their prompt."""
+
+import numpy as np
+
+from verl.algorithms._advantage import LEAST_STD, discounted_sums, finished, moments, token_rewards
+from verl.algorithms._policy import PolicyLoss
+from verl.algorithms._settings import COMMON, filled
+from verl.algorithms.answers import Advantages, Answers
+from verl.config import AlgorithmConfig
+
+needs_critic, needs_groups = False, False
+DEFAULTS: dict[str, object] = {**COMMON, "norm_by_std": True}
+
+
+def advantages(answers: Answers, settings: AlgorithmConfig) -> Advantages:
+    """The rewards from a token to the end of its answer, less the mean of the answers' over all ranks.
+
+    With `norm_by_std` they are divided by the standard deviation of the answers'.
+    """
+    settings = filled(settings, DEFAULTS)
+    sums = discounted_sums(token_rewards(answers, settings), settings.gamma)
+    baseline, variance = moments(np.array([tokens[0] for tokens in sums]))
+    scale = np.sqrt(variance) + LEAST_STD if settings.norm_by_std else 1.0
+    return finished(answers, settings, [(tokens - baseline) / scale for tokens in sums])
+
+
+class Loss(PolicyLoss):
+    """Clipped ratios of tokens, all of them 1 where there is one update a step; each token counts the same."""
+
+    def __init__(self, settings: AlgorithmConfig, max_new_tokens: int):
+        super().__init__(settings, max_new_tokens, DEFAULTS)
