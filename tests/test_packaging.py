@@ -63,7 +63,7 @@ def test_torch_stands_first_among_the_pins() -> None:
 
 def test_every_extra_is_there() -> None:
     extras = metadata.metadata("verl").get_all("Provides-Extra") or []
-    assert {"4bit", "8bit", "liger", "fa4", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray", "dev"} == set(extras)
+    assert {"4bit", "8bit", "liger", "fa4", "math", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray", "dev"} == set(extras)
 
 
 def test_version_and_changelog_agree() -> None:

@@ -45,6 +45,9 @@ def write_problems_and_model(folder: Path) -> Path:
 class RandomDocuments:
     """Documents of random tokens, the last half of each trained."""
 
+    documents_per_row = 1
+    values: dict[str, list[np.ndarray]] = {}  # noqa: RUF012
+
     def __init__(self, number: int = 24, *, longest: int = 60, seed: int = 0, vocabulary: int = VOCABULARY):
         random = np.random.default_rng(seed)
         lengths = random.integers(3, longest, number)

@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import DataConfig
+from verl.config import DataConfig, PairsConfig
 from verl.data import cache
+from verl.data.pairs import PairColumns
 from verl.data.render import Renderer
 from verl.data.report import Report
 from verl.data.source import content_hash, resolve_files
@@ -25,11 +27,12 @@ from verl.data.tables import ROWS_PER_TABLE, Columns, tokenized
 from verl.errors import UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
+SAME_ANSWERS = "whose two answers are the same"
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """ROWS_PER_TABLE rows of the cache, mapped into memory; the last table may have fewer."""
+    """ROWS_PER_TABLE documents of the cache, mapped into memory; the last table may have fewer."""
 
     ids_B: np.ndarray
     mask_B: np.ndarray
@@ -67,10 +70,12 @@ class Documents:
     Attributes:
         lengths_N: tokens of each, int32.
         trained_N: tokens of each that are predicted and trained, int32; nothing predicts a document's first token.
-        row_numbers_N: number of each one's row in the files, from 0, int64.
+        row_numbers_N: number of each one's row in the files, from 0, int64; with several documents a row, its place among all of them.
         stop_ids: ids of the tokens that end what is trained, such as that of `<|im_end|>`.
         fingerprint: differs when a document differs.
         report: what became of the rows.
+        documents_per_row: neighbours that belong together: 2 where rows are pairs, the chosen answer first.
+        values: by field of the Batch, such as "ref_logprob_M", an array for each document, as long as it has trained tokens.
     """
 
     lengths_N: np.ndarray
@@ -81,9 +86,12 @@ class Documents:
     report: Report
     _starts_N: np.ndarray
     _tables: list[_Table]
+    documents_per_row: int = 1
+    values: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.lengths_N)
+        """Rows."""
+        return len(self.lengths_N) // self.documents_per_row
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int32, and whether each is trained, bool."""
@@ -98,7 +106,7 @@ class Documents:
 
 
 def load_documents(
-    config: DataConfig,
+    config: DataConfig | PairsConfig,
     files: object,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -120,7 +128,7 @@ def load_documents(
         UserError: a file, a row, the chat template or the lengths are not right.
     """
     sources = resolve_files(files, key)
-    columns = Columns(config.prompt_key, config.response_key, config.messages_key, config.tools_key, config.text_key)
+    columns = _columns(config)
     limit = None if max_samples == -1 else max_samples
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
@@ -131,10 +139,16 @@ def load_documents(
         tables = cache.read(path)
     if tables is None:
         raise UserError(f"what was written to {path} cannot be read back", where="data.cache_dir", fix="name a folder on another disk")
-    return _cut([_Table.mapped(table) for table in tables], config, key, name)
+    return _cut([_Table.mapped(table) for table in tables], config, key, name, columns.documents_per_row)
 
 
-def _cache_folder(config: DataConfig) -> Path:
+def _columns(config: DataConfig | PairsConfig) -> Columns | PairColumns:
+    if isinstance(config, PairsConfig):
+        return PairColumns(config.prompt_key, config.chosen_key, config.rejected_key)
+    return Columns(config.prompt_key, config.response_key, config.messages_key, config.tools_key, config.text_key)
+
+
+def _cache_folder(config: DataConfig | PairsConfig) -> Path:
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser() / "documents"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "verl" / "documents"
@@ -149,28 +163,30 @@ def _code_hash() -> str:
     return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
-def _cut(tables: list[_Table], config: DataConfig, key: str, name: str) -> Documents:
-    """Documents of at most `data.max_length` tokens, without those that have nothing left to train."""
+def _cut(tables: list[_Table], config: DataConfig | PairsConfig, key: str, name: str, per_row: int) -> Documents:
+    """Documents of at most `data.max_length` tokens, without the rows that have nothing left to train."""
     lengths_R = np.concatenate([np.diff(table.ends) for table in tables])
     starts_R = np.concatenate([table.ends[:-1] for table in tables]).astype(np.int64)
     is_long_R = lengths_R > config.max_length
     if config.truncation == "error" and is_long_R.any():
-        raise _too_long(tables, lengths_R, config, key)
+        raise _too_long(tables, lengths_R, config, key, per_row)
     if config.truncation == "left":
         starts_R += np.maximum(0, lengths_R - config.max_length)
     lengths_R = np.minimum(lengths_R, config.max_length)
     first_rows = itertools.accumulate((len(table.places) for table in tables[:-1]), initial=0)
     parts = [slice(first, first + len(table.places)) for table, first in zip(tables, first_rows, strict=True)]
     trained_R = np.concatenate([table.trained(starts_R[part], lengths_R[part]) for table, part in zip(tables, parts, strict=True)])
-    kept_N = np.flatnonzero(trained_R)
-    dropped = len(lengths_R) - len(kept_N)
+    untrained = (trained_R.reshape(-1, per_row) == 0).any(1)
+    same = ~untrained & (_same(tables, starts_R, lengths_R) if per_row == 2 else False)
+    kept_N = np.flatnonzero(np.repeat(~untrained & ~same, per_row))
+    dropped = {NOTHING_TRAINED: int(untrained.sum()), SAME_ANSWERS: int(same.sum())}
     report = Report(
-        read=len(lengths_R),
-        used=len(kept_N),
-        cut=int(is_long_R[kept_N].sum()),
-        dropped={NOTHING_TRAINED: dropped} if dropped else {},
+        read=len(lengths_R) // per_row,
+        used=len(kept_N) // per_row,
+        cut=int(is_long_R[kept_N].reshape(-1, per_row).any(1).sum()),
+        dropped={reason: rows for reason, rows in dropped.items() if rows},
         tokens=int(lengths_R[kept_N].sum()),
-        trained_tokens=int(trained_R.sum()),
+        trained_tokens=int(trained_R[kept_N].sum()),
         rows_with_control_text=sum(table.rows_with_control_text for table in tables),
     )
     if not len(kept_N):
@@ -183,9 +199,20 @@ def _cut(tables: list[_Table], config: DataConfig, key: str, name: str) -> Docum
         stop_ids=sorted({int(i) for table in tables for i in table.stop_ids()}),
         fingerprint=_hash(name, config.max_length, config.truncation),
         report=report,
+        documents_per_row=per_row,
         _starts_N=starts_R[kept_N],
         _tables=tables,
     )
+
+
+def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
+    """Of each pair of neighbours, whether their tokens are the same."""
+    same = np.diff(lengths_R)[::2] == 0
+    for pair in np.flatnonzero(same):
+        ids_B, both = tables[2 * pair // ROWS_PER_TABLE].ids_B, slice(2 * pair, 2 * pair + 2)
+        first, second = (ids_B[start : start + length] for start, length in zip(starts_R[both], lengths_R[both], strict=True))
+        same[pair] = np.array_equal(first, second)
+    return same
 
 
 def _numbers(column: pa.Array, dtype: type) -> np.ndarray:
@@ -193,10 +220,10 @@ def _numbers(column: pa.Array, dtype: type) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
 
 
-def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DataConfig, key: str) -> UserError:
-    count, longest = int((lengths_R > config.max_length).sum()), int(lengths_R.argmax())
+def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DataConfig | PairsConfig, key: str, per_row: int) -> UserError:
+    count, longest = int((lengths_R > config.max_length).reshape(-1, per_row).any(1).sum()), int(lengths_R.argmax())
     what = (
-        f"{count:,} of {len(lengths_R):,} rows are longer than data.max_length={config.max_length}; "
+        f"{count:,} of {len(lengths_R) // per_row:,} rows are longer than data.max_length={config.max_length}; "
         f"the longest has {lengths_R[longest]:,} tokens ({_place(tables, longest)})"
     )
     fix = f"data.max_length={lengths_R[longest]} trains them whole; data.truncation=right or data.truncation=left cuts them"

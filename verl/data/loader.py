@@ -4,7 +4,7 @@ The order of rows is a function of (seed, epoch) alone, and a step's rows are a 
 trains the same rows in the same step, and a resumed run goes on at the next one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,13 +18,19 @@ AHEAD = 2  # steps prepared while the device works
 
 
 class Documents(Protocol):
-    """What the loader reads: tokenized documents with random access."""
+    """What the loader reads: tokenized documents with random access. Those of a row are neighbours and stay together."""
 
     @property
     def lengths_N(self) -> np.ndarray: ...  # noqa: N802
 
     @property
     def trained_N(self) -> np.ndarray: ...  # noqa: N802
+
+    @property
+    def documents_per_row(self) -> int: ...
+
+    @property
+    def values(self) -> Mapping[str, Sequence[np.ndarray]]: ...
 
     def __len__(self) -> int: ...
 
@@ -77,18 +83,21 @@ def micro_batches(
         rank, world_size: among those that take different rows.
         part, parts: among those that take the same micro-batches, each a part of their tokens.
     """
-    lengths = documents.lengths_N[rows].tolist()
+    numbers_RK = rows[:, None] * documents.documents_per_row + np.arange(documents.documents_per_row)
+    lengths = documents.lengths_N[numbers_RK].sum(1).tolist()
     if packing.token_budget is None:
         groups = pad_groups(lengths, rows=packing.rows, multiple_of=world_size)
     else:
         groups = pack(lengths, token_budget=packing.token_budget, multiple_of=world_size)
     pad = packing.token_budget is None
     fill = parts * (1 if pad else packing.multiple_of_tokens)
-    whole = [
-        collate([documents.document(int(rows[i])) for i in group], [int(rows[i]) for i in group], pad=pad, multiple_of_tokens=fill)
-        for group in groups[rank::world_size]
-    ]
+    whole = [_collated(documents, numbers_RK[group].ravel().tolist(), pad, fill) for group in groups[rank::world_size]]
     return whole if parts == 1 else [batch.part(part, parts) for batch in whole]
+
+
+def _collated(documents: Documents, numbers: list[int], pad: bool, fill: int) -> Batch:
+    values = {name: [arrays[number] for number in numbers] for name, arrays in documents.values.items()}
+    return collate([documents.document(number) for number in numbers], numbers, pad=pad, multiple_of_tokens=fill, values=values)
 
 
 @dataclass(frozen=True)
@@ -125,10 +134,13 @@ class Loader:
         return Step(
             number=number,
             epoch=epoch,
-            tokens=int(self.documents.lengths_N[rows].sum()),
-            trained_tokens=int(self.documents.trained_N[rows].sum()),
+            tokens=int(self._of_rows(self.documents.lengths_N)[rows].sum()),
+            trained_tokens=int(self._of_rows(self.documents.trained_N)[rows].sum()),
             micro_batches=[batch.pin() for batch in batches] if self.pin else batches,
         )
+
+    def _of_rows(self, values_N: np.ndarray) -> np.ndarray:
+        return values_N.reshape(-1, self.documents.documents_per_row)
 
     def micro_batches(self, documents: Documents, rows: np.ndarray) -> list[Batch]:
         """This rank's share of rows, of these or other documents, in host memory."""

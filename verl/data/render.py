@@ -44,6 +44,16 @@ class Rendered:
     loss_mask: list[bool]
     has_control_text: bool = False
 
+    def without_turns(self, number: int) -> "Rendered":
+        """The same with the first turns, each an unbroken run of trained tokens, as context."""
+        ends = [
+            here
+            for here, (is_trained, goes_on) in enumerate(zip(self.loss_mask, [*self.loss_mask[1:], False], strict=True), 1)
+            if is_trained and not goes_on
+        ]
+        context = ends[number - 1]
+        return Rendered(self.input_ids, [False] * context + self.loss_mask[context:], self.has_control_text)
+
 
 @dataclass(frozen=True)
 class _Text:
@@ -105,6 +115,15 @@ class Renderer:
         """The tokens of a chat up to where the assistant begins to write. Raises UserError like `chat`."""
         chat, disguise = self._disguised(checked(messages, tools))
         return self._encode_one(self._render(chat, for_answer=True), disguise)
+
+    def whole(self, messages: list[Message]) -> list[int]:
+        """The tokens of a chat as its template writes it, whatever the assistant says in it: what a reward model reads.
+
+        Raises:
+            UserError: the chat template does not take it.
+        """
+        chat, disguise = self._disguised(Chat(messages))
+        return self._encode_one(self._render(chat), disguise)
 
     def text(self, text: str) -> Rendered:
         """A plain text, trained whole: without control tokens inside, and with the end-of-text token behind it.

@@ -5,10 +5,11 @@ import itertools
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.data.cache import table_of
 from verl.data.formats import Meter, Row
-from verl.data.render import Renderer, or_error
+from verl.data.render import Rendered, Renderer, or_error
 from verl.data.source import Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
 
@@ -30,37 +31,65 @@ Done = tuple[pa.RecordBatch, list[UserError]]  # the rows of a chunk that are ri
 
 
 @dataclass(frozen=True)
+class ChatInput:
+    """A chat of a row, not yet looked at.
+
+    Attributes:
+        messages, tools: as `verl.data.render.Renderer.chat` takes them.
+        context_turns: first turns of the assistant that are not trained.
+        place: what stands between the row's place and the message's in an error; None: the message's says nothing.
+    """
+
+    messages: object
+    tools: object = None
+    context_turns: int = 0
+    place: str | None = None
+
+
+class RowReader(Protocol):
+    """Which columns of a row hold what."""
+
+    @property
+    def documents_per_row(self) -> int: ...
+
+    def read(self, row: Row) -> "Sequence[str | ChatInput]":
+        """The row's documents, plain texts or chats. Raises UserError: a column is not right."""
+        ...
+
+
+@dataclass(frozen=True)
 class Columns:
-    """Which columns hold what, by the names that the config has for them."""
+    """The columns of fine-tuning, by the names that the config has for them."""
 
     prompt_key: str
     response_key: str
     messages_key: str | None
     tools_key: str | None
     text_key: str | None
+    documents_per_row: int = 1
 
-    def read(self, row: Row) -> str | tuple[object, object]:
-        """A plain text, or the messages and tools of a chat. Raises UserError: a column is not right."""
+    def read(self, row: Row) -> "list[str | ChatInput]":
+        """A plain text or a chat. Raises UserError: a column is not right."""
         if row.is_text or self.text_key:
-            return row.text(self.text_key or "text", "data.text_key")
+            return [row.text(self.text_key or "text", "data.text_key")]
         if self.messages_key:
             tools = row.value(self.tools_key, "data.tools_key", may_be_null=True) if self.tools_key else None
-            return row.value(self.messages_key, "data.messages_key"), tools
+            return [ChatInput(row.value(self.messages_key, "data.messages_key"), tools, place="")]
         question, answer = row.text(self.prompt_key, "data.prompt_key"), row.text(self.response_key, "data.response_key")
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None
+        return [ChatInput([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])]
 
 
 def tokenized(
     sources: list[Source],
     tokenizer: PreTrainedTokenizerBase,
-    columns: Columns,
+    columns: RowReader,
     *,
     limit: int | None,
     workers: int | None,
     console: Console | None,
     key: str,
 ) -> Iterator[pa.RecordBatch]:
-    """Tables of ROWS_PER_TABLE rows, the last one of fewer, in the order of the rows.
+    """Tables of ROWS_PER_TABLE documents, the last one of fewer, in the order of the rows.
 
     Args:
         limit: use only the first rows; None: all.
@@ -71,7 +100,8 @@ def tokenized(
         UserError: a file or rows of it are not right.
     """
     meter = Meter()
-    chunks = _chunks(itertools.islice(read_rows_and_errors(sources, meter), limit))
+    rows = ROWS_PER_TABLE // columns.documents_per_row
+    chunks = _chunks(itertools.islice(read_rows_and_errors(sources, meter), limit), rows)
     processes = 1 if size_bytes(sources) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
     done = _in_this_process(tokenizer, columns, chunks) if processes == 1 else _in_processes(tokenizer, columns, chunks, processes)
     return _right(_with_progress(done, meter, console), key)
@@ -81,37 +111,43 @@ def _cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _chunks(rows: Iterator[Row | UserError]) -> Iterator[Chunk]:
-    while chunk := list(itertools.islice(rows, ROWS_PER_TABLE)):
+def _chunks(rows: Iterator[Row | UserError], size: int) -> Iterator[Chunk]:
+    while chunk := list(itertools.islice(rows, size)):
         yield chunk
 
 
-def _render(renderer: Renderer, columns: Columns, chunk: Chunk) -> Done:
+def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
     inputs = [row if isinstance(row, UserError) else or_error(columns.read, row) for row in chunk]
-    chats = iter(renderer.chats([value for value in inputs if isinstance(value, tuple)]))
-    texts = iter(renderer.texts([value for value in inputs if isinstance(value, str)]))
+    values = [value for of_row in inputs if not isinstance(of_row, UserError) for value in of_row]
+    chats = iter(renderer.chats([(value.messages, value.tools) for value in values if isinstance(value, ChatInput)]))
+    texts = iter(renderer.texts([value for value in values if isinstance(value, str)]))
     places, documents, errors = [], [], []
-    for row, value in zip(chunk, inputs, strict=True):
-        result = next(chats) if isinstance(value, tuple) else next(texts) if isinstance(value, str) else value
-        if isinstance(row, Row) and not isinstance(result, UserError):
-            places.append(row.where)
-            documents.append(result)
-        elif isinstance(result, UserError):
-            errors.append(_located(result, row, columns) if isinstance(row, Row) and isinstance(value, tuple) else result)
+    for row, of_row in zip(chunk, inputs, strict=True):
+        if isinstance(row, UserError) or isinstance(of_row, UserError):
+            errors += [error for error in (row, of_row) if isinstance(error, UserError)][:1]
+            continue
+        results = [_located(next(chats), row, value) if isinstance(value, ChatInput) else next(texts) for value in of_row]
+        wrong = [result for result in results if isinstance(result, UserError)]
+        errors += wrong[:1]
+        if not wrong:
+            places += [row.where] * len(results)
+            documents += [result for result in results if not isinstance(result, UserError)]
     return table_of(places, documents), errors
 
 
-def _located(error: UserError, row: Row, columns: Columns) -> UserError:
-    """The error of a chat with its row's place; the message's place says nothing where a row is one question and its answer."""
-    where = f"{row.where}: {error.where}" if error.where and columns.messages_key else row.where
-    return UserError(error.what, where=where, fix=error.fix)
+def _located(result: Rendered | UserError, row: Row, value: ChatInput) -> Rendered | UserError:
+    """A rendered chat, its context untrained; or its error with the row's place."""
+    if isinstance(result, Rendered):
+        return result.without_turns(value.context_turns) if value.context_turns else result
+    where = f"{row.where}: {value.place}{result.where}" if result.where and value.place is not None else row.where
+    return UserError(result.what, where=where, fix=result.fix)
 
 
-def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: Columns, chunks: Iterator[Chunk]) -> Iterator[Done]:
+def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk]) -> Iterator[Done]:
     return map(functools.partial(_render, Renderer(tokenizer), columns), chunks)
 
 
-def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: Columns, chunks: Iterator[Chunk], workers: int) -> Iterator[Done]:
+def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk], workers: int) -> Iterator[Done]:
     """In order. New interpreters, not forks: this process may hold threads and a GPU."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, columns))
     waiting: deque[Future[Done]] = deque()
@@ -132,7 +168,7 @@ def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: Columns, chunks: 
 _worker: Callable[[Chunk], Done]
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, columns: Columns) -> None:
+def _start_worker(tokenizer: PreTrainedTokenizerBase, columns: RowReader) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = functools.partial(_render, Renderer(tokenizer), columns)

@@ -1,0 +1,53 @@
+"""Pairs of answers to one question, the better one chosen: rows to two chats each, as preference data has them."""
+
+import itertools
+from dataclasses import dataclass
+
+from verl.data.chat import Message
+from verl.data.formats import Row, describe
+from verl.data.tables import ChatInput
+from verl.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Which columns hold what, by the names that the config has for them. A row becomes two documents, the chosen one first.
+
+    An answer is a text or messages behind the prompt, which is text or messages too, or a whole chat with what was asked in it.
+    """
+
+    prompt_key: str
+    chosen_key: str
+    rejected_key: str
+    documents_per_row: int = 2
+
+    def read(self, row: Row) -> list[ChatInput]:
+        """The two chats. What they have in common is context. Raises UserError: a column is not right, or the two are no pair."""
+        if row.is_text:
+            raise UserError("plain text holds no pairs", where=row.where, fix="write them as JSONL or Parquet")
+        chosen = self._chat(row, self.chosen_key, "data.chosen_key")
+        rejected = self._chat(row, self.rejected_key, "data.rejected_key")
+        common = list(itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+        if not common:
+            what = f"{self.chosen_key!r} and {self.rejected_key!r} do not begin with the same message"
+            raise UserError(what, where=row.where, fix="pair two answers to the same question")
+        asked = common[:-1] if len(common) == len(chosen) == len(rejected) else common  # of two equal chats, all but the answer
+        turns = sum(isinstance(message, dict) and message.get("role") == "assistant" for message, _ in asked)
+        names = (self.chosen_key, self.rejected_key)
+        return [ChatInput(chat, None, turns, f"{name}: ") for chat, name in zip((chosen, rejected), names, strict=True)]
+
+    def _chat(self, row: Row, column: str, key: str) -> list[Message]:
+        """A column's answer with what stands before it."""
+        answer = row.value(column, key)
+        if isinstance(answer, str):
+            return [*self._prompt(row), {"role": "assistant", "content": row.text(column, key)}]
+        if not isinstance(answer, list) or not answer or not isinstance(answer[0], dict):
+            what = f"column {column!r} is {describe(answer)}, expected text or a list of messages"
+            raise UserError(what, where=row.where, fix='write the answer as text, or as [{"role": …, "content": …}, …]')
+        return [*self._prompt(row), *answer] if answer[0].get("role") == "assistant" else answer
+
+    def _prompt(self, row: Row) -> list[Message]:
+        prompt = row.value(self.prompt_key, "data.prompt_key")
+        if isinstance(prompt, list):
+            return prompt
+        return [{"role": "user", "content": row.text(self.prompt_key, "data.prompt_key")}]
