@@ -102,14 +102,13 @@ def load_reward_model(
 
 
 def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether a model on disk is one of classification, and not a language model alone.
+    """Whether a model on disk is more than a language model.
 
     Raises:
         UserError: no such model.
     """
-    return not any(
-        name.endswith(("ForCausalLM", "LMHeadModel")) for name in _config(path, trust_remote_code).architectures or ["ForCausalLM"]
-    )
+    architectures = _config(path, trust_remote_code).architectures or ["ForCausalLM"]
+    return not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
 def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
@@ -119,6 +118,8 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
             fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"
             raise UserError(f"transformers has no {config.model_type} with a head for this", where=path, fix=fix)
         kind = AutoModel
+    if any(name.endswith("Classification") for name in config.architectures or []) and config.num_labels != 1:
+        raise UserError(f"gives {config.num_labels} numbers, not one", where=path, fix="give a model with one label, or a language model")
     options = {} if kind is AutoModel else {"num_labels": 1}
     try:
         model, report = kind.from_pretrained(
@@ -148,17 +149,17 @@ def _config(path: str, trust_remote_code: bool) -> Any:
 
 def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None:
     """A head that the file lacks says 0 of everything, so that the first advantages are the rewards themselves."""
-    head = {name for name, _ in model.named_parameters() if f".{name}".rpartition(".")[0].endswith(".score")}
-    if missing - head:
-        raise UserError(f"lacks {', '.join(sorted(missing - head)[:3])}", where=path, fix="give a complete model directory")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in missing:
-                parameter.zero_()
+    head = {id(parameter) for parameter in _head(model).parameters()}
+    for name, parameter in model.named_parameters():
+        if name not in missing:
+            continue
+        if id(parameter) not in head:
+            raise UserError(f"lacks {name}", where=path, fix="give a complete model directory")
+        nn.init.zeros_(parameter)
 
 
 def _head(model: PreTrainedModel) -> nn.Module:
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Module):
-        raise UserError(f"{type(model).__name__} has no module `score`", fix="choose a model such as Qwen2, Qwen3, Llama or Mistral")
-    return head
+    for name in ("score", "classifier"):
+        if isinstance(head := getattr(model, name, None), nn.Module):
+            return head
+    raise UserError(f"{type(model).__name__} has no module `score`", fix="choose a model such as Qwen2, Qwen3, Llama or Mistral")
