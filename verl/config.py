@@ -293,12 +293,14 @@ class AlgorithmConfig:
     norm_by_std: bool | None = None
     # "token-mean" over all tokens of an update, "sequence-mean" over the answers' means, or "constant": sum / (answers × max_new_tokens).
     loss_aggregation: str | None = None
-    # Weight of the KL divergence from the reference, the model that the run starts from; 0: no reference is kept.
+    # Keep the model that the run starts from, to log how far the actor has gone from it; false saves its memory and time.
+    keep_reference: bool = True
+    # Weight of the KL divergence from that reference.
     kl_coef: float = 0.0
     # Where it counts: in the "loss", or taken from the "reward" of each token.
     kl_in: str = "loss"
-    # Its estimator: "k1", "k2" or "k3".
-    kl_estimator: str = "k3"
+    # Its estimator: "k1", "k2" or "k3"; null: k3 in the loss, k1 in the reward.
+    kl_estimator: str | None = None
     # Adapt kl_coef so that the divergence of an answer's token stays near this; null: kl_coef is fixed.
     kl_target: float | None = None
     # Answers over which it adapts: the larger the slower.
@@ -329,12 +331,15 @@ class RolloutConfig:
     samples_per_prompt: int = 8
     # Of the distribution that answers are drawn from.
     temperature: float = 1.0
-    # Longest answer, in tokens; with tools, each turn of it.
+    # Longest answer, in tokens; with a tool, of all turns together.
     max_new_tokens: int = 512
     # Answers side by side; null: what memory allows.
     max_sequences: int | None = None
     # A server's address (vllm, sglang); null: in this process.
     url: str | None = None
+    # Where new weights are put for a server to read, a folder that it sees under the same path; null: the memory of this machine,
+    # if the server is on it.
+    weights_folder: str | None = None
     # vllm in this process: the share of a GPU's memory that it may take while it generates.
     gpu_memory_utilization: float = 0.5
     # A module or path/to/file.py that answers the model's turns, such as verl.tools.calculator; null: an answer is one turn.
@@ -483,6 +488,16 @@ class RewardTrainerConfig:
 
 
 @dataclass
+class EngineConfig:
+    # What generates: "native", "hf" (transformers), "vllm" or "sglang".
+    name: str = "native"
+    # A server's address (vllm, sglang); null: in this process.
+    url: str | None = None
+    # vllm in this process: the share of a GPU's memory that it may take.
+    gpu_memory_utilization: float = 0.5
+
+
+@dataclass
 class EvalConfig:
     """`python -m verl.eval.sft_evaluator`: exact match of a checkpoint on a file of questions and answers."""
 
@@ -504,8 +519,13 @@ class EvalConfig:
     n: int = 1
     # 0: the most likely token each time; above: sample.
     temperature: float = 0.0
-    # Answers generated at a time.
-    batch_size: int = 64
+    # Keep only so many of the most likely tokens in the draws; 0: all.
+    top_k: int = 0
+    # Keep only the most likely tokens that have this share of the probability; 1: all.
+    top_p: float = 1.0
+    # Answers generated at a time; null: what memory allows.
+    batch_size: int | None = None
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     # The grader: a name in verl/rewards or path/to/file.py.
     metric: str = "gsm8k"
     # Seed of sampling.
@@ -519,6 +539,9 @@ class EvalConfig:
         at_least("n", self.n, 1)
         at_least("batch_size", self.batch_size, 1)
         at_least("temperature", self.temperature, 0.0)
+        at_least("top_k", self.top_k, 0)
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"{self.top_p} is not a share", where="top_p", fix="give a number above 0, up to 1")
         if self.max_samples is not None and self.max_samples != -1:
             at_least("max_samples", self.max_samples, 1)
         if self.n > 1 and self.temperature == 0:
@@ -537,6 +560,7 @@ class ChatConfig:
     max_new_tokens: int = 512
     # What the model is told before the chat; null: what its template says by itself.
     system: str | None = None
+    rollout: EngineConfig = field(default_factory=EngineConfig)
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
@@ -693,7 +717,7 @@ def check_algorithm(algorithm: AlgorithmConfig) -> None:
     """A method's own keys. Raises UserError naming the key."""
     one_of("algorithm.loss_aggregation", algorithm.loss_aggregation, (None, "token-mean", "sequence-mean", "constant"))
     one_of("algorithm.kl_in", algorithm.kl_in, ("loss", "reward"))
-    one_of("algorithm.kl_estimator", algorithm.kl_estimator, ("k1", "k2", "k3"))
+    one_of("algorithm.kl_estimator", algorithm.kl_estimator, (None, "k1", "k2", "k3"))
     one_of("algorithm.old_logprobs", algorithm.old_logprobs, ("trainer", "rollout"))
     one_of("algorithm.importance_weights", algorithm.importance_weights, (None, "truncate", "mask"))
     for key in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "kl_target", "value_clip", "overlong_penalty", "entropy_coef"):
@@ -705,6 +729,9 @@ def check_algorithm(algorithm: AlgorithmConfig) -> None:
     for key in ("gamma", "lam"):
         if not 0.0 <= getattr(algorithm, key) <= 1.0:
             raise UserError(f"{getattr(algorithm, key)} is not a share", where=f"algorithm.{key}", fix="give a number from 0 to 1")
+    if algorithm.kl_coef > 0 and not algorithm.keep_reference:
+        fix = "set algorithm.keep_reference=true, or algorithm.kl_coef=0"
+        raise UserError("the divergence needs a reference", where="algorithm.kl_coef with algorithm.keep_reference=false", fix=fix)
     if algorithm.kl_target is not None and algorithm.kl_coef == 0:
         fix = "give algorithm.kl_coef to begin with, such as 0.01"
         raise UserError("an adaptive coefficient cannot start from 0", where="algorithm.kl_target with algorithm.kl_coef=0", fix=fix)

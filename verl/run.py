@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from verl import config_load, dist, plugin
-from verl.config import SFTConfig
+from verl.config import PPOConfig, RewardTrainerConfig, SFTConfig
 from verl.durable import replace_text
 from verl.errors import UserError
 
 # A scheduler's end, Ctrl-C, and what SLURM sends ahead of a time limit where it is asked to (`sbatch --signal`).
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+_SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}  # by a progress bar
 
 
 class Logger(Protocol):
@@ -43,7 +46,7 @@ class Run:
         total_steps: optimizer steps of the whole run; 0 until it is known.
     """
 
-    def __init__(self, config: SFTConfig):
+    def __init__(self, config: SFTConfig | PPOConfig | RewardTrainerConfig):
         self.config: dict[str, Any] = asdict(config)
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
@@ -156,8 +159,8 @@ class Run:
         for logger in self._loggers:
             logger.log(step, metrics)
         if self._progress is not None and self._task is not None:
-            state = f"loss {metrics['train/loss']:.4f} · {metrics['perf/tokens_per_second']:,.0f} tokens/s"
-            self._progress.update(self._task, completed=step, state=state)
+            state = [text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics]
+            self._progress.update(self._task, completed=step, state=" · ".join(state))
 
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: how far the run is and its last numbers, for a person or a script to look at."""

@@ -27,12 +27,14 @@ class Prompt:
     Attributes:
         where: its place in the file.
         text: the question as it stands in the data; of a chat, its last message.
-        token_ids: the chat up to where the answer begins.
+        messages: the chat that waits for an answer.
+        token_ids: the same up to where the answer begins.
         row: all columns, and `reference`, the right answer as text, where the rows have one.
     """
 
     where: str
     text: str
+    messages: list[dict[str, Any]]
     token_ids: list[int]
     row: dict[str, Any]
 
@@ -65,7 +67,12 @@ class Prompts:
 
 
 def load_prompts(
-    config: PromptConfig, files: object, tokenizer: PreTrainedTokenizerBase, *, key: str = "data.train_files", max_samples: int | None = None
+    config: PromptConfig,
+    files: object,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    key: str = "data.train_files",
+    max_samples: int | None = None,
 ) -> Prompts:
     """The prompts of the files.
 
@@ -94,19 +101,19 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
         values = {**values, "reference": row.text(config.response_key, "data.response_key")}
     if config.messages_key is None:
         text = row.text(config.prompt_key, "data.prompt_key")
-        messages: Any = [{"role": "user", "content": text}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
     else:
         messages = _unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
         text = messages[-1]["content"]
     try:
-        return Prompt(row.where, text, renderer.prompt(messages), values)
+        return Prompt(row.where, text, messages, renderer.prompt(messages), values)
     except UserError as error:
         raise UserError(error.what, where=f"{row.where}: {error.where}" if error.where else row.where, fix=error.fix) from None
 
 
 def _unanswered(value: object, where: str) -> list[dict[str, Any]]:
     """A chat that waits for the assistant: a trained one's last answer is left out."""
-    messages = json.loads(value) if isinstance(value, str) else value
+    messages: Any = json.loads(value) if isinstance(value, str) else value
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     last = messages[-1] if isinstance(messages, list) and messages else None

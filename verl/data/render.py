@@ -125,6 +125,24 @@ class Renderer:
         chat, disguise = self._disguised(Chat(messages))
         return self._encode_one(self._render(chat), disguise)
 
+    def turn_after(self, reply: Message) -> list[int]:
+        """What follows the token that ends an answer, up to where the assistant begins to write again.
+
+        Taken from a chat of one question and its answer: the answer's own tokens are not asked for, and stay as they were drawn.
+
+        Args:
+            reply: what somebody else, such as a tool, says to the answer.
+        Raises:
+            UserError: as `chat`, or the template writes what stands before a reply otherwise once the chat goes on.
+        """
+        answered = self._text_of(PROBE.messages, None)
+        chat, disguise = self._disguised(checked([*PROBE.messages, reply]))
+        text, end = self._render(chat, for_answer=True), answered.trained[-1][1]
+        if not text.startswith(answered.text[:end]):
+            what = "the chat template writes what stands before a reply otherwise once the chat goes on"
+            raise UserError(what, where="chat template", fix="set data.chat_template to one that only appends")
+        return self._encode_one(text[end:], disguise)
+
     def text(self, text: str) -> Rendered:
         """A plain text, trained whole: without control tokens inside, and with the end-of-text token behind it.
 

@@ -1,11 +1,13 @@
 """From a model's name and settings to an engine that trains it and can write it out again."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from verl import dist
@@ -15,12 +17,13 @@ from verl.engine.engine import Engine
 from verl.engine.fsdp import Sharding
 from verl.engine.logprobs import TokenScorer, check_parts, check_scorer
 from verl.engine.recompute import recompute_activations
-from verl.engine.weights import Spread
+from verl.engine.weights import MasterWeights, Spread
 from verl.errors import UserError
 from verl.models import flash
 from verl.models.attention import choose_attention, describe_attention, has_flash, heads_of
 from verl.models.context import check_heads, heads_of_each
 from verl.models.export import export_adapter, export_model, export_tokenizer
+from verl.models.heads import RewardScorer, ValueScorer, load_critic, load_reward_model
 from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, resolve
 from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.shards import load_without_values, small_twin
@@ -56,6 +59,23 @@ class Built:
                 export_adapter(directory, self.adapted)
         export_tokenizer(directory, self.tokenizer, self.loaded.model.generation_config, self.stop_ids)
 
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole model's tensors by its own names, adapters merged, one after another. Every rank calls it.
+
+        Raises:
+            UserError: an adapter of a kind that is not merged one tensor at a time.
+        """
+        if self.adapted is None:
+            return whole_tensors(self.loaded.model)
+        from verl.models.merged import merged_tensors
+
+        return merged_tensors(self.adapted)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether each process has all of the weights."""
+        return isinstance(self.engine.weights, MasterWeights)
+
     def describe(self) -> str:
         """Device, attention path and size, for the first lines of a run."""
         engine = self.engine
@@ -67,6 +87,27 @@ class Built:
             f"layers {'compiled' if self.compiler.on else 'not compiled'} ({self.compiler.why})"
             + (f"\nwarning: {stop_token_warning(self.never_trained)}" if self.never_trained else "")
         )
+
+
+@dataclass(frozen=True)
+class Critic:
+    """An engine with a value head, and what it takes to write it as a Hugging Face directory."""
+
+    engine: Engine
+    loaded: Loaded
+
+    def export(self, directory: Path) -> None:
+        """Write a token classification model with one label. Every rank calls it."""
+        directory.mkdir(exist_ok=True)
+        with self.engine.weights.in_model():
+            export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
+
+
+def whole_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by name, a shared one once, gathered from all ranks where they are sharded."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -144,6 +185,87 @@ def build(
         and settings.attn_implementation != "sdpa",
     )
     return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids, never_trained if settings.trainable_tokens is None else [])
+
+
+def build_critic(
+    settings: ModelConfig, optim: OptimConfig, path: str, *, total_steps: int, total_tokens: int, device: torch.device, seed: int
+) -> Critic:
+    """A model with a value head, all of it trained, spread as the actor is.
+
+    Args:
+        settings: of the actor; its adapter is not the critic's.
+        path: a critic, or a causal language model that gets a head of zeros.
+        total_steps, total_tokens: as for `build`.
+    Raises:
+        UserError: no such model, or one that cannot have the head.
+    """
+    torch.manual_seed(seed)
+    spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
+    home = torch.device("cpu") if spread.sharding.cpu_offload else device
+    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code)
+    _cast(loaded.model, getattr(torch, settings.param_dtype))
+    if settings.enable_gradient_checkpointing:
+        recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
+    Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
+    scorer = ValueScorer(loaded.model)
+    return Critic(Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread), loaded)
+
+
+def build_reward_model(
+    settings: ModelConfig,
+    optim: OptimConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_ids: list[int],
+    padding: int | None,
+    total_steps: int,
+    total_tokens: int,
+    documents: flash.Documents,
+    device: torch.device,
+    seed: int,
+) -> Built:
+    """A model with one score for a whole document, all of it trained.
+
+    Args:
+        settings: its partial_pretrain is such a model, or a causal language model that gets a head of zeros.
+        padding: id of the token that transformers' own class takes for padding; None: it reads one document at a time.
+        stop_ids, total_steps, total_tokens, documents: as for `build`.
+    Raises:
+        UserError: no such model, or one that cannot have the head.
+    """
+    torch.manual_seed(seed)
+    spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
+    home = torch.device("cpu") if spread.sharding.cpu_offload else device
+    path = settings.partial_pretrain
+    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code)
+    check_vocabulary(loaded.model, tokenizer, path)
+    loaded.model.config.pad_token_id = padding
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents)
+    _cast(loaded.model, getattr(torch, settings.param_dtype))
+    if settings.use_liger:
+        from verl.models.liger import use_liger
+
+        use_liger(loaded.model, device)
+    if settings.enable_gradient_checkpointing:
+        recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
+    compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
+    engine = Engine(RewardScorer(loaded.model), optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread)
+    return Built(engine, compiler, loaded, None, tokenizer, stop_ids, [])
+
+
+def build_reference(settings: ModelConfig, device: torch.device) -> Engine:
+    """What the actor starts from, frozen, in the dtype of the arithmetic, spread as the actor is.
+
+    Raises:
+        UserError: no such model.
+    """
+    spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
+    loaded = load_for_training(settings.partial_pretrain, device=device, dtype=compute_dtype, trust_remote_code=settings.trust_remote_code)
+    if settings.lora_adapter_path is not None:
+        from verl.models.adapter_files import put_on
+
+        put_on(loaded.model, settings.lora_adapter_path).merge_and_unload()
+    return Engine(TokenScorer(loaded.model), None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread)
 
 
 def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:

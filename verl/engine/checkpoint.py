@@ -5,6 +5,7 @@
       manifest.json       size and sha256 of each file
       trainer/            trained weights and optimizer (torch.distributed.checkpoint, any world size reads it),
                           state.json (step and data position), rng_R.safetensors (random states of rank R)
+      critic/             of a method that has one: its Hugging Face files; its optimizer is in trainer/critic/
 
 A directory is written under a temporary name, flushed to disk and renamed: what has the final name is whole.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -37,6 +38,15 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"global_step_(\d+)")
 
 
+class Critic(Protocol):
+    """A second engine of a run, and what writes its Hugging Face files."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def export(self, directory: Path) -> None: ...
+
+
 @dataclass(frozen=True)
 class Position:
     """Where a run stands and what its rows were, to go on with the same ones.
@@ -49,6 +59,8 @@ class Position:
         rows_per_step: rows of one optimizer step over all ranks.
         seed: of the row order.
         data_fingerprint: of the tokenized rows.
+        drawn: prompts drawn so far, in reinforcement learning.
+        kl_coef: weight of the divergence now, where it adapts.
     """
 
     step: int
@@ -58,14 +70,17 @@ class Position:
     rows_per_step: int
     seed: int
     data_fingerprint: str
+    drawn: int = 0
+    kl_coef: float | None = None
 
 
-def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None]) -> Path:
+def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None], critic: Critic | None = None) -> Path:
     """Write and commit `global_step_N`. Every rank calls it.
 
     Args:
         root: the run's directory.
         export: writes the Hugging Face files into a directory; called on every rank.
+        critic: is written beside the engine, in a directory of its own.
     Returns:
         the committed directory.
     """
@@ -77,6 +92,9 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
     dist.barrier()
     export(temporary)
     dcp.save(_state(engine), checkpoint_id=temporary / "trainer", process_group=dist.group())
+    if critic is not None:
+        dcp.save(_state(critic.engine), checkpoint_id=temporary / "trainer" / "critic", process_group=dist.group())
+        critic.export(temporary / "critic")
     save_file(_random_states(engine.device), temporary / "trainer" / f"rng_{dist.rank()}.safetensors")
     if dist.is_main():
         (temporary / "trainer" / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
@@ -88,19 +106,28 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
     return final
 
 
-def load(directory: Path, engine: Engine) -> None:
+def load(directory: Path, engine: Engine, critic: Critic | None = None) -> None:
     """Put trained weights, optimizer and random states of a checkpoint into an engine, at any world size.
 
     Raises:
-        UserError: it is one of another model or optimizer.
+        UserError: it is one of another model or optimizer, or has no critic.
     """
-    state = _state(engine)
-    _check_same_tensors(state, directory)
-    dcp.load(state, checkpoint_id=directory / "trainer", process_group=dist.group())  # in place: the tensors are the engine's own
-    engine.weights.publish()
+    _load_into(engine, directory / "trainer")
+    if critic is not None:
+        if not (directory / "trainer" / "critic").is_dir():
+            fix = "set algorithm.name back, or start anew with trainer.resume_mode=disable and model.partial_pretrain set to it"
+            raise UserError("holds no critic", where=str(directory), fix=fix)
+        _load_into(critic.engine, directory / "trainer" / "critic")
     random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
     if random_states.exists():
         _restore_random_states(load_file(random_states), engine.device)
+
+
+def _load_into(engine: Engine, directory: Path) -> None:
+    state = _state(engine)
+    _check_same_tensors(state, directory)
+    dcp.load(state, checkpoint_id=directory, process_group=dist.group())  # in place: the tensors are the engine's own
+    engine.weights.publish()
 
 
 def read_position(directory: Path) -> Position:
@@ -193,7 +220,7 @@ def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
     """Raises UserError if a checkpoint holds other tensors than a state to be loaded."""
     found = {
         name: (tensor.properties.dtype, tuple(tensor.size))
-        for name, tensor in dcp.FileSystemReader(directory / "trainer").read_metadata().state_dict_metadata.items()
+        for name, tensor in dcp.FileSystemReader(directory).read_metadata().state_dict_metadata.items()
         if isinstance(tensor, TensorStorageMetadata)
     }
     model = {f"model.{name}": tensor for name, tensor in state["model"].items()}

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 # What a line says of a metric, in this order.
 _SHOWN = {
+    "rl/reward": "reward {:.3f}",
+    "rl/response_tokens": "{:.0f} tokens an answer",
+    "rl/entropy": "entropy {:.3f}",
     "train/loss": "loss {:.4f}",
     "train/lr": "lr {:.2e}",
     "train/grad_norm": "grad norm {:.3f}",
@@ -17,7 +20,7 @@ _SHOWN = {
     "perf/peak_memory_gib": "{:.1f} GiB",
 }
 # These need no line: metrics.jsonl has them.
-_NOT_SHOWN = ("epoch", "train/", "perf/")
+_NOT_SHOWN = ("epoch", "train/", "perf/", "rl/", "critic/", "reward/")
 
 
 class Console:

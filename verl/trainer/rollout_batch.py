@@ -5,6 +5,7 @@ Dimensions: A answers, M trained positions of a micro-batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,10 +93,10 @@ class Packed:
     def with_fields(self, **fields: list[np.ndarray] | None) -> "Packed":
         """The same with a value for each trained position, given as one array for each answer of `samples`; None: the field stays away."""
         given = {name: arrays for name, arrays in fields.items() if arrays is not None}
-        batches = [
-            replace(batch, **{name: _joined([arrays[number] for number in numbers]) for name, arrays in given.items()})
-            for numbers, batch in zip(self.members, self.batches, strict=True)
-        ]
+        batches = []
+        for numbers, batch in zip(self.members, self.batches, strict=True):
+            values: dict[str, Any] = {name: _joined([arrays[number] for number in numbers]) for name, arrays in given.items()}
+            batches.append(replace(batch, **values))
         return Packed(self.samples, self.members, batches)
 
 
@@ -115,7 +116,5 @@ def pack_samples(samples: list[Sample], chosen: Sequence[int], token_budget: int
     groups = pack(lengths, token_budget=token_budget, multiple_of=1)
     most = dist.most(len(groups))
     members = [[chosen[i] for i in group] for group in groups] + [[] for _ in range(most - len(groups))]
-    batches = [
-        collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members
-    ]
+    batches = [collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members]
     return Packed(samples, members, batches)

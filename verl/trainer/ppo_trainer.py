@@ -1,0 +1,230 @@
+"""Reinforcement learning: from a fine-tuned checkpoint and questions to a model whose answers earn more.
+
+    python -m verl.trainer.ppo_trainer data.train_files=train.jsonl model.partial_pretrain=checkpoints/verl-sft/run/global_step_100
+
+The same command under `torchrun` uses several processes. `run` and `train_loop` are the whole way; read them first.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl import config_load, dist
+from verl.config import PPOConfig
+from verl.data.prompts import Prompts, load_prompts
+from verl.data.render import Renderer
+from verl.engine import checkpoint
+from verl.engine.checkpoint import Position
+from verl.errors import UserError, exit_on_user_error
+from verl.models.load import load_tokenizer
+from verl.rollout import load_rollout
+from verl.run import Run, quiet_libraries
+from verl.trainer.answering import Collected, collect
+from verl.trainer.clock import Clock
+from verl.trainer.experience import in_micro_batches
+from verl.trainer.fsdp_sft_trainer import check_same_rows, due
+from verl.trainer.mapping import Layout, choose_layout
+from verl.trainer.method import Method, load_method
+from verl.trainer.plan import TILE
+from verl.trainer.ppo_meter import step_metrics, time_metrics
+from verl.trainer.remote_rollout import Bridge, serve
+from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.roles import Roles, build_roles, describe_plan, rollout_options, token_budget
+from verl.trainer.step_files import write_samples
+from verl.trainer.updates import Updates
+
+
+def run(config: PPOConfig) -> Path | None:
+    """Train as the config says.
+
+    Returns:
+        the last checkpoint's directory; None on processes that only generate.
+    Raises:
+        UserError: anything in the config, the data, the models, the rewards or the checkpoint that is not right.
+    """
+    device = dist.start()
+    method = load_method(config)
+    layout = choose_layout(config.mapping, dist.world_size())
+    bridge = divide(layout, device)
+    if bridge is not None and not bridge.trains:
+        generate_for_others(config, bridge)
+        return None
+    with Run(config) as this:
+        resume_from = find_checkpoint(config.trainer, this)
+        tokenizer = load_tokenizer(
+            config.model.partial_pretrain, trust_remote_code=config.model.trust_remote_code, chat_template=config.data.chat_template
+        )
+        prompts, validation = load_data(config, tokenizer, this)
+        fresh = Position(0, 0, 0, len(prompts), config.data.prompts_per_step, config.trainer.seed, prompts.fingerprint)
+        start = start_position(fresh, resume_from)
+        total_steps = steps_of(config, prompts)
+        if resume_from is not None and start.step >= total_steps:
+            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
+            return resume_from
+        this.start_logging(start.step, total_steps)
+        roles = build_roles(config, method, tokenizer, prompts, bridge, total_steps=total_steps, device=device, this=this)
+        this.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
+        this.say(f"{describe_plan(config, total_steps)}; into {this.directory}")
+        if resume_from is not None:
+            checkpoint.load(resume_from, roles.actor.engine, roles.critic)
+        roles.publish(start.step)
+        saved = train_loop(config, method, prompts, validation, roles, start, total_steps, this)
+        roles.answerer.rollout.close()
+        return saved or resume_from or this.directory
+
+
+def train_loop(
+    config: PPOConfig,
+    method: Method,
+    prompts: Prompts,
+    validation: Prompts | None,
+    roles: Roles,
+    start: Position,
+    total_steps: int,
+    this: Run,
+) -> Path | None:
+    """Every step: answer, score, learn, update; log; when due, validate and save. Returns the last checkpoint that it wrote, if any."""
+    actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
+    clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, this), start, None
+    if validation is not None and start.step == 0:
+        this.log(0, validate(roles, validation, this.directory, 0))
+    for step in range(start.step, total_steps):
+        clock.start()
+        with roles.generating():
+            collected = collect(roles.answerer, prompts, here.drawn, config, method.settings, clock)
+        experience = in_micro_batches(collected, config.algorithm.updates_per_step, token_budget(config), fill=fill_of(actor.device))
+        with clock.phase("logprobs"):
+            experience.old_logprobs = experience.logprobs_before(actor, method.settings) if method.needs_old_logprobs else None
+            experience.ref_logprobs = experience.scored(reference, "logprob_M") if reference is not None else None
+        with clock.phase("values"):
+            experience.values = experience.scored(critic.engine, "value_M") if critic is not None else None
+        experience.learned = experience.advantages(method, updates.settings, config.rollout.max_new_tokens)
+        with clock.phase("update_critic"):
+            of_critic = updates.critic(critic, experience, step)
+        with clock.phase("update_actor"):
+            of_actor = updates.actor(actor, experience, step)
+        with clock.phase("update_rollout"):
+            roles.publish(step + 1)
+        metrics = step_metrics(collected, experience, of_critic, of_actor) | updates.adapt(of_actor, collected)
+        of_time, seen = time_metrics(clock, collected, here, actor.device)
+        done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
+        here = replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef)
+        last, stop = done == total_steps, this.should_stop()
+        if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
+            with clock.phase("validate"):
+                metrics |= validate(roles, validation, this.directory, done)
+        this.log(done, {"epoch": epoch, "train/lr": actor.learning_rate(step), **metrics, **of_time})
+        tell(collected, done, this)
+        if due(config.trainer.save_freq, done, ends_epoch, last or stop):
+            saved = checkpoint.save(this.directory, actor, here, roles.actor.export, critic)
+            checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
+            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
+            this.say(f"saved {saved}")
+        if stop:
+            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
+    return saved
+
+
+def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> dict[str, float]:
+    """Greedy answers to the validation prompts, scored as in training: the mean of the whole reward, and of each grader.
+
+    That of the first grader is `val/exact_match`, as the evaluator has it.
+
+    Every rank calls it, and answers its share. The answers go to rollouts/validation_N.jsonl.
+    """
+    mine = validation.prompts[dist.rank() :: dist.world_size()]
+    with roles.generating():
+        samples = roles.answerer.greedy(mine)
+    for place, sample in enumerate(samples):
+        sample.group = dist.rank() + place * dist.world_size()
+    roles.answerer.score(samples)
+    write_samples(directory, f"validation_{step}", samples)
+    names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
+    sums = [sum(sample.parts[name] for sample in samples) for name in names]
+    answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
+    graders = {
+        "val/exact_match" if place == 0 else f"val/{name}": total / answers
+        for place, (name, total) in enumerate(zip(names, each, strict=True))
+    }
+    return {"val/reward": reward / answers, **graders}
+
+
+def tell(collected: Collected, step: int, this: Run) -> None:
+    """Write the step's answers out, and say what is odd about them. Every rank calls it."""
+    write_samples(this.directory, f"step_{step}", collected.samples)
+    for scored in collected.scored:
+        errors = scored.describe_errors()
+        if errors is not None:
+            this.say(f"step {step}: {errors}")
+    if collected.groups == collected.without_spread and len(collected.kept) == 0:
+        this.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
+    elif collected.groups == collected.without_spread:
+        this.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
+
+
+def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Prompts, Prompts | None]:
+    """Training and validation prompts, the same on every rank."""
+
+    def load(kind: str, max_samples: int | None) -> Prompts:
+        key = f"data.{kind}_files"
+        found: list[Prompts] = []
+        files = getattr(config.data, f"{kind}_files")
+        dist.together(lambda: found.append(load_prompts(config.data, files, tokenizer, key=key, max_samples=max_samples)))
+        first = dist.from_main(found[0].fingerprint)
+        dist.together(lambda: check_same_rows(found[0].fingerprint, first, key))
+        this.say(f"{key}: {found[0]}")
+        return found[0]
+
+    train = load("train", config.data.train_max_samples)
+    return train, None if config.data.val_files is None else load("val", config.data.val_max_samples)
+
+
+def steps_of(config: PPOConfig, prompts: Prompts) -> int:
+    """Steps of the whole run.
+
+    Raises:
+        UserError: fewer prompts than processes would leave some without work, or an epoch has not enough for a step.
+    """
+    per_step = config.data.prompts_per_step
+    if per_step < dist.world_size():
+        what = f"{per_step} prompts a step leave some of {dist.world_size()} processes without any"
+        raise UserError(what, where="data.prompts_per_step", fix=f"give at least {dist.world_size()}")
+    if config.trainer.total_training_steps is not None:
+        return config.trainer.total_training_steps
+    return max(1, len(prompts) * config.trainer.total_epochs // per_step)
+
+
+def fill_of(device: torch.device) -> int:
+    return TILE if device.type == "cuda" else 1
+
+
+def divide(layout: Layout, device: torch.device) -> Bridge | None:
+    """Let the processes work in two parts where the rollout has ranks of its own. Every process calls it."""
+    if not layout.is_split:
+        return None
+    bridge = Bridge(layout, device)
+    dist.divide([layout.training, layout.rollout])
+    return bridge
+
+
+def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
+    """What a process does that only generates."""
+    quiet_libraries()
+    path = config.model.partial_pretrain
+    tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code, chat_template=config.data.chat_template)
+    stop_ids, options = Renderer(tokenizer).stop_ids, rollout_options(config)
+    serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
+
+
+def main(argv: list[str]) -> None:
+    try:
+        run(config_load.load(PPOConfig, argv))
+    finally:
+        dist.stop()
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main, sys.argv[1:])

@@ -1,0 +1,179 @@
+"""The models of a run, built for their roles: actor, critic, reference, reward, rollout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl import dist
+from verl.config import PPOConfig, longest_sample
+from verl.data.prompts import Prompts
+from verl.data.render import Renderer
+from verl.engine.build import Built, Critic, build, build_critic, build_reference
+from verl.engine.engine import Engine
+from verl.engine.logprobs import Entropy, TokenScorer
+from verl.errors import UserError
+from verl.models import flash
+from verl.models.load import read_adapter_config
+from verl.rewards._scoring import Scorer
+from verl.rollout import Options, Rollout, load_rollout, share
+from verl.run import Run
+from verl.trainer.answering import Answerer
+from verl.trainer.method import Method
+from verl.trainer.remote_rollout import Bridge, RemoteRollout
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What works on a step.
+
+    Attributes:
+        critic: where the method needs one.
+        reference: the model that the run starts from; None where nobody asks for it.
+        answerer: rollout and rewards.
+    """
+
+    actor: Built
+    critic: Critic | None
+    reference: Engine | None
+    answerer: Answerer
+
+    def describe(self) -> str:
+        """What they are and where, for the run's first lines."""
+        lines = [self.actor.describe()]
+        if self.critic is not None:
+            lines.append(
+                f"critic: {type(self.critic.loaded.model).__name__}, {sum(p.numel() for p in self.critic.engine.trained):,} trained"
+            )
+        lines.append(f"reference: {'kept' if self.reference is not None else 'none (algorithm.keep_reference=false)'}")
+        return "\n".join([*lines, f"rollout: {self.answerer.rollout.describe()}"])
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """While this lasts, the actor drops nothing out at random."""
+        scorer = self.actor.engine.scorer
+        scorer.eval()
+        try:
+            yield
+        finally:
+            scorer.train()
+
+    def publish(self, version: int) -> None:
+        """Let the rollout generate with the actor's weights of now."""
+        self.answerer.rollout.update_weights(self.actor.named_weights(), version)
+
+
+def build_roles(
+    config: PPOConfig,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    bridge: Bridge | None,
+    *,
+    total_steps: int,
+    device: torch.device,
+    this: Run,
+) -> Roles:
+    """Load every model of the run.
+
+    Args:
+        bridge: to the rollout's own processes; None: it shares this one.
+    Raises:
+        UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
+    """
+    check_checkpoint(config)
+    stop_ids = Renderer(tokenizer).stop_ids
+    tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
+    sizes: dict[str, Any] = {"total_steps": total_steps * method.settings.updates_per_step, "total_tokens": total_steps * tokens_per_step}
+    actor = build(
+        config.model,
+        config.optim,
+        tokenizer,
+        stop_ids=stop_ids,
+        documents=flash.Documents(float(longest_sample(config)), token_budget(config)),
+        device=device,
+        seed=config.trainer.seed,
+        **sizes,
+    )
+    draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
+    critic = None
+    if method.needs_critic:
+        path = config.critic.partial_pretrain or config.model.partial_pretrain
+        critic = build_critic(config.model, config.critic.optim, path, device=device, seed=config.trainer.seed, **sizes)
+    reference = build_reference(config.model, device) if method.settings.keep_reference else None
+    if reference is not None:
+        draw_as(reference, config.rollout.temperature)
+    rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
+    check_positions(config, rollout)
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
+    return Roles(actor, critic, reference, Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed))
+
+
+def draw_as(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
+    """Let an engine score tokens under the distribution that they are drawn from."""
+    assert isinstance(engine.scorer, TokenScorer)
+    engine.scorer.temperature, engine.scorer.entropy = temperature, entropy
+
+
+def build_rollout(
+    config: PPOConfig, actor: Built, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], bridge: Bridge | None
+) -> Rollout:
+    """What generates: the actor itself where this process has all of its weights, else a copy that is filled from it."""
+    if bridge is not None:
+        return RemoteRollout(bridge)
+    name, path, options = config.rollout.name, config.model.partial_pretrain, rollout_options(config)
+    if actor.is_whole:
+        return share(name, actor.loaded.model, path, tokenizer, stop_ids, options)
+    return load_rollout(name, path, tokenizer, stop_ids, options)
+
+
+def rollout_options(config: PPOConfig) -> Options:
+    return Options(
+        max_sequences=config.rollout.max_sequences,
+        max_positions=longest_sample(config),
+        url=config.rollout.url,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def token_budget(config: PPOConfig) -> int:
+    """Tokens of a micro-batch, at most."""
+    return config.data.max_tokens_per_micro_batch or max(16384, longest_sample(config))
+
+
+def check_checkpoint(config: PPOConfig) -> None:
+    """Raises UserError if the actor is to start from an adapter directory, which is not a whole model."""
+    path = config.model.partial_pretrain
+    adapter = read_adapter_config(path)
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        fix = f"merge it: verl export {path} DIR; or go on training it: model.partial_pretrain={base} model.lora_adapter_path={path}"
+        raise UserError("is an adapter, and not a whole model", where=f"model.partial_pretrain={path}", fix=fix)
+
+
+def check_positions(config: PPOConfig, rollout: Rollout) -> None:
+    """Raises UserError if the longest prompt and answer together are more than the model can read."""
+    longest = longest_sample(config)
+    if rollout.positions is not None and longest > rollout.positions:
+        raise UserError(
+            f"prompts of {config.data.max_prompt_length:,} and answers of {config.rollout.max_new_tokens:,} tokens do not fit into the "
+            f"model's {rollout.positions:,} positions",
+            where="rollout.max_new_tokens",
+            fix="lower it, or data.max_prompt_length",
+        )
+
+
+def describe_plan(config: PPOConfig, total_steps: int) -> str:
+    """The arithmetic of a step, for the run's first lines."""
+    prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
+    many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
+    return (
+        f"plan: {total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
+        f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
+        f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
+        f"in micro-batches of up to {token_budget(config):,} on each of {many}"
+    )

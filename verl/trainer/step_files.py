@@ -1,0 +1,39 @@
+"""Files of a step: rollouts/step_N.jsonl with every answer and what it earned."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from verl import dist
+from verl.durable import replace_text
+from verl.trainer.rollout_batch import Sample
+
+
+def write_samples(directory: Path, name: str, samples: Sequence[Sample]) -> None:
+    """Write all ranks' answers into `rollouts/NAME.jsonl`, one an object a line, in the order of their prompts' numbers.
+
+    Every rank calls it; rank 0 writes.
+    """
+    lines = [line for of_rank in dist.gathered([_line(sample) for sample in samples]) for line in of_rank]
+    if dist.is_main():
+        folder = directory / "rollouts"
+        folder.mkdir(exist_ok=True)
+        lines.sort(key=lambda line: line["number"])  # stable: answers to one prompt stay in order
+        replace_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _line(sample: Sample) -> dict[str, Any]:
+    return {
+        "where": sample.prompt.where,
+        "number": sample.group,
+        "prompt": sample.prompt.text,
+        "response": sample.text,
+        "reference": sample.prompt.row.get("reference"),
+        "reward": sample.reward,
+        **{f"reward/{name}": value for name, value in sample.parts.items()},
+        "tokens": sample.trained_tokens,
+        "finish_reason": sample.finish_reason,
+        "turns": sample.turns,
+        "version": sample.version,
+    }

@@ -1,0 +1,118 @@
+"""The updates of a step: critic and actor along their losses, and what happens where a loss or a gradient is not finite."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from verl import dist
+from verl.algorithms._kl import AdaptiveKL
+from verl.algorithms.ppo import ValueLoss
+from verl.config import AlgorithmConfig, PPOConfig
+from verl.data.batch import Batch
+from verl.engine.build import Critic
+from verl.engine.checkpoint import Position
+from verl.engine.engine import Algorithm, Engine
+from verl.errors import UserError
+from verl.run import Run
+from verl.trainer.answering import Collected
+from verl.trainer.experience import Experience
+from verl.trainer.method import Method
+
+MOST_SKIPPED = 3  # updates in a row that are not taken before the run stops
+
+Out = list[dict[str, Tensor]]  # what `Engine.train_step` returned for each update
+
+
+class Updates:
+    """Takes the updates of each step.
+
+    Attributes:
+        settings: of the method; where `kl_target` is set, with the weight of the divergence as it is now.
+    """
+
+    def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
+        self._module, self._this = method.module, this
+        self._max_new_tokens, self._warmup = config.rollout.max_new_tokens, config.critic.warmup_steps
+        self.settings: AlgorithmConfig = method.settings
+        self._kl: AdaptiveKL | None = None
+        if self.settings.kl_target is not None:
+            coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
+            self._kl = AdaptiveKL(coef, self.settings.kl_target, self.settings.kl_horizon)
+            self.settings = replace(self.settings, kl_coef=coef)
+        self._skipped = 0
+
+    @property
+    def kl_coef(self) -> float | None:
+        """The weight of the divergence now, where it adapts."""
+        return None if self._kl is None else self._kl.coef
+
+    def critic(self, critic: Critic | None, experience: Experience, step: int) -> Out:
+        """Train the critic, if there is one. Every rank calls it."""
+        return [] if critic is None else self._take(critic.engine, ValueLoss(self.settings), experience, step, "critic")
+
+    def actor(self, engine: Engine, experience: Experience, step: int) -> Out:
+        """Train the actor, but for the first `critic.warmup_steps`. Every rank calls it."""
+        if step < self._warmup:
+            return []
+        loss = self._module.Loss(self.settings, self._max_new_tokens)
+        return self._take(engine, loss, experience, step, "actor")
+
+    def adapt(self, outs: Out, collected: Collected) -> dict[str, float]:
+        """Let the divergence of a step change its own weight, where it does.
+
+        Args:
+            outs: of the actor's updates.
+        Returns:
+            the weight now, to be logged.
+        """
+        found = [float(out["kl_k3"]) for out in outs if "kl_k3" in out]
+        if self._kl is not None and found:
+            self.settings = replace(self.settings, kl_coef=self._kl.update(sum(found) / len(found), collected.answers))
+        return {"rl/kl_coef": self.settings.kl_coef} if self.settings.kl_coef > 0 else {}
+
+    def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
+        outs = []
+        batches_of_updates = experience.batches()
+        for number, batches in enumerate(batches_of_updates):
+            if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
+                continue  # of a step in which no group had spread
+            out = engine.train_step(batches, loss, step * len(batches_of_updates) + number)
+            self._look_at(out, batches, f"step {step + 1}", role)
+            outs.append(out)
+        return outs
+
+    def _look_at(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, role: str) -> None:
+        """Write out the batch of an update that was not taken.
+
+        Raises:
+            UserError: on all ranks: it is the third in a row.
+        """
+        if not float(out["skipped"]):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        folder = self._this.directory / "skipped"
+        path = folder / f"{place.replace(' ', '_')}_{role}_{self._skipped}_rank_{dist.rank()}.safetensors"
+        folder.mkdir(exist_ok=True)
+        save_file(_tensors(batches), path)
+        numbers = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
+        self._this.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
+        if self._skipped == MOST_SKIPPED:
+            raise UserError(
+                f"{numbers}, and so {MOST_SKIPPED} times in a row",
+                where=place,
+                fix="lower optim.lr or critic.optim.lr, or look at the batches in skipped/; the last checkpoint is whole",
+            )
+
+
+def _tensors(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """All tensors of the micro-batches, such as `0.input_ids_T`."""
+    return {
+        f"{number}.{f.name}": value.contiguous()
+        for number, batch in enumerate(batches)
+        for f in fields(batch)
+        if isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }
