@@ -13,7 +13,7 @@ from verl import chat
 from verl.errors import exit_on_user_error
 from verl.models.load import load_tokenizer
 from verl.rollout import Completion, Sampling
-from verl.rollout.hf import HfRollout
+from verl.rollout.native import NativeRollout
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE, TWO = ROWS[0], ROWS[1]
@@ -24,13 +24,13 @@ Converse = Callable[..., str]
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids of each prompt that the model is given, as they come."""
     seen: list[list[int]] = []
-    generate_aloud = HfRollout.generate_aloud
+    generate_aloud = NativeRollout.generate_aloud
 
-    def spy(self: HfRollout, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+    def spy(self: NativeRollout, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         seen.append(prompt)
         return generate_aloud(self, prompt, sampling, on_token)
 
-    monkeypatch.setattr(HfRollout, "generate_aloud", spy)
+    monkeypatch.setattr(NativeRollout, "generate_aloud", spy)
     return seen
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny import qwen2_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
-from verl.rollout import Sampling
+from verl.rollout import Options, Sampling
 from verl.rollout import hf as rollout_hf
 from verl.rollout.hf import HfRollout
 
@@ -48,24 +48,25 @@ def test_greedy_answers_in_batches_are_those_of_each_prompt_alone(stop_ids: list
     prompts, model = random_prompts(), random_model()
     expected = [plain(model, prompt, stop_ids) for prompt in prompts]
     for batch_size in (1, 3, 8):
-        completions = HfRollout(model, stop_ids, batch_size=batch_size).generate(prompts, GREEDY)
+        completions = HfRollout(model, stop_ids, Options(max_sequences=batch_size)).generate(prompts, GREEDY)
         assert [completion.token_ids for completion in completions] == expected
     assert len({len(token_ids) for token_ids in expected}) > 2
 
 
 def test_without_the_attention_mask_they_would_differ(stop_ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test above: the filler before short prompts is read as text."""
-    prompts, rollout = random_prompts(), HfRollout(random_model(), stop_ids, batch_size=8)
+    prompts, rollout = random_prompts(), HfRollout(random_model(), stop_ids, Options(max_sequences=8))
     right = rollout.generate(prompts, GREEDY)
     pad_left = rollout_hf.pad_left
     monkeypatch.setattr(rollout_hf, "pad_left", lambda batch, filler: (ids := pad_left(batch, filler=filler)[0], torch.ones_like(ids)))
     wrong = rollout.generate(prompts, GREEDY)
     longest = LENGTHS.index(max(LENGTHS))
-    assert wrong[longest] == right[longest] and wrong != right
+    assert wrong[longest].token_ids == right[longest].token_ids
+    assert [completion.token_ids for completion in wrong] != [completion.token_ids for completion in right]
 
 
 def test_an_answer_ends_with_its_first_stop_token_or_is_cut(stop_ids: list[int]) -> None:
-    completions = HfRollout(random_model(), stop_ids, batch_size=8).generate(random_prompts(), GREEDY)
+    completions = HfRollout(random_model(), stop_ids, Options(max_sequences=8)).generate(random_prompts(), GREEDY)
     for completion in completions:
         stopped = completion.token_ids[-1] in stop_ids
         assert completion.finish_reason == ("stop" if stopped else "length")
@@ -76,16 +77,18 @@ def test_an_answer_ends_with_its_first_stop_token_or_is_cut(stop_ids: list[int])
 
 def test_stop_tokens_of_the_template_and_of_the_generation_config_both_end(stop_ids: list[int]) -> None:
     of_template, of_config = stop_ids[:1], stop_ids[1:]
-    both = HfRollout(random_model(eos_token_id=of_config), of_template, batch_size=4)
+    both = HfRollout(random_model(eos_token_id=of_config), of_template, Options(max_sequences=4))
     assert set(both.stop_ids) == set(stop_ids)
-    assert both.generate(random_prompts(), GREEDY) == HfRollout(random_model(), stop_ids, batch_size=4).generate(random_prompts(), GREEDY)
-    assert HfRollout(random_model(eos_token_id=5), [5], batch_size=1).stop_ids == [5]
+    assert both.generate(random_prompts(), GREEDY) == HfRollout(random_model(), stop_ids, Options(max_sequences=4)).generate(
+        random_prompts(), GREEDY
+    )
+    assert HfRollout(random_model(eos_token_id=5), [5], Options(max_sequences=1)).stop_ids == [5]
 
 
 def test_the_models_own_generation_defaults_are_put_aside(stop_ids: list[int]) -> None:
     defaults = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 2.0, "top_k": 3, "no_repeat_ngram_size": 1}
-    expected = HfRollout(random_model(), stop_ids, batch_size=4).generate(random_prompts(), GREEDY)
-    assert HfRollout(random_model(**defaults), stop_ids, batch_size=4).generate(random_prompts(), GREEDY) == expected
+    expected = HfRollout(random_model(), stop_ids, Options(max_sequences=4)).generate(random_prompts(), GREEDY)
+    assert HfRollout(random_model(**defaults), stop_ids, Options(max_sequences=4)).generate(random_prompts(), GREEDY) == expected
     # The negative control: plain `generate` takes what a call leaves open from the model.
     with_defaults = [plain(random_model(**defaults), prompt, stop_ids) for prompt in random_prompts()]
     assert with_defaults != [completion.token_ids for completion in expected]
@@ -94,19 +97,19 @@ def test_the_models_own_generation_defaults_are_put_aside(stop_ids: list[int]) -
 def test_sampling_draws_from_the_whole_distribution() -> None:
     """At a very high temperature all tokens are as likely; cut to the 50 likeliest, as transformers does by default, only 50 would come."""
     (prompt, *_), sampling = random_prompts(), Sampling(max_new_tokens=1, temperature=1e6, n=400)
-    completions = HfRollout(random_model(), [0], batch_size=400).generate([prompt], sampling)
+    completions = HfRollout(random_model(), [0], Options(max_sequences=400)).generate([prompt], sampling)
     assert len(completions) == 400
     assert len({completion.token_ids[0] for completion in completions}) > 200
 
 
 def test_a_low_temperature_draws_the_likeliest_token(stop_ids: list[int]) -> None:
-    rollout = HfRollout(random_model(), stop_ids, batch_size=8)
+    rollout = HfRollout(random_model(), stop_ids, Options(max_sequences=8))
     cold = rollout.generate(random_prompts(), Sampling(GREEDY.max_new_tokens, temperature=1e-4))
-    assert cold == rollout.generate(random_prompts(), GREEDY)
+    assert [completion.token_ids for completion in cold] == [c.token_ids for c in rollout.generate(random_prompts(), GREEDY)]
 
 
 def test_the_seed_alone_decides_what_is_drawn() -> None:
-    rollout, state = HfRollout(random_model(), [0], batch_size=4), torch.get_rng_state()
+    rollout, state = HfRollout(random_model(), [0], Options(max_sequences=4)), torch.get_rng_state()
     one, two = (Sampling(6, temperature=1.0, n=2, seed=seed) for seed in (1, 2))
     first = rollout.generate(random_prompts(), one)
     assert torch.equal(torch.get_rng_state(), state)
@@ -117,7 +120,7 @@ def test_the_seed_alone_decides_what_is_drawn() -> None:
 
 
 def test_long_prompts_come_first_and_answers_carry_their_numbers() -> None:
-    rollout, prompts = HfRollout(random_model(), [0], batch_size=3), random_prompts()
+    rollout, prompts = HfRollout(random_model(), [0], Options(max_sequences=3)), random_prompts()
     sampling = Sampling(4, temperature=1.0, n=2)
     batches = list(rollout.stream(prompts, sampling))
     numbers = [number for batch in batches for number, _ in batch]
@@ -130,7 +133,7 @@ def test_long_prompts_come_first_and_answers_carry_their_numbers() -> None:
 
 
 def test_an_answer_aloud_is_the_answer_token_by_token(stop_ids: list[int]) -> None:
-    rollout = HfRollout(random_model(), stop_ids, batch_size=1)
+    rollout = HfRollout(random_model(), stop_ids, Options(max_sequences=1))
     for prompt in random_prompts()[:3]:
         heard: list[int] = []
         completion = rollout.generate_aloud(prompt, GREEDY, heard.append)
@@ -147,7 +150,7 @@ def test_what_listens_can_end_an_answer() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        HfRollout(random_model(), [0], batch_size=1).generate_aloud(random_prompts()[0], GREEDY, listen)
+        HfRollout(random_model(), [0], Options(max_sequences=1)).generate_aloud(random_prompts()[0], GREEDY, listen)
     assert len(heard) == 3
 
 
@@ -155,7 +158,7 @@ def test_what_listens_can_end_an_answer() -> None:
 def test_on_a_gpu_the_same_holds(stop_ids: list[int]) -> None:
     prompts, model = random_prompts(), random_model().to("cuda")
     expected = [plain(random_model(), prompt, stop_ids) for prompt in prompts]
-    rollout, state = HfRollout(model, stop_ids, batch_size=8), torch.cuda.get_rng_state()
+    rollout, state = HfRollout(model, stop_ids, Options(max_sequences=8)), torch.cuda.get_rng_state()
     assert [completion.token_ids for completion in rollout.generate(prompts, GREEDY)] == expected
     one, two = (Sampling(6, temperature=1.0, n=2, seed=seed) for seed in (1, 2))
     assert rollout.generate(prompts, one) == rollout.generate(prompts, one) != rollout.generate(prompts, two)

@@ -15,14 +15,14 @@ from learned import ROWS, write_rows
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.config import EvalConfig
+from verl.config import EngineConfig, EvalConfig
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import sft_evaluator
 from verl.eval.grader import Grader
 from verl.eval.report import wilson_interval
 from verl.eval.sft_evaluator import evaluate, read_questions
 from verl.rollout import Completion, Sampling
-from verl.rollout.hf import HfRollout
+from verl.rollout.native import NativeRollout
 
 ROOT = Path(__file__).resolve().parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -246,9 +246,9 @@ def test_what_the_model_has_no_positions_for_is_not_asked(tmp_path: Path, checkp
 
 
 def after_one_batch(error: BaseException) -> Any:
-    stream = HfRollout.stream
+    stream = NativeRollout.stream
 
-    def stream_once(self: HfRollout, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
+    def stream_once(self: NativeRollout, prompts: list[list[int]], sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
         yield next(stream(self, prompts, sampling))
         raise error
 
@@ -260,20 +260,36 @@ def test_ctrl_c_leaves_the_answers_that_are_done(
 ) -> None:
     settings = config(tmp_path, checkpoint, batch_size=3)
     evaluate(settings)
-    monkeypatch.setattr(HfRollout, "stream", after_one_batch(KeyboardInterrupt()))
+    monkeypatch.setattr(NativeRollout, "stream", after_one_batch(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as caught:
-        sft_evaluator.main([f"{key}={value}" for key, value in asdict(settings).items() if value not in (None, "gsm8k")])
+        sft_evaluator.main(
+            [f"{key}={value}" for key, value in asdict(settings).items() if value not in (None, "gsm8k") and key != "rollout"]
+        )
     assert caught.value.code == 130
-    assert "stopped: 3 of 4 answers are in" in capsys.readouterr().out
-    assert len(predictions(settings)) == 3
+    assert "stopped: 1 of 4 answers are in" in capsys.readouterr().out
+    assert len(predictions(settings)) == 1
     assert not (tmp_path / "out" / "results.json").exists()
 
 
 def test_too_little_gpu_memory_is_answered_with_a_smaller_batch(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HfRollout, "stream", after_one_batch(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(UserError, match="set batch_size=32") as caught:
-        evaluate(config(tmp_path, checkpoint))
-    assert caught.value.where == "batch_size"
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name, step in (("native", "verl.rollout.native.NativeRollout._step"), ("hf", "verl.rollout.hf.HfRollout._generate_batch")):
+        monkeypatch.setattr(step, run_out)
+        with pytest.raises(UserError, match=r"4 answers at a time do not fit .*\n.*set batch_size=2") as caught:
+            evaluate(config(tmp_path, checkpoint, rollout=EngineConfig(name=name)))
+        assert caught.value.where == "batch_size"
+
+
+@pytest.mark.parametrize("name", ["native", "hf"])
+def test_every_engine_gives_the_same_answers(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    """Drawn ones too: which token a random number falls on is one rule for all."""
+    settings = config(tmp_path, checkpoint, rollout=EngineConfig(name=name), temperature=2.0, n=2, top_k=50, top_p=0.9, batch_size=3)
+    evaluate(settings)
+    other = config(tmp_path, checkpoint, temperature=2.0, n=2, top_k=50, top_p=0.9, output_dir=str(tmp_path / "other"))
+    evaluate(other)
+    assert predictions(settings) == predictions(other)
 
 
 # Numbers and commands

@@ -9,13 +9,12 @@ import sys
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from verl import config_load, dist
+from verl import config_load
 from verl.config import ChatConfig
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
 from verl.models.load import load_tokenizer
-from verl.rollout import Sampling
-from verl.rollout.hf import HfRollout, load_rollout
+from verl.rollout import Options, Rollout, Sampling, generate_aloud, load_rollout
 from verl.run import quiet_libraries
 
 HELP = "/reset forgets the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
@@ -33,7 +32,7 @@ class Chat:
         renderer: of the tokenizer.
     """
 
-    def __init__(self, config: ChatConfig, rollout: HfRollout, tokenizer: PreTrainedTokenizerBase, renderer: Renderer):
+    def __init__(self, config: ChatConfig, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, renderer: Renderer):
         self._config, self._rollout, self._tokenizer, self._renderer = config, rollout, tokenizer, renderer
         self.reset()
 
@@ -57,7 +56,7 @@ class Chat:
             min(self._config.max_new_tokens, positions - len(prompt)), self._config.temperature, seed=random.randrange(2**31)
         )
         try:
-            completion = self._rollout.generate_aloud(prompt, sampling, said.add)
+            completion = generate_aloud(self._rollout, prompt, sampling, said.add)
             print("" if completion.finish_reason == "stop" else f" [cut at {len(completion.token_ids):,} tokens]", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", flush=True)
@@ -110,9 +109,15 @@ def open_chat(config: ChatConfig) -> Chat:
     """Load the checkpoint. Raises UserError if it is not right."""
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
-    rollout = load_rollout(config.model_path, tokenizer, renderer.stop_ids, batch_size=1, trust_remote_code=config.trust_remote_code)
+    options = Options(
+        max_sequences=1,
+        url=config.rollout.url,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        trust_remote_code=config.trust_remote_code,
+    )
+    rollout = load_rollout(config.rollout.name, config.model_path, tokenizer, renderer.stop_ids, options)
     if sys.stdin.isatty():
-        print(f"{config.model_path} on {dist.describe_device(rollout.model.device)}; {HELP}")
+        print(f"{config.model_path} on {rollout.describe()}; {HELP}")
     return Chat(config, rollout, tokenizer, renderer)
 
 

@@ -13,11 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from verl import config_load, dist
+from verl import config_load
 from verl.config import EvalConfig
 from verl.data.render import Renderer
 from verl.data.source import read_rows
@@ -25,8 +24,7 @@ from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Grader, Prediction, Question
 from verl.models.load import load_tokenizer
-from verl.rollout import Completion, Sampling
-from verl.rollout.hf import HfRollout, load_rollout
+from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.run import quiet_libraries
 
 
@@ -47,13 +45,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     renderer = Renderer(tokenizer)
     stop_ids = renderer.stop_ids  # of a template that can be used at all
     prompts = [render(renderer, question) for question in questions]
-    rollout = load_rollout(config.model_path, tokenizer, stop_ids, batch_size=config.batch_size, trust_remote_code=config.trust_remote_code)
-    sampling = Sampling(longest_answer(config, rollout, questions, prompts, console), config.temperature, config.n, config.seed)
+    rollout = load_rollout(config.rollout.name, config.model_path, tokenizer, stop_ids, rollout_options(config))
+    max_new_tokens = longest_answer(config, rollout, questions, prompts, console)
+    sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p)
 
     def grade(number: int, completion: Completion) -> Prediction:
         return grader.grade(questions[number // config.n], decode(tokenizer, completion), completion)
 
-    device = f"{dist.describe_device(rollout.model.device)}, {str(rollout.model.dtype).removeprefix('torch.')}"
+    device = rollout.describe()
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
     report.forget_earlier(directory)
     since = time.perf_counter()
@@ -67,7 +66,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def answer(
     prompts: list[list[int]],
     sampling: Sampling,
-    rollout: HfRollout,
+    rollout: Rollout,
     grade: Callable[[int, Completion], Prediction],
     measure: str,
     directory: Path,
@@ -82,9 +81,6 @@ def answer(
                 graded = {number: grade(number, completion) for number, completion in batch}
                 done |= graded
                 meter.add(list(graded.values()))
-    except torch.OutOfMemoryError as error:
-        fix = f"set batch_size={rollout.batch_size // 2}" if rollout.batch_size > 1 else "set a smaller max_new_tokens"
-        raise UserError(f"{rollout.batch_size} answers at a time do not fit into the GPU's memory", where="batch_size", fix=fix) from error
     finally:
         report.write_predictions(directory, [done[number] for number in sorted(done)])
         if len(done) < wanted:
@@ -119,7 +115,17 @@ def render(renderer: Renderer, question: Question) -> list[int]:
         raise UserError(error.what, where=question.where, fix=error.fix) from None
 
 
-def longest_answer(config: EvalConfig, rollout: HfRollout, questions: list[Question], prompts: list[list[int]], console: Console) -> int:
+def rollout_options(config: EvalConfig) -> Options:
+    return Options(
+        max_sequences=config.batch_size,
+        url=config.rollout.url,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        trust_remote_code=config.trust_remote_code,
+        key="batch_size",
+    )
+
+
+def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Question], prompts: list[list[int]], console: Console) -> int:
     """max_new_tokens, or what the model's positions leave for it.
 
     Raises:

@@ -3,74 +3,131 @@
 Dimensions: B sequences generated side by side, P padded length of their prompts, G generated tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from verl.models.load import check_vocabulary, load_for_inference
-from verl.rollout import Completion, Sampling
+from verl.rollout import DEFAULTS, Completion, Options, Sampling
+from verl.rollout._draws import BLOCK, draw, uniforms
+from verl.rollout._model import (
+    all_stop_ids,
+    borrowed,
+    check_positions,
+    copy_weights,
+    describe_model,
+    load_model,
+    too_little_memory,
+)
+
+SEQUENCES = 64  # side by side, where nothing else is asked for
 
 
 class HfRollout:
     """Batched generation. The model's own defaults, such as a repetition penalty, are put aside: only `Sampling` counts.
 
     Args:
-        model: on its device, in evaluation mode.
+        model: on its device; its weights are read where they are, and it may be in training in between.
         stop_ids: tokens that end an answer, at least one, besides those of the model's generation_config.json.
-        batch_size: sequences generated side by side.
+        is_shared: whether someone else changes the weights; `update_weights` then copies nothing.
     Attributes:
         positions: longest prompt and answer together, in tokens; None if the model sets no limit.
+        batch_size: sequences generated side by side.
     """
 
-    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], *, batch_size: int):
-        self.model, self.batch_size = model, batch_size
-        self.stop_ids = _all_stop_ids(stop_ids, model.generation_config)
+    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
+        self.model, self.batch_size, self.version = model, options.max_sequences or SEQUENCES, 0
+        self._options, self._is_shared = options, is_shared
+        self.stop_ids = all_stop_ids(stop_ids, model.generation_config)
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._model_generate = cast(Callable[..., Tensor], model.generate)
-        model.generation_config = GenerationConfig(eos_token_id=self.stop_ids)  # what a call leaves open is taken from here
 
-    def stream(self, prompts: Sequence[list[int]], sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
+    def stream(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[tuple[int, Completion]]]:
         """See `Rollout.stream`. Long prompts come first, so that too little memory shows at once."""
+        check_positions(prompts, sampling, self.positions)
+        seed_of = range(len(prompts)) if seeds is None else seeds
         numbers = sorted(range(len(prompts) * sampling.n), key=lambda number: -len(prompts[number // sampling.n]))
         for start in range(0, len(numbers), self.batch_size):
-            batch = numbers[start : start + self.batch_size]
-            completions = self._generate_batch([prompts[number // sampling.n] for number in batch], sampling, seed=sampling.seed + start)
-            yield list(zip(batch, completions, strict=True))
+            batch = [divmod(number, sampling.n) for number in numbers[start : start + self.batch_size]]
+            uniform_BG = np.stack([uniforms(sampling, seed_of[prompt], k) for prompt, k in batch])
+            try:
+                completions = self._generate_batch([prompts[prompt] for prompt, _ in batch], sampling, torch.from_numpy(uniform_BG))
+            except torch.OutOfMemoryError as error:
+                raise too_little_memory(len(batch), self._options) from error
+            yield list(zip(numbers[start : start + self.batch_size], completions, strict=True))
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
-        done = dict(pair for batch in self.stream(prompts, sampling) for pair in batch)
+        done = dict(pair for batch in self.stream(prompts, sampling, seeds) for pair in batch)
         return [done[number] for number in sorted(done)]
 
     def generate_aloud(self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         """One answer, each token of it handed to `on_token` as soon as it is there. What `on_token` raises ends it."""
-        return self._generate_batch([prompt], sampling, seed=sampling.seed, streamer=_TokenStreamer(on_token))[0]
+        uniform_BG = torch.from_numpy(uniforms(sampling, 0, 0)[None])
+        return self._generate_batch([prompt], sampling, uniform_BG, streamer=_TokenStreamer(on_token))[0]
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `Rollout.update_weights`."""
+        self.version = version
+        if not self._is_shared:
+            copy_weights(self.model, named_tensors)
+
+    def sleep(self) -> None:
+        """Nothing to free: caches live as long as a batch."""
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def describe(self) -> str:
+        return describe_model(self.model)
 
     @torch.inference_mode()
     def _generate_batch(
-        self, prompts: list[list[int]], sampling: Sampling, *, seed: int, streamer: BaseStreamer | None = None
+        self, prompts: list[list[int]], sampling: Sampling, uniform_BG: Tensor, *, streamer: BaseStreamer | None = None
     ) -> list[Completion]:
-        device = self.model.device
         input_ids_BP, attention_mask_BP = pad_left(prompts, filler=self.stop_ids[0])
-        # A generator of its own: the draws do not depend on the random numbers of whoever asks, nor change them.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            output = self._model_generate(
-                input_ids_BP.to(device),
-                attention_mask=attention_mask_BP.to(device),
-                generation_config=generation_config(sampling, self.stop_ids),
-                streamer=streamer,
-            )
-        return [self._cut(generated_G) for generated_G in output[:, input_ids_BP.shape[1] :].tolist()]
+        drawn = _Drawn(sampling, uniform_BG.to(self.model.device), input_ids_BP.shape[1])
+        own_config, self.model.generation_config = self.model.generation_config, GenerationConfig(eos_token_id=self.stop_ids)
+        try:
+            with borrowed(self.model, "sdpa"):
+                output = self._model_generate(
+                    input_ids_BP.to(self.model.device),
+                    attention_mask=attention_mask_BP.to(self.model.device),
+                    generation_config=generation_config(sampling, self.stop_ids),
+                    logits_processor=LogitsProcessorList([drawn]),
+                    streamer=streamer,
+                )
+        finally:
+            self.model.generation_config = own_config
+        logprobs = torch.stack(drawn.logprobs, 1).tolist()
+        return [self._cut(*answer) for answer in zip(output[:, input_ids_BP.shape[1] :].tolist(), logprobs, strict=True)]
 
-    def _cut(self, generated_G: list[int]) -> Completion:
+    def _cut(self, generated_G: list[int], logprob_G: list[float]) -> Completion:
         """What stands before the filler that follows the first stop token."""
         end = next((i for i, token in enumerate(generated_G) if token in self.stop_ids), None)
-        return Completion(generated_G, "length") if end is None else Completion(generated_G[: end + 1], "stop")
+        length = len(generated_G) if end is None else end + 1
+        return Completion(generated_G[:length], "length" if end is None else "stop", logprob_G[:length], self.version)
+
+
+class _Drawn(LogitsProcessor):
+    """Draws each next token itself and leaves `generate`, which takes the likeliest, only that one."""
+
+    def __init__(self, sampling: Sampling, uniform_BG: Tensor, prompt_length: int):
+        self._sampling, self._uniform_BG, self._prompt_length = sampling, uniform_BG, prompt_length
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        number = input_ids.shape[1] - self._prompt_length
+        token_B, logprob_B = draw(scores.float().clone().split(BLOCK, 1), self._sampling, self._uniform_BG[:, number])
+        self.logprobs.append(logprob_B)
+        return torch.full_like(scores, float("-inf")).scatter_(1, token_B[:, None], 0.0)
 
 
 class _TokenStreamer(BaseStreamer):
@@ -87,22 +144,14 @@ class _TokenStreamer(BaseStreamer):
     def end(self) -> None: ...
 
 
-def load_rollout(
-    path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], *, batch_size: int, trust_remote_code: bool = False
-) -> HfRollout:
-    """A checkpoint that generates: on CUDA with its own dtype, else on the CPU in float32.
+def load(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> HfRollout:
+    """See `verl.rollout.load_rollout`."""
+    return HfRollout(load_model(path, tokenizer, options), stop_ids, options)
 
-    Args:
-        path: a model directory, a LoRA adapter directory, or a Hub name.
-        tokenizer: of the same checkpoint.
-        stop_ids: of its chat template.
-    Raises:
-        UserError: it cannot be loaded, or the tokenizer is not its own.
-    """
-    device, dtype = ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
-    model = load_for_inference(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    check_vocabulary(model, tokenizer, path)
-    return HfRollout(model, stop_ids, batch_size=batch_size)
+
+def share(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> HfRollout:
+    """See `verl.rollout.share`: the trainer's weights themselves."""
+    return HfRollout(model, stop_ids, options, is_shared=True)
 
 
 def pad_left(prompts: list[list[int]], *, filler: int) -> tuple[Tensor, Tensor]:
@@ -118,13 +167,5 @@ def pad_left(prompts: list[list[int]], *, filler: int) -> tuple[Tensor, Tensor]:
 
 
 def generation_config(sampling: Sampling, stop_ids: Sequence[int]) -> GenerationConfig:
-    """For `generate`: nothing but the temperature changes or cuts the model's distribution."""
-    draws = sampling.temperature > 0
-    how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if draws else {"do_sample": False}
-    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], **how)
-
-
-def _all_stop_ids(stop_ids: Sequence[int], generation: GenerationConfig | None) -> list[int]:
-    own = generation.eos_token_id if generation is not None else None
-    own_ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return list(dict.fromkeys([*stop_ids, *own_ids]))
+    """For `generate`, which takes the one token that has been drawn."""
+    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], do_sample=False)

@@ -1,0 +1,116 @@
+"""Drawing tokens: random numbers of each answer's own, and the token that such a number falls on.
+
+Answer k to a prompt takes its numbers from a counter-based generator (Salmon et al. 2011, Philox) at a place of its own, so
+that what is drawn depends on nothing that is generated beside it. A number u in [0, 1) picks the first token, in the order of
+the vocabulary, at which the cumulative probability exceeds u.
+
+Dimensions: B sequences, V vocabulary, C tokens of a block of it, K blocks, G generated tokens.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.rollout import Sampling
+
+BLOCK = 4096  # tokens of the vocabulary that are worked on at a time, while their logits lie in a processor's cache
+WORD = 2**64 - 1
+
+
+def uniforms(sampling: Sampling, prompt_seed: int, answer: int) -> np.ndarray:
+    """uniform_G in float32, one number for each token of answer number `answer` to a prompt."""
+    place = np.array([0, 0, answer & WORD, prompt_seed & WORD], dtype=np.uint64)
+    philox = np.random.Philox(key=np.array([sampling.seed & WORD, 0], dtype=np.uint64), counter=place)
+    return np.random.Generator(philox).random(sampling.max_new_tokens, dtype=np.float32)
+
+
+def draw(logits: Iterable[Tensor], sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each sequence.
+
+    Args:
+        logits: blocks of logits_BC in float32, BLOCK tokens each but for the last; they are overwritten.
+        sampling: temperature and what the draws are cut to; temperature 0 takes the first of the likeliest tokens.
+        uniform_B: a number in [0, 1) for each sequence; not read at temperature 0.
+    Returns:
+        token_B, and logprob_B of the distribution before it is cut, at the temperature of the draws (greedy: 1).
+    """
+    if sampling.temperature == 0:
+        return _likeliest(logits)
+    blocks = [logits_BC.div_(sampling.temperature) for logits_BC in logits]
+    highest_BK, sum_BK = _statistics(blocks)
+    normalizer_B = (highest_BK + sum_BK.log()).logsumexp(1)
+    if sampling.is_cut:
+        allowed = cut(torch.cat(blocks, 1), sampling).split(BLOCK, 1)
+        token_B = _fall(allowed, *_statistics(allowed), uniform_B)
+    else:
+        token_B = _fall(blocks, highest_BK, sum_BK, uniform_B)
+    chosen_B1 = torch.cat([block.gather(1, (token_B[:, None] - start).clamp(0, block.shape[1] - 1)) for start, block in _starts(blocks)], 1)
+    return token_B, chosen_B1.gather(1, token_B[:, None] // BLOCK).squeeze(1) - normalizer_B
+
+
+def _likeliest(logits: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """One pass over each block, none of which is kept."""
+    highest, arg_highest, sums = [], [], []
+    for logits_BC in logits:
+        highest_B, arg_highest_B = logits_BC.max(-1)
+        highest.append(highest_B)
+        arg_highest.append(arg_highest_B)
+        sums.append(logits_BC.sub_(highest_B[:, None]).exp_().sum(-1))
+    highest_BK = torch.stack(highest, 1)
+    value_B, block_B = highest_BK.max(1)
+    normalizer_B = (highest_BK + torch.stack(sums, 1).log()).logsumexp(1)
+    token_B = torch.stack(arg_highest, 1).gather(1, block_B[:, None]).squeeze(1) + block_B * BLOCK
+    return token_B, value_B - normalizer_B
+
+
+def _statistics(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Each block's highest logit, and its sum of exponentials relative to that one; a block that is cut away whole has sum 0."""
+    highest, sums = [], []
+    for logits_BC in blocks:
+        highest_B = logits_BC.amax(-1).clamp(min=torch.finfo(torch.float32).min)
+        highest.append(highest_B)
+        sums.append((logits_BC - highest_B[:, None]).exp_().sum(-1))
+    return torch.stack(highest, 1), torch.stack(sums, 1)
+
+
+def _fall(blocks: Iterable[Tensor], highest_BK: Tensor, sum_BK: Tensor, uniform_B: Tensor) -> Tensor:
+    """Where in the cumulative distribution each number falls: first the block, then the token in it."""
+    weight_BK = ((highest_BK - highest_BK.amax(1, keepdim=True)).exp() * sum_BK).double()
+    cumulative_BK = weight_BK.cumsum(1)
+    target_B1 = uniform_B[:, None].double() * cumulative_BK[:, -1:]
+    block_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True).clamp(max=weight_BK.shape[1] - 1)
+    weight_B1 = weight_BK.gather(1, block_B1)
+    share_B1 = (target_B1 - (cumulative_BK.gather(1, block_B1) - weight_B1)) / weight_B1
+    token_B = torch.empty_like(uniform_B, dtype=torch.int64)
+    for number, (start, logits_BC) in enumerate(_starts(blocks)):
+        rows_R = (block_B1[:, 0] == number).nonzero().squeeze(1)
+        if len(rows_R):
+            weights_RC = (logits_BC[rows_R] - highest_BK[rows_R, number, None]).exp().double().cumsum(1)
+            inside_R1 = torch.searchsorted(weights_RC, share_B1[rows_R] * weights_RC[:, -1:], right=True)
+            last_R1 = torch.searchsorted(weights_RC, weights_RC[:, -1:].contiguous())  # the last token with any weight
+            token_B[rows_R] = (torch.minimum(inside_R1, last_R1) + start).squeeze(1)
+    return token_B
+
+
+def _starts(blocks: Iterable[Tensor]) -> Iterable[tuple[int, Tensor]]:
+    return ((number * BLOCK, block) for number, block in enumerate(blocks))
+
+
+def cut(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits at the temperature of the draws, minus infinity at the tokens that top_k and top_p leave out."""
+    return logits_BV.masked_fill(logits_BV < least_allowed(logits_BV, sampling)[:, None], float("-inf"))
+
+
+def least_allowed(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """least_B: the lowest logit that top_k, then top_p leave in. The likeliest token always stays."""
+    sorted_BV = logits_BV.sort(-1, descending=True).values
+    if 0 < sampling.top_k < sorted_BV.shape[1]:
+        sorted_BV = sorted_BV[:, : sampling.top_k]
+    if sampling.top_p >= 1.0:
+        return sorted_BV[:, -1]
+    share_BV = sorted_BV.softmax(-1)
+    before_BV = share_BV.cumsum(-1) - share_BV  # a token stays if those before it do not have the share yet
+    kept_B1 = (before_BV < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
+    return sorted_BV.gather(1, kept_B1 - 1).squeeze(1)
