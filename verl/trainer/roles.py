@@ -135,6 +135,7 @@ def rollout_options(config: PPOConfig) -> Options:
         max_sequences=config.rollout.max_sequences,
         max_positions=longest_sample(config),
         url=config.rollout.url,
+        weights_folder=config.rollout.weights_folder,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         trust_remote_code=config.model.trust_remote_code,
     )
