@@ -114,6 +114,15 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens_however_rows_are_cut(c
     assert relative(gradient(engine_of(model_path), batches), plain_gradient) < 1e-5
 
 
+def test_no_mask_is_made_for_which_the_host_would_wait(model_path: Path, plain_gradient: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks_for_documents(position_ids: Tensor) -> None:
+        raise AssertionError("transformers looks for documents in the positions")
+
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", looks_for_documents)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    assert relative(gradient(engine_of(model_path), batches), plain_gradient) < 1e-5
+
+
 @pytest.mark.parametrize("checkpointing", [True, "selective"])
 def test_recomputed_activations_give_the_same_gradient(checkpointing: bool | str, model_path: Path, plain_gradient: Tensor) -> None:
     batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])

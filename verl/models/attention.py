@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from verl import dist
 from verl.data.batch import Batch
@@ -202,9 +201,6 @@ def _window_mask(length: int, sliding_window: int | None, device: torch.device) 
     return (distance >= 0) & (distance < sliding_window)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The bounds of the documents say all that a mask would."""
-
-
+# Without a mask function of the same name transformers makes no mask, and does not look for documents in the positions either,
+# for which the host would wait for the device.
 AttentionInterface.register(PACKED, packed_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, _no_mask)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from verl.kernels import HAS_TRITON
 from verl.models.attention import packed_attention
@@ -155,9 +154,5 @@ def _(query_BND: Tensor, key_BKD: Tensor, value_BKD: Tensor, *others: Any) -> Te
     return query_BND.new_empty(*query_BND.shape[:2], value_BKD.shape[2])
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The slots say all that a mask would."""
-
-
+# Without a mask function of the same name transformers makes no mask.
 AttentionInterface.register(SLOTS, slot_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(SLOTS, _no_mask)
