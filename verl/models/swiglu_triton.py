@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 4096, 8  # values of a program of the forward pass
-BACKWARD = (32, 64, 4, 3)  # tokens and columns of a tile, warps and pipeline stages: the fastest of ten on an H200
+BACKWARD = (32, 64, 4, 3)  # tokens and columns of a tile, warps and pipeline stages: the fastest of nine on an H200
 SPANS = 16  # shares of the tokens, whose sums are added up at the end, so that there is work for the whole chip
 LARGEST_RANK = 128  # a tile's sums fit into registers
 
@@ -75,9 +75,10 @@ def _backward(  # type: ignore[no-untyped-def]
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     column, r = tl.program_id(0) * columns + tl.arange(0, columns), tl.arange(0, padded)
-    gate_total = tl.zeros([columns, padded], tl.float32)
-    up_total = tl.zeros([columns, padded], tl.float32)
-    down_total = tl.zeros([columns, padded], tl.float32)
+    # [rank, columns]: a tile of gradients is then the right factor, which the tensor cores take from shared memory as it lies.
+    gate_total = tl.zeros([padded, columns], tl.float32)
+    up_total = tl.zeros([padded, columns], tl.float32)
+    down_total = tl.zeros([padded, columns], tl.float32)
     for tile in range(tl.program_id(1) * tiles, (tl.program_id(1) + 1) * tiles):
         row = tile * rows + tl.arange(0, rows)
         real = (row < tokens)[:, None] & (column < width)[None, :]
@@ -92,16 +93,16 @@ def _backward(  # type: ignore[no-untyped-def]
         p = (silu * u).to(gate_gradient.dtype.element_ty)
         tl.store(up_gradient + place, up_slope, mask=real)
         tl.store(gate_gradient + place, gate_slope, mask=real)
-        at = row[:, None].to(tl.int64)
-        inside = (row < tokens)[:, None]
-        gate_h = tl.load(gate_hidden + at * gate_stride + r[None, :], mask=inside & (r < gate_rank)[None, :], other=0.0)
-        gate_total = tl.dot(tl.trans(gate_slope), gate_h, gate_total)
-        up_h = tl.load(up_hidden + at * up_stride + r[None, :], mask=inside & (r < up_rank)[None, :], other=0.0)
-        up_total = tl.dot(tl.trans(up_slope), up_h, up_total)
-        down_g = tl.load(down_gradient + at * down_stride + r[None, :], mask=inside & (r < down_rank)[None, :], other=0.0)
-        down_total = tl.dot(tl.trans(p), down_g, down_total)
-    span = tl.program_id(1).to(tl.int64) * width + column[:, None]
-    wide = (column < width)[:, None]
-    tl.store(gate_sum + span * gate_rank + r[None, :], gate_total, mask=wide & (r < gate_rank)[None, :])
-    tl.store(up_sum + span * up_rank + r[None, :], up_total, mask=wide & (r < up_rank)[None, :])
-    tl.store(down_sum + span * down_rank + r[None, :], down_total, mask=wide & (r < down_rank)[None, :])
+        at = row[None, :].to(tl.int64)
+        inside = (row < tokens)[None, :]
+        gate_h = tl.load(gate_hidden + at * gate_stride + r[:, None], mask=inside & (r < gate_rank)[:, None], other=0.0)
+        gate_total = tl.dot(gate_h, gate_slope, gate_total)
+        up_h = tl.load(up_hidden + at * up_stride + r[:, None], mask=inside & (r < up_rank)[:, None], other=0.0)
+        up_total = tl.dot(up_h, up_slope, up_total)
+        down_g = tl.load(down_gradient + at * down_stride + r[:, None], mask=inside & (r < down_rank)[:, None], other=0.0)
+        down_total = tl.dot(down_g, p, down_total)
+    span = tl.program_id(1).to(tl.int64) * width + column[None, :]
+    wide = (column < width)[None, :]
+    tl.store(gate_sum + span * gate_rank + r[:, None], gate_total, mask=wide & (r < gate_rank)[:, None])
+    tl.store(up_sum + span * up_rank + r[:, None], up_total, mask=wide & (r < up_rank)[:, None])
+    tl.store(down_sum + span * down_rank + r[:, None], down_total, mask=wide & (r < down_rank)[:, None])
