@@ -1,6 +1,8 @@
-"""No test needs a network; tests marked `gpu` say why they were skipped."""
+"""No test needs a network; tests marked `gpu` or `vllm` say why they were skipped."""
 
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,14 +11,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not needs_gpu:
-        return
+    _skip(items, "gpu", _no_gpu)
+    _skip(items, "vllm", lambda: None if importlib.util.find_spec("vllm") else "needs vLLM: make test-vllm")
+
+
+def _skip(items: list[pytest.Item], marker: str, why: Callable[[], str | None]) -> None:
+    """Skip those with the marker where there is a reason to, which is looked for only if there are any."""
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked and (reason := why()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str | None:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in needs_gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, none was found"))
+    return None if torch.cuda.is_available() else "needs a CUDA device, none was found"
 
 
 @pytest.fixture(scope="session")
