@@ -43,7 +43,7 @@ from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
 from verl.engine.engine import Engine, LossOut
 from verl.engine.logprobs import LogitRule, TokenOut, TokenScorer, check_scorer, token_scores
-from verl.engine.optim import learning_rate
+from verl.engine.optim import learning_rate, optimizer_state
 from verl.engine.recompute import recompute_activations
 from verl.errors import UserError
 from verl.models.load import load_for_training
@@ -327,6 +327,87 @@ def test_the_logged_norm_is_the_global_one_before_clipping(model_path: Path, pla
         micro_batches(RandomDocuments(), ROWS, CUTS["several"]), sft, 0
     )
     assert metrics["grad_norm"].item() == pytest.approx(plain_gradient.norm().item(), rel=1e-5)
+
+
+class Broken:
+    """Supervised fine-tuning with a loss or a gradient that is not finite."""
+
+    def __init__(self, loss: float = 1.0, gradient: float = 1.0):
+        self._loss, self._gradient = loss, gradient
+
+    def loss(self, out: TokenOut, batch: Batch) -> LossOut:
+        right = -out.logprob_M.sum()
+        if not math.isfinite(self._gradient):
+            right = right * self._gradient
+        return LossOut(right - right.detach() + right.detach().nan_to_num() * self._loss, {})
+
+    def slope(self, batch: Batch) -> None:
+        return None
+
+
+@pytest.mark.parametrize("broken", [Broken(loss=math.nan), Broken(loss=math.inf), Broken(gradient=math.nan), Broken(gradient=math.inf)])
+def test_a_step_that_is_not_finite_is_not_taken(broken: Broken, model_path: Path) -> None:
+    """Weights, moments and their count are afterwards those of a run without it."""
+    config = OptimConfig(lr=1e-3, lr_scheduler="constant", warmup_steps_ratio=0.0)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    skipping, plain = engine_of(model_path, config=config), engine_of(model_path, config=config)
+    for engine, algorithms in ((skipping, [sft, broken, sft]), (plain, [sft, sft])):
+        found = [engine.train_step(batches, algorithm, 0) for algorithm in algorithms]
+        assert [float(metrics["skipped"]) for metrics in found] == [float(algorithm is broken) for algorithm in algorithms]
+    for p, other in zip(skipping.trained, plain.trained, strict=True):
+        assert torch.equal(p, other) and p.grad is None
+        state, expected = (optimizer_state(e.optimizer, q) for e, q in ((skipping, p), (plain, other)))
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_without_the_check_such_a_step_would_ruin_the_weights(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    monkeypatch.setattr(Tensor, "isfinite", lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
+    engine = engine_of(model_path)
+    engine.train_step(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), Broken(gradient=math.nan), 0)
+    assert all(p.isnan().any() for p in engine.trained)
+
+
+def test_scores_are_those_of_training_to_the_bit_and_have_no_gradient(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    scored = engine.score(batches)
+    for batch, out in zip(batches, scored, strict=True):
+        assert torch.equal(out.logprob_M, engine.scorer(batch).logprob_M.detach()) and not out.logprob_M.requires_grad
+    assert engine.scorer.training
+
+
+def test_a_frozen_model_scores_and_has_no_optimizer(model_path: Path) -> None:
+    cpu = torch.device("cpu")
+    frozen = Engine(TokenScorer(load_for_training(str(model_path)).model), None, total_steps=0, device=cpu, compute_dtype=torch.float32)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    expected = engine_of(model_path).score(batches)
+    assert all(torch.equal(a.logprob_M, b.logprob_M) for a, b in zip(frozen.score(batches), expected, strict=True))
+    assert frozen.trained == [] and not hasattr(frozen, "optimizer")
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["slope unknown", "slope known"])
+def test_temperature_and_entropy_are_those_of_whole_logits(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.engine.logprobs.CHUNK_LOGITS", 50 * 7)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    target, slope = torch.randint(0, 50, (20,)), torch.randn(20)
+    rule = LogitRule(factor=0.5, temperature=0.7)
+    found = token_scores(hidden, weight, None, target, rule, slope if known else None, True if known else "gradient")
+    whole = torch.log_softmax(hidden @ weight.T * 0.5 / 0.7, -1)
+    entropy = -(whole.exp() * whole).sum(-1)
+    torch.testing.assert_close(found.logprob_M, whole.gather(1, target[:, None]).squeeze(1))
+    torch.testing.assert_close(found.entropy_M, entropy)
+    mine = (found.logprob_M * slope).sum() + (0.0 if known else (found.entropy_M * slope).sum())
+    theirs = (whole.gather(1, target[:, None]).squeeze(1) * slope).sum() + (0.0 if known else (entropy * slope).sum())
+    gradients = (torch.autograd.grad(total, (hidden, weight)) for total in (mine, theirs))
+    torch.testing.assert_close(*gradients)
+    assert known is not found.entropy_M.requires_grad
+
+
+def test_a_soft_cap_comes_before_the_temperature() -> None:
+    logits = torch.tensor([[3.0, -8.0]])
+    torch.testing.assert_close(LogitRule(soft_cap=5.0, temperature=2.0)(logits), 5 * torch.tanh(logits / 5) / 2)
 
 
 def test_validation_loss_is_the_mean_over_all_tokens(model_path: Path) -> None:

@@ -79,10 +79,9 @@ def token_scores(
         rule: what the architecture does to its logits.
         slope_M: derivative of what is minimized by each log-probability, float32, where it is known beforehand. The backward
             pass then costs no logits: their gradient is formed while they are there, and *must* be asked for with these slopes.
-        entropy: whether to return it too, and whether it has a gradient, which a known slope rules out.
+        entropy: whether to return it too, and whether it has a gradient; a known slope is of no use then.
     """
-    if slope_M is not None and rule.soft_cap is None and torch.is_grad_enabled():
-        assert entropy != "gradient"
+    if slope_M is not None and rule.soft_cap is None and entropy != "gradient" and torch.is_grad_enabled():
         arguments = hidden_MH, weight_VH, bias_V, target_M, slope_M, rule.factor / rule.temperature, bool(entropy)
         logprob_M, entropy_M = _KnownSlope.apply(*arguments)
         return TokenOut(logprob_M, entropy_M if entropy else None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
@@ -55,7 +56,7 @@ class ValueScorer(Scorer):
 
     def forward(self, batch: Batch, slope_M: Tensor | None = None) -> ValueOut:
         hidden_MH = self.hidden(batch).index_select(0, batch.trained_M)
-        return ValueOut(_head(self.model)(hidden_MH).float().squeeze(-1))
+        return ValueOut(_apply_head(self.model, hidden_MH))
 
 
 @dataclass
@@ -72,7 +73,7 @@ class RewardScorer(Scorer):
         hidden_TH = self.hidden(batch)
         last_S = batch.cu_seqlens[1 : batch.documents + 1].long() - 1 - batch.first_token
         hidden_SH = hidden_TH.index_select(0, last_S.clamp(0, len(hidden_TH) - 1))
-        score_S = _head(self.model)(hidden_SH).float().squeeze(-1)
+        score_S = _apply_head(self.model, hidden_SH)
         is_here_S = (last_S >= 0) & (last_S < len(hidden_TH))
         return ScoreOut(sum_over_parts(torch.where(is_here_S, score_S, 0.0), batch.parts))
 
@@ -156,6 +157,15 @@ def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None
         if id(parameter) not in head:
             raise UserError(f"lacks {name}", where=path, fix="give a complete model directory")
         nn.init.zeros_(parameter)
+
+
+def _apply_head(model: PreTrainedModel, hidden_MH: Tensor) -> Tensor:
+    """A number for each row. In float32 where the head is one layer: bfloat16 would tell only every 256th of a value apart."""
+    head = _head(model)
+    if isinstance(head, nn.Linear):
+        return F.linear(hidden_MH.float(), head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(-1)
+    number_M1: Tensor = head(hidden_MH)
+    return number_M1.float().squeeze(-1)
 
 
 def _head(model: PreTrainedModel) -> nn.Module:
