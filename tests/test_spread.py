@@ -153,16 +153,20 @@ def test_groups_must_divide_the_processes(model_path: Path, monkeypatch: pytest.
     assert "1, 2, 3, 6" in str(error.value)
 
 
-@pytest.mark.parametrize(("memory", "local", "fits"), [(2.1, 1, True), (1.9, 1, False), (2.1, 2, False), (4.2, 2, True)])
+@pytest.mark.parametrize(
+    ("memory", "local", "fits", "pins"),
+    [(2.1, 1, True, False), (3.1, 1, True, True), (1.9, 1, False, False), (2.1, 2, False, False), (4.2, 2, True, False)],
+)
 def test_offloading_without_room_is_an_error_with_the_numbers(
-    memory: float, local: int, fits: bool, model_path: Path, monkeypatch: pytest.MonkeyPatch
+    memory: float, local: int, fits: bool, pins: bool, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "host_memory", lambda: int(memory * count_parameters(str(model_path))))
     monkeypatch.setattr(dist, "world_size", lambda: 8)  # 2 bytes a parameter and process
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     settings = ModelConfig(partial_pretrain=str(model_path), fsdp_config=FsdpConfig(cpu_offload=True))
     if fits:
-        assert choose_spread(settings, torch.device("cuda", 0)).sharding.cpu_offload
+        sharding = choose_spread(settings, torch.device("cuda", 0)).sharding
+        assert sharding.cpu_offload and sharding.pin == pins  # pinned, tensors may take twice their size
         return
     with pytest.raises(UserError, match=r"take .* GiB of this machine's memory, which has"):
         choose_spread(settings, torch.device("cuda", 0))

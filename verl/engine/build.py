@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 # model.strategy=auto: bytes of a parameter with working copy, gradient and moments, or frozen, and how much of a GPU is little.
 BYTES_TRAINED, BYTES_FROZEN, SMALL_SHARE = 18, 2, 0.25
-BYTES_OFFLOADED = 16  # of a parameter in host memory: weight, gradient and two moments in float32
+# Of a parameter in host memory: weight, gradient and two moments in float32, and what pinning weight and gradient may add.
+BYTES_OFFLOADED, BYTES_PINNED = 16, 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Built:
                 export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
             else:
                 export_adapter(directory, self.adapted)
-        export_tokenizer(directory, self.tokenizer, self.loaded.model.generation_config, self.stop_ids)
+        export_tokenizer(directory, self.tokenizer, getattr(self.loaded.model, "generation_config", None), self.stop_ids)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The whole model's tensors by its own names, adapters merged, one after another. Every rank calls it.
@@ -281,9 +282,11 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
             where="model.fsdp_config.shard_size",
             fix=f"give one of {', '.join(str(n) for n in range(1, dist.world_size() + 1) if dist.world_size() % n == 0)}, or leave it out",
         )
+    pin = False
     if fsdp.cpu_offload and device.type != "cpu":
         _check_host_memory(settings)
-    sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload)
+        pin = _bytes_offloaded(settings, pinned=True) <= dist.host_memory()
+    sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload, pin)
     if settings.strategy == "ddp" or (settings.strategy == "auto" and _is_small(settings, device)):
         return Spread("ddp", sharding)
     return Spread("fsdp2", sharding)
@@ -291,18 +294,26 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
 
 def _check_host_memory(settings: ModelConfig) -> None:
     """Raises UserError if this node's shards of weights, gradients and moments are more than its memory."""
-    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
-    parameters = count_parameters(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
-    shards = settings.fsdp_config.shard_size or dist.world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed, there = parameters * (BYTES_FROZEN if adapters else BYTES_OFFLOADED) * local // shards, dist.host_memory()
+    needed, there = _bytes_offloaded(settings), dist.host_memory()
     if needed > there:
         raise UserError(
-            f"weights, gradients and optimizer state of {parameters:,} parameters take {needed / 2**30:.1f} GiB of this machine's memory, "
-            f"which has {there / 2**30:.1f}",
+            f"weights, gradients and optimizer state of {_count_parameters(settings):,} parameters take {needed / 2**30:.1f} GiB "
+            f"of this machine's memory, which has {there / 2**30:.1f}",
             where="model.fsdp_config.cpu_offload=true",
             fix="use more machines, model.lora_rank=64, or model.param_dtype=bfloat16 optim.name=adamw_8bit without offloading",
         )
+
+
+def _bytes_offloaded(settings: ModelConfig, *, pinned: bool = False) -> int:
+    """What this node's processes keep in host memory; pinned weights and gradients may take twice their size."""
+    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
+    each = (BYTES_FROZEN if adapters else BYTES_OFFLOADED) + (BYTES_PINNED if pinned else 0)
+    shards, local = settings.fsdp_config.shard_size or dist.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _count_parameters(settings) * each * local // shards
+
+
+def _count_parameters(settings: ModelConfig) -> int:
+    return count_parameters(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
 
 
 def _is_small(settings: ModelConfig, device: torch.device) -> bool:
@@ -310,8 +321,7 @@ def _is_small(settings: ModelConfig, device: torch.device) -> bool:
     if device.type != "cuda" or fsdp.cpu_offload or fsdp.shard_size is not None or settings.param_dtype != "float32":
         return False
     adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
-    parameters = count_parameters(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
-    needed = parameters * (BYTES_FROZEN if adapters else BYTES_TRAINED)
+    needed = _count_parameters(settings) * (BYTES_FROZEN if adapters else BYTES_TRAINED)
     return needed <= SMALL_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 

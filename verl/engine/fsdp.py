@@ -20,11 +20,14 @@ class Sharding:
         size: processes that share one copy of the weights, neighbours by rank; groups of so many hold copies of each other. None: all.
         reshard_after_forward: give a layer's whole weights away after its forward pass and get them again for the backward pass.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        pin: lock the parameters' and gradients' pages there, from which a GPU copies faster; PyTorch rounds each tensor up to a power
+            of two for it.
     """
 
     size: int | None = None
     reshard_after_forward: bool = True
     cpu_offload: bool = False
+    pin: bool = True
 
     def describe(self) -> str:
         size, everyone = self.size or dist.world_size(), dist.world_size()
@@ -46,7 +49,7 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=sharding.pin) if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
         "reshard_after_forward": sharding.reshard_after_forward and not alone,
     }
     layers: list[Any] = [fully_shard(layer, **options) for layer in decoder_layers(scorer.model)]
