@@ -197,3 +197,41 @@ def test_a_step_waits_for_nothing_though_gradients_have_moved(dtype: torch.dtype
             optimizer.step(factor)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing_and_does_not_count(eight_bit: bool) -> None:
+    """Two steps with such a one between them are those two steps."""
+    skipping, plain = parameters(EVEN), parameters(EVEN)
+    copies = {p: p.detach().bfloat16() for p in skipping}
+    mine = FusedAdamW(groups(skipping), lr=1e-2, betas=BETAS, eight_bit=eight_bit, copies=copies)
+    theirs = FusedAdamW(groups(plain), lr=1e-2, betas=BETAS, eight_bit=eight_bit, copies={})
+    factor = torch.ones((), device=DEVICE)
+    for is_finite in (True, False, True):
+        random_gradients(skipping)
+        if not is_finite:
+            skipping[0].grad.fill_(math.nan)  # type: ignore[union-attr]
+        for p, other in zip(skipping, plain, strict=True):
+            other.grad = p.grad
+        mine.step(factor, torch.tensor(is_finite, device=DEVICE))
+        if is_finite:
+            theirs.step(factor)
+    for p, other in zip(skipping, plain, strict=True):
+        assert torch.equal(p, other) and torch.equal(copies[p], p.detach().bfloat16())
+        state = mine.state_of(p)
+        assert all(torch.equal(state[name], expected) for name, expected in theirs.state_of(other).items())
+
+
+@gpu
+def test_a_step_whose_flag_is_on_the_device_waits_for_nothing() -> None:
+    trained = parameters(EVEN)
+    optimizer = FusedAdamW(groups(trained), lr=1e-3, betas=BETAS, eight_bit=False, copies={})
+    random_gradients(trained)
+    factor, finite = torch.ones((), device=DEVICE), torch.ones((), dtype=torch.bool, device=DEVICE)
+    optimizer.step(factor, finite)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step(factor, finite)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
