@@ -26,8 +26,10 @@ def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
     nor is it taken off that adapters leave a part undone.
     """
     every = sum(p.numel() for p in model.parameters())
-    embeddings = {id(p): p.numel() for part in (model.get_input_embeddings(), model.get_output_embeddings()) for p in part.parameters()}
-    inner, head = every - sum(embeddings.values()), max(embeddings.values())
+    output = model.get_output_embeddings()  # None where scores take its place
+    parts = [model.get_input_embeddings(), *([output] if output is not None else [])]
+    embeddings = {id(p): p.numel() for part in parts for p in part.parameters()}
+    inner, head = every - sum(embeddings.values()), 0 if output is None else max(embeddings.values())
 
     def flops(tokens: int, trained_tokens: int) -> float:
         return 6.0 * (inner * tokens + head * trained_tokens)

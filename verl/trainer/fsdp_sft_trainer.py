@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl import config_load, dist
 from verl.algorithms import sft
-from verl.config import DataConfig, SFTConfig
+from verl.config import DataConfig, PairsConfig, RewardTrainerConfig, SFTConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
@@ -26,7 +26,7 @@ from verl.data.report import show_first_row
 from verl.engine import checkpoint
 from verl.engine.build import Built, build, check_context, choose_spread
 from verl.engine.checkpoint import Position
-from verl.engine.engine import Engine
+from verl.engine.engine import Algorithm, Engine
 from verl.engine.memory import GIB
 from verl.errors import UserError, exit_on_user_error
 from verl.models import flash
@@ -80,7 +80,7 @@ def run(config: SFTConfig) -> Path:
         this.say(f"{built.describe()}\n{describe_plan(loader, total_steps)}; into {this.directory}")
         if resume_from is not None:
             checkpoint.load(resume_from, built.engine)
-        return train_loop(config, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+        return train_loop(config, sft, loader, validation, built, start, total_steps, this) or resume_from or this.directory
 
 
 def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
@@ -99,7 +99,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
         print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
 
 
-def read_tokenizer(config: SFTConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(config: SFTConfig | RewardTrainerConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, once it is seen that the model can be what the config asks for.
 
     Raises:
@@ -138,12 +138,19 @@ def memory_of(device: torch.device) -> float | None:
 
 
 def train_loop(
-    config: SFTConfig, loader: Loader, validation: Documents | None, built: Built, start: Position, total_steps: int, this: Run
+    config: SFTConfig | RewardTrainerConfig,
+    algorithm: Algorithm,
+    loader: Loader,
+    validation: Documents | None,
+    built: Built,
+    start: Position,
+    total_steps: int,
+    this: Run,
 ) -> Path | None:
     """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
     engine, meter, saved = built.engine, Meter(built.engine, start), None
     for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, this):
-        meter.add(step, engine.train_step(step.micro_batches, sft, step.number))
+        meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, this.should_stop()
         validates = not stop and due(config.trainer.test_freq, done, ends_epoch, last)
@@ -154,7 +161,7 @@ def train_loop(
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
-                metrics |= validate(engine, validation, loader)
+                metrics |= validate(engine, algorithm, validation, loader)
             this.log(number, metrics)
         if ends_epoch:
             this.say(meter.end_epoch(step.epoch))
@@ -178,7 +185,7 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
 
 
-def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Documents, Documents | None]:
+def load_data(data: DataConfig | PairsConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Documents, Documents | None]:
     """Tokenized training and validation rows; each node's first process makes the cache, the others read it."""
 
     def load(kind: str, max_samples: int | None) -> Documents:
@@ -194,7 +201,7 @@ def load_data(data: DataConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -
     return train, validation
 
 
-def load_rows(data: DataConfig, kind: str, max_samples: int | None, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def load_rows(data: DataConfig | PairsConfig, kind: str, max_samples: int | None, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
     files = getattr(data, f"{kind}_files")
     return dist.main_first(lambda: load_documents(data, files, tokenizer, key=f"data.{kind}_files", max_samples=max_samples))
@@ -234,15 +241,15 @@ def describe_plan(loader: Loader, total_steps: int) -> str:
     )
 
 
-def validate(engine: Engine, validation: Documents, loader: Loader) -> dict[str, float]:
-    """Mean loss over every trained token of the validation rows, cut up as the loader does with its own."""
+def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader) -> dict[str, float]:
+    """Mean loss and metrics over all of the validation rows, cut up as the loader does with its own."""
 
     def batches() -> Iterator[Batch]:
         for first in range(0, len(validation), VALIDATION_ROWS):
             rows = np.arange(first, min(first + VALIDATION_ROWS, len(validation)))
             yield from loader.micro_batches(validation, rows)
 
-    return {"val/loss": float(engine.evaluate(batches(), sft)["loss"])}
+    return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
 
 
 def main(argv: list[str]) -> None:

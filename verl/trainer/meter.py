@@ -21,7 +21,8 @@ class _Running:
     """A step that the device may still be working on, and where its numbers will be."""
 
     step: Step
-    values: Tensor  # loss and gradient norm, in host memory once `arrived`
+    names: list[str]
+    values: Tensor  # of the names, in host memory once `arrived`
     arrived: torch.cuda.Event | None
 
 
@@ -47,14 +48,15 @@ class Meter:
 
     def add(self, step: Step, out: dict[str, Tensor]) -> None:
         """A step's work is queued; `out` is what `Engine.train_step` returned."""
-        values = torch.stack([out["loss"].float(), out["grad_norm"].float()])
+        names = [name for name in out if name != "skipped"]  # a loss that is not finite ends the run
+        values = torch.stack([out[name].float() for name in names])
         if not values.is_cuda:
-            self._running.append(_Running(step, values, None))
+            self._running.append(_Running(step, names, values, None))
             return
-        host = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+        host = torch.empty(len(names), pin_memory=True).copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._running.append(_Running(step, host, arrived))
+        self._running.append(_Running(step, names, host, arrived))
 
     def finished(self, *, wait: bool) -> Iterator[tuple[int, dict[str, float]]]:
         """Numbers (counted from 1) and metrics, under the names of metrics.jsonl, of the steps that are done.
@@ -69,9 +71,10 @@ class Meter:
             done = self._running.pop(0)
             if done.arrived is not None:
                 done.arrived.synchronize()
-            yield done.step.number + 1, self._measure(done.step, *done.values.tolist())
+            yield done.step.number + 1, self._measure(done.step, dict(zip(done.names, done.values.tolist(), strict=True)))
 
-    def _measure(self, step: Step, loss: float, norm: float) -> dict[str, float]:
+    def _measure(self, step: Step, found: dict[str, float]) -> dict[str, float]:
+        loss, norm = found["loss"], found["grad_norm"]
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -86,8 +89,7 @@ class Meter:
         self._epoch_seconds += seconds
         metrics = {
             "epoch": step.epoch,
-            "train/loss": loss,
-            "train/grad_norm": norm,
+            **{f"train/{name}": value for name, value in found.items()},
             "train/lr": self._engine.learning_rate(step.number),
             "train/tokens": self.tokens,
             "train/supervised_tokens": self.supervised_tokens,

@@ -1,0 +1,95 @@
+"""A reward model: a sequence classifier with one label, which scores an answer at the last token of its chat.
+
+It reads text through its own chat template and tokenizer, so that it may be of another family than the model that answers.
+
+Dimensions: A answers, S documents of a micro-batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from verl.config import RewardModelConfig
+from verl.data.chat import Message
+from verl.data.pack import collate, pack
+from verl.data.render import Renderer
+from verl.errors import UserError
+from verl.models.heads import RewardScorer, has_head, load_reward_model
+from verl.models.load import check_vocabulary, load_tokenizer
+
+WHERE = "reward_model.path"
+
+
+class RewardModel:
+    """Scores answers in packed micro-batches.
+
+    Args:
+        config: which model, and how many tokens it reads at a time.
+        device: where it lives: in bfloat16 on a GPU, else in float32.
+        tokenizer: of the model that answers; it is said where this one has another.
+        say: writes a line for the user.
+    Raises:
+        UserError: no such model, or not one that scores chats.
+    """
+
+    def __init__(
+        self,
+        config: RewardModelConfig,
+        *,
+        device: torch.device | str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        say: Callable[[str], None],
+    ):
+        assert config.path is not None
+        path, device = config.path, torch.device(device)
+        if not has_head(path, trust_remote_code=config.trust_remote_code):
+            fix = "train one with python -m verl.trainer.reward_trainer, or name a sequence classifier with one label"
+            raise UserError(f"{path} is a language model, without a head that scores", where=WHERE, fix=fix)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
+        own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+        check_vocabulary(model, own, path)
+        self._scorer = RewardScorer(model.requires_grad_(False)).eval()
+        self._renderer, self._padding = Renderer(own), model.config.pad_token_id
+        self._device, self._budget = device, config.max_tokens_per_micro_batch
+        self._longest = getattr(model.config, "max_position_embeddings", None)
+        if tokenizer is not None and Renderer(tokenizer).fingerprint() != self._renderer.fingerprint():
+            say(f"reward model {path} has another tokenizer or chat template than the policy: answers are written anew with its own")
+
+    @torch.no_grad()
+    def score(self, chats: Sequence[Sequence[Message]], responses: Sequence[str]) -> np.ndarray:
+        """A score for each answer, float32 [A]; not finite where the model's is not.
+
+        Args:
+            chats: the messages before each answer.
+            responses: the answers, without their stop tokens.
+        Raises:
+            UserError: the model's chat template does not take a chat, or a chat is longer than the model can read.
+        """
+        documents = self._documents([[*chat, {"role": "assistant", "content": r}] for chat, r in zip(chats, responses, strict=True)])
+        scores_A = np.zeros(len(documents), dtype=np.float32)
+        lengths = [len(ids) for ids in documents]
+        for group in pack(lengths, token_budget=max([self._budget, *lengths]), multiple_of=1) if documents else []:
+            batch = collate([(documents[i], np.zeros(lengths[i], dtype=bool)) for i in group], group)
+            scores_A[group] = self._scorer(batch.to(self._device)).score_S.cpu().numpy()
+        return scores_A
+
+    def _documents(self, chats: list[list[Message]]) -> list[np.ndarray]:
+        """Token ids of each chat, int32. An answer that no data set would hold, such as an empty one, is rendered as it is."""
+        rendered = self._renderer.chats([(chat, None) for chat in chats])
+        ids = [self._renderer.whole(chat) if isinstance(r, UserError) else r.input_ids for chat, r in zip(chats, rendered, strict=True)]
+        documents = [np.array(self._without_padding(tokens), dtype=np.int32) for tokens in ids]
+        longest = max(map(len, documents), default=0)
+        if self._longest is not None and longest > self._longest:
+            fix = "lower data.max_prompt_length or rollout.max_new_tokens, or choose a model for longer texts"
+            raise UserError(f"an answer with its question has {longest:,} tokens, the model reads {self._longest:,}", where=WHERE, fix=fix)
+        return documents
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """Up to the last token that is not padding, where transformers reads the score."""
+        end = len(ids)
+        while end > 1 and ids[end - 1] == self._padding:
+            end -= 1
+        return ids[:end]
