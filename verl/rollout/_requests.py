@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from transformers import AutoConfig, GenerationConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl.errors import UserError
-from verl.models.load import resolve
+from verl.models.load import cannot_load, read_adapter_config, resolve
 from verl.rollout import Completion, Sampling
+from verl.rollout._model import all_stop_ids, check_positions
 
 WORD = 2**64 - 1
 
@@ -31,14 +33,7 @@ def numbered(
     Raises:
         UserError: one that does not fit.
     """
-    longest = max(map(len, prompts), default=0)
-    if positions is not None and longest + sampling.max_new_tokens > positions:
-        raise UserError(
-            f"the longest prompt has {longest} tokens; with max_new_tokens={sampling.max_new_tokens} that is more than the engine's "
-            f"{positions} positions",
-            where="max_new_tokens",
-            fix="set a smaller max_new_tokens or shorter prompts, or give the engine more positions (a server: --max-model-len)",
-        )
+    check_positions(prompts, sampling, positions)
     prompt_seeds = range(len(prompts)) if seeds is None else seeds
     return [
         (prompt, seed_of(sampling, prompt_seed, answer))
@@ -47,21 +42,35 @@ def numbered(
     ]
 
 
-def all_stop_ids(path: str, stop_ids: Sequence[int]) -> list[int]:
+def stop_ids_of(path: str, stop_ids: Sequence[int]) -> list[int]:
     """The chat template's stop tokens and those of the model's generation_config.json, each once."""
     try:
-        own = GenerationConfig.from_pretrained(resolve(path)).eos_token_id
+        generation = GenerationConfig.from_pretrained(resolve(path))
     except OSError:  # it has none
-        own = None
-    own_ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return list(dict.fromkeys([*stop_ids, *own_ids]))
+        generation = None
+    return all_stop_ids(stop_ids, generation)
 
 
-def positions_of(path: str, *, trust_remote_code: bool) -> int | None:
-    """Longest prompt and answer together, in tokens, that a model is made for; None if it sets no limit."""
-    config = AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code)
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return positions
+def check_whole(path: str, engine: str) -> None:
+    """Raises UserError if it is an adapter, which the engine cannot load."""
+    if read_adapter_config(path) is not None:
+        raise UserError(f"{engine} takes whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give DIR")
+
+
+def outline(path: str, *, trust_remote_code: bool) -> PreTrainedModel:
+    """A model without its values.
+
+    Raises:
+        UserError: no such model.
+    """
+    source = resolve(path)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("model", path, error) from error
+    return model
 
 
 def side_by_side(ask: Callable[[int], Completion], number: int, width: int) -> Iterator[list[tuple[int, Completion]]]:

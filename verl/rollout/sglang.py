@@ -17,26 +17,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.errors import UserError
-from verl.models.load import read_adapter_config
 from verl.rollout import Completion, Options, Rollout, Sampling
 from verl.rollout._http import WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
-from verl.rollout._requests import all_stop_ids, numbered, positions_of, side_by_side
+from verl.rollout._requests import check_whole, numbered, outline, side_by_side, stop_ids_of
 
 SEQUENCES = 256  # asked of the server at a time, where nothing else is said; it makes batches of them itself
 
 
 def load(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> Rollout:
     """See `verl.rollout.load_rollout`."""
-    if read_adapter_config(path) is not None:
-        raise UserError("SGLang serves whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and serve DIR")
-    return SglangServer(path, all_stop_ids(path, stop_ids), options)
+    check_whole(path, "SGLang")
+    return SglangServer(path, stop_ids_of(path, stop_ids), options)
 
 
 def share(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> Rollout:
     """See `verl.rollout.share`. The server has the weights that it was started with until `update_weights`."""
-    adapter = read_adapter_config(path)
-    base = path if adapter is None else adapter["base_model_name_or_path"]
-    return SglangServer(base, all_stop_ids(path, stop_ids), options, learns=True)
+    return load(path, tokenizer, stop_ids, options)
 
 
 class SglangServer:
@@ -45,13 +41,12 @@ class SglangServer:
     Args:
         path: the model that it has to serve.
         stop_ids: tokens that end an answer; SGLang adds the model's own.
-        learns: whether it is going to be given new weights.
         work_seconds: after so long without an answer it is taken to hang.
     Raises:
         UserError: no address, not reached, or another model.
     """
 
-    def __init__(self, path: str, stop_ids: Sequence[int], options: Options, *, learns: bool = False, work_seconds: float = WORK_SECONDS):
+    def __init__(self, path: str, stop_ids: Sequence[int], options: Options, *, work_seconds: float = WORK_SECONDS):
         start = f"python -m sglang.launch_server --model-path {path} --enable-deterministic-inference"
         if options.url is None:
             raise UserError(
@@ -60,17 +55,17 @@ class SglangServer:
         self._server = Server(options.url, start=start, work_seconds=work_seconds)
         self.stop_ids, self._width = list(stop_ids), options.max_sequences or SEQUENCES
         self._version, self._asleep = 0, False
-        self._model = self._served(path, learns=learns)
+        self._model = self._served(path)
         info = self._ask_about("server_info")
         self._sleeps, self._takes_seeds = bool(info.get("enable_memory_saver")), bool(info.get("enable_deterministic_inference"))
-        self.positions: int | None = info.get("context_length") or positions_of(path, trust_remote_code=options.trust_remote_code)
-        self._place = place_for_weights(self._server, options.weights_folder) if learns else None
+        config = outline(path, trust_remote_code=options.trust_remote_code).config.get_text_config()
+        self.positions: int | None = info.get("context_length") or getattr(config, "max_position_embeddings", None)
+        self._weights_folder = options.weights_folder
 
-    def _served(self, path: str, *, learns: bool) -> str:
+    def _served(self, path: str) -> str:
         """The model's name. Once it was given new weights it is called by their folder; its tokenizer's name stays."""
         info = self._ask_about("model_info")
-        keys = ("served_model_name", "model_path", "tokenizer_path") if learns else ("served_model_name", "model_path")
-        names = [str(info[key]) for key in keys if info.get(key)]
+        names = [str(info[key]) for key in ("served_model_name", "model_path", "tokenizer_path") if info.get(key)]
         check_model(path, names, start=self._server.start, url=self._server.url)
         return names[0]
 
@@ -127,9 +122,8 @@ class SglangServer:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`. Every process that generates calls it; the first one writes the files."""
-        assert self._place is not None, "the server was not asked whether it sees the folder of new weights"
         self.wake()
-        publish(named_tensors, self._place, lambda folder: self._load(folder, version))
+        publish(named_tensors, place_for_weights(self._server, self._weights_folder), lambda folder: self._load(folder, version))
         self._version = version
 
     def _load(self, folder: Path, version: int) -> None:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.errors import UserError
-from verl.models.load import read_adapter_config, resolve
+from verl.models.load import resolve
 from verl.rollout import Completion, Options, Rollout, Sampling
 from verl.rollout._http import WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
-from verl.rollout._requests import all_stop_ids, numbered, side_by_side
+from verl.rollout._requests import check_whole, numbered, outline, side_by_side, stop_ids_of
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -39,21 +39,14 @@ SEQUENCES = 256  # asked of a server at a time, where nothing else is said; it m
 
 def load(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> Rollout:
     """See `verl.rollout.load_rollout`."""
-    if read_adapter_config(path) is not None:
-        raise UserError("vLLM loads whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give it DIR")
-    if options.url is not None:
-        return VllmServer(path, all_stop_ids(path, stop_ids), options)
-    return VllmRollout(path, all_stop_ids(path, stop_ids), options)
+    check_whole(path, "vLLM")
+    kind = VllmRollout if options.url is None else VllmServer
+    return kind(path, stop_ids_of(path, stop_ids), options)
 
 
 def share(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> Rollout:
-    """See `verl.rollout.share`. It holds the weights of `path` until `update_weights`; of an adapter those of its base."""
-    adapter = read_adapter_config(path)
-    base, stop_ids = (path if adapter is None else adapter["base_model_name_or_path"]), all_stop_ids(path, stop_ids)
-    tied = dict(getattr(model, "all_tied_weights_keys", {}))
-    if options.url is not None:
-        return VllmServer(base, stop_ids, options, tied=tied, learns=True)
-    return VllmRollout(base, stop_ids, options, tied=tied, sleeps=torch.cuda.is_available())
+    """See `verl.rollout.share`. It holds the weights of `path` until `update_weights`."""
+    return load(path, tokenizer, stop_ids, options)
 
 
 class VllmRollout:
@@ -62,15 +55,13 @@ class VllmRollout:
     Args:
         path: a model directory or Hub name.
         stop_ids: tokens that end an answer; the model's own are not added.
-        tied: names of weights that are others' too, with the others' names; `update_weights` is given those others alone.
-        sleeps: whether it shares its GPU with a trainer and gives memory back meanwhile.
     """
 
-    def __init__(self, path: str, stop_ids: Sequence[int], options: Options, *, tied: dict[str, str] | None = None, sleeps: bool = False):
-        self.stop_ids, self._tied, self._sleeps = list(stop_ids), tied or {}, sleeps
+    def __init__(self, path: str, stop_ids: Sequence[int], options: Options):
+        self.stop_ids, self._tied = list(stop_ids), outline(path, trust_remote_code=options.trust_remote_code).all_tied_weights_keys
         self._asleep: set[str] = set()
         self._version = 0
-        self._llm = _start(resolve(path), options, sleeps=sleeps)
+        self._llm = _start(resolve(path), options)
         self._llm.init_weight_transfer_engine({"init_info": {}})
         self.positions: int | None = self._llm.model_config.max_model_len
 
@@ -119,7 +110,7 @@ class VllmRollout:
 
     def sleep(self) -> None:
         """See `Rollout.sleep`. Weights go to host memory, keys and values are forgotten; on a CPU nothing is to be won."""
-        if self._sleeps and not self._asleep:
+        if torch.cuda.is_available() and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache"}
 
@@ -155,9 +146,12 @@ class VllmRollout:
         return f"vLLM {vllm.__version__}, {dist.describe_device(device)}, {dtype}"
 
 
-def _start(path: str, options: Options, *, sleeps: bool) -> Any:
+def _start(path: str, options: Options) -> Any:
     """vLLM's engine, in this process and with weights that can be handed to it."""
     dist.start()  # or vLLM would make a process group of its own
+    if dist.group() is not None:
+        fix = "leave mapping.rollout at all, or start a server and set rollout.url"
+        raise UserError("vLLM in this process takes part on all processes, not on some", where="mapping.rollout", fix=fix)
     try:
         from vllm import LLM
 
@@ -165,22 +159,26 @@ def _start(path: str, options: Options, *, sleeps: bool) -> Any:
     except ImportError as error:
         raise UserError(f"vLLM is not installed, or not the release that is needed: {error}", fix='pip install "verl[vllm]"') from error
     on_gpu = torch.cuda.is_available()
-    with _as_it_was():
-        return LLM(
-            model=path,
-            dtype="auto" if on_gpu else "float32",
-            enforce_eager=not on_gpu,
-            logprobs_mode="processed_logprobs",
-            generation_config="vllm",  # the model's own defaults, such as a repetition penalty, are put aside
-            max_num_seqs=options.max_sequences,
-            max_model_len=options.max_positions,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            kv_cache_memory_bytes=None if on_gpu else CPU_CACHE_BYTES,
-            enable_sleep_mode=sleeps,
-            weight_transfer_config={"backend": BACKEND},
-            distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
-            trust_remote_code=options.trust_remote_code,
-        )
+    try:
+        with _as_it_was():
+            return LLM(
+                model=path,
+                dtype="auto" if on_gpu else "float32",
+                enforce_eager=not on_gpu,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # the model's own defaults, such as a repetition penalty, are put aside
+                max_num_seqs=options.max_sequences,
+                max_model_len=options.max_positions,
+                gpu_memory_utilization=options.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if on_gpu else CPU_CACHE_BYTES,
+                enable_sleep_mode=on_gpu,
+                weight_transfer_config={"backend": BACKEND},
+                distributed_executor_backend="external_launcher" if "RANK" in os.environ else None,
+                trust_remote_code=options.trust_remote_code,
+            )
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        fix = "rollout.gpu_memory_utilization is its share of the GPU; else rollout.name=native serves more models"
+        raise UserError(f"vLLM cannot start with it: {error}", where=path, fix=fix) from error
 
 
 @contextmanager
@@ -241,6 +239,9 @@ def with_tied(named_tensors: Iterable[tuple[str, Tensor]], tied: dict[str, str])
     """The same tensors, those that are tied under both of their names.
 
     vLLM's output layer may have a copy of the input embedding, in an order of its own, and would keep the old one.
+
+    Args:
+        tied: names that a trainer's tensors do not come under, with those that they come under.
     """
     others = {source: name for name, source in tied.items()}
     for name, tensor in named_tensors:
@@ -255,11 +256,9 @@ class VllmServer:
     Args:
         path: the model that it has to serve.
         stop_ids: tokens that end an answer.
-        tied: as for `VllmRollout`.
-        learns: whether it is going to be given new weights.
         work_seconds: after so long without an answer it is taken to hang.
     Raises:
-        UserError: not reached, another model, or one that cannot take weights and has to.
+        UserError: not reached, or another model.
     """
 
     def __init__(
@@ -268,22 +267,20 @@ class VllmServer:
         stop_ids: Sequence[int],
         options: Options,
         *,
-        tied: dict[str, str] | None = None,
-        learns: bool = False,
         work_seconds: float = WORK_SECONDS,
     ):
         assert options.url is not None
-        start = f"{'VLLM_SERVER_DEV_MODE=1 ' if learns else ''}vllm serve {path} --logprobs-mode processed_logprobs"
+        start = f"VLLM_SERVER_DEV_MODE=1 vllm serve {path} --logprobs-mode processed_logprobs"
         self._server = Server(options.url, start=start, work_seconds=work_seconds)
-        self.stop_ids, self._tied, self._width = list(stop_ids), tied or {}, options.max_sequences or SEQUENCES
+        self.stop_ids, self._width = list(stop_ids), options.max_sequences or SEQUENCES
+        self._weights_folder = options.weights_folder
+        self._tied = outline(path, trust_remote_code=options.trust_remote_code).all_tied_weights_keys
         self._version = 0
         self._temperature_is_known = self._asleep = False
         served = self._served()
         check_model(path, [served["id"], served.get("root") or served["id"]], start=start, url=options.url)
         self._model: str = served["id"]
         self.positions: int | None = served.get("max_model_len")
-        self._place = place_for_weights(self._server, options.weights_folder) if learns else None
-        self._sleeps = self._enables_sleep(learns)
 
     def _served(self) -> dict[str, Any]:
         answer = self._server.get("/v1/models")
@@ -292,15 +289,14 @@ class VllmServer:
             raise UserError("names no model at /v1/models", where=self._server.url, fix=f"start it with: {self._server.start}")
         return dict(models[0])
 
-    def _enables_sleep(self, learns: bool) -> bool:
-        """Asked for in the development mode alone, which tells whether that is on."""
-        if not learns:
-            return False
+    def _settings(self) -> dict[str, Any]:
+        """How the server was started, which it tells in its development mode alone; without that it takes no new weights."""
         try:
             answer = self._server.get("/server_info?config_format=json")
         except RefusedError as error:
-            raise UserError("takes no new weights", where=self._server.url, fix=f"start it with: {self._server.start}") from error
-        return bool(answer.get("vllm_config", {}).get("model_config", {}).get("enable_sleep_mode"))
+            what = "takes no new weights: it is not in its development mode"
+            raise UserError(what, where=self._server.url, fix=f"start it with: {self._server.start}") from error
+        return dict(answer["vllm_config"]["model_config"])
 
     def stream(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
@@ -364,9 +360,10 @@ class VllmServer:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`. Every process that generates calls it; the first one writes the files."""
-        assert self._place is not None, "the server was not asked whether it takes new weights"
+        self._settings()
         self.wake()
-        publish(with_tied(named_tensors, self._tied), self._place, lambda folder: self._load(folder, version))
+        place = place_for_weights(self._server, self._weights_folder)
+        publish(with_tied(named_tensors, self._tied), place, lambda folder: self._load(folder, version))
         self._version = version
 
     def _load(self, folder: Path, version: int) -> None:
@@ -376,7 +373,7 @@ class VllmServer:
 
     def sleep(self) -> None:
         """See `Rollout.sleep`. Nothing where the server was not started with --enable-sleep-mode: its GPUs are its own."""
-        if self._sleeps and not self._asleep:
+        if not self._asleep and self._settings()["enable_sleep_mode"]:
             dist.barrier()  # nobody's answers are left
             dist.together(lambda: self._server.post("/sleep?level=1") if dist.is_main() else None)
             self._asleep = True

@@ -1,0 +1,102 @@
+"""What the tests of engines outside of this project share: models they load, the trainer's scores of answers, a stand-in for a server."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from verl.data.pack import collate
+from verl.engine.logprobs import TokenScorer
+from verl.models.load import load_for_training, load_tokenizer
+from verl.models.tiny import write_tiny_model
+from verl.rollout import Completion
+
+PROMPTS = [[5, 6, 7, 8], [40, 41], [9] * 7, list(range(20, 31))]
+STOP_IDS = [1]
+
+
+def write_served_model(folder: Path, *, tied: bool = True) -> Path:
+    """A small model with a tokenizer, and a generation_config.json whose defaults would change every answer."""
+    write_tiny_model(folder, ["What is 1 + 2?"])
+    torch.manual_seed(3)
+    config = Qwen2Config.from_pretrained(folder)
+    config.tie_word_embeddings = tied
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = [1, 0]
+    model.generation_config.update(do_sample=True, repetition_penalty=3.0, top_k=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def trained_model(path: Path) -> Qwen2ForCausalLM:
+    """As a trainer holds it."""
+    return load_for_training(str(path)).model
+
+
+@torch.no_grad()
+def move(model: torch.nn.Module) -> None:
+    """Every weight by as much as a long training would."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def largest_difference(
+    model: Qwen2ForCausalLM, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
+) -> float:
+    """Between the log-probabilities that came with answers and those that the trainer gives their tokens."""
+    n = len(completions) // len(prompts)
+    documents = []
+    for number, completion in enumerate(completions):
+        prompt = prompts[number // n]
+        ids = np.array([*prompt, *completion.token_ids], dtype=np.int32)
+        documents.append((ids, np.arange(len(ids)) >= len(prompt)))
+    with torch.no_grad():
+        scored_M = TokenScorer(model.eval(), temperature)(collate(documents, range(len(documents)))).logprob_M
+    drawn_M = torch.tensor([logprob for completion in completions for logprob in completion.logprobs or []])
+    return float((scored_M - drawn_M).abs().max())
+
+
+def tokenizer_of(path: Path) -> Any:
+    return load_tokenizer(str(path))
+
+
+Answer = Callable[[str, Any], tuple[int, Any]]
+
+
+@contextmanager
+def server(answer: Answer) -> Iterator[str]:
+    """A stand-in on this machine: `answer(path, body)` gives status and JSON, body None for GET. Yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(None)
+
+        def do_POST(self) -> None:
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: Any) -> None:
+            status, content = answer(self.path, body)
+            text = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: object) -> None: ...
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_address[1]}"
+    finally:
+        http.shutdown()
+        http.server_close()
