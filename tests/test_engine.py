@@ -45,6 +45,7 @@ from verl.engine.engine import Engine, LossOut
 from verl.engine.logprobs import LogitRule, TokenOut, TokenScorer, check_scorer, token_scores
 from verl.engine.optim import learning_rate, optimizer_state
 from verl.engine.recompute import recompute_activations
+from verl.engine.softmax import logprobs_and_entropy
 from verl.errors import UserError
 from verl.models.load import load_for_training
 
@@ -403,6 +404,39 @@ def test_temperature_and_entropy_are_those_of_whole_logits(known: bool, monkeypa
     gradients = (torch.autograd.grad(total, (hidden, weight)) for total in (mine, theirs))
     torch.testing.assert_close(*gradients)
     assert known is not found.entropy_M.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_log_probabilities_and_entropies_are_those_of_whole_logits(dtype: torch.dtype) -> None:
+    """In blocks of columns, the last of them not full; a logit far above the others, and one that rules its token out."""
+    torch.manual_seed(0)
+    logits_CV = (5 * torch.randn(7, 40_000)).to("cuda", dtype)
+    logits_CV[1, -1], logits_CV[2, 5] = 90.0, -math.inf
+    target_C = torch.randint(0, 40_000, (7,), device="cuda")
+    whole = torch.log_softmax(logits_CV.double() * 0.7, -1)
+    logprob_C, entropy_C = logprobs_and_entropy(logits_CV, target_C, 0.7)
+    torch.testing.assert_close(logprob_C.double(), whole.gather(1, target_C[:, None]).squeeze(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy_C.double(), -torch.special.xlogy(whole.exp(), whole.exp()).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+class WithDropout(TokenScorer):
+    def __init__(self, model):
+        super().__init__(model)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> TokenOut:
+        out = super().forward(batch, slope_M)
+        return TokenOut(self.dropout(out.logprob_M))
+
+
+def test_scores_are_without_dropout(model_path: Path) -> None:
+    cpu, batches = torch.device("cpu"), micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    scorer = WithDropout(load_for_training(str(model_path)).model)
+    engine = Engine(scorer, OptimConfig(), total_steps=1, device=cpu, compute_dtype=torch.float32)
+    expected = engine_of(model_path).score(batches)
+    assert all(torch.equal(a.logprob_M, b.logprob_M) for a, b in zip(engine.score(batches), expected, strict=True))
+    assert engine.scorer.training and scorer.dropout.training
 
 
 def test_a_soft_cap_comes_before_the_temperature() -> None:

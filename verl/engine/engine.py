@@ -169,8 +169,8 @@ class Engine:
             micro_batches: this rank's, in host memory; as many on every rank.
         """
         training = self.scorer.training
-        self.scorer.eval()
-        # With gradients, though none are asked for: without them, other kernels would be compiled.
+        # As in training, though no gradient is asked for: else other kernels would be compiled. Only dropout has to go.
+        self.scorer.train(training and not _has_dropout(self.scorer))
         outs = [_without_gradient(self.scorer(batch.to(self.device))) for batch in micro_batches]
         self.scorer.train(training)
         if isinstance(self.scorer, FSDPModule):
@@ -212,6 +212,10 @@ def _counts(batch: Batch, algorithm: Algorithm) -> tuple[float, float]:
     tokens = float(len(batch.trained_M))
     count = getattr(algorithm, "count", None)
     return tokens, tokens if count is None else float(count(batch))
+
+
+def _has_dropout(scorer: Scorer) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.modules())
 
 
 def _without_gradient(out: Any) -> Any:

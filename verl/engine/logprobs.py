@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from verl import dist
 from verl.data.batch import Batch
-from verl.engine.softmax import logprobs_with_gradient_
+from verl.engine.softmax import entropy as entropy_of
+from verl.engine.softmax import logprobs_and_entropy, logprobs_with_gradient_
 from verl.errors import UserError
+from verl.kernels import HAS_TRITON
 from verl.models.heads import Scorer
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
@@ -102,18 +104,16 @@ def _chunk_scores(
     hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, rule: LogitRule, entropy: Entropy
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities, and entropies or, where they are not asked for, nothing."""
-    logits_CV = rule(F.linear(hidden_CH, weight_VH, bias_V))
+    logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
+    if HAS_TRITON and logits_CV.is_cuda and not logits_CV.requires_grad and rule.soft_cap is None:
+        return logprobs_and_entropy(logits_CV, target_C, rule.factor / rule.temperature)
+    logits_CV = rule(logits_CV)
     total_C = logits_CV.logsumexp(-1)
     logprob_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - total_C
     if not entropy:
         return logprob_C, total_C[:0]
     with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
-        return logprob_C, _entropy(logits_CV, total_C)
-
-
-def _entropy(logits_CV: Tensor, total_C: Tensor) -> Tensor:
-    """H = log Z - sum p * logit, with log Z given."""
-    return total_C - ((logits_CV - total_C[:, None]).exp() * logits_CV).sum(-1)
+        return logprob_C, entropy_of(logits_CV, total_C)
 
 
 class _KnownSlope(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _KnownSlope(torch.autograd.Function):
         for rows in _chunks(len(target_M), limit // len(weight_VH)):
             logits_CV = F.linear(hidden_MH[rows], weight_VH, bias_V)
             if entropy:
-                entropy_M[rows] = _entropy_of_parts(logits_CV, factor)
+                _, entropy_M[rows] = logprobs_and_entropy(logits_CV, target_M[rows], factor)
             logprob_M[rows], scale_C = logprobs_with_gradient_(logits_CV, target_M[rows], slope_M[rows], factor)
             if hidden_grad_MH is not None:
                 torch.mm(logits_CV, weight_VH, out=hidden_grad_MH[rows])
@@ -156,12 +156,6 @@ class _KnownSlope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slope_M: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.saved_tensors, None, None, None, None
-
-
-def _entropy_of_parts(logits_CV: Tensor, factor: float) -> Tensor:
-    """Of a few rows at a time, since these logits may be half precision and many, and float32 copies are made."""
-    parts = [logits_CV[rows].float() * factor for rows in _chunks(len(logits_CV), CHUNK_LOGITS // logits_CV.shape[1])]
-    return torch.cat([_entropy(part, part.logsumexp(-1)) for part in parts] or [logits_CV.new_zeros(0, dtype=torch.float32)])
 
 
 class TokenScorer(Scorer):

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets from their logits, the logits giving way to their own gradient in the same pass.
+"""Log-probabilities of targets from their logits: with entropies, or the logits giving way to their own gradient in the same pass.
 
 Dimensions: C positions of a chunk, V vocabulary.
 """
@@ -36,3 +36,27 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor
     if power_CV is not logits_CV:
         logits_CV.copy_(power_CV)
     return at_target_C - highest_C - total_C.log(), -slope_C * factor / total_C
+
+
+def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target under softmax(factor * logits), and the entropy of that distribution. Without a gradient.
+
+    Args:
+        logits_CV: contiguous; stays as it is.
+        target_C: token ids to score.
+    Returns:
+        logprob_C, natural log, and entropy_C in nats; both float32.
+    """
+    logits_CV = logits_CV.detach()
+    if HAS_TRITON and logits_CV.is_cuda:
+        from verl.engine import softmax_triton
+
+        return softmax_triton.logprobs_and_entropy(logits_CV, target_C, factor)
+    scaled_CV = logits_CV.float() * factor
+    total_C = scaled_CV.logsumexp(-1)
+    return scaled_CV.gather(1, target_C[:, None]).squeeze(1) - total_C, entropy(scaled_CV, total_C)
+
+
+def entropy(logits_CV: Tensor, total_C: Tensor) -> Tensor:
+    """The entropy of softmax(logits), from their logarithm of the sum of exponentials: log Z - sum of p * logit."""
+    return total_C - ((logits_CV - total_C[:, None]).exp() * logits_CV).sum(-1)

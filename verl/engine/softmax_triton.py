@@ -28,6 +28,36 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor
     return logprob_C, scale_C
 
 
+def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """As `verl.engine.softmax.logprobs_and_entropy`, on a CUDA device; the logits are read once."""
+    rows, vocabulary = logits_CV.shape
+    logprob_C, entropy_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
+    if rows > 0:
+        _scores_kernel[(rows,)](logits_CV, target_C, logprob_C, entropy_C, vocabulary, factor, BLOCK, num_warps=WARPS)
+    return logprob_C, entropy_C
+
+
+@triton.jit
+def _scores_kernel(logits, targets, logprobs, entropies, vocabulary: tl.constexpr, factor, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    at_target = tl.load(logits + tl.load(targets + row)).to(tl.float32) * (factor * LOG2_E)
+    highest = -1e30  # finite, so that infinity is never taken from infinity
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, vocabulary, block):
+        column = start + tl.arange(0, block)
+        x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * (factor * LOG2_E)
+        peak = tl.maximum(highest, tl.max(x, 0))
+        shrink, power = tl.exp2(highest - peak), tl.exp2(x - peak)
+        total = total * shrink + tl.sum(power, 0)
+        weighted = weighted * shrink + tl.sum(tl.where(power > 0, power * x, 0.0), 0)
+        highest = peak
+    log_total = highest + tl.log2(total)
+    tl.store(logprobs + row, (at_target - log_total) / LOG2_E)
+    tl.store(entropies + row, (log_total - weighted / total) / LOG2_E)
+
+
 @triton.jit
 def _kernel(logits, targets, slopes, logprobs, scales, vocabulary: tl.constexpr, factor, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)

@@ -135,6 +135,8 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise cannot_load("model", path, error) from error
+    if hasattr(model, "dropout"):
+        model.dropout = nn.Identity()  # of the head, which is called without it
     _start_at_zero(model, set(report["missing_keys"]), path)
     saved_dtypes = find_saved_dtypes(model, source)
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
