@@ -40,7 +40,7 @@ def draw(logits: Iterable[Tensor], sampling: Sampling, uniform_B: Tensor) -> tup
         return _likeliest(logits)
     blocks = [logits_BC.div_(sampling.temperature) for logits_BC in logits]
     highest_BK, sum_BK = _statistics(blocks)
-    normalizer_B = (highest_BK + sum_BK.log()).logsumexp(1)
+    normalizer_B = (highest_BK + sum_BK.log()).logsumexp(1).float()
     if sampling.is_cut:
         allowed = cut(torch.cat(blocks, 1), sampling).split(BLOCK, 1)
         token_B = _fall(allowed, *_statistics(allowed), uniform_B)
@@ -66,18 +66,21 @@ def _likeliest(logits: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Each block's highest logit, and its sum of exponentials relative to that one; a block that is cut away whole has sum 0."""
+    """Each block's highest logit, and its sum of exponentials relative to that one; a block that is cut away whole has sum 0.
+
+    Sums are taken in double, so that what a number falls on depends on the order of sums as little as it can.
+    """
     highest, sums = [], []
     for logits_BC in blocks:
         highest_B = logits_BC.amax(-1).clamp(min=torch.finfo(torch.float32).min)
         highest.append(highest_B)
-        sums.append((logits_BC - highest_B[:, None]).exp_().sum(-1))
+        sums.append((logits_BC - highest_B[:, None]).exp_().sum(-1, dtype=torch.float64))
     return torch.stack(highest, 1), torch.stack(sums, 1)
 
 
 def _fall(blocks: Iterable[Tensor], highest_BK: Tensor, sum_BK: Tensor, uniform_B: Tensor) -> Tensor:
     """Where in the cumulative distribution each number falls: first the block, then the token in it."""
-    weight_BK = ((highest_BK - highest_BK.amax(1, keepdim=True)).exp() * sum_BK).double()
+    weight_BK = (highest_BK - highest_BK.amax(1, keepdim=True)).double().exp() * sum_BK
     cumulative_BK = weight_BK.cumsum(1)
     target_B1 = uniform_B[:, None].double() * cumulative_BK[:, -1:]
     block_B1 = torch.searchsorted(cumulative_BK, target_B1, right=True).clamp(max=weight_BK.shape[1] - 1)

@@ -212,12 +212,11 @@ class NativeRollout:
         enough = 1 if self._device.type == "cpu" else max(1, min(slots // 8, len(queue)))
         if not queue or (len(free) < enough and any(self._running)):
             return
-        taken = [(slot, queue.popleft()) for slot in free[: len(queue)]]
+        taken = self._seat(free, [queue.popleft() for _ in range(min(len(free), len(queue)))])
         self._running += [None] * (max(slot for slot, _ in taken) + 1 - len(self._running))
         for slot, request in taken:
             self._running[slot] = request
-            self._held.pop(slot, None)
-        self._prefill(taken)
+        self._prefill([(slot, request.prompt) for slot, request in taken if self._held.get(slot) != request.prompt])
         self._state.begin(
             [slot for slot, _ in taken],
             [request.prompt[-1] for _, request in taken],
@@ -226,28 +225,39 @@ class NativeRollout:
             np.stack([request.uniform_G for _, request in taken]),
         )
 
-    def _prefill(self, taken: list[tuple[int, Request]]) -> None:
-        """Put each prompt's keys and values into its slots: from another slot that holds them, or else through the model."""
+    def _seat(self, free: list[int], requests: list[Request]) -> list[tuple[int, Request]]:
+        """A free slot for each request, one that holds its prompt if there is one."""
+        holders: dict[tuple[int, ...], list[int]] = {}
+        for slot in free:
+            holders.setdefault(tuple(self._held.get(slot, ())), []).append(slot)
+        seated = [(found.pop(0), request) for request in requests if (found := holders.get(tuple(request.prompt)))]
+        taken, served = {slot for slot, _ in seated}, {request.number for _, request in seated}
+        others = (slot for slot in free if slot not in taken)
+        return seated + [(next(others), request) for request in requests if request.number not in served]
+
+    def _prefill(self, wanted: list[tuple[int, list[int]]]) -> None:
+        """Put prompts' keys and values into slots: from another slot that holds them, or else through the model."""
+        for slot, _ in wanted:
+            self._held.pop(slot, None)
         held = {tuple(prompt): slot for slot, prompt in self._held.items()}
         targets: dict[tuple[int, ...], list[int]] = {}
         copies: list[tuple[int, int, int]] = []
-        for slot, request in taken:
-            prompt = tuple(request.prompt)
-            if prompt in held:
-                copies.append((held[prompt], slot, len(prompt)))
+        for slot, prompt in wanted:
+            if tuple(prompt) in held:
+                copies.append((held[tuple(prompt)], slot, len(prompt)))
             elif len(prompt) > 1:
-                targets.setdefault(prompt, []).append(slot)
-            self._held[slot] = request.prompt
+                targets.setdefault(tuple(prompt), []).append(slot)
+            self._held[slot] = prompt
         if copies:
             source_R, target_R = (to_device([copy[side] for copy in copies], self._device) for side in (0, 1))
             assert self._caches is not None
             self._caches.move(source_R, target_R, max(length for _, _, length in copies))
         batch: list[tuple[tuple[int, ...], list[int]]] = []
-        for prompt, slots in targets.items():
-            if batch and sum(len(p) for p, _ in batch) + len(prompt) > PREFILL_TOKENS:
+        for each in targets.items():
+            if batch and sum(len(p) for p, _ in batch) + len(each[0]) > PREFILL_TOKENS:
                 self._prefill_batch(batch)
                 batch = []
-            batch.append((prompt, slots))
+            batch.append(each)
         if batch:
             self._prefill_batch(batch)
 
