@@ -102,8 +102,8 @@ def test_a_server_answers_as_transformers_do_and_takes_new_weights(path: Path, t
         rollout.sleep()  # it was not started with sleep mode
         assert rollout.generate(PROMPTS, WARM) == found
 
-        with pytest.raises(UserError, match="wanted another/model"):
-            VllmServer("another/model", STOP_IDS, Options(url=url))
+        with pytest.raises(UserError, match=f"serves {path}, wanted {tmp_path}"):
+            connect(write_served_model(tmp_path / "other"), url)
 
 
 @pytest.mark.vllm
