@@ -77,10 +77,8 @@ class RewardModel:
         return scores_A
 
     def _documents(self, chats: list[list[Message]]) -> list[np.ndarray]:
-        """Token ids of each chat, int32. An answer that no data set would hold, such as an empty one, is rendered as it is."""
-        rendered = self._renderer.chats([(chat, None) for chat in chats])
-        ids = [self._renderer.whole(chat) if isinstance(r, UserError) else r.input_ids for chat, r in zip(chats, rendered, strict=True)]
-        documents = [np.array(self._without_padding(tokens), dtype=np.int32) for tokens in ids]
+        """Token ids of each chat, int32: of the whole of it as its template writes it, as transformers encodes it."""
+        documents = [np.array(self._without_padding(self._renderer.whole(chat)), dtype=np.int32) for chat in chats]
         longest = max(map(len, documents), default=0)
         if self._longest is not None and longest > self._longest:
             fix = "lower data.max_prompt_length or rollout.max_new_tokens, or choose a model for longer texts"
