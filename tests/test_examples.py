@@ -1,4 +1,7 @@
-"""The example scripts, run with stand-ins for what they start: their words are a config that the trainer takes."""
+"""The example scripts, run with stand-ins for what they start: their words are a config that the trainer takes.
+
+Those of reinforcement learning and of pairs are then run with the same words, at the size of the demo's model.
+"""
 
 import json
 import os
@@ -6,15 +9,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from tiny import write_problems_and_model
 
-from verl.config import SFTConfig
+from verl.config import PPOConfig, RewardTrainerConfig, SFTConfig
 from verl.config_load import load
+from verl.demo.problems import make_problems
 from verl.errors import UserError
+from verl.trainer import ppo_trainer, reward_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted((ROOT / "examples" / "sft").glob("*.sh")), *sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))]
+PPO = ROOT / "examples" / "ppo"
 ENVIRONMENT = {
     "HEAD": "node1",
     "SLURM_JOB_ID": "12345",
@@ -41,10 +49,12 @@ class Started:
     Attributes:
         options: torchrun's own, such as nproc_per_node; none where there is one process.
         words: key=value, for the trainer.
+        module: the trainer.
     """
 
     options: dict[str, str]
     words: list[str]
+    module: str
 
     @property
     def processes(self) -> int:
@@ -66,13 +76,13 @@ def start(script: Path, folder: Path, *words: str) -> Started:
     assert done.returncode == 0, done.stderr
     argv = json.loads(captured.read_text())
     module = argv.index("-m")
-    assert argv[module + 1] == "verl.trainer.fsdp_sft_trainer"
     options = dict(word.removeprefix("--").partition("=")[::2] for word in argv[:module])
-    return Started(options, argv[module + 2 :])
+    return Started(options, argv[module + 2 :], argv[module + 1])
 
 
 def check(started: Started) -> SFTConfig:
     """The config of what was started, after the checks that need the number of processes."""
+    assert started.module == "verl.trainer.fsdp_sft_trainer"
     config = load(SFTConfig, started.words)
     rows = config.data.train_batch_size or config.data.micro_batch_size_per_gpu * started.processes
     assert rows % started.processes == 0, f"{rows} rows a step on {started.processes} processes"
@@ -143,3 +153,73 @@ def test_a_script_with_a_mistake_fails(name: str, right: str, wrong: str, said: 
     mistaken.chmod(0o755)
     with pytest.raises((UserError, AssertionError), match=said):
         check(start(mistaken, tmp_path))
+
+
+# Pairs and reinforcement learning
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Problems, pairs of answers to them, and a small model."""
+    folder = write_problems_and_model(tmp_path_factory.mktemp("ppo"))
+    problems, _ = make_problems(24, 1, seed=5)
+    answers = [problem.answer for problem in problems]
+    rows = [
+        {"prompt": problem.question, "chosen": problem.answer, "rejected": other}
+        for problem, other in zip(problems, answers[1:] + answers[:1], strict=True)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def small(folder: Path, output: str, rows: str, **changes: object) -> list[str]:
+    """Words that bring a run down to the size of a test."""
+    keys: dict[str, object] = {
+        "data.train_files": folder / rows,
+        "data.val_files": folder / rows,
+        "data.val_max_samples": 4,
+        "model.partial_pretrain": folder / "model",
+        "trainer.total_training_steps": 2,
+        "trainer.default_local_dir": folder / output,
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def run_small(name: str, module: ModuleType, folder: Path, tmp_path: Path, rows: str, **changes: object) -> list[dict[str, float]]:
+    """Run a script's own words with smaller ones behind them, in this process; the metrics of each step."""
+    started = start(PPO / name, tmp_path, *small(folder, name, rows, **changes))
+    assert started.module == module.__name__ and started.options == {}
+    module.main(started.words)
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+PAIRS = {"data.train_batch_size": 4, "data.max_length": 256, "data.max_tokens_per_micro_batch": 1024}
+ROLLOUTS = {"data.prompts_per_step": 4, "rollout.max_new_tokens": 8, "data.max_prompt_length": 128, "data.max_tokens_per_micro_batch": 1024}
+
+
+def test_the_reward_model_script_and_then_ppo_against_that_model(folder: Path, tmp_path: Path) -> None:
+    pairs = run_small("qwen25_05b_reward_model.sh", reward_trainer, folder, tmp_path, "pairs.jsonl", **PAIRS)
+    assert len(pairs) == 2 and "val/accuracy" in pairs[-1]
+    model = {"reward_model.path": folder / "qwen25_05b_reward_model.sh" / "global_step_2"}
+    steps = run_small("qwen25_05b_ppo_reward_model.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **ROLLOUTS, **model)
+    assert any(key.endswith("reward/model") for key in steps[-1]) and any(key.endswith("reward/format") for key in steps[-1])
+    assert (folder / "qwen25_05b_ppo_reward_model.sh" / "global_step_2" / "config.json").is_file()
+
+
+def test_the_grpo_script(folder: Path, tmp_path: Path) -> None:
+    steps = run_small("qwen25_05b_grpo_gsm8k.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **ROLLOUTS)
+    assert steps[-1]["step"] == 2 and "rl/reward" in steps[-1]
+
+
+def test_the_dpo_script(folder: Path, tmp_path: Path) -> None:
+    steps = run_small("qwen25_05b_dpo.sh", reward_trainer, folder, tmp_path, "pairs.jsonl", **PAIRS)
+    assert steps[0]["train/margin"] == 0 and steps[-1]["val/loss"] < 0.7
+
+
+@pytest.mark.parametrize("script", sorted(PPO.glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_of_reinforcement_learning_passes_further_words_on(script: Path, tmp_path: Path) -> None:
+    assert subprocess.run(["bash", "-n", script]).returncode == 0 and os.access(script, os.X_OK)
+    schema = {"verl.trainer.ppo_trainer": PPOConfig, "verl.trainer.reward_trainer": RewardTrainerConfig}
+    started = start(script, tmp_path, "optim.lr=3e-6")
+    assert load(schema[started.module], started.words).optim.lr == 3e-6

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# DPO on pairs of answers ({"prompt": …, "chosen": …, "rejected": …}, a line each), on one GPU. Further key=value words win.
+# What the reference says of all pairs is computed once, before the first step, so that it takes no memory beside the policy.
+# Memory, by arithmetic: 18 B a parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 16 Ki tokens 5 GB.
+set -euo pipefail
+
+python -m verl.trainer.reward_trainer \
+  data.train_files=~/data/pairs/train.jsonl \
+  data.val_files=~/data/pairs/test.jsonl \
+  data.train_batch_size=64 \
+  data.max_length=1024 \
+  data.max_tokens_per_micro_batch=16384 \
+  model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct \
+  algorithm.name=dpo \
+  algorithm.beta=0.1 \
+  optim.lr=1e-6 \
+  trainer.total_epochs=1 \
+  trainer.project_name=qwen25-05b-dpo \
+  trainer.default_local_dir=./checkpoints/qwen25-05b-dpo \
+  "$@"
