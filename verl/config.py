@@ -256,6 +256,8 @@ class PromptConfig:
     response_key: str | None = "answer"
     # Column of a chat, a list of {role, content} that ends with the user; when set, it is used in place of prompt_key.
     messages_key: str | None = None
+    # With prompt_key: what the model is told before each question; null: what its template says by itself.
+    system_prompt: str | None = None
     # A Jinja file that takes the place of the tokenizer's chat template.
     chat_template: str | None = None
     # Prompts of one step over all GPUs.
@@ -509,6 +511,8 @@ class EvalConfig:
     prompt_key: str = "question"
     # Column of the reference answer.
     response_key: str = "answer"
+    # What the model is told before each question; null: what its template says by itself.
+    system_prompt: str | None = None
     # Where results.json and predictions.jsonl go.
     output_dir: str = MISSING
     # Longest answer, in tokens.

@@ -101,7 +101,8 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
         values = {**values, "reference": row.text(config.response_key, "data.response_key")}
     if config.messages_key is None:
         text = row.text(config.prompt_key, "data.prompt_key")
-        messages: list[dict[str, Any]] = [{"role": "user", "content": text}]
+        before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+        messages: list[dict[str, Any]] = [*before, {"role": "user", "content": text}]
     else:
         messages = _unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
         text = messages[-1]["content"]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config import ModelConfig, OptimConfig
+from verl.data.prompt_format import PromptFormat
 from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
 from verl.engine.fsdp import Sharding
@@ -49,6 +50,7 @@ class Built:
     adapted: "PeftModel | None"
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
+    system_prompts: list[str | None] | None  # of the chats that it is trained on; None: each has its own
     never_trained: list[str]  # stop tokens whose embedding an adapter leaves as no text ever trained it
 
     def export(self, directory: Path) -> None:
@@ -59,6 +61,8 @@ class Built:
             else:
                 export_adapter(directory, self.adapted)
         export_tokenizer(directory, self.tokenizer, getattr(self.loaded.model, "generation_config", None), self.stop_ids)
+        if dist.is_main():
+            PromptFormat.of(self.tokenizer, self.stop_ids, self.system_prompts).write(directory)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The whole model's tensors by its own names, adapters merged, one after another. Every rank calls it.
@@ -132,6 +136,7 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     *,
     stop_ids: list[int],
+    system_prompts: list[str | None] | None = None,
     total_steps: int,
     total_tokens: int,
     documents: flash.Documents,
@@ -142,6 +147,7 @@ def build(
 
     Args:
         stop_ids: token ids that end a trained answer; generation from the written model stops at them.
+        system_prompts: of the chats, None for those that leave it to the template; they are written down beside the weights.
         total_steps: optimizer steps of the whole run.
         total_tokens: about as many as the whole run sees, over all processes.
         documents: of the run, by which attention is chosen.
@@ -185,7 +191,9 @@ def build(
         and has_flash(device.type, compute_dtype)
         and settings.attn_implementation != "sdpa",
     )
-    return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids, never_trained if settings.trainable_tokens is None else [])
+    if settings.trainable_tokens is not None:
+        never_trained = []
+    return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, never_trained)
 
 
 def build_critic(
@@ -251,7 +259,7 @@ def build_reward_model(
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
     compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
     engine = Engine(RewardScorer(loaded.model), optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread)
-    return Built(engine, compiler, loaded, None, tokenizer, stop_ids, [])
+    return Built(engine, compiler, loaded, None, tokenizer, stop_ids, None, [])
 
 
 def build_reference(settings: ModelConfig, device: torch.device) -> Engine:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl import config_load
 from verl.config import EvalConfig
+from verl.data.prompt_format import check_format
 from verl.data.render import Renderer
 from verl.data.source import read_rows
 from verl.errors import UserError, exit_on_user_error
@@ -44,7 +45,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
     stop_ids = renderer.stop_ids  # of a template that can be used at all
-    prompts = [render(renderer, question) for question in questions]
+    check_format(config.model_path, tokenizer, stop_ids, [config.system_prompt], key="system_prompt")
+    prompts = [render(renderer, question, config.system_prompt) for question in questions]
     rollout = load_rollout(config.rollout.name, config.model_path, tokenizer, stop_ids, rollout_options(config))
     max_new_tokens = longest_answer(config, rollout, questions, prompts, console)
     sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p)
@@ -107,10 +109,11 @@ def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
     return questions
 
 
-def render(renderer: Renderer, question: Question) -> list[int]:
+def render(renderer: Renderer, question: Question, system: str | None) -> list[int]:
     """The tokens of the question, as training showed it to the model."""
+    before = [] if system is None else [{"role": "system", "content": system}]
     try:
-        return renderer.prompt([{"role": "user", "content": question.prompt}])
+        return renderer.prompt([*before, {"role": "user", "content": question.prompt}])
     except UserError as error:
         raise UserError(error.what, where=question.where, fix=error.fix) from None
 

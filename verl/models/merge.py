@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl import config_load
 from verl.config import ExportConfig
+from verl.data.prompt_format import read_format
 from verl.errors import UserError
 from verl.models import adapter_files
 from verl.models.export import export_model
@@ -58,11 +59,19 @@ def export(config: ExportConfig) -> Path:
         check_cast(cast_TV, expected_TV, effect_TV, set(dtypes.values()))
         export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
         tokenizer.save_pretrained(folder)
+        keep_format(source, folder)
         del loaded
         check_written(folder, cast_TV, ids_T, config)
         commit(folder, target)
     say(f"wrote {target}: {describe(target)}")
     return target
+
+
+def keep_format(source: str, folder: Path) -> None:
+    """How the checkpoint was shown its chats, for whoever asks the exported one."""
+    found = read_format(source)
+    if found is not None:
+        found.write(folder)
 
 
 def say(line: str) -> None:

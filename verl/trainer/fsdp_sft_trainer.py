@@ -22,6 +22,7 @@ from verl.config import DataConfig, PairsConfig, RewardTrainerConfig, SFTConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
+from verl.data.prompt_format import system_prompts
 from verl.data.report import show_first_row
 from verl.engine import checkpoint
 from verl.engine.build import Built, build, check_context, choose_spread
@@ -71,6 +72,7 @@ def run(config: SFTConfig) -> Path:
             config.optim,
             tokenizer,
             stop_ids=train.stop_ids,
+            system_prompts=system_prompts(config.data),
             total_steps=total_steps,
             total_tokens=tokens * total_steps // loader.steps_per_epoch,
             documents=flash.Documents(float((train.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config import PPOConfig, longest_sample
+from verl.data.prompt_format import check_format, system_of
 from verl.data.prompts import Prompts
 from verl.data.render import Renderer
 from verl.engine.build import Built, Critic, build, build_critic, build_reference
@@ -86,6 +87,8 @@ def build_roles(
     """
     check_checkpoint(config)
     stop_ids = Renderer(tokenizer).stop_ids
+    systems = [system_of(prompt.messages) for prompt in prompts.prompts]
+    check_format(config.model.partial_pretrain, tokenizer, stop_ids, systems, key="data.system_prompt")
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     sizes: dict[str, Any] = {"total_steps": total_steps * method.settings.updates_per_step, "total_tokens": total_steps * tokens_per_step}
     actor = build(
@@ -93,6 +96,7 @@ def build_roles(
         config.optim,
         tokenizer,
         stop_ids=stop_ids,
+        system_prompts=systems,
         documents=flash.Documents(float(longest_sample(config)), token_budget(config)),
         device=device,
         seed=config.trainer.seed,
