@@ -6,6 +6,7 @@ Under torchrun it saves every method's gradient: methods.py MODEL FILE, the proc
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +115,16 @@ def step_that_is_broken_on_one_rank(model: Path, strategy: Literal["fsdp2", "ddp
     return torch.tensor([skipped, float(dist.any_rank(moved))])
 
 
+def ratio_after_scoring(model: Path, rows: Sequence[Batch]) -> Tensor:
+    """The largest ratio of an update with log-probabilities scored just before, in two steps, and whether weights are sharded after."""
+    engine, ratios = engine_of("grpo", model), []
+    for step in range(2):
+        known = [replace(batch, old_logprob_M=out.logprob_M) for batch, out in zip(rows, engine.score(rows), strict=True)]
+        is_sharded = all(isinstance(p, DTensor) for p in engine.scorer.parameters())
+        ratios.append(float(engine.train_step(known, grpo.Loss(AlgorithmConfig(), LONGEST), step)["largest_ratio"]))
+    return torch.tensor([*ratios, float(is_sharded)])
+
+
 def main(model: str, saved: str) -> None:
     dist.start()
     fields = fields_of_answers(Path(model))
@@ -126,6 +137,7 @@ def main(model: str, saved: str) -> None:
     found["tokens"] = {name: gradient(engine_of(name, Path(model)), tokens, method) for name, method in METHODS.items()}
     dist.share_micro_batches(1)
     found["steps"] = {spread: step_that_is_broken_on_one_rank(Path(model), spread, rows) for spread in ("fsdp2", "ddp")}
+    found["ratios"] = {"grpo": ratio_after_scoring(Path(model), rows)}
     if dist.is_main():
         torch.save(found, saved)
     dist.stop()

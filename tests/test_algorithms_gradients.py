@@ -101,6 +101,10 @@ def test_two_processes_give_the_same_gradient(
     assert not far
 
 
+def test_two_processes_score_as_they_train_and_are_sharded_afterwards(of_two_processes: dict[str, dict[str, Tensor]]) -> None:
+    assert of_two_processes["ratios"]["grpo"].tolist() == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
 def test_a_gradient_that_is_broken_on_one_rank_is_skipped_on_all(strategy: str, of_two_processes: dict[str, dict[str, Tensor]]) -> None:
     skipped, moved = of_two_processes["steps"][strategy].tolist()
