@@ -10,6 +10,7 @@ PAGE = Path(__file__).with_name("keys.md")
 COMMANDS = {
     "verl sft": config.SFTConfig,
     "verl ppo": config.PPOConfig,
+    "verl reward": config.RewardTrainerConfig,
     "verl eval": config.EvalConfig,
     "verl chat DIR": config.ChatConfig,
     "verl export SRC DIR": config.ExportConfig,

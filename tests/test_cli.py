@@ -16,7 +16,7 @@ from rich.console import Console
 
 import verl
 from verl import cli, config_load, doctor
-from verl.config import ChatConfig, DemoConfig, EvalConfig, SFTConfig
+from verl.config import ChatConfig, DemoConfig, EvalConfig, RewardTrainerConfig, SFTConfig
 from verl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,10 @@ def test_the_installed_command_is_this_one() -> None:
     assert script.load() is cli.main
 
 
-@pytest.mark.parametrize(("name", "schema"), [("sft", SFTConfig), ("eval", EvalConfig), ("chat", ChatConfig), ("demo", DemoConfig)])
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [("sft", SFTConfig), ("reward", RewardTrainerConfig), ("eval", EvalConfig), ("chat", ChatConfig), ("demo", DemoConfig)],
+)
 def test_help_of_a_command_shows_its_keys(
     name: str, schema: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +95,7 @@ def test_help_of_a_command_shows_its_keys(
 MODULES = {
     "sft": "verl.trainer.fsdp_sft_trainer",
     "eval": "verl.eval.sft_evaluator",
+    "reward": "verl.trainer.reward_trainer",
     "chat": "verl.chat",
     "demo": "verl.demo.run",
     "doctor": "verl.doctor",

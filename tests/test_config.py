@@ -8,7 +8,7 @@ import pytest
 
 import verl
 from verl import config_load
-from verl.config import ChatConfig, DemoConfig, EvalConfig, SFTConfig
+from verl.config import ChatConfig, DemoConfig, EvalConfig, RewardTrainerConfig, SFTConfig
 from verl.errors import UserError
 
 NEEDED = ["data.train_files=train.jsonl", "model.partial_pretrain=model"]
@@ -181,7 +181,7 @@ def test_upstream_keys_without_a_place_here_are_answered_with_keys_that_exist(ke
     assert all(any(leaf == name or leaf.startswith(f"{name}.") for leaf in leaves(SFTConfig)) for name in named)
 
 
-@pytest.mark.parametrize("schema", [SFTConfig, EvalConfig, ChatConfig, DemoConfig])
+@pytest.mark.parametrize("schema", [SFTConfig, RewardTrainerConfig, EvalConfig, ChatConfig, DemoConfig])
 def test_help_shows_every_key(schema: type) -> None:
     shown = re.findall(r"^  ([\w.]+)=", config_load.describe(schema), re.MULTILINE)
     assert shown == leaves(schema)
@@ -195,7 +195,7 @@ def unread(schema: type, text: str) -> list[str]:
     return [key for key in leaves(schema) if key not in ONE_VALUE and not re.search(rf"\.{key.rpartition('.')[2]}\b", text)]
 
 
-@pytest.mark.parametrize("schema", [SFTConfig, EvalConfig, ChatConfig, DemoConfig])
+@pytest.mark.parametrize("schema", [SFTConfig, RewardTrainerConfig, EvalConfig, ChatConfig, DemoConfig])
 def test_every_key_is_read_by_code(schema: type) -> None:
     files = [path for path in SOURCE.rglob("*.py") if path.name not in ("config.py", "config_load.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)

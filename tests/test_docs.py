@@ -17,6 +17,7 @@ SCHEMAS = {
     "verl.eval.sft_evaluator": config.EvalConfig,
     "sft": config.SFTConfig,
     "plan": config.SFTConfig,
+    "reward": config.RewardTrainerConfig,
     "eval": config.EvalConfig,
     "export": config.ExportConfig,
 }
@@ -49,7 +50,7 @@ README = commands((ROOT / "README.md").read_text(encoding="utf-8"))
 def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     loaded = read(words, tmp_path)
-    if isinstance(loaded, config.SFTConfig):
+    if isinstance(loaded, (config.SFTConfig, config.RewardTrainerConfig)):
         assert loaded.model.partial_pretrain == str(tmp_path) or "--config" in words
     else:
         others = (["verl", "chat"], ["make", "setup"], ["make", "demo"])
@@ -72,8 +73,10 @@ def test_a_script_of_the_small_model_is_the_readmes_command(name: str) -> None:
 
 def test_the_readme_names_every_example_script() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = [path.relative_to(ROOT).as_posix() for kind in ("sft/*.sh", "slurm/*.sbatch") for path in (ROOT / "examples").glob(kind)]
-    assert len(scripts) >= 7
+    scripts = [
+        path.relative_to(ROOT).as_posix() for kind in ("sft/*.sh", "ppo/*.sh", "slurm/*.sbatch") for path in (ROOT / "examples").glob(kind)
+    ]
+    assert len(scripts) >= 11
     assert [script for script in scripts if f"({script})" not in readme] == []
 
 
@@ -90,7 +93,7 @@ def test_the_example_metric_counts_shared_words(response: str, score: float) -> 
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md", "docs/scaling.md"]
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md", "docs/rewards.md", "docs/scaling.md"]
 )
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
