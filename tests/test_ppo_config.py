@@ -41,6 +41,8 @@ def error_of(*words: str) -> UserError:
         (["reward.on_error=skip"], "reward.on_error", "found 'skip'"),
         (["reward.name=null"], "reward.name", "neither a reward nor a reward model"),
         (["mapping.rollout=first"], "mapping.rollout", "found 'first'"),
+        (["rollout.name=sglang"], "rollout.url", "a server of its own"),
+        (["rollout.name=vllm", "mapping.rollout=[1]"], "mapping.rollout", "on the ranks that train"),
         (["mapping.rollout=[]"], "mapping.rollout", "found []"),
         (["model.context_parallel_size=2"], "model.context_parallel_size", "not spread over several GPUs"),
         (["critic.optim.lr=-1"], "critic.optim.lr", "found -1"),

@@ -398,6 +398,7 @@ class PPOConfig:
         check_algorithm(self.algorithm)
         check_rewards(self.reward, self.reward_model)
         check_mapping(self.mapping)
+        check_engine(self.rollout, self.mapping)
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
@@ -753,6 +754,17 @@ def check_mapping(mapping: MappingConfig) -> None:
         ranks = getattr(mapping, role)
         if ranks != "all" and not (isinstance(ranks, list) and ranks and all(isinstance(r, int) and r >= 0 for r in ranks)):
             raise UserError(f"found {ranks!r}", where=f"mapping.{role}", fix='give "all" or a list of ranks, such as [0,1]')
+
+
+def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:
+    """Whether what generates can do so where it is to. Raises UserError naming the key."""
+    if rollout.url is not None:
+        return
+    if rollout.name == "sglang":
+        raise UserError("sglang generates in a server of its own", where="rollout.url", fix="start one, and give its address")
+    if rollout.name == "vllm" and mapping.rollout != mapping.actor:
+        fix = "give mapping.rollout the ranks of mapping.actor, or start a server and set rollout.url"
+        raise UserError("vllm in this process generates on the ranks that train, all of them", where="mapping.rollout", fix=fix)
 
 
 def check_strategy(model: ModelConfig) -> None:
