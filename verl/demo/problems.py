@@ -236,6 +236,15 @@ def write_problems(path_train: Path, path_test: Path, n_train: int, n_test: int,
     return train, test
 
 
+def tool_chat(problem: Problem) -> list[dict[str, str]]:
+    """A problem as a chat with a calculator (verl/tools/calculator.py), which does each step."""
+    chat = [{"role": "user", "content": problem.question}]
+    for step in problem.steps:
+        order = f"calculate {step.left}{step.operator}{step.right}"
+        chat += [{"role": "assistant", "content": order}, {"role": "tool", "content": str(step.result)}]
+    return [*chat, {"role": "assistant", "content": f"#### {problem.result}"}]
+
+
 def make_problems(n_train: int, n_test: int, seed: int = 1) -> tuple[list[Problem], list[Problem]]:
     """Training and test problems, each question once; no pair of numbers is worked with in both."""
     draw = random.Random(seed)

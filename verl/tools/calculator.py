@@ -1,0 +1,24 @@
+"""A calculator: a turn of the model that ends in the line `calculate 48+24` gets `72` for a reply."""
+
+import re
+
+ORDER = re.compile(r"^calculate\b(.*)\Z", re.MULTILINE)
+EXPRESSION = re.compile(r"\s*(-?[0-9]{1,15})\s*([-+*/])\s*(-?[0-9]{1,15})\s*")
+CANNOT = "cannot calculate this: write two whole numbers with + - * or / between them"
+
+
+def reply(response: str, prompt: str, row: dict) -> str | None:
+    """The result of the calculation that the turn's last line asks for, or why there is none; None if it asks for nothing.
+
+    A quotient that is no whole number is rounded to six digits behind the point.
+    """
+    order = ORDER.search(response.rstrip())
+    if order is None:
+        return None
+    found = EXPRESSION.fullmatch(order[1])
+    if found is None or (found[2] == "/" and int(found[3]) == 0):
+        return CANNOT
+    left, right = int(found[1]), int(found[3])
+    if found[2] == "/":
+        return str(left // right) if left % right == 0 else f"{left / right:.6f}"
+    return str({"+": left + right, "-": left - right, "*": left * right}[found[2]])
