@@ -344,7 +344,9 @@ class RolloutConfig:
     weights_folder: str | None = None
     # vllm in this process: the share of a GPU's memory that it may take while it generates.
     gpu_memory_utilization: float = 0.5
-    # A module or path/to/file.py that answers the model's turns, such as verl.tools.calculator; null: an answer is one turn.
+    # Let the engine give its memory away while the model trains, and take it again for the next answers.
+    sleep: bool = False
+    # What replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
     tool: str | None = None
     # Most turns of the model in one answer.
     max_turns: int = 4

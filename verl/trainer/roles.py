@@ -35,12 +35,14 @@ class Roles:
         critic: where the method needs one.
         reference: the model that the run starts from; None where nobody asks for it.
         answerer: rollout and rewards.
+        sleeps: whether the rollout gives its memory away between its turns.
     """
 
     actor: Built
     critic: Critic | None
     reference: Engine | None
     answerer: Answerer
+    sleeps: bool
 
     def describe(self) -> str:
         """What they are and where, for the run's first lines."""
@@ -54,13 +56,15 @@ class Roles:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While this lasts, the actor drops nothing out at random."""
+        """While this lasts, the actor drops nothing out at random, and the rollout may take the memory that it needs."""
         scorer = self.actor.engine.scorer
         scorer.eval()
         try:
             yield
         finally:
             scorer.train()
+            if self.sleeps:
+                self.answerer.rollout.sleep()
 
     def publish(self, version: int) -> None:
         """Let the rollout generate with the actor's weights of now."""
@@ -113,7 +117,8 @@ def build_roles(
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
-    return Roles(actor, critic, reference, Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed))
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
+    return Roles(actor, critic, reference, answerer, config.rollout.sleep)
 
 
 def draw_as(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
