@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from served import PROMPTS, STOP_IDS, largest_difference, move, tokenizer_of, trained_model, write_served_model
+from tiny import write_problems_and_model
 
 from verl.errors import UserError
 from verl.rollout import Options, Sampling, load_rollout, share
@@ -179,6 +180,25 @@ def test_under_torchrun_each_process_has_an_engine_of_its_own(path: Path, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     for before, stale, after in json.loads(file.read_text()):
         assert before < CLOSE and after < CLOSE and stale > 0.1
+
+
+@marked
+def test_what_the_trainer_learns_reaches_vllm_adapters_too(tmp_path: Path) -> None:
+    """I6 in a run: the log-probabilities of vLLM's answers are the trainer's, step after step, though each step moves the weights."""
+    write_problems_and_model(tmp_path)
+    (tmp_path / "reward.py").write_text("def score(prompt, response, row):\n    return float(len(response) % 7)\n")
+    words = f"""data.train_files={tmp_path}/train.jsonl model.partial_pretrain={tmp_path}/model model.lora_rank=4
+        reward.name={tmp_path}/reward.py data.prompts_per_step=4 rollout.samples_per_prompt=4 data.max_prompt_length=100
+        rollout.name=vllm rollout.temperature=0.8 rollout.max_new_tokens=12 optim.lr=1e-2
+        trainer.total_training_steps=4 trainer.save_freq=never trainer.default_local_dir={tmp_path}/run"""
+    command = [sys.executable, "-m", "verl.trainer.ppo_trainer", *words.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "rl/weight_version" in step]
+    assert [step["rl/weight_version"] for step in steps] == [0, 1, 2, 3]
+    assert all(step["rl/largest_rollout_difference"] < CLOSE and step["train/grad_norm"] > 0.01 for step in steps)
 
 
 class Recorder:
