@@ -19,7 +19,8 @@ from verl import dist
 from verl.errors import UserError
 
 QUESTION_SECONDS = 30.0  # what a server is, how it was started
-WORK_SECONDS = 1800.0  # an answer, new weights
+WORK_SECONDS = 1800.0  # an answer
+WEIGHTS_SECONDS = 0.9 * dist.TIMEOUT.total_seconds()  # new weights: before the other processes, which wait, give up with less to say
 SHARD_BYTES = 2**31  # host memory for weights on their way into a file
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files in it are memory, and are deleted at once
 
@@ -54,9 +55,11 @@ class Server:
         """What the server answers, read as JSON."""
         return self._call(urllib.request.Request(self.url + path), QUESTION_SECONDS)  # noqa: S310 - http, checked above
 
-    def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def post(self, path: str, body: dict[str, Any] | None = None, *, at_most_seconds: float = WORK_SECONDS) -> Any:
         """What the server answers to a JSON object; None where it answers without a word.
 
+        Args:
+            at_most_seconds: of waiting, if that is less than `work_seconds`.
         Raises:
             RefusedError: an HTTP status that says so.
             UserError: not reached, no answer in time, or one that is not JSON.
@@ -64,7 +67,7 @@ class Server:
         request = urllib.request.Request(  # noqa: S310 - http, checked above
             self.url + path, data=json.dumps(body or {}).encode(), headers={"Content-Type": "application/json"}
         )
-        return self._call(request, self.work_seconds)
+        return self._call(request, min(self.work_seconds, at_most_seconds))
 
     def _call(self, request: urllib.request.Request, seconds: float) -> Any:
         place = request.full_url

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from verl import dist
 from verl.errors import UserError
 from verl.rollout import Completion, Options, Rollout, Sampling
-from verl.rollout._http import WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
+from verl.rollout._http import WEIGHTS_SECONDS, WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
 from verl.rollout._requests import check_whole, numbered, outline, side_by_side, stop_ids_of
 
 SEQUENCES = 256  # asked of the server at a time, where nothing else is said; it makes batches of them itself
@@ -127,9 +127,8 @@ class SglangServer:
         self._version = version
 
     def _load(self, folder: Path, version: int) -> None:
-        answer = self._server.post(
-            "/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True, "weight_version": str(version)}
-        )
+        wanted = {"model_path": str(folder), "flush_cache": True, "weight_version": str(version)}
+        answer = self._server.post("/update_weights_from_disk", wanted, at_most_seconds=WEIGHTS_SECONDS)
         if not answer.get("success"):
             raise UserError(f"did not take new weights: {answer.get('message')}", where=self._server.url, fix="its log says more")
 

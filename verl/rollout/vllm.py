@@ -25,7 +25,7 @@ from verl import dist
 from verl.errors import UserError
 from verl.models.load import resolve
 from verl.rollout import Completion, Options, Rollout, Sampling
-from verl.rollout._http import WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
+from verl.rollout._http import WEIGHTS_SECONDS, WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
 from verl.rollout._requests import check_whole, numbered, outline, side_by_side, stop_ids_of
 
 if TYPE_CHECKING:
@@ -261,14 +261,7 @@ class VllmServer:
         UserError: not reached, or another model.
     """
 
-    def __init__(
-        self,
-        path: str,
-        stop_ids: Sequence[int],
-        options: Options,
-        *,
-        work_seconds: float = WORK_SECONDS,
-    ):
+    def __init__(self, path: str, stop_ids: Sequence[int], options: Options, *, work_seconds: float = WORK_SECONDS):
         assert options.url is not None
         start = f"VLLM_SERVER_DEV_MODE=1 vllm serve {path} --logprobs-mode processed_logprobs"
         self._server = Server(options.url, start=start, work_seconds=work_seconds)
@@ -318,9 +311,8 @@ class VllmServer:
         choice = answer["choices"][0]
         token_ids = choice.get("token_ids")
         if token_ids is None:
-            raise UserError(
-                "answers without token ids", where=self._server.url, fix=f"it has to be vLLM 0.22 or newer: {self._server.start}"
-            )
+            fix = f"it has to be vLLM, of a release near 0.32: {self._server.start}"
+            raise UserError("answers without token ids", where=self._server.url, fix=fix)
         logprobs = None if sampling.is_cut else choice["logprobs"]["token_logprobs"]
         return Completion(token_ids, "stop" if choice["finish_reason"] == "stop" else "length", logprobs, self._version)
 
@@ -367,7 +359,8 @@ class VllmServer:
         self._version = version
 
     def _load(self, folder: Path, version: int) -> None:
-        self._server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._server.post("/collective_rpc", reload, at_most_seconds=WEIGHTS_SECONDS)
         self._server.post("/reset_prefix_cache")
         self._server.post("/update_weight_version", {"new_version": str(version)})
 
