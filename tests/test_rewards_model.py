@@ -84,7 +84,7 @@ def test_a_reward_model_and_a_grader_add_up(tmp_path: Path) -> None:
     scored = Scorer(RewardConfig("gsm8k", weights=[2.0]), config, say=print).score(questions, ANSWERS[:3], rows)
     alone = model_of(tmp_path).score(CHATS[:3], ANSWERS[:3])
     np.testing.assert_allclose(scored.reward_A, 2 + 0.5 * alone, rtol=1e-5)
-    assert set(scored.metrics) == {"reward/gsm8k", "reward/model", "reward/errors"}
+    assert scored.each["gsm8k"].tolist() == [1, 1, 1] and set(scored.each) == {"gsm8k", "model"}
     only = Scorer(RewardConfig(None), config, say=print).score(questions, ANSWERS[:3], rows)
     np.testing.assert_allclose(only.reward_A, 0.5 * alone, rtol=1e-5)
 

@@ -32,7 +32,8 @@ def test_rewards_add_up_by_their_weights() -> None:
     scored = scorer(name=["gsm8k", "format"], weights=[1, 0.1]).score(QUESTIONS, RESPONSES, ROWS)
     np.testing.assert_allclose(scored.reward_A, [1.1, 0.1, 0.05], rtol=1e-6)
     assert scored.reward_A.dtype == np.float32
-    assert scored.metrics == {"reward/gsm8k": pytest.approx(1 / 3), "reward/format": pytest.approx(2.5 / 3), "reward/errors": 0}
+    assert {name: values.tolist() for name, values in scored.each.items()} == {"gsm8k": [1, 0, 0], "format": [1, 1, 0.5]}
+    assert scored.errors == [] and scored.describe_errors() is None
 
 
 def test_a_failing_reward_ends_the_run_with_the_place_of_its_row(tmp_path: Path) -> None:
@@ -50,7 +51,6 @@ def test_a_failing_reward_may_count_as_nothing_and_is_counted(tmp_path: Path) ->
     scored = scorer(name=[str(grader), "gsm8k"], on_error="zero").score(QUESTIONS, RESPONSES, ROWS, places=PLACES)
     np.testing.assert_array_equal(scored.reward_A, [3, 0, 0])
     assert [error.where for error in scored.errors] == ["train.jsonl:8", "train.jsonl:9"]
-    assert scored.metrics["reward/errors"] == pytest.approx(2 / 3)
     told = scored.describe_errors()
     assert told is not None and "2 rewards failed" in told and "train.jsonl:9: reward grader gave nan" in told
 

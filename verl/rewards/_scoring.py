@@ -40,13 +40,6 @@ class Scored:
     each: dict[str, np.ndarray]
     errors: list[UserError]
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Means over these answers: `reward/NAME` of each reward without its weight, and `reward/errors`, failures an answer."""
-        number = max(1, len(self.reward_A))
-        means = {f"reward/{name}": float(values.sum()) / number for name, values in self.each.items()}
-        return {**means, "reward/errors": len(self.errors) / number}
-
     def describe_errors(self) -> str | None:
         """How many rewards failed and the first of them, for the log; None if none did."""
         if not self.errors:
