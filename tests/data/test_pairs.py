@@ -101,5 +101,5 @@ def test_a_row_that_is_no_pair_is_an_error_at_its_place(row: dict, said: str, tm
 
 def test_a_pair_with_a_long_answer_is_an_error_that_counts_rows(tmp_path: Path) -> None:
     rows = [FORMS["texts"], {**FORMS["texts"], "chosen": "five " * 90, "rejected": "six " * 90}]
-    with pytest.raises(UserError, match="1 of 2 rows are longer than data.max_length=60"):
+    with pytest.raises(UserError, match=r"1 of 2 rows are longer than data.max_length=60"):
         load(tmp_path, rows, max_length=60)
