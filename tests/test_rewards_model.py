@@ -1,6 +1,7 @@
 """Reward models as rewards: packed batches say what transformers says of each chat, whatever the tokenizers are."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +140,10 @@ class Judge(Qwen2PreTrainedModel):
 """
 
 
-def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
+def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Qwen2.5-Math-RM has one: two layers."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", list(sys.path))
     tokenizer = AutoTokenizer.from_pretrained(write_reward_model(tmp_path))
     (tmp_path / "judge.py").write_text(CUSTOM)
     module = load("verl.rewards", str(tmp_path / "judge.py"))
