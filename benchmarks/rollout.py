@@ -2,13 +2,15 @@
 
     python benchmarks/rollout.py --model 0.5b --tokenizer DIR --data test.jsonl --out results.json
 
-Every engine answers the same questions greedily, and each answer has exactly --new-tokens tokens: nothing ends it earlier. Of each
-engine the first run, which compiles and records, is reported by itself, and the median of those after it counts.
+Every engine answers the same questions greedily, in a process of its own, and each answer has exactly --new-tokens tokens: nothing ends
+it earlier. Of each engine the first run, which compiles and records, is reported by itself, and the median of those after it counts.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,13 +69,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--temperature", type=float, default=0.0, help="of the native engine; the others are greedy")
     parser.add_argument("--only", help=f"some of {','.join(ENGINES)}")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds that one engine may take, loading included")
     parser.add_argument("--work", help="where a model with random weights is kept; default: a temporary folder")
     parser.add_argument("--out", help="JSON file for the numbers")
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # this process measures one engine alone
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     options = arguments(argv)
+    if options.engine:
+        measure_alone(options)
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.work) if options.work else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,20 +90,43 @@ def main(argv: list[str]) -> None:
 def run(options: argparse.Namespace, folder: Path) -> None:
     on_gpu = torch.cuda.is_available()
     directory = prepare_model(options, folder, on_gpu)
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map=device, attn_implementation="sdpa").eval()
-    model.generation_config = GenerationConfig()
-    prompts = read_prompts(directory, Path(options.data), options.prompts)
     console, results = Console(soft_wrap=True), []
     for name in (options.only or ",".join(ENGINES)).split(","):
-        results.append(measure(name, ENGINES[name](model, prompts, options), options.repeats, on_gpu))
+        results.append(in_a_process(name, directory, options, folder))
         console.print(line(results[-1]))
-    where = machine(on_gpu, matrix_rate(torch.device(device)))
-    work = {**vars(options), "prompt_tokens": sum(map(len, prompts))}
+    where = machine(on_gpu, matrix_rate(torch.device("cuda" if on_gpu else "cpu")))
+    kept = {name: value for name, value in vars(options).items() if name not in ("work", "out", "engine")}
+    work = {**kept, "prompt_tokens": sum(map(len, read_prompts(directory, Path(options.data), options.prompts)))}
     found = {"machine": where, "work": work, "results": [asdict(result) for result in results]}
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.print(table(results))
+
+
+def in_a_process(name: str, directory: Path, options: argparse.Namespace, folder: Path) -> Result:
+    """One engine measured where no other has left anything behind."""
+    out = folder / f"{name}.json"
+    out.unlink(missing_ok=True)
+    words = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in ("data", "prompts", "new_tokens", "repeats", "temperature")]
+    command = [sys.executable, __file__, "--engine", name, "--model", str(directory), "--out", str(out), *words]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    try:
+        done = subprocess.run(command, timeout=options.timeout, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    except subprocess.TimeoutExpired:
+        last = [f"not done after {options.timeout:g} s"]
+    return Result(**json.loads(out.read_text(encoding="utf-8"))) if out.exists() else Result(name, failed=last[0][:300])
+
+
+def measure_alone(options: argparse.Namespace) -> None:
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    directory = Path(options.model)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map=device, attn_implementation="sdpa").eval()
+    model.generation_config = GenerationConfig()
+    prompts = read_prompts(directory, Path(options.data), options.prompts)
+    result = measure(options.engine, ENGINES[options.engine](model, prompts, options), options.repeats, on_gpu)
+    Path(options.out).write_text(json.dumps(asdict(result)), encoding="utf-8")
 
 
 def read_prompts(directory: Path, data: Path, number: int) -> list[list[int]]:
