@@ -10,7 +10,7 @@ Dimensions: T tokens of the packed batch, M trained positions.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class CapturedBackward:
         self._recordings: dict[Size, _Recording] = {}
         self._ran: set[Size] = set()
         self._steps = 0
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def backward(self, batch: Batch, algorithm: "Algorithm", scale: Tensor) -> "LossOut | None":
         """Give the parameters the batch's gradient and return its loss; or do nothing and return None.
