@@ -152,6 +152,7 @@ def _start(path: str, options: Options) -> Any:
     if dist.group() is not None:
         fix = "leave mapping.rollout at all, or start a server and set rollout.url"
         raise UserError("vLLM in this process takes part on all processes, not on some", where="mapping.rollout", fix=fix)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # or the run's own lines are lost among hundreds
     try:
         from vllm import LLM
 
