@@ -56,6 +56,19 @@ def test_a_wrong_setting_is_named_with_what_to_do(words: list[str], where: str |
     assert found in error.what
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("data.train_batch_size=64", "data.prompts_per_step"),
+        ("data.max_response_length=64", "rollout.max_new_tokens"),
+        ("algorithm.adv_estimator=grpo", "algorithm.name"),
+        ("num_generations=8", "rollout.samples_per_prompt"),
+    ],
+)
+def test_what_other_trainers_call_a_key_is_answered_with_its_name_here(written: str, meant: str) -> None:
+    assert error_of(written).fix == f"did you mean {meant}?"
+
+
 def test_one_answer_to_a_prompt_is_enough_where_none_are_compared() -> None:
     for name in ("ppo", "reinforce"):
         assert load_method(load(f"algorithm.name={name}", "rollout.samples_per_prompt=1")).settings.name == name

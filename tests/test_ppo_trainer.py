@@ -12,9 +12,14 @@ from safetensors.torch import load_file
 from verl import dist
 from verl.config import PPOConfig
 from verl.config_load import load
+from verl.data.prompts import Prompt
+from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.errors import UserError
+from verl.models.load import load_tokenizer
+from verl.rollout import Sampling
 from verl.trainer.roles import check_checkpoint
+from verl.trainer.rollout_batch import Sample, pack_samples
 
 ALWAYS = (
     "rl/reward rl/reward_std rl/groups_without_spread rl/response_tokens rl/truncated rl/entropy rl/kl_k1 rl/kl_k3 rl/clip_fraction "
@@ -184,9 +189,7 @@ def score(prompt, response, row):
 @pytest.fixture
 def failing(folder: Path) -> Path:
     path = folder / "failing.py"
-    path.write_text(
-    path.write_text(ODD_FAILS)
-    )
+    path.write_text(path.write_text(ODD_FAILS))
     return path
 
 
@@ -280,3 +283,45 @@ def test_an_adapter_directory_is_answered_with_what_to_do(folder: Path, tmp_path
     with pytest.raises(UserError) as caught:
         check_checkpoint(load(PPOConfig, words(folder, "a", model__partial_pretrain=tmp_path)))
     assert "model.lora_adapter_path" in str(caught.value.fix)
+
+
+class Lora:
+    """An actor with an adapter that has learned for two steps, and what generates with its weights."""
+
+    def __init__(self, folder: Path):
+        from verl.engine.build import build
+        from verl.models import flash
+        from verl.rollout import Options, load_rollout
+        from verl.trainer.roles import draw_as
+
+        config = load(PPOConfig, words(folder, "lora", model__lora_rank=4))
+        self.tokenizer = load_tokenizer(str(folder / "model"))
+        self.stop_ids = Renderer(self.tokenizer).stop_ids
+        documents = flash.Documents(100.0, 4096)
+        sizes = {"total_steps": 1, "total_tokens": 1, "documents": documents, "device": dist.start(), "seed": 1}
+        self.actor = build(config.model, config.optim, self.tokenizer, stop_ids=self.stop_ids, **sizes)  # type: ignore[arg-type]
+        draw_as(self.actor.engine, 1.0)
+        for name, parameter in self.actor.engine.weights.trained.items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        self.rollout = load_rollout("native", str(folder / "model"), self.tokenizer, self.stop_ids, Options())
+
+    def difference(self) -> float:
+        """The largest distance of the rollout's log-probabilities from the actor's."""
+        prompt = Prompt("", "", [], Renderer(self.tokenizer).prompt([{"role": "user", "content": "How many?"}]), {})
+        (done,) = self.rollout.generate([prompt.token_ids], Sampling(20, 1.0))
+        sample = Sample(prompt, 0, prompt.token_ids, done.token_ids, [True] * len(done.token_ids), done.logprobs, "", done.finish_reason, 0)
+        packed = pack_samples([sample], [0], 1000)
+        self.actor.engine.scorer.eval()
+        (out,) = self.actor.engine.score(packed.batches)
+        return float((out.logprob_M - torch.tensor(done.logprobs)).abs().max())
+
+
+def test_merged_weights_of_an_adapter_are_those_that_generate(folder: Path) -> None:
+    try:
+        lora = Lora(folder)
+        assert lora.difference() > 1e-2  # what would be seen of a rollout that never got them
+        lora.rollout.update_weights(lora.actor.named_weights(), 1)
+        assert lora.difference() < 1e-4
+    finally:
+        dist.stop()

@@ -71,6 +71,12 @@ ELSEWHERE = {
     "warmup_ratio": "optim.warmup_steps_ratio",
     "lora_r": "model.lora_rank",
     "gradient_checkpointing": "model.enable_gradient_checkpointing",
+    "train_batch_size": "data.prompts_per_step",
+    "max_response_length": "rollout.max_new_tokens",
+    "adv_estimator": "algorithm.name",
+    "num_generations": "rollout.samples_per_prompt",
+    "kl_loss_coef": "algorithm.kl_coef",
+    "beta": "algorithm.kl_coef",
 }
 
 
