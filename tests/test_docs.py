@@ -50,7 +50,7 @@ README = commands((ROOT / "README.md").read_text(encoding="utf-8"))
 def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     loaded = read(words, tmp_path)
-    if isinstance(loaded, (config.SFTConfig, config.RewardTrainerConfig)):
+    if isinstance(loaded, (config.SFTConfig, config.PPOConfig, config.RewardTrainerConfig)):
         assert loaded.model.partial_pretrain == str(tmp_path) or "--config" in words
     else:
         others = (["verl", "chat"], ["make", "setup"], ["make", "demo"])
