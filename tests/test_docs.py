@@ -17,6 +17,8 @@ SCHEMAS = {
     "verl.eval.sft_evaluator": config.EvalConfig,
     "sft": config.SFTConfig,
     "plan": config.SFTConfig,
+    "ppo": config.PPOConfig,
+    "verl.trainer.ppo_trainer": config.PPOConfig,
     "reward": config.RewardTrainerConfig,
     "eval": config.EvalConfig,
     "export": config.ExportConfig,
