@@ -28,6 +28,11 @@ def error_of(*words: str) -> UserError:
         (["algorithm.kl_coef=-0.1"], "algorithm.kl_coef", "found -0.1"),
         (["rollout.samples_per_prompt=1"], "rollout.samples_per_prompt=1", "grpo compares the answers to one prompt"),
         (["algorithm.name=rloo", "rollout.samples_per_prompt=1"], "rollout.samples_per_prompt=1", "rloo compares"),
+        (
+            ["algorithm.name=reinforce", "algorithm.dynamic_sampling=true", "rollout.samples_per_prompt=1"],
+            "algorithm.dynamic_sampling=true with rollout.samples_per_prompt=1",
+            "every prompt would be left out",
+        ),
         (["rollout.samples_per_prompt=0"], "rollout.samples_per_prompt", "found 0"),
         (["data.prompts_per_step=64", "algorithm.updates_per_step=3"], "algorithm.updates_per_step", "64 prompts cannot be cut into 3"),
         (["data.max_tokens_per_micro_batch=100"], "data.max_tokens_per_micro_batch", "100 tokens cannot hold a prompt of 512"),

@@ -61,4 +61,11 @@ def load_method(config: PPOConfig) -> Method:
             where=f"rollout.samples_per_prompt={samples}",
             fix="give at least 2, such as 8, or a method that needs no groups: algorithm.name=ppo or reinforce",
         )
-    return Method(module, filled(config.algorithm, getattr(module, "DEFAULTS", COMMON)), bool(getattr(module, "needs_critic", False)))
+    settings = filled(config.algorithm, getattr(module, "DEFAULTS", COMMON))
+    if settings.dynamic_sampling and samples < 2:
+        raise UserError(
+            "a prompt's only answer never differs from the others, so that every prompt would be left out",
+            where=f"algorithm.dynamic_sampling=true with rollout.samples_per_prompt={samples}",
+            fix="give at least 2 answers to a prompt, or algorithm.dynamic_sampling=false",
+        )
+    return Method(module, settings, bool(getattr(module, "needs_critic", False)))

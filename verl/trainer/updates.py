@@ -35,14 +35,15 @@ class Updates:
 
     def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
         self._module, self._this = method.module, this
-        self._max_new_tokens, self._warmup = config.rollout.max_new_tokens, config.critic.warmup_steps
+        self._max_new_tokens = config.rollout.max_new_tokens
+        self._warmup = config.critic.warmup_steps if method.needs_critic else 0
         self.settings: AlgorithmConfig = method.settings
         self._kl: AdaptiveKL | None = None
         if self.settings.kl_target is not None:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
             self._kl = AdaptiveKL(coef, self.settings.kl_target, self.settings.kl_horizon)
             self.settings = replace(self.settings, kl_coef=coef)
-        self._skipped = 0
+        self._skipped = {"critic": 0, "actor": 0}  # in a row
 
     @property
     def kl_coef(self) -> float | None:
@@ -61,14 +62,14 @@ class Updates:
         return self._take(engine, loss, experience, step, "actor")
 
     def adapt(self, outs: Out, collected: Collected) -> dict[str, float]:
-        """Let the divergence of a step change its own weight, where it does.
+        """Let the divergence of a step change its own weight, where it does. Of updates that were not taken it may be no number.
 
         Args:
             outs: of the actor's updates.
         Returns:
             the weight now, to be logged.
         """
-        found = [float(out["kl_k3"]) for out in outs if "kl_k3" in out]
+        found = [float(out["kl_k3"]) for out in outs if "kl_k3" in out and not float(out["skipped"])]
         if self._kl is not None and found:
             self.settings = replace(self.settings, kl_coef=self._kl.update(sum(found) / len(found), collected.answers))
         return {"rl/kl_coef": self.settings.kl_coef} if self.settings.kl_coef > 0 else {}
@@ -80,27 +81,29 @@ class Updates:
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
                 continue  # of a step in which no group had spread
             out = engine.train_step(batches, loss, step * len(batches_of_updates) + number)
-            self._look_at(out, batches, f"step {step + 1}", role)
+            self._look_at(out, batches, f"step {step + 1}", number, role)
             outs.append(out)
         return outs
 
-    def _look_at(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, role: str) -> None:
+    def _look_at(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, number: int, role: str) -> None:
         """Write out the batch of an update that was not taken.
 
+        Args:
+            number: of the update in its step.
         Raises:
-            UserError: on all ranks: it is the third in a row.
+            UserError: on all ranks: it is the role's third in a row.
         """
         if not float(out["skipped"]):
-            self._skipped = 0
+            self._skipped[role] = 0
             return
-        self._skipped += 1
+        self._skipped[role] += 1
         folder = self._this.directory / "skipped"
-        path = folder / f"{place.replace(' ', '_')}_{role}_{self._skipped}_rank_{dist.rank()}.safetensors"
+        path = folder / f"{place.replace(' ', '_')}_{role}_{number + 1}_rank_{dist.rank()}.safetensors"
         folder.mkdir(exist_ok=True)
         save_file(_tensors(batches), path)
         numbers = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
         self._this.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
-        if self._skipped == MOST_SKIPPED:
+        if self._skipped[role] == MOST_SKIPPED:
             raise UserError(
                 f"{numbers}, and so {MOST_SKIPPED} times in a row",
                 where=place,
