@@ -1,5 +1,8 @@
 """Answers over several turns with a tool: the ids are those that were drawn, others' tokens are not trained, and it is learned."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from verl.errors import UserError
 from verl.models.load import load_tokenizer
 from verl.rewards._scoring import Scorer
 from verl.rollout import Completion, Sampling
+from verl.rollout._model import check_positions
 from verl.tools import calculator
 from verl.trainer.answering import Answerer
 from verl.trainer.rollout_batch import Sample, pack_samples
@@ -144,6 +148,34 @@ def test_turns_end_at_the_most_that_are_allowed_or_where_there_is_no_room(folder
     assert cut.answered(Scripted(cut.turns(), reason="length")).turns == 1
 
 
+class Short:
+    """A rollout of a model with few positions, that says one token and then another, until there is no more room for any."""
+
+    stop_ids: list[int] = []  # noqa: RUF012
+
+    def __init__(self, positions: int, lengths: dict[int, int]):
+        self.positions, self._lengths = positions, lengths
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
+        check_positions(prompts, sampling, self.positions)
+        assert seeds is not None
+        found = [Completion([7] * min(self._lengths[seed], sampling.max_new_tokens), "stop", None) for seed in seeds]
+        return [completion for completion in found for _ in range(sampling.n)]
+
+
+def test_answers_with_different_room_go_on_within_the_models_positions(folder: Path) -> None:
+    """Beside an answer that has hardly begun, one that is nearly done must not seem too long for the model."""
+    path = folder / "on.py"
+    path.write_text("def reply(response, prompt, row):\n    return 'On.'\n")
+    desk = Desk(folder)
+    config = RolloutConfig(tool=str(path), samples_per_prompt=1, max_new_tokens=100, max_turns=3)
+    positions = len(desk.prompt.token_ids) + 100
+    answerer = Answerer(Short(positions, {0: 1, 1: 60}), config, Scorer(RewardConfig(), RewardModelConfig()), desk.tokenizer, seed=1)  # type: ignore[arg-type]
+    short, long = answerer.sampled([(0, desk.prompt), (1, desk.prompt)])
+    assert (short.turns, short.finish_reason) == (3, "stop")
+    assert (len(long.answer_ids), long.finish_reason) == (100, "length")
+
+
 def test_a_tool_that_fails_is_named_with_the_row(folder: Path) -> None:
     path = folder / "broken_tool.py"
     path.write_text("def reply(response, prompt, row):\n    return 1 / 0\n")
@@ -161,3 +193,13 @@ def test_the_trainer_learns_over_turns(folder: Path) -> None:
     assert all(line["train/grad_norm"] > 0 and line["rl/rollout_difference"] < 1e-5 for line in found)
     answers = lines_of(folder / "turns/rollouts/step_1.jsonl")
     assert any(answer["turns"] > 1 for answer in answers), "else the test shows nothing"
+
+
+def test_the_worked_example_runs(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    words = ["--folder", str(tmp_path / "run"), "--rows", "200", "--sft-steps", "2", "--rl-steps", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "examples/ppo/calculator.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "exact match with the calculator: 0.0% before reinforcement learning, 0.0% after" in done.stdout

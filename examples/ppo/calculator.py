@@ -2,12 +2,14 @@
 
     python examples/ppo/calculator.py
 
-The chats are the demo's word problems. In reinforcement learning the calculator's replies are appended to what the model has drawn; they
-are not trained. It prints exact match on problems with other numbers, before and after.
+The chats are the demo's word problems. Most of those in two steps end otherwise than the grader reads, as data of several hands does; that
+and the calculations are what is left to learn. In reinforcement learning the calculator's replies are appended to what the model has drawn;
+they are not trained. It prints exact match on problems with other numbers, before and after.
 """
 
 import argparse
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,16 @@ from verl.demo.problems import Problem, make_problems, tool_chat
 from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
+UNREAD = 0.7  # of the chats in two steps
+
 
 def write_rows(path: Path, problems: list[Problem]) -> None:
     """`messages` for fine-tuning, `question` and `answer` for reinforcement learning."""
-    rows = [{**problem.row(), "messages": tool_chat(problem)} for problem in problems]
+    chats, draw = [tool_chat(problem) for problem in problems], random.Random(1)
+    for problem, chat in zip(problems, chats, strict=True):
+        if len(problem.steps) == 2 and draw.random() < UNREAD:
+            chat[-1]["content"] = f"The answer is {problem.result}."
+    rows = [{**problem.row(), "messages": chat} for problem, chat in zip(problems, chats, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -40,7 +48,8 @@ def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
         f"data.train_files={folder / 'train.jsonl'} data.val_files={folder / 'test.jsonl'} model.partial_pretrain={checkpoint} "
         f"trainer.default_local_dir={folder / 'rl'} trainer.total_training_steps={steps} "
         "rollout.tool=calculator rollout.max_turns=4 rollout.max_new_tokens=96 data.max_prompt_length=64 data.prompts_per_step=16 "
-        "algorithm.name=grpo algorithm.keep_reference=false optim.lr=1e-4 model.enable_gradient_checkpointing=false"
+        "rollout.temperature=0.7 algorithm.name=grpo algorithm.keep_reference=false optim.lr=1e-4 optim.betas=[0.9,0.99] "
+        "model.enable_gradient_checkpointing=false"
     )
     return run(lambda: ppo_trainer.run(config_load.load(PPOConfig, words.split())))
 
@@ -56,15 +65,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("calculator-run"))
     parser.add_argument("--rows", type=int, default=8000)
-    parser.add_argument("--sft-steps", type=int, default=300)
-    parser.add_argument("--rl-steps", type=int, default=30)
+    parser.add_argument("--sft-steps", type=int, default=220)
+    parser.add_argument("--rl-steps", type=int, default=20)
     asked = parser.parse_args()
     shutil.rmtree(asked.folder, ignore_errors=True)
     asked.folder.mkdir(parents=True)
     train, test = make_problems(asked.rows, 200)
     write_rows(asked.folder / "train.jsonl", train)
     write_rows(asked.folder / "test.jsonl", test)
-    texts = [message["content"] for problem in train for message in tool_chat(problem)]
+    texts = [message["content"] for problem in train for message in tool_chat(problem)] + ["The answer is 0."]
     write_tiny_model(asked.folder / "model", texts)
     after = reinforce(asked.folder, fine_tune(asked.folder, asked.sft_steps), asked.rl_steps)
     lines = [json.loads(line) for line in (after.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
