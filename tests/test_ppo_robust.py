@@ -1,12 +1,19 @@
 """What goes wrong in one step of reinforcement learning does not spoil the next ones, and is said."""
 
 import math
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from rl import train, write_folder
+from rl import lines_of, metrics_of, train, words, write_folder
 
 from verl.errors import UserError
+from verl.rollout._http import RefusedError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # PPO whose log-probabilities are no numbers in the calls of the loss that are named.
 PPO_WITH_NAN = """
@@ -75,3 +82,99 @@ def test_each_update_that_is_not_taken_has_a_file_of_its_own(folder: Path) -> No
 def test_without_a_critic_nothing_waits_for_it(folder: Path) -> None:
     (line,) = train(folder, "no_critic", critic__warmup_steps=3, trainer__total_training_steps=1)
     assert line["train/grad_norm"] > 0
+
+
+# The second half of the questions' numbers earn nothing, so that some groups have no spread.
+SOMETIMES = (
+    "def score(prompt, response, row):\n    return float(int(row['reference'][-1]) % 2) * (1 + sum(c in 'aeiou' for c in response))\n"
+)
+
+
+def test_what_dynamic_sampling_leaves_out_is_still_counted_and_on_disk(folder: Path) -> None:
+    (folder / "sometimes.py").write_text(SOMETIMES)
+    found = train(folder, "dapo", algorithm__name="dapo", reward__name=folder / "sometimes.py", algorithm__max_refills=8)
+    left_out = 0
+    for line in found:
+        answers = lines_of(folder / "dapo/rollouts" / f"step_{int(line['step'])}.jsonl")
+        assert line["rl/reward"] == pytest.approx(sum(answer["reward"] for answer in answers) / len(answers))
+        assert line["rl/reward"] == pytest.approx(line["reward/sometimes"])
+        left_out += sum(not answer["trained"] for answer in answers)
+    assert left_out > 0, "else the test shows nothing"
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from verl.trainer import ppo_trainer
+
+    ppo_trainer.main(words(folder, "dry", trainer__dry_run="true"))
+    said = capsys.readouterr().out
+    assert "plan: 4 steps of 4 prompts × 4 answers" in said and "data.train_files: 80 prompts" in said and "method: grpo" in said
+    assert not (folder / "dry").exists()
+
+
+def test_a_step_is_profiled_where_it_is_asked_for(folder: Path) -> None:
+    train(folder, "profile", trainer__profile_step=2, trainer__total_training_steps=2)
+    assert (folder / "profile/profile/step_2_rank_0.txt").read_text().startswith("profile of steps 2-2")
+
+
+def test_validating_has_its_seconds(folder: Path) -> None:
+    train(folder, "seconds", data__val_files=folder / "test.jsonl", data__val_max_samples=2, trainer__total_training_steps=1)
+    assert metrics_of(folder / "seconds")[-1]["perf/seconds_validate"] > 0
+
+
+def test_an_error_reaches_other_processes_as_it_is() -> None:
+    for error in (UserError("what", where="here", fix="that"), RefusedError(400, "what", where="here", fix="that")):
+        assert str(pickle.loads(pickle.dumps(error))) == str(error) == "here: what\n  fix: that"
+
+
+def on_two(folder: Path, output: str, **changes: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "verl.trainer.ppo_trainer"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    argv = words(folder, output, trainer__total_training_steps=1, trainer__save_freq="never", **changes)
+    return subprocess.run([*command, *argv], capture_output=True, text=True, env=environment, timeout=120)
+
+
+FAILS_ON_THE_SECOND = """
+import os
+
+
+def score(prompt, response, row):
+    if os.environ["RANK"] == "1":
+        raise ValueError("only there")
+    return float(len(response))
+"""
+
+
+def test_a_reward_that_fails_on_another_process_is_reported_with_its_row(folder: Path) -> None:
+    (folder / "there.py").write_text(FAILS_ON_THE_SECOND)
+    done = on_two(folder, "there", reward__name=folder / "there.py", reward__on_error="zero", model__strategy="ddp")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert metrics_of(folder / "there")[0]["reward/errors"] == 8
+    assert "8 rewards failed and count as 0" in done.stdout
+    assert f"{folder}/train.jsonl:" in done.stdout
+
+
+CANNOT_ON_THE_SECOND = """
+import os
+
+from verl.errors import UserError
+from verl.rollout import native
+
+
+def share(*arguments):
+    rollout = native.share(*arguments)
+    if os.environ["RANK"] == "1":
+        rollout.generate = cannot
+    return rollout
+
+
+def cannot(*arguments):
+    raise UserError("cannot today", where="the second process", fix="ask again tomorrow")
+"""
+
+
+def test_what_one_process_cannot_generate_ends_all_with_its_reason(folder: Path) -> None:
+    (folder / "cannot.py").write_text(CANNOT_ON_THE_SECOND)
+    done = on_two(folder, "cannot", rollout__name=folder / "cannot.py", model__strategy="ddp")
+    assert done.returncode != 0
+    assert "error: the second process: cannot today\n  fix: ask again tomorrow" in done.stderr
+    assert "Traceback" not in done.stderr.split("error: the second process")[0]

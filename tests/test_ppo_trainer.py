@@ -189,7 +189,7 @@ def score(prompt, response, row):
 @pytest.fixture
 def failing(folder: Path) -> Path:
     path = folder / "failing.py"
-    path.write_text(path.write_text(ODD_FAILS))
+    path.write_text(ODD_FAILS)
     return path
 
 
@@ -226,7 +226,8 @@ def test_dynamic_sampling_draws_further_prompts_for_groups_without_spread(folder
         answers = lines_of(folder / "dapo/rollouts" / f"step_{int(line['step'])}.jsonl")
         rewards: dict[int, set[float]] = {}
         for answer in answers:
-            rewards.setdefault(answer["number"], set()).add(answer["reward"])
+            if answer["trained"]:
+                rewards.setdefault(answer["number"], set()).add(answer["reward"])
         assert len(rewards) == 4
         assert all(len(found) > 1 for found in rewards.values())
     assert sum(line["rl/refills"] for line in found) > 0

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 EXIT_CODE = 2
@@ -20,6 +21,10 @@ class UserError(Exception):
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
         super().__init__(str(self))
+
+    def __reduce__(self) -> tuple[Callable[[], "UserError"], tuple[()]]:
+        """Other processes are told of it as the plain error, whatever more a kind of it knows."""
+        return partial(UserError, self.what, where=self.where, fix=self.fix), ()
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

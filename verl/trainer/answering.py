@@ -32,6 +32,7 @@ class Collected:
     """The answers of one step on this rank.
 
     Attributes:
+        answered: all of this rank, also those of prompts that are left out.
         samples: those to train on; groups are whole.
         drawn: prompts drawn since the run began, over all ranks, with those of this step.
         refills: times that further prompts were drawn in this step.
@@ -41,6 +42,7 @@ class Collected:
         scored: what this rank's graders said.
     """
 
+    answered: list[Sample]
     samples: list[Sample]
     drawn: int
     refills: int
@@ -102,12 +104,18 @@ class Answerer:
         )
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
-        completions = self.rollout.generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
+        completions = self._generated([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
         owners = [owner for owner in prompts for _ in range(sampling.n)]
         samples = [self._begun(number, prompt, done) for (number, prompt), done in zip(owners, completions, strict=True)]
         if self._tool is not None:
             self._take_turns(samples, self._tool, sampling)
         return samples
+
+    def _generated(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """What the rollout answers. Every rank calls it, so that what goes wrong on one of them ends all."""
+        found: list[Completion] = []
+        dist.together(lambda: found.extend(self.rollout.generate(prompts, sampling, seeds)))
+        return found
 
     def _begun(self, number: int, prompt: Prompt, done: Completion) -> Sample:
         mask, logprobs = [True] * len(done.token_ids), None if done.logprobs is None else list(done.logprobs)
@@ -121,14 +129,37 @@ class Answerer:
             dist.together(lambda: waiting.extend(number for number, sample in enumerate(samples) if self._reply(sample, tool)))  # noqa: B023
             if dist.most(len(waiting)) == 0:
                 return
-            room = [sampling.max_new_tokens - len(samples[number].answer_ids) for number in waiting]
-            turns = self.rollout.generate(
-                [samples[number].prompt_ids + samples[number].answer_ids for number in waiting],
-                replace(sampling, n=1, max_new_tokens=max(room, default=1), seed=sampling.seed + turn * SEEDS_OF_A_TURN),
-                [samples[number].group * sampling.n + number % sampling.n for number in waiting],
-            )
-            for number, most, done in zip(waiting, room, turns, strict=True):
-                self._go_on(samples[number], done if len(done.token_ids) <= most else _cut(done, most))
+            seed, calls = sampling.seed + turn * SEEDS_OF_A_TURN, self._calls(samples, waiting)
+            for place in range(dist.most(len(calls))):
+                self._next_turns(samples, calls[place] if place < len(calls) else [], sampling, seed)
+
+    def _calls(self, samples: list[Sample], waiting: list[int]) -> list[list[int]]:
+        """Numbers of the answers that go on, cut into those that the rollout is asked for at once.
+
+        It is asked for as many tokens as the one with the most room may have, and beside that one the others must not be too long.
+        """
+        calls: list[list[int]] = []
+        positions = self.rollout.positions
+        for number in sorted(waiting, key=lambda number: -self._room(samples[number])):
+            tokens = len(samples[number].prompt_ids) + len(samples[number].answer_ids)
+            fits = (call for call in calls if positions is None or tokens + self._room(samples[call[0]]) <= positions)
+            call = next(fits, None)
+            calls.append([number]) if call is None else call.append(number)
+        return calls
+
+    def _next_turns(self, samples: list[Sample], numbers: list[int], sampling: Sampling, seed: int) -> None:
+        room = [self._room(samples[number]) for number in numbers]
+        turns = self._generated(
+            [samples[number].prompt_ids + samples[number].answer_ids for number in numbers],
+            replace(sampling, n=1, max_new_tokens=max(room, default=1), seed=seed),
+            [samples[number].group * sampling.n + number % sampling.n for number in numbers],
+        )
+        for number, most, done in zip(numbers, room, turns, strict=True):
+            self._go_on(samples[number], done if len(done.token_ids) <= most else _cut(done, most))
+
+    def _room(self, sample: Sample) -> int:
+        """Tokens that an answer may still have."""
+        return self._config.max_new_tokens - len(sample.answer_ids)
 
     def _reply(self, sample: Sample, tool: ModuleType) -> bool:
         """Append the tool's reply to the model's last turn, and say whether the model goes on."""
@@ -165,7 +196,7 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
         drawn: prompts drawn before this step.
         settings: of the method.
     """
-    samples: list[Sample] = []
+    answered: list[Sample] = []
     scored: list[Scored] = []
     kept: list[int] = []
     wanted, refills = config.data.prompts_per_step, settings.max_refills if settings.dynamic_sampling else 0
@@ -181,9 +212,10 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
         drawn += len(numbers)
         flat += len(numbers) - len(spread)
         kept = sorted({*kept, *(spread if settings.dynamic_sampling else numbers)})
-        samples += [sample for sample in answers if sample.group in kept]
+        answered += answers
         if len(kept) == wanted or refill == refills:
-            return Collected(samples, drawn, refill, flat, drawn - first, kept, scored)
+            samples = [sample for sample in answered if sample.group in kept]
+            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored)
         refill += 1
 
 

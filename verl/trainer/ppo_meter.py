@@ -31,8 +31,8 @@ def step_metrics(
 
 
 def _of_answers(collected: Collected) -> dict[str, float]:
-    """Over all ranks; where groups without spread are drawn anew, of those too."""
-    samples = collected.samples
+    """Over all ranks; where groups without spread are drawn anew, of those too: what is left of them says less of the actor."""
+    samples = collected.answered
     rewards, lengths = np.array([s.reward for s in samples]), np.array([s.trained_tokens for s in samples])
     counts = [len(samples), rewards.sum(), (rewards**2).sum(), lengths.sum(), sum(s.finish_reason == "length" for s in samples)]
     n, reward, squares, tokens, cut = dist.total([float(value) for value in counts])
@@ -78,9 +78,9 @@ def _joined(name: str, values: list[float]) -> float:
 def time_metrics(clock: Clock, collected: Collected, start: Position, device: torch.device) -> tuple[dict[str, float], Position]:
     """Tokens and seconds of a step, and how far the run is with it. Every rank calls it."""
     tokens = sum(len(s.prompt_ids) + len(s.answer_ids) for s in collected.samples)
-    trained = sum(s.trained_tokens for s in collected.samples)
-    whole, drawn = dist.total([float(tokens), float(trained)])
-    done = replace(start, tokens=start.tokens + int(whole), supervised_tokens=start.supervised_tokens + int(drawn))
+    trained, generated = (sum(s.trained_tokens for s in samples) for samples in (collected.samples, collected.answered))
+    whole, learned, drawn = dist.total([float(tokens), float(trained), float(generated)])
+    done = replace(start, tokens=start.tokens + int(whole), supervised_tokens=start.supervised_tokens + int(learned))
     seconds = clock.total()
     metrics = {
         "train/tokens": done.tokens,

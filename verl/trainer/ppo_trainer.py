@@ -30,6 +30,7 @@ from verl.trainer.mapping import Layout, choose_layout
 from verl.trainer.method import Method, load_method
 from verl.trainer.plan import TILE
 from verl.trainer.ppo_meter import step_metrics, time_metrics
+from verl.trainer.profile import profiled
 from verl.trainer.remote_rollout import Bridge, serve
 from verl.trainer.resume import find_checkpoint, start_position
 from verl.trainer.roles import Roles, build_roles, describe_plan, rollout_options, token_budget
@@ -54,9 +55,7 @@ def run(config: PPOConfig) -> Path | None:
         return None
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
-        tokenizer = load_tokenizer(
-            config.model.partial_pretrain, trust_remote_code=config.model.trust_remote_code, chat_template=config.data.chat_template
-        )
+        tokenizer = read_tokenizer(config)
         prompts, validation = load_data(config, tokenizer, this)
         fresh = Position(0, 0, 0, len(prompts), config.data.prompts_per_step, config.trainer.seed, prompts.fingerprint)
         start = start_position(fresh, resume_from)
@@ -71,9 +70,34 @@ def run(config: PPOConfig) -> Path | None:
         if resume_from is not None:
             checkpoint.load(resume_from, roles.actor.engine, roles.critic)
         roles.publish(start.step)
-        saved = train_loop(config, method, prompts, validation, roles, start, total_steps, this)
+        try:
+            saved = train_loop(config, method, prompts, validation, roles, start, total_steps, this)
+        except SystemExit:  # of a signal: every process has left the loop after the same step
+            roles.answerer.rollout.close()
+            raise
         roles.answerer.rollout.close()
         return saved or resume_from or this.directory
+
+
+def dry_run(config: PPOConfig) -> None:
+    """Print what the run would do. Nothing is written, and no weights are read.
+
+    Raises:
+        UserError: as `run`, as far as it can be known before.
+    """
+    dist.start()
+    quiet_libraries()
+    method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
+    prompts = load_prompts(config.data, config.data.train_files, read_tokenizer(config), max_samples=config.data.train_max_samples)
+    if dist.is_main():
+        plan = describe_plan(config, steps_of(config, prompts))
+        print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\n{plan}", flush=True)
+
+
+def read_tokenizer(config: PPOConfig) -> PreTrainedTokenizerBase:
+    """Raises UserError: no such model, or no chat template."""
+    model = config.model
+    return load_tokenizer(model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
 
 
 def train_loop(
@@ -91,7 +115,7 @@ def train_loop(
     clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, this), start, None
     if validation is not None and start.step == 0:
         this.log(0, validate(roles, validation, this.directory, 0))
-    for step in range(start.step, total_steps):
+    for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, this, number=int):
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, method.settings, clock)
@@ -116,6 +140,7 @@ def train_loop(
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, this.directory, done)
+            of_time["perf/seconds_validate"] = clock.seconds["validate"]
         this.log(done, {"epoch": epoch, "train/lr": actor.learning_rate(step), **metrics, **of_time})
         tell(collected, done, this)
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
@@ -154,9 +179,9 @@ def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> d
 
 def tell(collected: Collected, step: int, this: Run) -> None:
     """Write the step's answers out, and say what is odd about them. Every rank calls it."""
-    write_samples(this.directory, f"step_{step}", collected.samples)
+    write_samples(this.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
-        errors = scored.describe_errors()
+        errors = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank]).describe_errors()
         if errors is not None:
             this.say(f"step {step}: {errors}")
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
@@ -213,15 +238,15 @@ def divide(layout: Layout, device: torch.device) -> Bridge | None:
 def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
     """What a process does that only generates."""
     quiet_libraries()
-    path = config.model.partial_pretrain
-    tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code, chat_template=config.data.chat_template)
+    path, tokenizer = config.model.partial_pretrain, read_tokenizer(config)
     stop_ids, options = Renderer(tokenizer).stop_ids, rollout_options(config)
     serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
 
 
 def main(argv: list[str]) -> None:
     try:
-        run(config_load.load(PPOConfig, argv))
+        config = config_load.load(PPOConfig, argv)
+        dry_run(config) if config.trainer.dry_run else run(config)
     finally:
         dist.stop()
 

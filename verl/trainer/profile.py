@@ -10,18 +10,20 @@ import gzip
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from verl import dist
-from verl.data.loader import Step
 from verl.run import Run
+
+Step = TypeVar("Step")
 
 STEPS = 3  # of one trace: several, so that what happens between two of them is in it
 ROWS = 30  # of the table
@@ -111,15 +113,22 @@ def of_gpu(path: Path, seconds: float) -> Profile:
     return Profile(seconds, busy_microseconds / 1e6 / seconds, _by_name(work))
 
 
-def profiled(steps: Iterable[Step], first_step: int | None, device: torch.device, this: Run) -> Iterator[Step]:
+def profiled(
+    steps: Iterable[Step],
+    first_step: int | None,
+    device: torch.device,
+    this: Run,
+    number: Callable[[Step], int] = attrgetter("number"),
+) -> Iterator[Step]:
     """The same steps; while the loop works on `first_step` and those after it, a trace is recorded, and then written.
 
     Args:
         first_step: counted from 1, as steps are logged; None: nothing is recorded.
+        number: of a step, counted from 0.
     """
     steps, reached = iter(steps), first_step is None
     for step in steps:
-        if step.number + 1 == first_step:
+        if number(step) + 1 == first_step:
             reached = True
             yield from _traced(chain([step], islice(steps, STEPS - 1)), first_step, device, this)
         else:

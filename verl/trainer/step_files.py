@@ -1,7 +1,7 @@
 """Files of a step: rollouts/step_N.jsonl with every answer and what it earned."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,21 @@ from verl.durable import replace_text
 from verl.trainer.rollout_batch import Sample
 
 
-def write_samples(directory: Path, name: str, samples: Sequence[Sample]) -> None:
+def write_samples(directory: Path, name: str, samples: Sequence[Sample], trained: Collection[int] | None = None) -> None:
     """Write all ranks' answers into `rollouts/NAME.jsonl`, one an object a line, in the order of their prompts' numbers.
 
     Every rank calls it; rank 0 writes.
+
+    Args:
+        trained: numbers of the prompts whose answers are trained on, so that each line says it; None: not a matter of training.
     """
-    lines = [line for of_rank in dist.gathered([_line(sample) for sample in samples]) for line in of_rank]
+    mine = [_line(sample) | ({} if trained is None else {"trained": sample.group in trained}) for sample in samples]
+    lines = [line for of_rank in dist.gathered(mine) for line in of_rank]
     if dist.is_main():
         folder = directory / "rollouts"
         folder.mkdir(exist_ok=True)
         lines.sort(key=lambda line: line["number"])  # stable: answers to one prompt stay in order
-        replace_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        replace_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
 
 
 def _line(sample: Sample) -> dict[str, Any]:
