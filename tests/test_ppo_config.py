@@ -113,6 +113,12 @@ def test_the_rollout_may_have_ranks_of_its_own() -> None:
         (2, {"actor": [0]}, "mapping.critic", "critic on ranks 0-1, and actor on rank 0"),
         (2, {"rollout": [2]}, "mapping.rollout", "there is no rank 2"),
         (2, {"rollout": [1, 1]}, "mapping.rollout", "named twice"),
+        (
+            2,
+            {"actor": [1], "critic": [1], "reference": [1], "reward": [1], "rollout": [0]},
+            "mapping.rollout",
+            "rank 0, which speaks for all",
+        ),
         (2, {"rollout": [1]}, "mapping.rollout", "rank 1 would both train and generate"),
         (
             3,

@@ -3,8 +3,11 @@
 import math
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,3 +181,59 @@ def test_what_one_process_cannot_generate_ends_all_with_its_reason(folder: Path)
     assert done.returncode != 0
     assert "error: the second process: cannot today\n  fix: ask again tomorrow" in done.stderr
     assert "Traceback" not in done.stderr.split("error: the second process")[0]
+
+
+class Pair:
+    """A process that trains, and one that generates for it; each can be looked at, and sent a signal, by itself."""
+
+    def __init__(self, folder: Path, output: str, **changes: object):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        roles = {f"mapping__{role}": "[0]" for role in ("actor", "critic", "reference", "reward")} | {"mapping__rollout": "[1]"}
+        command = [sys.executable, "-m", "verl.trainer.ppo_trainer", *words(folder, output, **roles, **changes)]
+        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.processes = [
+            subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)  # type: ignore[call-overload]
+            for rank in range(2)
+        ]
+
+    def ends(self) -> list[tuple[int, str, str]]:
+        """Exit code, standard output and standard error of both."""
+        try:
+            said = [process.communicate(timeout=90) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, *texts) for process, texts in zip(self.processes, said, strict=True)]
+
+
+def test_an_error_of_those_that_train_ends_who_generates_for_them(folder: Path) -> None:
+    trains, generates = Pair(folder, "split_data", data__train_files=folder / "absent.jsonl").ends()
+    assert trains[0] == generates[0] == 2
+    assert "absent.jsonl" in trains[2]
+    assert generates[2] == "", "one process speaks for all"
+
+
+def test_an_error_of_who_generates_is_said_by_those_that_train(folder: Path) -> None:
+    text = (CANNOT_ON_THE_SECOND + "\n\nload = share\n").replace("native.share", "native.load")
+    (folder / "cannot_load.py").write_text(text)
+    trains, generates = Pair(folder, "split_cannot", rollout__name=folder / "cannot_load.py").ends()
+    assert trains[0] == generates[0] == 2
+    assert trains[2] == "error: the second process: cannot today\n  fix: ask again tomorrow\n"
+    assert generates[2] == ""
+
+
+def test_a_signal_to_all_ends_a_split_run_after_its_step_with_a_checkpoint(folder: Path) -> None:
+    pair = Pair(folder, "split_stop", trainer__total_training_steps=500)
+    metrics, since = folder / "split_stop/metrics.jsonl", time.monotonic()
+    while time.monotonic() - since < 60 and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    for process in pair.processes:
+        process.send_signal(signal.SIGTERM)
+    trains, generates = pair.ends()
+    assert (trains[0], generates[0]) == (128 + signal.SIGTERM, 0), trains[2] + generates[2]
+    assert "the same command goes on from" in trains[1]
+    assert "Traceback" not in trains[2] + generates[2]

@@ -205,6 +205,17 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def ignore_first_signals() -> None:
+    """Let the first signal of each kind that ends a run pass, in a process that works for others which have the run."""
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+
+    def restore(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, handlers[signal.Signals(number)])  # a second one ends the process at once
+
+    for number in ENDING:
+        signal.signal(number, restore)
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice out of what a run says."""
     import transformers

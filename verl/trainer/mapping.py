@@ -58,6 +58,9 @@ def choose_layout(mapping: MappingConfig, processes: int) -> Layout:
         what = f"{_ranks(sorted(shared))} would both train and generate, and others not"
         fix = 'give mapping.rollout the ranks of mapping.actor, or ranks of its own; "all" for both is the default'
         raise UserError(what, where="mapping.rollout", fix=fix)
+    if layout.is_split and 0 in layout.rollout:
+        fix = "let rank 0 train, and name others, such as the last ones"
+        raise UserError("rank 0, which speaks for all, would only generate", where="mapping.rollout", fix=fix)
     idle = sorted(set(range(processes)) - set(layout.training) - set(layout.rollout))
     if idle:
         raise UserError(f"{_ranks(idle)} would have nothing to do", where="mapping", fix="start fewer processes, or name them in a role")

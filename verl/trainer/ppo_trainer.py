@@ -21,7 +21,7 @@ from verl.engine.checkpoint import Position
 from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_tokenizer
 from verl.rollout import load_rollout
-from verl.run import Run, quiet_libraries
+from verl.run import Run, ignore_first_signals, quiet_libraries
 from verl.trainer.answering import Collected, collect
 from verl.trainer.clock import Clock
 from verl.trainer.experience import in_micro_batches
@@ -240,6 +240,7 @@ def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
     quiet_libraries()
     path, tokenizer = config.model.partial_pretrain, read_tokenizer(config)
     stop_ids, options = Renderer(tokenizer).stop_ids, rollout_options(config)
+    ignore_first_signals()  # those that train end their step with these answers, and then this process
     serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
 
 

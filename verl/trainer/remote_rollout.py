@@ -6,6 +6,7 @@ objects among all processes, weights from the first process that trains to those
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl import dist as processes
+from verl.errors import UserError
 from verl.rollout import Completion, Rollout, Sampling
 from verl.trainer.mapping import Layout
 
@@ -57,9 +59,19 @@ class Bridge:
         return dist.get_rank() in self.layout.training
 
     def exchange(self, value: object) -> list[Any]:
-        """Every process's value, by rank."""
+        """Every process's value, by rank.
+
+        Raises:
+            UserError: on all processes, one that a process gave for its value.
+        """
         values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise UserError("another process has ended", where="mapping", fix=f"look at what it said; {error}") from error
+        for found in values:
+            if isinstance(found, UserError):
+                raise found
         return values
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -131,14 +143,23 @@ class RemoteRollout:
 
 def serve(bridge: Bridge, load: Callable[[], Rollout]) -> None:
     """What a process that generates does until those that train are done."""
-    rollout = load()
+    rollout: Rollout = _told(bridge, load)
     bridge.exchange((rollout.stop_ids, rollout.positions, rollout.describe()))
     while (order := bridge.exchange(None))[bridge.sender] is not None:
         if isinstance(order[bridge.sender], _NewWeights):
             rollout.update_weights(bridge.received(), order[bridge.sender].version)
         else:
-            bridge.exchange(_answers(rollout, bridge, order))
+            bridge.exchange(_told(bridge, partial(_answers, rollout, bridge, order)))
     rollout.close()
+
+
+def _told(bridge: Bridge, work: Callable[[], Any]) -> Any:
+    """What the work gives. An error of it is handed to all processes in the place of what they wait for."""
+    try:
+        return work()
+    except UserError as error:
+        bridge.exchange(error)
+        raise
 
 
 def _answers(rollout: Rollout, bridge: Bridge, orders: list[Any]) -> dict[int, dict[int, list[Completion]]]:
