@@ -421,7 +421,8 @@ class PairsConfig:
     val_files: Any = None
     # Column of what was asked, as text or as a list of {role, content}. Rows whose answers are whole chats need none.
     prompt_key: str = "prompt"
-    # Columns of the better and the worse answer: each a text, a list of {role, content} behind the prompt, or a whole chat.
+    # Columns of the better and the worse answer: each a text, a list of {role, content} behind the prompt, or a whole chat, which without
+    # a column of prompts may be text with "Human:" and "Assistant:" before its turns.
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
     # A Jinja file that takes the place of the tokenizer's chat template.

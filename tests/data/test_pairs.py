@@ -22,6 +22,10 @@ FORMS = {
     "messages and text": {"prompt": [ASKED], "chosen": RIGHT["content"], "rejected": WRONG["content"]},
     "messages": {"prompt": [ASKED], "chosen": [RIGHT], "rejected": [WRONG]},
     "whole chats": {"chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+    "whole chats as text": {
+        "chosen": "\n\nHuman: What is 2 + 3?\n\nAssistant: It is 5.",
+        "rejected": "\n\nHuman: What is 2 + 3?\n\nAssistant: It is 6, I am sure.",
+    },
     "whole chats beside the prompt": {"prompt": "What is 2 + 3?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
 }
 
@@ -56,6 +60,19 @@ def test_turns_that_both_chats_have_are_context(tmp_path: Path) -> None:
     assert trained(pairs, 1) == "It is 6, I am sure.<|im_end|>" * 2
 
 
+def test_a_chat_as_text_may_have_several_turns_with_paragraphs_in_them(tmp_path: Path) -> None:
+    text = "\n\nHuman: Hello\n\nAssistant: Hello to you.\n\nAsk me.\n\nHuman: What is 2 + 3?\n\nAssistant: "
+    pairs = load(tmp_path, [{"chosen": text + RIGHT["content"], "rejected": text + WRONG["content"]}])
+    said = families.chatml().decode(pairs.document(0)[0].tolist())
+    assert "assistant\nHello to you.\n\nAsk me.<|im_end|>" in said and "user\nWhat is 2 + 3?<|im_end|>" in said
+    assert [trained(pairs, index) for index in (0, 1)] == [f"{answer['content']}<|im_end|>" for answer in (RIGHT, WRONG)]
+
+
+def test_beside_a_prompt_an_answer_is_no_chat_whatever_it_says(tmp_path: Path) -> None:
+    pairs = load(tmp_path, [{**FORMS["texts"], "chosen": "Human: 5"}])
+    assert trained(pairs, 0) == "Human: 5<|im_end|>"
+
+
 def test_pairs_stay_together_in_a_micro_batch_chosen_first(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": "yes " * (i + 1), "rejected": f"no {i}"} for i in range(9)]
     pairs = load(tmp_path, rows)
@@ -86,6 +103,9 @@ def test_equal_answers_and_answers_that_are_cut_off_are_left_out_and_counted(tmp
     ("row", "said"),
     [
         ({"question": "?", "chosen": "a", "rejected": "b"}, r"jsonl:1: no column 'prompt'(.|\n)*data.prompt_key"),
+        ({"chosen": "It is 5.", "rejected": "It is 6."}, r"no column 'prompt'"),
+        ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "Human: c?\n\nAssistant: b"}, "do not begin with the same message"),
+        ({"chosen": "Human: a?\n\nAssistant:", "rejected": "Human: a?\n\nAssistant: b"}, r"jsonl:1: chosen: messages\[1\]"),
         ({"prompt": "?", "chosen": "a"}, r"no column 'rejected'(.|\n)*data.rejected_key"),
         ({"prompt": "?", "chosen": 5, "rejected": "b"}, "column 'chosen' is a number"),
         ({"prompt": "?", "chosen": "", "rejected": "b"}, "column 'chosen' is empty"),

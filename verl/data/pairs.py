@@ -1,6 +1,7 @@
 """Pairs of answers to one question, the better one chosen: rows to two chats each, as preference data has them."""
 
 import itertools
+import re
 from dataclasses import dataclass
 
 from verl.data.chat import Message
@@ -8,12 +9,16 @@ from verl.data.formats import Row, describe
 from verl.data.tables import ChatInput
 from verl.errors import UserError
 
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # where one begins, in preference data that has whole chats as text
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
 
 @dataclass(frozen=True)
 class PairColumns:
     """Which columns hold what, by the names that the config has for them. A row becomes two documents, the chosen one first.
 
-    An answer is a text or messages behind the prompt, which is text or messages too, or a whole chat with what was asked in it.
+    An answer is a text or messages behind the prompt, which is text or messages too, or a whole chat with what was asked in it: as
+    messages, or, without a column of prompts, as text whose turns begin with `Human:` and `Assistant:`.
     """
 
     prompt_key: str
@@ -40,6 +45,8 @@ class PairColumns:
         """A column's answer with what stands before it."""
         answer = row.value(column, key)
         if isinstance(answer, str):
+            if self.prompt_key not in row.values and TURN.match(answer):
+                return _turns(answer)
             return [*self._prompt(row), {"role": "assistant", "content": row.text(column, key)}]
         if not isinstance(answer, list) or not answer or not isinstance(answer[0], dict):
             what = f"column {column!r} is {describe(answer)}, expected text or a list of messages"
@@ -51,3 +58,9 @@ class PairColumns:
         if isinstance(prompt, list):
             return prompt
         return [{"role": "user", "content": row.text(self.prompt_key, "data.prompt_key")}]
+
+
+def _turns(text: str) -> list[Message]:
+    """The messages of a chat that is written as text."""
+    _, *parts = TURN.split(text)
+    return [{"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
