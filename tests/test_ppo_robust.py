@@ -136,6 +136,40 @@ def on_two(folder: Path, output: str, **changes: object) -> subprocess.Completed
     return subprocess.run([*command, *argv], capture_output=True, text=True, env=environment, timeout=120)
 
 
+RECORDED = """
+from pathlib import Path
+
+from verl.rollout import native
+
+CALLS = Path(__file__).with_suffix(".txt")
+
+
+def share(*arguments):
+    rollout = native.share(*arguments)
+    for name in ("generate", "sleep", "update_weights"):
+        setattr(rollout, name, recorded(name, getattr(rollout, name)))
+    return rollout
+
+
+def recorded(name, call):
+    def wrapper(*arguments):
+        with CALLS.open("a") as file:
+            print(name, file=file)
+        return call(*arguments)
+
+    return wrapper
+"""
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_while_the_model_trains_the_rollout_may_sleep(folder: Path, sleep: bool) -> None:
+    (folder / f"recorded_{sleep}.py").write_text(RECORDED)
+    changes: dict[str, object] = {} if sleep else {"rollout__sleep": "false"}
+    train(folder, f"sleeps_{sleep}", rollout__name=folder / f"recorded_{sleep}.py", trainer__total_training_steps=2, **changes)
+    step = ["generate", "sleep", "update_weights"] if sleep else ["generate", "update_weights"]
+    assert (folder / f"recorded_{sleep}.txt").read_text().split() == ["update_weights", *step, *step]
+
+
 FAILS_ON_THE_SECOND = """
 import os
 

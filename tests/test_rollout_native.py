@@ -37,7 +37,7 @@ from verl.engine.recompute import recompute_activations
 from verl.errors import UserError
 from verl.models.adapted import use_operators
 from verl.models.attention import PACKED
-from verl.rollout import Completion, Options, Sampling
+from verl.rollout import Completion, Options, Sampling, native
 from verl.rollout._slots import Caches
 from verl.rollout.hf import HfRollout
 from verl.rollout.native import NativeRollout
@@ -269,6 +269,19 @@ def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
     finally:
         torch.set_num_threads(threads)
     assert ours < theirs, f"{ours:.2f} s, transformers {theirs:.2f} s"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_only_slots_that_take_much_memory_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, prompts = NativeRollout(qwen2().to("cuda"), [0]), random_prompts()
+    first = rollout.generate(prompts, GREEDY)
+    graphs, held = dict(rollout._graphs), torch.cuda.memory_reserved()
+    rollout.sleep()
+    assert rollout._graphs == graphs and rollout._caches is not None
+    monkeypatch.setattr(native, "WORTH_FREEING", 0.0)
+    rollout.sleep()
+    assert not rollout._graphs and rollout._caches is None and torch.cuda.memory_reserved() < held
+    assert rollout.generate(prompts, GREEDY) == first
 
 
 @pytest.mark.gpu

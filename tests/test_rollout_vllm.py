@@ -218,6 +218,7 @@ def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(pa
     recorder = Recorder()
     monkeypatch.setattr(rollout_vllm, "_start", lambda path, options: recorder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: recorder.calls.append("empty_cache"))  # vLLM needs what PyTorch keeps
     rollout = VllmRollout(str(path), STOP_IDS, Options())
     recorder.calls.clear()
     rollout.sleep()
@@ -225,6 +226,7 @@ def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(pa
     rollout.update_weights([("a", torch.zeros(1))], 1)
     assert recorder.calls == [
         "sleep 1",
+        "empty_cache",
         "wake_up ['weights']",
         "start_weight_update",
         "update_weights",
@@ -234,7 +236,7 @@ def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(pa
     recorder.calls.clear()
     assert rollout.generate([], GREEDY) == []
     rollout.wake()
-    assert recorder.calls == ["wake_up ['kv_cache']"]
+    assert recorder.calls == ["empty_cache", "wake_up ['kv_cache']"]
 
 
 def test_seeds_are_all_different() -> None:

@@ -344,8 +344,8 @@ class RolloutConfig:
     weights_folder: str | None = None
     # vllm in this process: the share of a GPU's memory that it may take while it generates.
     gpu_memory_utilization: float = 0.5
-    # Let the engine give its memory away while the model trains, and take it again for the next answers.
-    sleep: bool = False
+    # Let the engine give memory back while the model trains, where it is worth the time of taking it again; false: never.
+    sleep: bool = True
     # What replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
     tool: str | None = None
     # Most turns of the model in one answer.

@@ -102,7 +102,7 @@ class Rollout(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Free the memory that is needed while generating only."""
+        """Free the memory that is needed while generating only, where there is enough of it to be worth the time of taking it again."""
         ...
 
     def wake(self) -> None:

@@ -38,6 +38,7 @@ from verl.rollout._slots import Caches, State, bytes_of_position, to_device
 STEPS = 8  # on a GPU, between two looks at what has ended
 MOST_SLOTS = {"cuda": 2048, "cpu": 64}  # where memory allows; more make a step as much longer as they add
 PREFILL_TOKENS = 32_768  # of prompts that go through the model at a time
+WORTH_FREEING = 0.1  # of a GPU's memory: slots that take more are given back while the model trains
 SHARE_OF_FREE = 0.8  # of a GPU's free memory, for slots and their logits
 _RESIZED_ROPE = {"dynamic", "longrope"}  # these look at the longest position on the host in each step
 ROUND = 64  # slots have a multiple of so many positions, so that a few more need no new ones
@@ -133,24 +134,35 @@ class NativeRollout:
             copy_weights(self.model, named_tensors)
 
     def sleep(self) -> None:
-        """Free slots and graphs; the weights stay."""
+        """Free slots and graphs, if they are a good part of a GPU's memory: new graphs take a while. The weights stay."""
+        if (
+            self._device.type != "cuda"
+            or self._bytes_of_slots() > WORTH_FREEING * torch.cuda.get_device_properties(self._device).total_memory
+        ):
+            self._free()
+
+    def wake(self) -> None:
+        """Nothing to do: slots are made when they are needed."""
+
+    def close(self) -> None:
+        self._free()
+
+    def describe(self) -> str:
+        return describe_model(self.model)
+
+    # --- slots
+
+    def _free(self) -> None:
         self._held.clear()
         self._running = []
         self._graphs.clear()
         self._caches = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()  # the old one went with its graphs
 
-    def wake(self) -> None:
-        """Nothing to do: slots are made when they are needed."""
-
-    def close(self) -> None:
-        self.sleep()
-
-    def describe(self) -> str:
-        return describe_model(self.model)
-
-    # --- slots
+    def _bytes_of_slots(self) -> int:
+        return 0 if self._caches is None else sum(tensor.nbytes for layer in self._caches.layers for tensor in layer)
 
     def _start(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> deque[Request]:
         """Requests in the order of their numbers, and slots that are long enough."""
@@ -184,7 +196,7 @@ class NativeRollout:
             if slots >= min(wanted, self._most_slots) and has_positions >= positions and self._state.answer_SG.shape[1] >= longest_answer:
                 return
             wanted, positions = max(wanted, slots), max(positions, has_positions)
-            self.sleep()
+            self._free()
         if self._device.type == "cuda":
             positions = -(-positions // ROUND) * ROUND
         slots = min(wanted, self._slots_that_fit(positions))

@@ -121,6 +121,7 @@ class VllmRollout:
     def _wake(self, *tags: str) -> None:
         due = [tag for tag in tags if tag in self._asleep]
         if due:
+            torch.cuda.empty_cache()  # what the trainer has freed, PyTorch keeps for itself, and vLLM's pool lies beside that
             self._llm.wake_up(tags=due)
             self._asleep -= set(due)
 

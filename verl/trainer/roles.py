@@ -35,7 +35,7 @@ class Roles:
         critic: where the method needs one.
         reference: the model that the run starts from; None where nobody asks for it.
         answerer: rollout and rewards.
-        sleeps: whether the rollout gives its memory away between its turns.
+        sleeps: whether the rollout may give memory back while the others work.
     """
 
     actor: Built
@@ -63,8 +63,8 @@ class Roles:
             yield
         finally:
             scorer.train()
-            if self.sleeps:
-                self.answerer.rollout.sleep()
+        if self.sleeps:
+            self.answerer.rollout.sleep()
 
     def publish(self, version: int) -> None:
         """Let the rollout generate with the actor's weights of now."""
