@@ -7,6 +7,7 @@ prompts drawn since the run began, on any number of processes.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -58,12 +59,15 @@ class Prompts:
     def drawn(self, number: int, seed: int) -> Prompt:
         """The prompt that is drawn as the one of that number, counted from 0 over all epochs."""
         epoch, within = divmod(number, len(self.prompts))
-        return self.prompts[row_order(len(self.prompts), seed, epoch)[within]]
+        return self.prompts[_order(len(self.prompts), seed, epoch)[within]]
 
     def __str__(self) -> str:
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         dropped = f", {self.dropped:,} dropped as longer than data.max_prompt_length" if self.dropped else ""
         return f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
+
+
+_order = lru_cache(maxsize=2)(row_order)  # of an epoch, and of the next one where a step reaches into it
 
 
 def load_prompts(
