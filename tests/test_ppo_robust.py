@@ -8,8 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rl import lines_of, metrics_of, train, words, write_folder
 
@@ -117,6 +120,21 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, capsys
 def test_a_step_is_profiled_where_it_is_asked_for(folder: Path) -> None:
     train(folder, "profile", trainer__profile_step=2, trainer__total_training_steps=2)
     assert (folder / "profile/profile/step_2_rank_0.txt").read_text().startswith("profile of steps 2-2")
+
+
+def test_the_learning_rate_that_is_logged_is_that_of_the_steps_first_update(folder: Path) -> None:
+    schedule: dict[str, object] = {"optim__lr": 1e-4, "optim__lr_scheduler": "linear", "trainer__total_training_steps": 2}
+    found = train(folder, "lr", algorithm__updates_per_step=2, **schedule)
+    assert [line["train/lr"] for line in found] == pytest.approx([8e-5, 4e-5])  # 8, 6, 4 and 2 are those of 4 updates
+
+
+def test_a_right_answer_may_be_more_than_text(folder: Path) -> None:
+    """A table's own types are for its grader; in the files of a step they stand as text."""
+    table = {"question": ["How many?", "How few?"] * 4, "reference": [date(2024, 1, 2), date(2025, 3, 4)] * 4}
+    pq.write_table(pa.table(table), folder / "dates.parquet")
+    keys: dict[str, object] = {"data__train_files": folder / "dates.parquet", "data__response_key": "null"}
+    train(folder, "dates", trainer__total_training_steps=1, **keys)
+    assert "2024-01-02" in {answer["reference"] for answer in lines_of(folder / "dates/rollouts/step_1.jsonl")}
 
 
 def test_validating_has_its_seconds(folder: Path) -> None:

@@ -55,6 +55,17 @@ def test_a_failing_reward_may_count_as_nothing_and_is_counted(tmp_path: Path) ->
     assert told is not None and "2 rewards failed" in told and "train.jsonl:9: reward grader gave nan" in told
 
 
+def test_a_number_of_any_kind_counts_if_it_is_not_beyond_all_measure(tmp_path: Path) -> None:
+    grader = tmp_path / "kinds.py"
+    for said, expected in (("True", 1.0), ("np.bool_(True)", 1.0), ("np.float16(2)", 2.0), ("-3", -3.0)):
+        grader.write_text(f"import numpy as np\n\n\ndef score(prompt, response, row):\n    return {said}\n")
+        assert scorer(name=str(grader)).score(["?"], ["5"], [{}]).reward_A.tolist() == [expected]
+    for said in ("1e300", "10**400", "float('-inf')", "'1'", "None"):
+        grader.write_text(f"def score(prompt, response, row):\n    return {said}\n")
+        with pytest.raises(UserError, match=r"reward kinds (gave|raised)"):
+            scorer(name=str(grader)).score(["?"], ["5"], [{}])
+
+
 def test_a_row_without_a_right_answer_is_said() -> None:
     with pytest.raises(UserError, match=r"needs a right answer(.|\n)*data.response_key"):
         scorer(name="gsm8k").score(["?"], ["5"], [{}])

@@ -140,5 +140,5 @@ def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> 
 def _fingerprint(prompts: list[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.token_ids, prompt.row.get("reference")]).encode())
+        digest.update(json.dumps([prompt.token_ids, prompt.row.get("reference")], default=str).encode())
     return digest.hexdigest()

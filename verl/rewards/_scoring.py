@@ -3,7 +3,6 @@
 Dimensions: A answers.
 """
 
-import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 MODEL = "model"  # the reward model's name among the rewards
 ERRORS_SHOWN = 3
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _graded(name: str, score: Callable[[str, str, dict[str, Any]], object], ques
 
 
 def _checked(name: str, value: object) -> float | UserError:
-    if isinstance(value, (int, float, np.number)) and math.isfinite(value):
+    if isinstance(value, (int, float, np.number, np.bool_)) and abs(float(value)) <= LARGEST:  # what is no number is not less than any
         return float(value)
     return UserError(f"reward {name} gave {value!r}, expected a finite number", fix=FIX)
 

@@ -141,7 +141,7 @@ def train_loop(
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, this.directory, done)
             of_time["perf/seconds_validate"] = clock.seconds["validate"]
-        this.log(done, {"epoch": epoch, "train/lr": actor.learning_rate(step), **metrics, **of_time})
+        this.log(done, {"epoch": epoch, "train/lr": actor.learning_rate(step * updates.per_step), **metrics, **of_time})
         tell(collected, done, this)
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             saved = checkpoint.save(this.directory, actor, here, roles.actor.export, critic)

@@ -30,11 +30,13 @@ class Updates:
     """Takes the updates of each step.
 
     Attributes:
+        per_step: how many.
         settings: of the method; where `kl_target` is set, with the weight of the divergence as it is now.
     """
 
     def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
         self._module, self._this = method.module, this
+        self.per_step = config.algorithm.updates_per_step
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
         self.settings: AlgorithmConfig = method.settings
@@ -76,11 +78,10 @@ class Updates:
 
     def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
         outs = []
-        batches_of_updates = experience.batches()
-        for number, batches in enumerate(batches_of_updates):
+        for number, batches in enumerate(experience.batches()):
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
                 continue  # of a step in which no group had spread
-            out = engine.train_step(batches, loss, step * len(batches_of_updates) + number)
+            out = engine.train_step(batches, loss, step * self.per_step + number)
             self._look_at(out, batches, f"step {step + 1}", number, role)
             outs.append(out)
         return outs
