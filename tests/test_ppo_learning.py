@@ -113,4 +113,4 @@ def test_ppo_with_a_critic_raises_it_by_a_seventh(start: Start) -> None:
 
 @pytest.mark.timeout(600)
 def test_at_a_learning_rate_far_too_high_it_falls(start: Start) -> None:
-    assert start.after("wild", f"{GRPO} {FAR_TOO_HIGH}") < start.exact_match
+    assert start.after("wild", f"{GRPO} {FAR_TOO_HIGH} trainer.total_training_steps=5") < start.exact_match
