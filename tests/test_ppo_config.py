@@ -49,6 +49,7 @@ def error_of(*words: str) -> UserError:
         (["rollout.name=sglang"], "rollout.url", "a server of its own"),
         (["rollout.name=vllm", "mapping.rollout=[1]"], "mapping.rollout", "on the ranks that train"),
         (["mapping.rollout=[]"], "mapping.rollout", "found []"),
+        (["model.lora_rank=4", "model.lora_dropout=0.1"], "model.lora_dropout", "nothing is dropped there"),
         (["model.context_parallel_size=2"], "model.context_parallel_size", "not spread over several GPUs"),
         (["critic.optim.lr=-1"], "critic.optim.lr", "found -1"),
         (["data.overlong_prompts=cut"], "data.overlong_prompts", "found 'cut'"),

@@ -1,5 +1,6 @@
 """What goes wrong in one step of reinforcement learning does not spoil the next ones, and is said."""
 
+import json
 import math
 import os
 import pickle
@@ -126,6 +127,26 @@ def test_the_learning_rate_that_is_logged_is_that_of_the_steps_first_update(fold
     schedule: dict[str, object] = {"optim__lr": 1e-4, "optim__lr_scheduler": "linear", "trainer__total_training_steps": 2}
     found = train(folder, "lr", algorithm__updates_per_step=2, **schedule)
     assert [line["train/lr"] for line in found] == pytest.approx([8e-5, 4e-5])  # 8, 6, 4 and 2 are those of 4 updates
+
+
+def test_one_answer_to_a_prompt_is_not_said_to_be_like_all_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone: dict[str, object] = {"algorithm__name": "reinforce", "rollout__samples_per_prompt": 1, "trainer__total_training_steps": 1}
+    train(folder, "alone", **alone)
+    assert "earned the same" not in capsys.readouterr().out
+    (folder / "one.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
+    train(folder, "alone_same", reward__name=folder / "one.py", **alone)
+    assert "all answers earned the same" in capsys.readouterr().out
+
+
+def test_an_adapter_that_was_tuned_with_dropout_learns_without(folder: Path) -> None:
+    adapter: dict[str, object] = {"model__lora_rank": 4, "trainer__total_training_steps": 1, "optim__lr": 1e-2}
+    train(folder, "adapter", **adapter)
+    path = folder / "adapter/global_step_1"
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.5}))
+    updates: dict[str, object] = {"model__lora_adapter_path": path, "algorithm__updates_per_step": 2, "optim__lr": 0}
+    (line,) = train(folder, "adapter_on", trainer__total_training_steps=1, **updates)
+    assert line["rl/largest_ratio"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_a_right_answer_may_be_more_than_text(folder: Path) -> None:

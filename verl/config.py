@@ -408,6 +408,9 @@ class PPOConfig:
         if not 0.0 < self.rollout.temperature < float("inf"):
             what = f"{self.rollout.temperature} is not positive, and answers that are all the same teach nothing"
             raise UserError(what, where="rollout.temperature", fix="give a number above 0, such as 1.0")
+        if self.model.lora_dropout > 0:
+            what = "answers are learned under the probabilities that they were drawn with, and nothing is dropped there"
+            raise UserError(what, where="model.lora_dropout", fix="leave it out")
         if self.model.context_parallel_size != 1:
             what = "answers are not spread over several GPUs in reinforcement learning"
             raise UserError(what, where="model.context_parallel_size", fix="set it to 1")

@@ -186,8 +186,10 @@ def tell(collected: Collected, step: int, this: Run) -> None:
             this.say(f"step {step}: {errors}")
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
         this.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
-    elif collected.groups == collected.without_spread:
+    elif collected.groups == collected.without_spread and not collected.are_alone:
         this.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
+    elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
+        this.say(f"warning: step {step}: all answers earned the same")
 
 
 def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Prompts, Prompts | None]:

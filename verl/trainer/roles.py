@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
@@ -56,7 +57,7 @@ class Roles:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While this lasts, the actor drops nothing out at random, and the rollout may take the memory that it needs."""
+        """While this lasts, the actor is not in training, and the rollout may take the memory that it needs."""
         scorer = self.actor.engine.scorer
         scorer.eval()
         try:
@@ -106,11 +107,13 @@ def build_roles(
         seed=config.trainer.seed,
         **sizes,
     )
+    without_dropout(actor.engine)
     draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
     critic = None
     if method.needs_critic:
         path = config.critic.partial_pretrain or config.model.partial_pretrain
         critic = build_critic(config.model, config.critic.optim, path, device=device, seed=config.trainer.seed, **sizes)
+        without_dropout(critic.engine)
     reference = build_reference(config.model, device) if method.settings.keep_reference else None
     if reference is not None:
         draw_as(reference, config.rollout.temperature)
@@ -119,6 +122,13 @@ def build_roles(
     scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
+
+
+def without_dropout(engine: Engine) -> None:
+    """Let an engine train on what it says of answers when it scores them: a ratio is not to differ from 1 for what was dropped."""
+    for module in engine.scorer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def draw_as(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
