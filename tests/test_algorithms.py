@@ -289,6 +289,15 @@ def test_gspo_has_one_ratio_for_an_answer_the_geometric_mean_and_rloo_the_produc
         assert found == pytest.approx(-np.exp(-0.1) - of_second, rel=1e-5)
 
 
+@pytest.mark.parametrize("source", ["trainer", "rollout"])
+def test_the_rollout_is_compared_with_the_trainer_whoever_says_what_was_before(source: str) -> None:
+    batch = batch_of([2], advantage=[1.0] * 2, old_logprob=[-1.0, -1.0], rollout_logprob=[-1.0, -1.0])
+    if source == "trainer":
+        batch.old_logprob_M = torch.tensor([-1.5, -1.0])
+    out = ppo.Loss(AlgorithmConfig(old_logprobs=source), 10).loss(TokenOut(torch.tensor([-1.5, -1.0])), batch)
+    assert float(out.metric_maxima["largest_rollout_difference"]) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(("kind", "weights"), [("truncate", [1.0, 0.4, 1.5, 2.0]), ("mask", [1.0, 0.0, 1.5, 0.0])])
 def test_weights_correct_for_a_rollout_of_other_probabilities(kind: str, weights: list[float]) -> None:
     """Old over rollout probability is 1, 0.4, 1.5 and 5; the cap is 2."""

@@ -39,6 +39,11 @@ def error_of(*words: str) -> UserError:
         (["rollout.temperature=0"], "rollout.temperature", "0.0 is not positive"),
         (["algorithm.gamma=1.5"], "algorithm.gamma", "1.5 is not a share"),
         (["algorithm.kl_estimator=k4"], "algorithm.kl_estimator", "found 'k4'"),
+        (
+            ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"],
+            "algorithm.kl_estimator=k1 with algorithm.kl_in=loss",
+            "the gradient of k1 in the loss is zero",
+        ),
         (["algorithm.kl_target=0.1"], "algorithm.kl_target with algorithm.kl_coef=0", "cannot start from 0"),
         (["algorithm.kl_coef=0.1", "algorithm.keep_reference=false"], "algorithm.kl_coef with algorithm.keep_reference=false", "reference"),
         (["algorithm.name=gppo"], None, "no algorithms named 'gppo'"),

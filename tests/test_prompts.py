@@ -64,6 +64,7 @@ def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
     [
         ({"question": "", "answer": "4"}, {}, "column 'question' is empty"),
         ({"question": "2+2?"}, {}, "no column 'answer'"),
+        ({"chat": '[{"role": "user"', "answer": "4"}, {"messages_key": "chat"}, "found text that is not JSON"),
         ({"chat": [{"role": "assistant", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "no message that could be answered"),
         ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "the role is text ('users')"),
     ],
@@ -78,3 +79,6 @@ def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict, changes: d
 def test_rows_without_a_right_answer_are_fine_where_nobody_asks_for_it(folder: Path) -> None:
     (prompt,) = load(folder, [{"question": "2+2?"}], response_key=None).prompts
     assert "reference" not in prompt.row
+    with pytest.raises(UserError) as caught:
+        load(folder, [{"question": "2+2?"}])
+    assert "or to null where no reward needs them" in str(caught.value.fix)

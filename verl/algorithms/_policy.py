@@ -53,7 +53,7 @@ class PolicyLoss:
         """The loss of one micro-batch, whose advantages must be there.
 
         Metrics are means over trained tokens: `clip_fraction`; with a reference `kl_k1` and `kl_k3`; with entropies `entropy`; with the
-        rollout's log-probabilities `rollout_difference`, its mean distance from the old ones, and with importance weights
+        rollout's log-probabilities `rollout_difference`, their mean distance from the trainer's, and with importance weights
         `importance_weight`. And the largest `largest_ratio` and `largest_rollout_difference`.
         """
         assert batch.advantage_M is not None
@@ -63,7 +63,9 @@ class PolicyLoss:
         metrics = {"clip_fraction": is_clipped_M.float().sum()}
         maxima = {"largest_ratio": _largest(ratio_M)}
         if batch.rollout_logprob_M is not None:
-            difference_M = (old_M - batch.rollout_logprob_M).abs()
+            # Where the old ones are the rollout's own, they say nothing of it.
+            trainer_M = out.logprob_M.detach() if self.settings.old_logprobs == "rollout" else old_M
+            difference_M = (trainer_M - batch.rollout_logprob_M).abs()
             metrics["rollout_difference"] = difference_M.sum()
             maxima["largest_rollout_difference"] = _largest(difference_M)
             if self.settings.importance_weights is not None:

@@ -102,6 +102,9 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
         raise UserError("plain text holds no questions", where=row.where, fix="write them as JSONL, CSV or Parquet")
     values = row.values
     if config.response_key is not None:
+        if config.response_key not in values:
+            fix = "set data.response_key to the column of the right answers, or to null where no reward needs them"
+            raise UserError(f"no column {config.response_key!r}; found {', '.join(map(repr, values))}", where=row.where, fix=fix)
         values = {**values, "reference": row.text(config.response_key, "data.response_key")}
     if config.messages_key is None:
         text = row.text(config.prompt_key, "data.prompt_key")
@@ -118,7 +121,10 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
 
 def _unanswered(value: object, where: str) -> list[dict[str, Any]]:
     """A chat that waits for the assistant: a trained one's last answer is left out."""
-    messages: Any = json.loads(value) if isinstance(value, str) else value
+    try:
+        messages: Any = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write the chat as JSON, not as text") from None
     if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     last = messages[-1] if isinstance(messages, list) and messages else None

@@ -47,7 +47,8 @@ def load_method(config: PPOConfig) -> Method:
     """The method that the config names.
 
     Raises:
-        UserError: no such method, one for other data, or one that needs several answers to a prompt and has one.
+        UserError: no such method, one for other data, one that needs several answers to a prompt and has one, or settings that its
+            loss refuses.
     """
     name, samples = config.algorithm.name, config.rollout.samples_per_prompt
     module = plugin.load("verl.algorithms", name)
@@ -68,4 +69,5 @@ def load_method(config: PPOConfig) -> Method:
             where=f"algorithm.dynamic_sampling=true with rollout.samples_per_prompt={samples}",
             fix="give at least 2 answers to a prompt, or algorithm.dynamic_sampling=false",
         )
+    module.Loss(settings, config.rollout.max_new_tokens)  # for its errors, before anything is loaded
     return Method(module, settings, bool(getattr(module, "needs_critic", False)))
