@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,6 +143,7 @@ class SglangServer:
     def wake(self) -> None:
         """See `Rollout.wake`."""
         if self._asleep:
+            torch.cuda.empty_cache()  # a server that sleeps shares the trainer's GPU
             dist.together(lambda: self._server.post("/resume_memory_occupation") if dist.is_main() else None)
             self._asleep = False
 

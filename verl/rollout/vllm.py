@@ -368,7 +368,7 @@ class VllmServer:
 
     def sleep(self) -> None:
         """See `Rollout.sleep`. Nothing where the server was not started with --enable-sleep-mode: its GPUs are its own."""
-        if not self._asleep and self._settings()["enable_sleep_mode"]:
+        if not self._asleep and self._settings().get("enable_sleep_mode"):
             dist.barrier()  # nobody's answers are left
             dist.together(lambda: self._server.post("/sleep?level=1") if dist.is_main() else None)
             self._asleep = True
@@ -376,6 +376,7 @@ class VllmServer:
     def wake(self) -> None:
         """See `Rollout.wake`. Each process asks for it; a server that is awake stays so."""
         if self._asleep:
+            torch.cuda.empty_cache()  # a server that sleeps shares the trainer's GPU
             self._server.post("/wake_up")
             self._asleep = False
 
