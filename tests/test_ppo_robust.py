@@ -158,9 +158,23 @@ def test_a_right_answer_may_be_more_than_text(folder: Path) -> None:
     assert "2024-01-02" in {answer["reference"] for answer in lines_of(folder / "dates/rollouts/step_1.jsonl")}
 
 
-def test_validating_has_its_seconds(folder: Path) -> None:
-    train(folder, "seconds", data__val_files=folder / "test.jsonl", data__val_max_samples=2, trainer__total_training_steps=1)
-    assert metrics_of(folder / "seconds")[-1]["perf/seconds_validate"] > 0
+def test_validating_has_its_seconds_and_calls_exact_match_what_is(folder: Path) -> None:
+    graders: dict[str, object] = {"reward__name": f"[format,{folder / 'vowels.py'},gsm8k]", "trainer__total_training_steps": 1}
+    train(folder, "seconds", data__val_files=folder / "test.jsonl", data__val_max_samples=2, **graders)
+    line = metrics_of(folder / "seconds")[-1]
+    assert line["perf/seconds_validate"] > 0
+    answers = lines_of(folder / "seconds/rollouts/validation_1.jsonl")
+    for name, shown in (("format", "format"), ("vowels", "vowels"), ("gsm8k", "exact_match")):
+        assert line[f"val/{shown}"] == pytest.approx(sum(answer[f"reward/{name}"] for answer in answers) / 2)
+
+
+@pytest.mark.parametrize(("key", "name"), [("reward__name", "gsm9k"), ("rollout__name", "nativ")])
+def test_a_name_that_is_none_is_said_before_a_model_is_loaded(folder: Path, key: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.trainer import roles
+
+    monkeypatch.setattr(roles, "build", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=f"named '{name}'"):
+        train(folder, "named", **{key: name})
 
 
 def test_an_error_reaches_other_processes_as_it_is() -> None:
@@ -181,6 +195,7 @@ from pathlib import Path
 from verl.rollout import native
 
 CALLS = Path(__file__).with_suffix(".txt")
+load = native.load
 
 
 def share(*arguments):
@@ -234,6 +249,8 @@ import os
 
 from verl.errors import UserError
 from verl.rollout import native
+
+load = native.load
 
 
 def share(*arguments):

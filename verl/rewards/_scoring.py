@@ -58,6 +58,8 @@ class Scorer:
         tokenizer: of the model that answers; it is said where the reward model has another.
         device: where the reward model lives.
         say: writes a line for the user.
+    Attributes:
+        exact: the first grader that compares answers with right ones, as the evaluator's exact match does; None: none does.
     Raises:
         UserError: no such grader or model, or one that cannot be used.
     """
@@ -74,6 +76,7 @@ class Scorer:
         names = reward_names(reward)
         graders = [plugin.load("verl.rewards", name, needs=("score",)) for name in names]
         self._graders = dict(zip(_distinct(names), graders, strict=True))
+        self.exact = next((name for name, grader in self._graders.items() if hasattr(grader, "exact_match")), None)
         self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(names), strict=True))
         self._stops = reward.on_error == "stop"
         self._parts = reward.format

@@ -67,6 +67,8 @@ class Answerer:
 
     Args:
         seed: of the draws; an answer depends on it, its prompt's number and its own number alone.
+    Attributes:
+        exact_grader: the first grader that compares answers with right ones; None: none does.
     Raises:
         UserError: no such tool.
     """
@@ -74,6 +76,7 @@ class Answerer:
     def __init__(self, rollout: Rollout, config: RolloutConfig, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, seed: int):
         self.rollout = rollout
         self._config, self._scorer, self._tokenizer, self._seed = config, scorer, tokenizer, seed
+        self.exact_grader = scorer.exact
         self._tool = None if config.tool is None else plugin.load("verl.tools", config.tool, needs=("reply",))
         self._renderer = Renderer(tokenizer)
 

@@ -156,7 +156,7 @@ def train_loop(
 def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> dict[str, float]:
     """Greedy answers to the validation prompts, scored as in training: the mean of the whole reward, and of each grader.
 
-    That of the first grader is `val/exact_match`, as the evaluator has it.
+    That of the first grader which compares answers with right ones is `val/exact_match`, as the evaluator has it.
 
     Every rank calls it, and answers its share. The answers go to rollouts/validation_N.jsonl.
     """
@@ -170,11 +170,8 @@ def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> d
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
-    graders = {
-        "val/exact_match" if place == 0 else f"val/{name}": total / answers
-        for place, (name, total) in enumerate(zip(names, each, strict=True))
-    }
-    return {"val/reward": reward / answers, **graders}
+    shown = ["exact_match" if name == roles.answerer.exact_grader else name for name in names]
+    return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
 def tell(collected: Collected, step: int, this: Run) -> None:

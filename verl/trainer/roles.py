@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from verl import dist
+from verl import dist, plugin
 from verl.config import PPOConfig, longest_sample
 from verl.data.prompt_format import check_format, system_of
 from verl.data.prompts import Prompts
@@ -91,6 +91,8 @@ def build_roles(
         UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
     """
     check_checkpoint(config)
+    plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))  # here for its errors, before a model is loaded
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     check_format(config.model.partial_pretrain, tokenizer, stop_ids, systems, key="data.system_prompt")
@@ -119,7 +121,6 @@ def build_roles(
         draw_as(reference, config.rollout.temperature)
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
-    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
 
