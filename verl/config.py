@@ -609,6 +609,8 @@ class DemoConfig:
 
     # Problems to train on, each once.
     train_rows: int = 24000
+    # Steps of reinforcement learning from an early checkpoint.
+    rl_steps: int = 30
     # Problems to answer before and after, with numbers that were not trained.
     test_rows: int = 200
     # Seed of the problems, the weights and the order of rows.
@@ -617,6 +619,7 @@ class DemoConfig:
     def check(self) -> None:
         """Cross-field checks. Raises UserError naming the key."""
         at_least("train_rows", self.train_rows, 1)
+        at_least("rl_steps", self.rl_steps, 1)
         at_least("test_rows", self.test_rows, 1)
         at_least("seed", self.seed, 0)
 

@@ -1,8 +1,9 @@
-"""The demo's logger: a line each hundred steps, so that a terminal and a log both show the loss falling."""
+"""The demo's logger: a line each hundred steps of fine-tuning, so that a terminal and a log both show the loss falling; of
+reinforcement learning, whose steps are longer, a line each five."""
 
 from verl.run import Run
 
-EVERY_STEPS = 100
+EVERY_STEPS, EVERY_RL_STEPS = 100, 5
 
 
 class Milestones:
@@ -10,9 +11,10 @@ class Milestones:
         self._run = run
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if step == 1 or step % EVERY_STEPS == 0 or step == self._run.total_steps:
-            loss, speed = metrics["train/loss"], metrics["perf/tokens_per_second"]
-            self._run.say(f"step {step}/{self._run.total_steps} · loss {loss:.4f} · {speed:,.0f} tokens/s")
+        reward, every = metrics.get("rl/reward"), EVERY_STEPS if "rl/reward" not in metrics else EVERY_RL_STEPS
+        if step == 1 or step % every == 0 or step == self._run.total_steps:
+            what = f"loss {metrics['train/loss']:.4f}" if reward is None else f"mean reward {reward:.3f}"
+            self._run.say(f"step {step}/{self._run.total_steps} · {what} · {metrics['perf/tokens_per_second']:,.0f} tokens/s")
 
     def finish(self) -> None:
         """Nothing is open."""

@@ -1,4 +1,4 @@
-"""The whole way, offline, in minutes on a CPU: problems, a small model from nothing, evaluation, fine-tuning, evaluation.
+"""The whole way, offline, in minutes on a CPU: problems, a small model from nothing, fine-tuning, reinforcement learning, evaluation.
 
     python -m verl.demo.run
 
@@ -16,22 +16,29 @@ from typing import Any
 from rich.console import Console
 
 from verl import config_load, dist
-from verl.config import DemoConfig, EvalConfig, SFTConfig
+from verl.config import DemoConfig, EvalConfig, PPOConfig, SFTConfig
 from verl.demo.problems import Problem, write_problems
 from verl.durable import replace_text
 from verl.errors import exit_on_user_error
 from verl.eval import sft_evaluator
 from verl.models.tiny import write_tiny_model
 from verl.run import quiet_libraries
-from verl.trainer import fsdp_sft_trainer
+from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 FOLDER = Path("demo-run")
 TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"
 CHECKPOINTS, BEFORE, AFTER = FOLDER / "checkpoints", FOLDER / "eval-before", FOLDER / "eval-after"
+RL_CHECKPOINTS, RL_BEFORE, RL_AFTER = FOLDER / "rl-checkpoints", FOLDER / "eval-before-rl", FOLDER / "eval-after-rl"
 # Small steps, many of them: what a small model from nothing needs. A pretrained model wants a rate some hundred times lower.
 RECIPE = (
     "data.train_batch_size=16 data.max_length=128 data.max_tokens_per_micro_batch=2048 model.enable_gradient_checkpointing=false "
     "optim.lr=2e-3 optim.lr_scheduler=linear optim.warmup_steps_ratio=0.05 trainer.logger=verl.demo.milestones"
+).split()
+ROWS_A_STEP, EARLY = 16, 1 / 3  # of fine-tuning; reinforcement learning starts after that share of its steps, with something left to learn
+RL_RECIPE = (
+    "data.max_prompt_length=96 data.prompts_per_step=32 rollout.samples_per_prompt=8 rollout.max_new_tokens=64 algorithm.name=grpo "
+    "algorithm.keep_reference=false reward.name=gsm8k model.enable_gradient_checkpointing=false optim.lr=2e-4 optim.betas=[0.9,0.99] "
+    "trainer.save_freq=-1 trainer.logger=verl.demo.milestones"
 ).split()
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -47,14 +54,23 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     title("3. Before: the model knows nothing")
     before = evaluate(MODEL, BEFORE)
     title("4. Fine-tuning")
-    checkpoint = fine_tune(config.seed)
+    checkpoint, early = fine_tune(config)
     title("5. After: problems that it has not seen")
     after = evaluate(checkpoint, AFTER)
+    title("6. Reinforcement learning, from an early checkpoint that answers some of them")
+    before_rl = evaluate(early, RL_BEFORE)
+    rl_checkpoint = reinforce(early, config)
+    after_rl = evaluate(rl_checkpoint, RL_AFTER)
     summary = {
         "exact_match_before": before["exact_match"],
         "exact_match_after_sft": after["exact_match"],
+        "exact_match_before_rl": before_rl["exact_match"],
+        "exact_match_after_rl": after_rl["exact_match"],
         "seconds": round(time.perf_counter() - since, 1),
         "checkpoint": str(checkpoint),
+        "early_checkpoint": str(early),
+        "rl_checkpoint": str(rl_checkpoint),
+        "rl_steps": config.rl_steps,
         "test_file": str(TEST),
         "train_file": str(TRAIN),
         "model": str(MODEL),
@@ -71,7 +87,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 def make_problems(config: DemoConfig) -> list[Problem]:
     """Write train.jsonl and test.jsonl anew; what an earlier demo wrote goes. Returns the training problems."""
-    for folder in (MODEL, CHECKPOINTS, BEFORE, AFTER):
+    for folder in (MODEL, CHECKPOINTS, RL_CHECKPOINTS, BEFORE, AFTER, RL_BEFORE, RL_AFTER):
         shutil.rmtree(folder, ignore_errors=True)
     FOLDER.mkdir(exist_ok=True)
     train, test = write_problems(TRAIN, TEST, config.train_rows, config.test_rows, config.seed)
@@ -85,21 +101,42 @@ def make_model(train: list[Problem], seed: int) -> None:
     say(f"{parameters:,} parameters of the Qwen2 architecture, a tokenizer with Qwen's chat format: {MODEL}")
 
 
-def fine_tune(seed: int) -> Path:
-    """Train with the product's own trainer. Returns the last checkpoint."""
+def fine_tune(config: DemoConfig) -> tuple[Path, Path]:
+    """Train with the product's own trainer. Returns the last checkpoint, and an early one."""
+    early = max(1, int(config.train_rows // ROWS_A_STEP * EARLY))
     words = [
         f"data.train_files={TRAIN}",
         f"data.cache_dir={FOLDER / 'cache'}",
         f"model.partial_pretrain={MODEL}",
         f"trainer.default_local_dir={CHECKPOINTS}",
-        f"trainer.seed={seed}",
+        f"trainer.save_freq={early}",
+        f"trainer.seed={config.seed}",
         *RECIPE,
     ]
     show_command("verl.trainer.fsdp_sft_trainer", words)
     try:
-        return fsdp_sft_trainer.run(config_load.load(SFTConfig, words))
+        return fsdp_sft_trainer.run(config_load.load(SFTConfig, words)), CHECKPOINTS / f"global_step_{early}"
     finally:
         dist.stop()
+
+
+def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
+    """Go on from a checkpoint with GRPO: answers that the grader finds right become likelier. Returns the last checkpoint."""
+    words = [
+        f"data.train_files={TRAIN}",
+        f"model.partial_pretrain={checkpoint}",
+        f"trainer.default_local_dir={RL_CHECKPOINTS}",
+        f"trainer.total_training_steps={config.rl_steps}",
+        f"trainer.seed={config.seed}",
+        *RL_RECIPE,
+    ]
+    show_command("verl.trainer.ppo_trainer", words)
+    try:
+        last = ppo_trainer.run(config_load.load(PPOConfig, words))
+    finally:
+        dist.stop()
+    assert last is not None  # this process trains
+    return last
 
 
 def evaluate(model: Path, output_dir: Path) -> dict[str, Any]:
@@ -125,7 +162,9 @@ def show_outcome(summary: dict[str, Any]) -> None:
     say(f"After:    {after[shown]['response']}".replace("\n", "\n          "))
     say(
         f"\nexact match {summary['exact_match_before']:.1%} before, {summary['exact_match_after_sft']:.1%} after; "
-        f"loss {summary['loss_first_step']:.2f} to {summary['loss_last_step']:.2f}; {summary['seconds']:.0f} seconds\n"
+        f"loss {summary['loss_first_step']:.2f} to {summary['loss_last_step']:.2f}\n"
+        f"from the early checkpoint: {summary['exact_match_before_rl']:.1%} before, {summary['exact_match_after_rl']:.1%} after "
+        f"{summary['rl_steps']} steps of GRPO; {summary['seconds']:.0f} seconds in all\n"
     )
     for path, content in (
         (TRAIN, "problems to train on"),
@@ -135,6 +174,8 @@ def show_outcome(summary: dict[str, Any]) -> None:
         (summary["checkpoint"], "the fine-tuned model: a plain Hugging Face directory"),
         (BEFORE, "results.json and predictions.jsonl before"),
         (AFTER, "results.json and predictions.jsonl after"),
+        (summary["rl_checkpoint"], "the early checkpoint after GRPO"),
+        (RL_CHECKPOINTS / "rollouts", "each step's answers and what they earned"),
         (FOLDER / "summary.json", "these numbers"),
     ):
         say(f"{path!s:<44} {content}")
@@ -149,6 +190,10 @@ Talk to the model that you have just trained:
 Your questions and answers, a line each ({{"question": …, "answer": …}}), and a pretrained model. It takes the GPU if there is one:
   verl sft data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=checkpoints/mine
   verl eval model_path=checkpoints/mine/global_step_N test_file=test.jsonl output_dir=checkpoints/mine/eval
+
+Go on from your checkpoint with reinforcement learning:
+  verl ppo data.train_files=train.jsonl model.partial_pretrain=checkpoints/mine/global_step_N reward.name=gsm8k optim.lr=1e-6 \\
+    trainer.default_local_dir=checkpoints/mine-grpo
 
 All four GPUs of a machine:
   verl sft --gpus 4 data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct \\
