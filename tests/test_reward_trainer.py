@@ -231,6 +231,7 @@ def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents
     [
         ({"algorithm__name": "dpoo"}, "algorithm.name: found 'dpoo'"),
         ({"algorithm__beta": 0}, "algorithm.beta: 0.0 is not positive"),
+        ({"algorithm__label_smoothing": 0.5}, "algorithm.label_smoothing: 0.5 is not below a half"),
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),
         ({"model__lora_rank": 8}, "a reward model is trained whole"),
         ({"model__context_parallel_size": 2}, "pairs are not spread"),

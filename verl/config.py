@@ -455,6 +455,8 @@ class PreferenceConfig:
     name: str = "bradley_terry"
     # dpo: how close the model is held to the one that it starts from; the larger the closer.
     beta: float = 0.1
+    # dpo: the share of pairs that are thought to be the wrong way round.
+    label_smoothing: float = 0.0
 
 
 @dataclass
@@ -483,6 +485,9 @@ class RewardTrainerConfig:
         at_least("data.num_workers", data.num_workers, 1)
         if not 0.0 < self.algorithm.beta < float("inf"):
             raise UserError(f"{self.algorithm.beta} is not positive", where="algorithm.beta", fix="give a positive number, such as 0.1")
+        if not 0.0 <= self.algorithm.label_smoothing < 0.5:
+            what, fix = f"{self.algorithm.label_smoothing} is not below a half", "give a share from 0 to below 0.5"
+            raise UserError(what, where="algorithm.label_smoothing", fix=fix)
         if data.max_tokens_per_micro_batch is not None and data.max_tokens_per_micro_batch < 2 * data.max_length:
             raise UserError(
                 f"{data.max_tokens_per_micro_batch} tokens cannot hold a pair of data.max_length={data.max_length} each",

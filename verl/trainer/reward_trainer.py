@@ -60,7 +60,7 @@ def run(config: RewardTrainerConfig) -> Path:
         if config.algorithm.name == "dpo":
             # The weights are still those that the run starts from, also where it goes on from a checkpoint: the reference's.
             this.say("reference: the model that this run starts from; computing what it says of all pairs")
-            algorithm, engine = dpo.Loss(beta=config.algorithm.beta), built.engine
+            algorithm, engine = dpo.Loss(config.algorithm.beta, config.algorithm.label_smoothing), built.engine
             loader = replace(loader, documents=with_reference(engine, train, loader, steps=min(total_steps, loader.steps_per_epoch)))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
         if resume_from is not None:
