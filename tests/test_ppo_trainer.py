@@ -326,3 +326,24 @@ def test_merged_weights_of_an_adapter_are_those_that_generate(folder: Path) -> N
         assert lora.difference() < 1e-4
     finally:
         dist.stop()
+
+
+def test_the_reference_of_an_adapter_is_its_actor_without_it(folder: Path) -> None:
+    from verl.engine.build import Base, build_reference
+
+    try:
+        lora = Lora(folder)
+        lora.actor.engine.scorer.entropy = True
+        settings = load(PPOConfig, words(folder, "lora", model__lora_rank=4)).model
+        base, device = build_reference(settings, lora.actor, lora.actor.engine.device), lora.actor.engine.device
+        assert isinstance(base, Base)
+        prompt = Renderer(lora.tokenizer).prompt([{"role": "user", "content": "How many?"}])
+        sample = Sample(Prompt("", "", [], prompt, {}), 0, prompt, prompt[:9], [True] * 9, [0.0] * 9, "", "stop", 0)
+        batches = pack_samples([sample], [0], 1000).batches
+        second = build_reference(replace(settings, lora_rank=0), replace(lora.actor, adapted=None), device)
+        (found,), (expected,), (adapted,) = (engine.score(batches) for engine in (base, second, lora.actor.engine))
+        torch.testing.assert_close(found.logprob_M, expected.logprob_M, atol=1e-6, rtol=0)
+        assert (adapted.logprob_M - expected.logprob_M).abs().max() > 1e-2
+        assert adapted.entropy_M is not None and found.entropy_M is None
+    finally:
+        dist.stop()

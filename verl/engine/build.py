@@ -1,10 +1,10 @@
 """From a model's name and settings to an engine that trains it and can write it out again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config import ModelConfig, OptimConfig
+from verl.data.batch import Batch
 from verl.data.prompt_format import PromptFormat
 from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
@@ -262,19 +263,41 @@ def build_reward_model(
     return Built(engine, compiler, loaded, None, tokenizer, stop_ids, None, [])
 
 
-def build_reference(settings: ModelConfig, device: torch.device) -> Engine:
-    """What the actor starts from, frozen, in the dtype of the arithmetic, spread as the actor is.
+class Base:
+    """What an actor with an adapter of its own starts from: the actor itself, its adapter switched off while it scores."""
+
+    def __init__(self, actor: Built):
+        assert actor.adapted is not None
+        self._adapted, self._engine = actor.adapted, actor.engine
+
+    def score(self, micro_batches: Iterable[Batch]) -> list[Any]:
+        """As `Engine.score`."""
+        scorer: Any = self._engine.scorer
+        entropy, scorer.entropy = scorer.entropy, False
+        try:
+            with self._adapted.disable_adapter():
+                return self._engine.score(micro_batches)
+        finally:
+            scorer.entropy = entropy
+
+
+def build_reference(settings: ModelConfig, actor: Built, device: torch.device) -> Engine | Base:
+    """What the actor starts from, frozen, in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
 
     Raises:
         UserError: no such model.
     """
+    if actor.adapted is not None and settings.lora_adapter_path is None and settings.trainable_tokens is None:
+        return Base(actor)
     spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
     loaded = load_for_training(settings.partial_pretrain, device=device, dtype=compute_dtype, trust_remote_code=settings.trust_remote_code)
     if settings.lora_adapter_path is not None:
         from verl.models.adapter_files import put_on
 
         put_on(loaded.model, settings.lora_adapter_path).merge_and_unload()
-    return Engine(TokenScorer(loaded.model), None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread)
+    temperature = getattr(actor.engine.scorer, "temperature", 1.0)
+    scorer = TokenScorer(loaded.model, temperature)
+    return Engine(scorer, None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread)
 
 
 def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:

@@ -11,6 +11,7 @@ import numpy as np
 from verl.algorithms.answers import Advantages, Answers
 from verl.config import AlgorithmConfig
 from verl.data.batch import Batch
+from verl.engine.build import Base
 from verl.engine.engine import Engine
 from verl.errors import UserError
 from verl.trainer.answering import Collected
@@ -54,7 +55,7 @@ class Experience:
             raise UserError("the rollout does not tell its log-probabilities", where="algorithm.old_logprobs=rollout", fix=fix)
         return self.rollout_logprobs
 
-    def scored(self, engine: Engine, name: str) -> Values:
+    def scored(self, engine: Engine | Base, name: str) -> Values:
         """What an engine says of all trained tokens: `logprob_M` or `value_M`. Every rank calls it."""
         outs = iter(engine.score([batch for packed in self.updates for batch in packed.batches]))
         found: dict[int, np.ndarray] = {}

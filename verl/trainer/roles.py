@@ -14,7 +14,7 @@ from verl.config import PPOConfig, longest_sample
 from verl.data.prompt_format import check_format, system_of
 from verl.data.prompts import Prompts
 from verl.data.render import Renderer
-from verl.engine.build import Built, Critic, build, build_critic, build_reference
+from verl.engine.build import Base, Built, Critic, build, build_critic, build_reference
 from verl.engine.engine import Engine
 from verl.engine.logprobs import Entropy, TokenScorer
 from verl.errors import UserError
@@ -41,7 +41,7 @@ class Roles:
 
     actor: Built
     critic: Critic | None
-    reference: Engine | None
+    reference: Engine | Base | None
     answerer: Answerer
     sleeps: bool
 
@@ -116,9 +116,7 @@ def build_roles(
         path = config.critic.partial_pretrain or config.model.partial_pretrain
         critic = build_critic(config.model, config.critic.optim, path, device=device, seed=config.trainer.seed, **sizes)
         without_dropout(critic.engine)
-    reference = build_reference(config.model, device) if method.settings.keep_reference else None
-    if reference is not None:
-        draw_as(reference, config.rollout.temperature)
+    reference = build_reference(config.model, actor, device) if method.settings.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
