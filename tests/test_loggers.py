@@ -233,6 +233,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_network")
 def test_trackio_keeps_the_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:  # it reads its folder when it is imported
+        monkeypatch.delitem(sys.modules, name)
     pytest.importorskip("trackio")
     run = run_with(tmp_path, "trainer.project_name=small")
     logger = trackio.start(run)
