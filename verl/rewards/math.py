@@ -5,6 +5,7 @@ text is read and compared by math-verify and SymPy, in a process of its own: the
 asks for cannot be bounded in this one. An expression that takes too much of either is not equal to anything.
 """
 
+import atexit
 import contextlib
 import importlib.util
 import json
@@ -170,6 +171,7 @@ class _Judge:
             self._end(process)
             fix = f"see what `{' '.join(command)}` says; it needs math-verify and what belongs to it"
             raise UserError("the process that compares answers does not start", where="reward math", fix=fix)
+        atexit.register(self._end, process)
         return process
 
     @staticmethod
