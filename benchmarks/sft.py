@@ -39,11 +39,12 @@ from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
 
-from verl.config import DataConfig  # noqa: E402
+from verl.config import DataConfig, ModelConfig  # noqa: E402
 from verl.data.documents import load_documents  # noqa: E402
 from verl.engine.flops import training_flops  # noqa: E402
 from verl.errors import UserError, exit_on_user_error  # noqa: E402
 from verl.models.load import load_tokenizer  # noqa: E402
+from verl.models.lora import add_adapters  # noqa: E402
 from verl.trainer.profile import STEPS as PROFILED_STEPS  # noqa: E402
 
 # Published Qwen2.5 shapes: hidden, intermediate, layers, heads, key-value heads, tied embeddings, vocabulary. "tiny" is none of them.
@@ -204,13 +205,14 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     chosen = choose(contestants(options, work), options.only)
     rate = matrix_rate(torch.device("cuda" if on_gpu else "cpu"))
     flops = step_flops(model)
+    adapted_flops = step_flops(model, options.lora_rank) if options.lora_rank else flops
     if on_gpu:
         torch.cuda.empty_cache()  # the contestants are to have all of it
     about = {**machine(on_gpu, rate), "command": shlex.join(["python", "benchmarks/sft.py", *sys.argv[1:]]), **describe(work)}
     console.print("\n".join(f"{key}: {value}" for key, value in about.items()), highlight=False, markup=False)
     results = []
     for contestant in chosen:
-        results.append(measure(contestant, work, rate, flops))
+        results.append(measure(contestant, work, rate, adapted_flops if contestant.dtype == settings.ADAPTERS else flops))
         console.print(line(results[-1]), highlight=False, markup=False)
     ratios = compare(results)
     console.print(table(results))
@@ -456,10 +458,14 @@ def matrix_rate(device: torch.device) -> float:
     return best
 
 
-def step_flops(model: Path) -> Callable[[int, int], float]:
-    """FLOP of (tokens, trained tokens), from the model's shape alone."""
+def step_flops(path: Path, lora_rank: int | None = None) -> Callable[[int, int], float]:
+    """FLOP of (tokens, trained tokens), from the model's shape alone; with adapters of that rank, or trained as a whole."""
     with torch.device("meta"):
-        return training_flops(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    if lora_rank is not None:
+        with torch.device("meta"):
+            add_adapters(model, ModelConfig(lora_rank=lora_rank), compute_dtype=torch.bfloat16, seed=1)
+    return training_flops(model)
 
 
 def machine(on_gpu: bool, rate: float) -> dict[str, str]:

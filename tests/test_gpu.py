@@ -30,6 +30,7 @@ from verl.models.export import export_model
 from verl.models.liger import use_liger
 from verl.models.load import load_for_training
 from verl.models.lora import add_adapters
+from verl.trainer.meter import Meter
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +72,7 @@ def engine_on(
 
 
 PACKED = Packing(8, 480)
+START = Position(step=0, tokens=0, supervised_tokens=0, rows=8, rows_per_step=8, seed=1, data_fingerprint="f")
 
 
 def curve(engine: Engine, packing: Packing = PACKED, steps: int = 50) -> np.ndarray:
@@ -210,6 +212,37 @@ def test_offloading_to_the_host_changes_nothing_but_memory(model_path: Path, dev
     engine = engine_on(model_path, device, torch.float32, offload=True)
     np.testing.assert_allclose(curve(engine, steps=20), plain_curve[:20], rtol=1e-4)
     assert all(p.device.type == "cpu" for p in engine.trained)
+
+
+def test_a_run_with_offloading_measures_its_steps(model_path: Path, device: torch.device) -> None:
+    """The gradient's norm is in host memory, the loss on the GPU; the meter stacks both."""
+    engine = engine_on(model_path, device, torch.bfloat16, offload=True)
+    meter = Meter(engine, START)
+    for step in Loader(RandomDocuments(400), PACKED, rows_per_step=8, seed=1).steps(0, 3):
+        meter.add(step, engine.train_step(step.micro_batches, sft, step.number))
+    assert [number for number, _ in meter.finished(wait=True)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"compiled": True}, {"compiled": True, "checkpointing": "selective"}, {"compiled": True, "lora": 8}]
+)
+def test_the_host_waits_for_nothing_in_a_step(changes: dict, model_path: Path, device: torch.device) -> None:
+    """From a batch in pinned memory to the metrics on their way: whatever would wait raises."""
+    torch._dynamo.reset()
+    engine = engine_on(model_path, device, torch.bfloat16, **changes)
+    meter = Meter(engine, START)
+    steps = list(Loader(RandomDocuments(400), PACKED, rows_per_step=8, seed=1, pin=True).steps(0, 8))
+    for step in steps[:5]:
+        meter.add(step, engine.train_step(step.micro_batches, sft, step.number))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in steps[5:]:
+            meter.add(step, engine.train_step(step.micro_batches, sft, step.number))
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            float(engine.trained[0].sum())  # so it does raise
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(list(meter.finished(wait=True))) == 8
 
 
 def liger_curve(path: Path) -> np.ndarray:

@@ -113,9 +113,9 @@ class Engine:
         """
         metrics = self.backward(micro_batches, algorithm)
         set_learning_rate(self.optimizer, self.learning_rate(step))
-        metrics["grad_norm"], finite = update(self.optimizer, self.weights, self.largest_gradient_norm, metrics["loss"])
-        metrics["skipped"] = 1.0 - finite.float()
-        return metrics
+        norm, finite = update(self.optimizer, self.weights, self.largest_gradient_norm, metrics["loss"])
+        metrics |= {"grad_norm": norm, "skipped": 1.0 - finite.float()}
+        return {name: value.to(self.device) for name, value in metrics.items()}  # what is offloaded has its norm in host memory
 
     def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
         """Add up the gradients of the micro-batches, and return the loss and the means of its metrics.

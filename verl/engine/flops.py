@@ -1,9 +1,12 @@
 """Arithmetic of a training step, and what the chip can do, for the model-FLOPs utilisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+
+from verl.models.quantize import numel
 
 # Dense bfloat16 matrix rate by the vendor's data sheet, FLOP/s.
 PEAKS = {
@@ -20,21 +23,22 @@ PEAKS = {
 
 
 def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
-    """FLOP of forward and backward as a function of (tokens, trained tokens): 6 for each weight that a token meets.
+    """FLOP of forward and backward as a function of (tokens, trained tokens), for each weight that a token meets.
 
-    The output layer meets the trained tokens only. Attention's own products and recomputed activations are not counted,
-    nor is it taken off that adapters leave a part undone.
+    That is 6 for a trained weight, and 4 for a frozen one, which takes no gradient and hands one on. The output layer meets
+    the trained tokens only. Attention's own products and recomputed activations are not counted.
     """
-    every = sum(p.numel() for p in model.parameters())
     output = model.get_output_embeddings()  # None where scores take its place
+    head = 0.0 if output is None else _flops(output.parameters())
     parts = [model.get_input_embeddings(), *([output] if output is not None else [])]
-    embeddings = {id(p): p.numel() for part in parts for p in part.parameters()}
-    inner, head = every - sum(embeddings.values()), 0 if output is None else max(embeddings.values())
+    embeddings = {id(p) for part in parts for p in part.parameters()}
+    inner = _flops(p for p in model.parameters() if id(p) not in embeddings)
+    return lambda tokens, trained_tokens: inner * tokens + head * trained_tokens
 
-    def flops(tokens: int, trained_tokens: int) -> float:
-        return 6.0 * (inner * tokens + head * trained_tokens)
 
-    return flops
+def _flops(parameters: Iterable[nn.Parameter]) -> float:
+    matrices = (p for p in parameters if p.ndim > 1)
+    return sum((6.0 if p.requires_grad else 4.0) * numel(p) for p in matrices)
 
 
 def peak_flops(device: torch.device) -> float | None:

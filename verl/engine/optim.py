@@ -125,7 +125,7 @@ def update(optimizer: AdamW, weights: "Weights", largest: float, loss: Tensor) -
     Args:
         loss: a scalar on the device, the same on all ranks.
     Returns:
-        that norm before clipping, and whether the step was taken; scalars on the device.
+        that norm before clipping, and whether the step was taken; scalars where the gradients are.
     """
     trained = list(weights.trained.values())
     if isinstance(optimizer, FusedAdamW):

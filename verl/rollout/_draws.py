@@ -103,17 +103,22 @@ def _starts(blocks: Iterable[Tensor]) -> Iterable[tuple[int, Tensor]]:
 
 def cut(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Logits at the temperature of the draws, minus infinity at the tokens that top_k and top_p leave out."""
-    return logits_BV.masked_fill(logits_BV < least_allowed(logits_BV, sampling)[:, None], float("-inf"))
+    least_B1 = logits_BV.gather(1, least_allowed(logits_BV, sampling)[:, None])
+    return logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
 
 
 def least_allowed(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """least_B: the lowest logit that top_k, then top_p leave in. The likeliest token always stays."""
-    sorted_BV = logits_BV.sort(-1, descending=True).values
+    """token_B: the least likely token that top_k, then top_p leave in. The likeliest always stays.
+
+    Args:
+        logits_BV: at the temperature of the draws.
+    """
+    sorted_BV, token_BV = logits_BV.sort(-1, descending=True)
     if 0 < sampling.top_k < sorted_BV.shape[1]:
-        sorted_BV = sorted_BV[:, : sampling.top_k]
+        sorted_BV, token_BV = sorted_BV[:, : sampling.top_k], token_BV[:, : sampling.top_k]
     if sampling.top_p >= 1.0:
-        return sorted_BV[:, -1]
+        return token_BV[:, -1]
     share_BV = sorted_BV.softmax(-1)
     before_BV = share_BV.cumsum(-1) - share_BV  # a token stays if those before it do not have the share yet
     kept_B1 = (before_BV < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
-    return sorted_BV.gather(1, kept_B1 - 1).squeeze(1)
+    return token_BV.gather(1, kept_B1 - 1).squeeze(1)

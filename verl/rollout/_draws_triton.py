@@ -21,7 +21,7 @@ def step(logits_BV: Tensor, state: State, temperature: Tensor, least_B: Tensor |
 
     Args:
         temperature: one number on the device; 0 takes the first of the likeliest tokens.
-        least_B: the lowest logit, at that temperature, that may be drawn; None: all may.
+        least_B: the lowest of the logits, as they are in logits_BV, that may be drawn; None: all may.
         factor, soft_cap: what the architecture does to its logits (`LogitRule`).
     """
     rows, vocabulary = logits_BV.shape
@@ -56,14 +56,14 @@ def _statistics(  # type: ignore[no-untyped-def]
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = number * block + tl.arange(0, block)
     there = token < vocabulary
-    x = _scaled(tl.load(logits + row * logits_b + token, mask=there, other=0.0), tl.load(temperature), factor, cap)
-    x = tl.where(there, x, float("-inf"))
+    logit = tl.load(logits + row * logits_b + token, mask=there, other=0.0)
+    x = tl.where(there, _scaled(logit, tl.load(temperature), factor, cap), float("-inf"))
     highest, where = tl.max(x, 0, return_indices=True)
     weights = tl.exp(x - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(weights, 0)
     allowed = total
     if is_cut:
-        allowed = tl.sum(tl.where(x >= tl.load(least + row), weights, 0.0), 0)
+        allowed = tl.sum(tl.where(logit >= tl.load(least + row), weights, 0.0), 0)
     place = statistics + row * tl.num_programs(1) + number
     each = rows * tl.num_programs(1)
     tl.store(place, highest)
@@ -105,10 +105,11 @@ def _pick(  # type: ignore[no-untyped-def]
         block_highest = tl.sum(tl.where(here, highest_K, 0.0), 0)
         at = chosen * block + inside
         there = at < vocabulary
-        x = _scaled(tl.load(logits + row * logits_b + at, mask=there, other=0.0), warmth, factor, cap)
+        logit = tl.load(logits + row * logits_b + at, mask=there, other=0.0)
+        x = _scaled(logit, warmth, factor, cap)
         weights = tl.where(there, tl.exp(x - block_highest), 0.0)
         if is_cut:
-            weights = tl.where(x >= tl.load(least + row), weights, 0.0)
+            weights = tl.where(logit >= tl.load(least + row), weights, 0.0)
         falls = (tl.cumsum(weights, 0) > share * tl.sum(weights, 0)) & (weights > 0)
         last_inside = tl.max(tl.where(weights > 0, inside, 0), 0)
         picked = tl.minimum(tl.min(tl.where(falls, inside, block), 0), last_inside)

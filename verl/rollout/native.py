@@ -340,7 +340,8 @@ class NativeRollout:
         logits_BV = self.model.get_output_embeddings()(self._hidden(rows, None))
         least_B = None
         if sampling.is_cut:
-            least_B = least_allowed(self._rule(logits_BV) / self._temperature, sampling)
+            token_B = least_allowed(self._rule(logits_BV) / self._temperature, sampling)
+            least_B = logits_BV.gather(1, token_B[:, None]).squeeze(1)  # as the model says it: a kernel may divide otherwise
         _draws_triton.step(logits_BV, self._state, self._temperature, least_B, self._rule.factor, self._rule.soft_cap)
 
     def _step_plainly(self, rows: int, sampling: Sampling) -> None:
