@@ -75,6 +75,23 @@ def test_advantages_are_those_of_the_table(method) -> None:
 
 
 @pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
+def test_others_are_compared_with_an_empty_answer_too(method) -> None:
+    learned = method.advantages(answers(REWARDS, GROUPS, [2, 2, 0, 2, 2, 2, 0]), AlgorithmConfig())
+    assert [len(array) for array in learned.advantages] == [2, 2, 0, 2, 2, 2, 0]
+    found = of_answers([array for array in learned.advantages if len(array)])
+    assert found == pytest.approx([TABLE[method][i] for i in (0, 1, 3, 4, 5)], abs=1e-4)
+
+
+def test_a_critic_learns_nothing_of_an_empty_answer() -> None:
+    values = [np.array([0.5, 0.25], dtype=np.float32), np.zeros(0, dtype=np.float32)]
+    settings = AlgorithmConfig(gamma=1.0, lam=1.0, whiten_advantages=False)
+    learned = ppo.advantages(answers([1.0, 3.0], [0, 1], [2, 0], values=values), settings)
+    assert learned.returns is not None and [array.tolist() for array in learned.returns] == [[1.0, 1.0], []]
+    assert [array.tolist() for array in learned.advantages] == [[0.5, 0.75], []]
+    assert (learned.metrics["value"], learned.metrics["return"]) == (0.375, 1.0)
+
+
+@pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
 def test_the_order_of_answers_does_not_matter(method) -> None:
     order = np.random.default_rng(0).permutation(len(REWARDS))
     shuffled = answers([REWARDS[i] for i in order], [GROUPS[i] for i in order])

@@ -168,6 +168,45 @@ def test_validating_has_its_seconds_and_calls_exact_match_what_is(folder: Path) 
         assert line[f"val/{shown}"] == pytest.approx(sum(answer[f"reward/{name}"] for answer in answers) / 2)
 
 
+SOME_EMPTY = """
+from dataclasses import replace
+
+from verl.rollout import native
+
+load = native.load
+
+
+def share(*arguments):
+    rollout = native.share(*arguments)
+    generate = rollout.generate
+    calls = []
+
+    def emptied(*arguments):
+        calls.append(1)
+        done = generate(*arguments)
+        step = len(calls)  # of three: some answers are empty, one prompt's are, all are
+        empty = (lambda i: i % 3 == 0, lambda i: i < 4, lambda i: True)[step - 1]
+        return [replace(c, token_ids=[], finish_reason="stop", logprobs=None) if empty(i) else c for i, c in enumerate(done)]
+
+    rollout.generate = emptied
+    return rollout
+"""
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "reinforce", "gspo"])
+def test_empty_answers_have_rewards_and_are_learned_from_as_far_as_there_are_tokens(folder: Path, method: str) -> None:
+    (folder / "emptied.py").write_text(SOME_EMPTY)
+    changes = {"rollout__name": folder / "emptied.py", "algorithm__name": method, "trainer__total_training_steps": 3}
+    some, one_prompt, all_of_them = train(folder, f"emptied_{method}", algorithm__updates_per_step=2, **changes)
+    for line in (some, one_prompt):
+        assert math.isfinite(line["train/loss"]) and line["train/grad_norm"] > 0 and line["train/skipped"] == 0
+        assert line["rl/rollout_difference"] < 1e-5
+    assert "train/loss" not in all_of_them and all_of_them["rl/response_tokens"] == all_of_them["rl/reward"] == 0
+    lines = lines_of(folder / f"emptied_{method}/rollouts/step_1.jsonl")
+    assert [line["tokens"] == 0 for line in lines] == [i % 3 == 0 for i in range(16)]
+    assert all(line["response"] == "" and line["reward"] == 0 for line in lines if line["tokens"] == 0)
+
+
 @pytest.mark.parametrize(("key", "name"), [("reward__name", "gsm9k"), ("rollout__name", "nativ")])
 def test_a_name_that_is_none_is_said_before_a_model_is_loaded(folder: Path, key: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.trainer import roles

@@ -18,7 +18,7 @@ import torch
 from served import PROMPTS, STOP_IDS, largest_difference, move, server, tokenizer_of, trained_model, write_served_model
 
 from verl.errors import UserError
-from verl.rollout import Options, Rollout, Sampling, load_rollout
+from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.rollout import _http as http
 from verl.rollout.vllm import VllmServer
 
@@ -177,6 +177,27 @@ def test_without_token_ids_or_with_an_error_an_answer_is_no_answer(path: Path) -
             rollout.generate(PROMPTS, GREEDY)
         with pytest.raises(UserError, match="400: too hot"):
             rollout.generate(PROMPTS, Sampling(2, temperature=1.0))
+
+
+@pytest.mark.parametrize("logprobs", [None, {"token_logprobs": [], "top_logprobs": []}])
+def test_an_answer_without_a_token_is_an_answer(path: Path, logprobs: Any) -> None:
+    empty = {"token_ids": [], "finish_reason": "stop", "logprobs": logprobs}
+
+    def answer(place: str, body: Any) -> tuple[int, Any]:
+        return 200, served(path) if place == "/v1/models" else {"choices": [empty]}
+
+    with server(answer) as url:
+        assert connect(path, url).generate(PROMPTS[:1], WARM) == [Completion([], "stop", [])] * 2
+
+
+def test_an_answer_that_was_given_up_is_not_one_that_was_cut(path: Path) -> None:
+    given_up = {"token_ids": [5], "finish_reason": "abort", "logprobs": {"token_logprobs": [-0.5]}}
+
+    def answer(place: str, body: Any) -> tuple[int, Any]:
+        return 200, served(path) if place == "/v1/models" else {"choices": [given_up]}
+
+    with server(answer) as url, pytest.raises(UserError, match="gave up an answer: abort"):
+        connect(path, url).generate(PROMPTS, GREEDY)
 
 
 def test_requests_go_side_by_side_up_to_a_limit(path: Path) -> None:

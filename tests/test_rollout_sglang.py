@@ -11,7 +11,7 @@ from served import PROMPTS, STOP_IDS, largest_difference, move, server, tokenize
 from transformers import AutoModelForCausalLM
 
 from verl.errors import UserError
-from verl.rollout import Options, Rollout, Sampling, load_rollout
+from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.rollout.sglang import SglangServer
 
 GREEDY = Sampling(8)
@@ -147,6 +147,14 @@ def test_older_releases_describe_themselves_elsewhere(path: Path) -> None:
 
     with server(answer) as url:
         assert connect(path, url).positions == 99
+
+
+def test_an_answer_without_a_token_is_an_answer(path: Path) -> None:
+    stand_in = StandIn(path)
+    meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
+    stand_in.generate = lambda body: (200, {"text": "", "meta_info": meta})  # type: ignore[method-assign]
+    with server(stand_in.answer) as url:
+        assert connect(path, url).generate(PROMPTS[:1], GREEDY) == [Completion([], "stop", [])]
 
 
 def test_what_is_wrong_with_a_server_is_said(path: Path, tmp_path: Path) -> None:

@@ -46,14 +46,15 @@ def token_rewards(answers: Answers, settings: AlgorithmConfig) -> list[np.ndarra
     """The reward on each answer's last token, truncated ones' too, less the divergence on every token."""
     rewards = [np.zeros(length) for length in answers.lengths_A]
     for tokens, reward in zip(rewards, shaped_rewards(answers, settings), strict=True):
-        tokens[-1] = reward
+        tokens[-1:] = reward  # none, where the answer has no token
     deductions = kl_deductions(answers, settings)
     return rewards if deductions is None else [tokens - lost for tokens, lost in zip(rewards, deductions, strict=True)]
 
 
 def answer_rewards(answers: Answers, settings: AlgorithmConfig) -> np.ndarray:
-    """The sum of those by answer, reward_A."""
-    return np.array([tokens.sum() for tokens in token_rewards(answers, settings)])
+    """The reward of each answer less the divergence on all of its tokens, reward_A."""
+    reward_A, deductions = shaped_rewards(answers, settings), kl_deductions(answers, settings)
+    return reward_A if deductions is None else reward_A - np.array([lost.sum() for lost in deductions])
 
 
 def group_advantages(answers: Answers, settings: AlgorithmConfig, *, leave_one_out: bool = False) -> Advantages:

@@ -15,7 +15,7 @@ class Answers:
     Attributes:
         reward_A: float32.
         group_A: number of the prompt, int.
-        lengths_A: trained tokens of each answer, int, at least 1.
+        lengths_A: trained tokens of each answer, int; 0 of an empty answer, which has nothing to learn, but with which others are compared.
         truncated_A: whether the answer was cut off at the limit, bool.
         max_new_tokens: that limit.
         old_logprobs: log-probabilities under the policy before the update.

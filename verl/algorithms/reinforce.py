@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from verl.algorithms._advantage import LEAST_STD, discounted_sums, finished, moments, token_rewards
+from verl.algorithms._advantage import LEAST_STD, discounted_sums, finished, moments, shaped_rewards, token_rewards
 from verl.algorithms._policy import PolicyLoss
 from verl.algorithms._settings import COMMON, filled
 from verl.algorithms.answers import Advantages, Answers
@@ -19,7 +19,8 @@ def advantages(answers: Answers, settings: AlgorithmConfig) -> Advantages:
     """
     settings = filled(settings, DEFAULTS)
     sums = discounted_sums(token_rewards(answers, settings), settings.gamma)
-    baseline, variance = moments(np.array([tokens[0] for tokens in sums]))
+    earned = zip(sums, shaped_rewards(answers, settings), strict=True)
+    baseline, variance = moments(np.array([tokens[0] if len(tokens) else reward for tokens, reward in earned]))
     scale = np.sqrt(variance) + LEAST_STD if settings.norm_by_std else 1.0
     return finished(answers, settings, [(tokens - baseline) / scale for tokens in sums])
 

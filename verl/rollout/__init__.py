@@ -49,7 +49,7 @@ class Completion:
     """One answer.
 
     Attributes:
-        token_ids: the generated tokens, with the stop token that ended them.
+        token_ids: the generated tokens, with the stop token that ended them; a server may also answer with none.
         finish_reason: "stop", or "length" when it was cut at max_new_tokens.
         logprobs: natural logarithm of each token's probability in the uncut distribution at the temperature of the draws (greedy:
             1); None where the engine does not say.

@@ -102,7 +102,7 @@ class SglangServer:
         if reason not in ("stop", "length"):
             raise UserError(f"gave up an answer: {about.get('finish_reason')}", where=self._server.url, fix="its log says more")
         drawn = about.get("output_token_logprobs")
-        if not drawn:
+        if drawn is None:
             raise UserError("answers without token ids", where=self._server.url, fix=f"it has to be SGLang: {self._server.start}")
         return Completion([token for _, token, *_ in drawn], reason, [logprob for logprob, *_ in drawn], self._version)
 

@@ -95,7 +95,7 @@ class VllmRollout:
         token_ids = list(output.token_ids)
         logprobs = None
         if not sampling.is_cut:  # vLLM's are of the distribution after the cut
-            logprobs = [position[token].logprob for position, token in zip(output.logprobs, token_ids, strict=True)]
+            logprobs = [position[token].logprob for position, token in zip(output.logprobs or [], token_ids, strict=True)]
         return Completion(token_ids, "stop" if output.finish_reason == "stop" else "length", logprobs, self._version)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -315,8 +315,10 @@ class VllmServer:
         if token_ids is None:
             fix = f"it has to be vLLM, of a release near 0.32: {self._server.start}"
             raise UserError("answers without token ids", where=self._server.url, fix=fix)
-        logprobs = None if sampling.is_cut else choice["logprobs"]["token_logprobs"]
-        return Completion(token_ids, "stop" if choice["finish_reason"] == "stop" else "length", logprobs, self._version)
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise UserError(f"gave up an answer: {choice['finish_reason']}", where=self._server.url, fix="its log says more")
+        said = choice.get("logprobs") or {"token_logprobs": None if token_ids else []}  # of no token there may be none at all
+        return Completion(token_ids, choice["finish_reason"], None if sampling.is_cut else said["token_logprobs"], self._version)
 
     def _request(self, prompt: list[int], seed: int, sampling: Sampling) -> dict[str, Any]:
         """All that the model's generation_config.json could change is said."""
@@ -338,12 +340,17 @@ class VllmServer:
         }
 
     def _check_temperature(self, prompt: list[int]) -> None:
-        """Whether log-probabilities are those of the temperature: the likeliest token's has to differ between two."""
+        """Whether log-probabilities are those of the temperature: the likeliest token's has to differ between two.
+
+        A server that answers with no token says nothing of it yet.
+        """
         highest = set()
         for temperature in (1.0, 2.0):
             request = {**self._request(prompt, 0, Sampling(1, temperature=temperature)), "logprobs": 1}
-            answer = self._server.post("/v1/completions", request)
-            highest.add(max(answer["choices"][0]["logprobs"]["top_logprobs"][0].values()))
+            choice = self._server.post("/v1/completions", request)["choices"][0]
+            if not choice.get("token_ids"):
+                return
+            highest.add(max(choice["logprobs"]["top_logprobs"][0].values()))
         if len(highest) == 1:
             raise UserError(
                 "gives log-probabilities of temperature 1 whatever the temperature",

@@ -62,7 +62,9 @@ class Sample:
 
     @property
     def trained_logprobs(self) -> np.ndarray | None:
-        """The rollout's log-probabilities of the trained tokens, float32."""
+        """The rollout's log-probabilities of the trained tokens, float32; of no token they are always known."""
+        if self.trained_tokens == 0:
+            return np.zeros(0, dtype=np.float32)
         if self.logprobs is None:
             return None
         return np.array(self.logprobs, dtype=np.float32)[np.array(self.answer_mask, dtype=bool)]
