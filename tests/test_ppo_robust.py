@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from rl import lines_of, metrics_of, train, words, write_folder
 
-from verl.errors import UserError
+from verl.errors import UserError, exit_on_user_error
 from verl.rollout._http import RefusedError
+from verl.trainer import ppo_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,6 +215,24 @@ def test_a_name_that_is_none_is_said_before_a_model_is_loaded(folder: Path, key:
     monkeypatch.setattr(roles, "build", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match=f"named '{name}'"):
         train(folder, "named", **{key: name})
+
+
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+@pytest.mark.parametrize(("key", "known"), [("tool", "calculator"), ("name", "native")])
+def test_a_tool_or_engine_that_is_none_is_said_before_anything_is_loaded(
+    folder: Path, key: str, known: str, dry_run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, object] = {
+        f"rollout__{key}": f"{known}s",
+        "model__partial_pretrain": folder / "nowhere",
+        "trainer__dry_run": dry_run,
+    }
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(ppo_trainer.main, words(folder, "misspelt", **changes))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"named '{known}s'" in said and f"did you mean '{known}'?" in said and "or path/to/file.py" in said
+    assert not (folder / "misspelt").exists()
 
 
 def test_an_error_reaches_other_processes_as_it_is() -> None:

@@ -33,7 +33,7 @@ from verl.trainer.ppo_meter import step_metrics, time_metrics
 from verl.trainer.profile import profiled
 from verl.trainer.remote_rollout import Bridge, serve
 from verl.trainer.resume import find_checkpoint, start_position
-from verl.trainer.roles import Roles, build_roles, describe_plan, rollout_options, token_budget
+from verl.trainer.roles import Roles, build_roles, check_plugins, describe_plan, rollout_options, token_budget
 from verl.trainer.step_files import write_samples
 from verl.trainer.updates import Updates
 
@@ -48,6 +48,7 @@ def run(config: PPOConfig) -> Path | None:
     """
     device = dist.start()
     method = load_method(config)
+    check_plugins(config)
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
@@ -87,6 +88,7 @@ def dry_run(config: PPOConfig) -> None:
     """
     dist.start()
     quiet_libraries()
+    check_plugins(config)
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
     prompts = load_prompts(config.data, config.data.train_files, read_tokenizer(config), max_samples=config.data.train_max_samples)
     if dist.is_main():

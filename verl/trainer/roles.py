@@ -91,7 +91,6 @@ def build_roles(
         UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
     """
     check_checkpoint(config)
-    plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))  # here for its errors, before a model is loaded
     scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
@@ -162,6 +161,13 @@ def rollout_options(config: PPOConfig) -> Options:
 def token_budget(config: PPOConfig) -> int:
     """Tokens of a micro-batch, at most."""
     return config.data.max_tokens_per_micro_batch or max(16384, longest_sample(config))
+
+
+def check_plugins(config: PPOConfig) -> None:
+    """Raises UserError if there is no such engine or tool. Whoever uses them loads them anew; here nothing else is loaded yet."""
+    plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
+    if config.rollout.tool is not None:
+        plugin.load("verl.tools", config.rollout.tool, needs=("reply",))
 
 
 def check_checkpoint(config: PPOConfig) -> None:
