@@ -137,7 +137,7 @@ def read_prompts(directory: Path, data: Path, number: int) -> list[list[int]]:
 
 def native(model: PreTrainedModel, prompts: list[list[int]], options: Any, *, compiles: bool = True) -> Run:
     rollout = NativeRollout(model, [NEVER], Options(compile=compiles and model.device.type == "cuda", max_sequences=len(prompts)))
-    sampling = Sampling(options.new_tokens, options.temperature)
+    sampling = Sampling(options.new_tokens, options.temperature, logprobs=False)  # nor does generate say them
     return lambda: sum(len(completion.token_ids) for completion in rollout.generate(prompts, sampling))
 
 

@@ -116,6 +116,16 @@ def test_answers_are_those_of_transformers_token_by_token(family: str) -> None:
         torch.testing.assert_close(flat_logprobs(found), flat_logprobs(expected), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("engine", [NativeRollout, HfRollout])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_answers_that_need_not_say_their_logprobs_are_the_same(engine: type, sampling: Sampling) -> None:
+    rollout, prompts = engine(qwen2(), [0]), random_prompts()
+    silent = rollout.generate(prompts, replace(sampling, logprobs=False))
+    assert tokens(silent) == tokens(rollout.generate(prompts, sampling))
+    if sampling == GREEDY:
+        assert {answer.logprobs for answer in silent} == {None}
+
+
 def test_what_is_drawn_depends_on_the_seeds_alone() -> None:
     prompts, model = random_prompts(), qwen2()
     seeds = [7 * i for i in range(len(prompts))]

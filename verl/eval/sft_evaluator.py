@@ -49,7 +49,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     prompts = [render(renderer, question, config.system_prompt) for question in questions]
     rollout = load_rollout(config.rollout.name, config.model_path, tokenizer, stop_ids, rollout_options(config))
     max_new_tokens = longest_answer(config, rollout, questions, prompts, console)
-    sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p)
+    sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p, logprobs=False)
 
     def grade(number: int, completion: Completion) -> Prediction:
         return grader.grade(questions[number // config.n], decode(tokenizer, completion), completion)

@@ -29,6 +29,7 @@ class Sampling:
         seed: of the draws; the same call on the same machine draws the same answers.
         top_k: draw among so many most likely tokens; 0: all. For evaluation: what is trained on must be drawn uncut.
         top_p: draw among the most likely tokens that have this share of the probability; 1: all.
+        logprobs: whether the answers have to say them; where they need not, an engine may be faster.
     """
 
     max_new_tokens: int
@@ -37,6 +38,7 @@ class Sampling:
     seed: int = 1
     top_k: int = 0
     top_p: float = 1.0
+    logprobs: bool = True
 
     @property
     def is_cut(self) -> bool:
@@ -52,7 +54,7 @@ class Completion:
         token_ids: the generated tokens, with the stop token that ended them; a server may also answer with none.
         finish_reason: "stop", or "length" when it was cut at max_new_tokens.
         logprobs: natural logarithm of each token's probability in the uncut distribution at the temperature of the draws (greedy:
-            1); None where the engine does not say.
+            1); None where nobody asked, or the engine does not say.
         version: of the weights that drew it.
     """
 

@@ -26,18 +26,20 @@ def uniforms(sampling: Sampling, prompt_seed: int, answer: int) -> np.ndarray:
     return np.random.Generator(philox).random(sampling.max_new_tokens, dtype=np.float32)
 
 
-def draw(logits: Iterable[Tensor], sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def draw(logits: Iterable[Tensor], sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor | None]:
     """One token for each sequence.
 
     Args:
-        logits: blocks of logits_BC in float32, BLOCK tokens each but for the last; they are overwritten.
+        logits: blocks of logits_BC in float32, BLOCK tokens each but for the last; they are overwritten. At temperature 0 each is
+            done with before the next is asked for.
         sampling: temperature and what the draws are cut to; temperature 0 takes the first of the likeliest tokens.
         uniform_B: a number in [0, 1) for each sequence; not read at temperature 0.
     Returns:
-        token_B, and logprob_B of the distribution before it is cut, at the temperature of the draws (greedy: 1).
+        token_B, and logprob_B of the distribution before it is cut, at the temperature of the draws (greedy: 1); None where greedy
+        answers need not say them.
     """
     if sampling.temperature == 0:
-        return _likeliest(logits)
+        return _likeliest(logits, with_logprobs=sampling.logprobs)
     blocks = [logits_BC.div_(sampling.temperature) for logits_BC in logits]
     highest_BK, sum_BK = _statistics(blocks)
     normalizer_B = (highest_BK + sum_BK.log()).logsumexp(1).float()
@@ -50,19 +52,20 @@ def draw(logits: Iterable[Tensor], sampling: Sampling, uniform_B: Tensor) -> tup
     return token_B, chosen_B1.gather(1, token_B[:, None] // BLOCK).squeeze(1) - normalizer_B
 
 
-def _likeliest(logits: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """One pass over each block, none of which is kept."""
+def _likeliest(logits: Iterable[Tensor], *, with_logprobs: bool) -> tuple[Tensor, Tensor | None]:
     highest, arg_highest, sums = [], [], []
     for logits_BC in logits:
         highest_B, arg_highest_B = logits_BC.max(-1)
         highest.append(highest_B)
         arg_highest.append(arg_highest_B)
-        sums.append(logits_BC.sub_(highest_B[:, None]).exp_().sum(-1))
+        if with_logprobs:
+            sums.append(logits_BC.sub_(highest_B[:, None]).exp_().sum(-1))
     highest_BK = torch.stack(highest, 1)
     value_B, block_B = highest_BK.max(1)
-    normalizer_B = (highest_BK + torch.stack(sums, 1).log()).logsumexp(1)
     token_B = torch.stack(arg_highest, 1).gather(1, block_B[:, None]).squeeze(1) + block_B * BLOCK
-    return token_B, value_B - normalizer_B
+    if not with_logprobs:
+        return token_B, None
+    return token_B, value_B - (highest_BK + torch.stack(sums, 1).log()).logsumexp(1)
 
 
 def _statistics(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -74,13 +74,14 @@ class State:
             tensor = getattr(self, name)
             tensor[target_R] = tensor[source_R]
 
-    def advance(self, token_B: Tensor, logprob_B: Tensor) -> None:
+    def advance(self, token_B: Tensor, logprob_B: Tensor | None) -> None:
         """Write down a token for each of the first B slots; those that have ended stay as they are."""
         rows = len(token_B)
         running_R = self.active_S[:rows].nonzero().squeeze(1)
         count_R, token_R = self.generated_S[running_R], token_B[running_R]
         self.answer_SG[running_R, count_R.long()] = token_R.int()
-        self.logprob_SG[running_R, count_R.long()] = logprob_B[running_R]
+        if logprob_B is not None:
+            self.logprob_SG[running_R, count_R.long()] = logprob_B[running_R]
         self.generated_S[running_R] = count_R + 1
         going_R = ~torch.isin(token_R, self.stop_Z) & (count_R + 1 < self.limit_S[running_R])
         self.active_S[running_R] = going_R.int()

@@ -106,14 +106,16 @@ class HfRollout:
                 )
         finally:
             self.model.generation_config = own_config
-        logprobs = torch.stack(drawn.logprobs, 1).tolist()
-        return [self._cut(*answer) for answer in zip(output[:, input_ids_BP.shape[1] :].tolist(), logprobs, strict=True)]
+        answers = output[:, input_ids_BP.shape[1] :].tolist()
+        logprobs = torch.stack(drawn.logprobs, 1).tolist() if drawn.logprobs else [None] * len(answers)
+        return [self._cut(*answer) for answer in zip(answers, logprobs, strict=True)]
 
-    def _cut(self, generated_G: list[int], logprob_G: list[float]) -> Completion:
+    def _cut(self, generated_G: list[int], logprob_G: list[float] | None) -> Completion:
         """What stands before the filler that follows the first stop token."""
         end = next((i for i, token in enumerate(generated_G) if token in self.stop_ids), None)
         length = len(generated_G) if end is None else end + 1
-        return Completion(generated_G[:length], "length" if end is None else "stop", logprob_G[:length], self.version)
+        said = None if logprob_G is None else logprob_G[:length]
+        return Completion(generated_G[:length], "length" if end is None else "stop", said, self.version)
 
 
 class _Drawn(LogitsProcessor):
@@ -126,7 +128,8 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         number = input_ids.shape[1] - self._prompt_length
         token_B, logprob_B = draw(scores.float().clone().split(BLOCK, 1), self._sampling, self._uniform_BG[:, number])
-        self.logprobs.append(logprob_B)
+        if logprob_B is not None:
+            self.logprobs.append(logprob_B)
         return torch.full_like(scores, float("-inf")).scatter_(1, token_B[:, None], 0.0)
 
 

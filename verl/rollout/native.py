@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,6 +93,7 @@ class NativeRollout:
         self._place: Packed | Newest | None = None
         self._shapes = self._probe()
         self._temperature = torch.zeros(1, device=self._device)
+        self._says_logprobs = True
 
     # --- what a caller sees
 
@@ -175,6 +175,7 @@ class NativeRollout:
         self._state.active_S.zero_()
         self._state.position_S.zero_()
         self._temperature.fill_(sampling.temperature)
+        self._says_logprobs = sampling.logprobs
         seed_of = range(len(prompts)) if seeds is None else seeds
         nothing = np.zeros(0, dtype=np.float32)
         return deque(
@@ -349,7 +350,7 @@ class NativeRollout:
         with self._borrowed(self._decode_layer):
             hidden_BH = self._hidden(rows, int(state.position_S[:rows].max()) + 1)
             uniform_B = state.uniform_SG[:rows].gather(1, state.generated_S[:rows, None].long().clamp(max=state.uniform_SG.shape[1] - 1))
-            state.advance(*draw(self._logit_blocks(hidden_BH), sampling, uniform_B.squeeze(1)))
+            state.advance(*draw(self._logit_blocks(hidden_BH, kept=sampling.temperature > 0), sampling, uniform_B.squeeze(1)))
 
     def _hidden(self, rows: int, longest: int | None) -> Tensor:
         """hidden_BH behind the newest token of each slot."""
@@ -357,12 +358,18 @@ class NativeRollout:
         hidden_B1H = self._forward(self._state.token_S[:rows, None], self._state.position_S[:rows, None])
         return hidden_B1H[:, 0]
 
-    def _logit_blocks(self, hidden_BH: Tensor) -> Iterator[Tensor]:
+    def _logit_blocks(self, hidden_BH: Tensor, *, kept: bool) -> Iterator[Tensor]:
+        """Blocks of logits_BC; unless they are kept, each lies where the last one was, in the processor's cache."""
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
+            hidden_HB = hidden_BH.T.contiguous()
+            space_CB = hidden_BH.new_empty(self._vocabulary if kept else BLOCK, len(hidden_BH))
             for start in range(0, self._vocabulary, BLOCK):
                 rows = slice(start, start + BLOCK)
-                yield self._rule(F.linear(hidden_BH, head.weight[rows], None if head.bias is None else head.bias[rows]))
+                weight_CH, first = head.weight[rows], start if kept else 0
+                # This way round, with the vocabulary outside, a CPU is a third faster.
+                logits_CB = torch.mm(weight_CH, hidden_HB, out=space_CB[first : first + len(weight_CH)])
+                yield self._rule((logits_CB if head.bias is None else logits_CB.add_(head.bias[rows, None])).T)
         else:
             yield from self._rule(head(hidden_BH)).clone().split(BLOCK, 1)
 
@@ -377,7 +384,8 @@ class NativeRollout:
             request, self._running[slot] = self._running[slot], None
             assert request is not None
             stopped = token_ids[count - 1] in self.stop_ids
-            done.append((request.number, Completion(token_ids[:count], "stop" if stopped else "length", each[:count], self.version)))
+            said = each[:count] if self._says_logprobs else None
+            done.append((request.number, Completion(token_ids[:count], "stop" if stopped else "length", said, self.version)))
         return done
 
     def _close_ranks(self, queue: deque[Request]) -> None:

@@ -87,7 +87,7 @@ class Answerer:
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """One answer to each, of the most likely tokens."""
-        return self._answered(list(enumerate(prompts)), Sampling(self._config.max_new_tokens))
+        return self._answered(list(enumerate(prompts)), Sampling(self._config.max_new_tokens, logprobs=False))
 
     def score(self, samples: Sequence[Sample]) -> Scored:
         """Give the answers their rewards. Ranks may have different numbers of them.
