@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-PHASES = ("generate", "score", "logprobs", "values", "update_critic", "update_actor", "update_rollout", "validate")
+PHASES = ("generate", "score", "logprobs", "values", "update_critic", "update_actor", "update_rollout", "validate", "save")
 
 
 class Clock:
@@ -29,8 +29,8 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - since
 
     def total(self) -> float:
-        """Seconds since the step began, without validating."""
-        return self._now() - self._since - self.seconds.get("validate", 0.0)
+        """Seconds since the step began, without validating and saving."""
+        return self._now() - self._since - self.seconds.get("validate", 0.0) - self.seconds.get("save", 0.0)
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -76,7 +76,7 @@ def _joined(name: str, values: list[float]) -> float:
 
 
 def time_metrics(clock: Clock, collected: Collected, start: Position, device: torch.device) -> tuple[dict[str, float], Position]:
-    """Tokens and seconds of a step, and how far the run is with it. Every rank calls it."""
+    """Tokens of a step and how fast they were, and how far the run is with it. Every rank calls it, before validating and saving."""
     tokens = sum(len(s.prompt_ids) + len(s.answer_ids) for s in collected.samples)
     trained, generated = (sum(s.trained_tokens for s in samples) for samples in (collected.samples, collected.answered))
     whole, learned, drawn = dist.total([float(tokens), float(trained), float(generated)])
@@ -91,7 +91,11 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
     }
     if clock.seconds.get("generate"):
         metrics["perf/generated_tokens_per_second"] = drawn / clock.seconds["generate"]
-    metrics |= {f"perf/seconds_{name}": clock.seconds[name] for name in PHASES if name in clock.seconds}
     if device.type == "cuda":
         metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics, done
+
+
+def phase_seconds(clock: Clock) -> dict[str, float]:
+    """Of each phase that the step had."""
+    return {f"perf/seconds_{name}": clock.seconds[name] for name in PHASES if name in clock.seconds}

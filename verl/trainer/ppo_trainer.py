@@ -29,7 +29,7 @@ from verl.trainer.fsdp_sft_trainer import check_same_rows, due
 from verl.trainer.mapping import Layout, choose_layout
 from verl.trainer.method import Method, load_method
 from verl.trainer.plan import TILE
-from verl.trainer.ppo_meter import step_metrics, time_metrics
+from verl.trainer.ppo_meter import phase_seconds, step_metrics, time_metrics
 from verl.trainer.profile import profiled
 from verl.trainer.remote_rollout import Bridge, serve
 from verl.trainer.resume import find_checkpoint, start_position
@@ -142,14 +142,17 @@ def train_loop(
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, this.directory, done)
-            of_time["perf/seconds_validate"] = clock.seconds["validate"]
-        this.log(done, {"epoch": epoch, "train/lr": actor.learning_rate(step * updates.per_step), **metrics, **of_time})
         tell(collected, done, this)
+        written = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
-            saved = checkpoint.save(this.directory, actor, here, roles.actor.export, critic)
+            with clock.phase("save"):
+                written = saved = checkpoint.save(this.directory, actor, here, roles.actor.export, critic)
+        lr = actor.learning_rate(step * updates.per_step)
+        this.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
+        if written is not None:
             checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
-            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
-            this.say(f"saved {saved}")
+            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": written.name, "metrics": metrics})
+            this.say(f"saved {written}")
         if stop:
             this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
     return saved
