@@ -101,29 +101,37 @@ class Engine:
             self.largest_gradient_norm = config.clip_grad
         self.scorer.train(config is not None)
 
-    def train_step(self, micro_batches: Sequence[Batch], algorithm: Algorithm, step: int) -> dict[str, Tensor]:
+    def train_step(
+        self, micro_batches: Sequence[Batch], algorithm: Algorithm, step: int, *, left_out: Sequence[Batch] = ()
+    ) -> dict[str, Tensor]:
         """One optimizer step. If the loss or the gradient is not finite, no rank takes it: weights and moments stay as they are.
 
         Args:
             micro_batches: this rank's, in host memory, at least one; as many on every rank.
             step: number of the step, counted from 0; it sets the learning rate.
+            left_out: see `backward`.
         Returns:
             `loss`, the means of its metrics over all ranks, `grad_norm`, and `skipped` (1 where the step was not taken, else 0), as
             scalars on the device.
         """
-        metrics = self.backward(micro_batches, algorithm)
+        metrics = self.backward(micro_batches, algorithm, left_out)
         set_learning_rate(self.optimizer, self.learning_rate(step))
         norm, finite = update(self.optimizer, self.weights, self.largest_gradient_norm, metrics["loss"])
         metrics |= {"grad_norm": norm, "skipped": 1.0 - finite.float()}
         return {name: value.to(self.device) for name, value in metrics.items()}  # what is offloaded has its norm in host memory
 
-    def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
+    def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm, left_out: Sequence[Batch] = ()) -> dict[str, Tensor]:
         """Add up the gradients of the micro-batches, and return the loss and the means of its metrics.
 
         The loss is divided once, by its count (the trained tokens, or what the algorithm counts) over all ranks and
         micro-batches, so that the gradient does not depend on how the rows were cut up.
+
+        Args:
+            left_out: this rank's further micro-batches, whose loss and gradient are known to be zero: the model need not see them. They
+                are counted in what the loss is divided by, and not among the tokens of its metrics.
         """
-        totals = self._totals([_counts(batch, algorithm) for batch in micro_batches])
+        uncounted = [(0.0, _counts(batch, algorithm)[1]) for batch in left_out]
+        totals = self._totals([_counts(batch, algorithm) for batch in micro_batches] + uncounted)
         scale = processes.world_size() / totals[1]  # the mean of the ranks' gradients is taken; their sum is wanted
         results: list[LossOut] = []
         for number, batch in enumerate(micro_batches):

@@ -10,11 +10,10 @@ import numpy as np
 
 from verl.algorithms.answers import Advantages, Answers
 from verl.config import AlgorithmConfig
-from verl.data.batch import Batch
 from verl.engine.build import Base
 from verl.engine.engine import Engine
 from verl.errors import UserError
-from verl.trainer.answering import Collected
+from verl.trainer.answering import Collected, groups_with_spread
 from verl.trainer.method import Method
 from verl.trainer.rollout_batch import Packed, Sample, pack_samples
 
@@ -78,7 +77,7 @@ class Experience:
         learned: Advantages = method.module.advantages(answers, settings)
         return learned
 
-    def batches(self) -> list[list[Batch]]:
+    def packed(self) -> list[Packed]:
         """The micro-batches of each update, with all that a loss may ask for."""
         assert self.learned is not None
         fields = {
@@ -89,18 +88,21 @@ class Experience:
             "rollout_logprob_M": self.rollout_logprobs,
             "value_M": self.values,
         }
-        return [packed.with_fields(**fields).batches for packed in self.updates]
+        return [packed.with_fields(**fields) for packed in self.updates]
 
 
-def in_micro_batches(collected: Collected, updates: int, token_budget: int, *, fill: int) -> Experience:
+def in_micro_batches(collected: Collected, updates: int, token_budget: int, *, fill: int, apart: bool) -> Experience:
     """Answers cut into the step's updates, as many prompts in each, whatever rank answered them. Every rank calls it.
 
     Args:
         token_budget: of a micro-batch, at most.
         fill: micro-batches are filled up to a multiple of so many tokens, which GPUs multiply faster.
+        apart: answers of groups without spread, which may have no advantage, share no micro-batch with others.
     """
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
     samples = collected.samples
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]
-    packed = [pack_samples(samples, numbers, token_budget, multiple_of_tokens=fill) for numbers in chosen]
+    spread = set(groups_with_spread(samples)) if apart else place.keys()
+    alone = {i for i, s in enumerate(samples) if s.group not in spread}
+    packed = [pack_samples(samples, numbers, token_budget, multiple_of_tokens=fill, apart=alone) for numbers in chosen]
     return Experience(samples, packed)

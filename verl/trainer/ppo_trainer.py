@@ -121,7 +121,8 @@ def train_loop(
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, method.settings, clock)
-        experience = in_micro_batches(collected, config.algorithm.updates_per_step, token_budget(config), fill=fill_of(actor.device))
+        fill, apart = fill_of(actor.device), updates.leaves_out
+        experience = in_micro_batches(collected, updates.per_step, token_budget(config), fill=fill, apart=apart)
         with clock.phase("logprobs"):
             experience.old_logprobs = experience.logprobs_before(actor, method.settings) if method.needs_old_logprobs else None
             experience.ref_logprobs = experience.scored(reference, "logprob_M") if reference is not None else None

@@ -3,7 +3,7 @@
 Dimensions: A answers, M trained positions of a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from verl import dist
-from verl.data.batch import Batch
+from verl.data.batch import VALUES, Batch
 from verl.data.pack import collate, pack
 from verl.data.prompts import Prompt
 
@@ -77,11 +77,13 @@ class Packed:
     Attributes:
         samples: all answers of the step on this rank.
         members: for each micro-batch the numbers of its answers in `samples`, in the order of its documents.
+        multiple_of_tokens: what each micro-batch is filled up to.
     """
 
     samples: list[Sample]
     members: list[list[int]]
     batches: list[Batch]
+    multiple_of_tokens: int = 1
 
     def per_answer(self, values: Sequence[Tensor]) -> dict[int, np.ndarray]:
         """Values of the trained positions of each micro-batch, cut into those of each answer, by its number."""
@@ -99,24 +101,54 @@ class Packed:
         for numbers, batch in zip(self.members, self.batches, strict=True):
             values: dict[str, Any] = {name: _joined([arrays[number] for number in numbers]) for name, arrays in given.items()}
             batches.append(replace(batch, **values))
-        return Packed(self.samples, self.members, batches)
+        return replace(self, batches=batches)
+
+    def by_advantage(self) -> tuple[list[Batch], list[Batch]]:
+        """Micro-batches in which a token has an advantage, as many on every rank, and those in which none has.
+
+        Where no rank has an advantage, all and none. Every rank calls it.
+        """
+        has_some = [bool(batch.advantage_M.any()) for batch in self.batches if batch.advantage_M is not None]
+        some = [batch for batch, has in zip(self.batches, has_some, strict=True) if has]
+        none = [batch for batch, has in zip(self.batches, has_some, strict=True) if not has]
+        most = dist.most(len(some))
+        if most == 0:
+            return self.batches, []
+        return some + [_filler(self.batches[0], self.multiple_of_tokens)] * (most - len(some)), none
+
+
+def _filler(like: Batch, tokens: int) -> Batch:
+    """A micro-batch without answers, with the fields of another."""
+    fields: dict[str, Any] = {name: value[:0] for name in VALUES if (value := getattr(like, name)) is not None}
+    return replace(collate([], [], multiple_of_tokens=tokens), **fields)
 
 
 def _joined(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *arrays]).astype(np.float32))
 
 
-def pack_samples(samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1) -> Packed:
+def pack_samples(
+    samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1, apart: Container[int] = ()
+) -> Packed:
     """Micro-batches of whole answers with their prompts; as many on every rank, filler where one has fewer. Every rank calls it.
 
     Args:
         samples: all answers of the step on this rank.
         chosen: numbers of those that are packed.
         token_budget: most tokens of a micro-batch.
+        apart: numbers of those that share no micro-batch with the others.
     """
+    kinds = ([number for number in chosen if number not in apart], [number for number in chosen if number in apart])
+    members = [numbers for kind in kinds for numbers in _members(samples, kind, token_budget)] or [[]]
+    batches = [collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members]
+    return Packed(samples, members, batches, multiple_of_tokens)
+
+
+def _members(samples: list[Sample], chosen: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Which of the chosen answers share a micro-batch. As many lists on every rank, none where no rank has any answer."""
+    if dist.most(len(chosen)) == 0:
+        return []
     lengths = [len(samples[number].prompt_ids) + len(samples[number].answer_ids) for number in chosen]
     groups = pack(lengths, token_budget=token_budget, multiple_of=1)
     most = dist.most(len(groups))
-    members = [[chosen[i] for i in group] for group in groups] + [[] for _ in range(most - len(groups))]
-    batches = [collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members]
-    return Packed(samples, members, batches)
+    return [[chosen[i] for i in group] for group in groups] + [[] for _ in range(most - len(groups))]

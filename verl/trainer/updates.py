@@ -32,6 +32,7 @@ class Updates:
     Attributes:
         per_step: how many.
         settings: of the method; where `kl_target` is set, with the weight of the divergence as it is now.
+        leaves_out: whether the model need not see answers without an advantage once more to learn from the others.
     """
 
     def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
@@ -40,6 +41,8 @@ class Updates:
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
         self.settings: AlgorithmConfig = method.settings
+        loss = self._module.Loss(self.settings, self._max_new_tokens)
+        self.leaves_out = getattr(self._module, "needs_groups", False) and getattr(loss, "by_advantage_alone", False)
         self._kl: AdaptiveKL | None = None
         if self.settings.kl_target is not None:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
@@ -78,10 +81,11 @@ class Updates:
 
     def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
         outs = []
-        for number, batches in enumerate(experience.batches()):
+        for number, packed in enumerate(experience.packed()):
+            batches, left_out = packed.by_advantage() if self.leaves_out else (packed.batches, [])
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
                 continue  # of a step in which no group had spread
-            out = engine.train_step(batches, loss, step * self.per_step + number)
+            out = engine.train_step(batches, loss, step * self.per_step + number, left_out=left_out)
             self._look_at(out, batches, f"step {step + 1}", number, role)
             outs.append(out)
         return outs
