@@ -18,7 +18,7 @@ from verl.algorithms import sft
 from verl.config import DataConfig, ModelConfig, OptimConfig, SFTConfig
 from verl.data.loader import Loader
 from verl.demo.problems import write_problems
-from verl.engine import memory
+from verl.engine import captured, memory
 from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer
@@ -61,6 +61,14 @@ MEASURED: dict[str, tuple[Qwen2Config, dict[str, Any], Work, float]] = {
     "0.5B, selective": (SMALL, {}, replace(STEP, checkpointing="selective"), 33.4),
     "0.5B, checkpointed": (SMALL, {}, replace(STEP, checkpointing="full"), 13.9),
     "0.5B, 16 rows": (SMALL, {}, Work(4352, 2706), 11.5),
+    "0.5B, 16 rows, recorded": (SMALL, {}, Work(5120, 3200, captured=True), 13.2),
+    "0.5B, 16 rows, recorded and checkpointed": (SMALL, {}, Work(4096, 2560, checkpointing="full", captured=True), 8.7),
+    "0.5B, LoRA, 16 rows, recorded and checkpointed": (
+        SMALL,
+        {"lora_rank": 64},
+        Work(4096, 2560, checkpointing="full", captured=True),
+        2.5,
+    ),
     "0.5B, two documents of 32,768 tokens": (SMALL, {}, Work(32768, 32768, micro_batches=2), 40.2),
     "1.5B": (MIDDLE, {}, Work(33792, 19864), 87.1),
     "7B, 77 rows": (LARGE, {}, Work(17664, 10426, param_bytes=2, eight_bit=True), 104.9),
@@ -154,6 +162,17 @@ def bytes_a_token(tensors: list[Tensor]) -> float:
     """Of those with a dimension of tokens, storages that several share counted once."""
     shapes = [[size if isinstance(size, int) else size.node.hint for size in x.shape] for x in tensors]
     return sum(x.element_size() * torch.Size(shape).numel() / TOKENS for x, shape in zip(tensors, shapes, strict=True) if TOKENS in shape)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 8}])
+def test_the_plan_and_the_engine_agree_on_what_is_recorded(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured, "LARGEST_WORK", 1e8)
+    model, sizes = build(WIDE, **settings)
+    largest = captured.CapturedBackward(TokenScorer(model), torch.device("cpu"))._largest_tokens
+    assert 0 < largest < captured.LARGEST_TOKENS
+    assert plan.is_captured(sizes, Work(largest, 10)) and not plan.is_captured(sizes, Work(largest + 1, 10))
+    for change in ({"compiled": False}, {"gpus": 2}, {"offload": True}, {"micro_batches": 2}, {"compute_bytes": 4}):
+        assert not plan.is_captured(sizes, replace(Work(largest, 10), **change))
 
 
 @pytest.mark.usefixtures("opaque_attention")

@@ -44,15 +44,27 @@ class Size:
     @classmethod
     def of(cls, batch: Batch) -> "Size":
         """The smallest that holds the batch and one more document, of what is filled in."""
-        tokens = _up(len(batch.input_ids_T), TOKENS)
-        documents, trained = _up(len(batch.cu_seqlens), DOCUMENTS), _up(len(batch.trained_M), tokens // SHARE_TRAINED)
-        return cls(tokens, documents, trained, 1 << (max(batch.max_seqlen, TOKENS) - 1).bit_length())
+        tokens, trained = filled_up(len(batch.input_ids_T), len(batch.trained_M))
+        return cls(tokens, _up(len(batch.cu_seqlens), DOCUMENTS), trained, 1 << (max(batch.max_seqlen, TOKENS) - 1).bit_length())
+
+
+def filled_up(tokens: int, trained: int) -> tuple[int, int]:
+    """Tokens and trained positions of a recording that holds so many."""
+    tokens = _up(tokens, TOKENS)
+    return tokens, _up(trained, tokens // SHARE_TRAINED)
+
+
+def largest_tokens(*, layers: int, parameters: int, gradient_bytes: float) -> int:
+    """The largest micro-batch that is recorded, of a model of so many parameters; 0 if none is."""
+    return min(LARGEST_TOKENS, int(LARGEST_WORK * layers / parameters)) if gradient_bytes <= LARGEST_GRADIENTS else 0
 
 
 def _largest_tokens(scorer: Scorer) -> int:
-    gradients = sum(p.numel() * p.element_size() for p in scorer.parameters() if p.requires_grad)
-    layers, parameters = len(decoder_layers(scorer.model)), sum(p.numel() for p in scorer.parameters())
-    return min(LARGEST_TOKENS, int(LARGEST_WORK * layers / parameters)) if gradients <= LARGEST_GRADIENTS else 0
+    return largest_tokens(
+        layers=len(decoder_layers(scorer.model)),
+        parameters=sum(p.numel() for p in scorer.parameters()),
+        gradient_bytes=sum(p.numel() * p.element_size() for p in scorer.parameters() if p.requires_grad),
+    )
 
 
 def _up(number: int, multiple: int) -> int:

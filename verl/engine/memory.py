@@ -96,6 +96,7 @@ class Work:
         shards: GPUs that share one copy of the weights.
         resharded: a layer's whole weights are given away between the passes.
         offload: weights, gradients and optimizer state are in host memory.
+        captured: small micro-batches are CUDA graphs, which keep the gradients from step to step.
     """
 
     tokens: int
@@ -111,6 +112,7 @@ class Work:
     shards: int = 1
     resharded: bool = True
     offload: bool = False
+    captured: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -218,7 +220,10 @@ def gradients_before(model: Decoder, work: Work) -> float:
     """Of the step's earlier micro-batches, while the last one's forward pass runs.
 
     Those of the first are left as they are; added up, they have the dtype of the weights, and float32 before FSDP2 reduces them.
+    CUDA graphs add to the same tensors in every step.
     """
+    if work.captured:
+        return one_pass(model, work)
     if work.micro_batches == 1:
         return 0.0
     if work.sharded:
@@ -239,6 +244,8 @@ def gradient_of_layer(model: Decoder, work: Work) -> float:
 def gradients_after(model: Decoder, work: Work) -> float:
     """Of everything, and of the embedding once more, where input and output each have one for the same weights."""
     twice = work.compute_bytes * model.table if model.tied and model.head_trained else 0.0
+    if work.captured:
+        return one_pass(model, work) + head_gradient(model, work) + twice
     if not work.sharded:
         return gradients_before(model, work) * (work.strategy != "ddp" or work.gpus == 1) + one_pass(model, work) + twice
     shards = 0.0 if work.offload else FLOAT32 * model.trained / work.shards
@@ -299,8 +306,8 @@ def kept_widths(model: Decoder, work: Work) -> int:
 
 
 def passing_widths(model: Decoder, work: Work) -> int:
-    """[T, F] more in its backward pass: the gradients of the product, of gate and of up; the first takes a kept product's place."""
-    return 5 - kept_widths(model, work) if work.compiled else 3
+    """[T, F] more in its backward pass: the gradients of the product, of gate and of up; a kept product is given away before two of them."""
+    return (5 if work.compiled else 6) - kept_widths(model, work)
 
 
 def kept_once(model: Decoder, work: Work) -> float:

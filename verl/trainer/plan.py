@@ -17,9 +17,10 @@ from verl.data.loader import Documents, Packing, row_order
 from verl.data.pack import pack, pad_groups
 from verl.engine import memory
 from verl.engine.build import BYTES_FROZEN, BYTES_TRAINED, SMALL_SHARE
+from verl.engine.captured import filled_up, largest_tokens
 from verl.engine.compile import WORTH_SECONDS
 from verl.engine.flops import PEAKS, training_flops
-from verl.engine.memory import GIB, Decoder, Moment, Work
+from verl.engine.memory import FLOAT32, GIB, Decoder, Moment, Work
 from verl.errors import UserError
 from verl.models.attention import heads_of
 from verl.models.load import cannot_load, resolve
@@ -120,6 +121,9 @@ def make_plan(config: SFTConfig, documents: Documents, *, gpus: int, gpu_gib: fl
         resharded=config.model.fsdp_config.reshard_after_forward,
         offload=config.model.fsdp_config.cpu_offload,
     )
+    if config.model.cuda_graphs == "auto" and config.model.attn_implementation != "sdpa" and is_captured(model.sizes, work):
+        tokens, trained_tokens = filled_up(work.tokens, work.trained_tokens)
+        work = replace(work, tokens=tokens, trained_tokens=trained_tokens, captured=True)
     return Plan(model.name, model.sizes, work, steps, steps_per_epoch, rows_per_step, tokens_per_step, gpu_gib)
 
 
@@ -251,6 +255,15 @@ def numel(parameters: Any) -> int:
 def is_compiled(setting: Any, flops: float) -> bool:
     """As `verl.engine.compile` decides on a GPU, of a fast kind that is common; `flops` are those of the run on one GPU."""
     return flops / ASSUMED_PEAK >= WORTH_SECONDS if setting == "auto" else bool(setting)
+
+
+def is_captured(sizes: Decoder, work: Work) -> bool:
+    """Whether micro-batches become CUDA graphs, as `verl.engine.captured` decides."""
+    largest = largest_tokens(
+        layers=sizes.layers, parameters=sizes.trained + sizes.frozen, gradient_bytes=float(work.compute_bytes * sizes.trained)
+    )
+    halves = work.compute_bytes < FLOAT32  # FlashAttention takes nothing else
+    return halves and work.compiled and work.gpus == 1 and not work.offload and work.micro_batches == 1 and work.tokens <= largest
 
 
 def choose_strategy(settings: ModelConfig, sizes: Decoder, gpu_gib: float) -> Literal["ddp", "fsdp2"]:
