@@ -117,14 +117,30 @@ def test_short_documents_in_large_batches_get_the_kernels_for_them(
 ) -> None:
     monkeypatch.setitem(sys.modules, "verl.models.short_attention_triton", ModuleType("short"))
     monkeypatch.setattr(flash, "_trial", lambda *_: None)
-    choose_attention("auto", GPU, torch.bfloat16, HEADS, documents)
+    choose_attention("auto", GPU, torch.bfloat16, HEADS, documents=documents)
     assert attention._choice.kernel == taken
 
 
 def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: None, flash4: ModuleType) -> None:
-    choose_attention("auto", GPU, torch.bfloat16, HEADS, SHORT)
+    choose_attention("auto", GPU, torch.bfloat16, HEADS, documents=SHORT)
     assert attention._choice.kernel == "fa4"
     assert "short" in attention._choice.refused
+
+
+@pytest.mark.parametrize("wanted", ["auto", "fa4"])
+def test_a_package_has_to_serve_every_model_of_the_process(
+    gpu: None, flash4: ModuleType, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "_trial", lambda kernel, device, dtype, heads: "too wide" if heads.size > 128 else None)
+    choose_attention(wanted, GPU, torch.bfloat16, HEADS, flash.Heads(4, 2, 128))
+    assert attention._choice.kernel == "fa4"
+    wide = flash.Heads(4, 2, 256)
+    if wanted == "fa4":
+        with pytest.raises(UserError, match="FlashAttention-4: too wide"):
+            choose_attention(wanted, GPU, torch.bfloat16, HEADS, wide)
+    else:
+        choose_attention(wanted, GPU, torch.bfloat16, HEADS, wide)
+        assert attention._choice.kernel == "fa2" and attention._choice.refused["fa4"] == "too wide"
 
 
 def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: ModuleType) -> None:

@@ -1,6 +1,7 @@
 """Critics and reward models: in packed batches they say what transformers' own classes say of each document alone."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from verl.data.pack import collate
 from verl.engine.engine import Engine
 from verl.errors import UserError
 from verl.models.export import export_model
-from verl.models.heads import RewardScorer, Scorer, ValueScorer, has_head, load_critic, load_reward_model
+from verl.models.heads import RewardScorer, Scorer, ValueScorer, check_hidden, has_head, load_critic, load_reward_model
+from verl.models.load import Loaded
 
 CPU = torch.device("cpu")
 
@@ -97,6 +99,26 @@ def test_scores_in_a_packed_batch_are_those_of_transformers_at_the_last_token(re
 def test_a_critic_from_a_language_model_says_zero_at_first(kind: type, config: object, tmp_path: Path) -> None:
     scorer = ValueScorer(load_critic(str(write_model(tmp_path, config, kind=kind))).model)
     assert scorer(collate(documents(), range(4))).value_M.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (LlamaForCausalLM, LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)),
+        (GPT2LMHeadModel, GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512, bos_token_id=0, eos_token_id=0)),
+    ],
+)
+@pytest.mark.parametrize("load", [load_critic, load_reward_model])
+def test_an_architecture_that_mixes_documents_is_refused_though_its_head_says_zero(
+    load: Callable[[str], Loaded], kind: type, config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer(load(str(write_model(tmp_path, config, kind=kind))).model)
+    check_hidden(scorer, where="here")
+    monkeypatch.setattr(
+        "verl.models.heads.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
+    )
+    with pytest.raises(UserError, match=r"here: .* differs from the same model alone"):
+        check_hidden(scorer, where="here")
 
 
 def engine_of(scorer: Scorer) -> Engine:

@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rl import lines_of, metrics_of, train, words, write_folder
+from tiny import write_model
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 from verl.errors import UserError, exit_on_user_error
 from verl.rollout._http import RefusedError
@@ -77,6 +79,37 @@ def test_a_critic_that_never_learns_stops_the_run_though_the_actor_does(folder: 
     with pytest.raises(UserError, match="3 times in a row") as caught:
         train(folder, "nan_critic", algorithm__name="ppo")
     assert caught.value.where == "step 3"
+
+
+def other_critic(folder: Path, name: str, **changes: int) -> Path:
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    vocabulary = AutoConfig.from_pretrained(folder / "model").vocab_size
+    return write_model(folder / name, LlamaConfig(**{"vocab_size": vocabulary, **shape, **changes}), kind=LlamaForCausalLM)
+
+
+def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.engine import build
+    from verl.models.flash import Heads
+
+    looked_at, served = [], []
+    check, choose = build.check_hidden, build.choose_attention
+    monkeypatch.setattr(build, "check_hidden", lambda scorer, **where: (looked_at.append(type(scorer.model)), check(scorer, **where)))
+    monkeypatch.setattr(build, "choose_attention", lambda *words, **documents: (served.append(words[3:]), choose(*words, **documents)))
+    path = other_critic(folder, "llama")
+    train(folder, "other_critic", algorithm__name="ppo", critic__partial_pretrain=path, trainer__total_training_steps=1)
+    assert looked_at == [LlamaForTokenClassification]
+    assert served[1] == (*served[0], Heads(query=2, key_value=1, size=32)) and served[0] != served[1][1:]
+    assert metrics_of(folder / "other_critic")[0]["critic/grad_norm"] > 0
+
+    served.clear()
+    train(folder, "own_critic", algorithm__name="ppo", trainer__total_training_steps=1)
+    assert len(served) == 1, "a critic like its actor asks for nothing else"
+
+
+def test_a_critic_without_the_actors_tokens_is_refused(folder: Path) -> None:
+    path = other_critic(folder, "few_tokens", vocab_size=20)
+    with pytest.raises(UserError, match=f"{path}: the tokenizer's highest id is .* the model has 20 embeddings"):
+        train(folder, "few", algorithm__name="ppo", critic__partial_pretrain=path)
 
 
 def test_each_update_that_is_not_taken_has_a_file_of_its_own(folder: Path) -> None:

@@ -25,7 +25,7 @@ from verl.models import flash
 from verl.models.attention import choose_attention, describe_attention, has_flash, heads_of
 from verl.models.context import check_heads, heads_of_each
 from verl.models.export import export_adapter, export_model, export_tokenizer
-from verl.models.heads import RewardScorer, ValueScorer, load_critic, load_reward_model
+from verl.models.heads import RewardScorer, ValueScorer, check_hidden, load_critic, load_reward_model
 from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, resolve
 from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.shards import load_without_values, small_twin
@@ -162,7 +162,7 @@ def build(
     loaded, scorer = _load(settings, spread, device, compute_dtype)
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
     heads = heads_of_each(heads_of(loaded.model.config), settings.context_parallel_size)
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads, documents)
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads, documents=documents)
     adapted, never_trained = None, list[str]()
     if settings.lora_rank > 0 or settings.lora_adapter_path is not None:
         from verl.models.adapted import use_operators
@@ -198,21 +198,37 @@ def build(
 
 
 def build_critic(
-    settings: ModelConfig, optim: OptimConfig, path: str, *, total_steps: int, total_tokens: int, device: torch.device, seed: int
+    settings: ModelConfig,
+    optim: OptimConfig,
+    path: str,
+    actor: Built,
+    *,
+    total_steps: int,
+    total_tokens: int,
+    documents: flash.Documents,
+    device: torch.device,
+    seed: int,
 ) -> Critic:
     """A model with a value head, all of it trained, spread as the actor is.
+
+    Where its heads are others than the actor's, attention is chosen anew, so that it serves both.
 
     Args:
         settings: of the actor; its adapter is not the critic's.
         path: a critic, or a causal language model that gets a head of zeros.
-        total_steps, total_tokens: as for `build`.
+        total_steps, total_tokens, documents: as for `build`.
     Raises:
-        UserError: no such model, or one that cannot have the head.
+        UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
     """
     torch.manual_seed(seed)
     spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
     home = torch.device("cpu") if spread.sharding.cpu_offload else device
     loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code)
+    check_vocabulary(loaded.model, actor.tokenizer, path)
+    check_hidden(ValueScorer(loaded.model), where=path)
+    heads, heads_of_actor = heads_of(loaded.model.config), heads_of(actor.loaded.model.config)
+    if heads != heads_of_actor:
+        choose_attention(settings.attn_implementation, device, compute_dtype, heads_of_actor, heads, documents=documents)
     _cast(loaded.model, getattr(torch, settings.param_dtype))
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
@@ -249,8 +265,9 @@ def build_reward_model(
     path = settings.partial_pretrain
     loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code)
     check_vocabulary(loaded.model, tokenizer, path)
+    check_hidden(RewardScorer(loaded.model), where=path)
     loaded.model.config.pad_token_id = padding
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents)
+    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents=documents)
     _cast(loaded.model, getattr(torch, settings.param_dtype))
     if settings.use_liger:
         from verl.models.liger import use_liger

@@ -18,7 +18,8 @@ from verl.engine.softmax import entropy as entropy_of
 from verl.engine.softmax import logprobs_and_entropy, logprobs_with_gradient_
 from verl.errors import UserError
 from verl.kernels import HAS_TRITON
-from verl.models.heads import Scorer
+from verl.models.attention import USE_ANOTHER
+from verl.models.heads import Scorer, probe_documents
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
@@ -212,7 +213,7 @@ def check_scorer(scorer: TokenScorer) -> None:
     model = scorer.model
     device, training, packed_attention = model.device, model.training, model.config._attn_implementation
     model.eval()
-    documents = _probe_documents(model.config.vocab_size)
+    documents = probe_documents(model.config.vocab_size)
     found_M = scorer(collate(documents, [0, 1]).to(device)).logprob_M
     model.set_attn_implementation("eager")
     expected = []
@@ -227,7 +228,7 @@ def check_scorer(scorer: TokenScorer) -> None:
         raise UserError(
             f"{type(model).__name__} in packed batches differs from the same model alone by {difference:.2g} in log-probability",
             where="model.partial_pretrain",
-            fix="this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral",
+            fix=USE_ANOTHER,
         )
 
 
@@ -245,7 +246,7 @@ def check_parts(scorer: TokenScorer) -> None:
     from verl.data.pack import collate
 
     # The longer one last: wherever the batch is cut, a trained token has some of what it depends on in another part.
-    documents = _probe_documents(scorer.model.config.vocab_size)[::-1]
+    documents = probe_documents(scorer.model.config.vocab_size)[::-1]
     whole = collate(documents, [0, 1], multiple_of_tokens=dist.context_size())
     part = whole.part(dist.context_rank(), dist.context_size())
     mine_M = torch.isin(whole.trained_M, part.trained_M + dist.context_rank() * len(part.input_ids_T))
@@ -259,9 +260,3 @@ def check_parts(scorer: TokenScorer) -> None:
             where="model.context_parallel_size",
             fix="set it to 1, or choose a model such as Qwen2, Qwen3, Llama or Mistral",
         )
-
-
-def _probe_documents(vocabulary: int) -> list[Any]:
-    import numpy as np
-
-    return [(np.arange(7, 7 + 31 * n, 31, dtype=np.int32) % vocabulary, np.ones(n, dtype=bool)) for n in (5, 3)]

@@ -12,6 +12,7 @@ Dimensions: T tokens of the packed batch, or of this process's part of it; N que
 leading 1 is transformers' batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from verl.models import flash
 from verl.models.context import to_heads, to_tokens
 
 PACKED = "verl_packed"
+USE_ANOTHER = "this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
 
 
 def choose_attention(
-    wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, documents: flash.Documents | None = None
+    wanted: str, device: torch.device, dtype: torch.dtype, *heads: flash.Heads, documents: flash.Documents | None = None
 ) -> None:
     """Set which attention this process calls from now on.
 
     Args:
         wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4", "short" or "sdpa".
+        heads: of each model of this process, all of which it serves: inside PyTorch one FlashAttention takes the place of another.
         documents: of the run; None: nothing is known of them.
     Raises:
         UserError: what is wanted does not run here, and why.
@@ -73,7 +76,9 @@ def choose_attention(
         flash.activate(_choice.kernel)
 
 
-def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.Heads, documents: flash.Documents | None) -> Choice:
+def _choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, heads: Sequence[flash.Heads], documents: flash.Documents | None
+) -> Choice:
     if wanted == "sdpa":
         return Choice("sdpa")
     if not has_flash(device.type, dtype):
@@ -81,12 +86,12 @@ def _choose(wanted: str, device: torch.device, dtype: torch.dtype, heads: flash.
             raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
         return Choice()
     if wanted == "auto":
-        found = flash.refusals(device, dtype, heads, documents)
+        found = flash.refusals(device, dtype, *heads, documents=documents)
         return Choice(flash.preferred(found), {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
     kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
     if kernel is None:
         return Choice()
-    refusal = flash.refusal(kernel, device, dtype, heads)
+    refusal = flash.refusal(kernel, device, dtype, *heads)
     if refusal is not None:
         package = flash.PACKAGES[kernel]
         fix = package.install if refusal == flash.NOT_INSTALLED else "leave it at auto"
@@ -143,11 +148,11 @@ def packed_attention(
         UserError: the architecture asks for what neither path computes, or does not pass the documents' bounds on.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=_USE_ANOTHER)
+        raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=USE_ANOTHER)
     if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False:
-        raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=_USE_ANOTHER)
+        raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=USE_ANOTHER)
     if context is None and dist.context_size() > 1:
-        raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=_USE_ANOTHER)
+        raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=USE_ANOTHER)
     query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
     if context:
         query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
@@ -167,9 +172,6 @@ def packed_attention(
     if context:
         output_TND = to_tokens(output_TND, query_1NTD.shape[1], context)
     return output_TND.unsqueeze(0), None
-
-
-_USE_ANOTHER = "this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
 
 
 def _per_document(

@@ -83,19 +83,20 @@ class Heads:
     size: int
 
 
-def refusals(device: torch.device, dtype: torch.dtype, heads: Heads, documents: Documents | None = None) -> dict[Kernel, str | None]:
+def refusals(device: torch.device, dtype: torch.dtype, *heads: Heads, documents: Documents | None = None) -> dict[Kernel, str | None]:
     """For each kernel beside FlashAttention-2 that this GPU may prefer, the best first: why it cannot be used, or None where it can.
 
     Args:
+        heads: of each model that it is to serve.
         documents: of the run; None: nothing is known of them.
     """
     major, _ = torch.cuda.get_device_capability(device)
     found: dict[Kernel, str | None] = {}
     if documents is not None and documents.tokens <= SHORT_TOKENS.get(major, 0) and documents.batch_tokens >= SHORT_BATCH_TOKENS:
-        found["short"] = refusal("short", device, dtype, heads)
+        found["short"] = refusal("short", device, dtype, *heads)
         if found["short"] is None:
             return found  # the others would only cost the time of their trials
-    return found | {kernel: refusal(kernel, device, dtype, heads) for kernel in PREFERRED.get(major, ())}
+    return found | {kernel: refusal(kernel, device, dtype, *heads) for kernel in PREFERRED.get(major, ())}
 
 
 def preferred(refusals: dict[Kernel, str | None]) -> Kernel:
@@ -103,8 +104,8 @@ def preferred(refusals: dict[Kernel, str | None]) -> Kernel:
     return next((kernel for kernel, refusal in refusals.items() if refusal is None), "fa2")
 
 
-def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
-    """Why this package's kernel cannot be used here, in one line; None where it can."""
+def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:
+    """Why this package's kernel cannot be used here for each of these models, in one line; None where it can."""
     package = PACKAGES[kernel]
     try:
         importlib.import_module(package.module)
@@ -115,7 +116,7 @@ def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Hea
         return f"cannot be imported: {_first_line(error)}"
     if kernel == "fa3" and not hasattr(torch_attention, "activate_flash_attention_impl"):
         return f"PyTorch {torch.__version__} cannot call it"
-    return _trial(kernel, device, dtype, heads)
+    return next((found for each in heads if (found := _trial(kernel, device, dtype, each)) is not None), None)
 
 
 def version(kernel: Kernel) -> str:

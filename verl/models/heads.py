@@ -9,6 +9,7 @@ Dimensions: T tokens of the packed batch, or of this process's part; M trained p
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from verl.data.batch import Batch
 from verl.errors import UserError
-from verl.models.attention import PACKED, packed_kwargs
+from verl.models.attention import PACKED, USE_ANOTHER, packed_kwargs
 from verl.models.context import sum_over_parts
 from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype
+
+SAME = 1e-3  # hidden states in float32 that differ by less, relative to the largest, are the same
 
 
 class Scorer(nn.Module):
@@ -100,6 +103,38 @@ def load_reward_model(
         UserError: no such model, or not one that gives one number.
     """
     return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code)
+
+
+@torch.no_grad()
+def check_hidden(scorer: Scorer, *, where: str) -> None:
+    """Compare last hidden states of two short packed documents with the architecture's own eager ones, each document alone.
+
+    It shows for any architecture that its attention keeps documents apart. The weights must be float32 and not yet sharded.
+
+    Raises:
+        UserError: they differ.
+    """
+    from verl.data.pack import collate  # numpy arrays to a Batch, as in training
+
+    model = scorer.model
+    training, packed_attention = model.training, model.config._attn_implementation
+    model.eval()
+    documents = probe_documents(model.config.get_text_config().vocab_size)
+    found_TH = scorer.hidden(collate(documents, range(len(documents))).to(model.device))
+    model.set_attn_implementation("eager")
+    ids = [torch.from_numpy(ids).long().to(model.device) for ids, _ in documents]
+    expected_TH = torch.cat([model.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state[0] for ids_T in ids])
+    model.set_attn_implementation(packed_attention)
+    model.train(training)
+    difference = ((found_TH - expected_TH).abs().max() / expected_TH.abs().max()).item()
+    if not difference < SAME:
+        what = f"{type(model).__name__} in packed batches differs from the same model alone by {difference:.2g} of its hidden states"
+        raise UserError(what, where=where, fix=USE_ANOTHER)
+
+
+def probe_documents(vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Two short documents of different tokens, all trained."""
+    return [(np.arange(7, 7 + 31 * n, 31, dtype=np.int32) % vocabulary, np.ones(n, dtype=bool)) for n in (5, 3)]
 
 
 def has_head(path: str, *, trust_remote_code: bool = False) -> bool:

@@ -96,24 +96,20 @@ def build_roles(
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     check_format(config.model.partial_pretrain, tokenizer, stop_ids, systems, key="data.system_prompt")
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
-    sizes: dict[str, Any] = {"total_steps": total_steps * method.settings.updates_per_step, "total_tokens": total_steps * tokens_per_step}
-    actor = build(
-        config.model,
-        config.optim,
-        tokenizer,
-        stop_ids=stop_ids,
-        system_prompts=systems,
-        documents=flash.Documents(float(longest_sample(config)), token_budget(config)),
-        device=device,
-        seed=config.trainer.seed,
-        **sizes,
-    )
+    options: dict[str, Any] = {
+        "total_steps": total_steps * method.settings.updates_per_step,
+        "total_tokens": total_steps * tokens_per_step,
+        "documents": flash.Documents(float(longest_sample(config)), token_budget(config)),
+        "device": device,
+        "seed": config.trainer.seed,
+    }
+    actor = build(config.model, config.optim, tokenizer, stop_ids=stop_ids, system_prompts=systems, **options)
     without_dropout(actor.engine)
     draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
     critic = None
     if method.needs_critic:
         path = config.critic.partial_pretrain or config.model.partial_pretrain
-        critic = build_critic(config.model, config.critic.optim, path, device=device, seed=config.trainer.seed, **sizes)
+        critic = build_critic(config.model, config.critic.optim, path, actor, **options)
         without_dropout(critic.engine)
     reference = build_reference(config.model, actor, device) if method.settings.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
