@@ -78,7 +78,10 @@ RATES = {"0.5B": measured("2026-11-23-h200-0.5b-64ki.json"), "1.5B": measured("2
 
 
 def flops(shape: Shape) -> float:
-    """FLOP of a token, forward and backward, as in verl/engine/flops.py: the output layer meets trained tokens only."""
+    """FLOP of a token, forward and backward, as in verl/engine/flops.py but for norms and biases, which hardly count.
+
+    The output layer meets trained tokens only.
+    """
     return 6.0 * (shape.parameters - shape.root + shape.table * RATES["1.5B"][1])
 
 
