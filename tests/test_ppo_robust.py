@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rl import lines_of, metrics_of, train, words, write_folder
+from rl import lines_of, metrics_of, timeless, train, words, write_folder
 from tiny import write_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
@@ -172,15 +172,32 @@ def test_one_answer_to_a_prompt_is_not_said_to_be_like_all_others(folder: Path, 
     assert "all answers earned the same" in capsys.readouterr().out
 
 
-def test_an_adapter_that_was_tuned_with_dropout_learns_without(folder: Path) -> None:
+def test_an_adapter_that_was_tuned_with_dropout_learns_without(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft.tuners.lora import Linear as LoraLinear
+
+    from verl.engine.build import Built, build
+    from verl.models.adapted import AdaptedLinear
+    from verl.trainer import roles
+
+    built: list[Built] = []
     adapter: dict[str, object] = {"model__lora_rank": 4, "trainer__total_training_steps": 1, "optim__lr": 1e-2}
     train(folder, "adapter", **adapter)
     path = folder / "adapter/global_step_1"
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.5}))
+    monkeypatch.setattr(roles, "build", lambda *words, **options: built.append(build(*words, **options)) or built[-1])
     updates: dict[str, object] = {"model__lora_adapter_path": path, "algorithm__updates_per_step": 2, "optim__lr": 0}
     (line,) = train(folder, "adapter_on", trainer__total_training_steps=1, **updates)
-    assert line["rl/largest_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert line["rl/largest_ratio"] == 1.0
+    assert "its dropout of 0.5 is off" in capsys.readouterr().out
+    kinds = {type(module) for module in built[0].adapted.modules() if isinstance(module, LoraLinear)}
+    assert kinds == {AdaptedLinear}, "peft's own forward pass is the slower one"
+
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    (same,) = train(folder, "adapter_plain", trainer__total_training_steps=1, **updates)
+    assert timeless([same]) == timeless([line]) and "dropout" not in capsys.readouterr().out
 
 
 def test_a_right_answer_may_be_more_than_text(folder: Path) -> None:

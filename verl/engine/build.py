@@ -143,6 +143,7 @@ def build(
     documents: flash.Documents,
     device: torch.device,
     seed: int,
+    dropout: bool = True,
 ) -> Built:
     """Load the model, check that packed batches give its own log-probabilities, add adapters where asked for, and shard it.
 
@@ -153,6 +154,7 @@ def build(
         total_tokens: about as many as the whole run sees, over all processes.
         documents: of the run, by which attention is chosen.
         seed: of the adapters' first values and of dropout.
+        dropout: whether adapters drop the share that their settings say.
     Raises:
         UserError: no such model, or one that cannot be trained this way.
     """
@@ -169,7 +171,9 @@ def build(
         from verl.models.lora import add_adapters
 
         never_trained = untrained_stop_tokens(loaded.model, tokenizer, stop_ids)
-        adapted = add_adapters(loaded.model, settings, compute_dtype=compute_dtype, seed=seed, tokenizer=tokenizer, stop_ids=stop_ids)
+        adapted = add_adapters(
+            loaded.model, settings, compute_dtype=compute_dtype, seed=seed, tokenizer=tokenizer, stop_ids=stop_ids, dropout=dropout
+        )
         use_operators(adapted, checkpointed=bool(settings.enable_gradient_checkpointing))
         loaded.model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
     if settings.use_liger:

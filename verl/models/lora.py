@@ -28,6 +28,7 @@ def add_adapters(
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop_ids: Sequence[int] = (),
+    dropout: bool = True,
 ) -> PeftModel:
     """Freeze the model and put adapters in float32 beside its linear layers, which are changed in place.
 
@@ -36,10 +37,12 @@ def add_adapters(
         seed: of the adapters' first values, equal on all ranks.
         tokenizer: reads the tokens of `model.trainable_tokens`.
         stop_ids: what "stop" stands for there.
+        dropout: whether adapters drop the share that their settings say.
     Raises:
         UserError: settings, or an adapter to go on from, that do not fit the model.
     """
     wanted = lora_config(model, config, tokenizer, stop_ids)
+    wanted.lora_dropout = wanted.lora_dropout if dropout else 0.0
     torch.manual_seed(seed)
     adapted = get_peft_model(model, wanted, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)

@@ -91,6 +91,7 @@ def build_roles(
         UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
     """
     check_checkpoint(config)
+    say_of_dropout(config, this)
     scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
@@ -103,7 +104,7 @@ def build_roles(
         "device": device,
         "seed": config.trainer.seed,
     }
-    actor = build(config.model, config.optim, tokenizer, stop_ids=stop_ids, system_prompts=systems, **options)
+    actor = build(config.model, config.optim, tokenizer, stop_ids=stop_ids, system_prompts=systems, dropout=False, **options)
     without_dropout(actor.engine)
     draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
     critic = None
@@ -116,6 +117,14 @@ def build_roles(
     check_positions(config, rollout)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
+
+
+def say_of_dropout(config: PPOConfig, this: Run) -> None:
+    """Say it where the actor goes on from an adapter that was tuned with dropout."""
+    path = config.model.lora_adapter_path
+    share = 0.0 if path is None else (read_adapter_config(path) or {}).get("lora_dropout") or 0.0
+    if share > 0:
+        this.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
 
 
 def without_dropout(engine: Engine) -> None:
