@@ -422,8 +422,9 @@ class PairsConfig:
     train_files: Any = MISSING
     # Pairs to validate with, named the same way; null: none.
     val_files: Any = None
-    # Column of what was asked, as text or as a list of {role, content}. Rows whose answers are whole chats need none.
-    prompt_key: str = "prompt"
+    # Column of what was asked, as text or as a list of {role, content}. Rows whose answers are whole chats need none. null: there is none,
+    # and answers that are texts are whole texts: without a chat template, and what both begin with is what was asked.
+    prompt_key: str | None = "prompt"
     # Columns of the better and the worse answer: each a text, a list of {role, content} behind the prompt, or a whole chat, which without
     # a column of prompts may be text with "Human:" and "Assistant:" before its turns.
     chosen_key: str = "chosen"

@@ -7,12 +7,15 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from verl.config import PairsConfig
 from verl.data.documents import NOTHING_TRAINED, SAME_ANSWERS, Documents, load_documents
 from verl.data.loader import Packing, micro_batches
 from verl.data.render import Renderer
 from verl.errors import UserError
+
+QWEN = Path(__file__).resolve().parents[3] / "shared" / "models" / "qwen2.5"
 
 ASKED = {"role": "user", "content": "What is 2 + 3?"}
 RIGHT, WRONG = {"role": "assistant", "content": "It is 5."}, {"role": "assistant", "content": "It is 6, I am sure."}
@@ -30,11 +33,11 @@ FORMS = {
 }
 
 
-def load(tmp_path: Path, rows: list[dict[str, Any]], **keys: Any) -> Documents:
+def load(tmp_path: Path, rows: list[dict[str, Any]], *, tokenizer: Any = None, **keys: Any) -> Documents:
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PairsConfig(train_files=str(file), cache_dir=str(tmp_path / "cache"), **keys)
-    return load_documents(config, config.train_files, families.chatml())
+    return load_documents(config, config.train_files, tokenizer or families.chatml())
 
 
 def trained(documents: Documents, index: int) -> str:
@@ -73,6 +76,73 @@ def test_beside_a_prompt_an_answer_is_no_chat_whatever_it_says(tmp_path: Path) -
     assert trained(pairs, 0) == "Human: 5<|im_end|>"
 
 
+WHOLE = {
+    "words": ("What is 2 + 3? It is 5.", "What is 2 + 3? It is 6, I am sure."),
+    "a part of a word": ("Is it nice?\nIt is unkind.", "Is it nice?\nIt is unhappy."),
+    "the beginning of the other": ("Count: 1, 2", "Count: 1, 2, 3"),
+    "paragraphs": ("Hello.\n\nA: I am here.\n\nB: So am I.", "Hello.\n\nA: I am here.\n\nB: Are you?"),
+    "other letters": ("Größe: 5 Äpfel", "Größe: 6 Äpfel"),
+}
+
+
+@pytest.mark.parametrize("make", [families.chatml, families.llama3])
+@pytest.mark.parametrize("texts", WHOLE.values(), ids=WHOLE)
+def test_of_whole_texts_the_tokens_that_both_begin_with_are_context(texts: tuple[str, str], make: Any, tmp_path: Path) -> None:
+    tokenizer = make()
+    pairs = load(tmp_path, [dict(zip(("chosen", "rejected"), texts, strict=True))], tokenizer=tokenizer, prompt_key=None)
+    contexts, answers = [], []
+    for index, text in enumerate(texts):
+        ids, mask = pairs.document(index)
+        contexts.append(ids[: int(mask.argmax())].tolist())
+        answers.append(ids[mask].tolist())
+        assert [*contexts[-1], *answers[-1]] == ids.tolist(), "one run of trained tokens"
+        assert tokenizer.decode(ids[:-1], skip_special_tokens=True) == text and ids[-1] == tokenizer.eos_token_id
+    assert contexts[0] == contexts[1] and contexts[0] and answers[0][0] != answers[1][0]
+
+
+@pytest.mark.parametrize("texts", [WHOLE[name] for name in ("words", "paragraphs", "other letters", "a part of a word")])
+def test_whole_texts_part_where_trl_parts_them(texts: tuple[str, str], tmp_path: Path) -> None:
+    extract_prompt = pytest.importorskip("trl.data_utils", reason="trl is not installed").extract_prompt
+    common_prefix_length = pytest.importorskip("trl.trainer.dpo_trainer").common_prefix_length
+    if not QWEN.is_dir():
+        pytest.skip(f"no tokenizer in {QWEN}")
+    tokenizer = AutoTokenizer.from_pretrained(QWEN)
+    row = dict(zip(("chosen", "rejected"), texts, strict=True))
+    pairs, expected = load(tmp_path, [row], tokenizer=tokenizer, prompt_key=None), extract_prompt(dict(row))
+    for index, name in enumerate(("chosen", "rejected")):
+        ids, mask = pairs.document(index)
+        # TRL's trainer takes of the prompt what is whole tokens in both texts.
+        prompt = tokenizer(expected["prompt"]).input_ids
+        whole = tokenizer(expected["prompt"] + expected[name]).input_ids
+        context = min(common_prefix_length(prompt, tokenizer(text).input_ids) for text in texts)
+        assert ids.tolist() == [*whole, tokenizer.eos_token_id] and context > 0
+        # It leaves a space to the answers; where that is a token of its own both have it, and no difference between them does.
+        assert tokenizer.decode(ids[context : mask.argmax()]) in ("", " ")
+
+
+def test_beside_whole_texts_there_may_be_chats_and_pairs_that_are_the_same(tmp_path: Path) -> None:
+    whole = dict(zip(("chosen", "rejected"), WHOLE["words"], strict=True))
+    pairs = load(
+        tmp_path, [FORMS["whole chats as text"], {**whole, "rejected": whole["chosen"]}, FORMS["whole chats"], whole], prompt_key=None
+    )
+    assert len(pairs) == 3 and pairs.report.dropped == {SAME_ANSWERS: 1}
+    assert trained(pairs, 0) == trained(pairs, 2) == "It is 5.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"chosen": "It is 5.", "rejected": "No, 6."}, r"jsonl:1: the texts do not begin alike"),
+        ({"chosen": "It is 5.", "rejected": "  "}, r"jsonl:1: column 'rejected' is empty"),
+        ({"chosen": "It is 5.", "rejected": [WRONG]}, r"jsonl:1: data.prompt_key=null: an answer without what was asked"),
+        ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "a? c"}, r"an answer without what was asked(.|\n)*name the column of prompts"),
+    ],
+)
+def test_whole_texts_that_are_no_pair_are_an_error_at_their_place(row: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, [row], prompt_key=None)
+
+
 def test_pairs_stay_together_in_a_micro_batch_chosen_first(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": "yes " * (i + 1), "rejected": f"no {i}"} for i in range(9)]
     pairs = load(tmp_path, rows)
@@ -103,7 +173,7 @@ def test_equal_answers_and_answers_that_are_cut_off_are_left_out_and_counted(tmp
     ("row", "said"),
     [
         ({"question": "?", "chosen": "a", "rejected": "b"}, r"jsonl:1: no column 'prompt'(.|\n)*data.prompt_key"),
-        ({"chosen": "It is 5.", "rejected": "It is 6."}, r"no column 'prompt'"),
+        ({"chosen": "It is 5.", "rejected": "It is 6."}, r"no column 'prompt'(.|\n)*whole texts, data.prompt_key=null"),
         ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "Human: c?\n\nAssistant: b"}, "do not begin with the same message"),
         ({"chosen": "Human: a?\n\nAssistant:", "rejected": "Human: a?\n\nAssistant: b"}, r"jsonl:1: chosen: messages\[1\]"),
         ({"prompt": "?", "chosen": "a"}, r"no column 'rejected'(.|\n)*data.rejected_key"),

@@ -51,7 +51,10 @@ class Rendered:
             for here, (is_trained, goes_on) in enumerate(zip(self.loss_mask, [*self.loss_mask[1:], False], strict=True), 1)
             if is_trained and not goes_on
         ]
-        context = ends[number - 1]
+        return self.without_first(ends[number - 1])
+
+    def without_first(self, context: int) -> "Rendered":
+        """The same with so many first tokens as context."""
         return Rendered(self.input_ids, [False] * context + self.loss_mask[context:], self.has_control_text)
 
 

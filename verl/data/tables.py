@@ -127,6 +127,8 @@ def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
             errors += [error for error in (row, of_row) if isinstance(error, UserError)][:1]
             continue
         results = [_located(next(chats), row, value) if isinstance(value, ChatInput) else next(texts) for value in of_row]
+        if columns.documents_per_row > 1 and all(isinstance(value, str) for value in of_row):
+            results = _after_what_they_share(results, row)
         wrong = [result for result in results if isinstance(result, UserError)]
         errors += wrong[:1]
         if not wrong:
@@ -141,6 +143,16 @@ def _located(result: Rendered | UserError, row: Row, value: ChatInput) -> Render
         return result.without_turns(value.context_turns) if value.context_turns else result
     where = f"{row.where}: {value.place}{result.where}" if result.where and value.place is not None else row.where
     return UserError(result.what, where=where, fix=result.fix)
+
+
+def _after_what_they_share(texts: Sequence[Rendered | UserError], row: Row) -> list[Rendered | UserError]:
+    """Plain texts of one row, the tokens that all of them begin with untrained; or an error, where the first ones differ."""
+    ids = [text.input_ids for text in texts if isinstance(text, Rendered)]
+    shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False)))
+    if shared == 0:
+        return [UserError("the texts do not begin alike", where=row.where, fix="pair two answers to the same question")]
+    context = min(shared, min(map(len, ids)) - 1)  # of equal texts, all but the last token
+    return [text.without_first(context) if isinstance(text, Rendered) else text for text in texts]
 
 
 def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk]) -> Iterator[Done]:
