@@ -15,8 +15,10 @@ from tiny import write_model
 from torch import Tensor
 
 from verl import dist
+from verl.algorithms import _policy
 from verl.config import AlgorithmConfig
 from verl.data.batch import Batch
+from verl.engine import logprobs
 from verl.engine.engine import LossOut
 
 
@@ -123,12 +125,94 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_reinforce(
     known = replace(batch, old_logprob_M=scored.logprob_M)
     result = loss.loss(engine.scorer(known), known)
     assert float(result.metric_maxima["largest_ratio"]) == 1.0 and float(result.metric_sums["clip_fraction"]) == 0.0
-    assert loss.slope(known) is None and loss.slope(batch) is not None
+    assert (loss.slope(known) is None) == (method in OF_ANSWERS) and loss.slope(batch) is not None
     expected = reinforce_gradient(engine_of(method, model), batch, method)
     for kind in (known, batch):
         scorer = engine_of(method, model)
         scorer.scorer.entropy = kind is batch
         assert relative(gradient(scorer, [kind], loss), expected) < 1e-5
+
+
+OF_ANSWERS = ("gspo", "rloo")  # their ratios are of answers, so that a token's slope depends on others' log-probabilities
+OFF_POLICY = {
+    "clipped": AlgorithmConfig(updates_per_step=2, dual_clip=3.0),
+    "divergence k3": AlgorithmConfig(kl_coef=0.1),
+    "divergence k2": AlgorithmConfig(kl_coef=0.1, kl_estimator="k2"),
+    "weighted": AlgorithmConfig(importance_weights="truncate", importance_cap=1.1, loss_aggregation="sequence-mean"),
+    "masked": AlgorithmConfig(importance_weights="mask", importance_cap=1.1, loss_aggregation="constant"),
+    "entropy": AlgorithmConfig(entropy_coef=0.1, kl_coef=0.1),
+}
+
+
+class Differentiated:
+    """A method whose slope is left to autograd."""
+
+    def __init__(self, method: Any):
+        self.loss, self.count = method.loss, method.count
+
+    def slope(self, batch: Batch) -> None:
+        return None
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.engine.logprobs.CHUNK_LOGITS", 512 * 7)
+
+
+def off_policy_gradients(
+    method: str, settings: AlgorithmConfig, model: Path, fields: dict[str, list[np.ndarray]], *, old: bool = True
+) -> tuple[Tensor, Tensor]:
+    """As it is trained, and with whole logits that autograd goes through."""
+    loss = POLICIES[method].Loss(settings, 60)
+    given = {name: arrays for name, arrays in fields.items() if old or name != "old_logprob_M"}
+    cut = batches([range(3), range(3, 8)], given)
+    found, plain = engine_of(method, model), engine_of(method, model)
+    found.scorer.entropy = "gradient" if settings.entropy_coef > 0 else True
+    return gradient(found, cut, loss), gradient(plain, cut, Differentiated(loss))
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["old known", "its own old policy"])
+@pytest.mark.parametrize("settings", OFF_POLICY.values(), ids=OFF_POLICY)
+@pytest.mark.parametrize("method", ["ppo", "grpo", "gspo"])
+def test_a_slope_that_depends_on_the_log_probability_gives_the_gradient_of_autograd(
+    method: str, settings: AlgorithmConfig, old: bool, model: Path, fields: dict[str, list[np.ndarray]], small_chunks: None
+) -> None:
+    found, expected = off_policy_gradients(method, settings, model, fields, old=old)
+    assert relative(found, expected) < 1e-6
+
+
+def test_each_chunk_has_the_values_of_its_own_tokens(
+    model: Path, fields: dict[str, list[np.ndarray]], small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: the first tokens' values for all."""
+    right = _policy._with_values_of
+    monkeypatch.setattr(_policy, "_with_values_of", lambda batch, rows: right(batch, slice(0, len(batch.advantage_M[rows]))))
+    found, expected = off_policy_gradients("grpo", OFF_POLICY["clipped"], model, fields)
+    assert relative(found, expected) > 1e-2
+
+
+@pytest.mark.parametrize(("method", "passes"), [("ppo", 1), ("grpo", 1), ("gspo", 2)])
+def test_logits_are_made_once_where_a_tokens_slope_is_its_own(
+    method: str, passes: int, model: Path, fields: dict[str, list[np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    once = logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda hidden, *weights: made.append(len(hidden)) or once(hidden, *weights))
+    engine, cut = engine_of(method, model), batches([range(8)], fields)
+    engine.scorer.entropy = True
+    gradient(engine, cut, POLICIES[method].Loss(OFF_POLICY["clipped"], 60))
+    assert made == [len(cut[0].trained_M)] * passes
+
+
+def test_a_loss_of_ones_own_is_differentiated_though_it_builds_on_another(model: Path, fields: dict[str, list[np.ndarray]]) -> None:
+    class Doubled(POLICIES["grpo"].Loss):
+        def loss(self, out: Any, batch: Batch) -> LossOut:
+            result = super().loss(out, batch)
+            return replace(result, sum=2 * result.sum)
+
+    cut = batches([range(8)], fields)
+    plain, doubled = (gradient(engine_of("grpo", model), cut, kind(AlgorithmConfig(), 60)) for kind in (POLICIES["grpo"].Loss, Doubled))
+    assert relative(doubled, 2 * plain) < 1e-6
 
 
 def reinforce_gradient(engine: Any, batch: Batch, method: str) -> Tensor:

@@ -280,7 +280,7 @@ def test_a_known_slope_is_the_derivative_of_the_loss() -> None:
 def test_frozen_weights_get_no_gradient(model_path: Path) -> None:
     """Adapters train without the output layer's gradient, which would be the largest of all."""
     hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(50, 16)
-    token_scores(hidden, weight, None, torch.arange(5), slope_M=torch.ones(5)).logprob_M.sum().backward()
+    token_scores(hidden, weight, None, torch.arange(5), slope=torch.ones(5)).logprob_M.sum().backward()
     assert hidden.grad is not None and weight.grad is None
 
 

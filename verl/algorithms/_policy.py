@@ -4,7 +4,8 @@ Dimensions: M trained positions; S documents, one for each answer, and filler.
 """
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from verl.algorithms._documents import document_of_token, sum_by_document, train
 from verl.algorithms._kl import estimate
 from verl.algorithms._settings import filled
 from verl.config import AlgorithmConfig
-from verl.data.batch import Batch
+from verl.data.batch import VALUES, Batch
 from verl.engine.engine import LossOut
 from verl.engine.logprobs import TokenOut
 from verl.errors import UserError
+from verl.models.heads import Slope
 
 # What is compared of new and old policy: each token's probability, the answer's, or the geometric mean of its tokens'.
 Ratio: TypeAlias = Literal["token", "answer", "mean of answer"]
@@ -58,25 +60,19 @@ class PolicyLoss:
         rollout's log-probabilities `rollout_difference`, their mean distance from the trainer's, and with importance weights
         `importance_weight`. And the largest `largest_ratio` and `largest_rollout_difference`.
         """
-        assert batch.advantage_M is not None
-        old_M = out.logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
-        ratio_M = self._ratios(out.logprob_M - old_M, batch)
-        loss_M, is_clipped_M = self._clipped(ratio_M, batch.advantage_M)
-        metrics = {"clip_fraction": is_clipped_M.float().sum()}
-        maxima = {"largest_ratio": _largest(ratio_M)}
+        tokens = self._tokens(out.logprob_M, batch)
+        loss_M = tokens.loss_M
+        metrics = {"clip_fraction": tokens.is_clipped_M.float().sum()}
+        maxima = {"largest_ratio": _largest(tokens.ratio_M)}
         if batch.rollout_logprob_M is not None:
             # Where the old ones are the rollout's own, they say nothing of it.
-            trainer_M = out.logprob_M.detach() if self.settings.old_logprobs == "rollout" else old_M
+            trainer_M = out.logprob_M.detach() if self.settings.old_logprobs == "rollout" else tokens.old_M
             difference_M = (trainer_M - batch.rollout_logprob_M).abs()
             metrics["rollout_difference"] = difference_M.sum()
             maxima["largest_rollout_difference"] = _largest(difference_M)
-            if self.settings.importance_weights is not None:
-                weight_M = self._importance(old_M - batch.rollout_logprob_M)
-                loss_M = loss_M * weight_M
-                metrics["importance_weight"] = weight_M.sum()
+        if tokens.weight_M is not None:
+            metrics["importance_weight"] = tokens.weight_M.sum()
         if batch.ref_logprob_M is not None:
-            if self.kl_coef > 0:
-                loss_M = loss_M + self.kl_coef * estimate(out.logprob_M, batch.ref_logprob_M, str(self.settings.kl_estimator))
             for estimator in ("k1", "k3"):
                 metrics[f"kl_{estimator}"] = estimate(out.logprob_M.detach(), batch.ref_logprob_M, estimator).sum()
         if out.entropy_M is not None:
@@ -85,12 +81,16 @@ class PolicyLoss:
             metrics["entropy"] = out.entropy_M.detach().sum()
         return LossOut((loss_M * self._share(batch)).sum(), metrics, metric_maxima=maxima)
 
-    def slope(self, batch: Batch) -> Tensor | None:
-        """Where the batch is its own old policy and nothing else counts, the ratios are 1 and the slope is known."""
-        settings = self.settings
-        corrected = settings.importance_weights is not None and batch.rollout_logprob_M is not None
-        if batch.old_logprob_M is not None or self.kl_coef > 0 or settings.entropy_coef > 0 or corrected:
+    def slope(self, batch: Batch) -> Slope | None:
+        """Known where the batch is its own old policy and nothing else counts: the ratios are 1. Else, of ratios of tokens, a function.
+
+        An entropy bonus has a slope by the logits, not by the log-probabilities alone; and a loss of one's own has its own.
+        """
+        if self.settings.entropy_coef > 0 or type(self).loss is not PolicyLoss.loss:
             return None
+        corrected = self.settings.importance_weights is not None and batch.rollout_logprob_M is not None
+        if batch.old_logprob_M is not None or self.kl_coef > 0 or corrected:
+            return self._slope_of_tokens(batch) if self._ratio == "token" else None
         assert batch.advantage_M is not None
         with torch.enable_grad():
             log_ratio_M = torch.zeros_like(batch.advantage_M, requires_grad=True)
@@ -98,9 +98,34 @@ class PolicyLoss:
             (slope_M,) = torch.autograd.grad((loss_M * self._share(batch)).sum(), log_ratio_M)
         return slope_M
 
+    def _slope_of_tokens(self, batch: Batch) -> Slope:
+        share = self._share(batch)
+
+        @torch.enable_grad()
+        def slope(logprob_C: Tensor, rows: slice) -> Tensor:
+            logprob_C = logprob_C.detach().requires_grad_()
+            loss_C = self._tokens(logprob_C, _with_values_of(batch, rows)).loss_M
+            (slope_C,) = torch.autograd.grad((loss_C * (share[rows] if isinstance(share, Tensor) else share)).sum(), logprob_C)
+            return slope_C
+
+        return slope
+
     def count(self, batch: Batch) -> float:
         """Trained tokens, or answers."""
         return len(batch.trained_M) if self.settings.loss_aggregation == "token-mean" else batch.documents / batch.parts
+
+    def _tokens(self, logprob_M: Tensor, batch: Batch) -> "_Tokens":
+        """What each token adds to the loss, but for an entropy bonus. For ratios of tokens only the batch's values matter."""
+        assert batch.advantage_M is not None
+        old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
+        ratio_M, weight_M = self._ratios(logprob_M - old_M, batch), None
+        loss_M, is_clipped_M = self._clipped(ratio_M, batch.advantage_M)
+        if self.settings.importance_weights is not None and batch.rollout_logprob_M is not None:
+            weight_M = self._importance(old_M - batch.rollout_logprob_M)
+            loss_M = loss_M * weight_M
+        if self.kl_coef > 0 and batch.ref_logprob_M is not None:
+            loss_M = loss_M + self.kl_coef * estimate(logprob_M, batch.ref_logprob_M, str(self.settings.kl_estimator))
+        return _Tokens(loss_M, old_M, ratio_M, is_clipped_M, weight_M)
 
     def _share(self, batch: Batch) -> Tensor | float:
         """How much a token's loss counts; with `count` this is all that distinguishes the kinds of aggregation."""
@@ -135,6 +160,23 @@ class PolicyLoss:
         if self.settings.importance_weights == "truncate":
             return weight_M.clamp(max=cap)
         return torch.where((weight_M <= cap) & (weight_M >= 1 / cap), weight_M, 0.0)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Of trained tokens: their loss with its gradient, old log-probability, ratio, whether that is clipped, and importance weight."""
+
+    loss_M: Tensor
+    old_M: Tensor
+    ratio_M: Tensor
+    is_clipped_M: Tensor
+    weight_M: Tensor | None
+
+
+def _with_values_of(batch: Batch, rows: slice) -> Batch:
+    """The batch with the values of some of its trained positions alone."""
+    values: dict[str, Any] = {name: value[rows] for name in VALUES if (value := getattr(batch, name)) is not None}
+    return replace(batch, **values)
 
 
 def _largest(values_M: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class _Recording:
 
 
 class CapturedBackward:
-    """The forward and backward pass of a step's only micro-batch, where it is small and the algorithm knows its slope.
+    """The forward and backward pass of a step's only micro-batch, where it is small and the algorithm knows its slope beforehand.
 
     Args:
         scorer: whose parameters get the gradients.
@@ -132,7 +132,7 @@ class CapturedBackward:
             batch: in host memory.
             scale: what the loss is multiplied with, a scalar on the device.
         """
-        if len(batch.input_ids_T) > self._largest_tokens or batch.parts > 1 or algorithm.slope(batch) is None:
+        if len(batch.input_ids_T) > self._largest_tokens or batch.parts > 1 or not isinstance(algorithm.slope(batch), Tensor):
             return None
         self._steps += 1
         self._take_gradients()
@@ -168,7 +168,7 @@ class CapturedBackward:
     def _run(self, batch: Batch, real_M: Tensor, algorithm: "Algorithm") -> "LossOut":
         torch._foreach_zero_(list(self._gradients.values()))
         slope_M = algorithm.slope(batch)
-        assert slope_M is not None
+        assert isinstance(slope_M, Tensor)
         out = self.scorer(batch, slope_M * real_M * self._scale)
         out.logprob_M = out.logprob_M * real_M
         result = algorithm.loss(out, batch)

@@ -19,7 +19,7 @@ from verl.engine.captured import CapturedBackward
 from verl.engine.compile import uncompiled
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.weights import SHARDED, MasterWeights, Spread, spread_weights
-from verl.models.heads import Scorer
+from verl.models.heads import Scorer, Slope
 
 
 @dataclass
@@ -54,10 +54,11 @@ class Algorithm(Protocol):
         """The loss of one micro-batch, from what the engine's scorer says of it."""
         ...
 
-    def slope(self, batch: Batch) -> Tensor | None:
-        """Derivative of the loss's sum by each trained log-probability, where it is known before the model has run, else None.
+    def slope(self, batch: Batch) -> Slope | None:
+        """Derivative of the loss's sum by each trained log-probability: known before the model has run, or a function of that
+        log-probability alone; None where it is neither.
 
-        Known, it saves the backward pass a matrix product over the whole vocabulary.
+        It saves the backward pass a matrix product over the whole vocabulary.
         """
         ...
 
@@ -145,8 +146,8 @@ class Engine:
 
     def _backward(self, batch: Batch, algorithm: Algorithm, scale: Tensor) -> LossOut:
         batch = batch.to(self.device)
-        slope_M = algorithm.slope(batch)
-        result = algorithm.loss(self.scorer(batch, None if slope_M is None else slope_M * scale), batch)
+        slope = algorithm.slope(batch)
+        result = algorithm.loss(self.scorer(batch, None if slope is None else _scaled(slope, scale)), batch)
         (result.sum * scale).backward()
         return result.detached()
 
@@ -220,6 +221,10 @@ def _counts(batch: Batch, algorithm: Algorithm) -> tuple[float, float]:
     tokens = float(len(batch.trained_M))
     count = getattr(algorithm, "count", None)
     return tokens, tokens if count is None else float(count(batch))
+
+
+def _scaled(slope: Slope, scale: Tensor) -> Slope:
+    return slope * scale if isinstance(slope, Tensor) else lambda logprob_C, rows: slope(logprob_C, rows) * scale
 
 
 def _has_dropout(scorer: Scorer) -> bool:

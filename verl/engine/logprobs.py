@@ -3,6 +3,7 @@
 Dimensions: T tokens of the packed batch, M trained positions, C positions of a chunk, H hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -14,12 +15,10 @@ from transformers import PreTrainedModel
 
 from verl import dist
 from verl.data.batch import Batch
-from verl.engine.softmax import entropy as entropy_of
-from verl.engine.softmax import logprobs_and_entropy, logprobs_with_gradient_
+from verl.engine.softmax import entropy_of, logprobs_and_entropy, logprobs_with_gradient_
 from verl.errors import UserError
-from verl.kernels import HAS_TRITON
 from verl.models.attention import USE_ANOTHER
-from verl.models.heads import Scorer, probe_documents
+from verl.models.heads import Scorer, Slope, probe_documents
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
@@ -69,7 +68,7 @@ def token_scores(
     bias_V: Tensor | None,
     target_M: Tensor,
     rule: LogitRule = LogitRule(),
-    slope_M: Tensor | None = None,
+    slope: Slope | None = None,
     entropy: Entropy = False,
 ) -> TokenOut:
     """Log-probability of each target, without ever holding the [M, V] logits, in the forward or the backward pass.
@@ -80,13 +79,13 @@ def token_scores(
         bias_V: its bias, if it has one.
         target_M: token ids to score.
         rule: what the architecture does to its logits.
-        slope_M: derivative of what is minimized by each log-probability, float32, where it is known beforehand. The backward
+        slope: derivative of what is minimized by each log-probability, where it is known beforehand or from that alone. The backward
             pass then costs no logits: their gradient is formed while they are there, and *must* be asked for with these slopes.
-        entropy: whether to return it too, and whether it has a gradient; a known slope is of no use then.
+        entropy: whether to return it too, and whether it has a gradient; a slope is of no use then.
     """
-    if slope_M is not None and rule.soft_cap is None and entropy != "gradient" and torch.is_grad_enabled():
-        arguments = hidden_MH, weight_VH, bias_V, target_M, slope_M, rule.factor / rule.temperature, bool(entropy)
-        logprob_M, entropy_M = _KnownSlope.apply(*arguments)
+    if rule.soft_cap is None and entropy != "gradient":
+        arguments = hidden_MH, weight_VH, bias_V, target_M, slope if torch.is_grad_enabled() else None
+        logprob_M, entropy_M = _Scores.apply(*arguments, rule.factor / rule.temperature, bool(entropy))
         return TokenOut(logprob_M, entropy_M if entropy else None)
     # One chunk at least, even of no positions: a rank without trained tokens still takes part in the backward pass.
     chunks = [
@@ -105,10 +104,7 @@ def _chunk_scores(
     hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, rule: LogitRule, entropy: Entropy
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities, and entropies or, where they are not asked for, nothing."""
-    logits_CV = F.linear(hidden_CH, weight_VH, bias_V)
-    if HAS_TRITON and logits_CV.is_cuda and not logits_CV.requires_grad and rule.soft_cap is None:
-        return logprobs_and_entropy(logits_CV, target_C, rule.factor / rule.temperature)
-    logits_CV = rule(logits_CV)
+    logits_CV = rule(F.linear(hidden_CH, weight_VH, bias_V))
     total_C = logits_CV.logsumexp(-1)
     logprob_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - total_C
     if not entropy:
@@ -117,8 +113,12 @@ def _chunk_scores(
         return logprob_C, entropy_of(logits_CV, total_C)
 
 
-class _KnownSlope(torch.autograd.Function):
-    """Three matrix products and one pass over the logits: in the forward pass they become their own gradient at once."""
+class _Scores(torch.autograd.Function):
+    """Log-probabilities, and their gradient in three matrix products and one pass over the logits, which become it where they lie.
+
+    With a slope that is done in the forward pass, while the logits are there; without, the backward pass makes them once more.
+    Chunks are the same in every case: before an update, what is scored is what is trained, bit for bit where the kernels are one.
+    """
 
     @staticmethod
     def forward(
@@ -127,36 +127,78 @@ class _KnownSlope(torch.autograd.Function):
         weight_VH: Tensor,
         bias_V: Tensor | None,
         target_M: Tensor,
-        slope_M: Tensor,
+        slope: Slope | None,
         factor: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
+        arguments = hidden_MH, weight_VH, bias_V, target_M
         logprob_M = torch.empty(len(target_M), dtype=torch.float32, device=hidden_MH.device)
         entropy_M = torch.empty_like(logprob_M[: len(target_M) if entropy else 0])
-        hidden_grad_MH = torch.empty_like(hidden_MH) if hidden_MH.requires_grad else None
-        weight_grad_VH = torch.zeros_like(weight_VH) if weight_VH.requires_grad else None
-        bias_grad_V = torch.zeros_like(bias_V) if bias_V is not None and bias_V.requires_grad else None
-        limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
-        for rows in _chunks(len(target_M), limit // len(weight_VH)):
-            logits_CV = F.linear(hidden_MH[rows], weight_VH, bias_V)
-            if entropy:
-                _, entropy_M[rows] = logprobs_and_entropy(logits_CV, target_M[rows], factor)
-            logprob_M[rows], scale_C = logprobs_with_gradient_(logits_CV, target_M[rows], slope_M[rows], factor)
-            if hidden_grad_MH is not None:
-                torch.mm(logits_CV, weight_VH, out=hidden_grad_MH[rows])
-                hidden_grad_MH[rows] *= scale_C[:, None]
-            if weight_grad_VH is not None:
-                weight_grad_VH.addmm_(logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
-            if bias_grad_V is not None:
-                bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
-            del logits_CV  # before the next chunk's are made
-        ctx.save_for_backward(hidden_grad_MH, weight_grad_VH, bias_grad_V)
+        ctx.factor, ctx.is_known = factor, slope is not None
+        if slope is None:
+            for rows, logits_CV in _logits(hidden_MH, weight_VH, bias_V):
+                logprob_M[rows], entropy_C = logprobs_and_entropy(logits_CV, target_M[rows], factor, entropy=entropy)
+                if entropy:
+                    entropy_M[rows] = entropy_C
+                del logits_CV  # before the next chunk's are made
+            ctx.save_for_backward(*arguments)
+        else:
+            found = _gradients(*arguments, slope, factor, ctx.needs_input_grad, logprob_M, entropy_M if entropy else None)
+            ctx.save_for_backward(*found)
         ctx.mark_non_differentiable(entropy_M)
         return logprob_M, entropy_M
 
     @staticmethod
-    def backward(ctx: Any, *slope_M: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.saved_tensors, None, None, None, None
+    def backward(ctx: Any, slope_M: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_known:
+            return *ctx.saved_tensors, None, None, None, None
+        hidden_MH, weight_VH, bias_V, target_M = ctx.saved_tensors
+        found = _gradients(hidden_MH, weight_VH, bias_V, target_M, slope_M, ctx.factor, ctx.needs_input_grad)
+        return *found, None, None, None, None
+
+
+def _gradients(
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    target_M: Tensor,
+    slope: Slope,
+    factor: float,
+    needed: Sequence[bool],
+    logprob_M: Tensor | None = None,
+    entropy_M: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of what is minimized, by hidden states, weight and bias, those that are needed.
+
+    Args:
+        logprob_M, entropy_M: get their values where they are given.
+    """
+    hidden_grad_MH = torch.empty_like(hidden_MH) if needed[0] else None
+    weight_grad_VH = torch.zeros_like(weight_VH) if needed[1] else None
+    bias_grad_V = torch.zeros_like(bias_V) if bias_V is not None and needed[2] else None
+    for rows, logits_CV in _logits(hidden_MH, weight_VH, bias_V):
+        if entropy_M is not None:
+            _, entropy_M[rows] = logprobs_and_entropy(logits_CV, target_M[rows], factor)
+        logprob_C, scale_C = logprobs_with_gradient_(logits_CV, target_M[rows], factor)
+        scale_C = scale_C * (slope[rows] if isinstance(slope, Tensor) else slope(logprob_C, rows))
+        if logprob_M is not None:
+            logprob_M[rows] = logprob_C
+        if hidden_grad_MH is not None:
+            torch.mm(logits_CV, weight_VH, out=hidden_grad_MH[rows])
+            hidden_grad_MH[rows] *= scale_C[:, None]
+        if weight_grad_VH is not None:
+            weight_grad_VH.addmm_(logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
+        if bias_grad_V is not None:
+            bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
+        del logits_CV  # before the next chunk's are made
+    return hidden_grad_MH, weight_grad_VH, bias_grad_V
+
+
+def _logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """A chunk's rows and logits after the other; whoever reads them gives each away before the next."""
+    limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
+    for rows in _chunks(len(hidden_MH), limit // len(weight_VH)):
+        yield rows, F.linear(hidden_MH[rows], weight_VH, bias_V)
 
 
 class TokenScorer(Scorer):
@@ -175,14 +217,14 @@ class TokenScorer(Scorer):
         self.rule = LogitRule.of(model.config)
         self.temperature, self.entropy = temperature, entropy
 
-    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> TokenOut:
-        """Score the batch's trained tokens; for `slope_M` see `token_scores`."""
+    def forward(self, batch: Batch, slope: Slope | None = None) -> TokenOut:
+        """Score the batch's trained tokens; for `slope` see `token_scores`."""
         hidden_TH = self.hidden(batch)
         # Not `hidden_TH[trained_M]`: positions are unique, so the backward pass needs no sort to add up what falls on one.
         hidden_MH, target_M = hidden_TH.index_select(0, batch.trained_M), batch.target_T[batch.trained_M]
         hidden_MH, weight_VH, bias_V = _output_layer(self.model.get_output_embeddings(), hidden_MH)
         rule = replace(self.rule, temperature=self.temperature)
-        return token_scores(hidden_MH, weight_VH, bias_V, target_M, rule, slope_M, self.entropy)
+        return token_scores(hidden_MH, weight_VH, bias_V, target_M, rule, slope, self.entropy)
 
 
 def _output_layer(head: Any, hidden_MH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

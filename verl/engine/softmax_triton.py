@@ -18,13 +18,13 @@ ROOM = tl.constexpr(60.0)  # powers of two up to 2**60, and their sum, are far f
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, slope_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """As `verl.engine.softmax.logprobs_with_gradient_`, on a CUDA device, in bfloat16 or float32."""
     rows, vocabulary = logits_CV.shape
     logprob_C, scale_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     if rows > 0:
         grid = (rows,)
-        _kernel[grid](logits_CV, target_C, slope_C, logprob_C, scale_C, vocabulary, factor, BLOCK, num_warps=WARPS)
+        _kernel[grid](logits_CV, target_C, logprob_C, scale_C, vocabulary, factor, BLOCK, num_warps=WARPS)
     return logprob_C, scale_C
 
 
@@ -59,7 +59,7 @@ def _scores_kernel(logits, targets, logprobs, entropies, vocabulary: tl.constexp
 
 
 @triton.jit
-def _kernel(logits, targets, slopes, logprobs, scales, vocabulary: tl.constexpr, factor, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(logits, targets, logprobs, scales, vocabulary: tl.constexpr, factor, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     column = tl.arange(0, block)
@@ -88,4 +88,4 @@ def _kernel(logits, targets, slopes, logprobs, scales, vocabulary: tl.constexpr,
     tl.debug_barrier()  # the target's power is written before it is replaced
     tl.store(logits + target, (tl.exp2(at_target - base) - total_power).to(logits.dtype.element_ty))
     tl.store(logprobs + row, (at_target - base - tl.log2(total_power)) / LOG2_E)
-    tl.store(scales + row, -tl.load(slopes + row) * factor / total_power)
+    tl.store(scales + row, -factor / total_power)

@@ -6,8 +6,9 @@ label: `AutoModelForTokenClassification` and `AutoModelForSequenceClassification
 Dimensions: T tokens of the packed batch, or of this process's part; M trained positions; S documents; H hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from verl.models.attention import PACKED, USE_ANOTHER, packed_kwargs
 from verl.models.context import sum_over_parts
 from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype
 
+# The derivative of what is minimized by each trained position's log-probability, slope_M in float32, where it is known before the
+# model has run; or a function that gives that of some of them, from their log-probabilities and where they stand among all.
+Slope: TypeAlias = Tensor | Callable[[Tensor, slice], Tensor]
+
 SAME = 1e-3  # hidden states in float32 that differ by less, relative to the largest, are the same
 
 
@@ -31,8 +36,8 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> Any:
-        """What the model says of a batch; for `slope_M` see `verl.engine.engine.Algorithm`."""
+    def forward(self, batch: Batch, slope: Slope | None = None) -> Any:
+        """What the model says of a batch; for `slope` see `verl.engine.engine.Algorithm`."""
         raise NotImplementedError
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -57,7 +62,7 @@ class ValueOut:
 class ValueScorer(Scorer):
     """A critic: a value for each trained token."""
 
-    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> ValueOut:
+    def forward(self, batch: Batch, slope: Slope | None = None) -> ValueOut:
         hidden_MH = self.hidden(batch).index_select(0, batch.trained_M)
         return ValueOut(_apply_head(self.model, hidden_MH))
 
@@ -72,7 +77,7 @@ class ScoreOut:
 class RewardScorer(Scorer):
     """A reward model: a score for each document, at its last token. Documents must not be padded."""
 
-    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> ScoreOut:
+    def forward(self, batch: Batch, slope: Slope | None = None) -> ScoreOut:
         hidden_TH = self.hidden(batch)
         last_S = batch.cu_seqlens[1 : batch.documents + 1].long() - 1 - batch.first_token
         hidden_SH = hidden_TH.index_select(0, last_S.clamp(0, len(hidden_TH) - 1))
