@@ -306,7 +306,7 @@ def kept_widths(model: Decoder, work: Work) -> int:
 
 
 def passing_widths(model: Decoder, work: Work) -> int:
-    """[T, F] more in its backward pass: the gradients of the product, of gate and of up; a kept product is given away before two of them."""
+    """[T, F] more in its backward pass: gradients of the product, of gate and of up; a kept product is given away before two of them."""
     return (5 if work.compiled else 6) - kept_widths(model, work)
 
 
