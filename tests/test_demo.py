@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from verl.demo import run
+from verl.demo import milestones, run
 from verl.demo.problems import LARGEST, SMALLEST, TEMPLATES, Problem, make_problems, write_problems
 from verl.errors import UserError
 from verl.models.tiny import write_tiny_model
@@ -189,3 +191,13 @@ def test_a_short_demo_goes_the_whole_way_and_leaves_its_files(
 def test_a_wrong_word_is_answered() -> None:
     with pytest.raises(UserError, match=r"did you mean test_rows"):
         run.main(["test_row=4"])
+
+
+def test_before_the_first_step_the_demos_logger_says_nothing() -> None:
+    said: list[str] = []
+    this: Any = SimpleNamespace(total_steps=60, say=said.append)
+    logger = milestones.start(this)
+    logger.log(0, {"val/exact_match": 0.25})
+    assert said == []
+    logger.log(1, {"rl/reward": 0.5, "perf/tokens_per_second": 1000.0})
+    assert said == ["step 1/60 · mean reward 0.500 · 1,000 tokens/s"]

@@ -11,6 +11,8 @@ class Milestones:
         self._run = run
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        if step == 0:
+            return  # what a model answers before it is trained
         reward, every = metrics.get("rl/reward"), EVERY_STEPS if "rl/reward" not in metrics else EVERY_RL_STEPS
         if step == 1 or step % every == 0 or step == self._run.total_steps:
             what = f"loss {metrics['train/loss']:.4f}" if reward is None else f"mean reward {reward:.3f}"
