@@ -616,7 +616,7 @@ class DemoConfig:
     # Problems to train on, each once.
     train_rows: int = 24000
     # Steps of reinforcement learning from an early checkpoint.
-    rl_steps: int = 30
+    rl_steps: int = 60
     # Problems to answer before and after, with numbers that were not trained.
     test_rows: int = 200
     # Seed of the problems, the weights and the order of rows.

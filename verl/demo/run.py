@@ -36,9 +36,9 @@ RECIPE = (
 ).split()
 ROWS_A_STEP, EARLY = 16, 1 / 3  # of fine-tuning; reinforcement learning starts after that share of its steps, with something left to learn
 RL_RECIPE = (
-    "data.max_prompt_length=96 data.prompts_per_step=32 rollout.samples_per_prompt=8 rollout.max_new_tokens=64 algorithm.name=grpo "
-    "algorithm.keep_reference=false reward.name=gsm8k model.enable_gradient_checkpointing=false optim.lr=2e-4 optim.betas=[0.9,0.99] "
-    "trainer.save_freq=-1 trainer.logger=verl.demo.milestones"
+    "data.max_prompt_length=96 data.prompts_per_step=32 rollout.samples_per_prompt=8 rollout.max_new_tokens=64 rollout.max_sequences=256 "
+    "algorithm.name=grpo algorithm.keep_reference=false reward.name=gsm8k model.enable_gradient_checkpointing=false "
+    "optim.lr=2e-4 optim.betas=[0.9,0.99] trainer.save_freq=-1 trainer.logger=verl.demo.milestones"
 ).split()
 
 console = Console(markup=False, highlight=False, soft_wrap=True)
