@@ -1,7 +1,7 @@
 """Reinforcement learning raises exact match on the demo's own problems, from an early checkpoint of the demo's own model.
 
-A quarter of an hour a seed on two cores, so only `pytest -m learning` runs it; tests/test_ppo_learning.py shows the same in a minute on an easier
-task.
+A quarter of an hour a seed on two cores, so only `pytest -m learning` runs it; tests/test_ppo_learning.py shows the same in a
+minute on an easier task.
 """
 
 import json
