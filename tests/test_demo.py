@@ -169,15 +169,18 @@ def test_a_short_demo_goes_the_whole_way_and_leaves_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # a second one begins anew
+    for enough, early in ((0.0, 3), (2.0, 7)):  # the second one begins anew
+        monkeypatch.setattr(run, "ENOUGH", enough)
         run.main(["train_rows=128", "test_rows=4", "rl_steps=1"])
-    summary = json.loads(Path("demo-run/summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(Path("demo-run/summary.json").read_text(encoding="utf-8"))
+        assert summary["early_checkpoint"].endswith(f"global_step_{early}")
+        assert {path.name for path in Path("demo-run/checkpoints").glob("global_step_*")} == {f"global_step_{early}", "global_step_8"}
     assert summary["exact_match_before"] == 0.0
     assert 0.0 <= summary["exact_match_after_sft"] <= 1.0
     assert summary["seconds"] > 0 and summary["loss_last_step"] < summary["loss_first_step"]
     assert summary["steps"] == 8
     assert 0.0 <= summary["exact_match_before_rl"] <= 1.0 and 0.0 <= summary["exact_match_after_rl"] <= 1.0
-    assert summary["early_checkpoint"].endswith("global_step_2") and summary["rl_checkpoint"].endswith("global_step_1")
+    assert summary["rl_checkpoint"].endswith("global_step_1")
     AutoModelForCausalLM.from_pretrained(summary["checkpoint"])
     AutoModelForCausalLM.from_pretrained(summary["rl_checkpoint"])
     assert len(Path(summary["test_file"]).read_text(encoding="utf-8").splitlines()) == 4

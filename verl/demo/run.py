@@ -34,7 +34,8 @@ RECIPE = (
     "data.train_batch_size=16 data.max_length=128 data.max_tokens_per_micro_batch=2048 model.enable_gradient_checkpointing=false "
     "optim.lr=2e-3 optim.lr_scheduler=linear optim.warmup_steps_ratio=0.05 trainer.logger=verl.demo.milestones"
 ).split()
-ROWS_A_STEP, EARLY = 16, 1 / 3  # of fine-tuning; reinforcement learning starts after that share of its steps, with something left to learn
+ROWS_A_STEP, SAVED = 16, 30  # of fine-tuning: rows, and checkpoints
+ENOUGH = 0.3  # of the problems: reinforcement learning starts from the first checkpoint that answers so many, and has as much left to learn
 RL_RECIPE = (
     "data.max_prompt_length=96 data.prompts_per_step=32 rollout.samples_per_prompt=8 rollout.max_new_tokens=64 rollout.max_sequences=256 "
     "algorithm.name=grpo algorithm.keep_reference=false reward.name=gsm8k model.enable_gradient_checkpointing=false "
@@ -54,11 +55,11 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     title("3. Before: the model knows nothing")
     before = evaluate(MODEL, BEFORE)
     title("4. Fine-tuning")
-    checkpoint, early = fine_tune(config)
+    checkpoint = fine_tune(config)
     title("5. After: problems that it has not seen")
     after = evaluate(checkpoint, AFTER)
     title("6. Reinforcement learning, from an early checkpoint that answers some of them")
-    before_rl = evaluate(early, RL_BEFORE)
+    early, before_rl = find_early(checkpoint)
     rl_checkpoint = reinforce(early, config)
     after_rl = evaluate(rl_checkpoint, RL_AFTER)
     summary = {
@@ -101,23 +102,36 @@ def make_model(train: list[Problem], seed: int) -> None:
     say(f"{parameters:,} parameters of the Qwen2 architecture, a tokenizer with Qwen's chat format: {MODEL}")
 
 
-def fine_tune(config: DemoConfig) -> tuple[Path, Path]:
-    """Train with the product's own trainer. Returns the last checkpoint, and an early one."""
-    early = max(1, int(config.train_rows // ROWS_A_STEP * EARLY))
+def fine_tune(config: DemoConfig) -> Path:
+    """Train with the product's own trainer. Returns the last checkpoint."""
     words = [
         f"data.train_files={TRAIN}",
         f"data.cache_dir={FOLDER / 'cache'}",
         f"model.partial_pretrain={MODEL}",
         f"trainer.default_local_dir={CHECKPOINTS}",
-        f"trainer.save_freq={early}",
+        f"trainer.save_freq={max(1, config.train_rows // ROWS_A_STEP // SAVED)}",
         f"trainer.seed={config.seed}",
         *RECIPE,
     ]
     show_command("verl.trainer.fsdp_sft_trainer", words)
     try:
-        return fsdp_sft_trainer.run(config_load.load(SFTConfig, words)), CHECKPOINTS / f"global_step_{early}"
+        return fsdp_sft_trainer.run(config_load.load(SFTConfig, words))
     finally:
         dist.stop()
+
+
+def find_early(last: Path) -> tuple[Path, dict[str, Any]]:
+    """The first checkpoint that answers enough, or the last but one, and its results. The others, which only take room, go."""
+    saved = sorted(CHECKPOINTS.glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+    earlier = [path for path in saved if path != last] or [last]
+    early, results = earlier[0], {}
+    for early in earlier[len(earlier) // 3 :]:  # the first ones answer next to nothing
+        results = evaluate(early, RL_BEFORE)
+        if results["exact_match"] >= ENOUGH:
+            break
+    for path in {*saved} - {early, last}:
+        shutil.rmtree(path)
+    return early, results
 
 
 def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
