@@ -78,11 +78,9 @@ RATES = {"0.5B": measured("2026-11-23-h200-0.5b-64ki.json"), "1.5B": measured("2
 
 
 def flops(shape: Shape) -> float:
-    """FLOP of a token, forward and backward, as in verl/engine/flops.py but for norms and biases, which hardly count.
-
-    The output layer meets trained tokens only.
-    """
-    return 6.0 * (shape.parameters - shape.root + shape.table * RATES["1.5B"][1])
+    """FLOP of a token, forward and backward, as in verl/engine/flops.py: matrices alone; the output layer meets trained tokens only."""
+    norms, biases = 2 * shape.hidden, (shape.heads + 2 * shape.key_heads) * shape.head_size
+    return 6.0 * (shape.parameters - shape.root - shape.layers * (norms + biases) + shape.table * RATES["1.5B"][1])
 
 
 def tokens_per_second(shape: Shape) -> float:
