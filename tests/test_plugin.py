@@ -1,5 +1,6 @@
 """A name in the config is a file: a built-in one, a module, or the user's own."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,35 @@ def test_a_file_that_fails_when_it_is_imported_is_named_with_its_line(code: str,
     with pytest.raises(UserError, match="fails when it is imported") as caught:
         plugin.load("verl.loggers", str(tmp_path / "broken.py"))
     assert caught.value.where == f"{tmp_path / 'broken.py'}:{line}"
+
+
+def test_a_file_runs_once_however_often_and_under_whatever_name_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(f"print('it runs')\n{LOGGER}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first, *others = [plugin.load("verl.loggers", name) for name in ("mine.py", "./mine.py", "~/mine.py", f"{tmp_path}/mine.py")]
+    assert all(other is first for other in others)
+    assert plugin.load("verl.rewards", "mine.py") is first
+    assert capsys.readouterr().out == "it runs\n"
+
+
+def test_a_file_that_has_changed_runs_anew(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("value = 1\n")
+    assert plugin.load("verl.loggers", str(mine)).value == 1
+    mine.write_text("value = 2\n")
+    assert plugin.load("verl.loggers", str(mine)).value == 2
+    mine.write_text("value = missing\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match="'missing' is not defined"):
+            plugin.load("verl.loggers", str(mine))
+
+
+def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("class Kept:\n    pass\n")
+    one, two = (plugin.load("verl.loggers", str(tmp_path / folder / "mine.py")) for folder in ("one", "two"))
+    assert isinstance(pickle.loads(pickle.dumps(one.Kept())), one.Kept) and isinstance(pickle.loads(pickle.dumps(two.Kept())), two.Kept)

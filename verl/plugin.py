@@ -6,10 +6,13 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
+import zlib
 from pathlib import Path
 from types import ModuleType
 
 from verl.errors import UserError
+
+_files: dict[Path, tuple[bytes, ModuleType]] = {}  # users' files that have run, with what they said then
 
 
 def names(package: str) -> list[str]:
@@ -52,15 +55,34 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
 
 
 def _from_file(path: Path, kind: str) -> ModuleType:
+    """The module of a file. As an import does, it runs once however often it is asked for, and anew only if it says something else."""
     if not path.is_file():
         raise UserError(f"no such file for a plugin of {kind}", where=str(path), fix=f"the current folder is {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(f"verl_plugin_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    place, said = path.resolve(), _read(path)
+    before, module = _files.get(place, (None, None))
+    if module is None or before != said:
+        module = _run(path, said, f"verl_plugin_{path.stem}_{zlib.crc32(bytes(place)):08x}")
+        _files[place] = said, module
+    return module
+
+
+def _read(path: Path) -> bytes:
     try:
-        spec.loader.exec_module(module)
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="give a file that you may read") from error
+
+
+def _run(path: Path, said: bytes, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        # Not by the spec's loader, which may take the compiled file of a moment ago for this one.
+        exec(compile(said, str(path), "exec"), module.__dict__)  # noqa: S102
     except Exception as error:  # a user's file fails as it likes
+        del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         place = f"{path}:{line}" if line else str(path)
