@@ -275,31 +275,54 @@ def test_empty_answers_have_rewards_and_are_learned_from_as_far_as_there_are_tok
     assert all(line["response"] == "" and line["reward"] == 0 for line in lines if line["tokens"] == 0)
 
 
-@pytest.mark.parametrize(("key", "name"), [("reward__name", "gsm9k"), ("rollout__name", "nativ")])
-def test_a_name_that_is_none_is_said_before_a_model_is_loaded(folder: Path, key: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.trainer import roles
-
-    monkeypatch.setattr(roles, "build", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(UserError, match=f"named '{name}'"):
-        train(folder, "named", **{key: name})
-
-
 @pytest.mark.parametrize("dry_run", ["false", "true"])
-@pytest.mark.parametrize(("key", "known"), [("tool", "calculator"), ("name", "native")])
-def test_a_tool_or_engine_that_is_none_is_said_before_anything_is_loaded(
-    folder: Path, key: str, known: str, dry_run: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "found", "fix"),
+    [
+        ({"algorithm__name": "gppo"}, "no algorithms named 'gppo'", "did you mean 'ppo'?"),
+        ({"rollout__name": "nativ"}, "no rollout named 'nativ'", "did you mean 'native'?"),
+        ({"rollout__name": "empty.py"}, "empty.py: has no function 'load'", "a plugin of rollout needs load, share"),
+        ({"rollout__tool": "calculators"}, "no tools named 'calculators'", "did you mean 'calculator'?"),
+        ({"rollout__tool": "empty.py"}, "empty.py: has no function 'reply'", "a plugin of tools needs reply"),
+        ({"reward__name": "gsm9k"}, "no rewards named 'gsm9k'", "did you mean 'gsm8k'?"),
+        ({"reward__name": "[format,forma]"}, "no rewards named 'forma'", "did you mean 'format'?"),
+        ({"reward__name": "absent.py"}, "absent.py: no such file for a plugin of rewards", "the current folder is"),
+        ({"reward__name": "empty.py"}, "empty.py: has no function 'score'", "a plugin of rewards needs score"),
+        ({"reward__name": "mine.no_such"}, "no module 'mine' for rewards 'mine.no_such'", "give the path of a .py file"),
+        ({"reward__name": "format", "reward__format": "['(']"}, "reward.format: '(' is not a regular expression", "such as [<think>"),
+        ({"reward_model__path": "./nowhere"}, "./nowhere: no such model directory", "the current folder is"),
+        ({"reward_model__path": "model"}, "reward_model.path: model is a language model, without a head", "reward_trainer"),
+        ({"algorithm__name": "ppo", "critic__partial_pretrain": "./nowhere"}, "./nowhere: no such model directory", "the current folder"),
+        ({"model__partial_pretrain": "adapter"}, "model.partial_pretrain=adapter: is an adapter", "verl export adapter DIR"),
+        ({"model__partial_pretrain": "model", "model__lora_rank": 4, "model__target_modules": "[q_prj]"}, "q_prj", "q_proj"),
+    ],
+)
+def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
+    folder: Path,
+    changes: dict[str, object],
+    found: str,
+    fix: str,
+    dry_run: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    changes: dict[str, object] = {
-        f"rollout__{key}": f"{known}s",
-        "model__partial_pretrain": folder / "nowhere",
-        "trainer__dry_run": dry_run,
-    }
+    monkeypatch.chdir(folder)
+    (folder / "empty.py").write_text("")
+    (folder / "adapter").mkdir(exist_ok=True)
+    (folder / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    absent: dict[str, object] = {"data__train_files": "absent.jsonl", "model__partial_pretrain": "./absent"}
     with pytest.raises(SystemExit) as ended:
-        exit_on_user_error(ppo_trainer.main, words(folder, "misspelt", **changes))
-    assert ended.value.code == 2
+        exit_on_user_error(ppo_trainer.main, words(folder, "misspelt", **{**absent, "trainer__dry_run": dry_run, **changes}))
     said = capsys.readouterr().err
-    assert f"named '{known}s'" in said and f"did you mean '{known}'?" in said and "or path/to/file.py" in said
-    assert not (folder / "misspelt").exists()
+    assert ended.value.code == 2
+    assert said.startswith("error: ") and found in said and fix in said.partition("\n  fix: ")[2]
+
+
+def test_a_logger_that_is_none_is_said_before_anything_is_read(folder: Path) -> None:
+    for name, found in (("consol", "no loggers named 'consol'"), ("null", "trainer.logger: found None")):
+        with pytest.raises(UserError, match=found):
+            train(folder, "no_logger", data__train_files="absent.jsonl", trainer__logger=name)
+    assert not (folder / "no_logger").exists()
 
 
 def test_an_error_reaches_other_processes_as_it_is() -> None:

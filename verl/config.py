@@ -673,6 +673,10 @@ def check_offload(model: ModelConfig, optim: OptimConfig, key: str = "optim") ->
 
 def check_trainer(trainer: TrainerConfig) -> None:
     """Length, files and checkpoints of a run. Raises UserError naming the key."""
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    if not all(isinstance(name, str) and name for name in loggers):
+        fix = "give a name such as console, or a list such as [console,wandb]"
+        raise UserError(f"found {trainer.logger!r}", where="trainer.logger", fix=fix)
     one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
     at_least("trainer.total_epochs", trainer.total_epochs, 1)
     at_least("trainer.total_training_steps", trainer.total_training_steps, 1)

@@ -39,6 +39,8 @@ class Logger(Protocol):
 class Run:
     """A training run, entered with `with`. Only rank 0 prints, logs and writes.
 
+    Raises:
+        UserError: no such logger.
     Attributes:
         directory: where checkpoints, metrics and logs go (trainer.default_local_dir).
         config: the configuration as plain nested values.
@@ -54,6 +56,8 @@ class Run:
         self.total_steps = 0
         self._config = config
         self._console = Console()
+        names = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
+        self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
         self._loggers: list[Logger] = []
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -111,16 +115,14 @@ class Run:
         """Open the loggers and the progress bar, once the steps are known.
 
         Raises:
-            UserError: no such logger.
+            UserError: a logger cannot be opened.
         """
         self.total_steps = total_steps
-        names = [self._config.trainer.logger] if isinstance(self._config.trainer.logger, str) else list(self._config.trainer.logger)
-        modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
         if not dist.is_main():
             return
         (self.directory / "config.yaml").write_text(config_load.to_yaml(self._config), encoding="utf-8")
         self._forget_metrics_after(start_step)
-        self._loggers = [module.start(self) for module in modules]
+        self._loggers = [module.start(self) for module in self._modules]
         if self._console.is_terminal:
             numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
             self._progress = Progress(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)

@@ -22,6 +22,14 @@ from verl.models.load import check_vocabulary, load_tokenizer
 WHERE = "reward_model.path"
 
 
+def check_scores(config: RewardModelConfig) -> None:
+    """Raises UserError: no such model, or one without a head that scores; its weights are not read."""
+    assert config.path is not None
+    if not has_head(config.path, trust_remote_code=config.trust_remote_code):
+        fix = "train one with python -m verl.trainer.reward_trainer, or name a sequence classifier with one label"
+        raise UserError(f"{config.path} is a language model, without a head that scores", where=WHERE, fix=fix)
+
+
 class RewardModel:
     """Scores answers in packed micro-batches.
 
@@ -44,9 +52,7 @@ class RewardModel:
     ):
         assert config.path is not None
         path, device = config.path, torch.device(device)
-        if not has_head(path, trust_remote_code=config.trust_remote_code):
-            fix = "train one with python -m verl.trainer.reward_trainer, or name a sequence classifier with one label"
-            raise UserError(f"{path} is a language model, without a head that scores", where=WHERE, fix=fix)
+        check_scores(config)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
         own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)

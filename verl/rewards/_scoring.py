@@ -6,6 +6,7 @@ Dimensions: A answers.
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,16 +74,11 @@ class Scorer:
         device: "torch.device | str" = "cpu",
         say: Callable[[str], None] = print,
     ):
-        names = reward_names(reward)
-        graders = [plugin.load("verl.rewards", name, needs=("score",)) for name in names]
-        self._graders = dict(zip(_distinct(names), graders, strict=True))
+        self._graders = load_graders(reward)
         self.exact = next((name for name, grader in self._graders.items() if hasattr(grader, "exact_match")), None)
-        self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(names), strict=True))
+        self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(self._graders), strict=True))
         self._stops = reward.on_error == "stop"
         self._parts = reward.format
-        form.compiled(reward.format or [])
-        for grader in graders:
-            getattr(grader, "check_installed", lambda: None)()
         self._model = None
         if model.path is not None:
             from verl.rewards._model import RewardModel  # a model takes its time
@@ -131,6 +127,20 @@ class Scorer:
             raise failed[0]
         errors += failed
         return np.array([0.0 if isinstance(result, UserError) else result for result in results], dtype=np.float32)
+
+
+def load_graders(reward: RewardConfig) -> dict[str, ModuleType]:
+    """The graders of `reward.name` by their names in the log, once it is seen that they can be used.
+
+    Raises:
+        UserError: no such grader, one that lacks a function or a package, or `reward.format` holds no regular expressions.
+    """
+    names = reward_names(reward)
+    graders = [plugin.load("verl.rewards", name, needs=("score",)) for name in names]
+    for grader in graders:
+        getattr(grader, "check_installed", lambda: None)()
+    form.compiled(reward.format or [])
+    return dict(zip(_distinct(names), graders, strict=True))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

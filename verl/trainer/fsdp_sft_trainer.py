@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl import config_load, dist
 from verl.algorithms import sft
-from verl.config import DataConfig, PairsConfig, RewardTrainerConfig, SFTConfig
+from verl.config import DataConfig, PairsConfig, PPOConfig, RewardTrainerConfig, SFTConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
@@ -101,7 +101,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
         print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
 
 
-def read_tokenizer(config: SFTConfig | RewardTrainerConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, once it is seen that the model can be what the config asks for.
 
     Raises:

@@ -19,13 +19,12 @@ from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.errors import UserError, exit_on_user_error
-from verl.models.load import load_tokenizer
 from verl.rollout import load_rollout
 from verl.run import Run, ignore_first_signals, quiet_libraries
 from verl.trainer.answering import Collected, collect
 from verl.trainer.clock import Clock
 from verl.trainer.experience import in_micro_batches
-from verl.trainer.fsdp_sft_trainer import check_same_rows, due
+from verl.trainer.fsdp_sft_trainer import check_same_rows, due, read_tokenizer
 from verl.trainer.mapping import Layout, choose_layout
 from verl.trainer.method import Method, load_method
 from verl.trainer.plan import TILE
@@ -33,7 +32,7 @@ from verl.trainer.ppo_meter import phase_seconds, step_metrics, time_metrics
 from verl.trainer.profile import profiled
 from verl.trainer.remote_rollout import Bridge, serve
 from verl.trainer.resume import find_checkpoint, start_position
-from verl.trainer.roles import Roles, build_roles, check_plugins, describe_plan, rollout_options, token_budget
+from verl.trainer.roles import Roles, build_roles, check_names, describe_plan, rollout_options, token_budget
 from verl.trainer.step_files import write_samples
 from verl.trainer.updates import Updates
 
@@ -48,7 +47,7 @@ def run(config: PPOConfig) -> Path | None:
     """
     device = dist.start()
     method = load_method(config)
-    check_plugins(config)
+    dist.together(lambda: check_names(config, method))
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
@@ -88,18 +87,12 @@ def dry_run(config: PPOConfig) -> None:
     """
     dist.start()
     quiet_libraries()
-    check_plugins(config)
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
+    check_names(config, method)
     prompts = load_prompts(config.data, config.data.train_files, read_tokenizer(config), max_samples=config.data.train_max_samples)
     if dist.is_main():
         plan = describe_plan(config, steps_of(config, prompts))
         print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\n{plan}", flush=True)
-
-
-def read_tokenizer(config: PPOConfig) -> PreTrainedTokenizerBase:
-    """Raises UserError: no such model, or no chat template."""
-    model = config.model
-    return load_tokenizer(model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
 
 
 def train_loop(

@@ -19,8 +19,9 @@ from verl.engine.engine import Engine
 from verl.engine.logprobs import Entropy, TokenScorer
 from verl.errors import UserError
 from verl.models import flash
-from verl.models.load import read_adapter_config
-from verl.rewards._scoring import Scorer
+from verl.models.load import read_adapter_config, resolve
+from verl.rewards._model import check_scores
+from verl.rewards._scoring import Scorer, load_graders
 from verl.rollout import Options, Rollout, load_rollout, share
 from verl.run import Run
 from verl.trainer.answering import Answerer
@@ -90,12 +91,11 @@ def build_roles(
     Raises:
         UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
     """
-    check_checkpoint(config)
     say_of_dropout(config, this)
-    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     check_format(config.model.partial_pretrain, tokenizer, stop_ids, systems, key="data.system_prompt")
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     options: dict[str, Any] = {
         "total_steps": total_steps * method.settings.updates_per_step,
@@ -168,11 +168,21 @@ def token_budget(config: PPOConfig) -> int:
     return config.data.max_tokens_per_micro_batch or max(16384, longest_sample(config))
 
 
-def check_plugins(config: PPOConfig) -> None:
-    """Raises UserError if there is no such engine or tool. Whoever uses them loads them anew; here nothing else is loaded yet."""
+def check_names(config: PPOConfig, method: Method) -> None:
+    """Whether all that the config names is there, before data is read or a model loaded.
+
+    Raises:
+        UserError: no such engine, tool, grader or model, or one that is not of its kind.
+    """
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
         plugin.load("verl.tools", config.rollout.tool, needs=("reply",))
+    load_graders(config.reward)
+    check_checkpoint(config)
+    if config.reward_model.path is not None:
+        check_scores(config.reward_model)
+    if method.needs_critic and config.critic.partial_pretrain is not None:
+        resolve(config.critic.partial_pretrain)
 
 
 def check_checkpoint(config: PPOConfig) -> None:
