@@ -125,9 +125,9 @@ def _mlp(
     up_end, gate_start = len(a[1]) + inputs, len(a[1])
     gate_TF = beside[:, gate_start:] @ torch.cat([gate_FI, b[0]], 1).T
     up_TF = beside[:, :up_end] @ torch.cat([b[1], up_FI], 1).T
-    product_TF, down_hidden_TR = _swiglu(gate_TF, up_TF, a[2], scale)
-    output_TI = (product_TF @ down_IF.T).addmm_(down_hidden_TR, b[2].T)
-    return [output_TI, gate_TF, up_TF, hidden_TR, down_hidden_TR]
+    product_beside = _swiglu(gate_TF, up_TF, a[2], scale)
+    output_TI = product_beside @ torch.cat([down_IF, b[2]], 1).T
+    return [output_TI, gate_TF, up_TF, hidden_TR, product_beside[:, gate_TF.shape[1] :].clone()]
 
 
 @torch.library.custom_op("verl::adapted_mlp_backward", mutates_args=())
@@ -166,15 +166,19 @@ def _mlp_backward(
     return [x_gradient_TI, gate_a, up_a, down_a_FR.T.contiguous(), gate_b, up_b, gradient_TI.T @ down_hidden_TR]
 
 
-def _swiglu(gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """silu(gate) * up, and scale times its product with Aᵀ."""
+def _swiglu(gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, scale: float) -> Tensor:
+    """silu(gate) * up, and beside it scale times its product with Aᵀ: [tokens, F + R]."""
+    tokens, width = gate_TF.shape
+    beside = gate_TF.new_empty(tokens, width + len(a_RF))
+    product_TF, hidden_TR = beside[:, :width], beside[:, width:]
     if _has_kernels(gate_TF, [len(a_RF)]):
         from verl.models import swiglu_triton
 
-        product_TF = swiglu_triton.forward(gate_TF, up_TF)
+        swiglu_triton.forward(gate_TF, up_TF, product_TF)
     else:
-        product_TF = F.silu(gate_TF).mul_(up_TF)
-    return product_TF, _product(product_TF, a_RF.T, scale)
+        torch.mul(F.silu(gate_TF), up_TF, out=product_TF)
+    torch.addmm(hidden_TR, product_TF, a_RF.T, beta=0, alpha=scale, out=hidden_TR)
+    return beside
 
 
 def _swiglu_backward(
