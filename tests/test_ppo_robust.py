@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from rl import lines_of, metrics_of, timeless, train, words, write_folder
 from tiny import write_model
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from verl.errors import UserError, exit_on_user_error
+from verl.models.load import load_tokenizer
 from verl.rollout._http import RefusedError
 from verl.trainer import ppo_trainer
 
@@ -87,14 +88,26 @@ def other_critic(folder: Path, name: str, **changes: int) -> Path:
     return write_model(folder / name, LlamaConfig(**{"vocab_size": vocabulary, **shape, **changes}), kind=LlamaForCausalLM)
 
 
+def heads_served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """The heads that attention is chosen for, each time that it is."""
+    from verl.engine import build
+    from verl.trainer import roles
+
+    served: list[tuple[object, ...]] = []
+    choose = build.choose_attention
+    for module in (build, roles):
+        monkeypatch.setattr(module, "choose_attention", lambda *words, **documents: (served.append(words[3:]), choose(*words, **documents)))
+    return served
+
+
 def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.engine import build
     from verl.models.flash import Heads
 
-    looked_at, served = [], []
-    check, choose = build.check_hidden, build.choose_attention
+    looked_at = []
+    check = build.check_hidden
     monkeypatch.setattr(build, "check_hidden", lambda scorer, **where: (looked_at.append(type(scorer.model)), check(scorer, **where)))
-    monkeypatch.setattr(build, "choose_attention", lambda *words, **documents: (served.append(words[3:]), choose(*words, **documents)))
+    served = heads_served(monkeypatch)
     path = other_critic(folder, "llama")
     train(folder, "other_critic", algorithm__name="ppo", critic__partial_pretrain=path, trainer__total_training_steps=1)
     assert looked_at == [LlamaForTokenClassification]
@@ -104,6 +117,25 @@ def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monk
     served.clear()
     train(folder, "own_critic", algorithm__name="ppo", trainer__total_training_steps=1)
     assert len(served) == 1, "a critic like its actor asks for nothing else"
+
+
+def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.models.flash import Heads
+
+    shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
+    vocabulary = AutoConfig.from_pretrained(folder / "model").vocab_size
+    config = LlamaConfig(**shape, vocab_size=vocabulary, num_labels=1, pad_token_id=0)
+    path = write_model(folder / "judge", config, kind=LlamaForSequenceClassification)
+    load_tokenizer(str(folder / "model")).save_pretrained(path)
+    served = heads_served(monkeypatch)
+    judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
+    (line,) = train(folder, "judged", **judged)
+    assert served[1] == (*served[0], Heads(query=8, key_value=4, size=8)) and served[0] != served[1][1:]
+    assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
+
+    monkeypatch.setattr("verl.models.heads.SAME", 0)
+    with pytest.raises(UserError, match=r"reward_model.path: LlamaForSequenceClassification in packed batches differs"):
+        train(folder, "not_alike", **judged)
 
 
 def test_a_critic_without_the_actors_tokens_is_refused(folder: Path) -> None:

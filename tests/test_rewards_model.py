@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
 from verl.config import RewardConfig, RewardModelConfig
 from verl.demo.problems import make_problems
 from verl.errors import UserError
+from verl.models.heads import RewardScorer, check_hidden, load_reward_model
+from verl.models.shards import small_twin
 from verl.models.tiny import tiny_tokenizer
 from verl.plugin import load
 from verl.rewards._model import RewardModel
@@ -101,7 +104,7 @@ def test_a_long_answer_has_a_micro_batch_of_its_own_up_to_the_models_positions(t
 def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> None:
     path = write_reward_model(tmp_path)
     scorer = Scorer(RewardConfig(None), RewardModelConfig(str(path)), say=print)
-    head = scorer._model._scorer.model.score.weight  # type: ignore[union-attr]
+    head = scorer.model._scorer.model.score.weight  # type: ignore[union-attr]
     with torch.no_grad():
         head.fill_(float("nan"))
     with pytest.raises(UserError, match=r"train.jsonl:4: reward model gave nan"):
@@ -140,8 +143,8 @@ class Judge(Qwen2PreTrainedModel):
 """
 
 
-def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Qwen2.5-Math-RM has one: two layers."""
+def written_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
+    """A directory whose code is its own, and that code's class."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
     tokenizer = AutoTokenizer.from_pretrained(write_reward_model(tmp_path))
@@ -152,13 +155,33 @@ def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_p
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "judge.JudgeConfig", "AutoModel": "judge.Judge"}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    return judge, module.Judge
+
+
+def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen2.5-Math-RM has one: two layers."""
+    judge, kind = written_judge(tmp_path, monkeypatch)
+    tokenizer = AutoTokenizer.from_pretrained(judge)
     with pytest.raises(UserError):
         model_of(judge)
     scores = model_of(judge, trust_remote_code=True).score(CHATS[:3], ANSWERS[:3])
     whole = [[*chat, {"role": "assistant", "content": answer}] for chat, answer in zip(CHATS[:3], ANSWERS[:3], strict=True)]
-    model = module.Judge.from_pretrained(judge, dtype=torch.float32).eval()
+    model = kind.from_pretrained(judge, dtype=torch.float32).eval()
     ids = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"] for chat in whole]
     with torch.no_grad():
         expected = [model(input_ids=row)[0, -1, 0].item() for row in ids]
     np.testing.assert_allclose(scores, expected, atol=1e-4)
     assert np.std(expected) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "code of its own"])
+def test_in_bfloat16_a_small_model_of_the_architecture_is_looked_at(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = kind == "code of its own"
+    path = written_judge(tmp_path, monkeypatch)[0] if own else write_reward_model(tmp_path, llama=kind == "llama")
+    model = load_reward_model(str(path), dtype=torch.bfloat16, trust_remote_code=own).model
+    twin = small_twin(model, torch.device("cpu"))
+    assert type(twin) is type(model) and {p.dtype for p in twin.parameters()} == {torch.float32}
+    check_hidden(RewardScorer(twin), where="here")
+    monkeypatch.setattr("verl.models.heads.SAME", 0)
+    with pytest.raises(UserError, match="differs from the same model alone"):
+        check_hidden(RewardScorer(twin), where="here")

@@ -209,18 +209,15 @@ def build_critic(
     *,
     total_steps: int,
     total_tokens: int,
-    documents: flash.Documents,
     device: torch.device,
     seed: int,
 ) -> Critic:
     """A model with a value head, all of it trained, spread as the actor is.
 
-    Where its heads are others than the actor's, attention is chosen anew, so that it serves both.
-
     Args:
         settings: of the actor; its adapter is not the critic's.
         path: a critic, or a causal language model that gets a head of zeros.
-        total_steps, total_tokens, documents: as for `build`.
+        total_steps, total_tokens: as for `build`.
     Raises:
         UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
     """
@@ -230,9 +227,6 @@ def build_critic(
     loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code)
     check_vocabulary(loaded.model, actor.tokenizer, path)
     check_hidden(ValueScorer(loaded.model), where=path)
-    heads, heads_of_actor = heads_of(loaded.model.config), heads_of(actor.loaded.model.config)
-    if heads != heads_of_actor:
-        choose_attention(settings.attn_implementation, device, compute_dtype, heads_of_actor, heads, documents=documents)
     _cast(loaded.model, getattr(torch, settings.param_dtype))
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")

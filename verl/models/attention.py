@@ -28,7 +28,7 @@ from verl.models import flash
 from verl.models.context import to_heads, to_tokens
 
 PACKED = "verl_packed"
-USE_ANOTHER = "this architecture cannot be trained in packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
+USE_ANOTHER = "this architecture cannot read packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from verl.data.chat import Message
 from verl.data.pack import collate, pack
 from verl.data.render import Renderer
 from verl.errors import UserError
-from verl.models.heads import RewardScorer, has_head, load_reward_model
+from verl.models.attention import heads_of
+from verl.models.heads import RewardScorer, check_hidden, has_head, load_reward_model
 from verl.models.load import check_vocabulary, load_tokenizer
+from verl.models.shards import small_twin
 
 WHERE = "reward_model.path"
 
@@ -35,11 +37,13 @@ class RewardModel:
 
     Args:
         config: which model, and how many tokens it reads at a time.
-        device: where it lives: in bfloat16 on a GPU, else in float32.
+        device: where it lives: in bfloat16 on a GPU, else in float32. `attention_heads` must be served there (`choose_attention`).
         tokenizer: of the model that answers; it is said where this one has another.
         say: writes a line for the user.
+    Attributes:
+        attention_heads: what a kernel must be able to do for it.
     Raises:
-        UserError: no such model, or not one that scores chats.
+        UserError: no such model, not one that scores chats, or an architecture that packed batches are not for.
     """
 
     def __init__(
@@ -57,6 +61,9 @@ class RewardModel:
         model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
         own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         check_vocabulary(model, own, path)
+        # In bfloat16 a difference means little: there a small model of the same architecture is looked at in its place.
+        check_hidden(RewardScorer(model if dtype == torch.float32 else small_twin(model, device)), where=WHERE)
+        self.attention_heads = heads_of(model.config)
         self._scorer = RewardScorer(model.requires_grad_(False)).eval()
         self._renderer, self._padding = Renderer(own), model.config.pad_token_id
         self._device, self._budget = device, config.max_tokens_per_micro_batch

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from verl.data.chat import Message
+    from verl.rewards._model import RewardModel
 
 MODEL = "model"  # the reward model's name among the rewards
 ERRORS_SHOWN = 3
@@ -61,6 +62,7 @@ class Scorer:
         say: writes a line for the user.
     Attributes:
         exact: the first grader that compares answers with right ones, as the evaluator's exact match does; None: none does.
+        model: the reward model; None: there is none.
     Raises:
         UserError: no such grader or model, or one that cannot be used.
     """
@@ -79,11 +81,11 @@ class Scorer:
         self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(self._graders), strict=True))
         self._stops = reward.on_error == "stop"
         self._parts = reward.format
-        self._model = None
+        self.model: RewardModel | None = None
         if model.path is not None:
-            from verl.rewards._model import RewardModel  # a model takes its time
+            from verl.rewards import _model  # a model takes its time
 
-            self._model = RewardModel(model, device=device, tokenizer=tokenizer, say=say)
+            self.model = _model.RewardModel(model, device=device, tokenizer=tokenizer, say=say)
             self._weights[MODEL] = model.weight
 
     def score(
@@ -113,9 +115,9 @@ class Scorer:
             extra = {} if self._parts is None else {form.KEY: self._parts}
             inputs = zip(questions, responses, ({**row, **extra} for row in rows), strict=True)
             each[name] = self._kept([_graded(name, grader.score, *values) for values in inputs], where, errors)
-        if self._model is not None:
+        if self.model is not None:
             before = chats if chats is not None else [[{"role": "user", "content": question}] for question in questions]
-            scores = self._model.score(before, responses)
+            scores = self.model.score(before, responses)
             each[MODEL] = self._kept([_checked(MODEL, float(score)) for score in scores], where, errors)
         total = sum((self._weights[name] * values for name, values in each.items()), np.zeros(len(rows)))
         return Scored(np.asarray(total, dtype=np.float32), each, errors)

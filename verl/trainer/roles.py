@@ -19,6 +19,7 @@ from verl.engine.engine import Engine
 from verl.engine.logprobs import Entropy, TokenScorer
 from verl.errors import UserError
 from verl.models import flash
+from verl.models.attention import choose_attention, heads_of
 from verl.models.load import read_adapter_config, resolve
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Scorer, load_graders
@@ -97,14 +98,23 @@ def build_roles(
     check_format(config.model.partial_pretrain, tokenizer, stop_ids, systems, key="data.system_prompt")
     scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
+    documents = flash.Documents(float(longest_sample(config)), token_budget(config))
     options: dict[str, Any] = {
         "total_steps": total_steps * method.settings.updates_per_step,
         "total_tokens": total_steps * tokens_per_step,
-        "documents": flash.Documents(float(longest_sample(config)), token_budget(config)),
         "device": device,
         "seed": config.trainer.seed,
     }
-    actor = build(config.model, config.optim, tokenizer, stop_ids=stop_ids, system_prompts=systems, dropout=False, **options)
+    actor = build(
+        config.model,
+        config.optim,
+        tokenizer,
+        stop_ids=stop_ids,
+        system_prompts=systems,
+        documents=documents,
+        dropout=False,
+        **options,
+    )
     without_dropout(actor.engine)
     draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
     critic = None
@@ -112,11 +122,28 @@ def build_roles(
         path = config.critic.partial_pretrain or config.model.partial_pretrain
         critic = build_critic(config.model, config.critic.optim, path, actor, **options)
         without_dropout(critic.engine)
+    serve_all(config, actor, critic, scorer, documents)
     reference = build_reference(config.model, actor, device) if method.settings.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
+
+
+def serve_all(config: PPOConfig, actor: Built, critic: Critic | None, scorer: Scorer, documents: flash.Documents) -> None:
+    """Choose attention anew where critic or reward model have other heads than the actor, so that it serves all of them.
+
+    Raises:
+        UserError: what model.attn_implementation wants does not run here for one of them, and why.
+    """
+    heads = dict.fromkeys([heads_of(actor.loaded.model.config)])  # in this order, each once
+    if critic is not None:
+        heads[heads_of(critic.loaded.model.config)] = None
+    if scorer.model is not None:
+        heads[scorer.model.attention_heads] = None
+    if len(heads) > 1:
+        engine = actor.engine
+        choose_attention(config.model.attn_implementation, engine.device, engine.compute_dtype, *heads, documents=documents)
 
 
 def say_of_dropout(config: PPOConfig, this: Run) -> None:
