@@ -18,13 +18,15 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from verl import dist
 from verl.algorithms import dpo
-from verl.config import OptimConfig, PairsConfig, RewardModelConfig
+from verl.config import ModelConfig, OptimConfig, PairsConfig, RewardModelConfig
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
 from verl.demo.problems import Problem, make_problems
+from verl.engine.build import build
 from verl.engine.engine import Engine
 from verl.engine.logprobs import TokenScorer
 from verl.errors import UserError
+from verl.models import flash
 from verl.models.load import load_for_training, load_tokenizer
 from verl.models.tiny import tiny_tokenizer
 from verl.rewards._model import RewardModel
@@ -223,6 +225,59 @@ def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents
     assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
 
 
+def test_dpo_of_an_adapter_has_the_loss_and_the_gradient_of_trl_whose_reference_is_the_model_without_it(
+    folder: Path, pairs: Documents, tmp_path: Path
+) -> None:
+    peft, trl, datasets = (pytest.importorskip(name) for name in ("peft", "trl", "datasets"))
+    tokenizer = load_tokenizer(str(folder / "model"))
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    options = {"report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "beta": 0.3}
+    trainer = trl.DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        args=trl.DPOConfig(str(tmp_path), **options),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    theirs = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    device = dist.start()
+    try:
+        model = ModelConfig(str(folder / "model"), lora_rank=4)
+        sizes: dict[str, int] = {"total_steps": 10, "total_tokens": 1000, "seed": 1}
+        of_run = {"stop_ids": pairs.stop_ids, "documents": flash.Documents(100, 512), "device": device}
+        built = build(model, OptimConfig(clip_grad=1e9), tokenizer, **sizes, **of_run)  # type: ignore[arg-type]
+        loader = Loader(pairs, Packing(1, 512), rows_per_step=len(pairs), seed=1)
+        loader = replace(loader, documents=reward_trainer.with_reference(built.engine, pairs, loader))
+        mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+        torch.manual_seed(3)
+        with torch.no_grad():  # an adapter that has learned something
+            for name, weight in theirs.items():
+                weight.copy_(mine[name] + 0.1 * torch.randn_like(weight))
+                mine[name].copy_(weight)
+        metrics = built.engine.backward(loader.step(0).micro_batches, dpo.Loss(beta=0.3))
+    finally:
+        dist.stop()
+    loss, _ = gradient_of_trl(trainer, trainer.model.eval(), pairs)
+    assert abs(loss - math.log(2)) > 1e-3 and metrics["loss"].item() == pytest.approx(loss, rel=1e-5)
+    assert mine.keys() == theirs.keys() and len(mine) == 2 * 7 * 2
+    found, expected = (torch.cat([of[name].grad.flatten() for name in theirs]) for of in (mine, theirs))
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the_base_alone(folder: Path) -> None:
+    adapter: dict[str, object] = {"algorithm__name": "dpo", "model__lora_rank": 4, "optim__lr": 1e-2}
+    whole = train(folder, "lora", **adapter, trainer__save_freq=STEPS // 2)
+    assert whole[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and whole[-1]["train/margin"] != 0
+    half, last = (folder / f"lora/global_step_{step}" for step in (STEPS // 2, STEPS))
+    rest = train(folder, "lora-rest", **adapter, trainer__resume_mode="resume_path", trainer__resume_from_path=half)
+    assert [step["train/loss"] for step in rest] == [step["train/loss"] for step in whole[STEPS // 2 :]]
+    names = {path.name for path in last.iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    on = train(folder, "lora-on", algorithm__name="dpo", model__lora_adapter_path=last, trainer__total_training_steps=1)
+    assert on[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-6) and on[0]["train/margin"] == 0
+    assert on[0]["train/chosen_logprob"] != whole[0]["train/chosen_logprob"], "it starts from the base and not from the adapter"
+
+
 # Errors
 
 
@@ -233,8 +288,11 @@ def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents
         ({"algorithm__beta": 0}, "algorithm.beta: 0.0 is not positive"),
         ({"algorithm__label_smoothing": 0.5}, "algorithm.label_smoothing: 0.5 is not below a half"),
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),
-        ({"model__lora_rank": 8}, "a reward model is trained whole"),
-        ({"model__context_parallel_size": 2}, "pairs are not spread"),
+        ({"model__lora_rank": 8}, "model.lora_rank: a reward model is trained whole"),
+        ({"model__lora_adapter_path": "adapter"}, "model.lora_adapter_path: a reward model is trained whole"),
+        ({"model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
+        ({"algorithm__name": "dpo", "model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
+        ({"algorithm__name": "dpo", "model__lora_rank": 8, "model__target_modules": "[foo]"}, "no module matches 'foo'"),
         ({"data__prompt_key": "question"}, "no column 'question'"),
         ({"data__max_length": 40}, "rows are longer than data.max_length=40"),
         ({"model__partial_pretrain": "./nowhere"}, "no such model directory"),

@@ -499,7 +499,8 @@ class RewardTrainerConfig:
             raise UserError("pairs are not spread over several GPUs", where="model.context_parallel_size", fix="set it to 1")
         if self.algorithm.name == "bradley_terry" and (model.lora_rank > 0 or model.lora_adapter_path is not None):
             fix = "leave model.lora_rank and model.lora_adapter_path out, or set algorithm.name=dpo"
-            raise UserError("a reward model is trained whole, without adapters", where="model.lora_rank", fix=fix)
+            key = "model.lora_rank" if model.lora_rank > 0 else "model.lora_adapter_path"
+            raise UserError("a reward model is trained whole, without adapters", where=key, fix=fix)
 
 
 @dataclass
