@@ -69,6 +69,20 @@ def test_loading_torch_would_be_noticed() -> None:
         test_torch_is_not_loaded_before_it_is_needed("import torch")
 
 
+@pytest.mark.parametrize(
+    ("word", "other"), [("algorithm.name=dpo", "reward"), ("algorithm.name=grpo", "ppo"), ("data.prompts_per_step=4", "ppo")]
+)
+def test_the_plan_of_another_trainer_is_answered_with_its_own_command(
+    word: str, other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = ("data.train_files=rows.jsonl", "model.partial_pretrain=model")
+    assert call(monkeypatch, "plan", *needed, word) == 2
+    said = capsys.readouterr().err
+    assert f"is for fine-tuning, and these are words of verl {other}" in said and f"verl {other} trainer.dry_run=true" in said
+    assert call(monkeypatch, "plan", *needed, word, "optim.lrr=1") == 2
+    assert "unknown key" in capsys.readouterr().err
+
+
 def test_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"{verl.__version__}\n"

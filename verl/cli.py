@@ -75,7 +75,7 @@ def plan(
     context: typer.Context,
     gpus: Annotated[int | None, typer.Option(help="Processes of the run, one a GPU; they need not be here.", min=1)] = None,
 ) -> None:
-    """Show what a run would take, without a GPU: steps, tokens, memory, and what to change where it does not fit: key=value …"""
+    """Show what fine-tuning would take, without a GPU: steps, tokens, memory, and what to change where it does not fit: key=value …"""
     if asks_for_help(context.args):
         print_keys("SFTConfig", "verl plan [--gpus N] key=value …")
     else:
@@ -161,15 +161,36 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
     """The plan of `verl sft` with these words on so many GPUs.
 
     Raises:
-        UserError: a wrong config, wrong data, or no such model.
+        UserError: a wrong config, wrong data, no such model, or the words of another trainer.
     """
     from verl.config import SFTConfig
     from verl.config_load import load
 
-    config = load(SFTConfig, words)
+    try:
+        config = load(SFTConfig, words)
+    except UserError as error:
+        command = trainer_of(words)
+        if command is None:
+            raise
+        fix = f"verl {command} trainer.dry_run=true with the same words shows its steps and tokens"
+        raise UserError(f"is for fine-tuning, and these are words of verl {command}", where="verl plan", fix=fix) from error
     from verl.trainer.fsdp_sft_trainer import dry_run
 
     dry_run(config, gpus)
+
+
+def trainer_of(words: list[str]) -> str | None:
+    """The command beside `verl sft` that takes these words; None: none does."""
+    from verl.config import PPOConfig, RewardTrainerConfig
+    from verl.config_load import load
+
+    for command, schema in (("reward", RewardTrainerConfig), ("ppo", PPOConfig)):
+        try:
+            load(schema, words)
+        except UserError:
+            continue
+        return command
+    return None
 
 
 def launch(processes: int, words: list[str], trainer: str, schema: str) -> None:
