@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -204,6 +205,20 @@ def test_one_answer_to_a_prompt_is_not_said_to_be_like_all_others(folder: Path, 
     assert "all answers earned the same" in capsys.readouterr().out
 
 
+def test_answers_that_all_earn_the_same_are_said_as_the_method_sees_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "half.py").write_text("def score(prompt, response, row):\n    return 0.5\n")
+    said = {
+        "grpo": "all answers to each prompt earned the same, so that a group says nothing of which was better",
+        "reinforce": "all answers earned the same",
+        "dapo": "all answers to each prompt earned the same, also to 3 further draws; no update",
+    }
+    for method, warning in said.items():
+        changes: dict[str, object] = {"algorithm__name": method, "trainer__total_training_steps": 1}
+        (line,) = train(folder, f"half_{method}", reward__name=folder / "half.py", **changes)
+        assert f"warning: step 1: {warning}\n" in capsys.readouterr().out
+        assert line["rl/groups_without_spread"] == 1 and line.get("train/grad_norm", 0) == 0
+
+
 def test_an_adapter_that_was_tuned_with_dropout_learns_without(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,6 +363,54 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith("error: ") and found in said and fix in said.partition("\n  fix: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"reward__name": "raises.py"},
+            r"train\.jsonl:\d+: reward raises raised ValueError: never \(raises\.py:2\)\n  fix: mend the reward or .*on_error=zero",
+        ),
+        ({"reward__name": "nan.py"}, r"train\.jsonl:\d+: reward nan gave nan, expected a finite number\n  fix: mend the reward or the row"),
+        (
+            {"data__max_prompt_length": 33},
+            r"data\.train_files: \d+ of 80 prompts are longer .* the longest has 39 tokens \(.*train\.jsonl:\d+\)\n"
+            r"  fix: data\.max_prompt_length=39 takes them all; data\.overlong_prompts=drop",
+        ),
+        ({"algorithm__kl_coef": -0.1}, r"algorithm\.kl_coef: found -0\.1\n  fix: give a number of at least 0"),
+        (
+            {"rollout__samples_per_prompt": 1},
+            r"rollout\.samples_per_prompt=1: grpo compares the answers .*\n  fix: give at least 2, .* algorithm\.name=ppo or reinforce",
+        ),
+    ],
+)
+def test_a_wrong_input_ends_the_command_with_its_place_and_what_to_do(
+    folder: Path, changes: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "raises.py").write_text("def score(prompt, response, row):\n    raise ValueError('never')\n")
+    (folder / "nan.py").write_text("def score(prompt, response, row):\n    return float('nan')\n")
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(ppo_trainer.main, words(folder, "wrong", **changes))
+    assert ended.value.code == 2
+    assert re.match(rf"error: (\S*/)?{said}", capsys.readouterr().err)
+
+
+def test_answers_are_written_anew_for_a_reward_model_with_another_tokenizer_and_that_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_rewards_model import PLAIN, scores_of_transformers, write_reward_model
+
+    path = write_reward_model(folder / "plain", template=PLAIN)
+    judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
+    train(folder, "other_tokens", **judged)
+    assert f"reward model {path} has another tokenizer or chat template than the policy" in capsys.readouterr().out
+    answers = lines_of(folder / "other_tokens/rollouts/step_1.jsonl")
+    chats = [[{"role": "user", "content": answer["prompt"]}] for answer in answers]
+    expected = scores_of_transformers(path, chats, [answer["response"] for answer in answers])
+    assert [answer["reward"] for answer in answers] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert expected.std() > 0.01, "else the test shows nothing"
 
 
 def test_a_logger_that_is_none_is_said_before_anything_is_read(folder: Path) -> None:

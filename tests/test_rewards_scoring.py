@@ -8,7 +8,7 @@ import pytest
 from verl.config import RewardConfig, RewardModelConfig, check_rewards
 from verl.errors import UserError
 from verl.rewards import format as form
-from verl.rewards._scoring import Scorer
+from verl.rewards._scoring import Scored, Scorer
 
 QUESTIONS = ["What is 2 + 3?"] * 3
 RESPONSES = ["2 + 3 = 5\n#### 5", "2 + 3 = 6\n#### 6", "It is 5."]
@@ -53,6 +53,15 @@ def test_a_failing_reward_may_count_as_nothing_and_is_counted(tmp_path: Path) ->
     assert [error.where for error in scored.errors] == ["train.jsonl:8", "train.jsonl:9"]
     told = scored.describe_errors()
     assert told is not None and "2 rewards failed" in told and "train.jsonl:9: reward grader gave nan" in told
+    assert "more" not in told
+
+
+def test_of_many_failures_different_ones_are_shown_and_all_are_counted() -> None:
+    errors = [UserError("gave nan", where=f"train.jsonl:{row}") for row in (8, 8, 8, 9, 10, 11, 11)]
+    assert Scored(np.zeros(7), {}, errors).describe_errors() == (
+        "warning: 7 rewards failed and count as 0 (reward.on_error=zero):"
+        "\n  train.jsonl:8: gave nan (3 answers)\n  train.jsonl:9: gave nan\n  train.jsonl:10: gave nan\n  and 2 more"
+    )
 
 
 def test_a_number_of_any_kind_counts_if_it_is_not_beyond_all_measure(tmp_path: Path) -> None:

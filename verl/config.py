@@ -4,6 +4,7 @@ A value stands here as the user typed it; what is derived from it has a name of 
 Each comment above a field is its documentation (`verl sft --help` prints it).
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -236,6 +237,9 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
     if reward.weights is not None and len(reward.weights) != len(names):
         what = f"{len(reward.weights)} weights for {len(names)} rewards"
         raise UserError(what, where="reward.weights", fix="give one number for each name in reward.name, or leave it out")
+    for key, weight in (("reward_model.weight", model.weight), *(("reward.weights", weight) for weight in reward.weights or [])):
+        if not math.isfinite(weight):
+            raise UserError(f"found {weight}", where=key, fix="give a finite number, such as 1.0")
     at_least("reward_model.max_tokens_per_micro_batch", model.max_tokens_per_micro_batch, 1)
 
 

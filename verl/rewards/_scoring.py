@@ -4,6 +4,7 @@ Dimensions: A answers.
 """
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -46,8 +47,11 @@ class Scored:
         """How many rewards failed and the first of them, for the log; None if none did."""
         if not self.errors:
             return None
-        more = f"\n  and {len(self.errors) - ERRORS_SHOWN:,} more" if len(self.errors) > ERRORS_SHOWN else ""
-        shown = "".join(f"\n  {error.where}: {error.what}" for error in self.errors[:ERRORS_SHOWN])
+        times = Counter(f"{error.where}: {error.what}" for error in self.errors)
+        first = list(times.items())[:ERRORS_SHOWN]
+        shown = "".join(f"\n  {said}{f' ({many:,} answers)' if many > 1 else ''}" for said, many in first)
+        rest = len(self.errors) - sum(many for _, many in first)
+        more = f"\n  and {rest:,} more" if rest else ""
         return f"warning: {len(self.errors):,} rewards failed and count as 0 (reward.on_error=zero):{shown}{more}"
 
 

@@ -52,11 +52,6 @@ class Collected:
     scored: list[Scored]
 
     @property
-    def are_alone(self) -> bool:
-        """Whether there is one answer to each prompt, which then has none to differ from. Every rank calls it."""
-        return dist.total([float(len(self.answered))])[0] == self.groups
-
-    @property
     def answers(self) -> int:
         """Those to train on, over all ranks. Every rank calls it."""
         return int(dist.total([float(len(self.samples))])[0])

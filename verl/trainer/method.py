@@ -30,6 +30,7 @@ class Method:
     module: ModuleType
     settings: AlgorithmConfig
     needs_critic: bool
+    needs_groups: bool
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -56,7 +57,8 @@ def load_method(config: PPOConfig) -> Method:
         known = [other for other in plugin.names("verl.algorithms") if hasattr(plugin.load("verl.algorithms", other), "advantages")]
         fix = f"{', '.join(known)}, or a file with {' and '.join(REINFORCEMENT)}"
         raise UserError("is no method of reinforcement learning", where=f"algorithm.name={name}", fix=fix)
-    if getattr(module, "needs_groups", False) and samples < 2:
+    needs_groups = bool(getattr(module, "needs_groups", False))
+    if needs_groups and samples < 2:
         raise UserError(
             f"{name} compares the answers to one prompt with each other, and there is {samples}",
             where=f"rollout.samples_per_prompt={samples}",
@@ -70,4 +72,4 @@ def load_method(config: PPOConfig) -> Method:
             fix="give at least 2 answers to a prompt, or algorithm.dynamic_sampling=false",
         )
     module.Loss(settings, config.rollout.max_new_tokens)  # for its errors, before anything is loaded
-    return Method(module, settings, bool(getattr(module, "needs_critic", False)))
+    return Method(module, settings, bool(getattr(module, "needs_critic", False)), needs_groups)

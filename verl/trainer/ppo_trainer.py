@@ -136,7 +136,7 @@ def train_loop(
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, this.directory, done)
-        tell(collected, done, this)
+        tell(collected, method, done, this)
         written = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             with clock.phase("save"):
@@ -173,7 +173,7 @@ def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> d
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
-def tell(collected: Collected, step: int, this: Run) -> None:
+def tell(collected: Collected, method: Method, step: int, this: Run) -> None:
     """Write the step's answers out, and say what is odd about them. Every rank calls it."""
     write_samples(this.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
@@ -182,7 +182,7 @@ def tell(collected: Collected, step: int, this: Run) -> None:
             this.say(f"step {step}: {errors}")
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
         this.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
-    elif collected.groups == collected.without_spread and not collected.are_alone:
+    elif collected.groups == collected.without_spread and method.needs_groups:
         this.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
     elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
         this.say(f"warning: step {step}: all answers earned the same")
