@@ -246,7 +246,19 @@ def test_the_operator_has_the_output_and_the_gradients_of_the_package(flash4: Mo
 
 
 def test_the_operator_keeps_what_pytorch_asks_of_operators(flash4: ModuleType) -> None:
-    torch.library.opcheck(flash._flash4, arguments(), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    asked = ("test_schema", "test_faketensor", "test_autograd_registration")
+    found = torch.library.opcheck(flash._flash4, arguments(), test_utils=asked, raise_exception=False)
+    assert found == dict.fromkeys(asked, "SUCCESS")
+
+
+def test_an_operator_whose_shapes_in_tracing_are_others_would_be_found() -> None:
+    @torch.library.custom_op("verl_tests::doubled", mutates_args=())
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    doubled.register_fake(lambda x: x.new_empty(len(x) + 1))
+    found = torch.library.opcheck(doubled, (torch.ones(3),), test_utils=("test_faketensor",), raise_exception=False)
+    assert found["test_faketensor"] != "SUCCESS"
 
 
 def test_without_a_gpu_each_document_is_computed_alone(gpu: None) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ DEVICE = torch.device("cuda")
 EVEN = [(300, 128), (1024,), (2 * FLOAT_MOMENTS.chunk // 64, 64), (0, 128)]
 ODD = [*EVEN, (17,), (5, 7, 3), (FLOAT_MOMENTS.chunk + 1,)]
 BETAS = (0.9, 0.95)
+
+
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    """Within, whoever makes the host wait for the GPU fails; at the end it is seen that one who does would have."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones((), device=DEVICE).item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -191,12 +204,11 @@ def test_a_step_waits_for_nothing_though_gradients_have_moved(dtype: torch.dtype
     for step in range(3):
         random_gradients(trained, dtype)
         kept += [p.grad for p in trained]
-        set_learning_rate(optimizer, 1e-3 * step)
-        torch.cuda.set_sync_debug_mode("error" if step else "default")
-        try:
+        set_learning_rate(optimizer, 1e-3 * (1 + step))
+        before = [p.detach().clone() for p in trained]
+        with waiting_refused() if step else nullcontext():
             optimizer.step(factor)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        assert all(not torch.equal(p, b) for p, b in zip(trained, before, strict=True) if p.numel())
 
 
 @gpu
@@ -230,8 +242,7 @@ def test_a_step_whose_flag_is_on_the_device_waits_for_nothing() -> None:
     random_gradients(trained)
     factor, finite = torch.ones((), device=DEVICE), torch.ones((), dtype=torch.bool, device=DEVICE)
     optimizer.step(factor, finite)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    before = [p.detach().clone() for p in trained]
+    with waiting_refused():
         optimizer.step(factor, finite)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert all(not torch.equal(p, b) for p, b in zip(trained, before, strict=True) if p.numel())

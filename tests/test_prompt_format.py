@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rl import REWARD
+from rl import REWARD, lines_of
 from rl import words as rl_words
 from tiny import write_problems_and_model
 
 from verl import config_load
 from verl.config import EvalConfig, SFTConfig
 from verl.data.prompt_format import FILE, read_format
+from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.eval import sft_evaluator
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
@@ -62,7 +63,8 @@ def with_system(folder: Path) -> Path:
     return fine_tuned(folder, "system", f"data.train_files={folder / 'chats.jsonl'}", "data.messages_key=messages")
 
 
-def evaluate(checkpoint: Path, folder: Path, *more: str) -> None:
+def evaluate(checkpoint: Path, folder: Path, *more: str) -> list[str]:
+    """The answers."""
     words = [
         f"model_path={checkpoint}",
         f"test_file={folder / 'test.jsonl'}",
@@ -71,11 +73,15 @@ def evaluate(checkpoint: Path, folder: Path, *more: str) -> None:
         "max_samples=2",
     ]
     sft_evaluator.evaluate(config_load.load(EvalConfig, [*words, *more]))
+    return [line["response"] for line in lines_of(folder / "eval/predictions.jsonl")]
 
 
-def reinforce(checkpoint: Path, folder: Path, *more: str) -> None:
+def reinforce(checkpoint: Path, folder: Path, *more: str) -> list[str]:
+    """The answers of its one step."""
+    output, validation = f"rl_{checkpoint.parent.name}", {"data__val_files": folder / "test.jsonl", "data__val_max_samples": 2}
     changes: dict[str, object] = {"model__partial_pretrain": checkpoint, "trainer__total_training_steps": 1, "trainer__save_freq": -1}
-    ppo_trainer.main([*rl_words(folder, f"rl_{checkpoint.parent.name}", **changes), "trainer.resume_mode=disable", *more])
+    ppo_trainer.main([*rl_words(folder, output, **changes, **validation), "trainer.resume_mode=disable", *more])
+    return [line["response"] for line in lines_of(folder / output / "rollouts/validation_0.jsonl")]
 
 
 ASKERS = pytest.mark.parametrize(("ask", "key"), [(evaluate, "system_prompt"), (reinforce, "data.system_prompt")])
@@ -92,9 +98,16 @@ def test_the_checkpoint_records_template_stop_tokens_and_system_prompt(plain: Pa
 
 
 @ASKERS
-def test_asked_as_it_was_trained_it_answers(ask: Callable, key: str, folder: Path, plain: Path, with_system: Path) -> None:
-    ask(plain, folder)
-    ask(with_system, folder, f"{key}={SYSTEM}")
+def test_asked_as_it_was_trained_it_answers(
+    ask: Callable, key: str, folder: Path, plain: Path, with_system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    encode = Renderer.prompt
+    monkeypatch.setattr(Renderer, "prompt", lambda self, messages, *rest: (asked.append(messages), encode(self, messages, *rest))[1])
+    for checkpoint, words, system in ((plain, (), []), (with_system, (f"{key}={SYSTEM}",), [{"role": "system", "content": SYSTEM}])):
+        asked.clear()
+        assert len(ask(checkpoint, folder, *words)) == 2
+        assert asked and all([message for message in messages if message["role"] == "system"] == system for messages in asked)
 
 
 @ASKERS
@@ -131,7 +144,7 @@ def test_reinforcement_learning_hands_it_on(folder: Path, with_system: Path) -> 
 
 def test_a_model_from_elsewhere_is_asked_as_one_likes(folder: Path) -> None:
     assert read_format(str(folder / "model")) is None
-    evaluate(folder / "model", folder, "system_prompt=Hi")
+    assert len(evaluate(folder / "model", folder, "system_prompt=Hi")) == 2
 
 
 def test_a_damaged_record_is_an_error(folder: Path, tmp_path: Path) -> None:
