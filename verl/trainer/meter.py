@@ -40,6 +40,7 @@ class Meter:
         self._peak = peak_flops(engine.device)
         self._epoch_tokens, self._epoch_seconds = 0, 0.0
         self._running: list[_Running] = []
+        self._in_hand = 1 if engine.trained[0].is_cuda else 0  # the host waits for what it updates itself: a CPU, or offloading
         self.start()
 
     def start(self) -> None:
@@ -66,7 +67,7 @@ class Meter:
         Raises:
             UserError: the loss or the gradient of a step is not finite.
         """
-        keep = 0 if wait or self._engine.device.type != "cuda" else 1
+        keep = 0 if wait else self._in_hand
         while len(self._running) > keep:
             done = self._running.pop(0)
             if done.arrived is not None:
