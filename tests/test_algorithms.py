@@ -258,6 +258,7 @@ def test_an_adaptive_weight_follows_its_target() -> None:
     assert kl.update(0.055, 100) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert kl.update(5.0, 100) == pytest.approx(0.101 * 1.02), "no more than 0.2 at a time"
     assert kl.update(0.0, 100) == pytest.approx(0.101 * 1.02 * 0.98)
+    assert AdaptiveKL(0.1, target=0.05, horizon=10).update(0.0, 1000) == pytest.approx(0.1 * 0.8), "it is never negative"
 
 
 # advantage, ratio, dual clip: the loss, its slope by the log-probability, and whether it is clipped; bounds 0.8 and 1.28

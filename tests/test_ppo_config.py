@@ -44,6 +44,7 @@ def error_of(*words: str) -> UserError:
             "algorithm.kl_estimator=k1 with algorithm.kl_in=loss",
             "the gradient of k1 in the loss is zero",
         ),
+        (["algorithm.kl_coef=0.1", "algorithm.kl_target=0"], "algorithm.kl_target", "never 0"),
         (["algorithm.kl_target=0.1"], "algorithm.kl_target with algorithm.kl_coef=0", "cannot start from 0"),
         (["algorithm.kl_coef=0.1", "algorithm.keep_reference=false"], "algorithm.kl_coef with algorithm.keep_reference=false", "reference"),
         (["algorithm.name=gppo"], None, "no algorithms named 'gppo'"),

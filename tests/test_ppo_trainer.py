@@ -1,6 +1,7 @@
 """The trainer of reinforcement learning as a person runs it."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def test_or_counts_as_zero_and_is_reported(folder: Path, failing: Path, capsys: 
     said = capsys.readouterr().out
     assert "rewards failed and count as 0" in said
     assert f"{folder / 'train.jsonl'}:" in said
+
+
+def test_rewards_that_fail_in_validation_are_reported_too(folder: Path, failing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"reward__name": failing, "reward__on_error": "zero", "data__val_files": folder / "test.jsonl"}
+    train(folder, "zero_val", trainer__total_training_steps=1, **keys)
+    said = capsys.readouterr().out
+    for step in (0, 1):
+        (part,) = re.findall(rf"validation after step {step}: warning: (\d+) rewards failed and count as 0 .*:\n  (.*?):\d+: ", said)
+        rows = lines_of(folder / "test.jsonl")
+        assert part == (str(sum(int(row["answer"][-1]) % 2 for row in rows)), str(folder / "test.jsonl"))
 
 
 def test_rewards_that_are_all_equal_are_said_and_nothing_is_learned_of_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -761,6 +761,8 @@ def check_algorithm(algorithm: AlgorithmConfig) -> None:
     if algorithm.kl_coef > 0 and not algorithm.keep_reference:
         fix = "set algorithm.keep_reference=true, or algorithm.kl_coef=0"
         raise UserError("the divergence needs a reference", where="algorithm.kl_coef with algorithm.keep_reference=false", fix=fix)
+    if algorithm.kl_target == 0:
+        raise UserError("a divergence is never 0", where="algorithm.kl_target", fix="give a positive number, such as 0.01")
     if algorithm.kl_target is not None and algorithm.kl_coef == 0:
         fix = "give algorithm.kl_coef to begin with, such as 0.01"
         raise UserError("an adaptive coefficient cannot start from 0", where="algorithm.kl_target with algorithm.kl_coef=0", fix=fix)

@@ -44,12 +44,12 @@ class AdaptiveKL:
         """
         Args:
             target: of the mean divergence, in nats a token.
-            horizon: answers over which the weight follows.
+            horizon: answers over which the weight follows; of more of them in one step, it follows as if of so many.
         """
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, divergence: float, answers: int) -> float:
         """Take in a step's mean divergence over so many answers (of all ranks), and return the new weight."""
         error = min(max(divergence / self.target - 1, -LARGEST_ERROR), LARGEST_ERROR)
-        self.coef *= 1 + error * answers / self.horizon
+        self.coef *= 1 + error * min(1.0, answers / self.horizon)  # or five horizons in a step could make it negative
         return self.coef

@@ -19,6 +19,7 @@ from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.errors import UserError, exit_on_user_error
+from verl.rewards._scoring import Scored
 from verl.rollout import load_rollout
 from verl.run import Run, ignore_first_signals, quiet_libraries
 from verl.trainer.answering import Collected, collect
@@ -109,7 +110,7 @@ def train_loop(
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
     clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, this), start, None
     if validation is not None and start.step == 0:
-        this.log(0, validate(roles, validation, this.directory, 0))
+        this.log(0, validate(roles, validation, 0, this))
     for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, this, number=int):
         clock.start()
         with roles.generating():
@@ -135,7 +136,7 @@ def train_loop(
         last, stop = done == total_steps, this.should_stop()
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
-                metrics |= validate(roles, validation, this.directory, done)
+                metrics |= validate(roles, validation, done, this)
         tell(collected, method, done, this)
         written = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
@@ -152,7 +153,7 @@ def train_loop(
     return saved
 
 
-def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> dict[str, float]:
+def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[str, float]:
     """Greedy answers to the validation prompts, scored as in training: the mean of the whole reward, and of each grader.
 
     That of the first grader which compares answers with right ones is `val/exact_match`, as the evaluator has it.
@@ -164,8 +165,9 @@ def validate(roles: Roles, validation: Prompts, directory: Path, step: int) -> d
         samples = roles.answerer.greedy(mine)
     for place, sample in enumerate(samples):
         sample.group = dist.rank() + place * dist.world_size()
-    roles.answerer.score(samples)
-    write_samples(directory, f"validation_{step}", samples)
+    scored = roles.answerer.score(samples)
+    write_samples(this.directory, f"validation_{step}", samples)
+    say_errors(scored, f"validation after step {step}", this)
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
@@ -177,15 +179,20 @@ def tell(collected: Collected, method: Method, step: int, this: Run) -> None:
     """Write the step's answers out, and say what is odd about them. Every rank calls it."""
     write_samples(this.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
-        errors = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank]).describe_errors()
-        if errors is not None:
-            this.say(f"step {step}: {errors}")
+        say_errors(scored, f"step {step}", this)
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
         this.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
     elif collected.groups == collected.without_spread and method.needs_groups:
         this.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
     elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
         this.say(f"warning: step {step}: all answers earned the same")
+
+
+def say_errors(scored: Scored, place: str, this: Run) -> None:
+    """Say which rewards failed, on all ranks, and count as 0. Every rank calls it."""
+    everywhere = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank])
+    if (errors := everywhere.describe_errors()) is not None:
+        this.say(f"{place}: {errors}")
 
 
 def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Prompts, Prompts | None]:

@@ -44,7 +44,7 @@ def start_position(fresh: Position, resume_from: Path | None) -> Position:
     then = checkpoint.read_position(resume_from)
     for what, before, now in (
         ("the training rows", then.data_fingerprint, fresh.data_fingerprint),
-        ("rows per step (data.train_batch_size)", then.rows_per_step, fresh.rows_per_step),
+        ("rows per step (data.train_batch_size, data.prompts_per_step)", then.rows_per_step, fresh.rows_per_step),
         ("trainer.seed", then.seed, fresh.seed),
     ):
         if before != now:
