@@ -74,6 +74,7 @@ MEASURED: dict[str, tuple[Qwen2Config, dict[str, Any], Work, float]] = {
     "7B, 77 rows": (LARGE, {}, Work(17664, 10426, param_bytes=2, eight_bit=True), 104.9),
     "7B, 75 rows": (LARGE, {}, Work(17152, 10030, param_bytes=2, eight_bit=True), 102.8),
     "0.5B, LoRA, one operator for the feed-forward part": (SMALL, {"lora_rank": 64}, STEP, 52.1),
+    "7B, all of it in host memory": (LARGE, {}, Work(16648, 9856, checkpointing="full", compiled=False, offload=True), 12.4),
     "7B, LoRA": (LARGE, {"lora_rank": 64}, Work(17664, 10426), 74.3),
     # The feed-forward part was three operators then, which dropout makes of it now.
     "0.5B, LoRA": (SMALL, {"lora_rank": 64, "lora_dropout": 0.1}, STEP, 65.6),

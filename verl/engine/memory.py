@@ -202,11 +202,14 @@ def weights(model: Decoder, work: Work) -> float:
 
 
 def gathered(model: Decoder, work: Work) -> float:
-    """Whole for a while where weights are sharded: the root, and the layer at work, the next one and its message, or all layers."""
+    """Whole for a while where weights are sharded: the root, and the layer at work, the next one and its message, or all layers.
+
+    From the host they come one after the other, the widest being the feed-forward part's.
+    """
     if not work.sharded:
         return 0.0
     layers = 3 if work.resharded else model.layers + 1
-    from_host = work.param_bytes * 2 * model.layer / work.shards if work.offload else 0.0
+    from_host = work.param_bytes * model.hidden * model.intermediate / work.shards if work.offload else 0.0
     return work.compute_bytes * (model.root + layers * model.layer) + from_host
 
 
@@ -237,8 +240,13 @@ def head_gradient(model: Decoder, work: Work) -> float:
 
 
 def gradient_of_layer(model: Decoder, work: Work) -> float:
-    """Where weights are sharded: of one layer as it comes, in float32 to be reduced, and of the layer before on its way."""
-    return (work.compute_bytes + 2 * FLOAT32) * model.layer_trained if work.sharded else 0.0
+    """Where weights are sharded: of one layer as it comes, in float32 to be reduced, and of the layer before on its way.
+
+    The backward pass waits until the host has them, and only the message to be reduced is left.
+    """
+    if not work.sharded:
+        return 0.0
+    return (FLOAT32 if work.offload else work.compute_bytes + 2 * FLOAT32) * model.layer_trained
 
 
 def gradients_after(model: Decoder, work: Work) -> float:
