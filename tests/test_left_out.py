@@ -102,6 +102,48 @@ def test_nothing_is_left_out_of_a_loss_with_another_part(folder: Path, monkeypat
     assert seen.left_out == 0
 
 
+OWN_LOSS = """
+from verl.algorithms import grpo
+
+needs_critic, needs_groups, DEFAULTS, advantages = False, True, grpo.DEFAULTS, grpo.advantages
+
+
+class Loss(grpo.Loss):
+    def loss(self, out, batch):
+        result = super().loss(out, batch)
+        result.sum = result.sum - 0.1 * out.logprob_M.sum()  # of every answer
+        return result
+"""
+GROUPS_AND_CRITIC = """
+from dataclasses import replace
+
+import numpy as np
+
+from verl.algorithms import grpo
+
+needs_critic, needs_groups, DEFAULTS, Loss = True, True, grpo.DEFAULTS, grpo.Loss
+
+
+def advantages(answers, settings):
+    return replace(grpo.advantages(answers, settings), returns=[np.ones(n, dtype=np.float32) for n in answers.lengths_A])
+"""
+
+
+def test_nothing_is_left_out_of_a_loss_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "own_loss.py").write_text(OWN_LOSS)
+    seen = Seen(monkeypatch)
+    after(folder, "own_loss", str(folder / "own_loss.py"), {})
+    assert seen.trained > 0
+    assert seen.left_out == 0
+
+
+def test_a_critic_learns_from_all_answers_though_its_actor_does_not(folder: Path) -> None:
+    (folder / "both.py").write_text(GROUPS_AND_CRITIC)
+    _, (first, *_) = after(folder, "both", str(folder / "both.py"), {})
+    assert first["rl/groups_without_spread"] > 0, "else the test shows nothing"
+    assert first["critic/loss"] == pytest.approx(0.5), "half the square of returns of 1 less values of 0"
+
+
 def test_two_processes_leave_out_the_same_answers(folder: Path) -> None:
     words: dict[str, object] = {"reward__name": folder / "sometimes.py", "data__max_tokens_per_micro_batch": 200}
     same(run(2, folder, "two", model__strategy="fsdp2", **words), run(1, folder, "one", **words))

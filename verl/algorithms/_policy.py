@@ -31,7 +31,8 @@ class PolicyLoss:
 
     Attributes:
         kl_coef: weight of the KL divergence where it is a part of the loss; a trainer that adapts it sets it.
-        by_advantage_alone: whether a token whose advantage is 0 adds nothing to the loss, nor to its gradient.
+        by_advantage_alone: whether a token whose advantage is 0 adds nothing to the loss, nor to its gradient. Of a loss of one's own
+            that is not known, and it may say so.
     """
 
     def __init__(self, settings: AlgorithmConfig, max_new_tokens: int, defaults: Mapping[str, object], *, ratio: Ratio = "token"):
@@ -44,7 +45,7 @@ class PolicyLoss:
         """
         self.settings = settings = filled(settings, defaults)
         self.kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
-        self.by_advantage_alone = self.kl_coef == 0 and settings.entropy_coef == 0
+        self.by_advantage_alone = self.kl_coef == 0 and settings.entropy_coef == 0 and type(self).loss is PolicyLoss.loss
         self._max_new_tokens, self._ratio = max_new_tokens, ratio
         if self.kl_coef > 0 and settings.kl_estimator == "k1":
             raise UserError(

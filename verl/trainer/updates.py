@@ -32,7 +32,7 @@ class Updates:
     Attributes:
         per_step: how many.
         settings: of the method; where `kl_target` is set, with the weight of the divergence as it is now.
-        leaves_out: whether the model need not see answers without an advantage once more to learn from the others.
+        leaves_out: whether the actor need not see answers without an advantage once more to learn from the others.
     """
 
     def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
@@ -82,7 +82,7 @@ class Updates:
     def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
         outs = []
         for number, packed in enumerate(experience.packed()):
-            batches, left_out = packed.by_advantage() if self.leaves_out else (packed.batches, [])
+            batches, left_out = packed.by_advantage() if self.leaves_out and role == "actor" else (packed.batches, [])
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
                 continue  # of a step in which no group had spread
             out = engine.train_step(batches, loss, step * self.per_step + number, left_out=left_out)
