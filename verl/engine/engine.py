@@ -20,6 +20,7 @@ from verl.engine.compile import uncompiled
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.weights import SHARDED, MasterWeights, Spread, spread_weights
 from verl.models.heads import Scorer, Slope
+from verl.models.linear import use_whole_cpu
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Engine:
             self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
             self.learning_rate = learning_rate(config, total_steps)
             self.largest_gradient_norm = config.clip_grad
+        use_whole_cpu(scorer)
         self.scorer.train(config is not None)
 
     def train_step(

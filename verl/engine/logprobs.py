@@ -19,6 +19,7 @@ from verl.engine.softmax import entropy_of, logprobs_and_entropy, logprobs_with_
 from verl.errors import UserError
 from verl.models.attention import USE_ANOTHER
 from verl.models.heads import Scorer, Slope, probe_documents
+from verl.models.linear import add_product, linear, multiply
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
@@ -184,10 +185,10 @@ def _gradients(
         if logprob_M is not None:
             logprob_M[rows] = logprob_C
         if hidden_grad_MH is not None:
-            torch.mm(logits_CV, weight_VH, out=hidden_grad_MH[rows])
-            hidden_grad_MH[rows] *= scale_C[:, None]
+            grad_CH = hidden_grad_MH[rows]
+            torch.mul(multiply(logits_CV, weight_VH.T, out=grad_CH), scale_C[:, None], out=grad_CH)
         if weight_grad_VH is not None:
-            weight_grad_VH.addmm_(logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
+            add_product(weight_grad_VH, logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype).T)
         if bias_grad_V is not None:
             bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
         del logits_CV  # before the next chunk's are made
@@ -198,7 +199,7 @@ def _logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iter
     """A chunk's rows and logits after the other; whoever reads them gives each away before the next."""
     limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
     for rows in _chunks(len(hidden_MH), limit // len(weight_VH)):
-        yield rows, F.linear(hidden_MH[rows], weight_VH, bias_V)
+        yield rows, linear(hidden_MH[rows], weight_VH, bias_V)
 
 
 class TokenScorer(Scorer):

@@ -28,6 +28,7 @@ from verl.engine.fsdp import decoder_layers
 from verl.engine.logprobs import LogitRule
 from verl.errors import UserError
 from verl.kernels import has_compiler
+from verl.models.linear import multiply, use_whole_cpu
 from verl.rollout import DEFAULTS, Completion, Options, Sampling
 from verl.rollout._attention import SLOTS, LayerCache, Newest, Packed, Probe, Shape, has_kernel
 from verl.rollout._draws import BLOCK, draw, least_allowed, uniforms
@@ -81,6 +82,7 @@ class NativeRollout:
         compiles = options.compile if options.compile is not None else is_shared and self._device.type == "cuda" and has_compiler()
         self._decode_layer = torch.compile(_run_layer, fullgraph=True, dynamic=True) if compiles else _run_layer
         self._layers = decoder_layers(model)
+        use_whole_cpu(model)
         self._vocabulary = len(model.get_output_embeddings().weight)
         self._most_slots = sys.maxsize
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -362,13 +364,13 @@ class NativeRollout:
         """Blocks of logits_BC; unless they are kept, each lies where the last one was, in the processor's cache."""
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
-            hidden_HB = hidden_BH.T.contiguous()
+            hidden_BH = hidden_BH.T.contiguous().T
             space_CB = hidden_BH.new_empty(self._vocabulary if kept else BLOCK, len(hidden_BH))
             for start in range(0, self._vocabulary, BLOCK):
                 rows = slice(start, start + BLOCK)
                 weight_CH, first = head.weight[rows], start if kept else 0
                 # This way round, with the vocabulary outside, a CPU is a third faster.
-                logits_CB = torch.mm(weight_CH, hidden_HB, out=space_CB[first : first + len(weight_CH)])
+                logits_CB = multiply(weight_CH, hidden_BH, out=space_CB[first : first + len(weight_CH)])
                 yield self._rule((logits_CB if head.bias is None else logits_CB.add_(head.bias[rows, None])).T)
         else:
             yield from self._rule(head(hidden_BH)).clone().split(BLOCK, 1)

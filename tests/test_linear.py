@@ -1,0 +1,104 @@
+"""Matrix products on CPUs of which PyTorch's own use half."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from verl.models import linear
+from verl.models.linear import add_product, multiply, use_whole_cpu
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a PyTorch without oneDNN")
+
+
+@pytest.fixture
+def on_such_a_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """As on a CPU where oneDNN is the faster. Returns the shapes of what it multiplied, as they come."""
+    seen: list[tuple[int, ...]] = []
+    product = linear._product
+
+    def watched(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(tuple(rows.shape))
+        return product(rows, weight, bias)
+
+    monkeypatch.setattr(linear, "is_faster", lambda: True)
+    monkeypatch.setattr(linear, "_product", watched)
+    return seen
+
+
+def layer_and_rows(rows: int, *, bias: bool = True) -> tuple[nn.Linear, Tensor]:
+    torch.manual_seed(1)
+    return nn.Linear(96, 160, bias=bias), torch.randn(2, rows, 96)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_the_plain_layer(on_such_a_cpu: list[tuple[int, ...]], bias: bool) -> None:
+    layer, rows = layer_and_rows(200, bias=bias)
+    upstream = torch.randn(160, 200, 2).permute(2, 1, 0)  # not contiguous, as attention's are
+    found = []
+    for _ in ("plain", "through oneDNN"):
+        layer.zero_grad()
+        given = rows.clone().requires_grad_()
+        out = layer(given)
+        out.backward(upstream)
+        found.append([out.detach(), given.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+        use_whole_cpu(layer)
+    assert len(on_such_a_cpu) == 3
+    for plain, other in zip(*found, strict=True):
+        assert plain is not None and other is not None
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_weights_get_no_gradient(on_such_a_cpu: list[tuple[int, ...]]) -> None:
+    layer, rows = layer_and_rows(200)
+    layer.requires_grad_(False)
+    use_whole_cpu(layer)
+    layer(rows.requires_grad_()).sum().backward()
+    assert layer.weight.grad is None and rows.grad is not None and len(on_such_a_cpu) == 2
+
+
+def test_small_products_and_other_dtypes_stay_as_they_are(on_such_a_cpu: list[tuple[int, ...]]) -> None:
+    layer, rows = layer_and_rows(4)
+    use_whole_cpu(layer)
+    assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
+    half, rows = layer.to(torch.bfloat16), torch.randn(4, 400, 96, dtype=torch.bfloat16)
+    assert half(rows).dtype == torch.bfloat16
+    assert on_such_a_cpu == []
+
+
+@pytest.mark.parametrize("rows", [4, 400])
+def test_products_without_a_gradient_are_those_of_pytorch(on_such_a_cpu: list[tuple[int, ...]], rows: int) -> None:
+    layer, (given, _) = layer_and_rows(rows)
+    weight, total = layer.weight.detach(), torch.ones(rows, 160)
+    expected = given @ weight.T
+    torch.testing.assert_close(multiply(given, weight, out=torch.empty(rows, 160)), expected, rtol=1e-4, atol=1e-4)
+    add_product(total, given, weight)
+    torch.testing.assert_close(total, expected + 1, rtol=1e-4, atol=1e-4)
+    assert len(on_such_a_cpu) == (0 if rows == 4 else 2)
+
+
+def test_compiled_layers_stay_as_they_are(on_such_a_cpu: list[tuple[int, ...]]) -> None:
+    layer, _ = layer_and_rows(4)
+    layer.compile()
+    use_whole_cpu(nn.Sequential(layer))
+    assert "forward" not in layer.__dict__
+
+
+def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "is_faster", lambda: False)
+    layer, _ = layer_and_rows(4)
+    use_whole_cpu(layer)
+    assert "forward" not in layer.__dict__
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"), [("vendor_id\t: AuthenticAMD\nmodel\t: 2\n", "AuthenticAMD"), ("CPU part : 0xd40\n", ""), (None, "")]
+)
+def test_the_maker_of_the_cpu_is_read(monkeypatch: pytest.MonkeyPatch, cpuinfo: str | None, found: str) -> None:
+    def read(*args: object, **kwargs: object) -> str:
+        if cpuinfo is None:
+            raise FileNotFoundError
+        return cpuinfo
+
+    monkeypatch.setattr("pathlib.Path.read_text", read)
+    assert linear._vendor() == found
