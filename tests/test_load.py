@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import qwen2_config, write_model
+from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
+from verl.errors import UserError
 from verl.models.export import export_model
 from verl.models.load import load_for_inference, load_for_training
 
@@ -132,3 +134,17 @@ def test_a_second_copy_shows(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_loading_to_a_gpu_needs_little_memory_of_the_host(tmp_path: Path) -> None:
     assert host_memory_of_loading(tmp_path, device="cuda") < 0.7
+
+
+@pytest.mark.parametrize(
+    ("kind", "cut", "lacks"),
+    [(Qwen2ForSequenceClassification, (), "lm_head.weight"), (Qwen2ForCausalLM, ("layers.1.mlp",), r"model\.layers\.1\.mlp\.")],
+)
+def test_weights_that_the_file_lacks_are_not_drawn_at_random(
+    kind: type[PreTrainedModel], cut: tuple[str, ...], lacks: str, tmp_path: Path
+) -> None:
+    file = write_model(tmp_path, qwen2_config(tie_word_embeddings=False), kind=kind) / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not any(c in name for c in cut)}, file, {"format": "pt"})
+    for load in (lambda: load_for_training(str(tmp_path)), lambda: load_for_inference(str(tmp_path), device="cpu")):
+        with pytest.raises(UserError, match=rf"lacks \d of the weights of a Qwen2ForCausalLM, such as {lacks}"):
+            load()

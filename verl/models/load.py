@@ -201,19 +201,24 @@ def _from_pretrained(
     source = resolve(path)
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             device_map=str(device),  # as text, "cuda" is this process's own GPU also in the threads that read the file
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load("model", path, error) from error
     except SafetensorError as error:
         raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers has drawn them at random
+        what = f"lacks {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}"
+        raise UserError(what, where=path, fix="give a complete language model; a reward model or a critic is none")
     return model
 
 
