@@ -330,6 +330,9 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
         )
     pin = False
     if fsdp.cpu_offload and device.type != "cpu":
+        # Gradients arrive in new tensors in each step: in pages of 2 MiB, or most of the step is the system handing out pages. PyTorch
+        # reads this before its first tensor. Not for every run: small ones leave holes between such tensors, and take twice the memory.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         _check_host_memory(settings)
         pin = _bytes_offloaded(settings, pinned=True) <= dist.host_memory()
     sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload, pin)
