@@ -171,6 +171,15 @@ def test_a_truncated_answer_has_its_reward_on_its_last_token_and_expects_nothing
     assert learned.returns[0].tolist() == pytest.approx([0.5, 1.0])
 
 
+def test_answers_that_are_not_kept_do_not_count_in_whitening() -> None:
+    rewards, groups = [0.0, 1.0, 5.0, 5.0], [0, 0, 1, 1]
+    settings = AlgorithmConfig(whiten_advantages=True, dynamic_sampling=True, norm_by_std=False)
+    learned = grpo.advantages(answers(rewards, groups, [2, 1, 7, 7]), settings)
+    assert learned.kept_A.tolist() == [True, True, False, False]
+    kept = np.concatenate(learned.advantages[:2])
+    assert kept.mean() == pytest.approx(0, abs=1e-6) and kept.var() == pytest.approx(1, rel=1e-4)
+
+
 def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> None:
     learned = ppo.advantages(random_answers(), AlgorithmConfig(lam=0.9))
     tokens = np.concatenate(learned.advantages)

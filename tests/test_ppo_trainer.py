@@ -68,6 +68,19 @@ def test_on_policy_the_ratio_is_one_and_the_rollout_has_the_trainers_probabiliti
         assert line["rl/weight_version"] == line["step"] - 1
 
 
+def test_at_any_temperature_actor_rollout_and_reference_mean_the_same_probabilities(folder: Path) -> None:
+    (line,) = train(folder, "warm", rollout__temperature=0.5, trainer__total_training_steps=1)
+    assert line["rl/rollout_difference"] < 1e-5 and line["rl/largest_ratio"] == 1.0
+    assert abs(line["rl/kl_k3"]) < 1e-9
+
+
+def test_a_critic_may_learn_alone_at_first(folder: Path) -> None:
+    changes: dict[str, object] = {"algorithm__name": "ppo", "critic__warmup_steps": 2, "trainer__total_training_steps": 3}
+    lines = train(folder, "warm_up", **changes)
+    assert ["train/loss" in line for line in lines] == [False, False, True]
+    assert ["critic/loss" in line for line in lines] == [True, True, True]
+
+
 def test_later_updates_of_a_step_are_off_policy(ppo: list) -> None:
     assert all(line["rl/largest_ratio"] > 1.0 for line in ppo)
 

@@ -122,6 +122,14 @@ def test_the_written_directory_scores_alike_in_transformers(folder: Path, reward
     assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["pad_token_id"] is not None
 
 
+def test_a_token_that_ends_documents_is_not_written_down_as_padding(pairs: Documents, folder: Path) -> None:
+    """transformers' own class would read the score before it."""
+    tokenizer, last = load_tokenizer(str(folder / "model")), int(pairs.document(0)[0][-1])
+    for padding, written in ((last, None), (last + 1, last + 1)):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+        assert reward_trainer.padding_of(tokenizer, pairs) == written
+
+
 @pytest.mark.parametrize("method", ["bradley_terry", "dpo"])
 def test_a_run_that_was_resumed_is_the_uninterrupted_one(method: str, folder: Path) -> None:
     name = {"algorithm__name": method}
