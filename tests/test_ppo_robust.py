@@ -190,10 +190,18 @@ def test_a_step_is_profiled_where_it_is_asked_for(folder: Path) -> None:
     assert (folder / "profile/profile/step_2_rank_0.txt").read_text().startswith("profile of steps 2-2")
 
 
-def test_the_learning_rate_that_is_logged_is_that_of_the_steps_first_update(folder: Path) -> None:
+def test_the_learning_rate_falls_from_update_to_update_and_that_of_a_steps_first_is_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.engine import engine
+
+    taken: list[float] = []
+    set_rate = engine.set_learning_rate
+    monkeypatch.setattr(engine, "set_learning_rate", lambda optimizer, rate: (taken.append(rate), set_rate(optimizer, rate))[1])
     schedule: dict[str, object] = {"optim__lr": 1e-4, "optim__lr_scheduler": "linear", "trainer__total_training_steps": 2}
     found = train(folder, "lr", algorithm__updates_per_step=2, **schedule)
-    assert [line["train/lr"] for line in found] == pytest.approx([8e-5, 4e-5])  # 8, 6, 4 and 2 are those of 4 updates
+    assert taken == pytest.approx([8e-5, 6e-5, 4e-5, 2e-5])
+    assert [line["train/lr"] for line in found] == pytest.approx([8e-5, 4e-5])
 
 
 def test_one_answer_to_a_prompt_is_not_said_to_be_like_all_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,9 +52,11 @@ class Scripted:
 
     def __init__(self, turns: list[list[int]], reason: str = "stop"):
         self.turns, self.asked, self._reason = list(turns), [], reason  # type: ignore[var-annotated]
+        self.seeds: list[tuple[int, list[int]]] = []
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         self.asked += [list(prompt) for prompt in prompts]
+        self.seeds.append((sampling.seed, list(seeds or [])))
         ids = self.turns.pop(0)
         return [Completion(ids, self._reason, [-0.5] * len(ids), 3) for _ in range(len(prompts) * sampling.n)]  # type: ignore[arg-type]
 
@@ -118,6 +120,13 @@ def test_drawn_tokens_are_never_made_again_from_text(folder: Path) -> None:
     assert sample.answer_ids[: len(turns[0])] == turns[0]
     assert desk.tokenizer(desk.tokenizer.decode(turns[0])).input_ids != turns[0], "else the test shows nothing"
     assert all(asked == desk.prompt.token_ids + sample.answer_ids[: len(asked) - len(desk.prompt.token_ids)] for asked in rollout.asked)
+
+
+def test_no_two_turns_are_drawn_from_the_same_numbers(folder: Path) -> None:
+    desk = Desk(folder)
+    rollout = Scripted(desk.turns())
+    desk.answered(rollout)
+    assert len({(seed, *seeds) for seed, seeds in rollout.seeds}) == len(rollout.seeds) == 3
 
 
 def test_others_tokens_are_not_trained(folder: Path) -> None:

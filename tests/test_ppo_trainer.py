@@ -95,7 +95,9 @@ def test_validation_is_greedy_and_before_and_after(folder: Path, grpo: list) -> 
 def test_every_answer_of_a_step_is_on_disk(folder: Path, grpo: list) -> None:
     answers = lines_of(folder / "grpo" / "rollouts" / "step_3.jsonl")
     assert len(answers) == 4 * 4
-    assert sum(answer["reward"] for answer in answers) / 16 == pytest.approx(grpo[3]["rl/reward"])
+    rewards = torch.tensor([answer["reward"] for answer in answers], dtype=torch.float64)
+    assert float(rewards.mean()) == pytest.approx(grpo[3]["rl/reward"])
+    assert float(rewards.std(correction=0)) == pytest.approx(grpo[3]["rl/reward_std"]) != 0
     assert [answer["number"] for answer in answers] == sorted([8, 9, 10, 11] * 4)
     assert all(answer["where"].startswith(str(folder / "train.jsonl")) and answer["version"] == 2 for answer in answers)
 
