@@ -19,7 +19,7 @@ from verl.engine.softmax import entropy_of, logprobs_and_entropy, logprobs_with_
 from verl.errors import UserError
 from verl.models.attention import USE_ANOTHER
 from verl.models.heads import Scorer, Slope, probe_documents
-from verl.models.linear import add_product, linear, multiply
+from verl.models.linear import add_outer, linear, multiply
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
@@ -188,7 +188,7 @@ def _gradients(
             grad_CH = hidden_grad_MH[rows]
             torch.mul(multiply(logits_CV, weight_VH.T, out=grad_CH), scale_C[:, None], out=grad_CH)
         if weight_grad_VH is not None:
-            add_product(weight_grad_VH, logits_CV.T, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype).T)
+            add_outer(weight_grad_VH, logits_CV, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
         if bias_grad_V is not None:
             bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
         del logits_CV  # before the next chunk's are made
