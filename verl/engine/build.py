@@ -331,7 +331,7 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
     pin = False
     if fsdp.cpu_offload and device.type != "cpu":
         # Gradients arrive in new tensors in each step: in pages of 2 MiB, or most of the step is the system handing out pages. PyTorch
-        # reads this before its first tensor. Not for every run: small ones leave holes between such tensors, and take twice the memory.
+        # reads this before its first tensor.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         _check_host_memory(settings)
         pin = _bytes_offloaded(settings, pinned=True) <= dist.host_memory()
