@@ -143,6 +143,15 @@ def test_a_metric_of_ones_own_writes_the_same_files(tmp_path: Path, checkpoint: 
     assert {(line["extracted"], line["expected"], line["correct_flexible"]) for line in lines} == {(None, None, None)}
 
 
+@pytest.mark.parametrize(("said", "expected"), [("np.float32(0.5)", 0.5), ("np.bool_(True)", 1.0), ("np.int64(2)", 2.0)])
+def test_a_metric_may_score_in_any_kind_of_number(tmp_path: Path, checkpoint: Path, said: str, expected: float) -> None:
+    metric = tmp_path / "mine.py"
+    metric.write_text(f"import numpy as np\n\n\ndef score(prompt, response, row):\n    return {said}\n")
+    settings = config(tmp_path, checkpoint, metric=str(metric))
+    assert evaluate(settings)["exact_match"] == expected
+    assert all(line["correct"] == (expected == 1) for line in predictions(settings))
+
+
 def test_the_example_metric_runs(tmp_path: Path, checkpoint: Path) -> None:
     settings = config(tmp_path, checkpoint, metric=str(ROOT / "examples" / "metrics" / "word_overlap.py"))
     assert evaluate(settings)["exact_match"] == 1.0

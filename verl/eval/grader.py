@@ -3,7 +3,10 @@
 import math
 import traceback
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from verl import plugin
 from verl.errors import UserError
@@ -92,7 +95,7 @@ class Grader:
         """
         reference = question.reference
         score = self._call(self._score, question.prompt, response, question.row)
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
+        if not isinstance(score, (Real, np.bool_)) or not math.isfinite(score):
             raise UserError(f"score() returned {score!r}", where=f"metric={self.name}", fix="return a finite number, such as 0.0 or 1.0")
         return Prediction(
             prompt=question.prompt,
@@ -100,7 +103,7 @@ class Grader:
             reference=reference,
             extracted=self._call(self._extract, response) if self._extract else None,
             expected=self._call(self._expect, reference) if self._expect else None,
-            correct=score == 1,
+            correct=bool(score == 1),
             correct_flexible=self._call(self._matches, response, reference, "flexible") if self._matches else None,
             score=float(score),
             finish_reason=completion.finish_reason,
