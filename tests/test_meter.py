@@ -19,7 +19,9 @@ def meter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Me
     monkeypatch.setattr("verl.trainer.meter.training_flops", lambda model: lambda tokens, trained: 1.0)
     monkeypatch.setattr("verl.trainer.meter.peak_flops", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    engine = SimpleNamespace(device=torch.device(request.param), scorer=SimpleNamespace(model=None), learning_rate=lambda step: 0.1)
+    device = torch.device("cpu" if request.param == "cpu" else "cuda")
+    trained = [SimpleNamespace(is_cuda=request.param == "cuda")]
+    engine = SimpleNamespace(device=device, trained=trained, scorer=SimpleNamespace(model=None), learning_rate=lambda step: 0.1)
     return Meter(engine, START)
 
 
@@ -43,8 +45,8 @@ def test_on_a_gpu_the_newest_step_is_left_running_until_a_pause(meter: Meter) ->
     assert meter.tokens == 30 and meter.supervised_tokens == 12
 
 
-@pytest.mark.parametrize("meter", ["cpu"], indirect=True)
-def test_on_a_cpu_each_step_is_read_at_once(meter: Meter) -> None:
+@pytest.mark.parametrize("meter", ["cpu", "offloaded"], indirect=True)
+def test_where_the_host_updates_the_weights_each_step_is_read_at_once(meter: Meter) -> None:
     for number in range(3):
         add(meter, number)
         assert read(meter, wait=False) == [number + 1]
