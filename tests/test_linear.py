@@ -67,6 +67,12 @@ def test_small_products_and_other_dtypes_stay_as_they_are(on_such_a_cpu: list[tu
     assert on_such_a_cpu == []
 
 
+@pytest.mark.parametrize(("outputs", "calls"), [(8000, 1), (9000, 0)])
+def test_a_product_that_is_bound_by_writing_it_stays_as_it_is(on_such_a_cpu: list[tuple[int, ...]], outputs: int, calls: int) -> None:
+    multiply(torch.randn(256, 16), torch.randn(outputs, 16), out=torch.empty(256, outputs))
+    assert len(on_such_a_cpu) == calls
+
+
 @pytest.mark.parametrize("rows", [4, 400])
 def test_products_without_a_gradient_are_those_of_pytorch(on_such_a_cpu: list[tuple[int, ...]], rows: int) -> None:
     layer, (given, _) = layer_and_rows(rows)

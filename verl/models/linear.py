@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ENOUGH = 2**22  # multiplications, below which a call of oneDNN, which takes 60 µs at least, is not the faster
+WIDEST = 512  # outputs for each number in: a product of more is bound by writing them, which pieces do twice
 PIECES = (1024, 512, 256, 128, 64)  # rows that go through it at a time
 
 
@@ -79,6 +80,8 @@ def add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:
 def _suits(rows_TK: Tensor, weight_NK: Tensor) -> bool:
     """Whether oneDNN takes these, and is the faster."""
     if not is_faster() or rows_TK.numel() * len(weight_NK) < ENOUGH or torch.compiler.is_compiling():
+        return False
+    if len(weight_NK) > WIDEST * weight_NK.shape[1]:
         return False
     return all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in (rows_TK, weight_NK))
 
