@@ -101,6 +101,28 @@ def test_compiled_layers_stay_as_they_are(on_such_a_cpu: list[tuple[int, ...]]) 
     assert "forward" not in layer.__dict__
 
 
+def test_a_layer_of_such_a_cpu_compiles_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
+    linear.is_faster.cache_clear()
+    layer, rows = layer_and_rows(200)
+    use_whole_cpu(layer)
+    assert "forward" in layer.__dict__
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: layer(x), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(rows), F.linear(rows, layer.weight, layer.bias))
+    linear.is_faster.cache_clear()
+
+
+def test_an_output_can_be_changed_where_it_lies(on_such_a_cpu: list[tuple[int, ...]]) -> None:
+    """As architectures do that clamp queries and keys."""
+    layer, rows = layer_and_rows(200)
+    expected = layer(rows).clamp(-0.5, 0.5)
+    use_whole_cpu(layer)
+    torch.testing.assert_close(layer(rows).clamp_(-0.5, 0.5), expected, rtol=1e-4, atol=1e-4)
+    assert on_such_a_cpu
+
+
 def test_elsewhere_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "is_faster", lambda: False)
     layer, _ = layer_and_rows(4)

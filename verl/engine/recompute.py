@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from verl.engine.fsdp import decoder_layers
 
 MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # each piece of verl/models/linear.py
+    MATRIX_PRODUCTS.add(torch.ops.mkldnn._linear_pointwise.default)
 # Short parts of the operators' names, since which of them exist depends on the release of PyTorch and on what is installed.
 KEPT = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "verl.adapted_linears", "efficient_attention", "cudnn_attention")
 

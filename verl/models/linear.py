@@ -27,12 +27,12 @@ PIECES = (1024, 512, 256, 128, 64)  # rows that go through it at a time
 def use_whole_cpu(model: nn.Module) -> None:
     """Let the model's linear layers use the faster of the two libraries. Where there is no faster one, nothing changes.
 
-    Layers that torch.compile runs stay as they are: it would compile each of them by itself.
+    Layers on a GPU stay as they are, and those that torch.compile runs: it would compile each of them by itself.
     """
     if not is_faster() or any(module._compiled_call_impl is not None for module in model.modules()):
         return
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in module.__dict__:
+        if type(module) is nn.Linear and not module.weight.is_cuda and "forward" not in module.__dict__:
             module.__dict__["forward"] = MethodType(_forward, module)
 
 
@@ -79,9 +79,10 @@ def add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:
 
 def _suits(rows_TK: Tensor, weight_NK: Tensor) -> bool:
     """Whether oneDNN takes these, and is the faster."""
-    if not is_faster() or rows_TK.numel() * len(weight_NK) < ENOUGH or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_faster():  # in this order: the compiler cannot follow the second
         return False
-    if len(weight_NK) > WIDEST * weight_NK.shape[1]:
+    rows = rows_TK.numel() // max(1, rows_TK.shape[-1])
+    if len(weight_NK) > WIDEST * weight_NK.shape[1] or not any(_pieces(rows, weight_NK.numel())):
         return False
     return all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in (rows_TK, weight_NK))
 
@@ -109,13 +110,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(rows_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    flat_TK = rows_TK.reshape(-1, rows_TK.shape[-1])
-    product_TN, done = flat_TK.new_empty(len(flat_TK), len(weight_NK)), 0
+    product_TN, done = rows_TK.new_empty(*rows_TK.shape[:-1], len(weight_NK)), 0
+    flat_TK, flat_TN = rows_TK.reshape(-1, rows_TK.shape[-1]), product_TN.view(-1, len(weight_NK))
     for piece in _pieces(len(flat_TK), weight_NK.numel()):
-        product_TN[piece], done = _call(flat_TK[piece], weight_NK, bias_N), piece.stop
+        flat_TN[piece], done = _call(flat_TK[piece], weight_NK, bias_N), piece.stop
     if done < len(flat_TK):
-        product_TN[done:] = F.linear(flat_TK[done:], weight_NK, bias_N)
-    return product_TN.view(*rows_TK.shape[:-1], -1)
+        flat_TN[done:] = F.linear(flat_TK[done:], weight_NK, bias_N)
+    return product_TN
 
 
 def _add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:

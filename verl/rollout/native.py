@@ -361,7 +361,7 @@ class NativeRollout:
         return hidden_B1H[:, 0]
 
     def _logit_blocks(self, hidden_BH: Tensor, *, kept: bool) -> Iterator[Tensor]:
-        """Blocks of logits_BC; unless they are kept, each lies where the last one was, in the processor's cache."""
+        """Blocks of logits_BC; unless they are kept, each may lie where the last one was."""
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
             hidden_BH = hidden_BH.T.contiguous().T
