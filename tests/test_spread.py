@@ -177,3 +177,35 @@ def test_offloading_without_room_is_an_error_with_the_numbers(
 def test_ddp_with_what_it_cannot_do_is_an_error(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="ddp"):
         config.check_strategy(ModelConfig(strategy="ddp", **changes))
+
+
+LARGE_PAGES = """
+import torch
+from verl import dist
+
+dist.start(large_pages=True)
+dist.from_main("what the processes tell one another are tensors too")
+taken = torch.ones(2**24)
+inside = False
+for line in open("/proc/self/smaps"):
+    first, _, rest = line.partition(" ")
+    if "-" in first:
+        begin, end = (int(number, 16) for number in first.split("-"))
+        inside = begin <= taken.data_ptr() + 2**25 < end
+    elif inside and first == "VmFlags:":
+        assert "hg" in rest.split(), rest
+        print("in large pages")
+dist.stop()
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without pages of 2 MiB")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_host_memory_is_taken_in_large_pages_before_it_is_too_late(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "pages.py").write_text(LARGE_PAGES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(tmp_path / "pages.py")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("in large pages") == processes

