@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rl import train, write_folder
+from rl import metrics_of, train, write_folder
 from safetensors.torch import load_file
 from test_ppo_ranks import run, same
 
@@ -137,13 +137,19 @@ def test_nothing_is_left_out_of_a_loss_of_ones_own(folder: Path, monkeypatch: py
     assert seen.left_out == 0
 
 
-def test_a_critic_learns_from_all_answers_though_its_actor_does_not(folder: Path) -> None:
+def test_a_critic_learns_from_all_answers_though_its_actor_does_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "both.py").write_text(GROUPS_AND_CRITIC)
-    _, (first, *_) = after(folder, "both", str(folder / "both.py"), {})
+    seen = Seen(monkeypatch)
+    _, (first, *others) = after(folder, "both", str(folder / "both.py"), {})
     assert first["rl/groups_without_spread"] > 0, "else the test shows nothing"
+    of_all = sum(line["train/supervised_tokens"] for line in (first, *others))
+    assert seen.left_out > 0
+    assert seen.trained + seen.left_out == 2 * of_all, "each role's tokens, of the actor those that were left out with them"
     assert first["critic/loss"] == pytest.approx(0.5), "half the square of returns of 1 less values of 0"
 
 
 def test_two_processes_leave_out_the_same_answers(folder: Path) -> None:
     words: dict[str, object] = {"reward__name": folder / "sometimes.py", "data__max_tokens_per_micro_batch": 200}
-    same(run(2, folder, "two", model__strategy="fsdp2", **words), run(1, folder, "one", **words))
+    one = run(1, folder, "one", **words)
+    assert all(line["rl/groups_without_spread"] > 0 for line in metrics_of(one)), "else the test shows nothing"
+    same(run(2, folder, "two", model__strategy="fsdp2", **words), one)

@@ -21,13 +21,15 @@ from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 pytestmark = [pytest.mark.learning, pytest.mark.timeout(2400)]
 
-STEPS, EVERY, FIRST = 1500, 50, 300  # of fine-tuning: all, between two checkpoints, and the first that is tried
+STEPS, EVERY, FIRST = 1200, 50, 300  # of fine-tuning: all, between two checkpoints, and the first that is tried
+# The rate stays where it is: where it has fallen, fine-tuning has gained already what reinforcement learning gains first.
+FINE_TUNING = [*RECIPE, "optim.lr_scheduler=constant", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVERY}"]
 LOWEST, HIGHEST, BEYOND = 0.2, 0.45, 0.6  # of the start, and what ends the search
-# As the demo's, and as long as four minutes allow: PPO trains on all answers, and has a critic.
-DECAYING = [*RL_RECIPE, "optim.lr=4e-4", "optim.lr_scheduler=linear", "trainer.logger=[]"]
-GRPO = [*DECAYING, "trainer.total_training_steps=100"]
-PPO = [*DECAYING, "algorithm.name=ppo", "algorithm.lam=0.95", "critic.optim.lr=1e-3", "trainer.total_training_steps=60"]
-FAR_TOO_HIGH = [*DECAYING, "optim.lr=1e-2", "trainer.total_training_steps=10"]
+# As the demo's, half as fast again, and as long as four minutes allow: PPO trains on all answers, and has a critic.
+FASTER = [*RL_RECIPE, "optim.lr=3e-4", "trainer.logger=[]"]
+GRPO = [*FASTER, "trainer.total_training_steps=100"]
+PPO = [*FASTER, "algorithm.name=ppo", "algorithm.lam=0.95", "critic.optim.lr=1e-3", "trainer.total_training_steps=60"]
+FAR_TOO_HIGH = [*FASTER, "optim.lr=1e-2", "trainer.total_training_steps=10"]
 
 
 class Start:
@@ -42,8 +44,8 @@ class Start:
         train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 24_000, 400, seed)
         write_tiny_model(folder / "model", (text for problem in train for text in (problem.question, problem.answer)), seed=seed)
         words = [f"data.train_files={folder}/train.jsonl", f"data.cache_dir={folder}/cache", f"model.partial_pretrain={folder}/model"]
-        steps = [f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVERY}", "trainer.max_ckpt_to_keep=null"]
-        fsdp_sft_trainer.main([*words, *RECIPE, *steps, f"trainer.default_local_dir={folder}/sft", f"trainer.seed={seed}"])
+        words += ["trainer.max_ckpt_to_keep=null", f"trainer.default_local_dir={folder}/sft", f"trainer.seed={seed}"]
+        fsdp_sft_trainer.main([*words, *FINE_TUNING])
         self.checkpoint, self.exact_match = self._find()
         for other in {*(folder / "sft").glob("global_step_*")} - {self.checkpoint}:
             shutil.rmtree(other)

@@ -202,6 +202,8 @@ def test_the_trainer_learns_over_turns(folder: Path) -> None:
     assert all(line["train/grad_norm"] > 0 and line["rl/rollout_difference"] < 1e-5 for line in found)
     answers = lines_of(folder / "turns/rollouts/step_1.jsonl")
     assert any(answer["turns"] > 1 for answer in answers), "else the test shows nothing"
+    for answer in answers:
+        assert answer.get("earlier_turns", [])[1::2] == ["Go on."] * (answer["turns"] - 1)
 
 
 def test_the_worked_example_runs(tmp_path: Path) -> None:

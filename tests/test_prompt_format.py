@@ -137,6 +137,22 @@ def test_what_has_changed_is_named(ask: Callable, key: str, field: str, value: o
         (plain / FILE).write_text(before)
 
 
+def test_an_adapter_goes_on_as_it_was_trained(folder: Path) -> None:
+    """The base beside it knows neither its template nor its system prompt."""
+    turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    template, other = folder / "trained.jinja", folder / "other.jinja"
+    template.write_text(turn + "{% if add_generation_prompt %}assistant: {% endif %}")
+    other.write_text(turn.replace(": ", "= ") + "{% if add_generation_prompt %}assistant= {% endif %}")
+    chats = [f"data.train_files={folder / 'chats.jsonl'}", "data.messages_key=messages"]
+    adapter = fine_tuned(folder, "adapter", *chats, f"data.chat_template={template}", "model.lora_rank=2")
+    words = [f"model.lora_adapter_path={adapter}", f"data.system_prompt={SYSTEM}"]
+    assert len(reinforce(folder / "model", folder, *words)) == 2
+    with pytest.raises(UserError, match="trained with the system prompt"):
+        reinforce(folder / "model", folder, words[0])
+    with pytest.raises(UserError, match="another chat template"):
+        reinforce(folder / "model", folder, *words, f"data.chat_template={other}")
+
+
 def test_reinforcement_learning_hands_it_on(folder: Path, with_system: Path) -> None:
     reinforce(with_system, folder, f"data.system_prompt={SYSTEM}")
     assert read_format(str(folder / "rl_system" / "global_step_1")) == read_format(str(with_system))

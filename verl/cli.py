@@ -172,7 +172,7 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
         command = trainer_of(words)
         if command is None:
             raise
-        fix = f"verl {command} trainer.dry_run=true with the same words shows its steps and tokens"
+        fix = f"verl {command} trainer.dry_run=true with the same words shows its steps and tokens; as words of fine-tuning: {error}"
         raise UserError(f"is for fine-tuning, and these are words of verl {command}", where="verl plan", fix=fix) from error
     from verl.trainer.fsdp_sft_trainer import dry_run
 

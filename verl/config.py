@@ -158,7 +158,8 @@ class TrainerConfig:
     resume_from_path: str | None = None
     # Record where the time goes in this step, counted from 1 as logged, and the two after it, into default_local_dir/profile.
     profile_step: int | None = None
-    # Print the plan of the run (steps, tokens, memory of a GPU, what to change where it does not fit) and end; no weights are read.
+    # Print the plan of the run (steps and tokens; of fine-tuning also memory of a GPU, and what to change where it does not fit) and end.
+    # No weights are read.
     dry_run: bool = False
     # Seed of row order, adapters and dropout.
     seed: int = 1

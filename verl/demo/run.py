@@ -35,7 +35,7 @@ RECIPE = (
     "optim.lr=2e-3 optim.lr_scheduler=linear optim.warmup_steps_ratio=0.05 trainer.logger=verl.demo.milestones"
 ).split()
 ROWS_A_STEP, SAVED = 16, 30  # of fine-tuning: rows, and checkpoints
-ENOUGH = 0.3  # of the problems: reinforcement learning starts from the first checkpoint that answers so many, and has as much left to learn
+ENOUGH = 0.3  # of the problems: reinforcement learning starts from the first checkpoint that answers so many, and has much left to learn
 RL_RECIPE = (
     "data.max_prompt_length=96 data.prompts_per_step=32 rollout.samples_per_prompt=8 rollout.max_new_tokens=64 rollout.max_sequences=256 "
     "algorithm.name=grpo algorithm.keep_reference=false reward.name=gsm8k model.enable_gradient_checkpointing=false "

@@ -175,6 +175,7 @@ class Answerer:
         if len(sample.answer_ids) + len(ids) >= self._config.max_new_tokens:
             sample.finish_reason = "length"
             return False
+        sample.earlier += [sample.text, said]
         sample.answer_ids += ids
         sample.answer_mask += [False] * len(ids)
         if sample.logprobs is not None:

@@ -49,7 +49,7 @@ def run(config: SFTConfig) -> Path:
     Raises:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
     """
-    device = dist.start()
+    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     dist.share_micro_batches(config.model.context_parallel_size)
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
@@ -102,13 +102,18 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
 
 
 def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, once it is seen that the model can be what the config asks for.
+    """The tokenizer of the model, or of the adapter that training goes on from, once it is seen that the model can be what is asked for.
 
     Raises:
         UserError: no such model, or adapters or parts of heads that it cannot have.
     """
     model = config.model
-    tokenizer = load_tokenizer(model.partial_pretrain, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
+    adapter = model.lora_adapter_path
+    own = (
+        adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
+    )  # with the template that it was trained with
+    path = adapter if adapter is not None and own else model.partial_pretrain
+    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
     if model.lora_rank > 0 or model.lora_adapter_path is not None:
         from verl.models.lora import check_adapters  # peft takes its time
 

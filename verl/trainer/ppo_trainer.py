@@ -46,7 +46,7 @@ def run(config: PPOConfig) -> Path | None:
     Raises:
         UserError: anything in the config, the data, the models, the rewards or the checkpoint that is not right.
     """
-    device = dist.start()
+    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     method = load_method(config)
     dist.together(lambda: check_names(config, method))
     layout = choose_layout(config.mapping, dist.world_size())

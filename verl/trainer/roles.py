@@ -95,7 +95,8 @@ def build_roles(
     say_of_dropout(config, this)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
-    check_format(config.model.partial_pretrain, tokenizer, stop_ids, systems, key="data.system_prompt")
+    trained = config.model.lora_adapter_path or config.model.partial_pretrain
+    check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
     scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     documents = flash.Documents(float(longest_sample(config)), token_budget(config))

@@ -30,6 +30,7 @@ class Sample:
         logprobs: of each of them, natural log, as the rollout drew it at its temperature; 0 where it was not drawn.
             None where the rollout does not tell.
         text: the answer without its stop token; with tools, of the last turn.
+        earlier: the turns before the last, the model's and the tool's by turns.
         finish_reason: "stop", or "length" where the answer was cut.
         version: of the weights that drew it.
         reward: what it earned.
@@ -49,6 +50,7 @@ class Sample:
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     turns: int = 1
+    earlier: list[str] = field(default_factory=list)
 
     @property
     def document(self) -> tuple[np.ndarray, np.ndarray]:

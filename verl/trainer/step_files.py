@@ -32,6 +32,7 @@ def _line(sample: Sample) -> dict[str, Any]:
         "where": sample.prompt.where,
         "number": sample.group,
         "prompt": sample.prompt.text,
+        **({"earlier_turns": sample.earlier} if sample.earlier else {}),
         "response": sample.text,
         "reference": sample.prompt.row.get("reference"),
         "reward": sample.reward,

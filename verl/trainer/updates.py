@@ -42,7 +42,7 @@ class Updates:
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
         self.settings: AlgorithmConfig = method.settings
         loss = self._module.Loss(self.settings, self._max_new_tokens)
-        self.leaves_out = getattr(self._module, "needs_groups", False) and getattr(loss, "by_advantage_alone", False)
+        self.leaves_out = method.needs_groups and getattr(loss, "by_advantage_alone", False)
         self._kl: AdaptiveKL | None = None
         if self.settings.kl_target is not None:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
