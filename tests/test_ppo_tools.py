@@ -110,6 +110,21 @@ def test_an_answer_over_turns_has_the_tokens_and_the_mask_of_the_same_chat_in_fi
     assert (sample.turns, sample.reward, sample.text) == (3, 1.0, f"#### {desk.problem.result}")
 
 
+def test_what_is_said_may_be_the_users_turn(folder: Path) -> None:
+    path = folder / "doubts.py"
+    path.write_text('ROLE = "user"\n\n\ndef reply(response, prompt, row):\n    return "Sure?" if response != "Yes." else None\n')
+    desk = Desk(folder)
+    desk.config = RolloutConfig(tool=str(path), samples_per_prompt=1, max_new_tokens=200)
+    question = desk.problem.question
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, (question, "4", "Sure?", "Yes."), strict=True)]
+    desk.rendered = desk.renderer.chat(chat)
+    sample = desk.answered(Scripted(desk.turns()))
+    ids, mask = sample.document
+    assert ids.tolist() == desk.rendered.input_ids[: len(ids)]
+    assert mask.tolist() == desk.rendered.loss_mask[: len(ids)]
+    assert (sample.turns, sample.earlier, sample.text) == (2, ["4", "Sure?"], "Yes.")
+
+
 def test_drawn_tokens_are_never_made_again_from_text(folder: Path) -> None:
     desk = Desk(folder)
     turns = desk.turns()

@@ -54,6 +54,18 @@ def test_a_trained_chat_waits_for_its_last_answer(folder: Path) -> None:
     assert prompt.token_ids == Renderer(load_tokenizer(str(folder / "model"))).prompt(chat)
 
 
+def test_the_template_shows_the_tools_of_a_chat(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder / "model"))
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + str(tokenizer.chat_template)
+    chat, tools = [{"role": "user", "content": "2+2?"}], [{"name": "add", "description": "of two numbers"}]
+    rows = [{"chat": chat, "tools": tools, "answer": "4"}, {"chat": chat, "tools": None, "answer": "4"}]
+    (folder / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PromptConfig(train_files=str(folder / "tools.jsonl"), messages_key="chat", tools_key="tools")
+    with_tools, without = load_prompts(config, config.train_files, tokenizer).prompts
+    assert with_tools.token_ids == Renderer(tokenizer).prompt(chat, tools)
+    assert without.token_ids == Renderer(tokenizer).prompt(chat) != with_tools.token_ids
+
+
 def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
     (prompt,) = load(folder, [{"question": "2+2?", "answer": "4"}], system_prompt="Count.").prompts
     assert prompt.messages[0] == {"role": "system", "content": "Count."}

@@ -261,6 +261,8 @@ class PromptConfig:
     response_key: str | None = "answer"
     # Column of a chat, a list of {role, content} that ends with the user; when set, it is used in place of prompt_key.
     messages_key: str | None = None
+    # With messages_key: column of the tools that the chat template shows.
+    tools_key: str | None = None
     # With prompt_key: what the model is told before each question; null: what its template says by itself.
     system_prompt: str | None = None
     # A Jinja file that takes the place of the tokenizer's chat template.
@@ -407,6 +409,8 @@ class PPOConfig:
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
+        if self.data.tools_key and not self.data.messages_key:
+            raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
         at_least("critic.warmup_steps", self.critic.warmup_steps, 0)

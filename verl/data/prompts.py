@@ -106,6 +106,7 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
             fix = "set data.response_key to the column of the right answers, or to null where no reward needs them"
             raise UserError(f"no column {config.response_key!r}; found {', '.join(map(repr, values))}", where=row.where, fix=fix)
         values = {**values, "reference": row.text(config.response_key, "data.response_key")}
+    tools = None if config.tools_key is None else row.value(config.tools_key, "data.tools_key", may_be_null=True)
     if config.messages_key is None:
         text = row.text(config.prompt_key, "data.prompt_key")
         before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
@@ -114,7 +115,7 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
         messages = _unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
         text = messages[-1]["content"]
     try:
-        return Prompt(row.where, text, messages, renderer.prompt(messages), values)
+        return Prompt(row.where, text, messages, renderer.prompt(messages, tools), values)
     except UserError as error:
         raise UserError(error.what, where=f"{row.where}: {error.where}" if error.where else row.where, fix=error.fix) from None
 

@@ -171,7 +171,7 @@ class Answerer:
         said = _called(tool, sample)
         if said is None:
             return False
-        ids = self._renderer.turn_after({"role": "tool", "content": said})
+        ids = self._renderer.turn_after({"role": getattr(tool, "ROLE", "tool"), "content": said})
         if len(sample.answer_ids) + len(ids) >= self._config.max_new_tokens:
             sample.finish_reason = "length"
             return False
