@@ -44,7 +44,7 @@ def build(model: str, spread: Spread, *, empty: bool = False) -> tuple[Engine, A
 
 
 def losses(engine: Engine, start: int, stop: int) -> list[float]:
-    # Two micro-batches a rank and step.
+    # One or two micro-batches a rank and step, in the first step two.
     loader = Loader(RandomDocuments(), Packing(2, 120), rows_per_step=8, seed=1, rank=dist.rank(), world_size=dist.world_size())
     return [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in loader.steps(start, stop)]
 
