@@ -74,6 +74,12 @@ def test_at_any_temperature_actor_rollout_and_reference_mean_the_same_probabilit
     assert abs(line["rl/kl_k3"]) < 1e-9
 
 
+def test_transformers_own_generation_serves_too(folder: Path) -> None:
+    lines = train(folder, "hf", rollout__name="hf", trainer__total_training_steps=2)
+    assert all(line["rl/rollout_difference"] < 1e-5 for line in lines), "also after an update"
+    assert all(line["train/grad_norm"] > 0 for line in lines)
+
+
 def test_a_critic_may_learn_alone_at_first(folder: Path) -> None:
     changes: dict[str, object] = {"algorithm__name": "ppo", "critic__warmup_steps": 2, "trainer__total_training_steps": 3}
     lines = train(folder, "warm_up", **changes)

@@ -179,6 +179,14 @@ def test_ddp_with_what_it_cannot_do_is_an_error(changes: dict[str, Any]) -> None
         config.check_strategy(ModelConfig(strategy="ddp", **changes))
 
 
+def test_the_keys_say_how_weights_are_sharded(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 6)
+    for size, reshard in ((3, True), (2, False), (None, True)):
+        keys = FsdpConfig(shard_size=size, reshard_after_forward=reshard)
+        found = choose_spread(ModelConfig(partial_pretrain=str(model_path), strategy="fsdp", fsdp_config=keys), torch.device("cpu"))
+        assert (found.strategy, found.sharding.size, found.sharding.reshard_after_forward) == ("fsdp2", size, reshard)
+
+
 LARGE_PAGES = """
 import torch
 from verl import dist
