@@ -22,7 +22,7 @@ from verl.trainer import fsdp_sft_trainer, ppo_trainer
 pytestmark = [pytest.mark.learning, pytest.mark.timeout(2400)]
 
 STEPS, EVERY, FIRST = 1200, 50, 300  # of fine-tuning: all, between two checkpoints, and the first that is tried
-# The rate stays where it is: where it has fallen, fine-tuning has gained already what reinforcement learning gains first.
+# The rate stays where it is: from where it had fallen, reinforcement learning gained less, the more so the later (benchmarks/README.md).
 FINE_TUNING = [*RECIPE, "optim.lr_scheduler=constant", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVERY}"]
 LOWEST, HIGHEST, BEYOND = 0.2, 0.45, 0.6  # of the start, and what ends the search
 # As the demo's, half as fast again, and as long as four minutes allow: PPO trains on all answers, and has a critic.
