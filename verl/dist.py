@@ -1,7 +1,9 @@
 """Processes and devices: one process on a laptop and many under torchrun run the same code."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,12 +72,19 @@ def host_memory() -> int:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, together with the others where the work has gone well.
+
+    gloo's threads let go of a message's tensors a moment after it has arrived. If the interpreter ends first, it aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291); the last wait for the others is that moment. After an error nobody is waited for.
+    """
     global _group
     _group = None
     share_micro_batches(1)
     _context_groups.clear()
     if dist.is_initialized():
+        if sys.exc_info()[0] is None:
+            with suppress(RuntimeError):  # one that is still at work, or has failed by itself, is no error of this one
+                dist.barrier()
         dist.destroy_process_group()
 
 
