@@ -389,9 +389,9 @@ def model_with_unused_rows(tokenizer: Qwen2Tokenizer, *, cloud: float, stop: str
 @pytest.mark.parametrize("cloud", [0.0, 1e-3, 5e-3])
 def test_a_stop_token_among_rows_that_were_never_trained_is_found(cloud: float, tokenizer: Qwen2Tokenizer) -> None:
     model, end = model_with_unused_rows(tokenizer, cloud=cloud, stop="unused")
-    assert untrained_stop_tokens(model, tokenizer, [end]) == ["<|im_end|>"]
+    assert untrained_stop_tokens(model.get_output_embeddings().weight, tokenizer, [end]) == ["<|im_end|>"]
     trained, _ = model_with_unused_rows(tokenizer, cloud=cloud, stop="trained")
-    assert untrained_stop_tokens(trained, tokenizer, [end]) == []
+    assert untrained_stop_tokens(trained.get_output_embeddings().weight, tokenizer, [end]) == []
 
 
 def test_a_run_warns_of_a_stop_token_that_was_never_trained(
@@ -423,7 +423,7 @@ def test_a_run_warns_of_a_stop_token_that_was_never_trained(
 def test_a_model_with_random_weights_raises_no_alarm(tokenizer: Qwen2Tokenizer) -> None:
     for stop in ("trained", "unused"):
         model, end = model_with_unused_rows(tokenizer, cloud=0.02, stop=stop)
-        assert untrained_stop_tokens(model, tokenizer, [end]) == []
+        assert untrained_stop_tokens(model.get_output_embeddings().weight, tokenizer, [end]) == []
 
 
 @pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")

@@ -26,7 +26,7 @@ from verl.models.attention import choose_attention, describe_attention, has_flas
 from verl.models.context import check_heads, heads_of_each
 from verl.models.export import export_adapter, export_model, export_tokenizer
 from verl.models.heads import RewardScorer, ValueScorer, check_hidden, load_critic, load_reward_model
-from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, resolve
+from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, read_adapter_config, resolve
 from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.shards import load_without_values, small_twin
 from verl.models.trained_tokens import stop_token_warning, untrained_stop_tokens
@@ -170,7 +170,7 @@ def build(
         from verl.models.adapted import use_operators
         from verl.models.lora import add_adapters
 
-        never_trained = untrained_stop_tokens(loaded.model, tokenizer, stop_ids)
+        never_trained = untrained_stop_tokens(loaded.output_embeddings(), tokenizer, stop_ids)
         adapted = add_adapters(
             loaded.model, settings, compute_dtype=compute_dtype, seed=seed, tokenizer=tokenizer, stop_ids=stop_ids, dropout=dropout
         )
@@ -224,15 +224,17 @@ def build_critic(
     torch.manual_seed(seed)
     spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
     home = torch.device("cpu") if spread.sharding.cpu_offload else device
-    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code)
+    values, dtype = not _will_be_sharded(spread), getattr(torch, settings.param_dtype)
+    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
     check_vocabulary(loaded.model, actor.tokenizer, path)
-    check_hidden(ValueScorer(loaded.model), where=path)
-    _cast(loaded.model, getattr(torch, settings.param_dtype))
+    check_hidden(ValueScorer(loaded.model if loaded.fill is None else small_twin(loaded.model, device)), where=path)
+    _cast(loaded.model, dtype)
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
     Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
     scorer = ValueScorer(loaded.model)
-    return Critic(Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread), loaded)
+    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
+    return Critic(engine, loaded)
 
 
 def build_reward_model(
@@ -261,9 +263,10 @@ def build_reward_model(
     spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
     home = torch.device("cpu") if spread.sharding.cpu_offload else device
     path = settings.partial_pretrain
-    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code)
+    values = not _will_be_sharded(spread)
+    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
     check_vocabulary(loaded.model, tokenizer, path)
-    check_hidden(RewardScorer(loaded.model), where=path)
+    check_hidden(RewardScorer(loaded.model if loaded.fill is None else small_twin(loaded.model, device)), where=path)
     loaded.model.config.pad_token_id = padding
     choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents=documents)
     _cast(loaded.model, getattr(torch, settings.param_dtype))
@@ -274,7 +277,8 @@ def build_reward_model(
     if settings.enable_gradient_checkpointing:
         recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
     compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
-    engine = Engine(RewardScorer(loaded.model), optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread)
+    scorer = RewardScorer(loaded.model)
+    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
     return Built(engine, compiler, loaded, None, tokenizer, stop_ids, None, [])
 
 
@@ -291,6 +295,8 @@ class Base:
         entropy, scorer.entropy = scorer.entropy, False
         try:
             with self._adapted.disable_adapter():
+                for parameter in self._engine.trained:  # peft freezes them too, and FSDP2's first forward pass would take them for frozen
+                    parameter.requires_grad = True
                 return self._engine.score(micro_batches)
         finally:
             scorer.entropy = entropy
@@ -305,14 +311,18 @@ def build_reference(settings: ModelConfig, actor: Built, device: torch.device) -
     if actor.adapted is not None and settings.lora_adapter_path is None and settings.trainable_tokens is None:
         return Base(actor)
     spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
-    loaded = load_for_training(settings.partial_pretrain, device=device, dtype=compute_dtype, trust_remote_code=settings.trust_remote_code)
+    source, trusted, loaded = settings.partial_pretrain, settings.trust_remote_code, None
+    if _will_be_sharded(spread) and settings.lora_adapter_path is None:
+        loaded = load_without_values(source, dtype=compute_dtype, trust_remote_code=trusted)
+    if loaded is None:
+        loaded = load_for_training(source, device=device, dtype=compute_dtype, trust_remote_code=trusted)
     if settings.lora_adapter_path is not None:
         from verl.models.adapter_files import put_on
 
         put_on(loaded.model, settings.lora_adapter_path).merge_and_unload()
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)
     scorer = TokenScorer(loaded.model, temperature)
-    return Engine(scorer, None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread)
+    return Engine(scorer, None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
 
 
 def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
@@ -376,9 +386,9 @@ def _load(settings: ModelConfig, spread: Spread, device: torch.device, compute_d
     offload, dtype = spread.sharding.cpu_offload, getattr(torch, settings.param_dtype)
     home = torch.device("cpu") if offload else device
     adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
-    sharded = spread.strategy == "fsdp2" and (dist.world_size() > 1 or offload)
-    if sharded and not adapters:
-        loaded = load_without_values(settings.partial_pretrain, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+    if _will_be_sharded(spread) and not _starts_from_values(settings):
+        frozen = compute_dtype if adapters else dtype
+        loaded = load_without_values(settings.partial_pretrain, dtype=frozen, trust_remote_code=settings.trust_remote_code)
         if loaded is not None:
             _check(TokenScorer(small_twin(loaded.model, device)))
             return loaded, TokenScorer(loaded.model)
@@ -399,6 +409,17 @@ def _load(settings: ModelConfig, spread: Spread, device: torch.device, compute_d
     _check(scorer)
     _cast(loaded.model, dtype)
     return loaded, scorer
+
+
+def _starts_from_values(settings: ModelConfig) -> bool:
+    """Whether adapters need the weights that they lie beside: their norms, their rounded blocks, or some of their rows."""
+    goes_on = {} if settings.lora_adapter_path is None else read_adapter_config(settings.lora_adapter_path) or {}
+    asked = settings.use_dora or settings.load_in_4bit or settings.trainable_tokens is not None
+    return bool(asked or goes_on.get("use_dora") or goes_on.get("trainable_token_indices"))
+
+
+def _will_be_sharded(spread: Spread) -> bool:
+    return spread.strategy == "fsdp2" and (dist.world_size() > 1 or spread.sharding.cpu_offload)
 
 
 def _check(scorer: TokenScorer) -> None:

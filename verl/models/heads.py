@@ -21,6 +21,7 @@ from verl.errors import UserError
 from verl.models.attention import PACKED, USE_ANOTHER, packed_kwargs
 from verl.models.context import sum_over_parts
 from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype
+from verl.models.shards import load_without_values
 
 # The derivative of what is minimized by each trained position's log-probability, slope_M in float32, where it is known before the
 # model has run; or a function that gives that of some of them, from their log-probabilities and where they stand among all.
@@ -87,27 +88,41 @@ class RewardScorer(Scorer):
 
 
 def load_critic(
-    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    values: bool = True,
 ) -> Loaded:
     """A critic for a ValueScorer, from one that was saved, or from a causal language model with a head of zeros.
 
+    Args:
+        values: whether to read them; without, the model is for sharding, where its files have what `load_without_values` needs.
     Raises:
         UserError: no such model, or an architecture without token classification.
     """
-    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code)
+    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values)
 
 
 def load_reward_model(
-    path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    values: bool = True,
 ) -> Loaded:
     """A reward model for a RewardScorer, from one that was saved, or from a causal language model with a head of zeros.
 
     With `trust_remote_code` it may be any model whose code gives it a module `score` from hidden states to one number.
 
+    Args:
+        values: as for `load_critic`.
     Raises:
         UserError: no such model, or not one that gives one number.
     """
-    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code)
+    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code, values)
 
 
 @torch.no_grad()
@@ -152,7 +167,7 @@ def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
     return not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
-def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool) -> Loaded:
+def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool, values: bool) -> Loaded:
     source, config = resolve(path), _config(path, trust_remote_code)
     if type(config) not in kind._model_mapping:
         if not (trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})):
@@ -161,6 +176,11 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
         kind = AutoModel
     if any(name.endswith("Classification") for name in config.architectures or []) and config.num_labels != 1:
         raise UserError(f"gives {config.num_labels} numbers, not one", where=path, fix="give a model with one label, or a language model")
+    if not values and kind is not AutoModel:
+        loaded = load_without_values(path, dtype=dtype, trust_remote_code=trust_remote_code, kind=kind, head=_head)
+        if loaded is not None:
+            _leave_out_dropout(loaded.model)
+            return loaded
     options = {} if kind is AutoModel else {"num_labels": 1}
     try:
         model, report = kind.from_pretrained(
@@ -175,12 +195,17 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise cannot_load("model", path, error) from error
-    if hasattr(model, "dropout"):
-        model.dropout = nn.Identity()  # of the head, which is called without it
+    _leave_out_dropout(model)
     _start_at_zero(model, set(report["missing_keys"]), path)
     saved_dtypes = find_saved_dtypes(model, source)
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
+
+
+def _leave_out_dropout(model: PreTrainedModel) -> None:
+    """Of the head, which is called without it."""
+    if hasattr(model, "dropout"):
+        model.dropout = nn.Identity()
 
 
 def _config(path: str, trust_remote_code: bool) -> Any:

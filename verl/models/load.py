@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,11 +39,21 @@ class Loaded:
         model: a causal language model, its attention set to packed batches.
         saved_dtypes: the dtype that each parameter and buffer had on disk, and will have again.
         fill: of a model without values (`verl.models.shards`), reads them once it is sharded, onto a device.
+        read: of a model without values, a whole tensor by its name.
     """
 
     model: PreTrainedModel
     saved_dtypes: dict[str, torch.dtype]
     fill: Callable[[nn.Module, torch.device], None] | None = None
+    read: Callable[[str], Tensor] | None = None
+
+    def output_embeddings(self) -> Tensor:
+        """Of the vocabulary, in the dtype on disk where the model has no values."""
+        weight_VH: Tensor = self.model.get_output_embeddings().weight
+        if self.read is None:
+            return weight_VH
+        names = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor is weight_VH]
+        return self.read(names[0])
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerBase:

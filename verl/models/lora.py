@@ -1,7 +1,8 @@
 """LoRA adapters through peft: small trained matrices beside frozen weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def add_adapters(
     """Freeze the model and put adapters in float32 beside its linear layers, which are changed in place.
 
     Args:
-        model: in any dtype; what is frozen is kept in the compute dtype from here on, since it never takes an update.
+        model: in any dtype, with values or without; what is frozen is kept in the compute dtype from here on, as it never takes an update.
         seed: of the adapters' first values, equal on all ranks.
         tokenizer: reads the tokens of `model.trainable_tokens`.
         stop_ids: what "stop" stands for there.
@@ -44,7 +45,8 @@ def add_adapters(
     wanted = lora_config(model, config, tokenizer, stop_ids)
     wanted.lora_dropout = wanted.lora_dropout if dropout else 0.0
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, wanted, autocast_adapter_dtype=False)
+    with _stand_ins(model):
+        adapted = get_peft_model(model, wanted, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():
         if not is_quantized(parameter):
@@ -53,6 +55,21 @@ def add_adapters(
         set_peft_model_state_dict(adapted, adapter_files.read_weights(config.lora_adapter_path))
     set_compute_dtype(model, compute_dtype)
     return adapted
+
+
+@contextmanager
+def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile weights without values are views of one number in host memory, beside which peft makes adapters as beside any others."""
+    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None and p.is_meta]
+    numbers = {p: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for _, _, p in places}
+    for module, name, p in places:
+        module._parameters[name] = numbers[p]
+    try:
+        yield
+    finally:
+        for module, name, p in places:
+            p.requires_grad = numbers[p].requires_grad
+            module._parameters[name] = p
 
 
 def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,9 +1,12 @@
 """A model that never exists whole: made without values, sharded, and then read from safetensors, each process its own part.
 
+Adapters are small, and have values from the start.
+
 Dimensions: as in `verl.engine.fsdp`, weights are cut along their first dimension.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,9 +27,19 @@ from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, re
 TWIN_VOCABULARY = 1024
 
 
-def load_without_values(path: str, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded | None:
+def load_without_values(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    kind: Any = AutoModelForCausalLM,
+    head: Callable[[PreTrainedModel], nn.Module] | None = None,
+) -> Loaded | None:
     """A model whose parameters have shapes alone, and `fill`, which reads them once they are sharded.
 
+    Args:
+        kind: transformers' class of such models.
+        head: the part of the model that gives one number, and is zero where the files have none; None: it has no such part.
     Returns:
         None where the files hold other tensors than the model has (an older layout, say), which only transformers can read.
     Raises:
@@ -34,11 +47,9 @@ def load_without_values(path: str, *, dtype: torch.dtype, trust_remote_code: boo
     """
     folder = _fetched(path)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **({} if head is None else {"num_labels": 1}))
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=trust_remote_code
-            )
+            model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load("model", path, error) from error
     model.tie_weights()
@@ -46,11 +57,13 @@ def load_without_values(path: str, *, dtype: torch.dtype, trust_remote_code: boo
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     places = _places(folder)
-    if not all(_is_there(model, name, places) for name in model.state_dict()):
+    own = set() if head is None else {id(parameter) for parameter in head(model).parameters()}
+    new = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own and name not in places}
+    if not all(_is_there(model, name, places) for name in model.state_dict() if name not in new):
         return None
     dtypes = find_saved_dtypes(model, str(folder))
     restore_stated_dtype(model, path, dtypes, trust_remote_code=trust_remote_code)
-    return Loaded(model, dtypes, partial(_fill, places=places))
+    return Loaded(model, dtypes, partial(_fill, places=places, zeros=new), partial(_read_whole, places=places))
 
 
 def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -72,24 +85,38 @@ def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return twin
 
 
-def _fill(scorer: nn.Module, device: torch.device, *, places: dict[str, Path]) -> None:
-    """Read a sharded model's values, each process those of its shards."""
-    buffers = {name: buffer.clone() for name, buffer in scorer.named_buffers()}
+@torch.no_grad()
+def _fill(scorer: nn.Module, device: torch.device, *, places: dict[str, Path], zeros: set[str]) -> None:
+    """Read a sharded model's values, each process those of its shards. What has values, such as buffers and adapters, keeps them."""
+    kept = {name: tensor.clone() for name, tensor in _tensors(scorer).items() if not tensor.is_meta}
     scorer.to_empty(device=device)
-    for name, buffer in scorer.named_buffers():
-        buffer.copy_(buffers[name])
     model: Any = scorer.model
     model.tie_weights()
+    for name, tensor in _tensors(scorer).items():
+        if name in kept:
+            tensor.copy_(kept[name])
     seen: set[int] = set()
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places.values())}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen and name in places:
+            on_disk = name.replace(".base_layer.", ".")  # peft puts a layer with an adapter one deeper
+            if name in zeros:
+                tensor.zero_()
+            elif id(tensor) not in seen and on_disk in places:
                 seen.add(id(tensor))
-                _read(tensor, files[places[name]].get_slice(name))
+                _read(tensor, files[places[on_disk]].get_slice(on_disk))
 
 
-@torch.no_grad()
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _read_whole(name: str, *, places: dict[str, Path]) -> Tensor:
+    with safe_open(places[name], "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
 def _read(tensor: Tensor, values: Any) -> None:
     if not isinstance(tensor, DTensor):
         tensor.copy_(values[:])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from verl.errors import UserError
 
@@ -49,13 +49,15 @@ def _token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.no_grad()
-def untrained_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[str]:
+def untrained_stop_tokens(weight_VH: Tensor, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[str]:
     """Those of the stop tokens whose output embedding lies among rows that no text ever trained.
 
     Such rows, of ids without a token or of tokens named as reserved, lie close together and apart from all others in a trained
     model. Where they do not, as in a model with random weights, nothing can be said, and nothing is.
+
+    Args:
+        weight_VH: the model's output embeddings.
     """
-    weight_VH = model.get_output_embeddings().weight
     vocabulary = tokenizer.get_vocab()
     names = {number: name for name, number in vocabulary.items()}
     unused = [i for i in range(len(weight_VH)) if (i not in names or UNUSED_NAME.search(names[i])) and i not in stop_ids]
