@@ -1,4 +1,7 @@
-"""Run by test_scaling: what FSDP2 hands to its collectives in one step, on the first of N processes; the others are imagined."""
+"""Run by test_scaling: what FSDP2 hands to its collectives in one step, on the first of N processes; the others are imagined.
+
+bytes_of_step.py N TOKENS, with at most so many tokens in a micro-batch.
+"""
 
 import json
 import sys
@@ -37,15 +40,15 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(ranks: int) -> None:
+def main(ranks: int, tokens: int) -> None:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     model = Qwen2ForCausalLM._from_config(qwen2_config(tie_word_embeddings=False), attn_implementation=PACKED)
     engine = Engine(TokenScorer(model), OptimConfig(), total_steps=1, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
-    batches = micro_batches(RandomDocuments(8), np.arange(8), Packing(1, 480), rank=0, world_size=ranks)
+    batches = micro_batches(RandomDocuments(8), np.arange(8), Packing(1, tokens), rank=0, world_size=ranks)
     with Counting(ranks) as counting:
         engine.backward(batches, sft)
     print(json.dumps({"micro_batches": len(batches), "parameters": model.num_parameters(), **counting.counted}))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

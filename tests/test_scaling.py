@@ -1,6 +1,7 @@
 """docs/scaling.md: its tables are what docs/scaling.py computes, and what that computes is so where it can be looked at."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -68,11 +69,19 @@ def test_the_formula_of_memory_gives_what_was_measured_on_one_gpu(scaling: Modul
     assert scaling.memory(scaling.SHAPES[0], 1, 32768) / 2**30 == pytest.approx(12.3, rel=0.08)
 
 
+@functools.cache
+def counted_in_step(ranks: int, *, tokens: int = 480) -> dict[str, int]:
+    """Calls and bytes of each collective, with at most so many tokens in a micro-batch."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    script = [sys.executable, str(ROOT / "tests" / "bytes_of_step.py"), str(ranks), str(tokens)]
+    done = subprocess.run(script, env=environment, check=True, capture_output=True, text=True)
+    counted: dict[str, int] = json.loads(done.stdout)
+    return counted
+
+
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_fsdp_moves_the_bytes_of_the_formula(ranks: int, scaling: ModuleType) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    script = [sys.executable, ROOT / "tests" / "bytes_of_step.py", str(ranks)]
-    counted = json.loads(subprocess.run(script, env=environment, check=True, capture_output=True, text=True).stdout)
+    counted = counted_in_step(ranks)
     c = qwen2_config(tie_word_embeddings=False)
     shape = scaling.Shape(
         "tiny", c.num_hidden_layers, c.hidden_size, c.intermediate_size, 4, 2, c.hidden_size // 4, c.vocab_size, tied=False
@@ -86,6 +95,15 @@ def test_fsdp_moves_the_bytes_of_the_formula(ranks: int, scaling: ModuleType) ->
     assert sum(name.endswith("calls") for name in counted) == 2
     tied = dataclasses.replace(shape, tied=True)  # the known wrong count
     assert scaling.sharded(tied, ranks).gathered != counted["allgather_base torch.bfloat16 bytes"]
+
+
+def test_fsdp_reduces_gradients_once_however_many_micro_batches_a_step_has() -> None:
+    one, several = counted_in_step(2), counted_in_step(2, tokens=80)
+    assert one["micro_batches"] == 1 and several["micro_batches"] > 1
+    for what in ("bytes", "calls"):
+        assert several[f"reduce_scatter_base torch.float32 {what}"] == one[f"reduce_scatter_base torch.float32 {what}"] > 0
+        gathered = f"allgather_base torch.bfloat16 {what}"
+        assert several[gathered] > one[gathered]  # which each micro-batch needs: the counting sees them all
 
 
 def test_what_the_page_says_of_ethernet_follows_from_the_formulas(scaling: ModuleType) -> None:

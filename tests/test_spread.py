@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import qwen2_config, write_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from verl import config, dist
 from verl.config import FsdpConfig, ModelConfig
 from verl.engine import build as building
 from verl.engine.build import choose_spread
+from verl.engine.fsdp import Sharding, decoder_layers, shard
 from verl.engine.logprobs import TokenScorer, check_scorer
 from verl.errors import UserError
 from verl.models.attention import packed_attention
@@ -145,6 +147,48 @@ def test_auto_keeps_small_models_whole_on_each_gpu(
     assert choose_spread(settings, torch.device("cpu")).strategy == "fsdp2"
 
 
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("size", [None, 2])
+def test_the_keys_of_sharding_reach_fsdp2(reshard: bool, size: int | None, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    keys = FsdpConfig(reshard_after_forward=reshard, shard_size=size)
+    spread = choose_spread(ModelConfig(partial_pretrain=str(model_path), fsdp_config=keys), torch.device("cpu"))
+    assert spread.strategy == "fsdp2"
+    assert (spread.sharding.reshard_after_forward, spread.sharding.size) == (reshard, size)
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "read_later"),
+    [
+        (2, {}, True),
+        (1, {}, False),
+        (1, {"fsdp_config": FsdpConfig(cpu_offload=True)}, True),
+        (2, {"strategy": "ddp"}, False),
+        (2, {"lora_rank": 4}, True),
+        (2, {"lora_rank": 4, "use_dora": True}, False),  # which starts from the norms of the weights' rows
+    ],
+)
+def test_a_model_that_will_be_sharded_is_never_whole_on_a_process(
+    processes: int, changes: dict[str, Any], read_later: bool, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: processes)
+    settings, cpu = ModelConfig(partial_pretrain=str(model_path), **changes), torch.device("cpu")
+    loaded, scorer = building._load(settings, choose_spread(settings, cpu), cpu, torch.float32)
+    assert (loaded.fill is not None) == read_later
+    assert {parameter.is_meta for parameter in scorer.parameters()} == {read_later}
+
+
+def test_while_a_layer_computes_the_weights_of_the_next_are_on_their_way(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[Any]] = {"forward": [], "backward": []}
+    for way, pairs in asked.items():
+        monkeypatch.setattr(FSDPModule, f"set_modules_to_{way}_prefetch", lambda layer, others, pairs=pairs: pairs.append((layer, *others)))
+    dist.start()
+    model = load_for_training(str(model_path)).model
+    first, second = decoder_layers(model)
+    shard(TokenScorer(model), torch.device("cpu"), Sharding(), compute_dtype=torch.float32)
+    assert asked == {"forward": [(first, second)], "backward": [(second, first)]}
+
+
 def test_groups_must_divide_the_processes(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 6)
     settings = ModelConfig(partial_pretrain=str(model_path), fsdp_config=FsdpConfig(shard_size=4))
@@ -177,14 +221,6 @@ def test_offloading_without_room_is_an_error_with_the_numbers(
 def test_ddp_with_what_it_cannot_do_is_an_error(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="ddp"):
         config.check_strategy(ModelConfig(strategy="ddp", **changes))
-
-
-def test_the_keys_say_how_weights_are_sharded(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "world_size", lambda: 6)
-    for size, reshard in ((3, True), (2, False), (None, True)):
-        keys = FsdpConfig(shard_size=size, reshard_after_forward=reshard)
-        found = choose_spread(ModelConfig(partial_pretrain=str(model_path), strategy="fsdp", fsdp_config=keys), torch.device("cpu"))
-        assert (found.strategy, found.sharding.size, found.sharding.reshard_after_forward) == ("fsdp2", size, reshard)
 
 
 LARGE_PAGES = """
