@@ -14,11 +14,31 @@ from verl.trainer.meter import Meter
 START = Position(step=0, tokens=0, supervised_tokens=0, rows=8, rows_per_step=2, seed=1, data_fingerprint="f")
 
 
+class Reached:
+    """A GPU that comes to each place in its work two seconds after the one before, whenever the host asks."""
+
+    milliseconds = 0.0
+
+    def __init__(self, *, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        Reached.milliseconds += 2000.0
+        self.at = Reached.milliseconds
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Reached") -> float:
+        return end.at - self.at
+
+
 @pytest.fixture
 def meter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Meter:
     monkeypatch.setattr("verl.trainer.meter.training_flops", lambda model: lambda tokens, trained: 1.0)
     monkeypatch.setattr("verl.trainer.meter.peak_flops", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "Event", Reached)
     device = torch.device("cpu" if request.param == "cpu" else "cuda")
     trained = [SimpleNamespace(is_cuda=request.param == "cuda")]
     engine = SimpleNamespace(device=device, trained=trained, scorer=SimpleNamespace(model=None), learning_rate=lambda step: 0.1)
@@ -32,6 +52,19 @@ def add(meter: Meter, number: int, loss: float = 1.0) -> None:
 
 def read(meter: Meter, *, wait: bool) -> list[int]:
     return [number for number, _ in meter.finished(wait=wait)]
+
+
+@pytest.mark.parametrize("meter", ["cuda"], indirect=True)
+def test_a_step_takes_the_time_that_the_gpu_took_though_the_host_looks_at_two_at_once(meter: Meter) -> None:
+    add(meter, 0)
+    add(meter, 1)
+    found = [metrics for _, metrics in meter.finished(wait=True)]
+    assert [metrics["perf/step_seconds"] for metrics in found] == [2.0, 2.0]
+    assert [metrics["perf/tokens_per_second"] for metrics in found] == [5.0, 5.0]
+    meter.start()  # at 8 seconds: what lies between is nobody's
+    add(meter, 2)
+    assert [metrics["perf/step_seconds"] for _, metrics in meter.finished(wait=True)] == [2.0]
+    assert meter.end_epoch(0) == "epoch 1: 30 tokens, 5 tokens/s"
 
 
 @pytest.mark.parametrize("meter", ["cuda"], indirect=True)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from verl.engine.engine import Engine
 from verl.engine.flops import peak_flops, training_flops
 from verl.errors import UserError
 
+Moment: TypeAlias = float | torch.cuda.Event  # seconds of the host's clock, or a place in the GPU's work
+
 
 @dataclass(frozen=True)
 class _Running:
@@ -22,8 +25,8 @@ class _Running:
 
     step: Step
     names: list[str]
-    values: Tensor  # of the names, in host memory once `arrived`
-    arrived: torch.cuda.Event | None
+    values: Tensor  # of the names, in host memory from `done` on
+    done: Moment
 
 
 class Meter:
@@ -45,19 +48,23 @@ class Meter:
 
     def start(self) -> None:
         """A step begins here: what came before, such as saving, is not its time."""
-        self._since = time.perf_counter()
+        self._since = self._now()
+
+    def _now(self) -> Moment:
+        """On a GPU the host may be ahead or behind: what the GPU has reached is the time that counts."""
+        if self._engine.device.type != "cuda":
+            return time.perf_counter()
+        reached = torch.cuda.Event(enable_timing=True)
+        reached.record()
+        return reached
 
     def add(self, step: Step, out: dict[str, Tensor]) -> None:
         """A step's work is queued; `out` is what `Engine.train_step` returned."""
         names = [name for name in out if name != "skipped"]  # a loss that is not finite ends the run
         values = torch.stack([out[name].float() for name in names])
-        if not values.is_cuda:
-            self._running.append(_Running(step, names, values, None))
-            return
-        host = torch.empty(len(names), pin_memory=True).copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._running.append(_Running(step, names, host, arrived))
+        if values.is_cuda:
+            values = torch.empty(len(names), pin_memory=True).copy_(values, non_blocking=True)
+        self._running.append(_Running(step, names, values, self._now()))
 
     def finished(self, *, wait: bool) -> Iterator[tuple[int, dict[str, float]]]:
         """Numbers (counted from 1) and metrics, under the names of metrics.jsonl, of the steps that are done.
@@ -70,14 +77,13 @@ class Meter:
         keep = 0 if wait else self._in_hand
         while len(self._running) > keep:
             done = self._running.pop(0)
-            if done.arrived is not None:
-                done.arrived.synchronize()
-            yield done.step.number + 1, self._measure(done.step, dict(zip(done.names, done.values.tolist(), strict=True)))
+            if isinstance(done.done, torch.cuda.Event):
+                done.done.synchronize()
+            seconds, self._since = _seconds(self._since, done.done), done.done
+            yield done.step.number + 1, self._measure(done.step, seconds, dict(zip(done.names, done.values.tolist(), strict=True)))
 
-    def _measure(self, step: Step, found: dict[str, float]) -> dict[str, float]:
+    def _measure(self, step: Step, seconds: float, found: dict[str, float]) -> dict[str, float]:
         loss, norm = found["loss"], found["grad_norm"]
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"loss {loss}, gradient norm {norm}",
@@ -110,3 +116,10 @@ class Meter:
         line = f"epoch {epoch + 1}: {self._epoch_tokens:,} tokens, {rate:,.0f} tokens/s"
         self._epoch_tokens, self._epoch_seconds = 0, 0.0
         return line
+
+
+def _seconds(start: Moment, end: Moment) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1000
+    assert isinstance(start, float) and isinstance(end, float)
+    return end - start
