@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl.config import EngineConfig, EvalConfig
+from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import sft_evaluator
 from verl.eval.grader import Grader
@@ -95,6 +96,56 @@ def test_columns_can_have_other_names_and_only_the_first_rows_be_used(tmp_path: 
     rows = [{"q": row["question"], "a": row["answer"]} for row in ROWS] + [{"q": "no answer"}]
     results = evaluate(config(tmp_path, checkpoint, rows, prompt_key="q", response_key="a", max_samples=3, batch_size=2))
     assert results["exact_match"] == 1.0 and results["n"] == 3
+
+
+def chat_of(row: dict, **more: object) -> dict:
+    messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    return {"messages": messages, **more}
+
+
+def test_chats_are_answered_as_questions_are(tmp_path: Path, checkpoint: Path) -> None:
+    waiting = {"messages": json.dumps(chat_of(ROWS[2])["messages"][:1]), "answer": "#### -1"}
+    rows = [chat_of(ROWS[0]), chat_of(ROWS[1], answer="#### -1"), waiting]
+    settings = config(tmp_path, checkpoint, rows, messages_key="messages")
+    assert evaluate(settings)["exact_match"] == pytest.approx(1 / 3)  # the others' answers are not those of their chats
+    found = predictions(settings)
+    assert [line["prompt"] for line in found] == [row["question"] for row in ROWS[:3]]
+    assert [line["reference"] for line in found] == [ROWS[0]["answer"], "#### -1", "#### -1"]
+    assert [line["response"] for line in found] == [row["answer"] for row in ROWS[:3]]
+
+
+def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "calculator", "description": "Adds.", "parameters": {}}}]
+    settings = config(tmp_path, checkpoint, [chat_of(ROWS[0], tools=tools)], messages_key="messages", tools_key="tools")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = "{%- for tool in tools %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
+    (question,) = read_questions(settings, Grader("gsm8k"))
+    text = tokenizer.decode(sft_evaluator.render(Renderer(tokenizer), question))
+    assert text.startswith("calculator ") and text.count(ROWS[0]["question"]) == 1
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"messages": []}, {}, "no message that could be answered"),
+        ({"messages": "[{"}, {}, "not JSON"),
+        ({"messages": [{"role": "user", "content": "1 + 1?"}]}, {}, "answer"),
+        ({"question": "1 + 1?"}, {}, "messages"),
+        (chat_of(ROWS[0]), {"system_prompt": "Be brief."}, "both set"),
+        (chat_of(ROWS[0]), {"messages_key": None, "tools_key": "tools"}, "tools_key needs messages_key"),
+    ],
+)
+def test_a_chat_that_cannot_be_asked_is_named(row: dict, options: dict, said: str, tmp_path: Path, checkpoint: Path) -> None:
+    settings = config(tmp_path, checkpoint, [row], **{"messages_key": "messages", **options})
+
+    def ask() -> None:
+        settings.check()
+        evaluate(settings)
+
+    with pytest.raises(UserError) as caught:
+        ask()
+    assert said in str(caught.value)
 
 
 def test_several_answers_to_a_question_stand_side_by_side(tmp_path: Path, checkpoint: Path) -> None:

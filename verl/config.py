@@ -534,6 +534,11 @@ class EvalConfig:
     prompt_key: str = "question"
     # Column of the reference answer.
     response_key: str = "answer"
+    # Column of a chat to answer, in place of prompt_key: a list of messages, whose last answer is the reference where response_key is no
+    # column.
+    messages_key: str | None = None
+    # With messages_key: column of the tools that the chat template shows.
+    tools_key: str | None = None
     # What the model is told before each question; null: what its template says by itself.
     system_prompt: str | None = None
     # Where results.json and predictions.jsonl go.
@@ -562,6 +567,11 @@ class EvalConfig:
 
     def check(self) -> None:
         """Cross-field checks. Raises UserError naming the key."""
+        if self.tools_key and not self.messages_key:
+            raise UserError("tools_key needs messages_key", where="tools_key", fix="set messages_key to the column of the chat")
+        if self.system_prompt is not None and self.messages_key:
+            what = "messages_key and system_prompt are both set"
+            raise UserError(what, where="system_prompt", fix="leave it out: a chat begins with its own")
         at_least("max_new_tokens", self.max_new_tokens, 1)
         at_least("n", self.n, 1)
         at_least("batch_size", self.batch_size, 1)

@@ -54,6 +54,29 @@ def checked(messages: object, tools: object = None) -> Chat:
     return chat
 
 
+def unanswered(messages: object, where: str) -> tuple[list[Message], str | None]:
+    """A chat that waits for the assistant, and what the assistant said in the data, if that is there; no more of it is checked.
+
+    Args:
+        messages: as for `checked`.
+        where: place of the row.
+    Raises:
+        UserError: there is nothing to answer.
+    """
+    try:
+        found: Any = json.loads(messages) if isinstance(messages, str) else messages
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write the chat as JSON, not as text") from None
+    answer = None
+    if isinstance(found, list) and found and isinstance(found[-1], dict) and found[-1].get("role") == "assistant":
+        *found, said = found
+        answer = said.get("content")
+    last = found[-1] if isinstance(found, list) and found else None
+    if not isinstance(last, dict) or not isinstance(last.get("content"), str):
+        raise UserError("the chat has no message that could be answered", where=where, fix="end it with a message of the user")
+    return list(found), answer
+
+
 def _parsed(value: object, where: str) -> object:
     if not isinstance(value, str):
         return value

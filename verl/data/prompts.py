@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PromptConfig
+from verl.data.chat import unanswered
 from verl.data.formats import Row
 from verl.data.loader import row_order
 from verl.data.render import Renderer
@@ -112,26 +113,12 @@ def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
         before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
         messages: list[dict[str, Any]] = [*before, {"role": "user", "content": text}]
     else:
-        messages = _unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
+        messages, _ = unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
         text = messages[-1]["content"]
     try:
         return Prompt(row.where, text, messages, renderer.prompt(messages, tools), values)
     except UserError as error:
         raise UserError(error.what, where=f"{row.where}: {error.where}" if error.where else row.where, fix=error.fix) from None
-
-
-def _unanswered(value: object, where: str) -> list[dict[str, Any]]:
-    """A chat that waits for the assistant: a trained one's last answer is left out."""
-    try:
-        messages: Any = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write the chat as JSON, not as text") from None
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or not isinstance(last.get("content"), str):
-        raise UserError("the chat has no message that could be answered", where=where, fix="end it with a message of the user")
-    return list(messages)
 
 
 def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> UserError:

@@ -19,15 +19,19 @@ class Question:
 
     Attributes:
         where: its place in the file.
-        prompt: the question, as it stands in the data.
+        prompt: the question, as it stands in the data; of a chat, its last message.
         reference: the right answer, as it stands in the data.
         row: all columns, and `reference`.
+        messages: the chat that waits for an answer.
+        tools: that the chat may call, or None.
     """
 
     where: str
     prompt: str
     reference: str
     row: dict[str, Any]
+    messages: list[dict[str, Any]]
+    tools: object = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from verl import config_load
 from verl.config import EvalConfig
-from verl.data.prompt_format import check_format
+from verl.data.chat import unanswered
+from verl.data.formats import Row
+from verl.data.prompt_format import check_format, system_of
 from verl.data.render import Renderer
 from verl.data.source import read_rows
 from verl.errors import UserError, exit_on_user_error
@@ -45,8 +47,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
     stop_ids = renderer.stop_ids  # of a template that can be used at all
-    check_format(config.model_path, tokenizer, stop_ids, [config.system_prompt], key="system_prompt")
-    prompts = [render(renderer, question, config.system_prompt) for question in questions]
+    systems = [system_of(question.messages) for question in questions]
+    check_format(config.model_path, tokenizer, stop_ids, systems, key="system_prompt")
+    prompts = [render(renderer, question) for question in questions]
     rollout = load_rollout(config.rollout.name, config.model_path, tokenizer, stop_ids, rollout_options(config))
     max_new_tokens = longest_answer(config, rollout, questions, prompts, console)
     sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p, logprobs=False)
@@ -102,20 +105,34 @@ def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
     for row in islice(read_rows(config.test_file, "test_file"), samples):
         if row.is_text:
             raise UserError("plain text holds no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
-        prompt, reference = row.text(config.prompt_key, "prompt_key"), row.text(config.response_key, "response_key")
-        question = Question(row.where, prompt, reference, {**row.values, "reference": reference})
+        question = read_question(row, config) if config.messages_key is None else read_chat(row, config, config.messages_key)
         grader.check(question)
         questions.append(question)
     return questions
 
 
-def render(renderer: Renderer, question: Question, system: str | None) -> list[int]:
+def read_question(row: Row, config: EvalConfig) -> Question:
+    prompt, reference = row.text(config.prompt_key, "prompt_key"), row.text(config.response_key, "response_key")
+    before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
+    return Question(row.where, prompt, reference, {**row.values, "reference": reference}, [*before, {"role": "user", "content": prompt}])
+
+
+def read_chat(row: Row, config: EvalConfig, key: str) -> Question:
+    """A chat up to its last answer, which is the reference where the row has no other."""
+    messages, answer = unanswered(row.value(key, "messages_key"), row.where)
+    if config.response_key in row.values or not isinstance(answer, str):
+        answer = row.text(config.response_key, "response_key")
+    tools = None if config.tools_key is None else row.value(config.tools_key, "tools_key", may_be_null=True)
+    return Question(row.where, messages[-1]["content"], answer, {**row.values, "reference": answer}, messages, tools)
+
+
+def render(renderer: Renderer, question: Question) -> list[int]:
     """The tokens of the question, as training showed it to the model."""
-    before = [] if system is None else [{"role": "system", "content": system}]
     try:
-        return renderer.prompt([*before, {"role": "user", "content": question.prompt}])
+        return renderer.prompt(question.messages, question.tools)
     except UserError as error:
-        raise UserError(error.what, where=question.where, fix=error.fix) from None
+        where = f"{question.where}: {error.where}" if error.where and question.tools is not None else question.where
+        raise UserError(error.what, where=where, fix=error.fix) from None
 
 
 def rollout_options(config: EvalConfig) -> Options:
