@@ -81,11 +81,13 @@ def test_a_row_without_a_right_answer_is_said() -> None:
 
 
 def test_two_graders_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    for folder, value in (("a", 1), ("b", 2)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.py").write_text(f"def score(prompt, response, row):\n    return {value}\n")
-    scored = scorer(name=[str(tmp_path / folder / "mine.py") for folder in "ab"], weights=[1, 10]).score(["?"], ["!"], [{}])
-    assert scored.reward_A.tolist() == [21] and set(scored.each) == {"mine", "mine_2"}
+    paths = [tmp_path / name for name in ("a/mine.py", "b/mine.py", "c/mine_2.py", "d/model.py")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        path.write_text(f"def score(prompt, response, row):\n    return {number + 1}\n")
+    scored = scorer(name=[str(path) for path in paths], weights=[1, 10, 100, 1000]).score(["?"], ["!"], [{}])
+    assert scored.reward_A.tolist() == [4321]
+    assert list(scored.each) == ["mine", "mine_2", "mine_2_2", "model_2"]  # "model" is the reward model's
 
 
 def test_no_answers_have_no_rewards() -> None:

@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -150,10 +151,13 @@ def load_graders(reward: RewardConfig) -> dict[str, ModuleType]:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names for the log, each once: of `a/mine.py` it is `mine`, of a second one `mine_2`."""
+    """Names for the log, each once: of `a/mine.py` it is `mine`, of a second one `mine_2`, or the next that no other has."""
     short = [name.removesuffix(".py").replace("\\", "/").rpartition("/")[2].rpartition(".")[2] for name in names]
-    before = [short[:number].count(name) for number, name in enumerate(short)]
-    return [f"{name}_{count + 1}" if count or name == MODEL else name for name, count in zip(short, before, strict=True)]
+    found: list[str] = []
+    for name in short:
+        others = (f"{name}_{number}" for number in count(2))
+        found.append(next(one for one in chain([name], others) if one not in (MODEL, *found)))
+    return found
 
 
 def _graded(name: str, score: Callable[[str, str, dict[str, Any]], object], question: str, response: str, row: dict) -> float | UserError:
