@@ -1,65 +1,58 @@
-"""Processes that leave their group: together after good work, each by itself after an error."""
+"""Processes leave their group only when gloo's threads are at rest."""
 
-import os
-import socket
-import subprocess
+import ctypes
+import hashlib
 import sys
-from pathlib import Path
+import threading
+import time
+from collections.abc import Callable
 
-ROOT = Path(__file__).resolve().parents[1]
+import pytest
 
-WORK = """
-import sys, time
 from verl import dist
-from verl.errors import UserError, exit_on_user_error
 
-def main(fails):
-    try:
-        dist.start()
-        dist.gathered("what is told last")
-        if dist.is_main() and fails:
-            raise UserError("something of its own")
-        if dist.is_main():
-            time.sleep(2)
-            print("the last line", time.time())
-    finally:
-        dist.stop()
-    print("gone at", time.time())
-
-exit_on_user_error(main, "fails" in sys.argv)
-"""
+PR_SET_NAME = 15
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def two(*words: str) -> list[tuple[int, str, str]]:
-    """Exit status, output and errors of each process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", WORK, *words]
-    each = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    said = [process.communicate() for process in each]
-    return [(process.returncode, out, err) for process, (out, err) in zip(each, said, strict=True)]
+def named(name: str, work: Callable[[], object]) -> threading.Thread:
+    """A thread that the system knows by that name, at work from now on."""
+    begun = threading.Event()
+
+    def run() -> None:
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+        begun.set()
+        work()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait()
+    return thread
 
 
-def test_processes_leave_together() -> None:
-    (status, first, errors), (other_status, other, other_errors) = two()
-    assert (status, other_status) == (0, 0), errors + other_errors
-    last_line = float(first.splitlines()[0].removeprefix("the last line "))
-    assert float(other.split()[-1]) > last_line
+def compute() -> None:
+    """Half a second or so, without the interpreter's lock."""
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 1_500_000)
 
 
-def test_who_fails_alone_is_not_waited_for_and_fails_alone() -> None:
-    (status, _, errors), (other_status, other, other_errors) = two("fails")
-    assert status == 2 and "error: something of its own" in errors
-    assert other_status == 0 and "gone at" in other and "Traceback" not in other_errors
+@linux
+def test_the_group_is_left_when_its_threads_have_let_go_of_their_messages() -> None:
+    dist.start()
+    thread = named("pt_gloo_runloop", compute)
+    dist.stop()
+    assert not thread.is_alive()
+
+
+@linux
+def test_threads_that_sleep_and_other_threads_are_not_waited_for() -> None:
+    dist.start()
+    end = threading.Event()
+    threads = [named("pt_gloo_runloop", end.wait), named("another", lambda: [compute() for _ in range(4)])]
+    began = time.monotonic()
+    dist.stop()
+    took = time.monotonic() - began
+    still_at_work = threads[1].is_alive()
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert still_at_work and took < 1

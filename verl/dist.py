@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -72,20 +73,40 @@ def host_memory() -> int:
 
 
 def stop() -> None:
-    """Leave the process group, together with the others where the work has gone well.
-
-    gloo's threads let go of a message's tensors a moment after it has arrived. If the interpreter ends first, it aborts the process
-    (https://github.com/pytorch/pytorch/pull/179291); the last wait for the others is that moment. After an error nobody is waited for.
-    """
+    """Leave the process group, and wait until gloo's threads are at rest."""
     global _group
     _group = None
     share_micro_batches(1)
     _context_groups.clear()
     if dist.is_initialized():
-        if sys.exc_info()[0] is None:
-            with suppress(RuntimeError):  # one that is still at work, or has failed by itself, is no error of this one
-                dist.barrier()
         dist.destroy_process_group()
+        _rest()
+
+
+def _rest() -> None:
+    """Wait until none of gloo's threads runs, which takes them a moment after their last message.
+
+    They let go of its tensors then, for which they need the interpreter's lock; an interpreter that is ending does not give it, and aborts
+    the process (https://github.com/pytorch/pytorch/issues/190489). Who waits for that lock has it before the second look.
+    """
+    if sys.platform != "linux":
+        time.sleep(0.1)
+        return
+    looks_at_rest = 0
+    while looks_at_rest < 2:
+        time.sleep(0.002)
+        looks_at_rest = 0 if "R" in _states_of_threads("pt_gloo_runloop") else looks_at_rest + 1
+
+
+def _states_of_threads(name: str) -> list[str]:
+    """One letter for each of this process's threads of that name: R runs or would, S sleeps."""
+    states = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            number_and_name, rest = (thread / "stat").read_text().rsplit(")", 1)
+            if number_and_name.endswith(f"({name}"):
+                states.append(rest.split()[0])
+    return states
 
 
 def divide(parts: Sequence[Sequence[int]]) -> None:
