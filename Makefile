@@ -35,7 +35,7 @@ test: $(STAMP) ## Run the tests; ARGS='-k name' picks some
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/test_rollout_vllm.py tests/test_rollout_server.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)
 
 # vLLM's build for a CPU wants PyTorch's: where pip does not find torch 2.13.0+cpu, set PIP_EXTRA_INDEX_URL to PyTorch's index of them.
 # What it brings for images and sound is built for another torch, and is not needed.

@@ -39,12 +39,13 @@ from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
 
-from verl.config import DataConfig, ModelConfig  # noqa: E402
+from verl.config.sft import DataConfig  # noqa: E402
+from verl.config.shared import ModelConfig  # noqa: E402
 from verl.data.documents import load_documents  # noqa: E402
 from verl.engine.flops import training_flops  # noqa: E402
 from verl.errors import UserError, exit_on_user_error  # noqa: E402
+from verl.models.adapters.lora import add_adapters  # noqa: E402
 from verl.models.load import load_tokenizer  # noqa: E402
-from verl.models.lora import add_adapters  # noqa: E402
 from verl.trainer.profile import STEPS as PROFILED_STEPS  # noqa: E402
 
 # Published Qwen2.5 shapes: hidden, intermediate, layers, heads, key-value heads, tied embeddings, vocabulary. "tiny" is none of them.

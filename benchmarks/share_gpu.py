@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from verl import dist
-from verl.engine.logprobs import TokenScorer
+from verl.engine.scorers import TokenScorer
 
 GIB = 2**30
 

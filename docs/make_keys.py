@@ -1,25 +1,26 @@
-"""Writes docs/keys.md from verl/config.py: python docs/make_keys.py"""
+"""Writes docs/keys.md from verl/config/: python docs/make_keys.py"""
 
 import re
 from pathlib import Path
 
-from verl import config
-from verl.config_load import ANSWERED, SAME, describe
+import verl
+from verl.config.load import describe
+from verl.config.spellings import ANSWERED, SAME
 
 PAGE = Path(__file__).with_name("keys.md")
 COMMANDS = {
-    "verl sft": config.SFTConfig,
-    "verl ppo": config.PPOConfig,
-    "verl reward": config.RewardTrainerConfig,
-    "verl eval": config.EvalConfig,
-    "verl chat DIR": config.ChatConfig,
-    "verl export SRC DIR": config.ExportConfig,
-    "verl demo": config.DemoConfig,
+    "verl sft": verl.SFTConfig,
+    "verl ppo": verl.PPOConfig,
+    "verl reward": verl.RewardTrainerConfig,
+    "verl eval": verl.EvalConfig,
+    "verl chat DIR": verl.ChatConfig,
+    "verl export SRC DIR": verl.ExportConfig,
+    "verl demo": verl.DemoConfig,
 }
 HEAD = """\
 # Keys
 
-Every key of every command, made from `verl/config.py` by `python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file
+Every key of every command, made from `verl/config/` by `python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file
 that `--config FILE.yaml` names (repeatable; later files win, and `key=value` wins over all files). Lists are written `[a,b]`, nothing is
 `null`, and `~` is your home folder. A key that is not here is an error that names the nearest one.
 """

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2ForCausalLM
 
 from verl.algorithms import sft
-from verl.config import OptimConfig
+from verl.config.shared import OptimConfig
 from verl.data.loader import Packing, micro_batches
 from verl.engine.engine import Engine
-from verl.engine.logprobs import TokenScorer
-from verl.models.attention import PACKED
+from verl.engine.scorers import TokenScorer
+from verl.models.attention.packed import PACKED
 
 
 class Counting(TorchDispatchMode):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,7 @@ def write_inputs(folder: Path) -> None:
 
     train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 160, 20, seed=5)
     write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    pairs = [
-        {"prompt": problem.question, "chosen": problem.answer, "rejected": other.answer}
-        for problem, other in zip(train, train[1:], strict=False)
-    ]
+    pairs = [{"prompt": problem.question, "chosen": problem.answer, "rejected": other.answer} for problem, other in pairwise(train)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "vowels.py").write_text(VOWELS)
 
@@ -116,7 +114,10 @@ def evaluate(folder: Path, name: str) -> dict[str, Any]:
     for kind, words in (("greedy", ""), ("drawn", "n=2 temperature=1.0")):
         output = folder / f"eval-{kind}"
         step = next((folder / name).glob("global_step_*"))
-        run(folder, f"-m verl.eval.sft_evaluator model_path={step} test_file=test.jsonl output_dir={output} max_new_tokens=24 {words}".split())
+        run(
+            folder,
+            f"-m verl.eval.sft_evaluator model_path={step} test_file=test.jsonl output_dir={output} max_new_tokens=24 {words}".split(),
+        )
         predictions = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
         text = json.dumps([prediction["response"] for prediction in predictions])
         found[kind] = {
@@ -139,7 +140,9 @@ def digest(path: Path) -> str:
 
 def compare(golden: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """A line for each value that differs."""
-    lines = [f"recorded on another machine: {golden['machine']}, this is {found['machine']}"] if golden["machine"] != found["machine"] else []
+    lines = (
+        [f"recorded on another machine: {golden['machine']}, this is {found['machine']}"] if golden["machine"] != found["machine"] else []
+    )
     before, after = leaves(golden["runs"]), leaves(found["runs"])
     return lines + [
         f"{key}: was {before.get(key)!r}, is {after.get(key)!r}" for key in {**before, **after} if before.get(key) != after.get(key)

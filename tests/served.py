@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from verl.data.pack import collate
-from verl.engine.logprobs import TokenScorer
+from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training, load_tokenizer
 from verl.models.tiny import write_tiny_model
 from verl.rollout import Completion

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from learned import ROWS
+from places import ROOT
 
 from verl import chat
 from verl.errors import exit_on_user_error
@@ -15,7 +16,6 @@ from verl.models.load import load_tokenizer
 from verl.rollout import Completion, Sampling
 from verl.rollout.native import NativeRollout
 
-ROOT = Path(__file__).resolve().parents[1]
 ONE, TWO = ROWS[0], ROWS[1]
 Converse = Callable[..., str]
 

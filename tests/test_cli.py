@@ -12,14 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from places import ROOT
 from rich.console import Console
 
 import verl
-from verl import cli, config_load, doctor
-from verl.config import ChatConfig, DemoConfig, EvalConfig, RewardTrainerConfig, SFTConfig
+from verl import cli, doctor
+from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
+from verl.config.load import describe
+from verl.config.pairs import RewardTrainerConfig
+from verl.config.sft import SFTConfig
 from verl.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
 
 
@@ -103,7 +106,7 @@ def test_help_of_a_command_shows_its_keys(
     assert call(monkeypatch, name, "--help") == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"verl {name} ")
-    assert shown.endswith(f"{config_load.describe(schema)}\n")
+    assert shown.endswith(f"{describe(schema)}\n")
 
 
 MODULES = {

@@ -9,8 +9,8 @@ import sys
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from verl import config_load
-from verl.config import ChatConfig
+from verl.config.commands import ChatConfig
+from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
 from verl.models.load import load_tokenizer
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     quiet_libraries()
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
         argv = [f"model_path={argv[0]}", *argv[1:]]
-    config = config_load.load(ChatConfig, argv)
+    config = load_config(ChatConfig, argv)
     prepare_terminal()
     try:
         talk(open_chat(config))

@@ -97,7 +97,7 @@ def chat(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
     """Merge an adapter into its base, cast, split into files, and check the result: SRC DIR"""
-    hand_on(context.args, "verl.models.export", "ExportConfig", "verl export SRC DIR key=value …")
+    hand_on(context.args, "verl.models.saved", "ExportConfig", "verl export SRC DIR key=value …")
 
 
 @app.command(context_settings=PASS_ON)
@@ -134,10 +134,10 @@ def asks_for_help(words: list[str]) -> bool:
 
 def print_keys(schema: str, usage: str) -> None:
     """Every key of a config of verl.config, with its default and what it means."""
-    from verl import config
-    from verl.config_load import describe
+    import verl
+    from verl.config.load import describe
 
-    print(f"{usage}\n\n{describe(getattr(config, schema))}")
+    print(f"{usage}\n\n{describe(getattr(verl, schema))}")
 
 
 def run_module(name: str, words: list[str]) -> NoReturn:
@@ -163,11 +163,11 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
     Raises:
         UserError: a wrong config, wrong data, no such model, or the words of another trainer.
     """
-    from verl.config import SFTConfig
-    from verl.config_load import load
+    from verl.config.load import load_config
+    from verl.config.sft import SFTConfig
 
     try:
-        config = load(SFTConfig, words)
+        config = load_config(SFTConfig, words)
     except UserError as error:
         command = trainer_of(words)
         if command is None:
@@ -181,12 +181,13 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
 
 def trainer_of(words: list[str]) -> str | None:
     """The command beside `verl sft` that takes these words; None: none does."""
-    from verl.config import PPOConfig, RewardTrainerConfig
-    from verl.config_load import load
+    from verl.config.load import load_config
+    from verl.config.pairs import RewardTrainerConfig
+    from verl.config.ppo import PPOConfig
 
     for command, schema in (("reward", RewardTrainerConfig), ("ppo", PPOConfig)):
         try:
-            load(schema, words)
+            load_config(schema, words)
         except UserError:
             continue
         return command
@@ -198,16 +199,16 @@ def launch(processes: int, words: list[str], trainer: str, schema: str) -> None:
 
     Args:
         trainer: its module.
-        schema: its config's name in verl.config.
+        schema: its config's name in verl.
 
     Raises:
         UserError: a wrong config, before any process starts; or more processes than GPUs.
         SystemExit: with the exit code of the first process that failed, or 128 and the number of the signal that ended it.
     """
-    from verl import config
-    from verl.config_load import load
+    import verl
+    from verl.config.load import load_config
 
-    load(getattr(config, schema), words)
+    load_config(getattr(verl, schema), words)
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

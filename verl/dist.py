@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from verl.errors import UserError
@@ -275,3 +276,28 @@ def _raise_together(error: UserError | None) -> None:
     for found in gathered(error):
         if found is not None:
             raise found
+
+
+def sum_over_parts(part: Tensor, parts: int) -> Tensor:
+    """A sum over the processes that share this one's batch, the same on each, with a gradient.
+
+    Args:
+        part: this process's summand, of one shape on each.
+        parts: how many processes they are (`Batch.parts`).
+    """
+    total: Tensor = part if parts == 1 else _SumOverParts.apply(part)
+    return total
+
+
+class _SumOverParts(torch.autograd.Function):
+    """What each process makes of the sum depends on every summand, so that the gradients are added up likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=context_group(context_name()))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _SumOverParts.forward(ctx, gradients[0])

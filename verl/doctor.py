@@ -18,7 +18,7 @@ from rich.text import Text
 from verl.errors import UserError
 
 if TYPE_CHECKING:
-    from verl.models.flash import Kernel
+    from verl.models.attention.flash import Kernel
 
 LEAST_FREE_GIB = 10  # a checkpoint of a 0.5B model with its optimizer takes about 7 GiB
 
@@ -87,8 +87,8 @@ def _devices() -> Iterator[Finding]:
     try:
         import torch
 
-        from verl.models import flash
-        from verl.models.attention import describe_attention
+        from verl.models.attention import flash
+        from verl.models.attention.packed import describe_attention
     except ImportError as error:
         yield Finding("device", "torch", f"cannot be imported: {error}", "missing", "install what is missing above")
         return
@@ -107,7 +107,7 @@ def _devices() -> Iterator[Finding]:
 
 def _attention(refusals: "dict[Kernel, str | None]") -> Iterator[Finding]:
     """Which FlashAttention a run calls, and why not the others that this GPU could use."""
-    from verl.models import flash
+    from verl.models.attention import flash
 
     yield Finding("device", "attention", flash.version(flash.preferred(refusals)))
     for kernel, refusal in refusals.items():

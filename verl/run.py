@@ -16,8 +16,11 @@ from uuid import uuid4
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from verl import config_load, dist, plugin
-from verl.config import PPOConfig, RewardTrainerConfig, SFTConfig
+from verl import dist, plugin
+from verl.config.load import to_yaml
+from verl.config.pairs import RewardTrainerConfig
+from verl.config.ppo import PPOConfig
+from verl.config.sft import SFTConfig
 from verl.durable import replace_text
 from verl.errors import UserError
 
@@ -120,7 +123,7 @@ class Run:
         self.total_steps = total_steps
         if not dist.is_main():
             return
-        (self.directory / "config.yaml").write_text(config_load.to_yaml(self._config), encoding="utf-8")
+        (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
         self._forget_metrics_after(start_step)
         self._loggers = [module.start(self) for module in self._modules]
         if self._console.is_terminal:

@@ -14,8 +14,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from verl import config_load, dist
-from verl.config import PPOConfig, SFTConfig
+from verl import dist
+from verl.config.load import load_config
+from verl.config.ppo import PPOConfig
+from verl.config.sft import SFTConfig
 from verl.demo.problems import Problem, make_problems, tool_chat
 from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
@@ -40,7 +42,7 @@ def fine_tune(folder: Path, steps: int) -> Path:
         "data.train_batch_size=16 data.max_length=256 data.max_tokens_per_micro_batch=4096 model.enable_gradient_checkpointing=false "
         "optim.lr=2e-3 optim.lr_scheduler=linear trainer.save_freq=-1"
     )
-    return run(lambda: fsdp_sft_trainer.run(config_load.load(SFTConfig, words.split())))
+    return run(lambda: fsdp_sft_trainer.run(load_config(SFTConfig, words.split())))
 
 
 def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
@@ -51,7 +53,7 @@ def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
         "rollout.temperature=0.7 algorithm.name=grpo algorithm.keep_reference=false optim.lr=1e-4 optim.betas=[0.9,0.99] "
         "model.enable_gradient_checkpointing=false"
     )
-    return run(lambda: ppo_trainer.run(config_load.load(PPOConfig, words.split())))
+    return run(lambda: ppo_trainer.run(load_config(PPOConfig, words.split())))
 
 
 def run(train: Callable[[], Path | None]) -> Path:

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from verl.config import DataConfig
+from verl.config.sft import DataConfig
 from verl.data import cache, documents, tables
 from verl.data.documents import Documents, load_documents
 from verl.data.render import Renderer

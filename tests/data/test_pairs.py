@@ -7,15 +7,16 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+from places import SHARED
 from transformers import AutoTokenizer
 
-from verl.config import PairsConfig
+from verl.config.pairs import PairsConfig
 from verl.data.documents import NOTHING_TRAINED, SAME_ANSWERS, Documents, load_documents
 from verl.data.loader import Packing, micro_batches
 from verl.data.render import Renderer
 from verl.errors import UserError
 
-QWEN = Path(__file__).resolve().parents[3] / "shared" / "models" / "qwen2.5"
+QWEN = SHARED / "models" / "qwen2.5"
 
 ASKED = {"role": "user", "content": "What is 2 + 3?"}
 RIGHT, WRONG = {"role": "assistant", "content": "It is 5."}, {"role": "assistant", "content": "It is 6, I am sure."}

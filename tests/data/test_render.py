@@ -5,16 +5,15 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
 
 import families
 import pytest
+from places import SHARED
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from verl.data.render import Rendered, Renderer
 from verl.errors import UserError
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 needs_qwen = pytest.mark.skipif(not (SHARED / "models" / "qwen2.5").is_dir(), reason="needs shared/models/qwen2.5 beside the checkout")
 needs_gsm8k = pytest.mark.skipif(not (SHARED / "data" / "gsm8k").is_dir(), reason="needs shared/data/gsm8k beside the checkout")
 

@@ -12,7 +12,7 @@ import numpy as np
 from verl import dist
 from verl.algorithms._kl import estimate
 from verl.algorithms.answers import Advantages, Answers
-from verl.config import AlgorithmConfig
+from verl.config.ppo import AlgorithmConfig
 from verl.errors import UserError
 
 LEAST_STD = 1e-4  # is added to standard deviations of rewards

@@ -13,12 +13,10 @@ from torch import Tensor
 from verl.algorithms._documents import document_of_token, sum_by_document, trained_tokens
 from verl.algorithms._kl import estimate
 from verl.algorithms._settings import filled
-from verl.config import AlgorithmConfig
+from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import VALUES, Batch
-from verl.engine.engine import LossOut
-from verl.engine.logprobs import TokenOut
+from verl.engine.contract import LossOut, Slope, TokenOut
 from verl.errors import UserError
-from verl.models.heads import Slope
 
 # What is compared of new and old policy: each token's probability, the answer's, or the geometric mean of its tokens'.
 Ratio: TypeAlias = Literal["token", "answer", "mean of answer"]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from verl.config import AlgorithmConfig
+from verl.config.ppo import AlgorithmConfig
 
 # What a method's DEFAULTS start from.
 COMMON: dict[str, object] = {

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from verl.algorithms.dpo import count_pairs, pairs
 from verl.data.batch import Batch
-from verl.engine.engine import LossOut
-from verl.models.heads import ScoreOut
+from verl.engine.contract import LossOut, ScoreOut
 
 
 def loss(out: ScoreOut, batch: Batch) -> LossOut:

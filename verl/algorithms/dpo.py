@@ -11,8 +11,7 @@ from torch import Tensor
 
 from verl.algorithms._documents import sum_by_document
 from verl.data.batch import Batch
-from verl.engine.engine import LossOut
-from verl.engine.logprobs import TokenOut
+from verl.engine.contract import LossOut, TokenOut
 
 
 class Loss:

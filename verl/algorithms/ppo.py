@@ -11,10 +11,9 @@ from verl.algorithms._advantage import finished, generalized_advantages, moments
 from verl.algorithms._policy import PolicyLoss
 from verl.algorithms._settings import COMMON, filled
 from verl.algorithms.answers import Advantages, Answers
-from verl.config import AlgorithmConfig
+from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import Batch
-from verl.engine.engine import LossOut
-from verl.models.heads import ValueOut
+from verl.engine.contract import LossOut, ValueOut
 
 needs_critic, needs_groups = True, False
 DEFAULTS: dict[str, object] = {**COMMON, "whiten_advantages": True}

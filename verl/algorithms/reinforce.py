@@ -6,7 +6,7 @@ from verl.algorithms._advantage import LEAST_STD, discounted_sums, finished, mom
 from verl.algorithms._policy import PolicyLoss
 from verl.algorithms._settings import COMMON, filled
 from verl.algorithms.answers import Advantages, Answers
-from verl.config import AlgorithmConfig
+from verl.config.ppo import AlgorithmConfig
 
 needs_critic, needs_groups = False, False
 DEFAULTS: dict[str, object] = {**COMMON, "norm_by_std": True}

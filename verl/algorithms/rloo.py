@@ -4,7 +4,7 @@ from verl.algorithms._advantage import group_advantages
 from verl.algorithms._policy import PolicyLoss
 from verl.algorithms._settings import COMMON, filled
 from verl.algorithms.answers import Advantages, Answers
-from verl.config import AlgorithmConfig
+from verl.config.ppo import AlgorithmConfig
 
 needs_critic, needs_groups = False, True
 DEFAULTS: dict[str, object] = {**COMMON, "loss_aggregation": "sequence-mean"}

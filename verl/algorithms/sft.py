@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from verl.data.batch import Batch
-from verl.engine.engine import LossOut
-from verl.engine.logprobs import TokenOut
+from verl.engine.contract import LossOut, TokenOut
 
 
 def loss(out: TokenOut, batch: Batch) -> LossOut:

@@ -17,7 +17,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import DataConfig, PairsConfig
+from verl.config.pairs import PairsConfig
+from verl.config.sft import DataConfig
 from verl.data import cache
 from verl.data.pairs import PairColumns
 from verl.data.render import Renderer

@@ -116,3 +116,6 @@ def _side_by_side(name: str, arrays: Sequence[np.ndarray], documents: Sequence[D
     found, expected = [len(array) for array in arrays], [int(mask[1:].sum()) for _, mask in documents]
     assert found == expected, f"{name}: {found} values for documents of {expected} trained tokens"
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *arrays]).astype(np.float32))
+
+
+TILE = 128  # a GPU's kernels work on blocks of so many tokens

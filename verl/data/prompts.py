@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import PromptConfig
+from verl.config.ppo import PromptConfig
 from verl.data.chat import unanswered
 from verl.data.formats import Row
 from verl.data.loader import row_order

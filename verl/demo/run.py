@@ -15,8 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from verl import config_load, dist
-from verl.config import DemoConfig, EvalConfig, PPOConfig, SFTConfig
+from verl import dist
+from verl.config.commands import DemoConfig, EvalConfig
+from verl.config.load import load_config
+from verl.config.ppo import PPOConfig
+from verl.config.sft import SFTConfig
 from verl.demo.problems import Problem, write_problems
 from verl.durable import replace_text
 from verl.errors import exit_on_user_error
@@ -115,7 +118,7 @@ def fine_tune(config: DemoConfig) -> Path:
     ]
     show_command("verl.trainer.fsdp_sft_trainer", words)
     try:
-        return fsdp_sft_trainer.run(config_load.load(SFTConfig, words))
+        return fsdp_sft_trainer.run(load_config(SFTConfig, words))
     finally:
         dist.stop()
 
@@ -146,7 +149,7 @@ def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
     ]
     show_command("verl.trainer.ppo_trainer", words)
     try:
-        last = ppo_trainer.run(config_load.load(PPOConfig, words))
+        last = ppo_trainer.run(load_config(PPOConfig, words))
     finally:
         dist.stop()
     assert last is not None  # this process trains
@@ -157,7 +160,7 @@ def evaluate(model: Path, output_dir: Path) -> dict[str, Any]:
     """Answer the test problems with the product's own evaluator. Returns the content of its results.json."""
     words = [f"model_path={model}", f"test_file={TEST}", f"output_dir={output_dir}", "max_new_tokens=64", "batch_size=100"]
     show_command("verl.eval.sft_evaluator", words)
-    return sft_evaluator.evaluate(config_load.load(EvalConfig, words))
+    return sft_evaluator.evaluate(load_config(EvalConfig, words))
 
 
 def training() -> dict[str, float]:
@@ -237,7 +240,7 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    config = config_load.load(DemoConfig, argv)
+    config = load_config(DemoConfig, argv)
     quiet_libraries()
     demo(config)
 

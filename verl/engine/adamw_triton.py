@@ -18,7 +18,7 @@ from torch import Tensor
 from verl.engine.moments import BLOCK
 
 if TYPE_CHECKING:
-    from verl.engine.fused_adamw import Kind, Rates, Tables, Tiling
+    from verl.engine.adamw_launch import Kind, Rates, Tables, Tiling
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 EXP_AVG, EXP_AVG_SCALES, EXP_AVG_SQ, EXP_AVG_SQ_SCALES, COPY, SIZE = (tl.constexpr(column) for column in range(6))

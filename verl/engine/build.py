@@ -11,25 +11,25 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from verl import dist
-from verl.config import ModelConfig, OptimConfig
+from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.batch import Batch
-from verl.data.prompt_format import PromptFormat
 from verl.engine.compile import Compiler
 from verl.engine.engine import Engine
 from verl.engine.fsdp import Sharding
-from verl.engine.logprobs import TokenScorer, check_parts, check_scorer
 from verl.engine.recompute import recompute_activations
+from verl.engine.scorers import RewardScorer, TokenScorer, ValueScorer, check_hidden, check_parts, check_scorer
 from verl.engine.weights import MasterWeights, Spread
 from verl.errors import UserError
-from verl.models import flash
-from verl.models.attention import choose_attention, describe_attention, has_flash, heads_of
-from verl.models.context import check_heads, heads_of_each
-from verl.models.export import export_adapter, export_model, export_tokenizer
-from verl.models.heads import RewardScorer, ValueScorer, check_hidden, load_critic, load_reward_model
+from verl.models.adapters.trained_tokens import stop_token_warning, untrained_stop_tokens
+from verl.models.attention import flash
+from verl.models.attention.packed import choose_attention, describe_attention, has_flash, heads_of
+from verl.models.attention.ulysses import check_heads, heads_of_each
+from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, read_adapter_config, resolve
+from verl.models.prompt_format import PromptFormat
 from verl.models.quantize import four_bit, is_quantized, numel
+from verl.models.saved import export_adapter, export_model, export_tokenizer
 from verl.models.shards import load_without_values, small_twin
-from verl.models.trained_tokens import stop_token_warning, untrained_stop_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,7 +73,7 @@ class Built:
         """
         if self.adapted is None:
             return whole_tensors(self.loaded.model)
-        from verl.models.merged import merged_tensors
+        from verl.models.adapters.merged import merged_tensors
 
         return merged_tensors(self.adapted)
 
@@ -167,8 +167,8 @@ def build(
     choose_attention(settings.attn_implementation, device, compute_dtype, heads, documents=documents)
     adapted, never_trained = None, list[str]()
     if settings.lora_rank > 0 or settings.lora_adapter_path is not None:
-        from verl.models.adapted import use_operators
-        from verl.models.lora import add_adapters
+        from verl.models.adapters.lora import add_adapters
+        from verl.models.adapters.operators import use_operators
 
         never_trained = untrained_stop_tokens(loaded.output_embeddings(), tokenizer, stop_ids)
         adapted = add_adapters(
@@ -317,7 +317,7 @@ def build_reference(settings: ModelConfig, actor: Built, device: torch.device) -
     if loaded is None:
         loaded = load_for_training(source, device=device, dtype=compute_dtype, trust_remote_code=trusted)
     if settings.lora_adapter_path is not None:
-        from verl.models.adapter_files import put_on
+        from verl.models.adapters.files import put_on
 
         put_on(loaded.model, settings.lora_adapter_path).merge_and_unload()
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)

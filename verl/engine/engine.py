@@ -4,8 +4,8 @@ Dimensions: M trained positions.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,55 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from verl import dist as processes
-from verl.config import OptimConfig
+from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
-from verl.engine.captured import CapturedBackward
 from verl.engine.compile import uncompiled
+from verl.engine.contract import Algorithm, LossOut, Slope
+from verl.engine.cuda_graphs import CapturedBackward
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
+from verl.engine.scorers import Scorer
 from verl.engine.weights import SHARDED, MasterWeights, Spread, spread_weights
-from verl.models.heads import Scorer, Slope
 from verl.models.linear import use_whole_cpu
-
-
-@dataclass
-class LossOut:
-    """A loss over one micro-batch, not yet divided by anything.
-
-    Attributes:
-        sum: what is minimized, summed over what the algorithm counts; a scalar with a gradient.
-        metric_sums: scalars without a gradient, summed over the trained tokens, to be reported as means.
-        count_sums: likewise, summed over what the algorithm counts, such as answers or pairs.
-        metric_maxima: scalars to be reported as the largest of all micro-batches and ranks.
-    """
-
-    sum: Tensor
-    metric_sums: dict[str, Tensor]
-    count_sums: dict[str, Tensor] = field(default_factory=dict)
-    metric_maxima: dict[str, Tensor] = field(default_factory=dict)
-
-    def detached(self) -> "LossOut":
-        """The same without the graph."""
-        return replace(self, sum=self.sum.detach())
-
-
-class Algorithm(Protocol):
-    """What a method minimizes: a module such as `verl.algorithms.sft`.
-
-    It may have `count(batch: Batch) -> float` too: what a micro-batch in host memory adds to the number that the loss is divided
-    by. Without it, that is the number of trained tokens.
-    """
-
-    def loss(self, out: Any, batch: Batch) -> LossOut:
-        """The loss of one micro-batch, from what the engine's scorer says of it."""
-        ...
-
-    def slope(self, batch: Batch) -> Slope | None:
-        """Derivative of the loss's sum by each trained log-probability: known before the model has run, or a function of that
-        log-probability alone; None where it is neither.
-
-        It saves the backward pass a matrix product over the whole vocabulary.
-        """
-        ...
 
 
 class Engine:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from verl import dist
-from verl.models.heads import Scorer
+from verl.engine.scorers import Scorer
 
 
 @dataclass(frozen=True)

@@ -5,86 +5,17 @@ float32 or 8 bits (`verl.engine.moments`); weights in bfloat16 are rounded stoch
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from verl.engine import moments
-from verl.engine.moments import BLOCK
-
-ALIGNMENT = 16  # bytes that a thread reads at a time; at most so many values
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a launch is cut up.
-
-    Attributes:
-        rows: of BLOCK values, in one tile.
-        tiles: of one program, one after another.
-        vector: values side by side in one thread.
-        warps: of one program.
-    """
-
-    rows: int
-    tiles: int
-    vector: int
-    warps: int
-
-    @property
-    def chunk(self) -> int:
-        """Values of one program."""
-        return self.rows * self.tiles * BLOCK
-
+from verl.engine.adamw_launch import ALIGNMENT, Kind, Rates, Tables, Tiling
 
 # The fastest of eight each on an H200: 4.1 TB/s, and 36 ms for 7.6e9 values, which arithmetic bounds.
 FLOAT_MOMENTS = Tiling(rows=16, tiles=1, vector=4, warps=4)
 EIGHT_BIT_MOMENTS = Tiling(rows=8, tiles=8, vector=8, warps=4)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Tensors that are updated together, on the device.
-
-    Attributes:
-        fixed: by tensor, the addresses of exp_avg, its scales, exp_avg_sq, its scales and the copy (0 of what there is not), and
-            the number of values.
-        moving: by tensor, the addresses of its weights and of its gradient; without a gradient a tensor stays as it is.
-        decay: by tensor, its weight decay.
-        chunks: by program, its tensor and the chunk of it.
-    """
-
-    fixed: Tensor
-    moving: Tensor
-    decay: Tensor
-    chunks: Tensor
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What the kernel is compiled for: dtypes (`copy` of the copies in the compute dtype, where there are any), moments, alignment.
-
-    Attributes:
-        aligned: all tensors are so many bytes from the start of the memory, and have so many values, as a thread reads at a time.
-    """
-
-    weight: torch.dtype
-    gradient: torch.dtype
-    copy: torch.dtype | None
-    eight_bit: bool
-    aligned: bool
-
-
-@dataclass(frozen=True)
-class Rates:
-    """AdamW's numbers for one step."""
-
-    lr: float
-    betas: tuple[float, float]
-    step: int  # counted from 1
-    eps: float = 1e-8
 
 
 class FusedAdamW:

@@ -4,40 +4,21 @@ Dimensions: T tokens of the packed batch, M trained positions, C positions of a 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from verl import dist
-from verl.data.batch import Batch
+from verl.engine.contract import Slope, TokenOut
 from verl.engine.softmax import entropy_of, logprobs_and_entropy, logprobs_with_gradient_
-from verl.errors import UserError
-from verl.models.attention import USE_ANOTHER
-from verl.models.heads import Scorer, Slope, probe_documents
 from verl.models.linear import add_outer, linear, multiply
 
 # Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
 Entropy: TypeAlias = Literal[False, True, "gradient"]
-SAME = 1e-3  # log-probabilities in float32 that differ by less are the same
-
-
-@dataclass
-class TokenOut:
-    """What a model says of the trained tokens, in float32.
-
-    Attributes:
-        logprob_M: natural log.
-        entropy_M: of the distribution that each token was one of, in nats; None: not asked for.
-    """
-
-    logprob_M: Tensor
-    entropy_M: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -200,106 +181,3 @@ def _logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iter
     limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
     for rows in _chunks(len(hidden_MH), limit // len(weight_VH)):
         yield rows, linear(hidden_MH[rows], weight_VH, bias_V)
-
-
-class TokenScorer(Scorer):
-    """A causal language model that scores given tokens: from a packed batch to TokenOut.
-
-    Wrapping the whole of it, output layer included, in one module lets FSDP gather the output embedding, which may be
-    tied to the input's, for exactly as long as it is used.
-
-    Attributes:
-        temperature: by which logits are divided, as they are where tokens are drawn.
-        entropy: whether to score it too: True, or "gradient" where the loss has a term for it.
-    """
-
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0, entropy: Entropy = False):
-        super().__init__(model)
-        self.rule = LogitRule.of(model.config)
-        self.temperature, self.entropy = temperature, entropy
-
-    def forward(self, batch: Batch, slope: Slope | None = None) -> TokenOut:
-        """Score the batch's trained tokens; for `slope` see `token_scores`."""
-        hidden_TH = self.hidden(batch)
-        # Not `hidden_TH[trained_M]`: positions are unique, so the backward pass needs no sort to add up what falls on one.
-        hidden_MH, target_M = hidden_TH.index_select(0, batch.trained_M), batch.target_T[batch.trained_M]
-        hidden_MH, weight_VH, bias_V = _output_layer(self.model.get_output_embeddings(), hidden_MH)
-        rule = replace(self.rule, temperature=self.temperature)
-        return token_scores(hidden_MH, weight_VH, bias_V, target_M, rule, slope, self.entropy)
-
-
-def _output_layer(head: Any, hidden_MH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the output layer multiplies with what, and its bias.
-
-    An adapter of rank R on it makes hidden states and weight longer by R, so that both products are one, and nothing of the
-    adapter's is rounded away in a sum with the weight.
-    """
-    weight_VH, bias_V = head.weight, getattr(head, "bias", None)
-    for name in getattr(head, "lora_A", ()):
-        product_MR = head.lora_A[name](head.lora_dropout[name](hidden_MH)) * head.scaling[name]
-        hidden_MH, weight_VH = torch.cat([hidden_MH, product_MR], 1), torch.cat([weight_VH, head.lora_B[name].weight], 1)
-    return hidden_MH, weight_VH, bias_V
-
-
-@torch.no_grad()
-def check_scorer(scorer: TokenScorer) -> None:
-    """Compare the scorer, on two short packed documents, with the architecture's own eager logits, each document alone.
-
-    It shows for any architecture that its attention keeps documents apart and that nothing but `LogitRule` lies behind
-    the output layer. The weights must be float32 and not yet sharded.
-
-    Raises:
-        UserError: they differ.
-    """
-    from verl.data.pack import collate  # numpy arrays to a Batch, as in training
-
-    model = scorer.model
-    device, training, packed_attention = model.device, model.training, model.config._attn_implementation
-    model.eval()
-    documents = probe_documents(model.config.vocab_size)
-    found_M = scorer(collate(documents, [0, 1]).to(device)).logprob_M
-    model.set_attn_implementation("eager")
-    expected = []
-    for ids, _ in documents:
-        ids_T = torch.from_numpy(ids).long().to(device)
-        logprob_TV = model(input_ids=ids_T[None], use_cache=False).logits[0].float().log_softmax(-1)
-        expected.append(logprob_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1))
-    model.set_attn_implementation(packed_attention)
-    model.train(training)
-    difference = (found_M - torch.cat(expected)).abs().max().item()
-    if not difference < SAME:
-        raise UserError(
-            f"{type(model).__name__} in packed batches differs from the same model alone by {difference:.2g} in log-probability",
-            where="model.partial_pretrain",
-            fix=USE_ANOTHER,
-        )
-
-
-@torch.no_grad()
-def check_parts(scorer: TokenScorer) -> None:
-    """Where processes share micro-batches, compare their parts of one with the whole. Every process calls it.
-
-    It shows that nothing but attention, which has its exchange, mixes tokens. The weights must be as in `check_scorer`.
-
-    Raises:
-        UserError: they differ.
-    """
-    if dist.context_size() == 1:
-        return
-    from verl.data.pack import collate
-
-    # The longer one last: wherever the batch is cut, a trained token has some of what it depends on in another part.
-    documents = probe_documents(scorer.model.config.vocab_size)[::-1]
-    whole = collate(documents, [0, 1], multiple_of_tokens=dist.context_size())
-    part = whole.part(dist.context_rank(), dist.context_size())
-    mine_M = torch.isin(whole.trained_M, part.trained_M + dist.context_rank() * len(part.input_ids_T))
-    device, training = scorer.model.device, scorer.model.training
-    scorer.model.eval()
-    expected_M, found_M = scorer(whole.to(device)).logprob_M[mine_M.to(device)], scorer(part.to(device)).logprob_M
-    scorer.model.train(training)
-    if dist.any_rank(not bool(((found_M - expected_M).abs() < SAME).all())):
-        raise UserError(
-            f"{type(scorer.model).__name__} gives other log-probabilities when a document is spread over several processes",
-            where="model.context_parallel_size",
-            fix="set it to 1, or choose a model such as Qwen2, Qwen3, Llama or Mistral",
-        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from verl.config import OptimConfig
+from verl.config.shared import OptimConfig
 from verl.engine.fused_adamw import FusedAdamW
 from verl.errors import UserError
 from verl.kernels import HAS_TRITON

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from verl import dist as processes
 from verl.engine.fsdp import Sharding, shard
-from verl.models.heads import Scorer
+from verl.engine.scorers import Scorer
 
 BUCKET = 2**25  # gradients that are averaged in one message: 128 MiB
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from verl import __version__
-from verl.config import EvalConfig
+from verl.config.commands import EvalConfig
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction

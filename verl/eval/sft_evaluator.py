@@ -16,17 +16,17 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from verl import config_load
-from verl.config import EvalConfig
+from verl.config.commands import EvalConfig
+from verl.config.load import load_config
 from verl.data.chat import unanswered
 from verl.data.formats import Row
-from verl.data.prompt_format import check_format, system_of
 from verl.data.render import Renderer
 from verl.data.source import read_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Grader, Prediction, Question
 from verl.models.load import load_tokenizer
+from verl.models.prompt_format import check_format, system_of
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.run import quiet_libraries
 
@@ -174,7 +174,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
 def main(argv: list[str]) -> None:
     quiet_libraries()
     try:
-        evaluate(config_load.load(EvalConfig, argv))
+        evaluate(load_config(EvalConfig, argv))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

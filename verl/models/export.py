@@ -1,107 +1,273 @@
-"""Writing a trained model as the Hugging Face directory that it came from: same keys, shapes and dtypes.
+"""`verl export SRC DIR`: an adapter merged into its base, cast, and split into files; `export` below is the whole way.
 
-    python -m verl.models.export SRC DIR
+What is written is loaded again and must give the logits of what it was made of.
 
-is `verl export`, which verl/models/merge.py does.
+Dimensions: T tokens of a prompt, V vocabulary.
 """
 
-import copy
+import contextlib
+import math
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from verl import dist
+from verl.config.commands import ExportConfig
+from verl.config.load import load_config
+from verl.errors import UserError, exit_on_user_error
+from verl.models.adapters import files
+from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
+from verl.models.prompt_format import read_format
+from verl.models.saved import export_model
+from verl.run import quiet_libraries
 
-if TYPE_CHECKING:
-    from peft import PeftModel
+PROBE = [
+    {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
+    {"role": "assistant", "content": "In May she sold 48 / 2 = 24 clips, so 48 + 24 = 72 in all."},
+]
+# Largest difference of logits that is put down to the order of sums in float32, absolute, and of the largest logit.
+SAME, SAME_SHARE = 1e-4, 2e-5
+# How far casting may move the logits of an adapter, as a share of how far the adapter moved them.
+LOST = 0.7
+# Largest difference that casting may make, of the largest logit.
+ROUNDING_SHARE = {torch.float32: SAME_SHARE, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
-def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str, torch.dtype], *, max_shard_size: str = "50GB") -> None:
-    """Write config and safetensors. Every rank calls it; rank 0 writes.
+def export(config: ExportConfig) -> Path:
+    """Write the checkpoint as the config says; nothing is left behind if that cannot be done.
 
-    Args:
-        model: sharded or not; its weights are gathered and cast one by one.
-        saved_dtypes: dtype of each tensor on disk, by its name in the model.
-        max_shard_size: of a file of weights.
+    Returns:
+        the directory.
+    Raises:
+        UserError: no such checkpoint or base, a directory that holds something, an adapter that changes nothing, or a result
+            that does not give the logits it should.
     """
-    weights = _gather(model, saved_dtypes)
-    if dist.is_main():
-        original = copy.deepcopy(model.config)
-        model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
-        # save_pretrained names the dtype of the weights in memory; the file has that of the weights on disk.
-        original.architectures = model.config.architectures
-        original.save_pretrained(directory)
-        model.config.dtype = original.dtype
+    target = Path(config.directory).expanduser().absolute()
+    check_target(target)
+    source = find_source(config.source)
+    with torch.no_grad(), scratch_beside(target) as folder:
+        loaded, base = load(source, config)
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        ids_T = probe(tokenizer, loaded.model)
+        expected_TV, effect_TV = (logits(loaded.model, ids_T), None) if base is None else merge(loaded, source, ids_T)
+        dtypes = cast(loaded, config.dtype)
+        cast_TV = logits(loaded.model, ids_T)
+        check_cast(cast_TV, expected_TV, effect_TV, set(dtypes.values()))
+        export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
+        tokenizer.save_pretrained(folder)
+        keep_format(source, folder)
+        del loaded
+        check_written(folder, cast_TV, ids_T, config)
+        commit(folder, target)
+    say(f"wrote {target}: {describe(target)}")
+    return target
 
 
-def export_adapter(directory: Path, adapted: "PeftModel") -> None:
-    """Write a LoRA adapter in peft's own format. Every rank calls it; rank 0 writes."""
-    from peft import get_peft_model_state_dict
-
-    weights = _gather(adapted, {}, only_trained=True)
-    if dist.is_main():
-        # The embeddings are never resized here, so that peft need not look for those of the base.
-        adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
-        save_file(
-            {_name_for_both(name): tensor.contiguous() for name, tensor in adapter.items()},
-            directory / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        config = copy.deepcopy(adapted.peft_config["default"])
-        config.inference_mode = True
-        config.save_pretrained(str(directory))
+def keep_format(source: str, folder: Path) -> None:
+    """How the checkpoint was shown its chats, for whoever asks the exported one."""
+    found = read_format(source)
+    if found is not None:
+        found.write(folder)
 
 
-def _name_for_both(name: str) -> str:
-    """DoRA's magnitudes by the name that peft and transformers both read; peft's own leaves out the last part, which the other needs."""
-    return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
-def export_tokenizer(
-    directory: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop_ids: Iterable[int]
-) -> None:
-    """Write the tokenizer, its template, and a generation config that ends at every trained stop token."""
-    if not dist.is_main():
-        return
-    tokenizer.save_pretrained(directory)
-    config = copy.deepcopy(generation) if generation is not None else GenerationConfig()
-    before = config.eos_token_id
-    known = [] if before is None else [before] if isinstance(before, int) else list(before)
-    config.eos_token_id = list(dict.fromkeys([*stop_ids, *known]))
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id[0]
-    config.save_pretrained(directory)
+def check_target(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError("the directory is not empty", where=str(target), fix="name a new one, or move what is in it away")
+    if target.exists() and not target.is_dir():
+        raise UserError("is a file", where=str(target), fix="name a new directory")
 
 
-def _gather(model: torch.nn.Module, saved_dtypes: dict[str, torch.dtype], *, only_trained: bool = False) -> dict[str, Tensor]:
-    """Full tensors in rank 0's host memory, a shared parameter once; nothing on the other ranks."""
-    gathered: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if only_trained and not tensor.requires_grad:
-            continue
-        if id(tensor) not in seen:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # on every rank, one after another
-            seen[id(tensor)] = whole.detach().to(saved_dtypes.get(name, tensor.dtype)).cpu() if dist.is_main() else torch.empty(0)
-        gathered[name] = seen[id(tensor)]
-    return gathered if dist.is_main() else {}
+def find_source(path: str) -> str:
+    """The checkpoint that is meant: the newest one of a run's directory."""
+    local = Path(path).expanduser()
+    steps = local.is_dir() and not any((local / name).is_file() for name in ("config.json", files.CONFIG)) and newest_step(local)
+    if steps:
+        say(f"{path} is a run's directory; its newest checkpoint is {steps.name}")
+        return str(steps)
+    return resolve(path)
+
+
+def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
+    """The model in float32, without its adapter; and the base's name, if there is an adapter."""
+    adapter = read_adapter_config(source)
+    base = None if adapter is None else files.read_config(source).base_model_name_or_path
+    if adapter is not None and not base:
+        fix = "write the base's directory or Hub name there"
+        raise UserError("names no base_model_name_or_path", where=f"{source}/{files.CONFIG}", fix=fix)
+    say(f"loading {base or source}")
+    try:
+        loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code)
+    except UserError as error:
+        if base is None:
+            raise
+        what = f"the adapter's base model cannot be loaded: {error.what}"
+        fix = f"put it back at {base}, or mend base_model_name_or_path in {files.CONFIG}"
+        raise UserError(what, where=source, fix=fix) from error
+    loaded.model.set_attn_implementation("sdpa")
+    loaded.model.eval()
+    if base is not None and (Path(source) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
+        loaded.model.generation_config = GenerationConfig.from_pretrained(source)
+    return loaded, base
+
+
+def probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
+    """A question and its answer in the chat format of the tokenizer, or as plain text where it has none."""
+    text = "\n".join(message["content"] for message in PROBE)
+    if tokenizer.chat_template:
+        text = str(tokenizer.apply_chat_template(PROBE, tokenize=False))
+    ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
+    return torch.tensor(ids[: getattr(model.config, "max_position_embeddings", None) or len(ids)])
+
+
+def logits(model: torch.nn.Module, ids_T: Tensor) -> Tensor:
+    logits_TV: Tensor = model(input_ids=ids_T[None], use_cache=False).logits[0].float()
+    return logits_TV
+
+
+def merge(loaded: Loaded, source: str, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge an adapter into the model, in place, and compare.
+
+    Returns:
+        the logits of base and adapter side by side, and how far they are from those of the base.
+    Raises:
+        UserError: the adapter changes nothing, or the merged model is not what base and adapter are.
+    """
+    say(f"merging {source}")
+    base_TV = logits(loaded.model, ids_T)
+    adapted = files.put_on(loaded.model, source).eval()
+    adapted_TV = logits(adapted, ids_T)
+    effect_TV = adapted_TV - base_TV
+    limit, effect = same(adapted_TV), largest(effect_TV)
+    if not effect > limit:
+        why = "each of its lora_B is zero, so it was never trained" if is_untrained(adapted) else "no more than rounding does"
+        what = f"the adapter changes the logits of a prompt by at most {effect:.1g}: {why}"
+        raise UserError(what, where=source, fix="export a checkpoint that was trained further, or with a larger optim.lr")
+    adapted.merge_and_unload()
+    difference = largest(logits(loaded.model, ids_T) - adapted_TV)
+    if not difference <= limit:
+        what = f"the merged model's logits differ by {difference:.2g} from those of base and adapter, which rounding does not explain"
+        raise UserError(what, where=source, fix="use the adapter as it is, with peft")
+    say(f"the adapter changes the logits of a prompt by up to {effect:.2g}; merged: off by {difference:.1g} (allowed: {limit:.1g})")
+    return adapted_TV, effect_TV
+
+
+def is_untrained(adapted: PeftModel) -> bool:
+    parts = [p for name, p in adapted.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
+    return not any(bool(p.any()) for p in parts)
+
+
+def largest(values: Tensor) -> float:
+    """The largest absolute value; infinite if any is no number."""
+    value = values.abs().max().item()
+    return math.inf if math.isnan(value) else value
+
+
+def same(logits_TV: Tensor) -> float:
+    """Up to which difference logits count as the same, in float32."""
+    return max(SAME, SAME_SHARE * largest(logits_TV))
+
+
+def cast(loaded: Loaded, name: str | None) -> dict[str, torch.dtype]:
+    """Round the weights, in place, to what they will be on disk, by their names, and let the config say so."""
+    model, state = loaded.model, loaded.model.state_dict(keep_vars=True)
+    usual = loaded.saved_dtypes.get("model.embed_tokens.weight", next(iter(loaded.saved_dtypes.values())))
+    dtypes = {key: loaded.saved_dtypes.get(key, usual) for key in state}
+    if name is not None:
+        dtype: torch.dtype = getattr(torch, name)
+        dtypes = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in state.items()}
+        for part in (model.config, *(getattr(model.config, sub, None) for sub in model.config.sub_configs)):
+            if part is not None:
+                part.dtype = dtype
+    for key, tensor in state.items():
+        tensor.data = tensor.data.to(dtypes[key]).to(tensor.dtype)
+    return dtypes
+
+
+def check_cast(cast_TV: Tensor, expected_TV: Tensor, effect_TV: Tensor | None, dtypes: set[torch.dtype]) -> None:
+    """Casting moves the logits as rounding does, and less than the adapter did: else the result would be as good as the base."""
+    share = max(ROUNDING_SHARE.get(dtype, SAME_SHARE) for dtype in dtypes)
+    limit, difference = max(SAME, share * largest(expected_TV)), largest(cast_TV - expected_TV)
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if not difference <= limit:
+        what = f"in {names} the logits are off by {difference:.2g}, and {limit:.2g} would be rounding"
+        raise UserError(what, where="dtype", fix="set dtype=bfloat16 or dtype=float32")
+    lost = 0.0 if effect_TV is None else float((cast_TV - expected_TV).norm() / effect_TV.norm())
+    if lost > LOST:
+        what = f"in {names} the adapter is lost in rounding, which moves the logits {lost:.2g} times as far as the adapter does"
+        raise UserError(what, where="dtype", fix="set dtype=float32, or export a checkpoint that was trained further")
+    say(f"weights in {names}: the logits of a prompt move by up to {difference:.1g}")
+
+
+def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, config: ExportConfig) -> None:
+    """The files, loaded as anyone would, give the logits of the model that was written."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    difference = largest(logits(model.eval(), ids_T) - cast_TV)
+    if not difference <= same(cast_TV):
+        what = f"the written model's logits differ by {difference:.2g} from those of the model that was written"
+        raise UserError(what, where=str(config.directory), fix="report this with the names of the model and of transformers' release")
+    say("loaded again, the written model gives the same logits")
+
+
+@contextlib.contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A directory on the target's disk, removed at the end if it is still there."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    folder = target.with_name(f".{target.name}.export")
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot be made: {error.strerror}", where=str(target), fix="name a directory that you may write") from error
+    try:
+        yield folder
+    except OSError as error:
+        raise UserError(f"cannot be written: {error}", where=str(target), fix="free some space, or name another directory") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # if nothing is in it
+
+
+def commit(folder: Path, target: Path) -> None:
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors writes for the owner alone
+    folder.rename(target)
+
+
+def describe(target: Path) -> str:
+    files = weight_files(str(target))
+    size = sum(path.stat().st_size for path in files)
+    return f"{size / 1e9:,.2f} GB of weights in {len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def keyed(argv: list[str]) -> list[str]:
+    """The words of the command with SRC and DIR as `source=SRC directory=DIR`."""
+    words = list(argv)
+    for number, name in enumerate(("source", "directory")):
+        if len(words) > number and "=" not in words[number] and not words[number].startswith("-"):
+            words[number] = f"{name}={words[number]}"
+    return words
 
 
 def main(argv: list[str]) -> None:
-    """The words of `verl export`."""
-    from verl.models import merge
-
-    merge.main(argv)
+    """`SRC DIR key=value …`; they may also be written as source=SRC directory=DIR."""
+    quiet_libraries()
+    try:
+        export(load_config(ExportConfig, keyed(argv)))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    from verl.errors import exit_on_user_error
-
     exit_on_user_error(main, sys.argv[1:])

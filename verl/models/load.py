@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from verl.errors import UserError
-from verl.models.attention import PACKED
+from verl.models.attention.packed import PACKED
 from verl.models.quantize import keep_layout
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
@@ -149,7 +149,7 @@ def load_for_inference(
             raise
         raise UserError(f"the adapter's base model cannot be loaded: {error.what}", where=path, fix=f"put it back at {base}") from error
     if adapter is not None:
-        from verl.models.adapter_files import put_on
+        from verl.models.adapters.files import put_on
 
         directory = resolve(path)
         put_on(model, directory).merge_and_unload()

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from verl import dist
-from verl.config import ModelConfig
+from verl.config.shared import ModelConfig
 from verl.errors import UserError
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl import dist
-from verl.models.attention import PACKED
+from verl.models.attention.packed import PACKED
 from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype, weight_files
 
 TWIN_VOCABULARY = 1024

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl.config import RewardModelConfig
+from verl.config.ppo import RewardModelConfig
 from verl.data.chat import Message
 from verl.data.pack import collate, pack
 from verl.data.render import Renderer
+from verl.engine.scorers import RewardScorer, check_hidden
 from verl.errors import UserError
-from verl.models.attention import heads_of
-from verl.models.heads import RewardScorer, check_hidden, has_head, load_reward_model
+from verl.models.attention.packed import heads_of
+from verl.models.heads import has_head, load_reward_model
 from verl.models.load import check_vocabulary, load_tokenizer
 from verl.models.shards import small_twin
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from verl import plugin
-from verl.config import RewardConfig, RewardModelConfig, reward_names
+from verl.config.ppo import RewardConfig, RewardModelConfig, reward_names
 from verl.errors import UserError
 from verl.rewards import format as form
 

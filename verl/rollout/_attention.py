@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from verl.kernels import HAS_TRITON
-from verl.models.attention import packed_attention
+from verl.models.attention.packed import packed_attention
 
 SLOTS = "verl_slots"
 

@@ -12,30 +12,32 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl import config_load, dist
-from verl.config import PPOConfig
+from verl import dist
+from verl.config.load import load_config
+from verl.config.ppo import PPOConfig
+from verl.data.pack import TILE
 from verl.data.prompts import Prompts, load_prompts
 from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.errors import UserError, exit_on_user_error
 from verl.rewards._scoring import Scored
+from verl.rl.answering import Collected, collect
+from verl.rl.clock import Clock
+from verl.rl.experience import in_micro_batches
+from verl.rl.mapping import Layout, choose_layout
+from verl.rl.method import Method, load_method
+from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
+from verl.rl.remote_rollout import Bridge, serve
+from verl.rl.roles import Roles, build_roles, check_names, describe_plan, rollout_options, token_budget
+from verl.rl.sample_files import write_samples
+from verl.rl.updates import Updates
 from verl.rollout import load_rollout
 from verl.run import Run, ignore_first_signals, quiet_libraries
-from verl.trainer.answering import Collected, collect
-from verl.trainer.clock import Clock
-from verl.trainer.experience import in_micro_batches
-from verl.trainer.fsdp_sft_trainer import check_same_rows, due, read_tokenizer
-from verl.trainer.mapping import Layout, choose_layout
-from verl.trainer.method import Method, load_method
-from verl.trainer.plan import TILE
-from verl.trainer.ppo_meter import phase_seconds, step_metrics, time_metrics
+from verl.trainer.inputs import check_same_rows, read_tokenizer
+from verl.trainer.loop import due
 from verl.trainer.profile import profiled
-from verl.trainer.remote_rollout import Bridge, serve
 from verl.trainer.resume import find_checkpoint, start_position
-from verl.trainer.roles import Roles, build_roles, check_names, describe_plan, rollout_options, token_budget
-from verl.trainer.step_files import write_samples
-from verl.trainer.updates import Updates
 
 
 def run(config: PPOConfig) -> Path | None:
@@ -251,7 +253,7 @@ def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
 
 def main(argv: list[str]) -> None:
     try:
-        config = config_load.load(PPOConfig, argv)
+        config = load_config(PPOConfig, argv)
         dry_run(config) if config.trainer.dry_run else run(config)
     finally:
         dist.stop()

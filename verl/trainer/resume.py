@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from verl import dist
-from verl.config import TrainerConfig
+from verl.config.shared import TrainerConfig
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.errors import UserError

@@ -15,20 +15,23 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from verl import config_load, dist
+from verl import dist
 from verl.algorithms import bradley_terry, dpo
-from verl.config import PairsConfig, RewardTrainerConfig
+from verl.config.load import load_config
+from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, Packing
+from verl.data.pack import TILE
 from verl.engine import checkpoint
 from verl.engine.build import Built, build, build_reward_model, choose_spread
 from verl.engine.checkpoint import Position
-from verl.engine.engine import Algorithm, Engine
+from verl.engine.contract import Algorithm
+from verl.engine.engine import Engine
 from verl.errors import exit_on_user_error
-from verl.models import flash
+from verl.models.attention import flash
 from verl.run import Run, quiet_libraries
-from verl.trainer.fsdp_sft_trainer import VALIDATION_ROWS, load_data, load_rows, read_tokenizer, train_loop
-from verl.trainer.plan import TILE
+from verl.trainer.inputs import load_data, load_rows, read_tokenizer
+from verl.trainer.loop import VALIDATION_ROWS, train_loop
 from verl.trainer.resume import find_checkpoint, start_position
 
 
@@ -165,7 +168,7 @@ def describe_plan(config: RewardTrainerConfig, loader: Loader, total_steps: int)
 
 def main(argv: list[str]) -> None:
     try:
-        config = config_load.load(RewardTrainerConfig, argv)
+        config = load_config(RewardTrainerConfig, argv)
         dry_run(config) if config.trainer.dry_run else run(config)
     finally:
         dist.stop()

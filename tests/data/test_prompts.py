@@ -1,0 +1,96 @@
+"""Rows become prompts, in an order that a seed and an epoch decide alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import write_problems_and_model
+
+from verl.config.ppo import PromptConfig
+from verl.data.loader import row_order
+from verl.data.prompts import Prompts, load_prompts
+from verl.data.render import Renderer
+from verl.errors import UserError
+from verl.models.load import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_problems_and_model(tmp_path_factory.mktemp("prompts"))
+
+
+def load(folder: Path, rows: list[dict] | None = None, **changes: object) -> Prompts:
+    path = folder / "train.jsonl"
+    if rows is not None:
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PromptConfig(train_files=str(path), **changes)  # type: ignore[arg-type]
+    return load_prompts(config, config.train_files, load_tokenizer(str(folder / "model")))
+
+
+def test_a_prompt_is_the_question_up_to_where_the_answer_begins(folder: Path) -> None:
+    prompts = load(folder)
+    first = prompts.prompts[0]
+    row = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
+    assert (first.text, first.row["reference"]) == (row["question"], row["answer"])
+    assert first.where == f"{folder / 'train.jsonl'}:1"
+    decoded = load_tokenizer(str(folder / "model")).decode(first.token_ids)
+    assert decoded == f"<|im_start|>user\n{row['question']}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_each_epoch_draws_every_prompt_once_and_goes_on_with_the_next(folder: Path) -> None:
+    prompts = load(folder)
+    n = len(prompts)
+    drawn = [prompts.drawn(number, 7).where for number in range(2 * n)]
+    assert sorted(drawn[:n]) == sorted(drawn[n:]) == sorted(prompt.where for prompt in prompts.prompts)
+    assert drawn[n:] == [prompts.prompts[i].where for i in row_order(n, 7, 1)]
+    assert drawn[:n] != drawn[n:]
+
+
+def test_a_trained_chat_waits_for_its_last_answer(folder: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2+2?"}]
+    (prompt,) = load(folder, [{"chat": [*chat, {"role": "assistant", "content": "4"}], "answer": "4"}], messages_key="chat").prompts
+    assert prompt.text == "2+2?"
+    assert prompt.token_ids == Renderer(load_tokenizer(str(folder / "model"))).prompt(chat)
+
+
+def test_the_template_shows_the_tools_of_a_chat(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder / "model"))
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + str(tokenizer.chat_template)
+    chat, tools = [{"role": "user", "content": "2+2?"}], [{"name": "add", "description": "of two numbers"}]
+    rows = [{"chat": chat, "tools": tools, "answer": "4"}, {"chat": chat, "tools": None, "answer": "4"}]
+    (folder / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PromptConfig(train_files=str(folder / "tools.jsonl"), messages_key="chat", tools_key="tools")
+    with_tools, without = load_prompts(config, config.train_files, tokenizer).prompts
+    assert with_tools.token_ids == Renderer(tokenizer).prompt(chat, tools)
+    assert without.token_ids == Renderer(tokenizer).prompt(chat) != with_tools.token_ids
+
+
+def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
+    (prompt,) = load(folder, [{"question": "2+2?", "answer": "4"}], system_prompt="Count.").prompts
+    assert prompt.messages[0] == {"role": "system", "content": "Count."}
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "found"),
+    [
+        ({"question": "", "answer": "4"}, {}, "column 'question' is empty"),
+        ({"question": "2+2?"}, {}, "no column 'answer'"),
+        ({"chat": '[{"role": "user"', "answer": "4"}, {"messages_key": "chat"}, "found text that is not JSON"),
+        ({"chat": [{"role": "assistant", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "no message that could be answered"),
+        ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "the role is text ('users')"),
+    ],
+)
+def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict, changes: dict, found: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(folder, [row], **changes)
+    assert str(caught.value.where).startswith(f"{folder / 'rows.jsonl'}:1")
+    assert found in caught.value.what
+
+
+def test_rows_without_a_right_answer_are_fine_where_nobody_asks_for_it(folder: Path) -> None:
+    (prompt,) = load(folder, [{"question": "2+2?"}], response_key=None).prompts
+    assert "reference" not in prompt.row
+    with pytest.raises(UserError) as caught:
+        load(folder, [{"question": "2+2?"}])
+    assert "or to null where no reward needs them" in str(caught.value.fix)

@@ -1,0 +1,155 @@
+"""Compiled layers, traced on the CPU with an attention that a graph can hold, as FlashAttention on a GPU is."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from tiny import RandomDocuments, qwen2_config, write_model
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
+from transformers import AttentionInterface
+
+from verl import dist
+from verl.algorithms import sft
+from verl.config.shared import OptimConfig
+from verl.data.loader import Loader, Packing
+from verl.engine.compile import WORTH_SECONDS, Compiler, compile_layers
+from verl.engine.engine import Engine
+from verl.engine.fsdp import decoder_layers
+from verl.engine.recompute import recompute_activations
+from verl.engine.scorers import TokenScorer
+from verl.errors import UserError
+from verl.models.attention.packed import PACKED, packed_attention
+from verl.models.load import load_for_training
+
+# Of PyTorch's own making, while it traces and when its compiler is first imported.
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+LAYERS = 2
+
+
+@torch.library.custom_op("verl_test::flash_attention", mutates_args=())
+def opaque_attention(query_1TND: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    return query_1TND.clone()
+
+
+opaque_attention.register_fake(lambda query_1TND, cu_seqlens, max_seqlen: torch.empty_like(query_1TND))
+opaque_attention.register_autograd(lambda context, gradient: (gradient, None, None))
+
+
+def traceable(module, query_1NTD, key_1KTD, value_1KTD, mask, *, cu_seq_lens_q, max_length_q, **kwargs):
+    others_1NTD = (key_1KTD * value_1KTD).repeat_interleave(query_1NTD.shape[1] // key_1KTD.shape[1], 1)
+    return opaque_attention((query_1NTD * others_1NTD).transpose(1, 2).contiguous(), cu_seq_lens_q, max_length_q), None
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), qwen2_config(num_hidden_layers=LAYERS))
+
+
+@pytest.fixture(autouse=True)
+def process():
+    torch._dynamo.reset()
+    counters.clear()
+    AttentionInterface.register(PACKED, traceable)
+    yield dist.start()
+    AttentionInterface.register(PACKED, packed_attention)
+    dist.stop()
+
+
+def train(model_path: Path, backend, *, checkpointing: bool | str = False) -> list[int]:
+    """Graphs that have been compiled after each of a few steps of different sizes."""
+    model = load_for_training(str(model_path)).model
+    if checkpointing:
+        recompute_activations(model, selective=checkpointing == "selective")
+    compile_layers(model, backend=backend)
+    engine = Engine(TokenScorer(model), OptimConfig(), total_steps=50, device=torch.device("cpu"), compute_dtype=torch.float32)
+    graphs = []
+    for packing, steps in ((Packing(8, 480, 96), 2), (Packing(8, 200, 96), 4)):
+        for step in Loader(RandomDocuments(100), packing, rows_per_step=8, seed=1).steps(0, steps):
+            engine.train_step(step.micro_batches, sft, step.number)
+            graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_all_layers_and_all_sizes_share_one_graph_without_breaks(checkpointing: bool | str, model_path: Path) -> None:
+    assert set(train(model_path, "aot_eager", checkpointing=checkpointing)) == {1}
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_a_layers_numbers_are_constants_and_no_tensors(checkpointing: bool | str, model_path: Path) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def look(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, Tensor))
+        return make_boxed_func(graph.forward)
+
+    train(model_path, aot_autograd(fw_compiler=look), checkpointing=checkpointing)
+    assert shapes and () not in shapes
+
+
+def test_each_kind_of_checkpointing_computes_as_many_products_again_as_it_says(model_path: Path) -> None:
+    def products_in_backward(checkpointing: bool | str) -> int:
+        found: Counter[str] = Counter()
+
+        def count(graph, inputs):
+            found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(
+            fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+            bw_compiler=count,
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        torch._dynamo.reset()
+        train(model_path, backend, checkpointing=checkpointing)
+        assert found["verl_test.flash_attention.default"] == (checkpointing is True)
+        return found["aten.mm.default"] + found["aten.addmm.default"]
+
+    gradients = 2 * 7  # of q, k, v, o, gate, up and down, by their input and by their weight
+    assert products_in_backward(False) == gradients
+    assert products_in_backward(True) == gradients + 6  # down's output is the layer's own, and is not needed
+    assert gradients < products_in_backward("selective") <= gradients + 3
+
+
+def test_auto_compiles_on_a_gpu_for_runs_that_are_long_enough(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_for_training(str(model_path)).model
+    weights = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("verl.engine.compile.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("verl.kernels.shutil.which", lambda name: "/usr/bin/cc")
+    enough = int(WORTH_SECONDS * 1e12 / (6 * weights)) * 2
+    assert not Compiler("auto", model, torch.device("cuda"), enough // 100).on
+    assert not any(module._compiled_call_impl for module in model.modules())
+    assert Compiler("auto", model, torch.device("cuda"), enough).on
+    assert all(layer._compiled_call_impl for layer in decoder_layers(model))
+    assert not Compiler(False, model, torch.device("cuda"), enough).on
+
+
+def test_auto_does_not_compile_on_a_cpu_and_without_a_c_compiler_says_so(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_for_training(str(model_path)).model
+    assert "no GPU" in Compiler("auto", model, torch.device("cpu"), 10**15).why
+    monkeypatch.setattr("verl.engine.compile.peak_flops", lambda device: 1e12)
+    monkeypatch.setattr("verl.kernels.shutil.which", lambda name: None)
+    assert "C compiler" in Compiler("auto", model, torch.device("cuda"), 10**15).why
+    with pytest.raises(UserError, match="C compiler"):
+        Compiler(True, model, torch.device("cpu"), 1)
+
+
+def test_compiling_again_after_the_first_step_is_a_warning(model_path: Path) -> None:
+    compiler = Compiler(True, load_for_training(str(model_path)).model, torch.device("cpu"), 1)
+    counters["stats"]["unique_graphs"] = 1
+    assert "compiled the layers in" in str(compiler.note())
+    assert compiler.note() is None
+    counters["stats"]["unique_graphs"] = 2
+    assert "warning" in str(compiler.note())
+
+
+def test_a_first_step_that_compiled_nothing_is_a_warning(model_path: Path) -> None:
+    compiler = Compiler(True, load_for_training(str(model_path)).model, torch.device("cpu"), 1)
+    assert "made nothing" in str(compiler.note())
+    assert compiler.note() is None
+    assert Compiler(False, load_for_training(str(model_path)).model, torch.device("cpu"), 1).note() is None

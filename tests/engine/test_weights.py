@@ -1,0 +1,132 @@
+"""Master weights of one process beside the working copies that the model computes with, in bfloat16 on the CPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import RandomDocuments, qwen2_config, write_model
+from torch import Tensor
+
+from verl import dist
+from verl.algorithms import sft
+from verl.config.shared import OptimConfig
+from verl.data.loader import Packing, micro_batches
+from verl.engine import checkpoint
+from verl.engine.checkpoint import Position
+from verl.engine.engine import Engine
+from verl.engine.scorers import TokenScorer
+from verl.models.load import load_for_training
+
+ROWS = np.arange(8)
+WHOLE, SEVERAL = Packing(8, 8 * 60), Packing(1, 100)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"), qwen2_config(tie_word_embeddings=True))
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    dist.start()
+    yield
+    dist.stop()
+
+
+def engine_of(path: Path, dtype: torch.dtype = torch.bfloat16, lr: float = 1e-3, device: str = "cpu") -> Engine:
+    config = OptimConfig(lr=lr, lr_scheduler="constant", warmup_steps_ratio=0.0, clip_grad=1e9)
+    scorer = TokenScorer(load_for_training(str(path)).model)
+    return Engine(scorer, config, total_steps=10, device=torch.device(device), compute_dtype=dtype)
+
+
+def gradient(engine: Engine, packing: Packing) -> Tensor:
+    engine.backward(micro_batches(RandomDocuments(), ROWS, packing), sft)
+    return torch.cat([p.grad.flatten() for p in engine.trained])
+
+
+def test_the_model_computes_in_bfloat16_and_the_optimizer_updates_float32(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    assert {p.dtype for p in engine.scorer.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in engine.trained} == {torch.float32}
+    names = [name for name, _ in engine.scorer.named_parameters()]
+    assert list(engine.weights.trained) == names
+
+
+def test_after_a_step_the_working_copies_are_the_new_masters_rounded(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    before = [p.detach().clone() for p in engine.trained]
+    engine.train_step(micro_batches(RandomDocuments(), ROWS, WHOLE), sft, 0)
+    for old, master, copy in zip(before, engine.trained, engine.scorer.parameters(), strict=True):
+        assert not torch.equal(old, master)
+        assert torch.equal(copy, master.to(torch.bfloat16))
+        assert copy.grad is None and master.grad is None
+
+
+def test_gradients_are_added_up_over_micro_batches_in_float32(model_path: Path) -> None:
+    exact = gradient(engine_of(model_path, torch.float32), WHOLE)
+    found = gradient(engine_of(model_path), SEVERAL)
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() / exact.norm() < 2e-2
+    only_last = gradient_of_last(engine_of(model_path))
+    assert (only_last - exact).norm() / exact.norm() > 0.1, "a step that forgot all but one micro-batch would not be seen"
+
+
+def test_the_gradients_of_a_single_micro_batch_are_taken_as_they_are(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    engine.backward(micro_batches(RandomDocuments(), ROWS, WHOLE), sft)
+    assert {p.grad.dtype for p in engine.trained} == {torch.bfloat16}
+    assert all(p.grad is None for p in engine.scorer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [WHOLE, SEVERAL])
+def test_on_a_gpu_the_optimizer_writes_the_working_copies(packing: Packing, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm before clipping is that of float32, and nothing but the optimizer writes the copies."""
+    exact = gradient(engine_of(model_path, torch.float32), WHOLE).norm()
+    engine = engine_of(model_path, device="cuda")
+    monkeypatch.setattr(engine.weights, "publish", lambda: pytest.fail("the copies were written twice"))
+    before = [p.detach().clone() for p in engine.trained]
+    for step in range(3):
+        metrics = engine.train_step(micro_batches(RandomDocuments(), ROWS, packing), sft, step)
+        assert step > 0 or metrics["grad_norm"].item() == pytest.approx(exact.item(), rel=2e-2)
+    for old, master, copy in zip(before, engine.trained, engine.scorer.parameters(), strict=True):
+        assert not torch.equal(old, master) and master.dtype == torch.float32
+        assert torch.equal(copy, master.to(torch.bfloat16))
+        assert copy.grad is None and master.grad is None
+
+
+def gradient_of_last(engine: Engine) -> Tensor:
+    original = engine.weights.collect
+
+    def forget() -> None:
+        for p in engine.trained:
+            p.grad = None
+        original()
+
+    engine.weights.collect = forget
+    return gradient(engine, SEVERAL)
+
+
+def test_what_is_written_out_are_the_masters_and_tied_weights_stay_tied(model_path: Path) -> None:
+    engine = engine_of(model_path)
+    model = engine.scorer.model
+    engine.train_step(micro_batches(RandomDocuments(), ROWS, WHOLE), sft, 0)
+    with engine.weights.in_model():
+        assert all(a is b for a, b in zip(engine.scorer.parameters(), engine.trained, strict=True))
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert {p.dtype for p in engine.scorer.parameters()} == {torch.bfloat16}
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_a_resumed_engine_computes_with_the_weights_of_the_checkpoint(model_path: Path, tmp_path: Path) -> None:
+    batches = micro_batches(RandomDocuments(), ROWS, WHOLE)
+    engine = engine_of(model_path)
+    engine.train_step(batches, sft, 0)
+    where = Position(step=1, tokens=0, supervised_tokens=0, rows=8, rows_per_step=8, seed=1, data_fingerprint="f")
+    saved = checkpoint.save(tmp_path, engine, where, export=lambda directory: None)
+    resumed = engine_of(model_path)
+    checkpoint.load(saved, resumed)
+    for found, expected in zip(resumed.scorer.parameters(), engine.scorer.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(resumed.train_step(batches, sft, 1)["loss"], engine.train_step(batches, sft, 1)["loss"])

@@ -1,0 +1,150 @@
+"""Models go from the file to their device once, in the dtype they are to have, and what they were on disk is remembered."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import qwen2_config, write_model
+from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+
+from verl.errors import UserError
+from verl.models.load import load_for_inference, load_for_training
+from verl.models.saved import export_model
+
+NORMS = ("norm.weight", "layernorm.weight")
+
+
+def write_mixed_model(directory: Path) -> dict[str, torch.Tensor]:
+    """A model of bfloat16 weights and float32 norms, whose norms bfloat16 could not hold."""
+    file = write_model(directory, qwen2_config(tie_word_embeddings=True), dtype=torch.bfloat16) / "model.safetensors"
+    weights = {name: tensor.float() + 1e-4 if name.endswith(NORMS) else tensor for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return weights
+
+
+def split(directory: Path) -> None:
+    """The weights in two files and an index, as large models have them."""
+    whole = directory / "model.safetensors"
+    weights = sorted(load_file(whole).items())
+    whole.unlink()
+    half = len(weights) // 2
+    files = {"model-00001-of-00002.safetensors": weights[:half], "model-00002-of-00002.safetensors": weights[half:]}
+    for name, part in files.items():
+        save_file(dict(part), directory / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, part in files.items() for key, _ in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_model_of_two_dtypes_is_read_exactly_and_written_as_it_was(parts: int, tmp_path: Path) -> None:
+    weights = write_mixed_model(tmp_path / "mixed")
+    if parts == 2:
+        split(tmp_path / "mixed")
+    loaded = load_for_training(str(tmp_path / "mixed"))
+    read = loaded.model.state_dict()
+    assert {tensor.dtype for tensor in read.values()} == {torch.float32}
+    assert all(torch.equal(read[name], tensor.float()) for name, tensor in weights.items())
+    export_model(tmp_path / "saved", loaded.model, loaded.saved_dtypes)
+    written = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {name: tensor.dtype for name, tensor in weights.items()}
+    assert all(torch.equal(written[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_tied_output_layer_has_the_dtype_of_the_embedding_it_shares(tmp_path: Path) -> None:
+    write_mixed_model(tmp_path / "mixed")
+    saved_dtypes = load_for_training(str(tmp_path / "mixed")).saved_dtypes
+    assert saved_dtypes["lm_head.weight"] == saved_dtypes["model.embed_tokens.weight"] == torch.bfloat16
+    assert saved_dtypes["model.norm.weight"] == torch.float32
+
+
+@pytest.mark.parametrize("stated", ["bfloat16", None])
+def test_the_config_keeps_the_dtype_of_the_file(stated: str | None, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", dtype=torch.bfloat16)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "dtype": stated}))
+    assert load_for_training(str(path)).model.config.dtype == torch.bfloat16
+
+
+def test_weights_of_bfloat16_may_stay_so_while_positions_are_computed_in_float32(tmp_path: Path) -> None:
+    path = str(write_model(tmp_path / "model"))
+    narrow, wide = (load_for_training(path, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert {parameter.dtype for parameter in narrow.model.parameters()} == {torch.bfloat16}
+    assert set(narrow.saved_dtypes.values()) == {torch.float32}
+    frequencies = [dict(loaded.model.named_buffers())["model.rotary_emb.inv_freq"] for loaded in (narrow, wide)]
+    assert frequencies[0].dtype == torch.float32 and torch.equal(*frequencies)
+
+
+def test_inference_takes_the_dtype_of_the_file_or_the_one_asked_for(tmp_path: Path) -> None:
+    path = str(write_model(tmp_path / "model", dtype=torch.bfloat16))
+    assert load_for_inference(path, device="cpu").dtype == torch.bfloat16
+    assert load_for_inference(path, device="cpu", dtype=torch.float32).dtype == torch.float32
+
+
+PEAK = """
+import sys, threading, time, torch
+from verl.models.load import load_for_training
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def watch():
+    while not done.wait(0.002):
+        seen.append(anonymous())
+load_for_training(sys.argv[1], device=sys.argv[3])  # imports what is imported late
+small, seen, done = anonymous(), [], threading.Event()
+threading.Thread(target=watch, daemon=True).start()
+model = load_for_training(sys.argv[2], device=sys.argv[3]).model
+if len(sys.argv) > 4:
+    copy = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+done.set()
+size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+print((max([*seen, anonymous()]) - small) / size)
+"""
+
+
+def host_memory_of_loading(tmp_path: Path, *more: str, device: str = "cpu") -> float:
+    """The host memory that a process needs to load 150 MB of float32 weights from bfloat16, as a share of the weights.
+
+    Pages of the file itself that are mapped into memory are not counted: they are the system's cache, and given up at need.
+    """
+    little = write_model(tmp_path / "little")
+    config = qwen2_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=16_000)
+    model = write_model(tmp_path / "model", config, dtype=torch.bfloat16)
+    command = [sys.executable, "-c", PEAK, str(little), str(model), device, *more]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc/self/status")
+
+
+@needs_proc
+def test_loading_needs_the_memory_of_the_weights_once(tmp_path: Path) -> None:
+    assert host_memory_of_loading(tmp_path) < 1.3
+
+
+@needs_proc
+def test_a_second_copy_shows(tmp_path: Path) -> None:
+    """Negative control of the memory of loading."""
+    assert host_memory_of_loading(tmp_path, "and a copy") > 1.7
+
+
+@needs_proc
+@pytest.mark.gpu
+def test_loading_to_a_gpu_needs_little_memory_of_the_host(tmp_path: Path) -> None:
+    assert host_memory_of_loading(tmp_path, device="cuda") < 0.7
+
+
+@pytest.mark.parametrize(
+    ("kind", "cut", "lacks"),
+    [(Qwen2ForSequenceClassification, (), "lm_head.weight"), (Qwen2ForCausalLM, ("layers.1.mlp",), r"model\.layers\.1\.mlp\.")],
+)
+def test_weights_that_the_file_lacks_are_not_drawn_at_random(
+    kind: type[PreTrainedModel], cut: tuple[str, ...], lacks: str, tmp_path: Path
+) -> None:
+    file = write_model(tmp_path, qwen2_config(tie_word_embeddings=False), kind=kind) / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if not any(c in name for c in cut)}, file, {"format": "pt"})
+    for load in (lambda: load_for_training(str(tmp_path)), lambda: load_for_inference(str(tmp_path), device="cpu")):
+        with pytest.raises(UserError, match=rf"lacks \d of the weights of a Qwen2ForCausalLM, such as {lacks}"):
+            load()

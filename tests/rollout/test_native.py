@@ -1,0 +1,306 @@
+"""The native engine against transformers' own generation, and against the engine that trains."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_hf import random_prompts
+from tiny import VOCABULARY, qwen2_config
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from verl.data.pack import collate
+from verl.engine.compile import compile_layers
+from verl.engine.recompute import recompute_activations
+from verl.engine.scorers import TokenScorer
+from verl.errors import UserError
+from verl.models.adapters.operators import use_operators
+from verl.models.attention.packed import PACKED
+from verl.rollout import Completion, Options, Sampling, native
+from verl.rollout._slots import Caches
+from verl.rollout.hf import HfRollout
+from verl.rollout.native import NativeRollout
+
+GREEDY, DRAWN = Sampling(12), Sampling(12, temperature=1.0, n=3)
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=9000,  # more than two blocks of the draws
+    max_position_embeddings=512,
+)
+WINDOWS = {"num_hidden_layers": 4, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FAMILIES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "llama, untied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
+    "gemma3, windows": (Gemma3ForCausalLM, Gemma3TextConfig(**{**SHAPE, **WINDOWS}, head_dim=32)),
+    "mistral, windows": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=5)),
+    "cohere, logits scaled": (CohereForCausalLM, CohereConfig(**SHAPE)),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SHAPE)),
+}
+
+
+def sharp(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
+    """Random weights far enough from zero that a token depends on everything before it."""
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def qwen2(**changes: object) -> PreTrainedModel:
+    return sharp(Qwen2ForCausalLM, qwen2_config(**changes))
+
+
+def tokens(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+def flat_logprobs(completions: list[Completion]) -> torch.Tensor:
+    return torch.tensor([x for completion in completions for x in completion.logprobs])
+
+
+def engine_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[Completion], temperature: float = 1.0) -> torch.Tensor:
+    """What the trainer's scorer says of the answers, packed."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(PACKED)
+    n = len(answers) // len(prompts)
+    texts = [(prompts[i // n], answer.token_ids) for i, answer in enumerate(answers)]
+    documents = [(np.array([*p, *a], dtype=np.int32), np.arange(len(p) + len(a)) >= len(p)) for p, a in texts]
+    scorer = TokenScorer(model)
+    scorer.rule = replace(scorer.rule, factor=scorer.rule.factor / temperature)
+    with torch.no_grad():
+        found = scorer(collate(documents, list(range(len(documents))))).logprob_M
+    model.set_attn_implementation(own)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_of_transformers_token_by_token(family: str) -> None:
+    """Greedy and drawn, prompts of different lengths, fewer slots than requests."""
+    model, prompts = sharp(*FAMILIES[family]), random_prompts()
+    for sampling in (GREEDY, DRAWN, Sampling(8, temperature=1.3, n=2, top_k=50, top_p=0.8)):
+        stop_ids = [tokens(HfRollout(model, [0]).generate(prompts[:1], sampling))[0][3], 0]
+        expected = HfRollout(model, stop_ids).generate(prompts, sampling)
+        found = NativeRollout(model, stop_ids, Options(max_sequences=3)).generate(prompts, sampling)
+        assert tokens(found) == tokens(expected)
+        assert [c.finish_reason for c in found] == [c.finish_reason for c in expected]
+        torch.testing.assert_close(flat_logprobs(found), flat_logprobs(expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("engine", [NativeRollout, HfRollout])
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_answers_that_need_not_say_their_logprobs_are_the_same(engine: type, sampling: Sampling) -> None:
+    rollout, prompts = engine(qwen2(), [0]), random_prompts()
+    silent = rollout.generate(prompts, replace(sampling, logprobs=False))
+    assert tokens(silent) == tokens(rollout.generate(prompts, sampling))
+    if sampling == GREEDY:
+        assert {answer.logprobs for answer in silent} == {None}
+
+
+def test_what_is_drawn_depends_on_the_seeds_alone() -> None:
+    prompts, model = random_prompts(), qwen2()
+    seeds = [7 * i for i in range(len(prompts))]
+    whole = NativeRollout(model, [0]).generate(prompts, DRAWN, seeds)
+    for i in (5, 2):
+        alone = NativeRollout(model, [0]).generate(prompts[i : i + 1], DRAWN, seeds[i : i + 1])
+        assert tokens(alone) == tokens(whole[3 * i : 3 * i + 3])
+    assert len({tuple(x) for x in tokens(whole)}) == len(whole)
+    other = NativeRollout(model, [0]).generate(prompts, replace(DRAWN, seed=2), seeds)
+    assert tokens(other) != tokens(whole)
+
+
+def test_log_probabilities_are_those_of_the_engine() -> None:
+    """I6, with its known wrong ways: another temperature, stale weights."""
+    prompts, model = random_prompts(), qwen2()
+    rollout = NativeRollout(model, [0], Options(max_sequences=4), is_shared=True)
+    for version in (1, 2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        rollout.update_weights([], version)
+        for temperature in (1.0, 0.7):
+            answers = rollout.generate(prompts, replace(DRAWN, temperature=temperature))
+            assert {answer.version for answer in answers} == {version}
+            found = flat_logprobs(answers)
+            assert (found - engine_logprobs(model, prompts, answers, temperature)).abs().max() < 1e-5
+            assert (found - engine_logprobs(model, prompts, answers, temperature * 1.01)).abs().max() > 1e-3
+    stale = rollout.generate(prompts, DRAWN)
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(0.05)
+    assert (flat_logprobs(stale) - engine_logprobs(model, prompts, stale)).abs().max() > 1e-3
+
+
+def test_weights_of_its_own_are_filled_by_name() -> None:
+    prompts, trained, rollout = random_prompts(), qwen2(), NativeRollout(qwen2(), [0])
+    for version in (1, 2, 3):
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        before = rollout.generate(prompts, GREEDY)
+        assert (flat_logprobs(before) - engine_logprobs(trained, prompts, before)).abs().max() > 1e-3
+        rollout.update_weights(trained.named_parameters(), version)
+        after = rollout.generate(prompts, GREEDY)
+        assert (flat_logprobs(after) - engine_logprobs(trained, prompts, after)).abs().max() < 1e-5
+        assert {answer.version for answer in after} == {version}
+    with pytest.raises(ValueError, match="is no parameter"):
+        rollout.update_weights([("model.nothing", torch.zeros(1))], 4)
+
+
+def test_a_prompt_goes_through_the_model_once_for_all_answers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, model, seen = random_prompts(), qwen2(), []
+    prefill = NativeRollout._prefill_batch
+    monkeypatch.setattr(NativeRollout, "_prefill_batch", lambda self, batch: (seen.extend(p for p, _ in batch), prefill(self, batch)))
+    expected = tokens(HfRollout(model, [0]).generate(prompts, DRAWN))
+    for slots in (24, 2):
+        assert tokens(NativeRollout(model, [0], Options(max_sequences=slots)).generate(prompts, DRAWN)) == expected
+        assert sorted(seen) == sorted(tuple(prompt) for prompt in prompts if len(prompt) > 1)
+        seen.clear()
+
+
+def test_without_the_copied_keys_and_values_answers_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of sharing: a prompt whose slot stays empty is not read."""
+    prompts, model = random_prompts(), qwen2()
+    expected = NativeRollout(model, [0], Options(max_sequences=2)).generate(prompts, DRAWN)
+    monkeypatch.setattr(Caches, "move", lambda *_: None)
+    assert tokens(NativeRollout(model, [0], Options(max_sequences=2)).generate(prompts, DRAWN)) != tokens(expected)
+
+
+def test_a_model_in_training_generates_and_is_left_as_it_was() -> None:
+    """Adapters as operators, layers compiled and checkpointed: the plain layers answer, and training goes on with its own."""
+    model = qwen2()
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    prompts, expected = random_prompts(), HfRollout(model, [0]).generate(random_prompts(), DRAWN)
+    use_operators(adapted)
+    recompute_activations(model)
+    compile_layers(model, backend="eager")
+    model.set_attn_implementation(PACKED)
+    model.train()
+    layer = model.model.layers[0]
+    forward, compiled = layer.forward, layer._compiled_call_impl
+    assert tokens(NativeRollout(model, [0], is_shared=True).generate(prompts, DRAWN)) == tokens(expected)
+    assert tokens(HfRollout(model, [0], is_shared=True).generate(prompts, DRAWN)) == tokens(expected)
+    assert layer.forward is forward and layer._compiled_call_impl is compiled and model.training
+    assert model.config._attn_implementation == PACKED
+
+
+def test_answers_are_the_same_after_sleep_and_with_longer_ones_later() -> None:
+    rollout, prompts = NativeRollout(qwen2(), [0]), random_prompts()
+    first = rollout.generate(prompts, GREEDY)
+    rollout.sleep()
+    assert rollout._caches is None
+    rollout.wake()
+    assert rollout.generate(prompts, GREEDY) == first
+    longer = rollout.generate(prompts, Sampling(30))
+    assert [ids[:12] for ids in tokens(longer)] == tokens(first)
+    assert rollout.generate(prompts, GREEDY) == first
+    rollout.close()
+
+
+def test_an_answer_aloud_is_the_answer_token_by_token() -> None:
+    rollout, prompts = NativeRollout(qwen2(), [0], Options(max_sequences=1)), random_prompts()
+    for sampling in (GREEDY, replace(DRAWN, n=1)):
+        for prompt in prompts[:3]:
+            heard: list[int] = []
+            completion = rollout.generate_aloud(prompt, sampling, heard.append)
+            assert heard == completion.token_ids
+            assert [completion] == rollout.generate([prompt], sampling)
+
+
+def test_what_listens_can_end_an_answer() -> None:
+    rollout, heard = NativeRollout(qwen2(), [0]), []
+
+    def listen(token: int) -> None:
+        heard.append(token)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rollout.generate_aloud(random_prompts()[0], GREEDY, listen)
+    assert len(heard) == 3
+    assert tokens(rollout.generate(random_prompts(), GREEDY)) == tokens(HfRollout(qwen2(), [0]).generate(random_prompts(), GREEDY))
+
+
+def test_what_the_engine_cannot_run_is_said() -> None:
+    with pytest.raises(UserError, match=r"(?s)Gemma2ForCausalLM.*soft-capping.*rollout\.name=hf"):
+        NativeRollout(sharp(Gemma2ForCausalLM, Gemma2Config(**SHAPE, head_dim=16)), [0])
+    with pytest.raises(UserError, match="a prompt and its answer take 542 tokens, the model has 512 positions"):
+        NativeRollout(qwen2(), [0]).generate(random_prompts(), Sampling(512))
+
+
+def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
+    """By how much, the benchmark says; this holds on a busy machine too, in processor seconds of one thread."""
+    model = sharp(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, "vocab_size": 100_000}))
+    prompts = [[i % VOCABULARY for i in range(n, 2 * n)] for n in range(20, 52)]
+
+    def seconds(rollout: object) -> float:
+        since = time.process_time()
+        rollout(Sampling(12))
+        return time.process_time() - since
+
+    def plain(sampling: Sampling) -> None:
+        ids = torch.tensor([[0] * (60 - len(prompt)) + prompt for prompt in prompts])
+        model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=sampling.max_new_tokens, do_sample=False, pad_token_id=0)
+
+    native, threads = NativeRollout(model, [VOCABULARY]), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ours = min(seconds(lambda sampling: native.generate(prompts, sampling)) for _ in range(3))
+        theirs = min(seconds(plain) for _ in range(3))
+    finally:
+        torch.set_num_threads(threads)
+    assert ours < theirs, f"{ours:.2f} s, transformers {theirs:.2f} s"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_only_slots_that_take_much_memory_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, prompts = NativeRollout(qwen2().to("cuda"), [0]), random_prompts()
+    first = rollout.generate(prompts, GREEDY)
+    graphs, held = dict(rollout._graphs), torch.cuda.memory_reserved()
+    rollout.sleep()
+    assert rollout._graphs == graphs and rollout._caches is not None
+    monkeypatch.setattr(native, "WORTH_FREEING", 0.0)
+    rollout.sleep()
+    assert not rollout._graphs and rollout._caches is None and torch.cuda.memory_reserved() < held
+    assert rollout.generate(prompts, GREEDY) == first
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiles", [False, True])
+def test_on_a_gpu_the_same_holds(compiles: bool) -> None:
+    for family in ("qwen2", "qwen3", "mistral, windows"):
+        model, prompts = sharp(*FAMILIES[family]).to("cuda"), random_prompts()
+        for sampling in (GREEDY, DRAWN, Sampling(8, temperature=1.3, n=2, top_k=50, top_p=0.8)):
+            expected = HfRollout(model, [0]).generate(prompts, sampling)
+            found = NativeRollout(model, [0], Options(max_sequences=6, compile=compiles)).generate(prompts, sampling)
+            assert tokens(found) == tokens(expected)
+            torch.testing.assert_close(flat_logprobs(found), flat_logprobs(expected), atol=1e-4, rtol=0)

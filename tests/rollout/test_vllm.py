@@ -1,0 +1,252 @@
+"""vLLM in this process, on a CPU: `make test-vllm`. What needs no vLLM runs with all other tests."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from places import torchrun
+from served import PROMPTS, STOP_IDS, largest_difference, move, tokenizer_of, trained_model, write_served_model
+from tiny import write_problems_and_model
+
+from verl.errors import UserError
+from verl.rollout import Options, Sampling, load_rollout, share
+from verl.rollout import vllm as rollout_vllm
+from verl.rollout._requests import seed_of
+from verl.rollout.vllm import VllmRollout
+
+GREEDY = Sampling(12)
+WARM = Sampling(12, temperature=0.7, n=2)
+CLOSE = 1e-4  # measured: 4e-6
+
+# vLLM and what it imports warn as they like.
+real = [pytest.mark.vllm, pytest.mark.filterwarnings("default"), pytest.mark.timeout(400)]
+
+
+def marked(test: Any) -> Any:
+    for mark in real:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_served_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@marked
+def test_an_output_layer_of_its_own_is_updated_too(tmp_path: Path) -> None:
+    path = write_served_model(tmp_path / "model", tied=False)
+    model = trained_model(path)
+    rollout = share("vllm", model, str(path), tokenizer_of(path), STOP_IDS, Options(max_positions=64))
+    move(model)
+    rollout.update_weights(model.named_parameters(), 1)
+    assert largest_difference(model, PROMPTS, rollout.generate(PROMPTS, WARM), temperature=0.7) < CLOSE
+    rollout.close()
+
+
+@pytest.fixture(scope="module")
+def engine(path: Path) -> Iterator[VllmRollout]:
+    engine = load_rollout("vllm", str(path), tokenizer_of(path), STOP_IDS, Options(max_positions=512))
+    assert isinstance(engine, VllmRollout)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def rollout(path: Path, engine: VllmRollout) -> VllmRollout:
+    """With the weights of the checkpoint."""
+    if engine.generate([[5]], Sampling(1))[0].version > 0:
+        engine.update_weights(trained_model(path).named_parameters(), 0)
+    return engine
+
+
+@marked
+def test_greedy_answers_are_those_of_transformers(path: Path, rollout: VllmRollout) -> None:
+    oracle = load_rollout("hf", str(path), tokenizer_of(path), STOP_IDS)
+    assert rollout.stop_ids == oracle.stop_ids and rollout.positions == 512
+    expected, found = oracle.generate(PROMPTS, GREEDY), rollout.generate(PROMPTS, GREEDY)
+    assert [(c.token_ids, c.finish_reason) for c in found] == [(c.token_ids, c.finish_reason) for c in expected]
+    assert "vLLM" in rollout.describe() and "float32" in rollout.describe()
+
+
+@marked
+def test_logprobs_are_the_trainers_and_after_an_update_the_new_weights(path: Path, rollout: VllmRollout) -> None:
+    model = trained_model(path)
+    for sampling in (GREEDY, WARM):
+        found = rollout.generate(PROMPTS, sampling)
+        assert largest_difference(model, PROMPTS, found, temperature=sampling.temperature or 1.0) < CLOSE
+        assert {c.version for c in found} == {0}
+    assert largest_difference(model, PROMPTS, found, temperature=1.0) > 0.05  # the negative control of the temperature
+    move(model)
+    assert largest_difference(model, PROMPTS, rollout.generate(PROMPTS, WARM), temperature=0.7) > 0.5  # that of the update
+    rollout.update_weights(model.named_parameters(), version=3)
+    found = rollout.generate(PROMPTS, WARM)
+    assert largest_difference(model, PROMPTS, found, temperature=0.7) < CLOSE
+    assert {c.version for c in found} == {3}
+
+
+@marked
+def test_weights_may_come_in_any_pieces(path: Path, rollout: VllmRollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_vllm, "BUCKET_BYTES", 200_000)
+    model = trained_model(path)
+    for version in (1, 2):
+        move(model)
+        rollout.update_weights(reversed(list(model.named_parameters())), version)
+        assert largest_difference(model, PROMPTS, rollout.generate(PROMPTS, WARM), temperature=0.7) < CLOSE
+    # The negative control: the output layer is tied to the embedding, and is given no weights under its own name.
+    monkeypatch.setattr(rollout_vllm, "with_tied", lambda named_tensors, tied: named_tensors)
+    move(model)
+    rollout.update_weights(model.named_parameters(), 3)
+    assert largest_difference(model, PROMPTS, rollout.generate(PROMPTS, WARM), temperature=0.7) > 0.1
+
+
+@marked
+def test_after_an_update_no_prompt_is_remembered(path: Path, rollout: VllmRollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, long_prompt = trained_model(path), [[7 + i % 90 for i in range(300)]]  # longer than a block of vLLM's cache
+    rollout.generate(long_prompt, GREEDY)
+    move(model)
+    rollout.update_weights(model.named_parameters(), 1)
+    assert largest_difference(model, long_prompt, rollout.generate(long_prompt, GREEDY), temperature=1.0) < CLOSE
+    monkeypatch.setattr(rollout._llm, "reset_prefix_cache", lambda: True)  # the negative control
+    move(model)
+    rollout.update_weights(model.named_parameters(), 2)
+    assert largest_difference(model, long_prompt, rollout.generate(long_prompt, GREEDY), temperature=1.0) > 0.01
+
+
+@marked
+def test_draws_depend_on_seeds_alone_and_change_no_other_random_numbers(rollout: VllmRollout) -> None:
+    states = [torch.get_rng_state(), str(np.random.get_state()), random.getstate()]
+    all_at_once = rollout.generate(PROMPTS, WARM, seeds=[7, 8, 9, 10])
+    alone = rollout.generate([PROMPTS[2]], WARM, seeds=[9])
+    assert [c.token_ids for c in all_at_once[4:6]] == [c.token_ids for c in alone]
+    assert alone[0].token_ids != alone[1].token_ids
+    assert rollout.generate([PROMPTS[2]], WARM, seeds=[10])[0].token_ids != alone[0].token_ids
+    assert rollout.generate([PROMPTS[2]], Sampling(12, temperature=0.7, n=2, seed=2), seeds=[9])[0].token_ids != alone[0].token_ids
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1:] == [str(np.random.get_state()), random.getstate()]
+
+
+@marked
+def test_an_answer_ends_with_a_stop_token_or_is_cut(rollout: VllmRollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "stop_ids", list(range(0, 280, 4)))
+    found = rollout.generate(PROMPTS * 8, Sampling(6, temperature=1.0, n=2))
+    for completion in found:
+        stopped = completion.token_ids[-1] in rollout.stop_ids
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        assert not set(completion.token_ids[:-1]) & set(rollout.stop_ids)
+        assert len(completion.token_ids) == len(completion.logprobs or [])
+    assert {completion.finish_reason for completion in found} == {"stop", "length"}
+
+
+@marked
+def test_cut_draws_are_among_the_likeliest_and_come_without_logprobs(rollout: VllmRollout) -> None:
+    likeliest = {c.token_ids[0] for c in rollout.generate(PROMPTS[:1], Sampling(1, temperature=1.0, top_k=3, n=64))}
+    assert rollout.generate(PROMPTS[:1], Sampling(1))[0].token_ids[0] in likeliest and 1 < len(likeliest) <= 3
+    assert len({c.token_ids[0] for c in rollout.generate(PROMPTS[:1], Sampling(1, temperature=1.0, n=64))}) > 3
+    assert all(c.logprobs is None for c in rollout.generate(PROMPTS, Sampling(2, temperature=1.0, top_p=0.5)))
+
+
+@marked
+def test_who_leaves_early_leaves_nothing_behind(rollout: VllmRollout) -> None:
+    answers = rollout.stream(PROMPTS * 4, GREEDY)
+    next(answers)
+    answers.close()
+    assert not rollout._llm.llm_engine.has_unfinished_requests()
+    assert len(rollout.generate(PROMPTS, GREEDY)) == len(PROMPTS)
+
+
+@marked
+def test_what_does_not_fit_is_said(path: Path, rollout: VllmRollout) -> None:
+    with pytest.raises(UserError, match="512 positions"):
+        rollout.generate([[5] * 505], GREEDY)
+    with pytest.raises(UserError, match="vLLM cannot start"):
+        VllmRollout(str(path), STOP_IDS, Options(max_positions=100_000))
+
+
+@marked
+def test_under_torchrun_each_process_has_an_engine_of_its_own(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "differences.json"
+    torchrun("vllm_engine.py", path, file, timeout=300)
+    for before, stale, after in json.loads(file.read_text()):
+        assert before < CLOSE and after < CLOSE and stale > 0.1
+
+
+@marked
+def test_what_the_trainer_learns_reaches_vllm_adapters_too(tmp_path: Path) -> None:
+    """I6 in a run: the log-probabilities of vLLM's answers are the trainer's, step after step, though each step moves the weights."""
+    write_problems_and_model(tmp_path)
+    (tmp_path / "reward.py").write_text("def score(prompt, response, row):\n    return float(len(response) % 7)\n")
+    words = f"""data.train_files={tmp_path}/train.jsonl model.partial_pretrain={tmp_path}/model model.lora_rank=4
+        reward.name={tmp_path}/reward.py data.prompts_per_step=4 rollout.samples_per_prompt=4 data.max_prompt_length=100
+        rollout.name=vllm rollout.temperature=0.8 rollout.max_new_tokens=12 optim.lr=1e-2
+        trainer.total_training_steps=4 trainer.save_freq=never trainer.default_local_dir={tmp_path}/run"""
+    command = [sys.executable, "-m", "verl.trainer.ppo_trainer", *words.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "rl/weight_version" in step]
+    assert [step["rl/weight_version"] for step in steps] == [0, 1, 2, 3]
+    assert all(step["rl/largest_rollout_difference"] < CLOSE and step["train/grad_norm"] > 0.01 for step in steps)
+
+
+class Recorder:
+    """Stands in for vLLM where the order of calls is the question."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.model_config = SimpleNamespace(max_model_len=64)
+        self.llm_engine = SimpleNamespace(abort_request=lambda names: None)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *words, **named: self.calls.append(" ".join([name, *map(str, named.values())]))
+
+
+def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer's weights, vLLM's and its keys and values are not all in the GPU's memory before it must be."""
+    recorder = Recorder()
+    monkeypatch.setattr(rollout_vllm, "_start", lambda path, options: recorder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: recorder.calls.append("empty_cache"))  # vLLM needs what PyTorch keeps
+    rollout = VllmRollout(str(path), STOP_IDS, Options())
+    recorder.calls.clear()
+    rollout.sleep()
+    rollout.sleep()
+    rollout.update_weights([("a", torch.zeros(1))], 1)
+    assert recorder.calls == [
+        "sleep 1",
+        "empty_cache",
+        "wake_up ['weights']",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_prefix_cache",
+    ]
+    recorder.calls.clear()
+    assert rollout.generate([], GREEDY) == []
+    rollout.wake()
+    assert recorder.calls == ["empty_cache", "wake_up ['kv_cache']"]
+
+
+def test_seeds_are_all_different() -> None:
+    asked = product(range(4), (0, 1, -1, 2**40), range(4))
+    seeds = {seed_of(Sampling(1, seed=seed), prompt_seed, answer) for seed, prompt_seed, answer in asked}
+    assert len(seeds) == 64 and min(seeds) >= 0 and max(seeds) < 2**63
+
+
+def test_an_adapter_or_a_missing_vllm_is_said_with_the_way_out(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="verl export"):
+        load_rollout("vllm", str(tmp_path), tokenizer_of(path), STOP_IDS)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=r"verl\[vllm\]"):
+        load_rollout("vllm", str(path), tokenizer_of(path), STOP_IDS)

@@ -1,0 +1,97 @@
+"""Settings of training on pairs of answers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from verl.config.checks import at_least, check_model, check_offload, check_optim, check_samples, check_trainer, one_of
+from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.errors import UserError
+
+
+@dataclass
+class PairsConfig:
+    # Pairs of answers, the better one chosen: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    train_files: Any = MISSING
+    # Pairs to validate with, named the same way; null: none.
+    val_files: Any = None
+    # Column of what was asked, as text or as a list of {role, content}. Rows whose answers are whole chats need none. null: there is none,
+    # and answers that are texts are whole texts: without a chat template, and what both begin with is what was asked.
+    prompt_key: str | None = "prompt"
+    # Columns of the better and the worse answer: each a text, a list of {role, content} behind the prompt, or a whole chat, which without
+    # a column of prompts may be text with "Human:" and "Assistant:" before its turns.
+    chosen_key: str = "chosen"
+    rejected_key: str = "rejected"
+    # A Jinja file that takes the place of the tokenizer's chat template.
+    chat_template: str | None = None
+    # Pairs per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
+    train_batch_size: int | None = None
+    # Pairs of twice max_length that one GPU holds at a time; their product is a budget of tokens.
+    micro_batch_size_per_gpu: int = 4
+    # Tokens that it holds at a time; null: micro_batch_size_per_gpu × 2 × max_length.
+    max_tokens_per_micro_batch: int | None = None
+    # Longest answer with what was asked, in tokens.
+    max_length: int = 1024
+    # A row with one over max_length: "error" stops before training, "left" cuts its beginning, "right" its end.
+    truncation: str = "error"
+    # Use only the first rows; null or -1: all.
+    train_max_samples: int | None = None
+    val_max_samples: int | None = None
+    # Processes that tokenize; null: one per CPU core.
+    num_workers: int | None = None
+    # Where tokenized rows are kept between runs; null: ~/.cache/verl (or $XDG_CACHE_HOME/verl).
+    cache_dir: str | None = None
+
+
+@dataclass
+class PreferenceConfig:
+    # "bradley_terry" trains a reward model, a classifier with one score for a whole answer; "dpo" trains the answering model itself.
+    name: str = "bradley_terry"
+    # dpo: how close the model is held to the one that it starts from; the larger the closer.
+    beta: float = 0.1
+    # dpo: the share of pairs that are thought to be the wrong way round.
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class RewardTrainerConfig:
+    """`python -m verl.trainer.reward_trainer`: a reward model, or by algorithm.name=dpo a policy, from pairs of answers."""
+
+    data: PairsConfig = field(default_factory=PairsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: PreferenceConfig = field(default_factory=PreferenceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(project_name="verl-reward"))
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        data, model = self.data, self.model
+        one_of("algorithm.name", self.algorithm.name, ("bradley_terry", "dpo"))
+        check_model(model)
+        check_optim(self.optim)
+        check_offload(model, self.optim)
+        check_trainer(self.trainer)
+        check_samples(data)
+        one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        at_least("data.max_length", data.max_length, 2)
+        at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
+        at_least("data.train_batch_size", data.train_batch_size, 1)
+        at_least("data.num_workers", data.num_workers, 1)
+        if not 0.0 < self.algorithm.beta < float("inf"):
+            raise UserError(f"{self.algorithm.beta} is not positive", where="algorithm.beta", fix="give a positive number, such as 0.1")
+        if not 0.0 <= self.algorithm.label_smoothing < 0.5:
+            what, fix = f"{self.algorithm.label_smoothing} is not below a half", "give a share from 0 to below 0.5"
+            raise UserError(what, where="algorithm.label_smoothing", fix=fix)
+        if data.max_tokens_per_micro_batch is not None and data.max_tokens_per_micro_batch < 2 * data.max_length:
+            raise UserError(
+                f"{data.max_tokens_per_micro_batch} tokens cannot hold a pair of data.max_length={data.max_length} each",
+                where="data.max_tokens_per_micro_batch",
+                fix=f"give at least {2 * data.max_length}, or a smaller data.max_length",
+            )
+        if self.model.context_parallel_size != 1:
+            raise UserError("pairs are not spread over several GPUs", where="model.context_parallel_size", fix="set it to 1")
+        if self.algorithm.name == "bradley_terry" and (model.lora_rank > 0 or model.lora_adapter_path is not None):
+            fix = "leave model.lora_rank and model.lora_adapter_path out, or set algorithm.name=dpo"
+            key = "model.lora_rank" if model.lora_rank > 0 else "model.lora_adapter_path"
+            raise UserError("a reward model is trained whole, without adapters", where=key, fix=fix)

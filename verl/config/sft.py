@@ -1,0 +1,86 @@
+"""Settings of supervised fine-tuning."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from verl.config.checks import at_least, check_model, check_offload, check_optim, check_samples, check_trainer, one_of
+from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    # Training rows: a path, a list of paths, a glob, or a Hub data set id. JSONL, JSON, CSV, text, Parquet, each also gzipped.
+    train_files: Any = MISSING
+    # Validation rows, named the same way; null: none.
+    val_files: Any = None
+    # Column of the question.
+    prompt_key: str = "question"
+    # Column of the answer.
+    response_key: str = "answer"
+    # Column of a chat, a list of {role, content}; when set, it is used in place of prompt_key and response_key.
+    messages_key: str | None = None
+    # Column of the tools that a chat may call, as JSON schemas.
+    tools_key: str | None = None
+    # Column of plain text that is trained whole; when set, it is used in place of prompt_key and response_key.
+    text_key: str | None = None
+    # A Jinja file that takes the place of the tokenizer's chat template.
+    chat_template: str | None = None
+    # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes that take different rows.
+    train_batch_size: int | None = None
+    # Rows of max_length that one GPU, or those that share its micro-batches (model.context_parallel_size), hold at a time; with
+    # packing their product is a budget of tokens.
+    micro_batch_size_per_gpu: int = 4
+    # Tokens that they hold at a time; null: micro_batch_size_per_gpu × max_length.
+    max_tokens_per_micro_batch: int | None = None
+    # Longest row, in tokens.
+    max_length: int = 1024
+    # A row over max_length: "error" stops before training, "left" cuts its beginning, "right" its end.
+    truncation: str = "error"
+    # Whole documents side by side up to the token budget; false: one row a line, padded to the longest of the micro-batch.
+    packing: bool = True
+    # Use only the first rows; null or -1: all.
+    train_max_samples: int | None = None
+    val_max_samples: int | None = None
+    # Processes that tokenize; null: one per CPU core.
+    num_workers: int | None = None
+    # Where tokenized rows are kept between runs; null: ~/.cache/verl (or $XDG_CACHE_HOME/verl).
+    cache_dir: str | None = None
+
+
+@dataclass
+class SFTConfig:
+    """`python -m verl.trainer.fsdp_sft_trainer`: supervised fine-tuning."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def check(self) -> None:
+        """Cross-field checks. Raises UserError naming the key."""
+        data = self.data
+        check_model(self.model)
+        check_optim(self.optim)
+        check_offload(self.model, self.optim)
+        check_trainer(self.trainer)
+        one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        at_least("data.max_length", data.max_length, 2)
+        at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
+        at_least("data.train_batch_size", data.train_batch_size, 1)
+        at_least("data.num_workers", data.num_workers, 1)
+        at_least("model.context_parallel_size", self.model.context_parallel_size, 1)
+        check_samples(data)
+        budget = data.max_tokens_per_micro_batch
+        if budget is not None and budget < data.max_length:
+            raise UserError(
+                f"{budget} tokens cannot hold a row of data.max_length={data.max_length}",
+                where="data.max_tokens_per_micro_batch",
+                fix=f"give at least {data.max_length}, or a smaller data.max_length",
+            )
+        if data.messages_key and data.text_key:
+            raise UserError("messages_key and text_key are both set", where="data", fix="name the one column that the rows have")
+        if data.tools_key and not data.messages_key:
+            raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")

@@ -1,0 +1,1 @@
+"""LoRA adapters: put on a model, computed, read, written and merged."""

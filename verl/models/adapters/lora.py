@@ -1,0 +1,228 @@
+"""LoRA adapters through peft: small trained matrices beside frozen weights."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from verl.config.shared import ModelConfig
+from verl.errors import UserError
+from verl.models.adapters import files, trained_tokens
+from verl.models.adapters.files import ALL_LINEAR
+from verl.models.load import resolve
+from verl.models.quantize import four_bit, is_quantized, set_compute_dtype
+
+ADAPTED = (nn.Linear, Conv1D, nn.Embedding)  # kinds of modules that peft has adapters for; those in 4 bits are linear too
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    *,
+    compute_dtype: torch.dtype,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_ids: Sequence[int] = (),
+    dropout: bool = True,
+) -> PeftModel:
+    """Freeze the model and put adapters in float32 beside its linear layers, which are changed in place.
+
+    Args:
+        model: in any dtype, with values or without; what is frozen is kept in the compute dtype from here on, as it never takes an update.
+        seed: of the adapters' first values, equal on all ranks.
+        tokenizer: reads the tokens of `model.trainable_tokens`.
+        stop_ids: what "stop" stands for there.
+        dropout: whether adapters drop the share that their settings say.
+    Raises:
+        UserError: settings, or an adapter to go on from, that do not fit the model.
+    """
+    wanted = lora_config(model, config, tokenizer, stop_ids)
+    wanted.lora_dropout = wanted.lora_dropout if dropout else 0.0
+    torch.manual_seed(seed)
+    with _stand_ins(model):
+        adapted = get_peft_model(model, wanted, autocast_adapter_dtype=False)
+    assert isinstance(adapted, PeftModel)
+    for parameter in adapted.parameters():
+        if not is_quantized(parameter):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+    if config.lora_adapter_path is not None:  # only now, or a base in bfloat16 would have them rounded
+        set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
+    set_compute_dtype(model, compute_dtype)
+    return adapted
+
+
+@contextmanager
+def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile weights without values are views of one number in host memory, beside which peft makes adapters as beside any others."""
+    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None and p.is_meta]
+    numbers = {p: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for _, _, p in places}
+    for module, name, p in places:
+        module._parameters[name] = numbers[p]
+    try:
+        yield
+    finally:
+        for module, name, p in places:
+            p.requires_grad = numbers[p].requires_grad
+            module._parameters[name] = p
+
+
+def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether adapters as the config asks for them fit its model, seen from shapes alone, before anything is loaded.
+
+    Raises:
+        UserError: they do not.
+    """
+    four_bit(config, torch.float32)
+    source = resolve(config.partial_pretrain)
+    try:
+        shape = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return  # loading the model says what is wrong with it
+    lora_config(model, config, tokenizer, ())
+
+
+def lora_config(
+    model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: Sequence[int]
+) -> LoraConfig:
+    """peft's settings for a model, which may be on the meta device.
+
+    Raises:
+        UserError: settings that do not fit the model.
+    """
+    if config.lora_adapter_path is not None:
+        wanted = _of_adapter(config.lora_adapter_path, config)
+        files.check_base(config.lora_adapter_path, model, wanted)
+        if wanted.modules_to_save or wanted.bias != "none":
+            what = "trains whole modules or biases beside its matrices (modules_to_save, bias)"
+            raise UserError(what, where=f"model.lora_adapter_path={config.lora_adapter_path}", fix="give an adapter without them")
+        wanted.base_model_name_or_path = None  # peft writes the model's own there
+    else:
+        wanted = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft divides it by the rank, whatever number it is
+            target_modules=_targets(model, config.target_modules),
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            task_type="CAUSAL_LM",
+        )
+    wanted.lora_dropout = config.lora_dropout or wanted.lora_dropout
+    _check_modules(model, wanted)
+    tokens = trained_tokens.token_ids(config.trainable_tokens, tokenizer, stop_ids) if tokenizer is not None else []
+    if tokens:
+        wanted.trainable_token_indices = _token_indices(model, tokens, wanted)
+    return wanted
+
+
+def _of_adapter(path: str, config: ModelConfig) -> LoraConfig:
+    """The settings of an adapter to go on from; keys that say otherwise are errors, those left at their defaults are not."""
+    found = files.read_config(path, key="model.lora_adapter_path")
+    defaults = ModelConfig()
+    asked: dict[str, tuple[Any, Any]] = {
+        "lora_rank": (config.lora_rank, found.r),
+        "lora_alpha": (config.lora_alpha, found.lora_alpha),
+        "use_rslora": (config.use_rslora, found.use_rslora),
+        "use_dora": (config.use_dora, found.use_dora),
+    }
+    for key, (here, there) in asked.items():
+        if here not in (getattr(defaults, key), there):
+            _refuse_other(path, key, here, there)
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    there = found.target_modules if isinstance(found.target_modules, str) else sorted(found.target_modules or [])
+    if targets not in (defaults.target_modules, there):
+        _refuse_other(path, "target_modules", targets, there)
+    found.inference_mode = False
+    return found
+
+
+def _refuse_other(path: str, key: str, here: object, there: object) -> None:
+    fix = f"leave model.{key} out, or leave model.lora_adapter_path out and start anew"
+    raise UserError(f"the adapter {path} has {there}", where=f"model.{key}={here}", fix=fix)
+
+
+def _targets(model: PreTrainedModel, asked: Any) -> Any:
+    """`model.target_modules` as peft takes it: each of its names is there.
+
+    Raises:
+        UserError: names that no module has, or a regular expression that matches none.
+    """
+    where, names = "model.target_modules", [name for name, _ in model.named_modules() if name]
+    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None  # it cannot be adapted
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    existing = sorted({name.rpartition(".")[2] for name in linear})
+    fix = f"{ALL_LINEAR}, some of [{','.join(existing)}], or a regular expression of whole names such as {_example(linear)}"
+    if asked == ALL_LINEAR:
+        return asked
+    if isinstance(asked, str) and not any(files.names_module(asked, name) for name in names):
+        try:
+            matches = any(re.fullmatch(asked, name) for name in names)
+        except re.error as error:
+            raise UserError(f"{asked!r} is neither a module nor a regular expression ({error})", where=where, fix=fix) from error
+        if not matches:
+            raise UserError(f"no module matches {asked!r}", where=where, fix=fix)
+        return asked
+    targets = [asked] if isinstance(asked, str) else asked
+    if not isinstance(targets, Sequence) or not targets or not all(isinstance(target, str) for target in targets):
+        raise UserError(f"found {asked!r}", where=where, fix=fix)
+    missing = [target for target in targets if not any(files.names_module(target, name) for name in names)]
+    if missing:
+        raise UserError(f"no module matches {', '.join(map(repr, missing))}", where=where, fix=fix)
+    return list(targets)
+
+
+def _example(linear: list[str]) -> str:
+    return rf".*\.{linear[0].rpartition('.')[2]}" if linear else ".*_proj"
+
+
+def _check_modules(model: PreTrainedModel, wanted: LoraConfig) -> None:
+    """Raises UserError if a module cannot have the adapter that it is to get."""
+    where = "model.target_modules"
+    tied, ends = model.config.tie_word_embeddings, (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, module in files.targeted(model, wanted.target_modules):
+        if not isinstance(module, ADAPTED):
+            fix = f"name the linear layers inside it, or {ALL_LINEAR}"
+            raise UserError(f"{name} is a {type(module).__name__}, which has no adapters", where=where, fix=fix)
+        if module in ends and tied:
+            raise UserError(
+                f"{name} shares its weight with {'the output layer' if module is ends[0] else 'the input embedding'} (tied embeddings), "
+                "so that an adapter on one of them cannot be merged",
+                where=where,
+                fix=f"leave it out; {ALL_LINEAR} does, and {trained_tokens.KEY} trains single embeddings",
+            )
+        if module is ends[1] and wanted.use_dora:
+            raise UserError("DoRA on the output layer is not supported", where=where, fix=f"leave {name} out")
+        sizes = _sizes(module)
+        if wanted.r > min(sizes):
+            what = f"{wanted.r} is above the smaller size of {name}, {sizes[0]} × {sizes[1]}"
+            raise UserError(what, where="model.lora_rank", fix=f"give at most {min(sizes)}, or leave that module out of {where}")
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _token_indices(model: PreTrainedModel, ids: list[int], wanted: LoraConfig) -> list[int] | dict[str, list[int]]:
+    """Trained rows as peft takes them: of the one embedding of a tied model, else of the input's and the output's."""
+    before = wanted.trainable_token_indices
+    if before and sorted({i for rows in (before.values() if isinstance(before, dict) else [before]) for i in rows}) != ids:
+        _refuse_other("to go on from", "trainable_tokens", ids, before)
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        what = "the output layer has a bias, beside which single rows cannot be trained"
+        raise UserError(what, where=trained_tokens.KEY, fix="leave it out")
+    if model.config.tie_word_embeddings:
+        return ids
+    ends = {id(model.get_input_embeddings()), id(head)}
+    return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if id(module) in ends}

@@ -1,0 +1,208 @@
+"""Attention over packed batches, registered with transformers so that every architecture uses it unmodified.
+
+A model that is loaded with `attn_implementation=PACKED` is called with one row of T tokens, positions that restart in each
+document, and `packed_kwargs(batch)`. No token sees another document. Two exact paths:
+
+- CUDA in half precision: FlashAttention with variable lengths, the one inside PyTorch or an installed newer one;
+- anything else: PyTorch's scaled dot product, one document at a time.
+
+`choose_attention` says once for the process which FlashAttention is called.
+
+Dimensions: T tokens of the packed batch, or of this process's part of it; N query heads, K key-value heads, D head size; a
+leading 1 is transformers' batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+from verl import dist
+from verl.data.batch import Batch
+from verl.errors import UserError
+from verl.models.attention import flash
+from verl.models.attention.ulysses import to_heads, to_tokens
+
+PACKED = "verl_packed"
+USE_ANOTHER = "this architecture cannot read packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a process calls on CUDA in half precision.
+
+    Attributes:
+        kernel: a FlashAttention, or "sdpa" for the path of every other device.
+        refused: packages with kernels for this GPU that are not taken, and why.
+    """
+
+    kernel: flash.Kernel | Literal["sdpa"] = "fa2"
+    refused: dict[flash.Kernel, str] = field(default_factory=dict)
+
+
+_choice = Choice()
+
+
+def packed_kwargs(batch: Batch) -> dict[str, Any]:
+    """What a transformers model passes down to its attention; the names are transformers' own for packed batches, but for `context`."""
+    return {
+        "context": dist.context_name() if batch.parts > 1 else "",
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": batch.max_seqlen,
+        "max_length_k": batch.max_seqlen,
+    }
+
+
+def choose_attention(
+    wanted: str, device: torch.device, dtype: torch.dtype, *heads: flash.Heads, documents: flash.Documents | None = None
+) -> None:
+    """Set which attention this process calls from now on.
+
+    Args:
+        wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4", "short" or "sdpa".
+        heads: of each model of this process, all of which it serves: inside PyTorch one FlashAttention takes the place of another.
+        documents: of the run; None: nothing is known of them.
+    Raises:
+        UserError: what is wanted does not run here, and why.
+    """
+    global _choice
+    _choice = _choose(wanted, device, dtype, heads, documents)
+    if _choice.kernel != "sdpa" and has_flash(device.type, dtype):
+        flash.activate(_choice.kernel)
+
+
+def _choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, heads: Sequence[flash.Heads], documents: flash.Documents | None
+) -> Choice:
+    if wanted == "sdpa":
+        return Choice("sdpa")
+    if not has_flash(device.type, dtype):
+        if wanted != "auto":
+            raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
+        return Choice()
+    if wanted == "auto":
+        found = flash.refusals(device, dtype, *heads, documents=documents)
+        return Choice(flash.preferred(found), {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
+    kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
+    if kernel is None:
+        return Choice()
+    refusal = flash.refusal(kernel, device, dtype, *heads)
+    if refusal is not None:
+        package = flash.PACKAGES[kernel]
+        fix = package.install if refusal == flash.NOT_INSTALLED else "leave it at auto"
+        raise UserError(f"{package.name}: {refusal}", where="model.attn_implementation", fix=fix)
+    return Choice(kernel)
+
+
+def heads_of(config: PretrainedConfig) -> flash.Heads:
+    """The attention heads of a causal language model."""
+    text = config.get_text_config()
+    query = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // query
+    return flash.Heads(query, getattr(text, "num_key_value_heads", None) or query, size)
+
+
+def describe_attention(device_type: str, dtype: torch.dtype) -> str:
+    """Which path a run on this device takes, and why."""
+    if not has_flash(device_type, dtype):
+        reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
+        return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
+    if _choice.kernel == "sdpa":
+        return "PyTorch's scaled dot product, one document at a time (model.attn_implementation=sdpa)"
+    refused = "; ".join(f"{flash.PACKAGES[kernel].name}: {reason}" for kernel, reason in _choice.refused.items())
+    return flash.version(_choice.kernel) + (f" ({refused})" if refused else "")
+
+
+def has_flash(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a FlashAttention, the one inside PyTorch at least, takes such tensors."""
+    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1NTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    context: str | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document, in the form of transformers' attention functions.
+
+    Args:
+        context: name of the group of processes over which the batch's tokens are spread; "": they are all here.
+    Returns:
+        output_1TND and None (no attention weights).
+    Raises:
+        UserError: the architecture asks for what neither path computes, or does not pass the documents' bounds on.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=USE_ANOTHER)
+    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False:
+        raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=USE_ANOTHER)
+    if context is None and dist.context_size() > 1:
+        raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=USE_ANOTHER)
+    query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
+    if context:
+        query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
+    if _choice.kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
+        output_TND = flash.flash_attention(
+            query_TND,
+            key_TKD,
+            value_TKD,
+            cu_seq_lens_q,
+            max_length_q,
+            scale=scaling,
+            sliding_window=sliding_window,
+            kernel=_choice.kernel,
+        )
+    else:
+        output_TND = _per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, scaling, sliding_window)
+    if context:
+        output_TND = to_tokens(output_TND, query_1NTD.shape[1], context)
+    return output_TND.unsqueeze(0), None
+
+
+def _per_document(
+    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scaling: float | None, sliding_window: int | None
+) -> Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    by_head = (x.transpose(0, 1).unsqueeze(0) for x in (query_TND, key_TKD, value_TKD))
+    outputs = [
+        F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_window_mask(query.shape[2], sliding_window, query.device),
+            is_causal=sliding_window is None or query.shape[2] <= sliding_window,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        # `split`, not slices: its backward is one concatenation, where each slice would fill a gradient of all T tokens.
+        for query, key, value in zip(*(x.split(lengths, dim=2) for x in by_head), strict=True)
+    ]
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    if sliding_window is None or length <= sliding_window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+# Without a mask function of the same name transformers makes no mask, and does not look for documents in the positions either,
+# for which the host would wait for the device.
+AttentionInterface.register(PACKED, packed_attention)

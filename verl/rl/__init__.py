@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts to answers to experience to updates."""

@@ -1,0 +1,101 @@
+"""The numbers of a step: what its answers earned, what its updates did, and where its time went."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl import dist
+from verl.engine.checkpoint import Position
+from verl.rl.answering import Collected
+from verl.rl.clock import PHASES, Clock
+from verl.rl.experience import Experience
+
+
+def step_metrics(
+    collected: Collected, experience: Experience, critic: Sequence[Mapping[str, Tensor]], actor: Sequence[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """What is logged of a step but its time. Every rank calls it.
+
+    Args:
+        critic, actor: what `Engine.train_step` returned for each update.
+    """
+    learned = experience.learned
+    metrics = {f"rl/{name}": value for name, value in learned.metrics.items()} if learned is not None else {}
+    metrics |= _of_answers(collected)
+    metrics |= {f"critic/{name}": value for name, value in _over_updates(critic).items()}
+    named = {"loss": "train/loss", "grad_norm": "train/grad_norm", "skipped": "train/skipped"}
+    return metrics | {named.get(name, f"rl/{name}"): value for name, value in _over_updates(actor).items()}
+
+
+def _of_answers(collected: Collected) -> dict[str, float]:
+    """Over all ranks; where groups without spread are drawn anew, of those too: what is left of them says less of the actor."""
+    samples = collected.answered
+    rewards, lengths = np.array([s.reward for s in samples]), np.array([s.trained_tokens for s in samples])
+    counts = [len(samples), rewards.sum(), (rewards**2).sum(), lengths.sum(), sum(s.finish_reason == "length" for s in samples)]
+    n, reward, squares, tokens, cut = dist.total([float(value) for value in counts])
+    turns, version = dist.total([float(sum(s.turns for s in samples)), float(sum(s.version for s in samples))])
+    n = max(n, 1.0)
+    metrics = {
+        "rl/reward": reward / n,
+        "rl/reward_std": max(0.0, squares / n - (reward / n) ** 2) ** 0.5,
+        "rl/groups_without_spread": collected.without_spread / max(1, collected.groups),
+        "rl/response_tokens": tokens / n,
+        "rl/truncated": cut / n,
+        "rl/weight_version": version / n,
+        "rl/refills": float(collected.refills),
+        "rl/turns": turns / n,
+    }
+    return metrics | _of_graders(collected)
+
+
+def _of_graders(collected: Collected) -> dict[str, float]:
+    """Means of each grader by itself over all answers of all ranks, and errors an answer."""
+    names = sorted(collected.scored[0].each)
+    answers = float(sum(len(scored.reward_A) for scored in collected.scored))
+    sums = [float(sum(scored.each[name].sum() for scored in collected.scored)) for name in names]
+    errors = float(sum(len(scored.errors) for scored in collected.scored))
+    n, failed, *totals = dist.total([answers, errors, *sums])
+    means = {f"reward/{name}": value / max(n, 1.0) for name, value in zip(names, totals, strict=True)}
+    return {**means, "reward/errors": failed}
+
+
+def _over_updates(outs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mean over a step's updates, of maxima the largest, of updates that were not taken their number."""
+    names = {name for out in outs for name in out}
+    found = {name: [float(out[name]) for out in outs if name in out] for name in sorted(names)}
+    return {name: _joined(name, values) for name, values in found.items()}
+
+
+def _joined(name: str, values: list[float]) -> float:
+    if name.startswith("largest"):
+        return max(values)
+    return sum(values) if name == "skipped" else sum(values) / len(values)
+
+
+def time_metrics(clock: Clock, collected: Collected, start: Position, device: torch.device) -> tuple[dict[str, float], Position]:
+    """Tokens of a step and how fast they were, and how far the run is with it. Every rank calls it, before validating and saving."""
+    tokens = sum(len(s.prompt_ids) + len(s.answer_ids) for s in collected.samples)
+    trained, generated = (sum(s.trained_tokens for s in samples) for samples in (collected.samples, collected.answered))
+    whole, learned, drawn = dist.total([float(tokens), float(trained), float(generated)])
+    done = replace(start, tokens=start.tokens + int(whole), supervised_tokens=start.supervised_tokens + int(learned))
+    seconds = clock.total()
+    metrics = {
+        "train/tokens": done.tokens,
+        "train/supervised_tokens": done.supervised_tokens,
+        "perf/step_seconds": seconds,
+        "perf/tokens_per_second": whole / seconds,
+        "perf/tokens_per_second_per_gpu": whole / seconds / dist.world_size(),
+    }
+    if clock.seconds.get("generate"):
+        metrics["perf/generated_tokens_per_second"] = drawn / clock.seconds["generate"]
+    if device.type == "cuda":
+        metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics, done
+
+
+def phase_seconds(clock: Clock) -> dict[str, float]:
+    """Of each phase that the step had."""
+    return {f"perf/seconds_{name}": clock.seconds[name] for name in PHASES if name in clock.seconds}

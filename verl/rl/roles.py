@@ -1,0 +1,248 @@
+"""The models of a run, built for their roles: actor, critic, reference, reward, rollout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from verl import dist, plugin
+from verl.config.ppo import PPOConfig, longest_sample
+from verl.data.prompts import Prompts
+from verl.data.render import Renderer
+from verl.engine.build import Base, Built, Critic, build, build_critic, build_reference
+from verl.engine.engine import Engine
+from verl.engine.logprobs import Entropy
+from verl.engine.scorers import TokenScorer
+from verl.errors import UserError
+from verl.models.attention import flash
+from verl.models.attention.packed import choose_attention, heads_of
+from verl.models.load import read_adapter_config, resolve
+from verl.models.prompt_format import check_format, system_of
+from verl.rewards._model import check_scores
+from verl.rewards._scoring import Scorer, load_graders
+from verl.rl.answering import Answerer
+from verl.rl.method import Method
+from verl.rl.remote_rollout import Bridge, RemoteRollout
+from verl.rollout import Options, Rollout, load_rollout, share
+from verl.run import Run
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What works on a step.
+
+    Attributes:
+        critic: where the method needs one.
+        reference: the model that the run starts from; None where nobody asks for it.
+        answerer: rollout and rewards.
+        sleeps: whether the rollout may give memory back while the others work.
+    """
+
+    actor: Built
+    critic: Critic | None
+    reference: Engine | Base | None
+    answerer: Answerer
+    sleeps: bool
+
+    def describe(self) -> str:
+        """What they are and where, for the run's first lines."""
+        lines = [self.actor.describe()]
+        if self.critic is not None:
+            lines.append(
+                f"critic: {type(self.critic.loaded.model).__name__}, {sum(p.numel() for p in self.critic.engine.trained):,} trained"
+            )
+        lines.append(f"reference: {'kept' if self.reference is not None else 'none (algorithm.keep_reference=false)'}")
+        return "\n".join([*lines, f"rollout: {self.answerer.rollout.describe()}"])
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """While this lasts, the actor is not in training, and the rollout may take the memory that it needs."""
+        scorer = self.actor.engine.scorer
+        scorer.eval()
+        try:
+            yield
+        finally:
+            scorer.train()
+        if self.sleeps:
+            self.answerer.rollout.sleep()
+
+    def publish(self, version: int) -> None:
+        """Let the rollout generate with the actor's weights of now."""
+        self.answerer.rollout.update_weights(self.actor.named_weights(), version)
+
+
+def build_roles(
+    config: PPOConfig,
+    method: Method,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    bridge: Bridge | None,
+    *,
+    total_steps: int,
+    device: torch.device,
+    this: Run,
+) -> Roles:
+    """Load every model of the run.
+
+    Args:
+        bridge: to the rollout's own processes; None: it shares this one.
+    Raises:
+        UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
+    """
+    say_of_dropout(config, this)
+    stop_ids = Renderer(tokenizer).stop_ids
+    systems = [system_of(prompt.messages) for prompt in prompts.prompts]
+    trained = config.model.lora_adapter_path or config.model.partial_pretrain
+    check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
+    tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
+    documents = flash.Documents(float(longest_sample(config)), token_budget(config))
+    options: dict[str, Any] = {
+        "total_steps": total_steps * method.settings.updates_per_step,
+        "total_tokens": total_steps * tokens_per_step,
+        "device": device,
+        "seed": config.trainer.seed,
+    }
+    actor = build(
+        config.model,
+        config.optim,
+        tokenizer,
+        stop_ids=stop_ids,
+        system_prompts=systems,
+        documents=documents,
+        dropout=False,
+        **options,
+    )
+    without_dropout(actor.engine)
+    draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
+    critic = None
+    if method.needs_critic:
+        path = config.critic.partial_pretrain or config.model.partial_pretrain
+        critic = build_critic(config.model, config.critic.optim, path, actor, **options)
+        without_dropout(critic.engine)
+    serve_all(config, actor, critic, scorer, documents)
+    reference = build_reference(config.model, actor, device) if method.settings.keep_reference else None
+    rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
+    check_positions(config, rollout)
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
+    return Roles(actor, critic, reference, answerer, config.rollout.sleep)
+
+
+def serve_all(config: PPOConfig, actor: Built, critic: Critic | None, scorer: Scorer, documents: flash.Documents) -> None:
+    """Choose attention anew where critic or reward model have other heads than the actor, so that it serves all of them.
+
+    Raises:
+        UserError: what model.attn_implementation wants does not run here for one of them, and why.
+    """
+    heads = dict.fromkeys([heads_of(actor.loaded.model.config)])  # in this order, each once
+    if critic is not None:
+        heads[heads_of(critic.loaded.model.config)] = None
+    if scorer.model is not None:
+        heads[scorer.model.attention_heads] = None
+    if len(heads) > 1:
+        engine = actor.engine
+        choose_attention(config.model.attn_implementation, engine.device, engine.compute_dtype, *heads, documents=documents)
+
+
+def say_of_dropout(config: PPOConfig, this: Run) -> None:
+    """Say it where the actor goes on from an adapter that was tuned with dropout."""
+    path = config.model.lora_adapter_path
+    share = 0.0 if path is None else (read_adapter_config(path) or {}).get("lora_dropout") or 0.0
+    if share > 0:
+        this.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
+
+
+def without_dropout(engine: Engine) -> None:
+    """Let an engine train on what it says of answers when it scores them: a ratio is not to differ from 1 for what was dropped."""
+    for module in engine.scorer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def draw_as(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
+    """Let an engine score tokens under the distribution that they are drawn from."""
+    assert isinstance(engine.scorer, TokenScorer)
+    engine.scorer.temperature, engine.scorer.entropy = temperature, entropy
+
+
+def build_rollout(
+    config: PPOConfig, actor: Built, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], bridge: Bridge | None
+) -> Rollout:
+    """What generates: the actor itself where this process has all of its weights, else a copy that is filled from it."""
+    if bridge is not None:
+        return RemoteRollout(bridge)
+    name, path, options = config.rollout.name, config.model.partial_pretrain, rollout_options(config)
+    if actor.is_whole:
+        return share(name, actor.loaded.model, path, tokenizer, stop_ids, options)
+    return load_rollout(name, path, tokenizer, stop_ids, options)
+
+
+def rollout_options(config: PPOConfig) -> Options:
+    return Options(
+        max_sequences=config.rollout.max_sequences,
+        max_positions=longest_sample(config),
+        url=config.rollout.url,
+        weights_folder=config.rollout.weights_folder,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def token_budget(config: PPOConfig) -> int:
+    """Tokens of a micro-batch, at most."""
+    return config.data.max_tokens_per_micro_batch or max(16384, longest_sample(config))
+
+
+def check_names(config: PPOConfig, method: Method) -> None:
+    """Whether all that the config names is there, before data is read or a model loaded.
+
+    Raises:
+        UserError: no such engine, tool, grader or model, or one that is not of its kind.
+    """
+    plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
+    if config.rollout.tool is not None:
+        plugin.load("verl.tools", config.rollout.tool, needs=("reply",))
+    load_graders(config.reward)
+    check_checkpoint(config)
+    if config.reward_model.path is not None:
+        check_scores(config.reward_model)
+    if method.needs_critic and config.critic.partial_pretrain is not None:
+        resolve(config.critic.partial_pretrain)
+
+
+def check_checkpoint(config: PPOConfig) -> None:
+    """Raises UserError if the actor is to start from an adapter directory, which is not a whole model."""
+    path = config.model.partial_pretrain
+    adapter = read_adapter_config(path)
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        fix = f"merge it: verl export {path} DIR; or go on training it: model.partial_pretrain={base} model.lora_adapter_path={path}"
+        raise UserError("is an adapter, and not a whole model", where=f"model.partial_pretrain={path}", fix=fix)
+
+
+def check_positions(config: PPOConfig, rollout: Rollout) -> None:
+    """Raises UserError if the longest prompt and answer together are more than the model can read."""
+    longest = longest_sample(config)
+    if rollout.positions is not None and longest > rollout.positions:
+        raise UserError(
+            f"prompts of {config.data.max_prompt_length:,} and answers of {config.rollout.max_new_tokens:,} tokens do not fit into the "
+            f"model's {rollout.positions:,} positions",
+            where="rollout.max_new_tokens",
+            fix="lower it, or data.max_prompt_length",
+        )
+
+
+def describe_plan(config: PPOConfig, total_steps: int) -> str:
+    """The arithmetic of a step, for the run's first lines."""
+    prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
+    many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
+    return (
+        f"plan: {total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
+        f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
+        f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
+        f"in micro-batches of up to {token_budget(config):,} on each of {many}"
+    )

@@ -1,0 +1,44 @@
+"""Files of a step: rollouts/step_N.jsonl with every answer and what it earned."""
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl import dist
+from verl.durable import replace_text
+from verl.rl.samples import Sample
+
+
+def write_samples(directory: Path, name: str, samples: Sequence[Sample], trained: Collection[int] | None = None) -> None:
+    """Write all ranks' answers into `rollouts/NAME.jsonl`, one an object a line, in the order of their prompts' numbers.
+
+    Every rank calls it; rank 0 writes.
+
+    Args:
+        trained: numbers of the prompts whose answers are trained on, so that each line says it; None: not a matter of training.
+    """
+    mine = [_line(sample) | ({} if trained is None else {"trained": sample.group in trained}) for sample in samples]
+    lines = [line for of_rank in dist.gathered(mine) for line in of_rank]
+    if dist.is_main():
+        folder = directory / "rollouts"
+        folder.mkdir(exist_ok=True)
+        lines.sort(key=lambda line: line["number"])  # stable: answers to one prompt stay in order
+        replace_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+
+
+def _line(sample: Sample) -> dict[str, Any]:
+    return {
+        "where": sample.prompt.where,
+        "number": sample.group,
+        "prompt": sample.prompt.text,
+        **({"earlier_turns": sample.earlier} if sample.earlier else {}),
+        "response": sample.text,
+        "reference": sample.prompt.row.get("reference"),
+        "reward": sample.reward,
+        **{f"reward/{name}": value for name, value in sample.parts.items()},
+        "tokens": sample.trained_tokens,
+        "finish_reason": sample.finish_reason,
+        "turns": sample.turns,
+        "version": sample.version,
+    }

@@ -1,0 +1,127 @@
+"""The updates of a step: critic and actor along their losses, and what happens where a loss or a gradient is not finite."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from verl import dist
+from verl.algorithms._kl import AdaptiveKL
+from verl.algorithms.ppo import ValueLoss
+from verl.config.ppo import AlgorithmConfig, PPOConfig
+from verl.data.batch import Batch
+from verl.engine.build import Critic
+from verl.engine.checkpoint import Position
+from verl.engine.contract import Algorithm
+from verl.engine.engine import Engine
+from verl.errors import UserError
+from verl.rl.answering import Collected
+from verl.rl.experience import Experience
+from verl.rl.method import Method
+from verl.run import Run
+
+MOST_SKIPPED = 3  # updates in a row that are not taken before the run stops
+
+Out = list[dict[str, Tensor]]  # what `Engine.train_step` returned for each update
+
+
+class Updates:
+    """Takes the updates of each step.
+
+    Attributes:
+        per_step: how many.
+        settings: of the method; where `kl_target` is set, with the weight of the divergence as it is now.
+        leaves_out: whether the actor need not see answers without an advantage once more to learn from the others.
+    """
+
+    def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
+        self._module, self._this = method.module, this
+        self.per_step = config.algorithm.updates_per_step
+        self._max_new_tokens = config.rollout.max_new_tokens
+        self._warmup = config.critic.warmup_steps if method.needs_critic else 0
+        self.settings: AlgorithmConfig = method.settings
+        loss = self._module.Loss(self.settings, self._max_new_tokens)
+        self.leaves_out = method.needs_groups and getattr(loss, "by_advantage_alone", False)
+        self._kl: AdaptiveKL | None = None
+        if self.settings.kl_target is not None:
+            coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
+            self._kl = AdaptiveKL(coef, self.settings.kl_target, self.settings.kl_horizon)
+            self.settings = replace(self.settings, kl_coef=coef)
+        self._skipped = {"critic": 0, "actor": 0}  # in a row
+
+    @property
+    def kl_coef(self) -> float | None:
+        """The weight of the divergence now, where it adapts."""
+        return None if self._kl is None else self._kl.coef
+
+    def critic(self, critic: Critic | None, experience: Experience, step: int) -> Out:
+        """Train the critic, if there is one. Every rank calls it."""
+        return [] if critic is None else self._take(critic.engine, ValueLoss(self.settings), experience, step, "critic")
+
+    def actor(self, engine: Engine, experience: Experience, step: int) -> Out:
+        """Train the actor, but for the first `critic.warmup_steps`. Every rank calls it."""
+        if step < self._warmup:
+            return []
+        loss = self._module.Loss(self.settings, self._max_new_tokens)
+        return self._take(engine, loss, experience, step, "actor")
+
+    def adapt(self, outs: Out, collected: Collected) -> dict[str, float]:
+        """Let the divergence of a step change its own weight, where it does. Of updates that were not taken it may be no number.
+
+        Args:
+            outs: of the actor's updates.
+        Returns:
+            the weight now, to be logged.
+        """
+        found = [float(out["kl_k3"]) for out in outs if "kl_k3" in out and not float(out["skipped"])]
+        if self._kl is not None and found:
+            self.settings = replace(self.settings, kl_coef=self._kl.update(sum(found) / len(found), collected.answers))
+        return {"rl/kl_coef": self.settings.kl_coef} if self.settings.kl_coef > 0 else {}
+
+    def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
+        outs = []
+        for number, packed in enumerate(experience.packed()):
+            batches, left_out = packed.by_advantage() if self.leaves_out and role == "actor" else (packed.batches, [])
+            if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
+                continue  # of a step in which no group had spread
+            out = engine.train_step(batches, loss, step * self.per_step + number, left_out=left_out)
+            self._look_at(out, batches, f"step {step + 1}", number, role)
+            outs.append(out)
+        return outs
+
+    def _look_at(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, number: int, role: str) -> None:
+        """Write out the batch of an update that was not taken.
+
+        Args:
+            number: of the update in its step.
+        Raises:
+            UserError: on all ranks: it is the role's third in a row.
+        """
+        if not float(out["skipped"]):
+            self._skipped[role] = 0
+            return
+        self._skipped[role] += 1
+        folder = self._this.directory / "skipped"
+        path = folder / f"{place.replace(' ', '_')}_{role}_{number + 1}_rank_{dist.rank()}.safetensors"
+        folder.mkdir(exist_ok=True)
+        save_file(_tensors(batches), path)
+        numbers = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
+        self._this.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
+        if self._skipped[role] == MOST_SKIPPED:
+            raise UserError(
+                f"{numbers}, and so {MOST_SKIPPED} times in a row",
+                where=place,
+                fix="lower optim.lr or critic.optim.lr, or look at the batches in skipped/; the last checkpoint is whole",
+            )
+
+
+def _tensors(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """All tensors of the micro-batches, such as `0.input_ids_T`."""
+    return {
+        f"{number}.{f.name}": value.contiguous()
+        for number, batch in enumerate(batches)
+        for f in fields(batch)
+        if isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }

@@ -1,0 +1,82 @@
+"""The training loop of fine-tuning, reward models and DPO: step, log, validate, save."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from verl.config.pairs import RewardTrainerConfig
+from verl.config.sft import SFTConfig
+from verl.data.batch import Batch
+from verl.data.documents import Documents
+from verl.data.loader import Loader
+from verl.engine import checkpoint
+from verl.engine.build import Built
+from verl.engine.checkpoint import Position
+from verl.engine.contract import Algorithm
+from verl.engine.engine import Engine
+from verl.run import Run
+from verl.trainer.meter import Meter
+from verl.trainer.profile import profiled
+
+VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
+
+
+def train_loop(
+    config: SFTConfig | RewardTrainerConfig,
+    algorithm: Algorithm,
+    loader: Loader,
+    validation: Documents | None,
+    built: Built,
+    start: Position,
+    total_steps: int,
+    this: Run,
+) -> Path | None:
+    """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
+    engine, meter, saved = built.engine, Meter(built.engine, start), None
+    for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, this):
+        meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
+        done = step.number + 1
+        ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, this.should_stop()
+        validates = not stop and due(config.trainer.test_freq, done, ends_epoch, last)
+        saves = due(config.trainer.save_freq, done, ends_epoch, last or stop)
+        if note := built.compiler.note():
+            this.say(f"step {done}: {note}")
+        # Between pauses a step's metrics are read while the next one runs, so that the GPU never waits for the host.
+        pause = ends_epoch or last or stop or validates or saves
+        for number, metrics in meter.finished(wait=pause):
+            if validates and number == done and validation is not None:
+                metrics |= validate(engine, algorithm, validation, loader)
+            this.log(number, metrics)
+        if ends_epoch:
+            this.say(meter.end_epoch(step.epoch))
+        if saves:
+            here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
+            saved = checkpoint.save(this.directory, engine, here, built.export)
+            checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
+            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
+            this.say(f"saved {saved}")
+        if stop:
+            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
+        if pause:
+            meter.start()
+    return saved
+
+
+def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
+    """Whether what happens `every` so many steps, each "epoch", (-1) only at the end, or "never", happens after step `done`."""
+    if every == "never":
+        return False
+    return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
+
+
+def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader) -> dict[str, float]:
+    """Mean loss and metrics over all of the validation rows, cut up as the loader does with its own."""
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, len(validation), VALIDATION_ROWS):
+            rows = np.arange(first, min(first + VALIDATION_ROWS, len(validation)))
+            yield from loader.micro_batches(validation, rows)
+
+    return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
