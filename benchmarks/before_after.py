@@ -95,7 +95,7 @@ def inputs(words: argparse.Namespace) -> list[str]:
 
 def run(tree: Path, *command: str) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True)  # noqa: S603 - this command itself
     if done.returncode != 0:
         raise SystemExit(f"exit code {done.returncode} in {tree}: {' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
