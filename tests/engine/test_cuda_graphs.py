@@ -14,7 +14,7 @@ from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
-from verl.engine.captured import CapturedBackward, Size, fill_up
+from verl.engine.cuda_graphs import CapturedBackward, Size, fill_up
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
