@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# DPO on pairs of answers ({"prompt": …, "chosen": …, "rejected": …}, a line each), on one GPU. Further key=value words win.
-# What the reference says of all pairs is computed once, before the first step, so that it takes no memory beside the policy.
-# Memory, by arithmetic: 18 B a parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 16 Ki tokens 5 GB.
+# DPO on preference pairs ({"prompt": …, "chosen": …, "rejected": …}, one per line), on one GPU. key=value arguments override these.
+# The reference's log-probabilities of all pairs are computed once, before the first step, so the reference takes no memory in training.
+# Computed memory: 18 B a parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 16 Ki tokens 5 GB.
 set -euo pipefail
 
 python -m verl.trainer.reward_trainer \

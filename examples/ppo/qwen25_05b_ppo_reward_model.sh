@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# PPO with a critic, against the reward model of qwen25_05b_reward_model.sh and a little for the right form, on one GPU.
-# Further key=value words win.
-# Memory, by arithmetic: 18 B a parameter for the actor and as much for the critic 17.8 GB, reference and reward model in bfloat16 2 GB,
-# keys and values of 256 answers side by side 2.4 GB, activations of 16 Ki tokens 5 GB.
+# PPO with a critic on one GPU. The reward is that of the model from qwen25_05b_reward_model.sh, plus a small one for the right format.
+# key=value arguments override these.
+# Computed memory: 18 B a parameter for the actor and as much for the critic 17.8 GB, reference and reward model in bfloat16 2 GB,
+# KV cache of 256 answers at a time 2.4 GB, activations of 16 Ki tokens 5 GB.
 set -euo pipefail
 
 python -m verl.trainer.ppo_trainer \

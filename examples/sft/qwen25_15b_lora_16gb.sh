@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Adapters for Qwen2.5-1.5B-Instruct on GSM8K, on one GPU of 16 GB. Further key=value words win: ./qwen25_15b_lora_16gb.sh model.lora_rank=16
-# Memory, by arithmetic: frozen weights in bfloat16, in which they are loaded, 3.1 GB, 37 M parameters of adapters at
-# 18 B 0.7 GB, activations of 8 Ki tokens, kept once a layer and computed again, 3 GB.
+# LoRA for Qwen2.5-1.5B-Instruct on GSM8K, on one GPU of 16 GB. Arguments override these: ./qwen25_15b_lora_16gb.sh model.lora_rank=16
+# Computed memory: frozen weights, loaded in bfloat16, 3.1 GB; 37 M adapter parameters at 18 B 0.7 GB; activations of 8 Ki tokens
+# with checkpointing 3 GB.
 set -euo pipefail
 
-# lora_alpha / lora_rank = 2, and ten times the rate of full fine-tuning: adapters begin at a product of zero.
-# 64 rows, about 14 Ki tokens, are two micro-batches a step; 8 Ki tokens keep a GPU's matrix units busy.
+# lora_alpha / lora_rank = 2, and ten times the learning rate of full fine-tuning, because the adapters' product starts at zero.
+# 64 rows, about 14 Ki tokens, are two micro-batches a step; 8 Ki tokens are enough to keep a GPU busy.
 python -m verl.trainer.fsdp_sft_trainer \
   data.train_files=~/data/gsm8k/train.jsonl \
   data.prompt_key=question \

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Qwen2.5-7B-Instruct on GSM8K, on four GPUs of 80 GB. Further key=value words win: ./qwen25_7b_four_gpus.sh data.train_batch_size=128
-# Memory a GPU, by arithmetic: weights, gradients and moments in float32 16 B × 7.6 B / 4 = 30.5 GB; the embeddings, gathered, with their
-# gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 16 Ki tokens, kept once a layer and computed again, 8 GB.
+# Qwen2.5-7B-Instruct on GSM8K, on four GPUs of 80 GB. Arguments override these: ./qwen25_7b_four_gpus.sh data.train_batch_size=128
+# Computed memory per GPU: weights, gradients and moments in float32 16 B × 7.6 B / 4 = 30.5 GB; gathered embeddings with their
+# gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 16 Ki tokens with checkpointing 8 GB.
 set -euo pipefail
 
-# 256 rows, about 54 Ki tokens, are one micro-batch a GPU and step: a second one would keep 4 B × 7.6 B of gradients that are not yet shared out.
-# A checkpoint has 107 GB: at each epoch's end, and the last two are kept.
+# 256 rows, about 54 Ki tokens, are one micro-batch per GPU and step: with a second one, FSDP2 would keep 4 B × 7.6 B of unsharded gradients.
+# A checkpoint takes 107 GB. One is saved at the end of each epoch, and the last two are kept.
 torchrun --standalone --nnodes=1 --nproc_per_node=4 -m verl.trainer.fsdp_sft_trainer \
   data.train_files=~/data/gsm8k/train.jsonl \
   data.prompt_key=question \

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Qwen2.5-7B-Instruct on GSM8K, on four GPUs of 80 GB or less, weights and optimizer in host memory. Further key=value words win.
-# Memory, by arithmetic: of the host 16 B × 7.6 B = 122 GB, and as much again while the weights are loaded; of each GPU the embeddings, gathered,
-# with their gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 32 Ki tokens, kept once a layer and computed again, 15 GB.
+# Qwen2.5-7B-Instruct on GSM8K, on four GPUs of 80 GB or less, weights and optimizer in host memory. key=value arguments
+# override these. Computed memory: host 16 B × 7.6 B = 122 GB, and as much again while the weights are loaded; each GPU: gathered embeddings
+# with their gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 32 Ki tokens with checkpointing 15 GB.
 set -euo pipefail
 
-# The weights cross to the GPUs twice a step and the CPU updates them, so a step has twice the tokens that it has without offload. The update
-# takes all cores; torchrun would leave each process one.
+# The weights move to the GPUs twice a step and the CPU updates them, so a step has twice as many tokens as without offloading. The update
+# uses all cores; torchrun would give each process only one.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 3) / 4))}"
 
 torchrun --standalone --nnodes=1 --nproc_per_node=4 -m verl.trainer.fsdp_sft_trainer \

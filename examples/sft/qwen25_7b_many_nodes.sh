@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Qwen2.5-7B-Instruct on GSM8K, on eight GPUs of 80 GB in each of several nodes. The same command on every node, HEAD being one of them:
+# Qwen2.5-7B-Instruct on GSM8K, on several nodes with eight GPUs of 80 GB each. Run the same command on every node; HEAD is one of them:
 #   HEAD=node1 NODES=2 ./qwen25_7b_many_nodes.sh trainer.default_local_dir=/shared/checkpoints/qwen25-7b-gsm8k
-# (under SLURM: examples/slurm/sft.sbatch). Further key=value words win. trainer.default_local_dir lies on a file system that all nodes share.
-# Memory a GPU of 16, by arithmetic: weights, gradients and moments in float32 16 B × 7.6 B / 16 = 7.6 GB; the embeddings, gathered, with their
-# gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 16 Ki tokens, kept once a layer and computed again, 8 GB.
+# (under SLURM: examples/slurm/sft.sbatch). key=value arguments override these. trainer.default_local_dir must be on a file system that all
+# nodes share. Computed memory per GPU on 16 GPUs: weights, gradients and moments in float32 16 B × 7.6 B / 16 = 7.6 GB; gathered embeddings
+# with their gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 16 Ki tokens with checkpointing 8 GB.
 set -euo pipefail
 
 : "${HEAD:?the name or address of one of the nodes}"
 NODES="${NODES:-2}"
 
-# 64 rows, about 14 Ki tokens, a GPU and step: one micro-batch each, whatever the number of nodes.
+# 64 rows, about 14 Ki tokens, per GPU and step: one micro-batch each, for any number of nodes.
 torchrun --nnodes="$NODES" --nproc_per_node=8 --rdzv_id=qwen25-7b-gsm8k --rdzv_backend=c10d --rdzv_endpoint="$HEAD:${PORT:-29500}" \
   -m verl.trainer.fsdp_sft_trainer \
   data.train_files=~/data/gsm8k/train.jsonl \

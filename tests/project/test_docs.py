@@ -1,5 +1,6 @@
 """What the documentation says is so: its commands are read by the code, its lists are complete."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -96,9 +97,10 @@ def test_the_example_metric_counts_shared_words(response: str, score: float) -> 
     assert metric.score("What is it?", response, {"reference": "a red fox"}) == score
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/dependencies.md", "docs/keys.md", "docs/rewards.md", "docs/scaling.md"]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_named_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
@@ -142,3 +144,68 @@ def test_the_readmes_tree_has_every_module() -> None:
 def test_a_module_that_the_tree_lacks_is_noticed() -> None:
     shown = tree("```\nverl/\n  cli.py  the command\n  data/\n    batch.py  the batch\n  run.py\n```\n")
     assert shown == {"verl/cli.py", "verl/data/batch.py", "verl/run.py"}
+
+
+# docs/architecture.md
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of the tables whose second column is called file."""
+    found: list[list[str]] = []
+    inside = False
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        inside = bool(cells) and (inside or cells[1] == "file")
+        if inside and cells[1] != "file" and set(cells[1]) != {"-"}:
+            found.append(cells)
+    return found
+
+
+def defined(path: Path) -> set[str]:
+    """The functions and classes of a module, and its methods as Class.method; none if there is no such file."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    top = [node for node in tree.body if isinstance(node, kinds)]
+    methods = {f"{node.name}.{inner.name}" for node in top for inner in getattr(node, "body", ()) if isinstance(inner, kinds)}
+    return methods | {node.name for node in top}
+
+
+def not_found(page: str) -> list[str]:
+    """What the tables name and the code has not, as file:name."""
+    quoted = [(re.findall(r"`([^`]+)`", file), re.findall(r"`([^`]+)`", names)) for _, file, names, *_ in rows(page)]
+    assert all(len(files) == 1 and names for files, names in quoted), "a row needs one file and at least one name"
+    return [f"{file}:{name}" for (file,), names in quoted for name in names if name not in defined(ROOT / "verl" / file)]
+
+
+def test_everything_that_the_architecture_page_places_is_there() -> None:
+    assert len(rows(ARCHITECTURE)) > 50
+    assert not_found(ARCHITECTURE) == []
+
+
+def test_a_place_that_is_gone_is_noticed() -> None:
+    table = "| where | file | name | how |\n|---|---|---|---|\n"
+    page = f"{table}| a | `data/pack.py` | `pack`, `unpack` | |\n| b | `data/gone.py` | `pack` | |\n| c | `run.py` | `Run.gone` | |\n"
+    assert not_found(page) == ["data/pack.py:unpack", "data/gone.py:pack", "run.py:Run.gone"]
+
+
+def lost(page: str) -> list[str]:
+    """Paths in a page's diagrams and between backticks that are neither a module nor a folder of verl/."""
+    diagrams = "".join(re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    paths = [*re.findall(r"\b[a-z]+/[a-z]\w+\b", diagrams), *re.findall(r"`([a-z_/]+(?:\.py|/))`", page)]
+    places = [path.removeprefix("verl/") for path in paths if path != "path/to/file.py"]
+    folders = (ROOT / "verl", ROOT / "verl" / "models")
+    return [place for place in places if not any((folder / f"{place}{end}").exists() for folder in folders for end in ("", ".py"))]
+
+
+def test_every_path_of_the_architecture_page_is_there() -> None:
+    assert lost(ARCHITECTURE) == []
+
+
+def test_a_path_that_is_gone_is_noticed() -> None:
+    assert lost("```\nrows  data/source, data/pick\n```\n`trainer/`, `helpers/`, `verl/run.py`, `walk.py`\n") == [
+        "data/pick",
+        "helpers/",
+        "walk.py",
+    ]
