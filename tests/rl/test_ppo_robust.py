@@ -383,7 +383,7 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
         (
             {"data__max_prompt_length": 33},
             r"data\.train_files: \d+ of 80 prompts are longer .* the longest has 39 tokens \(.*train\.jsonl:\d+\)\n"
-            r"  fix: data\.max_prompt_length=39 takes them all; data\.overlong_prompts=drop",
+            r"  fix: data\.max_prompt_length=39 keeps them all; data\.overlong_prompts=drop",
         ),
         ({"algorithm__kl_coef": -0.1}, r"algorithm\.kl_coef: found -0\.1\n  fix: give a number of at least 0"),
         (
