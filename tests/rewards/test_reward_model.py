@@ -183,6 +183,6 @@ def test_in_bfloat16_a_small_model_of_the_architecture_is_looked_at(kind: str, t
     twin = small_twin(model, torch.device("cpu"))
     assert type(twin) is type(model) and {p.dtype for p in twin.parameters()} == {torch.float32}
     check_hidden(RewardScorer(twin), where="here")
-    monkeypatch.setattr("verl.models.heads.SAME", 0)
-    with pytest.raises(UserError, match="differs from the same model alone"):
+    monkeypatch.setattr("verl.engine.scorers.TOLERANCE", 0)
+    with pytest.raises(UserError, match="in packed batches differ from those of single documents"):
         check_hidden(RewardScorer(twin), where="here")

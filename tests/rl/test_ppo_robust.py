@@ -133,8 +133,8 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     assert served[1] == (*served[0], Heads(query=8, key_value=4, size=8)) and served[0] != served[1][1:]
     assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
 
-    monkeypatch.setattr("verl.models.heads.SAME", 0)
-    with pytest.raises(UserError, match=r"reward_model.path: LlamaForSequenceClassification in packed batches differs"):
+    monkeypatch.setattr("verl.engine.scorers.TOLERANCE", 0)
+    with pytest.raises(UserError, match=r"reward_model.path: the hidden states of LlamaForSequenceClassification in packed batches differ"):
         train(folder, "not_alike", **judged)
 
 
