@@ -14,7 +14,7 @@ from verl.algorithms._kl import AdaptiveKL, estimate
 from verl.algorithms.answers import Answers
 from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import VALUES, Batch
-from verl.data.pack import collate, pack_units
+from verl.data.pack import collate
 from verl.engine.contract import TokenOut, ValueOut
 from verl.errors import UserError
 
@@ -374,15 +374,6 @@ def test_dpo_prefers_the_chosen_answer_by_its_gain_over_the_reference() -> None:
     assert dpo.Loss().count(batch) == 2.0 and batch.has_filler
     smoothed = dpo.Loss(beta=0.5, label_smoothing=0.1).loss(TokenOut(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0])), batch)
     assert float(smoothed.sum) == pytest.approx((0.9 * np.log1p(np.exp(-margins)) + 0.1 * np.log1p(np.exp(margins))).sum(), rel=1e-5)
-
-
-def test_packing_keeps_pairs_together_and_in_order() -> None:
-    lengths = [5, 9, 2, 2, 7, 1, 4, 4]
-    bins = pack_units(lengths, 2, token_budget=16, multiple_of=2)
-    assert sorted(i for members in bins for i in members) == list(range(8)) and len(bins) % 2 == 0
-    for members in bins:
-        assert sum(lengths[i] for i in members) <= 16
-        assert all(members[k] % 2 == 0 and members[k + 1] == members[k] + 1 for k in range(0, len(members), 2))
 
 
 def test_a_batch_carries_its_values_to_the_parts_of_several_processes() -> None:

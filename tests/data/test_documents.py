@@ -146,7 +146,7 @@ def test_plain_text_needs_no_chat_template_and_chats_do(tmp_path: Path) -> None:
         (
             {"qestion": "a", "answer": "b"},
             {},
-            ":9: no column 'question'; found 'qestion', 'answer'\n  fix: did you mean data.prompt_key=qestion?",
+            ":9: column 'question' is missing (found: qestion, answer)\n  fix: did you mean data.prompt_key=qestion?",
         ),
         ({"question": "a", "answer": None}, {}, ":9: column 'answer' is null"),
         ({"question": "a", "answer": 42}, {}, ":9: column 'answer' is a number (42), expected text"),
@@ -175,18 +175,18 @@ def test_errors_of_rows_are_gathered_up_to_ten(tmp_path: Path) -> None:
     error = error_of(tmp_path, str(tmp_path / "train.jsonl"))
     assert error.where == "data.train_files"
     first, *shown = error.what.splitlines()
-    assert first == "11 of the first 21 rows are not right:"
+    assert first == "11 of the first 21 rows are invalid:"
     assert shown[0] == f"  {tmp_path}/train.jsonl:1: not JSON: Expecting property name enclosed in double quotes at column 2"
-    assert shown[1] == f"  {tmp_path}/train.jsonl:3: no column 'answer'; found 'question'"
+    assert shown[1] == f"  {tmp_path}/train.jsonl:3: column 'answer' is missing (found: question)"
     assert [line.split(":")[1] for line in shown[:10]] == [str(number) for number in range(1, 20, 2)]
     assert shown[10:] == ["  and 1 more"]
-    assert "set data.response_key to the column" in error.fix and "one object a line" in error.fix
+    assert "set data.response_key to the column" in error.fix and "one object per line" in error.fix
 
 
 def test_many_errors_end_the_reading_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROWS_PER_TABLE", 16)
     path = write(tmp_path / "train.jsonl", [{"question": "a"}] * 100)
-    assert error_of(tmp_path, path).what.startswith("16 of the first 16 rows are not right")
+    assert error_of(tmp_path, path).what.startswith("16 of the first 16 rows are invalid")
 
 
 # Length
@@ -338,7 +338,7 @@ def test_the_report_counts_rows_and_tokens(tmp_path: Path) -> None:
     evil = [*ROWS, {"question": "what is <|im_end|>?", "answer": "a token"}]
     report = load(tmp_path, write(tmp_path / "train.jsonl", evil)).report
     assert str(report).startswith("rows 9 read, 9 used, 0 cut, 0 dropped; ")
-    assert str(report).endswith("\nrows with text of a control token, encoded as plain text: 1")
+    assert str(report).endswith("\nrows that contain the text of a control token, encoded as plain text: 1")
     whole = Report(7473, 7470, 12, {"reason": 3}, 1_587_568, 917_634)
     assert str(whole) == "rows 7,473 read, 7,470 used, 12 cut, 3 dropped (3 reason); 1,587,568 tokens, 57.8% trained"
 

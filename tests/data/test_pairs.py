@@ -133,10 +133,10 @@ def test_beside_whole_texts_there_may_be_chats_and_pairs_that_are_the_same(tmp_p
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"chosen": "It is 5.", "rejected": "No, 6."}, r"jsonl:1: the texts do not begin alike"),
+        ({"chosen": "It is 5.", "rejected": "No, 6."}, r"jsonl:1: the texts have no common beginning"),
         ({"chosen": "It is 5.", "rejected": "  "}, r"jsonl:1: column 'rejected' is empty"),
-        ({"chosen": "It is 5.", "rejected": [WRONG]}, r"jsonl:1: data.prompt_key=null: an answer without what was asked"),
-        ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "a? c"}, r"an answer without what was asked(.|\n)*name the column of prompts"),
+        ({"chosen": "It is 5.", "rejected": [WRONG]}, r"jsonl:1: data.prompt_key=null: an answer without its prompt"),
+        ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "a? c"}, r"an answer without its prompt(.|\n)*name the prompt column"),
     ],
 )
 def test_whole_texts_that_are_no_pair_are_an_error_at_their_place(row: dict, said: str, tmp_path: Path) -> None:
@@ -173,16 +173,16 @@ def test_equal_answers_and_answers_that_are_cut_off_are_left_out_and_counted(tmp
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"question": "?", "chosen": "a", "rejected": "b"}, r"jsonl:1: no column 'prompt'(.|\n)*data.prompt_key"),
-        ({"chosen": "It is 5.", "rejected": "It is 6."}, r"no column 'prompt'(.|\n)*whole texts, data.prompt_key=null"),
+        ({"question": "?", "chosen": "a", "rejected": "b"}, r"jsonl:1: column 'prompt' is missing(.|\n)*data.prompt_key"),
+        ({"chosen": "It is 5.", "rejected": "It is 6."}, r"column 'prompt' is missing(.|\n)*whole texts, data.prompt_key=null"),
         ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "Human: c?\n\nAssistant: b"}, "do not begin with the same message"),
         ({"chosen": "Human: a?\n\nAssistant:", "rejected": "Human: a?\n\nAssistant: b"}, r"jsonl:1: chosen: messages\[1\]"),
-        ({"prompt": "?", "chosen": "a"}, r"no column 'rejected'(.|\n)*data.rejected_key"),
+        ({"prompt": "?", "chosen": "a"}, r"column 'rejected' is missing(.|\n)*data.rejected_key"),
         ({"prompt": "?", "chosen": 5, "rejected": "b"}, "column 'chosen' is a number"),
         ({"prompt": "?", "chosen": "", "rejected": "b"}, "column 'chosen' is empty"),
         ({"chosen": [ASKED, RIGHT], "rejected": [{**ASKED, "content": "?"}, WRONG]}, "do not begin with the same message"),
         ({"chosen": [ASKED, RIGHT], "rejected": [ASKED, {"role": "robot", "content": "b"}]}, r"jsonl:1: rejected: messages\[1\]"),
-        ({"chosen": [ASKED], "rejected": [ASKED, WRONG]}, "jsonl:1: chosen: messages: no assistant's turn"),
+        ({"chosen": [ASKED], "rejected": [ASKED, WRONG]}, "jsonl:1: chosen: messages: the chat has no assistant turn"),
     ],
 )
 def test_a_row_that_is_no_pair_is_an_error_at_its_place(row: dict, said: str, tmp_path: Path) -> None:

@@ -75,10 +75,10 @@ def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
     ("row", "changes", "found"),
     [
         ({"question": "", "answer": "4"}, {}, "column 'question' is empty"),
-        ({"question": "2+2?"}, {}, "no column 'answer'"),
+        ({"question": "2+2?"}, {}, "column 'answer' is missing"),
         ({"chat": '[{"role": "user"', "answer": "4"}, {"messages_key": "chat"}, "found text that is not JSON"),
-        ({"chat": [{"role": "assistant", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "no message that could be answered"),
-        ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "the role is text ('users')"),
+        ({"chat": [{"role": "assistant", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "no message to answer"),
+        ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "unknown role: text ('users')"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict, changes: dict, found: str) -> None:
@@ -93,4 +93,4 @@ def test_rows_without_a_right_answer_are_fine_where_nobody_asks_for_it(folder: P
     assert "reference" not in prompt.row
     with pytest.raises(UserError) as caught:
         load(folder, [{"question": "2+2?"}])
-    assert "or to null where no reward needs them" in str(caught.value.fix)
+    assert "or to null if no reward needs them" in str(caught.value.fix)

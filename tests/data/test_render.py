@@ -180,14 +180,14 @@ def test_a_template_that_drops_earlier_thoughts_is_refused_where_they_are() -> N
     thought = "<think>\n12 + 30 = 42\n</think>\n\n42"
     assert trained_text(tokenizer, renderer.chat(chat("12 + 30?", thought))) == f"{thought}<|im_end|>"
     assert trained_text(tokenizer, renderer.chat(chat("a", "b", "12 + 30?", thought))) == f"b<|im_end|>{thought}<|im_end|>"
-    with pytest.raises(UserError, match="leaves out what the assistant writes") as caught:
+    with pytest.raises(UserError, match="omits the assistant's text") as caught:
         renderer.chat(chat("12 + 30?", thought, "and then?", "43"))
     assert caught.value.where == "messages[1]"
 
 
 def test_a_template_that_writes_history_otherwise_is_refused() -> None:
     changing = families.CHATML.replace("{% for", "{{ messages | length }}{% for", 1)
-    with pytest.raises(UserError, match="otherwise once the chat goes on") as caught:
+    with pytest.raises(UserError, match="changes the messages before this turn when the chat continues") as caught:
         Renderer(families.chatml(changing)).chat(ONE_TURN)
     assert "data.chat_template" in caught.value.fix
 
@@ -195,15 +195,15 @@ def test_a_template_that_writes_history_otherwise_is_refused() -> None:
 @pytest.mark.parametrize(
     ("template", "what"),
     [
-        (families.CHATML_WITHOUT_PROMPT, "leaves out what the assistant writes"),
+        (families.CHATML_WITHOUT_PROMPT, "omits the assistant's text"),
         (families.CHANNELS.replace("<|start|>", "<|im_start|>").replace("<|end|>", "<|im_end|>"), None),
-        (families.CHATML.replace("<|im_end|>", "</end>"), "no control token ends the assistant's turn"),
-        (families.CHATML.replace("message.content", "message.content | upper"), "changes or leaves out"),
-        (EMPTY_MARKS, "changes or leaves out"),
+        (families.CHATML.replace("<|im_end|>", "</end>"), "ends the assistant turn without a control token"),
+        (families.CHATML.replace("message.content", "message.content | upper"), "changes or omits"),
+        (EMPTY_MARKS, "changes or omits"),
         (NO_MARKS, "marks 0 turns"),
-        ("{% for message in messages %}{{ message.text }}{% endfor %}", "no control token ends"),
-        ("{% for message in messages %}{{ 1 / 0 }}{% endfor %}", "does not take it: division by zero"),
-        ("{% for message in", "does not take it"),
+        ("{% for message in messages %}{{ message.text }}{% endfor %}", "without a control token"),
+        ("{% for message in messages %}{{ 1 / 0 }}{% endfor %}", "rejects the chat: division by zero"),
+        ("{% for message in", "rejects the chat"),
         (None, "no chat template"),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_template_whose_turns_cannot_be_found_is_refused_once(template: str | 
 
 
 def test_control_tokens_inside_the_turn_need_marks() -> None:
-    with pytest.raises(UserError, match="leaves out what the assistant writes"):
+    with pytest.raises(UserError, match="omits the assistant's text"):
         Renderer(families.channels()).chat(ONE_TURN)
     tokenizer = families.channels()
     tokenizer.chat_template = (
@@ -246,7 +246,7 @@ def test_marks_around_the_header_of_the_turn_are_refused() -> None:
         header, "{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\\n' }}"
     )
     assert early != families.CHATML_WITH_MARKS
-    with pytest.raises(UserError, match="marks what stands in the prompt already"):
+    with pytest.raises(UserError, match="marks a part of the prompt"):
         Renderer(families.chatml(early)).chat(ONE_TURN)
 
 
@@ -365,7 +365,7 @@ def test_a_token_that_joins_prompt_and_answer_is_refused_where_the_text_cannot_b
     tokenizer.chat_template = families.MISTRAL.replace("' [/INST]'", "' th'").replace("' ' + message", "message")
     renderer = Renderer(tokenizer)
     assert trained_text(tokenizer, renderer.chat(chat("a", "on the mat"))) == "on the mat</s>"
-    with pytest.raises(UserError, match="joins the end of the prompt and the beginning of the answer"):
+    with pytest.raises(UserError, match="merges the end of the prompt and the beginning of the answer"):
         renderer.chat(chat("a", "e cat"))
 
 
@@ -414,12 +414,12 @@ def calling(calls: object) -> Messages:
         ("hello", "messages", "not JSON"),
         ('"hello"', "messages", "found text ('hello'), expected a list"),
         (["hello"], "messages[0]", "found text ('hello'), expected an object"),
-        ([{"from": "human", "value": "a"}], "messages[0]", "no key 'role'; found 'from', 'value'"),
-        ([{"role": "human", "content": "a"}], "messages[0].role", "the role is text ('human')"),
-        ([{"role": 3, "content": "a"}], "messages[0].role", "the role is a number (3)"),
+        ([{"from": "human", "value": "a"}], "messages[0]", "key 'role' is missing (found: from, value)"),
+        ([{"role": "human", "content": "a"}], "messages[0].role", "unknown role: text ('human')"),
+        ([{"role": 3, "content": "a"}], "messages[0].role", "unknown role: a number (3)"),
         ([ONE_TURN[1]], "messages[0]", "the chat begins with the assistant"),
-        ([ONE_TURN[0]], "messages", "no assistant's turn"),
-        ([*ONE_TURN, {"role": "system", "content": "a"}], "messages[2]", "a system message that is not the first"),
+        ([ONE_TURN[0]], "messages", "no assistant turn"),
+        ([*ONE_TURN, {"role": "system", "content": "a"}], "messages[2]", "the system message is not the first message"),
         ([{"role": "user"}], "messages[0].content", "is missing or null"),
         ([{"role": "user", "content": None}], "messages[0].content", "is missing or null"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content", "found a list"),
@@ -448,7 +448,7 @@ def test_tools_that_are_not_schemas_are_refused() -> None:
 
 def test_a_template_that_refuses_a_chat_is_quoted() -> None:
     renderer = Renderer(families.gemma())
-    with pytest.raises(UserError, match="does not take it: no system role"):
+    with pytest.raises(UserError, match="rejects the chat: no system role"):
         renderer.chat([{"role": "system", "content": "a"}, *ONE_TURN])
     good, bad, last = renderer.chats([(ONE_TURN, None), ([ONE_TURN[0], *ONE_TURN], None), (TWO_TURNS, None)])
     assert isinstance(good, Rendered) and isinstance(last, Rendered)

@@ -244,7 +244,7 @@ def test_an_architecture_that_mixes_documents_is_refused_before_training(model_p
     monkeypatch.setattr(
         "verl.engine.scorers.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
     )
-    with pytest.raises(UserError, match="differs from the same model alone"):
+    with pytest.raises(UserError, match="in packed batches differ from those of single documents"):
         check_scorer(scorer)
 
 

@@ -128,7 +128,7 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"messages": []}, {}, "no message that could be answered"),
+        ({"messages": []}, {}, "no message to answer"),
         ({"messages": "[{"}, {}, "not JSON"),
         ({"messages": [{"role": "user", "content": "1 + 1?"}]}, {}, "answer"),
         ({"question": "1 + 1?"}, {}, "messages"),
@@ -241,7 +241,7 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, checkpoint: Path, body: st
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"question": "1 + 1?"}, "no column 'answer'"),
+        ({"question": "1 + 1?"}, "column 'answer' is missing"),
         ({"question": None, "answer": "#### 2"}, "column 'question' is null"),
         ({"question": "1 + 1?", "answer": 2}, "column 'answer' is a number (2)"),
         ({"question": " ", "answer": "#### 2"}, "column 'question' is empty"),
@@ -278,7 +278,7 @@ def test_a_question_that_the_template_refuses_is_named(tmp_path: Path, checkpoin
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     refusal = "{%- if '600' in messages[0].content %}{{ raise_exception('no hundreds') }}{% endif %}"
     for template, error in (
-        (refusal + tokenizer.chat_template, r"^test.jsonl:3: the chat template does not take it: no hundreds"),
+        (refusal + tokenizer.chat_template, r"^test.jsonl:3: the chat template rejects the chat: no hundreds"),
         (None, r"^chat template: the tokenizer has no chat template"),
     ):
         tokenizer.chat_template = template

@@ -93,7 +93,7 @@ def described(wanted: str = "auto", device: torch.device = GPU, dtype: torch.dty
 
 
 def test_without_packages_a_gpu_runs_what_is_inside_pytorch_and_says_what_could_be_installed(gpu: None) -> None:
-    assert described() == ("FlashAttention-2, inside PyTorch (FlashAttention-3: not installed; FlashAttention-4: not installed)")
+    assert described() == ("PyTorch's FlashAttention-2 (FlashAttention-3: not installed; FlashAttention-4: not installed)")
 
 
 def test_an_installed_package_that_passes_its_trial_is_taken(gpu: None, flash4: ModuleType) -> None:
@@ -102,7 +102,7 @@ def test_an_installed_package_that_passes_its_trial_is_taken(gpu: None, flash4: 
 
 
 def test_the_one_inside_pytorch_can_be_asked_for(gpu: None, flash4: ModuleType) -> None:
-    assert described("fa2") == "FlashAttention-2, inside PyTorch"
+    assert described("fa2") == "PyTorch's FlashAttention-2"
 
 
 SHORT = flash.Documents(tokens=300.0, batch_tokens=32_768)
@@ -165,14 +165,14 @@ def test_a_package_that_breaks_is_not_taken_and_its_reason_is_told(gpu: None, fl
         raise AssertionError("head_dim 16 is not supported\nand more")
 
     flash4.flash_attn_varlen_func = break_
-    assert "FlashAttention-4: does not run here: AssertionError: head_dim 16 is not supported)" in described()
+    assert "FlashAttention-4: fails on this machine: AssertionError: head_dim 16 is not supported)" in described()
 
 
 @pytest.mark.parametrize(
     ("raised", "told"),
     [
         (ImportError("undefined symbol: _ZN3c10"), "cannot be imported: undefined symbol: _ZN3c10"),
-        (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "its requirement cutlass is not installed"),
+        (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "its dependency cutlass is not installed"),
         (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn"), "not installed"),
     ],
 )
@@ -193,7 +193,7 @@ def test_what_is_asked_for_by_name_must_run(gpu: None) -> None:
 
 def test_older_gpus_are_offered_no_package(gpu: None, flash4: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert described() == "FlashAttention-2, inside PyTorch"
+    assert described() == "PyTorch's FlashAttention-2"
 
 
 def test_float32_and_cpus_take_the_plain_path(gpu: None, flash4: ModuleType) -> None:
@@ -271,7 +271,7 @@ def test_without_a_gpu_each_document_is_computed_alone(gpu: None) -> None:
 def test_the_doctor_names_the_kernel_and_what_could_be_installed(gpu: None) -> None:
     found = list(doctor._attention(flash.refusals(GPU, torch.bfloat16, HEADS)))
     assert [(f.name, f.found, f.state) for f in found] == [
-        ("attention", "FlashAttention-2, inside PyTorch", "ok"),
+        ("attention", "PyTorch's FlashAttention-2", "ok"),
         ("FlashAttention-3", "not installed", "absent"),
         ("FlashAttention-4", "not installed", "absent"),
     ]

@@ -98,7 +98,7 @@ def test_without_the_exchange_the_gradient_is_another_and_the_check_before_train
     found, expected = Results(*of_two["wrong"]), of_one("two key heads")
     assert relative(found.gradient, expected.gradient) > 1e-2
     assert found.losses != pytest.approx(expected.losses, rel=1e-3)
-    assert "spread over several processes" in of_two["said of wrong"]
+    assert "split over several processes" in of_two["said of wrong"]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_heads_that_cannot_be_shared_out_are_a_users_error_with_the_sizes_that_d
     with pytest.raises(UserError) as error:
         check_context(ModelConfig(partial_pretrain=model, context_parallel_size=3))
     assert "the 4 attention heads" in error.value.what and error.value.where == "model.context_parallel_size=3"
-    assert error.value.fix == "one of 1, 2, 4"
+    assert error.value.fix == "set one of 1, 2, 4"
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ def test_an_architecture_that_mixes_documents_is_refused_though_its_head_says_ze
     monkeypatch.setattr(
         "verl.engine.scorers.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
     )
-    with pytest.raises(UserError, match=r"here: .* differs from the same model alone"):
+    with pytest.raises(UserError, match=r"here: the hidden states of .* differ from those of single documents"):
         check_hidden(scorer, where="here")
 
 
@@ -159,14 +159,14 @@ def test_a_language_model_is_told_from_a_reward_model(language_model: Path, rewa
 
 def test_a_model_with_more_labels_than_one_is_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path, qwen2_config(num_labels=3), kind=Qwen2ForTokenClassification)
-    with pytest.raises(UserError, match="gives 3 numbers, not one"):
+    with pytest.raises(UserError, match="has 3 labels, expected one"):
         load_critic(str(path))
 
 
 def test_an_architecture_without_such_a_head_is_refused_by_name(tmp_path: Path) -> None:
     shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
     path = write_model(tmp_path, CohereConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2), kind=CohereForCausalLM)
-    with pytest.raises(UserError, match="no cohere with a head"):
+    with pytest.raises(UserError, match="no cohere model with a classification head"):
         load_critic(str(path))
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from verl.models import linear
-from verl.models.linear import PIECES, add_outer, multiply, use_whole_cpu
+from verl.models.linear import CHUNK_ROWS, add_outer, multiply, use_whole_cpu
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a PyTorch without oneDNN")
 
@@ -90,8 +90,8 @@ def test_whatever_the_number_of_rows_few_shapes_reach_onednn(on_such_a_cpu: list
     use_whole_cpu(layer)
     for rows in range(300, 3000, 37):
         layer(torch.randn(rows, 192)).sum().backward()
-    assert len(set(on_such_a_cpu)) <= 2 * len(PIECES)
-    assert max(rows for rows, *_ in on_such_a_cpu) == PIECES[0]
+    assert len(set(on_such_a_cpu)) <= 2 * len(CHUNK_ROWS)
+    assert max(rows for rows, *_ in on_such_a_cpu) == CHUNK_ROWS[0]
 
 
 def test_compiled_layers_stay_as_they_are(on_such_a_cpu: list[tuple[int, ...]]) -> None:

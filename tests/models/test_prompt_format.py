@@ -120,13 +120,13 @@ def test_without_its_system_prompt_it_is_not_asked(ask: Callable, key: str, fold
 
 @ASKERS
 def test_with_a_system_prompt_that_it_has_not_seen_it_is_not_asked(ask: Callable, key: str, folder: Path, plain: Path) -> None:
-    with pytest.raises(UserError, match="would be asked with the system prompt 'Hi'"):
+    with pytest.raises(UserError, match="would be prompted with the system prompt 'Hi'"):
         ask(plain, folder, f"{key}=Hi")
 
 
 @ASKERS
 @pytest.mark.parametrize(
-    ("field", "value", "reason"), [("chat_template_sha256", "0" * 64, "another chat template"), ("stop_ids", [3], "to end with")]
+    ("field", "value", "reason"), [("chat_template_sha256", "0" * 64, "another chat template"), ("stop_ids", [3], "to end answers with")]
 )
 def test_what_has_changed_is_named(ask: Callable, key: str, field: str, value: object, reason: str, folder: Path, plain: Path) -> None:
     before = (plain / FILE).read_text()

@@ -115,7 +115,7 @@ def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> Non
 def test_a_model_without_one_score_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"without a head(.|\n)*reward_trainer"):
         model_of(write_model(tmp_path / "language", qwen2_config()))
-    with pytest.raises(UserError, match="gives 3 numbers, not one"):
+    with pytest.raises(UserError, match="has 3 labels, expected one"):
         model_of(write_reward_model(tmp_path / "three", labels=3))
     with pytest.raises(UserError, match="no such model directory"):
         model_of(tmp_path / "nowhere")
@@ -183,6 +183,6 @@ def test_in_bfloat16_a_small_model_of_the_architecture_is_looked_at(kind: str, t
     twin = small_twin(model, torch.device("cpu"))
     assert type(twin) is type(model) and {p.dtype for p in twin.parameters()} == {torch.float32}
     check_hidden(RewardScorer(twin), where="here")
-    monkeypatch.setattr("verl.models.heads.SAME", 0)
-    with pytest.raises(UserError, match="differs from the same model alone"):
+    monkeypatch.setattr("verl.engine.scorers.TOLERANCE", 0)
+    with pytest.raises(UserError, match="in packed batches differ from those of single documents"):
         check_hidden(RewardScorer(twin), where="here")

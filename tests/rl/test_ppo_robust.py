@@ -133,8 +133,8 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     assert served[1] == (*served[0], Heads(query=8, key_value=4, size=8)) and served[0] != served[1][1:]
     assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
 
-    monkeypatch.setattr("verl.models.heads.SAME", 0)
-    with pytest.raises(UserError, match=r"reward_model.path: LlamaForSequenceClassification in packed batches differs"):
+    monkeypatch.setattr("verl.engine.scorers.TOLERANCE", 0)
+    with pytest.raises(UserError, match=r"reward_model.path: the hidden states of LlamaForSequenceClassification in packed batches differ"):
         train(folder, "not_alike", **judged)
 
 
@@ -383,7 +383,7 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
         (
             {"data__max_prompt_length": 33},
             r"data\.train_files: \d+ of 80 prompts are longer .* the longest has 39 tokens \(.*train\.jsonl:\d+\)\n"
-            r"  fix: data\.max_prompt_length=39 takes them all; data\.overlong_prompts=drop",
+            r"  fix: data\.max_prompt_length=39 keeps them all; data\.overlong_prompts=drop",
         ),
         ({"algorithm__kl_coef": -0.1}, r"algorithm\.kl_coef: found -0\.1\n  fix: give a number of at least 0"),
         (

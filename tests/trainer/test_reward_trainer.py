@@ -303,7 +303,7 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
         ({"model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
         ({"algorithm__name": "dpo", "model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
         ({"algorithm__name": "dpo", "model__lora_rank": 8, "model__target_modules": "[foo]"}, "no module matches 'foo'"),
-        ({"data__prompt_key": "question"}, "no column 'question'"),
+        ({"data__prompt_key": "question"}, "column 'question' is missing"),
         ({"data__max_length": 40}, "rows are longer than data.max_length=40"),
         ({"model__partial_pretrain": "./nowhere"}, "no such model directory"),
     ],

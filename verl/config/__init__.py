@@ -1,5 +1,5 @@
-"""Typed configurations, the only place where a default lives. Light to import: no torch.
+"""Typed configurations, and the only place for defaults. Importing them does not import torch.
 
-A value stands here as the user typed it; what is derived from it has a name of its own where it is used.
-Each comment above a field is its documentation (`verl sft --help` prints it).
+A field holds the value that the user typed; derived values have other names, where they are used. The comment above a field is its
+documentation (`verl sft --help` prints it).
 """

@@ -1,4 +1,4 @@
-"""Settings of the evaluator, the chat, the export and the demo."""
+"""Settings of the evaluator, chat, export and demo commands."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from verl.errors import UserError
 
 @dataclass
 class EngineConfig:
-    # What generates: "native", "hf" (transformers), "vllm" or "sglang".
+    # Generation engine: "native", "hf" (transformers), "vllm" or "sglang".
     name: str = "native"
-    # A server's address (vllm, sglang); null: in this process.
+    # Address of a server (vllm, sglang); null: generate in this process.
     url: str | None = None
-    # vllm in this process: the share of a GPU's memory that it may take.
+    # vllm in this process: the fraction of GPU memory that it may use.
     gpu_memory_utilization: float = 0.5
 
 
@@ -26,34 +26,34 @@ class EvalConfig:
 
     # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
     model_path: str = MISSING
-    # Rows to answer, named as in data.train_files.
+    # Rows to answer, in the forms of data.train_files.
     test_file: Any = MISSING
     # Column of the question.
     prompt_key: str = "question"
     # Column of the reference answer.
     response_key: str = "answer"
-    # Column of a chat to answer, in place of prompt_key: a list of messages, whose last answer is the reference where response_key is no
-    # column.
+    # Column of a chat to answer, a list of messages; if set, it replaces prompt_key. If the rows have no response_key column, the chat's
+    # last answer is the reference.
     messages_key: str | None = None
-    # With messages_key: column of the tools that the chat template shows.
+    # With messages_key: column of the tools that the chat may call.
     tools_key: str | None = None
-    # What the model is told before each question; null: what its template says by itself.
+    # System prompt before each question; null: the chat template's default.
     system_prompt: str | None = None
-    # Where results.json and predictions.jsonl go.
+    # Directory of results.json and predictions.jsonl.
     output_dir: str = MISSING
-    # Longest answer, in tokens.
+    # Maximum length of an answer, in tokens.
     max_new_tokens: int = 512
-    # Use only the first rows; null or -1: all.
+    # Use only the first N rows; null or -1: all.
     max_samples: int | None = None
-    # Answers per question; exact match is their mean.
+    # Answers per question; exact match is averaged over them.
     n: int = 1
-    # 0: the most likely token each time; above: sample.
+    # Sampling temperature; 0 takes the most likely token.
     temperature: float = 0.0
-    # Keep only so many of the most likely tokens in the draws; 0: all.
+    # Sample from the k most likely tokens; 0: from all.
     top_k: int = 0
-    # Keep only the most likely tokens that have this share of the probability; 1: all.
+    # Sample from the smallest set of most likely tokens with at least this total probability; 1: from all.
     top_p: float = 1.0
-    # Answers generated at a time; null: what memory allows.
+    # Answers generated at a time; null: as many as fit into memory.
     batch_size: int | None = None
     rollout: EngineConfig = field(default_factory=EngineConfig)
     # The grader: a name in verl/rewards or path/to/file.py.
@@ -64,64 +64,64 @@ class EvalConfig:
     trust_remote_code: bool = False
 
     def check(self) -> None:
-        """Cross-field checks. Raises UserError naming the key."""
+        """Check values and combinations of keys. Raises UserError that names the key."""
         if self.tools_key and not self.messages_key:
             raise UserError("tools_key needs messages_key", where="tools_key", fix="set messages_key to the column of the chat")
         if self.system_prompt is not None and self.messages_key:
             what = "messages_key and system_prompt are both set"
-            raise UserError(what, where="system_prompt", fix="leave it out: a chat begins with its own")
+            raise UserError(what, where="system_prompt", fix="remove it: each chat has its own system prompt")
         at_least("max_new_tokens", self.max_new_tokens, 1)
         at_least("n", self.n, 1)
         at_least("batch_size", self.batch_size, 1)
         at_least("temperature", self.temperature, 0.0)
         at_least("top_k", self.top_k, 0)
         if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"{self.top_p} is not a share", where="top_p", fix="give a number above 0, up to 1")
+            raise UserError(f"found {self.top_p}", where="top_p", fix="give a number above 0, up to 1")
         if self.max_samples is not None and self.max_samples != -1:
             at_least("max_samples", self.max_samples, 1)
         if self.n > 1 and self.temperature == 0:
-            raise UserError(f"n={self.n} answers at temperature=0 are all the same", where="n", fix="set temperature=1, or n=1")
+            raise UserError(f"n={self.n} answers at temperature=0 are all equal", where="n", fix="set temperature=1, or n=1")
 
 
 @dataclass
 class ChatConfig:
     """`verl chat DIR`: talk with a checkpoint in the terminal."""
 
-    # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name. `verl chat DIR` says the same.
+    # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name. `verl chat DIR` sets it too.
     model_path: str = MISSING
-    # 0: the most likely token each time; above: sample.
+    # Sampling temperature; 0 takes the most likely token.
     temperature: float = 0.7
-    # Longest answer, in tokens.
+    # Maximum length of an answer, in tokens.
     max_new_tokens: int = 512
-    # What the model is told before the chat; null: what its template says by itself.
+    # System prompt; null: the chat template's default.
     system: str | None = None
     rollout: EngineConfig = field(default_factory=EngineConfig)
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
     def check(self) -> None:
-        """Cross-field checks. Raises UserError naming the key."""
+        """Check values and combinations of keys. Raises UserError that names the key."""
         at_least("temperature", self.temperature, 0.0)
         at_least("max_new_tokens", self.max_new_tokens, 1)
 
 
 @dataclass
 class ExportConfig:
-    """`verl export SRC DIR`: a checkpoint as one Hugging Face directory, an adapter merged into its base."""
+    """`verl export SRC DIR`: write a checkpoint as one Hugging Face directory, with an adapter merged into its base."""
 
-    # What to export: a LoRA adapter directory, a model directory, or a run's directory, of which the newest checkpoint is taken.
+    # What to export: a LoRA adapter directory, a model directory, or a run's directory, which means its newest checkpoint.
     source: str = MISSING
-    # Where to; must not exist yet, or be empty. `verl export SRC DIR` says the same as source=SRC directory=DIR.
+    # Output directory; it must be new or empty. `verl export SRC DIR` means source=SRC directory=DIR.
     directory: str = MISSING
-    # Numbers of the weights: "bfloat16", "float16" or "float32"; null: those of the base.
+    # Dtype of the weights: "bfloat16", "float16" or "float32"; null: that of the base.
     dtype: str | None = None
-    # Largest file of weights.
+    # Maximum size of a weight file.
     max_shard_size: str = "5GB"
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
     def check(self) -> None:
-        """Cross-field checks. Raises UserError naming the key."""
+        """Check values and combinations of keys. Raises UserError that names the key."""
         one_of("dtype", self.dtype, (None, "bfloat16", "float16", "float32"))
         if re.fullmatch(r"[1-9]\d*(\.\d+)? *(KB|MB|GB|TB)", self.max_shard_size, re.IGNORECASE) is None:
             raise UserError(f"found {self.max_shard_size!r}", where="max_shard_size", fix="give a size such as 5GB or 500MB")
@@ -129,19 +129,19 @@ class ExportConfig:
 
 @dataclass
 class DemoConfig:
-    """`verl demo`: from made-up word problems to a small model that answers them, offline. Its files are in ./demo-run."""
+    """`verl demo`: train a small model on generated word problems, offline. Its files are in ./demo-run."""
 
-    # Problems to train on, each once.
+    # Number of problems to train on, each once.
     train_rows: int = 24000
-    # Steps of reinforcement learning from an early checkpoint.
+    # Number of reinforcement learning steps, from an early checkpoint.
     rl_steps: int = 60
-    # Problems to answer before and after, with numbers that were not trained.
+    # Number of test problems, with numbers that do not occur in training.
     test_rows: int = 200
-    # Seed of the problems, the weights and the order of rows.
+    # Seed of the problems, the weights and the row order.
     seed: int = 1
 
     def check(self) -> None:
-        """Cross-field checks. Raises UserError naming the key."""
+        """Check values and combinations of keys. Raises UserError that names the key."""
         at_least("train_rows", self.train_rows, 1)
         at_least("rl_steps", self.rl_steps, 1)
         at_least("test_rows", self.test_rows, 1)

@@ -12,41 +12,41 @@ from verl.errors import UserError
 
 @dataclass
 class DataConfig:
-    # Training rows: a path, a list of paths, a glob, or a Hub data set id. JSONL, JSON, CSV, text, Parquet, each also gzipped.
+    # Training data: a path, a list of paths, a glob, or a Hub data set id. JSONL, JSON, CSV, text or Parquet, optionally gzipped.
     train_files: Any = MISSING
-    # Validation rows, named the same way; null: none.
+    # Validation data, in the same forms; null: none.
     val_files: Any = None
     # Column of the question.
     prompt_key: str = "question"
     # Column of the answer.
     response_key: str = "answer"
-    # Column of a chat, a list of {role, content}; when set, it is used in place of prompt_key and response_key.
+    # Column of a chat, a list of {role, content}; if set, it replaces prompt_key and response_key.
     messages_key: str | None = None
     # Column of the tools that a chat may call, as JSON schemas.
     tools_key: str | None = None
-    # Column of plain text that is trained whole; when set, it is used in place of prompt_key and response_key.
+    # Column of plain text that is trained whole; if set, it replaces prompt_key and response_key.
     text_key: str | None = None
-    # A Jinja file that takes the place of the tokenizer's chat template.
+    # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
-    # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes that take different rows.
+    # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of data-parallel ranks.
     train_batch_size: int | None = None
-    # Rows of max_length that one GPU, or those that share its micro-batches (model.context_parallel_size), hold at a time; with
-    # packing their product is a budget of tokens.
+    # Rows per micro-batch of one GPU, or of the GPUs that share it (model.context_parallel_size). With packing, a micro-batch has at
+    # most micro_batch_size_per_gpu × max_length tokens.
     micro_batch_size_per_gpu: int = 4
-    # Tokens that they hold at a time; null: micro_batch_size_per_gpu × max_length.
+    # Maximum tokens of a packed micro-batch; null: micro_batch_size_per_gpu × max_length.
     max_tokens_per_micro_batch: int | None = None
-    # Longest row, in tokens.
+    # Maximum length of a row, in tokens.
     max_length: int = 1024
-    # A row over max_length: "error" stops before training, "left" cuts its beginning, "right" its end.
+    # Rows longer than max_length: "error" stops before training, "left" cuts the beginning, "right" cuts the end.
     truncation: str = "error"
-    # Whole documents side by side up to the token budget; false: one row a line, padded to the longest of the micro-batch.
+    # Concatenate whole documents up to the token limit; false: pad each row to the longest of its micro-batch.
     packing: bool = True
-    # Use only the first rows; null or -1: all.
+    # Use only the first N rows; null or -1: all.
     train_max_samples: int | None = None
     val_max_samples: int | None = None
-    # Processes that tokenize; null: one per CPU core.
+    # Number of tokenizing processes; null: one per CPU core.
     num_workers: int | None = None
-    # Where tokenized rows are kept between runs; null: ~/.cache/verl (or $XDG_CACHE_HOME/verl).
+    # Cache directory of tokenized rows; null: ~/.cache/verl (or $XDG_CACHE_HOME/verl).
     cache_dir: str | None = None
 
 
@@ -60,7 +60,7 @@ class SFTConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
-        """Cross-field checks. Raises UserError naming the key."""
+        """Check values and combinations of keys. Raises UserError that names the key."""
         data = self.data
         check_model(self.model)
         check_optim(self.optim)
@@ -81,6 +81,6 @@ class SFTConfig:
                 fix=f"give at least {data.max_length}, or a smaller data.max_length",
             )
         if data.messages_key and data.text_key:
-            raise UserError("messages_key and text_key are both set", where="data", fix="name the one column that the rows have")
+            raise UserError("messages_key and text_key are both set", where="data", fix="set only the one that the rows have")
         if data.tools_key and not data.messages_key:
             raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")

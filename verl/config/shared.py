@@ -10,9 +10,9 @@ from omegaconf import MISSING
 class FsdpConfig:
     # Keep parameters, gradients and optimizer state in host memory.
     cpu_offload: bool = False
-    # GPUs that share one copy of the weights, such as those of a node; groups of so many hold copies of each other. null: all.
+    # Number of GPUs that share one copy of the weights, such as those of a node; the groups are replicas (HSDP). null: all GPUs.
     shard_size: int | None = None
-    # Give a layer's whole weights away after its forward pass and get them again for the backward pass: less memory, more traffic.
+    # Free a layer's gathered weights after its forward pass, and gather them again for the backward pass: less memory, more traffic.
     reshard_after_forward: bool = True
 
 
@@ -20,44 +20,44 @@ class FsdpConfig:
 class ModelConfig:
     # A Hugging Face model directory or Hub name.
     partial_pretrain: str = MISSING
-    # How the model is spread over GPUs: "fsdp2" (sharded; "fsdp" is read as fsdp2), "ddp" (all of it on each, faster where it is
-    # small), or "auto" (ddp where weights, gradients and optimizer take no more than a quarter of a GPU).
+    # Distribution of the model over GPUs: "fsdp2" (sharded; "fsdp" means the same), "ddp" (a full copy on each GPU, faster for small
+    # models), or "auto" (ddp if weights, gradients and optimizer take at most a quarter of a GPU's memory).
     strategy: str = "auto"
-    # GPUs that share each micro-batch, every document's tokens spread over them: for documents too long for one GPU.
+    # Number of GPUs that share each micro-batch, each with a part of every document's tokens: for documents too long for one GPU.
     context_parallel_size: int = 1
-    # Compute activations again in the backward pass: true (least memory), "selective" (some of them) or false (fastest).
+    # Recompute activations in the backward pass: true (least memory), "selective" (only some), or false (fastest).
     enable_gradient_checkpointing: Any = True
-    # Compile the layers with torch.compile: true, false, or "auto" (on a GPU, when the run is long enough to earn it back).
+    # Compile the layers with torch.compile: true, false, or "auto" (on a GPU, if the run is long enough to be faster with it).
     compile: Any = "auto"
-    # Run micro-batches that are too small to keep a GPU busy as CUDA graphs: "auto" (with compiled layers, on one GPU) or false.
+    # Run micro-batches that are too small to keep a GPU busy as CUDA graphs: "auto" (with compiled layers, on one GPU), or false.
     cuda_graphs: Any = "auto"
     # Use Liger's kernels (pip install "verl[liger]").
     use_liger: bool = False
-    # Rank of LoRA adapters; 0: train all weights.
+    # Rank of LoRA adapters; 0 trains all weights.
     lora_rank: int = 0
-    # Scale of LoRA adapters: their product is multiplied by lora_alpha / lora_rank.
+    # Scale of LoRA adapters: B A is multiplied by lora_alpha / lora_rank.
     lora_alpha: float = 16
-    # Modules that get adapters: "all-linear" (all but the output layer), a list of names, or a regular expression of whole names.
+    # Modules that get adapters: "all-linear" (all but the output layer), a list of names, or a regular expression for full names.
     target_modules: Any = "all-linear"
-    # Share of what goes into an adapter that is dropped at random in training.
+    # Dropout probability of the adapters' inputs in training.
     lora_dropout: float = 0.0
     # Rank-stabilized LoRA: the scale is lora_alpha / sqrt(lora_rank).
     use_rslora: bool = False
-    # DoRA: the length of each row of an adapted weight is trained by itself; slower.
+    # DoRA: train the magnitude of each row of an adapted weight separately; slower.
     use_dora: bool = False
-    # Go on from this adapter directory; its rank, scale and modules are then those of the run.
+    # Continue from the adapter in this directory, with its rank, scale and modules.
     lora_adapter_path: str | None = None
-    # Tokens whose embeddings are trained beside the adapter: a list such as [<|im_end|>], or "stop", the token that ends an answer.
+    # Tokens whose embeddings are trained with the adapter: a list such as [<|im_end|>], or "stop", the token that ends an answer.
     trainable_tokens: Any = None
     # Keep the frozen weights of an adapter run in 4 bits (QLoRA's NF4; pip install "verl[4bit]").
     load_in_4bit: bool = False
     fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
-    # Arithmetic of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
+    # Dtype of the forward and backward pass: "auto" (bfloat16 on CUDA, float32 on CPU), "bfloat16" or "float32".
     compute_dtype: str = "auto"
-    # Weights that the optimizer updates: "float32", or "bfloat16", rounded stochastically, in half the memory (a CPU needs "verl[8bit]").
+    # Dtype of the trained weights: "float32", or "bfloat16" with stochastic rounding, in half the memory (a CPU needs "verl[8bit]").
     param_dtype: str = "float32"
-    # Attention on a GPU in bfloat16: "auto" (the newest FlashAttention that is installed and passes a trial), "fa2" (inside
-    # PyTorch), "fa3", "fa4", "short" (kernels of our own for short documents), or "sdpa" (plain, one document at a time).
+    # Attention on a GPU in bfloat16: "auto" (the newest installed FlashAttention that passes a trial), "fa2" (part of PyTorch), "fa3",
+    # "fa4", "short" (verl's own kernels for short documents), or "sdpa" (PyTorch's, one document at a time).
     attn_implementation: str = "auto"
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
@@ -65,7 +65,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    # "adamw" with moments in float32, or "adamw_8bit" with moments in a quarter of that (a CPU needs "verl[8bit]").
+    # "adamw" with float32 moments, or "adamw_8bit" with 8-bit moments, in a quarter of their memory (a CPU needs "verl[8bit]").
     name: str = "adamw"
     # Peak learning rate of AdamW.
     lr: float = 1e-5
@@ -73,15 +73,15 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     # AdamW's decoupled weight decay, applied to every trained tensor of two or more dimensions.
     weight_decay: float = 0.01
-    # Share of all steps over which the learning rate rises from 0 (upstream: lr_warmup_steps_ratio).
+    # Fraction of all steps in which the learning rate rises from 0 (in upstream verl: lr_warmup_steps_ratio).
     warmup_steps_ratio: float = 0.1
-    # After warm-up: "cosine", "linear", "constant" or "wsd" (warm-up, stable, decay).
+    # Schedule after warm-up: "cosine", "linear", "constant" or "wsd" (warmup-stable-decay).
     lr_scheduler: str = "cosine"
-    # Where cosine, linear and wsd end, as a share of lr.
+    # Final learning rate of cosine, linear and wsd, as a fraction of lr.
     min_lr_ratio: float = 0.0
-    # wsd: share of the steps after warm-up at full learning rate.
+    # wsd: fraction of the steps after warm-up that keep the peak learning rate.
     stable_ratio: float = 0.9
-    # Largest global gradient norm; larger gradients are scaled down to it.
+    # Maximum global gradient norm; larger gradients are scaled down to it.
     clip_grad: float = 1.0
 
 
@@ -89,29 +89,29 @@ class OptimConfig:
 class TrainerConfig:
     # Passes over the training rows.
     total_epochs: int = 1
-    # Stop after so many optimizer steps, over as many epochs as they take; null: total_epochs decides.
+    # Number of optimizer steps, over as many epochs as they need; null: total_epochs decides.
     total_training_steps: int | None = None
-    # Names of the project and of this run in loggers and paths.
+    # Names of the project and of this run, in loggers and paths.
     project_name: str = "verl-sft"
     experiment_name: str = "run"
-    # Where checkpoints, metrics and logs go.
+    # Directory of checkpoints, metrics and logs.
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    # A name, a list of names (console, wandb, tensorboard, trackio) or path/to/file.py. metrics.jsonl is always written.
+    # A logger or a list of loggers: console, wandb, tensorboard, trackio, or path/to/file.py. metrics.jsonl is always written.
     logger: Any = "console"
-    # A checkpoint each so many steps; "epoch": at each epoch's end; -1: only at the end; "never": none, to try settings out.
+    # Save a checkpoint every N steps; "epoch": at the end of each epoch; -1: only at the end; "never": none, to try settings out.
     save_freq: int | str = "epoch"
-    # Validation loss each so many steps; "epoch": at each epoch's end; -1: only at the end.
+    # Compute the validation loss every N steps; "epoch": at the end of each epoch; -1: only at the end.
     test_freq: int | str = "epoch"
-    # Keep so many newest checkpoints; null or -1: all.
+    # Number of newest checkpoints to keep; null or -1: all.
     max_ckpt_to_keep: int | None = None
-    # "auto" goes on from the newest checkpoint in default_local_dir, "disable" starts anew, "resume_path" goes on from resume_from_path.
+    # "auto" resumes from the newest checkpoint in default_local_dir, "resume_path" from resume_from_path; "disable" does not resume.
     resume_mode: str = "auto"
     # A global_step_N directory, for resume_mode=resume_path.
     resume_from_path: str | None = None
-    # Record where the time goes in this step, counted from 1 as logged, and the two after it, into default_local_dir/profile.
+    # Profile this step (counted from 1, as in the log) and the next two; the traces go to default_local_dir/profile.
     profile_step: int | None = None
-    # Print the plan of the run (steps and tokens; of fine-tuning also memory of a GPU, and what to change where it does not fit) and end.
-    # No weights are read.
+    # Print the plan of the run and exit, without reading weights: steps and tokens; for fine-tuning also GPU memory, and what to change
+    # if it does not fit.
     dry_run: bool = False
     # Seed of row order, adapters and dropout.
     seed: int = 1

@@ -1,1 +1,1 @@
-"""From files to packed batches: source, render, documents, pack, batch, loader, report."""
+"""Data files to packed batches: source, render, documents, pack, batch, loader, report."""

@@ -1,6 +1,6 @@
-"""The one batch that goes from file to loss: documents side by side in one dimension.
+"""The packed batch, from the data loader to the loss: documents concatenated along one dimension.
 
-Dimensions: T tokens of the packed batch, or of this process's part of it; S documents in all of it; M trained positions.
+Dimensions: T tokens of the batch, or of this rank's slice under context parallelism; S documents of the whole batch; M trained positions.
 """
 
 from collections.abc import Callable
@@ -10,35 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The fields with one value for each trained position that reinforcement learning adds.
+# Fields of reinforcement learning, with one value per trained position.
 VALUES = ("advantage_M", "old_logprob_M", "ref_logprob_M", "rollout_logprob_M", "value_M", "return_M")
 
 
 @dataclass
 class Batch:
-    """A packed micro-batch. A document is `[cu_seqlens[s], cu_seqlens[s + 1])`; tokens of one never see another.
+    """A packed micro-batch. Document s is `[cu_seqlens[s], cu_seqlens[s + 1])`; no token attends to another document.
 
     Attributes:
         input_ids_T: token ids, int64.
-        position_ids_T: positions, from 0 in each document, int64.
-        cu_seqlens: S + 1 ascending offsets, int32, from 0 to T.
-        max_seqlen: tokens of the longest document.
-        target_T: the next token of the same document, int64; of a document's last token nothing is predicted, and the value is 0.
+        position_ids_T: positions, restarting at 0 in each document, int64.
+        cu_seqlens: S + 1 ascending offsets from 0 to the number of tokens, int32.
+        max_seqlen: length of the longest document, in tokens.
+        target_T: next token of the same document, int64; 0 at a document's last token, which has no target.
         loss_mask_T: whether the *target* at this position is trained, bool.
-        sample_ids_S: number of each document's row in its data set; -1 for filler.
-        trained_M: positions of loss_mask_T in ascending order, int64; made on the host, so that no step waits for the device.
-        parts: processes over which the tokens are spread. With several, what ends in _T or _M is of this process's part,
-            which may cut documents and may have no trained token; the documents are described whole on each.
-        first_token: of this process's part, counted over all of them.
+        sample_ids_S: row number of each document in its data set; -1 for filler.
+        trained_M: indices where loss_mask_T is true, ascending, int64; computed on the host, so that no step waits for the device.
+        parts: ranks that share the tokens. With several, fields that end in _T or _M hold this rank's slice, which may cut
+            documents and may have no trained token; cu_seqlens, max_seqlen and sample_ids_S describe the whole batch on every rank.
+        first_token: index of this rank's first token in the whole batch.
         has_filler: whether the last document is filler.
 
-    For reinforcement learning, a float32 value for each trained position, in the order of trained_M; None: not known.
-        advantage_M: how much better the token was than expected.
+    For reinforcement learning, one float32 value per trained position, in the order of trained_M, or None if not computed:
+        advantage_M: advantage of the token.
         old_logprob_M: log-probability under the policy before the batch's first update.
-        ref_logprob_M: under the reference model.
-        rollout_logprob_M: under the weights and arithmetic that drew the token.
-        value_M: the critic's value before the token, when the answers were scored.
-        return_M: what the critic is to learn.
+        ref_logprob_M: log-probability under the reference model.
+        rollout_logprob_M: log-probability under the weights and arithmetic that sampled the token.
+        value_M: the critic's value before the token, computed when the answers were scored.
+        return_M: regression target of the critic.
     """
 
     input_ids_T: Tensor
@@ -61,18 +61,18 @@ class Batch:
 
     @property
     def documents(self) -> int:
-        """How many there are, without filler."""
+        """Number of documents, without filler."""
         return len(self.sample_ids_S) - self.has_filler
 
     def part(self, number: int, parts: int) -> "Batch":
-        """The tokens of one of several processes that share this batch: as many on each, one after the other.
+        """Return the contiguous slice of tokens of one of the ranks that share this batch.
 
         Args:
-            number: of the process, from 0.
-            parts: of which the number of tokens is a multiple.
+            number: index of the slice, from 0.
+            parts: number of equal slices; it must divide the number of tokens.
         """
         tokens, rest = divmod(len(self.input_ids_T), parts)
-        assert rest == 0, f"{len(self.input_ids_T)} tokens over {parts} processes"
+        assert rest == 0, f"{len(self.input_ids_T)} tokens cannot be split into {parts} equal parts"
         here = slice(number * tokens, (number + 1) * tokens)
         mine_M = (self.trained_M >= here.start) & (self.trained_M < here.stop)
         values = {name: value[mine_M] for name in VALUES if (value := getattr(self, name)) is not None}
@@ -89,11 +89,11 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """A copy on the device; from pinned memory it does not wait."""
+        """Return a copy on the device; a copy from pinned memory is asynchronous."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
-        """A copy in page-locked host memory."""
+        """Return a copy in pinned host memory."""
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":

@@ -1,4 +1,4 @@
-"""Tokenized rows on disk: an Arrow file that is mapped into memory, and its checksum behind it."""
+"""Tokenized rows on disk: a memory-mapped Arrow file, followed by its SHA-256 checksum."""
 
 import hashlib
 import os
@@ -24,7 +24,11 @@ CHECKSUM_BYTES = 32
 
 
 def table_of(places: Sequence[str], rows: Sequence[Rendered]) -> pa.RecordBatch:
-    """Rendered rows as columns, each with its place."""
+    """Convert rendered rows to a record batch.
+
+    Args:
+        places: location of each row in the data, such as `train.jsonl:17`.
+    """
     where = [place.encode() for place in places]
     ids = np.concatenate([np.array(row.input_ids, dtype=np.int32) for row in rows]) if rows else np.empty(0, np.int32)
     mask = np.concatenate([np.array(row.loss_mask, dtype=np.uint8) for row in rows]) if rows else np.empty(0, np.uint8)
@@ -40,17 +44,17 @@ def table_of(places: Sequence[str], rows: Sequence[Rendered]) -> pa.RecordBatch:
 
 
 def _ends(parts: Iterable[Sized]) -> np.ndarray:
-    """Where each part ends when all stand in a row, with 0 before the first."""
+    """Cumulative lengths of the parts, beginning with 0."""
     return np.cumsum([0, *map(len, parts)], dtype=np.int32)
 
 
 def _column(kind: pa.DataType, length: int, *buffers: np.ndarray | bytes) -> pa.Array:
-    """A column without nulls from its own memory: `pa.array` would import pandas first, which takes half a second."""
+    """Build a column without nulls from raw buffers: `pa.array` would first import pandas, which takes half a second."""
     return pa.Array.from_buffers(kind, length, [None, *map(pa.py_buffer, buffers)])
 
 
 def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
-    """Write the file under another name, and rename it when it is whole.
+    """Write to a temporary file, and rename it once it is complete.
 
     Raises:
         UserError: the folder cannot be written.
@@ -66,7 +70,7 @@ def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         found = f"cannot write {path.parent}: {error.strerror or error}"
-        raise UserError(found, where="data.cache_dir", fix="name another folder") from error
+        raise UserError(found, where="data.cache_dir", fix="choose another folder") from error
 
 
 def _write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
@@ -80,7 +84,7 @@ def _write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
 
 
 def read(path: Path) -> list[pa.RecordBatch] | None:
-    """The tables of a file, mapped into memory; None if there is no such file or it is damaged."""
+    """Map a file into memory and return its tables; None if the file is missing or damaged."""
     try:
         content = pa.memory_map(str(path)).read_buffer()
     except OSError:

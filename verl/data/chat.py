@@ -1,4 +1,4 @@
-"""What a chat may look like: messages, each with a role and a content, and the tools that it may call."""
+"""Validation of chats: messages with a role and a content, and the tools that the assistant may call."""
 
 import json
 from collections.abc import Iterator
@@ -16,33 +16,33 @@ OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot":
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat as templates expect it.
+    """A valid chat, in the form that chat templates expect.
 
     Attributes:
-        messages: without keys that are null; the arguments of tool calls are objects.
-        tools: JSON schemas, or None.
+        messages: messages without null keys; the arguments of tool calls are objects.
+        tools: JSON schemas of the tools, or None.
     """
 
     messages: list[Message]
     tools: list[dict[Any, Any]] | None = None
 
     def answers(self) -> Iterator[tuple[int, Message]]:
-        """The assistant's messages, each with its number."""
+        """Yield the assistant's messages with their indices."""
         return ((number, message) for number, message in enumerate(self.messages) if message["role"] == "assistant")
 
     def up_to(self, number: int) -> "Chat":
-        """The chat before a message."""
+        """Return the chat up to, but without, message `number`."""
         return Chat(self.messages[:number], self.tools)
 
 
 def checked(messages: object, tools: object = None) -> Chat:
-    """A chat of the data.
+    """Validate a chat of the data.
 
     Args:
         messages: a list of messages, or its JSON.
         tools: None, a list of JSON schemas, or its JSON.
     Raises:
-        UserError: what is not right, and in which message.
+        UserError: a message or a tool is invalid; the error names it.
     """
     found = _parsed(messages, "messages")
     if not isinstance(found, list) or not found:
@@ -55,25 +55,27 @@ def checked(messages: object, tools: object = None) -> Chat:
 
 
 def unanswered(messages: object, where: str) -> tuple[list[Message], str | None]:
-    """A chat that waits for the assistant, and what the assistant said in the data, if that is there; no more of it is checked.
+    """Split a chat into the messages to answer and the text of the assistant's last message, if the data has one.
+
+    Only the last messages are validated.
 
     Args:
-        messages: as for `checked`.
-        where: place of the row.
+        messages: a list of messages, or its JSON.
+        where: location of the row, for errors.
     Raises:
-        UserError: there is nothing to answer.
+        UserError: the chat has no message to answer.
     """
     try:
         found: Any = json.loads(messages) if isinstance(messages, str) else messages
     except (ValueError, RecursionError) as error:
-        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write the chat as JSON, not as text") from None
+        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write the chat as JSON") from None
     answer = None
     if isinstance(found, list) and found and isinstance(found[-1], dict) and found[-1].get("role") == "assistant":
         *found, said = found
         answer = said.get("content")
     last = found[-1] if isinstance(found, list) and found else None
     if not isinstance(last, dict) or not isinstance(last.get("content"), str):
-        raise UserError("the chat has no message that could be answered", where=where, fix="end it with a message of the user")
+        raise UserError("the chat has no message to answer", where=where, fix="end it with a user message")
     return list(found), answer
 
 
@@ -83,7 +85,7 @@ def _parsed(value: object, where: str) -> object:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write it as JSON, not as text") from None
+        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write it as JSON") from None
 
 
 def _message(message: object, number: int) -> Message:
@@ -91,7 +93,9 @@ def _message(message: object, number: int) -> Message:
     role = _role(message, where)
     assert isinstance(message, dict)
     if role == "system" and number:
-        raise UserError("a system message that is not the first", where=where, fix="put it at the beginning, or join it with the first")
+        raise UserError(
+            "the system message is not the first message", where=where, fix="move it to the beginning, or merge it with the first"
+        )
     present = {key: value for key, value in message.items() if value is not None}
     if role == "assistant" and "tool_calls" in present:
         present["tool_calls"] = _tool_calls(present["tool_calls"], f"{where}.tool_calls")
@@ -107,16 +111,16 @@ def _role(message: object, where: str) -> str:
         return role
     fix = f"one of {', '.join(ROLES)}"
     if role is None:
-        fix = "write role for from, and content for value" if {"from", "value"} <= set(message) else fix
-        raise UserError(f"no key 'role'; found {', '.join(map(repr, message)) or 'none'}", where=where, fix=fix)
+        fix = "rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= set(message) else fix
+        raise UserError(f"key 'role' is missing (found: {', '.join(map(str, message)) or 'no keys'})", where=where, fix=fix)
     meant = OTHER_ROLES.get(role) if isinstance(role, str) else None
-    raise UserError(f"the role is {describe(role)}", where=f"{where}.role", fix=f"write {meant!r}" if meant else fix)
+    raise UserError(f"unknown role: {describe(role)}", where=f"{where}.role", fix=f"write {meant!r}" if meant else fix)
 
 
 def _check_content(message: Message, where: str) -> None:
     content, is_answer = message.get("content"), message["role"] == "assistant"
     if content is not None and not isinstance(content, str):
-        raise UserError(f"found {describe(content)}, expected text", where=where, fix="write it as one text, in quotes")
+        raise UserError(f"found {describe(content)}, expected text", where=where, fix="write it as a quoted string")
     if is_answer and message.get("tool_calls"):
         return
     if content is None:
@@ -132,12 +136,12 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """The call with its arguments as an object: some formats write them as the JSON of one, templates expect the object."""
+    """Return the call with its arguments as an object: some formats write them as JSON text, but templates expect an object."""
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(call["function"], f"{where}.function")}
     name, arguments = call.get("name"), _parsed(call.get("arguments", {}), f"{where}.arguments")
     if not isinstance(name, str) or not name:
-        raise UserError(f"found {describe(name)}, expected text", where=f"{where}.name", fix="name the function that is called")
+        raise UserError(f"found {describe(name)}, expected text", where=f"{where}.name", fix="give the name of the function")
     if not isinstance(arguments, dict):
         raise UserError(f"found {describe(arguments)}, expected an object", where=f"{where}.arguments", fix='write {"name": value}')
     return {**call, "arguments": arguments}

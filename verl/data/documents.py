@@ -1,6 +1,6 @@
-"""Files to tokenized documents: rows are rendered once, kept in a cache, and read from there by number.
+"""Data files to tokenized documents: rows are rendered once, cached on disk, and read from the cache by index.
 
-Dimensions: N documents, R rows of the files, B tokens of one table of the cache.
+Dimensions: N documents, R documents before any is dropped, B tokens of one cached table.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ from verl.data.tables import ROWS_PER_TABLE, Columns, tokenized
 from verl.errors import UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
-SAME_ANSWERS = "whose two answers are the same"
+SAME_ANSWERS = "with two equal answers"
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """ROWS_PER_TABLE documents of the cache, mapped into memory; the last table may have fewer."""
+    """ROWS_PER_TABLE cached documents, memory-mapped; the last table may have fewer."""
 
     ids_B: np.ndarray
     mask_B: np.ndarray
-    ends: np.ndarray  # of each row in B, with 0 before the first
+    ends: np.ndarray  # end offset of each row in B, beginning with 0
     places: pa.Array
     rows_with_control_text: int
 
@@ -53,13 +53,13 @@ class _Table:
         )
 
     def stop_ids(self) -> np.ndarray:
-        """Ids of the tokens after which nothing more is trained, or not at once."""
+        """Ids of the trained tokens that an untrained token or the end of the row follows."""
         next_is_trained = np.append(self.mask_B[1:], False)
         next_is_trained[self.ends[1:] - 1] = False
         return np.unique(self.ids_B[self.mask_B & ~next_is_trained])
 
     def trained(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Trained tokens in each part of B, without the part's first token, which nothing predicts."""
+        """Count the trained tokens of each range of B, without the range's first token, which has no prediction."""
         before = np.concatenate([[0], np.cumsum(self.mask_B, dtype=np.int64)])
         return before[starts + lengths] - before[starts + 1]
 
@@ -69,14 +69,14 @@ class Documents:
     """Tokenized documents with random access.
 
     Attributes:
-        lengths_N: tokens of each, int32.
-        trained_N: tokens of each that are predicted and trained, int32; nothing predicts a document's first token.
-        row_numbers_N: number of each one's row in the files, from 0, int64; with several documents a row, its place among all of them.
-        stop_ids: ids of the tokens that end what is trained, such as that of `<|im_end|>`.
-        fingerprint: differs when a document differs.
-        report: what became of the rows.
-        documents_per_row: neighbours that belong together: 2 where rows are pairs, the chosen answer first.
-        values: by field of the Batch, such as "ref_logprob_M", an array for each document, as long as it has trained tokens.
+        lengths_N: number of tokens, int32.
+        trained_N: number of trained tokens, int32; a document's first token has no prediction and is not counted.
+        row_numbers_N: index of the document among all documents of the files, from 0, int64; with one document per row, the row number.
+        stop_ids: ids of the tokens that end a trained span, such as `<|im_end|>`.
+        fingerprint: a hash that changes when any document changes.
+        report: counts of rows read, used, cut and dropped.
+        documents_per_row: consecutive documents that form a row; 2 for preference pairs, the chosen answer first.
+        values: per field of the Batch, such as "ref_logprob_M", one array per document, with one value per trained token.
     """
 
     lengths_N: np.ndarray
@@ -91,18 +91,18 @@ class Documents:
     values: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return len(self.lengths_N) // self.documents_per_row
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, int32, and whether each is trained, bool."""
+        """Return a document's token ids, int32, and loss mask, bool."""
         table = self._tables[self.row_numbers_N[index] // ROWS_PER_TABLE]
         start = self._starts_N[index]
         stop = start + self.lengths_N[index]
         return table.ids_B[start:stop], table.mask_B[start:stop]
 
     def place(self, index: int) -> str:
-        """Where the document's row stands, such as `train.jsonl:17`."""
+        """Location of the document's row, such as `train.jsonl:17`."""
         return _place(self._tables, int(self.row_numbers_N[index]))
 
 
@@ -115,18 +115,18 @@ def load_documents(
     max_samples: int | None = None,
     console: Console | None = None,
 ) -> Documents:
-    """The documents of the files, from the cache where they are in it.
+    """Load the documents of the files, from the cache if it has them.
 
-    Processes that load the same at the same time do not disturb each other: each finds the cache whole, or makes it.
+    Processes may load the same files at the same time: each finds a complete cache, or writes its own.
 
     Args:
-        config: names of the columns, the longest document and what happens to longer ones, and where the cache is.
+        config: column names, maximum length, truncation and cache directory.
         files: a path, a glob, a Hub data set id, or a list of these.
         key: the config key that names the files, for errors.
-        max_samples: use only the first rows; None or -1: all.
-        console: shows a progress bar if it is a terminal; None: standard error.
+        max_samples: number of rows to use, from the start; None or -1 uses all.
+        console: console of the progress bar, which is drawn only in a terminal; None uses standard error.
     Raises:
-        UserError: a file, a row, the chat template or the lengths are not right.
+        UserError: a file, a row or the chat template is invalid, or a row is too long.
     """
     sources = resolve_files(files, key)
     columns = _columns(config)
@@ -139,7 +139,9 @@ def load_documents(
         cache.write(path, new)
         tables = cache.read(path)
     if tables is None:
-        raise UserError(f"what was written to {path} cannot be read back", where="data.cache_dir", fix="name a folder on another disk")
+        raise UserError(
+            f"the cache {path} was written, but cannot be read back", where="data.cache_dir", fix="choose a folder on another disk"
+        )
     return _cut([_Table.mapped(table) for table in tables], config, key, name, columns.documents_per_row)
 
 
@@ -160,12 +162,16 @@ def _hash(*parts: Any) -> str:
 
 
 def _code_hash() -> str:
-    """Of this package's code, so that what another version of it has written is not read."""
+    """Hash of this package's source, so that a cache that other code wrote is not read."""
     return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
 def _cut(tables: list[_Table], config: DataConfig | PairsConfig, key: str, name: str, per_row: int) -> Documents:
-    """Documents of at most `data.max_length` tokens, without the rows that have nothing left to train."""
+    """Cut the documents to `data.max_length` tokens, and drop the rows that then have no trained token.
+
+    Raises:
+        UserError: a document is too long and `data.truncation` is "error", or no row is left.
+    """
     lengths_R = np.concatenate([np.diff(table.ends) for table in tables])
     starts_R = np.concatenate([table.ends[:-1] for table in tables]).astype(np.int64)
     is_long_R = lengths_R > config.max_length
@@ -207,7 +213,7 @@ def _cut(tables: list[_Table], config: DataConfig | PairsConfig, key: str, name:
 
 
 def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
-    """Of each pair of neighbours, whether their tokens are the same."""
+    """Return for each pair of consecutive documents whether their tokens are equal."""
     same = np.diff(lengths_R)[::2] == 0
     for pair in np.flatnonzero(same):
         ids_B, both = tables[2 * pair // ROWS_PER_TABLE].ids_B, slice(2 * pair, 2 * pair + 2)
@@ -217,7 +223,7 @@ def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> 
 
 
 def _numbers(column: pa.Array, dtype: type) -> np.ndarray:
-    """A column's numbers where they lie in memory: `to_numpy` would import pandas first, which takes half a second."""
+    """View a column's buffer as an array: `to_numpy` would first import pandas, which takes half a second."""
     return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
 
 
@@ -227,7 +233,7 @@ def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DataConfig | 
         f"{count:,} of {len(lengths_R) // per_row:,} rows are longer than data.max_length={config.max_length}; "
         f"the longest has {lengths_R[longest]:,} tokens ({_place(tables, longest)})"
     )
-    fix = f"data.max_length={lengths_R[longest]} trains them whole; data.truncation=right or data.truncation=left cuts them"
+    fix = f"data.max_length={lengths_R[longest]} keeps them whole; data.truncation=right or data.truncation=left cuts them"
     return UserError(what, where=key, fix=fix)
 
 

@@ -1,8 +1,8 @@
-"""Text to token ids, such that text from the data can never become a control token.
+"""Tokenization in which text of the data can never become a control token.
 
-A tokenizer reads the characters `<|im_end|>` as its control token wherever they stand. In a question they are text, and must not end
-the turn. So before the chat template is rendered, a private-use character takes the place of each control token in the data (`hide_in`);
-what is a control token afterwards was written by the template, and the stretches between are encoded by a tokenizer that knows none.
+A tokenizer reads the characters `<|im_end|>` as its control token wherever they occur. In a question they are text and must not end
+the turn. `hide_in` therefore replaces each control token in the data by a private-use character before the chat template is rendered.
+The control tokens of the rendered text are then the template's own, and a tokenizer without control tokens encodes the text between them.
 """
 
 import re
@@ -21,7 +21,7 @@ PROBE = "Hello, world! 12 + 3 = 15\n\n  naïve 你好\tdone."
 
 
 class Disguise:
-    """The control text of one row, each piece of it behind a private-use character that the row does not hold."""
+    """Replaces the control text of one row by private-use characters that do not occur in the row."""
 
     def __init__(self, row: object):
         taken = "".join(strings(row))
@@ -38,14 +38,14 @@ class Disguise:
         return self._shown.values()
 
     def show(self, text: str) -> str:
-        """The text as it stood in the data."""
+        """Return the text as it was in the data."""
         for character, part in self._shown.items():
             text = text.replace(character, part)
         return text
 
 
 class ControlText:
-    """Finds control tokens in text of the data, and parts of one at its ends that the text beside it could complete."""
+    """Finds control tokens in text of the data, and parts of one at either end that the adjacent text could complete."""
 
     def __init__(self, tokens: Iterable[str], normalize: Callable[[str], str] | None):
         longest_first = sorted(tokens, key=len, reverse=True)
@@ -57,15 +57,15 @@ class ControlText:
         self._normalize = normalize
 
     def is_in(self, text: str) -> bool:
-        """Whether the text holds a whole control token."""
+        """Return whether the text contains a complete control token."""
         return bool(self._whole.search(text)) or bool(self._normalize and self._whole.search(self._normalize(text)))
 
     def touches(self, text: str) -> bool:
-        """Whether the text holds a control token or begins or ends with a part of one."""
+        """Return whether the text contains a control token, or begins or ends with a part of one."""
         return self.is_in(text) or self._has_head(text) or self._has_tail(text)
 
     def hide_in(self, value: Any, disguise: Disguise) -> Any:
-        """A copy of a text, list or object with whatever `touches` finds in its texts disguised.
+        """Return a copy of a text, list or object in which everything that `touches` finds is replaced.
 
         Raises:
             UserError: the tokenizer's normalizer turns a text into a control token.
@@ -87,7 +87,7 @@ class ControlText:
             tail = next(tail for tail in self._tails if body.startswith(tail))
             text = text[: len(text) - len(body)] + disguise.character_for(tail) + body[len(tail) :]
         if self.is_in(text):
-            what = "holds a control token in another spelling, which cannot be encoded as text"
+            what = "contains a control token in another spelling, which cannot be encoded as text"
             raise UserError(what, where="messages", fix="remove it from the row")
         return text
 
@@ -101,19 +101,19 @@ class ControlText:
 
 
 class Encoder:
-    """A tokenizer and the knowledge of which of its tokens are control tokens.
+    """A tokenizer that separates control tokens from text.
 
-    A control token is a special one, or any other added one that stands in brackets, such as `<tool_call>`, unless it is part of the
-    tokenizer's ordinary vocabulary and the chat template does not write it.
+    Control tokens are the special tokens and the other added tokens in brackets, such as `<tool_call>`. A bracketed token of the
+    ordinary vocabulary counts only if the chat template writes it.
 
     Attributes:
         data: finds control tokens in text of users, systems and tools.
-        answers: finds special tokens in text of the assistant; others, such as `<think>`, are what the model writes.
-        stop: matches a special token together with the space that the tokenizer takes with it.
-        cuts: whether pieces that are encoded one by one give the ids of their encoding after each other. A tokenizer that puts a space
-            before its text does not.
+        answers: finds special tokens in text of the assistant; the model itself writes the others, such as `<think>`.
+        stop: matches a special token together with the space that the tokenizer merges into it.
+        cuts: whether encoding the pieces of a text separately gives the ids of the whole text. It does not if the tokenizer
+            prepends a space.
     Raises:
-        UserError: a control token cannot be told from the same characters in text.
+        UserError: the tokenizer cannot tell a control token from the same characters in text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = ""):
@@ -124,7 +124,7 @@ class Encoder:
         self.control = {t.content: i for i, t in added.items() if t.content in self.special or self._is_control(t.content, template)}
         self._names = {number: content for content, number in self.control.items()}
         kept = {i: t for i, t in added.items() if t.content not in self.control}
-        self._plain, self._behind_token = self._without_control(kept, []), self._without_control(kept, [ANCHOR])
+        self._plain, self._after_token = self._without_control(kept, []), self._without_control(kept, [ANCHOR])
         self._plain_ids = {new: i for i, t in kept.items() if (new := self._plain.token_to_id(t.content)) is not None}
         normalized = any(t.normalized for t in added.values() if t.content in self.control)
         normalize = self._backend.normalizer.normalize_str if normalized and self._backend.normalizer else None
@@ -135,50 +135,50 @@ class Encoder:
         self.cuts = self._cuts()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, its control tokens among them."""
+        """Encode texts, including their control tokens."""
         self._reset()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def state(self) -> str:
-        """All that the ids depend on."""
+        """Return the serialized tokenizer, which determines the ids."""
         self._reset()
         return self._backend.to_str()
 
-    def encode_plain(self, text: str, *, behind_token: bool = False) -> list[int]:
-        """The ids of a text in which nothing is a control token.
+    def encode_plain(self, text: str, *, after_token: bool = False) -> list[int]:
+        """Encode a text without control tokens.
 
         Args:
-            behind_token: whether the text follows a control token: some tokenizers put a space only before the first text.
+            after_token: whether the text follows a control token: some tokenizers prepend a space only to the first text.
         Raises:
-            UserError: the text holds the character that stands for such a token.
+            UserError: the text contains the character that stands for the preceding token.
         """
-        if not behind_token:
+        if not after_token:
             ids = self._plain.encode(text, add_special_tokens=False).ids
         elif ANCHOR in text:
-            what = "holds the private character U+10FFFD beside text of a control token"
+            what = "contains the private-use character U+10FFFD and the text of a control token"
             raise UserError(what, where="messages", fix="remove one of them from the row")
         else:
-            ids = self._behind_token.encode(ANCHOR + text, add_special_tokens=False).ids[1:]
+            ids = self._after_token.encode(ANCHOR + text, add_special_tokens=False).ids[1:]
         return [self._plain_ids.get(i, i) for i in ids]
 
     def encode_disguised(self, text: str, disguise: Disguise) -> list[int]:
-        """The ids of a rendered text: its control tokens as such, all between them as plain text, and what was hidden shown."""
+        """Encode a rendered text: control tokens as tokens, everything between them as plain text, with hidden text restored."""
         self._reset()
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids: list[int] = []
         done = 0
         for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if text[start:end].strip() == self._names.get(number):
-                ids += [*self.encode_plain(disguise.show(text[done:start]), behind_token=done > 0), number]
+                ids += [*self.encode_plain(disguise.show(text[done:start]), after_token=done > 0), number]
                 done = end
-        return ids + self.encode_plain(disguise.show(text[done:]), behind_token=done > 0)
+        return ids + self.encode_plain(disguise.show(text[done:]), after_token=done > 0)
 
     def is_control_in(self, disguise: Disguise | None) -> bool:
-        """Whether a whole control token is hidden, not only a part of one."""
+        """Return whether a complete control token is hidden, not only a part of one."""
         return disguise is not None and any(part in self.control for part in disguise.parts)
 
     def _reset(self) -> None:
-        """Undo what other users of the tokenizer have set in it: truncation, padding, control tokens as text."""
+        """Undo settings of other users of the tokenizer: truncation, padding, control tokens as text."""
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
@@ -188,7 +188,7 @@ class Encoder:
         return bool(BRACKETED.fullmatch(content)) and (content in template or not ordinary)
 
     def _without_control(self, kept: dict[int, AddedToken], more: list[str]) -> Tokenizer:
-        """A tokenizer of the same model that knows no control token; added tokens get ids of their own in it."""
+        """Build a tokenizer of the same model without control tokens; added tokens get other ids in it."""
         plain = Tokenizer(self._backend.model)
         for part in ("normalizer", "pre_tokenizer"):
             if getattr(self._backend, part) is not None:
@@ -199,12 +199,12 @@ class Encoder:
 
     def _check_plain(self) -> None:
         token = next(iter(self.special), "")
-        begin, behind = self.encode([PROBE, token + PROBE])
-        if self.encode_plain(PROBE) != begin or (token and self.encode_plain(PROBE, behind_token=True) != behind[1:]):
-            raise UserError("the tokenizer encodes text otherwise when it knows no control tokens", where="tokenizer", fix=FIX)
+        first, following = self.encode([PROBE, token + PROBE])
+        if self.encode_plain(PROBE) != first or (token and self.encode_plain(PROBE, after_token=True) != following[1:]):
+            raise UserError("the tokenizer encodes text differently without its control tokens", where="tokenizer", fix=FIX)
         for name, number in self.control.items():
             if number in self.encode_plain(name):
-                raise UserError(f"the tokenizer makes its control token {name!r} out of text", where="tokenizer", fix=FIX)
+                raise UserError(f"the tokenizer encodes text as its control token {name!r}", where="tokenizer", fix=FIX)
 
     def _cuts(self) -> bool:
         word, token = "Hello", next(iter(self.special), "")
@@ -213,11 +213,11 @@ class Encoder:
         return spelled == word and between == [*alone, *([self.special[token]] if token else []), *alone]
 
 
-FIX = "use a model whose tokenizer keeps control tokens apart from text"
+FIX = "use a model whose tokenizer separates control tokens from text"
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text inside lists and objects, keys too."""
+    """Yield every text inside lists and objects, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""One file to rows: JSON Lines, a JSON array, CSV, plain text or Parquet, each also gzipped.
+"""Read one file into rows: JSON Lines, a JSON array, CSV, plain text or Parquet, optionally gzipped.
 
-Every row knows its place, such as `train.jsonl:17`. Nothing is repaired silently: what is not right is an error at its place.
+Every row has its location, such as `train.jsonl:17`. Nothing is repaired silently: an invalid row is an error with its location.
 """
 
 import csv
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from verl.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer line is a broken file or a decompression bomb, not a row
-MAX_WHOLE_FILE_BYTES = 2 * 2**30  # of files that have to be held in memory: JSON arrays and gzipped Parquet
+MAX_WHOLE_FILE_BYTES = 2 * 2**30  # for formats that are read into memory: JSON arrays and gzipped Parquet
 MAX_NESTING = 64
 JSON_SUFFIXES, TEXT_SUFFIXES, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt", ".md"), (".csv", ".tsv")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES, ".parquet")
@@ -46,9 +46,9 @@ class Row:
     """One row.
 
     Attributes:
-        where: its place: `train.jsonl:17`, `train.json:40 (items[16])`, `train.parquet row 17`; lines and rows count from 1.
-        values: its columns.
-        is_text: whether it is a paragraph of a plain text file, in the column `text`.
+        where: location: `train.jsonl:17`, `train.json:40 (items[16])`, `train.parquet row 17`; lines and rows count from 1.
+        values: value of each column.
+        is_text: whether the row is a paragraph of a plain text file, in the column `text`.
     """
 
     where: str
@@ -56,28 +56,28 @@ class Row:
     is_text: bool = False
 
     def value(self, column: str, key: str, *, may_be_null: bool = False) -> Any:
-        """The column's value.
+        """Return the column's value.
 
         Args:
-            key: the config key that names the column, for the error.
+            key: config key that names the column, for the error.
         Raises:
-            UserError: no such column, or it is null and may not be.
+            UserError: the column is missing, or null although `may_be_null` is false.
         """
         if column not in self.values:
-            found = ", ".join(map(repr, self.values)) or "none"
+            found = ", ".join(map(str, self.values)) or "no columns"
             near = difflib.get_close_matches(column, list(self.values), n=1)
-            fix = f"did you mean {key}={near[0]}?" if near else f"set {key} to the column that holds it"
-            raise UserError(f"no column {column!r}; found {found}", where=self.where, fix=fix)
+            fix = f"did you mean {key}={near[0]}?" if near else f"set {key} to the right column"
+            raise UserError(f"column {column!r} is missing (found: {found})", where=self.where, fix=fix)
         if self.values[column] is None and not may_be_null:
             raise UserError(f"column {column!r} is null", where=self.where, fix="fill it in, or remove the row")
         return self.values[column]
 
     def text(self, column: str, key: str) -> str:
-        """The column's value, which has to be text that is not blank. Raises UserError like `value`."""
+        """Return the column's value, which must be text and not blank. Raises UserError like `value`."""
         value = self.value(column, key)
         if not isinstance(value, str):
             is_chat = isinstance(value, list) and value and isinstance(value[0], dict)
-            fix = f"data.messages_key={column} reads chats" if is_chat else "write it as text, in quotes"
+            fix = f"data.messages_key={column} reads chats" if is_chat else "write it as a quoted string"
             raise UserError(f"column {column!r} is {describe(value)}, expected text", where=self.where, fix=fix)
         if not value.strip():
             raise UserError(f"column {column!r} is empty", where=self.where, fix="fill it in, or remove the row")
@@ -85,7 +85,7 @@ class Row:
 
 
 def describe(value: object) -> str:
-    """A value's JSON type and the value, short, such as `a number (42)`."""
+    """Return a value's JSON type and its abbreviated value, such as `a number (42)`."""
     kinds = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
     kind = kinds.get(type(value), f"a {type(value).__name__}")
     if value is None:
@@ -94,38 +94,38 @@ def describe(value: object) -> str:
     return f"{kind} ({shown if len(shown) <= 60 else shown[:59] + '…'})"
 
 
-Rows = Iterator[Row | UserError]  # in the place of a row that is not right, its error
+Rows = Iterator[Row | UserError]  # an invalid row is replaced by its error
 
 
-class Meter:
-    """How much of the input has been read, from 0 to 1."""
+class ReadProgress:
+    """Fraction of the input that has been read, from 0 to 1."""
 
     share = 0.0
 
 
 @dataclass
 class _File:
-    """An open file: its decompressed bytes, and how much of it has been read, from 0 to 1."""
+    """An open file: its decompressed bytes, and the fraction read, from 0 to 1."""
 
     path: Path
     stream: io.BufferedReader
     share: Callable[[], float]
 
 
-def file_rows(path: Path, meter: Meter) -> Rows:
-    """The rows of one file.
+def file_rows(path: Path, progress: ReadProgress) -> Rows:
+    """Yield the rows of one file.
 
     Args:
-        meter: is kept at the share of the file that has been read.
+        progress: updated with the fraction of the file that has been read.
     Raises:
-        UserError: not a format that is read, or broken so that nothing more can be read.
+        UserError: the format is unknown, or the file is damaged and cannot be read any further.
     """
     size = path.stat().st_size
     with path.open("rb") as raw:
         file = _File(path, _decompressed(raw), lambda: raw.tell() / size)
         try:
             for row in _reader(file)(file):
-                meter.share = file.share()
+                progress.share = file.share()
                 yield row
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             found = f"the gzip stream is damaged at byte {raw.tell():,}: {error}"
@@ -141,7 +141,7 @@ def _decompressed(raw: BinaryIO) -> io.BufferedReader:
 
 
 def _reader(file: _File) -> Callable[[_File], Rows]:
-    """The reader of the file's format, told by its first bytes and then by its name."""
+    """Return the reader of the file's format, detected from its first bytes and then from its name."""
     path, head, suffix = file.path, file.stream.peek(4096), suffix_of(file.path)
     for magic, (found, fix) in NOT_READ.items():
         if head.startswith(magic):
@@ -149,14 +149,14 @@ def _reader(file: _File) -> Callable[[_File], Rows]:
     if head.startswith(b"PAR1"):
         return _parquet_rows
     if suffix == ".parquet":
-        raise UserError("not a Parquet file: it does not begin with PAR1", where=str(path), fix="write it again, or name it by its format")
+        raise UserError("not a Parquet file: it does not begin with PAR1", where=str(path), fix="write it again, or correct its suffix")
     if suffix in TABLE_SUFFIXES:
         return _csv_rows
     if suffix in TEXT_SUFFIXES:
         return _text_rows
     first = head.removeprefix(BOM).lstrip()[:1]
     if suffix not in JSON_SUFFIXES and first not in (b"{", b"["):
-        raise UserError(f"no format is known for the name {path.name!r}", where=str(path), fix=f"name it by its format: {FORMATS}")
+        raise UserError(f"unknown file format: {path.name!r}", where=str(path), fix=f"rename it with the suffix of its format: {FORMATS}")
     return _json_array_rows if first == b"[" else _json_lines_rows
 
 
@@ -168,14 +168,14 @@ def suffix_of(path: Path) -> str:
 
 
 def _raw_lines(file: _File) -> Iterator[tuple[int, int, bytes]]:
-    """Each line's number from 1, its offset in bytes, and its bytes without the end. Only a line feed ends a line."""
+    """Yield each line's number from 1, byte offset, and bytes without the line end. Only a line feed ends a line."""
     offset = _skip_bom(file.stream)
     number = 0
     while line := file.stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
             found = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
-            raise UserError(found, where=f"{file.path}:{number}", fix="write one row a line")
+            raise UserError(found, where=f"{file.path}:{number}", fix="write one row per line")
         yield number, offset, line.removesuffix(b"\n").removesuffix(b"\r")
         offset += len(line)
 
@@ -191,7 +191,7 @@ def _decode(data: bytes, offset: int, where: str) -> str:
         raise UserError(
             f"not UTF-8: byte 0x{data[error.start]:02x} at offset {offset + error.start:,}",
             where=where,
-            fix="convert the file, such as with `iconv -f LATIN1 -t UTF-8`",
+            fix="convert the file, for example with `iconv -f LATIN1 -t UTF-8`",
         ) from None
 
 
@@ -201,7 +201,7 @@ def _lines(file: _File) -> Iterator[tuple[int, str]]:
 
 
 def _text_rows(file: _File) -> Rows:
-    """A row for each paragraph: lines up to a blank one. Its place is its first line."""
+    """Yield one row per paragraph, that is, the lines up to a blank one. Its location is its first line."""
     paragraph: list[str] = []
     start = 1
     for number, line in _lines(file):
@@ -225,7 +225,7 @@ def row_or_error(where: str, values: dict[str, Any], *, is_text: bool = False) -
 
 
 def _unusable(value: Any, depth: int = 0) -> str | None:
-    """What no tokenizer or template can take: NUL, half of a surrogate pair, endless nesting."""
+    """Describe what no tokenizer or template accepts: a NUL, half of a surrogate pair, deep nesting. None if the value is fine."""
     if isinstance(value, str):
         return _unusable_character(value)
     if not isinstance(value, (dict, list)):
@@ -251,12 +251,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object")
     return values
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:
@@ -289,7 +289,7 @@ def _json_lines_rows(file: _File) -> Rows:
 
 
 def _json_array_rows(file: _File) -> Rows:
-    """The items of one array, decoded one by one so that each knows its line; after broken JSON nothing more is read."""
+    """Yield the items of one array, decoded one at a time to get the line of each; invalid JSON ends the reading."""
     text = _whole_text(file)
     suspect, line, counted = _suspect(text), 1, 0
     position = _next(text, text.index("[") + 1)
@@ -307,9 +307,11 @@ def _json_array_rows(file: _File) -> Rows:
         item, end = item + 1, _next(text, end)
         separator, position = text[end : end + 1], _next(text, end + 1)
         if separator not in (",", "]"):
-            raise UserError("not JSON: no ',' or ']' after the item", where=where, fix="mend the array, or write JSONL, one object a line")
+            raise UserError(
+                "not JSON: no ',' or ']' after the item", where=where, fix="correct the array, or write JSONL, one object per line"
+            )
     if position < len(text):
-        raise UserError("more text after the array", where=str(file.path), fix="write one array, or JSONL, one object a line")
+        raise UserError("more text after the array", where=str(file.path), fix="write one array, or JSONL, one object per line")
 
 
 def _whole_text(file: _File) -> str:
@@ -320,19 +322,19 @@ def _whole_text(file: _File) -> str:
 def _whole(file: _File) -> bytes:
     data = file.stream.read(MAX_WHOLE_FILE_BYTES + 1)
     if len(data) > MAX_WHOLE_FILE_BYTES:
-        found = f"more than {MAX_WHOLE_FILE_BYTES // 2**30} GiB in a format that is read whole"
-        raise UserError(found, where=str(file.path), fix="write it as JSONL, one object a line, or as plain Parquet")
+        found = f"larger than {MAX_WHOLE_FILE_BYTES // 2**30} GiB, in a format that must fit into memory"
+        raise UserError(found, where=str(file.path), fix="write it as JSONL, one object per line, or as plain Parquet")
     return data
 
 
 def _next(text: str, position: int) -> int:
-    """Where the next character that is not space stands."""
+    """Return the position of the next character that is not whitespace."""
     found = NO_JSON_SPACE.search(text, position)
     return found.start() if found else len(text)
 
 
 def _suspect(text: str) -> bool:
-    """Whether the values of this JSON have to be searched for what cannot be used."""
+    """Return whether the values of this JSON text must be checked with `_unusable`."""
     return "\\u" in text or text.count("{") + text.count("[") > MAX_NESTING
 
 
@@ -341,8 +343,8 @@ def _json_error(error: Exception, where: str) -> UserError:
         return UserError(f"nested more than {MAX_NESTING} levels deep", where=where, fix="remove the row")
     if isinstance(error, json.JSONDecodeError):
         found = f"not JSON: {error.msg} at column {error.colno}"
-        return UserError(found, where=where, fix="write one object a line, or one array of objects")
-    return UserError(str(error), where=where, fix="mend the row")
+        return UserError(found, where=where, fix="write one object per line, or one array of objects")
+    return UserError(str(error), where=where, fix="correct the row")
 
 
 def _json_row(where: str, value: Any, *, suspect: bool) -> Row | UserError:
@@ -371,23 +373,23 @@ def _csv_rows(file: _File) -> Rows:
             elif fields:
                 yield _csv_row(where, header, fields)
     except csv.Error as error:
-        fix = 'put a field with quotes in quotes, and double the quotes in it: ""'
+        fix = 'enclose a field that contains quotes in quotes, and double the quotes inside it: ""'
         raise UserError(f"not CSV: {error}", where=_span(file.path, start, reader.line_num), fix=fix) from None
 
 
 def _csv_header(where: str, names: list[str]) -> list[str]:
     if not names:
-        raise UserError("the first line is blank, expected the names of the columns", where=where, fix="begin with a header")
+        raise UserError("the first line is blank, expected column names", where=where, fix="begin with a header")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"the header has the column {twice!r} twice", where=where, fix="give each column a name of its own")
+        raise UserError(f"the header has the column {twice!r} twice", where=where, fix="give each column a different name")
     return names
 
 
 def _csv_row(where: str, header: list[str], fields: list[str]) -> Row | UserError:
     if len(fields) != len(header):
         found = f"{len(fields)} fields, the header has {len(header)}"
-        return UserError(found, where=where, fix="put fields with commas or line ends in quotes")
+        return UserError(found, where=where, fix="enclose fields that contain commas or line ends in quotes")
     return row_or_error(where, dict(zip(header, fields, strict=True)))
 
 
@@ -407,12 +409,12 @@ def _parquet_rows(file: _File) -> Rows:
             file.share = functools.partial(operator.truediv, number, table.metadata.num_rows)
             yield row_or_error(f"{file.path} row {number}", present(values))
     except (pyarrow.ArrowException, OSError) as error:
-        found = f"not a whole Parquet file: {first_line(error)}"
+        found = f"incomplete or damaged Parquet file: {first_line(error)}"
         raise UserError(found, where=str(file.path), fix="write it again, or copy it again") from error
 
 
 def present(values: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow without the nulls inside its columns: Arrow fills a key that an object does not have with null."""
+    """Remove the nulls inside the columns of an Arrow row: Arrow fills in null for each key that an object lacks."""
     return {name: _without_nulls(value) for name, value in values.items()}
 
 

@@ -1,7 +1,7 @@
-"""Which rows an optimizer step takes, and their micro-batches for one rank, prepared ahead in a thread.
+"""The rows of each optimizer step, and one rank's micro-batches of them, prepared ahead in a thread.
 
-The order of rows is a function of (seed, epoch) alone, and a step's rows are a slice of it: any number of processes
-trains the same rows in the same step, and a resumed run goes on at the next one.
+The order of rows depends on (seed, epoch) alone, and each step takes the next slice of it. So the rows of a step do not depend on the
+number of ranks, and a resumed run continues at the next step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from verl.data.pack import Document, collate, pack, pad_groups
 AHEAD = 2  # steps prepared while the device works
 
 
-class Documents(Protocol):
-    """What the loader reads: tokenized documents with random access. Those of a row are neighbours and stay together."""
+class TokenizedRows(Protocol):
+    """Tokenized documents with random access. The documents of a row are consecutive and stay in one micro-batch."""
 
     @property
     def lengths_N(self) -> np.ndarray: ...  # noqa: N802
@@ -42,9 +42,10 @@ class Packing:
     """How rows become micro-batches.
 
     Attributes:
-        rows: rows of one micro-batch when rows are padded.
-        token_budget: tokens of one micro-batch when rows are packed; None: rows are padded.
-        multiple_of_tokens: each rank's part of a packed micro-batch is filled up to such a length, which GPUs multiply faster.
+        rows: rows of a padded micro-batch.
+        token_budget: maximum tokens of a packed micro-batch; None pads instead of packing.
+        multiple_of_tokens: each rank's slice of a packed micro-batch is filled up to a multiple of this length, which makes matmuls
+            faster on GPUs.
     """
 
     rows: int
@@ -54,12 +55,12 @@ class Packing:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step as one rank sees it.
+    """One optimizer step, as seen by one rank.
 
     Attributes:
-        number: counted from 0 over all epochs.
-        tokens, trained_tokens: over all ranks, without filler.
-        micro_batches: this rank's; as many on every rank.
+        number: index of the step, from 0 over all epochs.
+        tokens, trained_tokens: totals over all ranks, without filler.
+        micro_batches: this rank's micro-batches; every rank has the same number.
     """
 
     number: int
@@ -70,18 +71,18 @@ class Step:
 
 
 def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch takes its rows, int64 [rows]."""
+    """Return the order of the rows in an epoch, int64 [rows]."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
 def micro_batches(
-    documents: Documents, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1, part: int = 0, parts: int = 1
+    documents: TokenizedRows, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1, part: int = 0, parts: int = 1
 ) -> list[Batch]:
-    """One rank's share of the given rows. Every rank computes the same plan and takes its own part of it.
+    """Return one rank's micro-batches of the given rows. Every rank computes the same plan and takes its part of it.
 
     Args:
-        rank, world_size: among those that take different rows.
-        part, parts: among those that take the same micro-batches, each a part of their tokens.
+        rank, world_size: data-parallel rank and size.
+        part, parts: context-parallel rank and size; these ranks share each micro-batch, and each takes a slice of its tokens.
     """
     numbers_RK = rows[:, None] * documents.documents_per_row + np.arange(documents.documents_per_row)
     lengths = documents.lengths_N[numbers_RK].sum(1).tolist()
@@ -95,7 +96,7 @@ def micro_batches(
     return whole if parts == 1 else [batch.part(part, parts) for batch in whole]
 
 
-def _collated(documents: Documents, numbers: list[int], pad: bool, fill: int) -> Batch:
+def _collated(documents: TokenizedRows, numbers: list[int], pad: bool, fill: int) -> Batch:
     values = {name: [arrays[number] for number in numbers] for name, arrays in documents.values.items()}
     return collate([documents.document(number) for number in numbers], numbers, pad=pad, multiple_of_tokens=fill, values=values)
 
@@ -105,13 +106,13 @@ class Loader:
     """The steps of a training run.
 
     Attributes:
-        rows_per_step: rows of one optimizer step over all ranks; an epoch's last step takes what is left.
-        rank, world_size: among those that take different rows.
-        part, parts: among those that take the same micro-batches, each a part of their tokens.
-        pin: whether batches are put into page-locked memory, from which copies to a GPU do not wait.
+        rows_per_step: global batch size in rows; the last step of an epoch may have fewer.
+        rank, world_size: data-parallel rank and size.
+        part, parts: context-parallel rank and size.
+        pin: whether to pin the batches' memory, so that copies to a GPU are asynchronous.
     """
 
-    documents: Documents
+    documents: TokenizedRows
     packing: Packing
     rows_per_step: int
     seed: int
@@ -126,7 +127,7 @@ class Loader:
         return -(-len(self.documents) // self.rows_per_step)
 
     def step(self, number: int) -> Step:
-        """The step of that number, counted from 0 over all epochs."""
+        """Build step `number`, counted from 0 over all epochs."""
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self.rows_per_step
         rows = row_order(len(self.documents), self.seed, epoch)[first : first + self.rows_per_step]
@@ -142,13 +143,13 @@ class Loader:
     def _of_rows(self, values_N: np.ndarray) -> np.ndarray:
         return values_N.reshape(-1, self.documents.documents_per_row)
 
-    def micro_batches(self, documents: Documents, rows: np.ndarray) -> list[Batch]:
-        """This rank's share of rows, of these or other documents, in host memory."""
+    def micro_batches(self, documents: TokenizedRows, rows: np.ndarray) -> list[Batch]:
+        """Return this rank's micro-batches of the rows, in host memory. `documents` may be a data set other than `self.documents`."""
         ranks = {"rank": self.rank, "world_size": self.world_size, "part": self.part, "parts": self.parts}
         return micro_batches(documents, rows, self.packing, **ranks)
 
     def steps(self, start: int, stop: int) -> Iterator[Step]:
-        """Steps `start` to `stop - 1`, prepared ahead."""
+        """Yield steps `start` to `stop - 1`, each prepared ahead of time."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as worker:
             ahead: list[Future[Step]] = []
             for number in range(start, stop):

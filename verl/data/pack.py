@@ -1,4 +1,4 @@
-"""Packing: which documents share a micro-batch, and the Batch made of them."""
+"""Packing: assign documents to micro-batches, and build the Batch of each."""
 
 import heapq
 from collections.abc import Mapping, Sequence
@@ -9,39 +9,26 @@ import torch
 
 from verl.data.batch import VALUES, Batch
 
-Document = tuple[np.ndarray, np.ndarray]  # token ids int32 and whether each is trained, of equal length
+Document = tuple[np.ndarray, np.ndarray]  # token ids, int32, and loss mask, bool, of equal length
 
 
 def pack(lengths: Sequence[int], *, token_budget: int, multiple_of: int) -> list[list[int]]:
-    """Spread documents over as few, and as evenly filled, bins as the token budget allows.
+    """Distribute documents over as few bins as the token budget allows, and fill the bins evenly.
 
-    The longest document goes first, each into the emptiest bin, so that ranks that take equal numbers of bins take
-    about equal work. The result depends on the lengths alone.
+    Documents are taken from longest to shortest, and each goes into the emptiest bin, so that ranks with equal numbers of bins
+    have about equal work. The result depends on the lengths alone.
 
     Args:
         lengths: tokens of each document, none above the budget.
-        token_budget: most tokens of a bin.
-        multiple_of: the number of bins is a multiple of this, the number of processes; a bin may stay empty.
+        token_budget: maximum tokens per bin.
+        multiple_of: the number of bins is a multiple of this, the number of ranks; bins may be empty.
     Returns:
-        indices into `lengths`, a list a bin.
+        one list of indices into `lengths` per bin.
     """
     bins = -(-max(1, -(-sum(lengths) // token_budget)) // multiple_of) * multiple_of
     while (packed := _spread(lengths, bins, token_budget)) is None:
         bins += multiple_of
     return packed
-
-
-def pack_units(lengths: Sequence[int], size: int, *, token_budget: int, multiple_of: int) -> list[list[int]]:
-    """As `pack`, with units of `size` neighbours (2: pairs) whole and in order: documents 0 to size - 1, then the next ones.
-
-    Args:
-        lengths: tokens of each document; a multiple of `size` of them, and no unit above the budget.
-    """
-    assert len(lengths) % size == 0, f"{len(lengths)} documents in units of {size}"
-    units = [sum(lengths[first : first + size]) for first in range(0, len(lengths), size)]
-    assert max(units, default=0) <= token_budget, f"a unit of {max(units)} tokens in {token_budget}"
-    bins = pack(units, token_budget=token_budget, multiple_of=multiple_of)
-    return [[unit * size + place for unit in members for place in range(size)] for members in bins]
 
 
 def _spread(lengths: Sequence[int], bins: int, token_budget: int) -> list[list[int]] | None:
@@ -57,7 +44,7 @@ def _spread(lengths: Sequence[int], bins: int, token_budget: int) -> list[list[i
 
 
 def pad_groups(lengths: Sequence[int], *, rows: int, multiple_of: int) -> list[list[int]]:
-    """Without packing: at most `rows` documents of similar length a group, the number of groups a multiple."""
+    """Group documents of similar length for padding: at most `rows` per group, and a multiple of `multiple_of` groups."""
     groups = -(-max(1, -(-len(lengths) // rows)) // multiple_of) * multiple_of
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [group.tolist() for group in np.array_split(np.array(longest_first, dtype=np.int64), groups)]
@@ -71,15 +58,15 @@ def collate(
     multiple_of_tokens: int = 1,
     values: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> Batch:
-    """A Batch of whole documents side by side.
+    """Concatenate whole documents into a Batch.
 
     Args:
-        documents: at least none; without any, the batch is filler alone, so that a rank without rows keeps step.
+        documents: may be empty; the batch is then filler alone, so that a rank without rows keeps in step with the others.
         sample_ids: row number of each document.
-        pad: fill each document up to the longest with untrained tokens behind it, where no real token sees them.
-        multiple_of_tokens: fill the batch up to such a length with a document of untrained tokens.
-        values: by field of the Batch, such as "advantage_M", an array for each document, as long as it has trained tokens (its
-            first token is never one). A rank without documents gives the same fields with empty lists.
+        pad: right-pad each document to the longest with untrained tokens, to which no real token attends.
+        multiple_of_tokens: fill the batch up to a multiple of this length with a document of untrained tokens.
+        values: per field of the Batch, such as "advantage_M", one array per document, with one value per trained token (the first
+            token of a document is never trained). A rank without documents passes the same fields with empty lists.
     """
     sample_ids = list(sample_ids)
     longest = max((len(ids) for ids, _ in documents), default=0)
@@ -118,4 +105,4 @@ def _side_by_side(name: str, arrays: Sequence[np.ndarray], documents: Sequence[D
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *arrays]).astype(np.float32))
 
 
-TILE = 128  # a GPU's kernels work on blocks of so many tokens
+TILE = 128  # block size of GPU matmul kernels, in tokens

@@ -1,7 +1,7 @@
-"""Rows to prompts: what a model answers in reinforcement learning, and in which order.
+"""The prompts of reinforcement learning, and their order.
 
-The order is a function of (seed, epoch) alone, and prompts are drawn from it one after the other over all epochs: a number counts the
-prompts drawn since the run began, on any number of processes.
+The order depends on (seed, epoch) alone. A prompt's number counts the prompts drawn since the run began, over all epochs, and does not
+depend on the number of ranks.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ from verl.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row that is to be answered.
+    """A row to answer.
 
     Attributes:
-        where: its place in the file.
-        text: the question as it stands in the data; of a chat, its last message.
-        messages: the chat that waits for an answer.
-        token_ids: the same up to where the answer begins.
-        row: all columns, and `reference`, the right answer as text, where the rows have one.
+        where: location of the row, such as `train.jsonl:17`.
+        text: the question, as in the data; for a chat, its last message.
+        messages: the chat to answer.
+        token_ids: the chat's tokens, including the header of the assistant's turn.
+        row: all columns, and `reference`, the correct answer as text, if the data has one.
     """
 
     where: str
@@ -46,8 +46,8 @@ class Prompts:
     """The prompts of a file.
 
     Attributes:
-        dropped: rows left out because they are longer than data.max_prompt_length.
-        fingerprint: differs when a prompt differs.
+        dropped: number of rows dropped because they are longer than data.max_prompt_length.
+        fingerprint: a hash that changes when any prompt changes.
     """
 
     prompts: list[Prompt]
@@ -58,7 +58,7 @@ class Prompts:
         return len(self.prompts)
 
     def drawn(self, number: int, seed: int) -> Prompt:
-        """The prompt that is drawn as the one of that number, counted from 0 over all epochs."""
+        """Return the prompt that is drawn as `number`, counted from 0 over all epochs."""
         epoch, within = divmod(number, len(self.prompts))
         return self.prompts[_order(len(self.prompts), seed, epoch)[within]]
 
@@ -68,7 +68,7 @@ class Prompts:
         return f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
 
 
-_order = lru_cache(maxsize=2)(row_order)  # of an epoch, and of the next one where a step reaches into it
+_order = lru_cache(maxsize=2)(row_order)  # a step may reach into the next epoch
 
 
 def load_prompts(
@@ -79,14 +79,14 @@ def load_prompts(
     key: str = "data.train_files",
     max_samples: int | None = None,
 ) -> Prompts:
-    """The prompts of the files.
+    """Load the prompts of the files.
 
     Args:
         files: a path, a glob, a Hub data set id, or a list of these.
-        key: the config key that names the files, for errors.
-        max_samples: use only the first rows; None or -1: all.
+        key: config key that names the files, for errors.
+        max_samples: number of rows to use, from the start; None or -1 uses all.
     Raises:
-        UserError: a file, a row or the chat template is not right, or prompts are too long.
+        UserError: a file, a row or the chat template is invalid, or prompts are too long.
     """
     renderer = Renderer(tokenizer)
     rows = islice(read_rows(files, key), None if max_samples == -1 else max_samples)
@@ -100,12 +100,13 @@ def load_prompts(
 
 def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
     if row.is_text:
-        raise UserError("plain text holds no questions", where=row.where, fix="write them as JSONL, CSV or Parquet")
+        raise UserError("plain text has no questions", where=row.where, fix="write the questions as JSONL, CSV or Parquet")
     values = row.values
     if config.response_key is not None:
         if config.response_key not in values:
-            fix = "set data.response_key to the column of the right answers, or to null where no reward needs them"
-            raise UserError(f"no column {config.response_key!r}; found {', '.join(map(repr, values))}", where=row.where, fix=fix)
+            fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
+            what = f"column {config.response_key!r} is missing (found: {', '.join(map(str, values))})"
+            raise UserError(what, where=row.where, fix=fix)
         values = {**values, "reference": row.text(config.response_key, "data.response_key")}
     tools = None if config.tools_key is None else row.value(config.tools_key, "data.tools_key", may_be_null=True)
     if config.messages_key is None:
@@ -128,7 +129,7 @@ def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> 
         f"{len(long):,} of {rows:,} prompts are longer than data.max_prompt_length={config.max_prompt_length}; "
         f"the longest has {tokens:,} tokens ({longest.where})"
     )
-    return UserError(what, where=key, fix=f"data.max_prompt_length={tokens} takes them all; data.overlong_prompts=drop leaves them out")
+    return UserError(what, where=key, fix=f"data.max_prompt_length={tokens} keeps them all; data.overlong_prompts=drop drops them")
 
 
 def _fingerprint(prompts: list[Prompt]) -> str:

@@ -1,4 +1,4 @@
-"""What became of the rows, and how the first one looks to the model."""
+"""Report on a data set: counts of its rows, and the first row as the model sees it."""
 
 import itertools
 import re
@@ -11,21 +11,21 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-LONGEST_PART = 1200  # characters; of a longer part the middle is left out
+LONGEST_PART = 1200  # characters; the middle of a longer part is omitted
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the rows of a data set.
+    """Counts of the rows and tokens of a data set.
 
     Attributes:
         read: rows in the files, up to the limit on samples.
         used: rows that are trained or evaluated.
-        cut: rows among them that were longer than data.max_length.
-        dropped: rows left out, by reason.
-        tokens: of the used rows.
-        trained_tokens: tokens among them that are predicted and trained.
-        rows_with_control_text: rows that hold text of a control token, which was encoded as plain text.
+        cut: used rows that were longer than data.max_length.
+        dropped: number of dropped rows by reason.
+        tokens: tokens of the used rows.
+        trained_tokens: trained tokens of the used rows.
+        rows_with_control_text: rows that contain the text of a control token, which was encoded as plain text.
     """
 
     read: int
@@ -40,16 +40,16 @@ class Report:
         reasons = f" ({'; '.join(f'{count:,} {reason}' for reason, count in self.dropped.items())})" if self.dropped else ""
         rows = f"rows {self.read:,} read, {self.used:,} used, {self.cut:,} cut, {sum(self.dropped.values()):,} dropped{reasons}"
         tokens = f"{self.tokens:,} tokens, {self.trained_tokens / max(1, self.tokens):.1%} trained"
-        control = f"\nrows with text of a control token, encoded as plain text: {self.rows_with_control_text:,}"
+        control = f"\nrows that contain the text of a control token, encoded as plain text: {self.rows_with_control_text:,}"
         return f"{rows}; {tokens}{control if self.rows_with_control_text else ''}"
 
 
 def show_first_row(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray, console: Console) -> None:
-    """Print a document with its mask: each line says whether it is trained, and in a terminal it is coloured so.
+    """Print a document with its loss mask: each line is labelled as trained or context, and coloured in a terminal.
 
     Args:
         ids: token ids.
-        mask: whether each of them is trained.
+        mask: whether each token is trained.
     """
     trained = int(mask[1:].sum())
     console.print(Text(f"first row, {len(ids):,} tokens, {trained:,} trained (\\n is a line end):"), soft_wrap=True)
@@ -68,7 +68,7 @@ def _parts(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray
 
 
 def _printable(text: str) -> str:
-    """The text with line ends shown, other control characters escaped, and the middle of a long one left out."""
+    """Make line ends visible, escape other control characters, and omit the middle of a long text."""
     if len(text) > LONGEST_PART:
         text = f"{text[: LONGEST_PART // 2]} … {len(text) - LONGEST_PART:,} more characters … {text[-LONGEST_PART // 2 :]}"
     return CONTROL_CHARACTER.sub(lambda found: ascii(found[0])[1:-1], text).replace("\n", "\\n\n")

@@ -1,4 +1,4 @@
-"""Which files, and their rows one after the other; a data set of the Hub stands for files too."""
+"""The data files that a config names, and their rows in order. A data set on the Hub is a source too."""
 
 import difflib
 import functools
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from verl.data.formats import FORMATS, SUFFIXES, Meter, Row, Rows, describe, file_rows, first_line, present, row_or_error, suffix_of
+from verl.data.formats import FORMATS, SUFFIXES, ReadProgress, Row, Rows, describe, file_rows, first_line, present, row_or_error, suffix_of
 from verl.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -18,13 +18,13 @@ Source = Path | str  # a local file, or the id of a data set on the Hub
 
 
 def read_rows(files: object, key: str = "data.train_files") -> Iterator[Row]:
-    """The rows of the files, in order.
+    """Yield the rows of the files, in order.
 
     Args:
         files: a path, a glob, the id of a data set on the Hub (its split `train` is read), or a list of these.
-        key: the config key that names the files, for errors.
+        key: config key that names the files, for errors.
     Raises:
-        UserError: no such file, not a format that is read, or the first row that is not right.
+        UserError: a file is missing or its format unknown, or a row is invalid.
     """
     for row in read_rows_and_errors(resolve_files(files, key)):
         if isinstance(row, UserError):
@@ -32,27 +32,29 @@ def read_rows(files: object, key: str = "data.train_files") -> Iterator[Row]:
         yield row
 
 
-def read_rows_and_errors(sources: list[Source], meter: Meter | None = None) -> Rows:
-    """The rows of the sources, and in the place of a row that is not right, its error.
+def read_rows_and_errors(sources: list[Source], progress: ReadProgress | None = None) -> Rows:
+    """Yield the rows of the sources; an invalid row is replaced by its error.
 
     Raises:
-        UserError: a file that cannot be read further.
+        UserError: a file cannot be read any further.
     """
-    meter = meter or Meter()
+    progress = progress or ReadProgress()
     for number, source in enumerate(sources):
-        within, empty = Meter(), True
+        within, empty = ReadProgress(), True
         for row in _hub_rows(source) if isinstance(source, str) else file_rows(source, within):
-            meter.share, empty = (number + within.share) / len(sources), False
+            progress.share, empty = (number + within.share) / len(sources), False
             yield row
         if empty:
-            raise UserError("no rows in it", where=str(source), fix="remove it from the list of files, or write rows into it")
+            raise UserError("the file has no rows", where=str(source), fix="add rows to it, or remove it from the list of files")
 
 
 def resolve_files(files: object, key: str = "data.train_files") -> list[Source]:
-    """The files that a config value names, globs expanded in alphabetical order; the id of a data set on the Hub stays text.
+    """Return the files that a config value names, with globs expanded in alphabetical order.
 
+    Returns:
+        a path for each file, and a string for each data set on the Hub.
     Raises:
-        UserError: not a name, no such file, a directory, or a file that cannot be read.
+        UserError: the value names no file, or names a directory, a missing file or an unreadable one.
     """
     entries = list(files) if isinstance(files, (list, tuple)) else [files]
     if not entries:
@@ -71,7 +73,7 @@ def _resolve(entry: object, key: str) -> list[Source]:
     if glob.has_magic(entry):
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
-            raise UserError(f"no file matches {str(path)!r}", where=key, fix=f"the current folder is {Path.cwd()}")
+            raise UserError(f"no file matches {str(path)!r}", where=key, fix=f"check the path; the current folder is {Path.cwd()}")
         return [_checked(Path(name), key) for name in found]
     if HUB_ID.fullmatch(entry) and not path.parent.is_dir() and not entry.lower().endswith((*SUFFIXES, ".gz")):
         return [entry]
@@ -102,7 +104,7 @@ def _checked(path: Path, key: str) -> Path:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         inside = sorted({p.name.removesuffix(".gz").rpartition(".")[2] for p in path.iterdir() if suffix_of(p) in SUFFIXES})
-        fix = f"name its files with a glob, such as {path}/*.{inside[0]}" if inside else f"it holds no file that is read: {FORMATS}"
+        fix = f"name its files with a glob, such as {path}/*.{inside[0]}" if inside else f"it has no data file ({FORMATS})"
         raise UserError(f"{str(path)!r} is a directory", where=key, fix=fix)
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file", where=key, fix="write the rows to a file first")
@@ -111,12 +113,12 @@ def _checked(path: Path, key: str) -> Path:
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror} (its mode is {stat.filemode(mode)})", where=key) from error
     if not path.stat().st_size:
-        raise UserError("the file is empty", where=str(path), fix="write rows into it, or remove it from the list of files")
+        raise UserError("the file is empty", where=str(path), fix="add rows to it, or remove it from the list of files")
     return path
 
 
 def content_hash(sources: list[Source]) -> str:
-    """A hash of the sources' content, for the name of a cache."""
+    """Hash the content of the sources, for the cache's file name."""
     digest = hashlib.sha256()
     for path in _files(sources):
         digest.update(f"{path.stat().st_size} ".encode())
@@ -127,7 +129,7 @@ def content_hash(sources: list[Source]) -> str:
 
 
 def size_bytes(sources: list[Source]) -> int:
-    """The size of the sources' files together."""
+    """Return the total size of the sources' files."""
     return sum(path.stat().st_size for path in _files(sources))
 
 
@@ -143,12 +145,12 @@ def _hub_rows(name: str) -> Rows:
 
 @functools.cache
 def _hub_dataset(name: str) -> Any:
-    import datasets  # takes half a second, and most rows come from files
+    import datasets  # takes half a second, and most data comes from files
 
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, split="train")
-    except Exception as error:  # whatever the Hub, the network or the data set's own reader meets
-        found = f"is no file here, and the Hub's data set of that name cannot be loaded: {first_line(error)}"
+    except Exception as error:  # the Hub, the network or the data set's own reader may raise anything
+        found = f"no such file, and the data set cannot be loaded from the Hub: {first_line(error)}"
         fix = f"check the name and the network, or give a path; the current folder is {Path.cwd()}"
         raise UserError(found, where=name, fix=fix) from error

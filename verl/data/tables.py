@@ -1,4 +1,4 @@
-"""Rows to tables of tokens, in this process or in many, and the errors of rows gathered into one."""
+"""Tokenize rows into tables, in this process or in several, and report all invalid rows in one error."""
 
 import functools
 import itertools
@@ -17,27 +17,27 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from verl.data.cache import table_of
-from verl.data.formats import Meter, Row
+from verl.data.formats import ReadProgress, Row
 from verl.data.render import Rendered, Renderer, or_error
 from verl.data.source import Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
 
 ROWS_PER_TABLE = 1024
-BYTES_FOR_PROCESSES = 32 * 2**20  # smaller files are done before other processes have started
+BYTES_FOR_PROCESSES = 32 * 2**20  # smaller files are finished before other processes have started
 ERRORS_SHOWN = 10
 
 Chunk = list[Row | UserError]
-Done = tuple[pa.RecordBatch, list[UserError]]  # the rows of a chunk that are right, and the errors of the others
+Done = tuple[pa.RecordBatch, list[UserError]]  # the valid rows of a chunk, and the errors of the others
 
 
 @dataclass(frozen=True)
 class ChatInput:
-    """A chat of a row, not yet looked at.
+    """A chat of a row, before validation.
 
     Attributes:
-        messages, tools: as `verl.data.render.Renderer.chat` takes them.
-        context_turns: first turns of the assistant that are not trained.
-        place: what stands between the row's place and the message's in an error; None: the message's says nothing.
+        messages, tools: arguments of `verl.data.render.Renderer.chat`.
+        context_turns: number of the assistant's first turns that are not trained.
+        place: text between the row's location and the message's in an error; None omits the message's.
     """
 
     messages: object
@@ -47,19 +47,19 @@ class ChatInput:
 
 
 class RowReader(Protocol):
-    """Which columns of a row hold what."""
+    """The mapping from a row's columns to its documents."""
 
     @property
     def documents_per_row(self) -> int: ...
 
     def read(self, row: Row) -> "Sequence[str | ChatInput]":
-        """The row's documents, plain texts or chats. Raises UserError: a column is not right."""
+        """Return the row's documents, plain texts or chats. Raises UserError if a column is invalid."""
         ...
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of fine-tuning, by the names that the config has for them."""
+    """The columns of fine-tuning data; the fields have the names of the config keys."""
 
     prompt_key: str
     response_key: str
@@ -69,7 +69,7 @@ class Columns:
     documents_per_row: int = 1
 
     def read(self, row: Row) -> "list[str | ChatInput]":
-        """A plain text or a chat. Raises UserError: a column is not right."""
+        """Return a plain text or a chat. Raises UserError if a column is invalid."""
         if row.is_text or self.text_key:
             return [row.text(self.text_key or "text", "data.text_key")]
         if self.messages_key:
@@ -89,22 +89,22 @@ def tokenized(
     console: Console | None,
     key: str,
 ) -> Iterator[pa.RecordBatch]:
-    """Tables of ROWS_PER_TABLE documents, the last one of fewer, in the order of the rows.
+    """Yield tables of ROWS_PER_TABLE documents, in the order of the rows; the last table may have fewer.
 
     Args:
-        limit: use only the first rows; None: all.
-        workers: processes for large files; None: one per CPU core. Small files are done in this process.
-        console: shows a progress bar if it is a terminal; None: standard error.
-        key: the config key that names the sources, for errors.
+        limit: number of rows to use, from the start; None uses all.
+        workers: processes for large files; None starts one per CPU core. Small files are tokenized in this process.
+        console: console of the progress bar, which is drawn only in a terminal; None uses standard error.
+        key: config key that names the sources, for errors.
     Raises:
-        UserError: a file or rows of it are not right.
+        UserError: a file or a row is invalid.
     """
-    meter = Meter()
+    progress = ReadProgress()
     rows = ROWS_PER_TABLE // columns.documents_per_row
-    chunks = _chunks(itertools.islice(read_rows_and_errors(sources, meter), limit), rows)
+    chunks = _chunks(itertools.islice(read_rows_and_errors(sources, progress), limit), rows)
     processes = 1 if size_bytes(sources) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
     done = _in_this_process(tokenizer, columns, chunks) if processes == 1 else _in_processes(tokenizer, columns, chunks, processes)
-    return _right(_with_progress(done, meter, console), key)
+    return _valid(_with_progress(done, progress, console), key)
 
 
 def _cpu_cores() -> int:
@@ -128,7 +128,7 @@ def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
             continue
         results = [_located(next(chats), row, value) if isinstance(value, ChatInput) else next(texts) for value in of_row]
         if columns.documents_per_row > 1 and all(isinstance(value, str) for value in of_row):
-            results = _after_what_they_share(results, row)
+            results = _without_common_prefix(results, row)
         wrong = [result for result in results if isinstance(result, UserError)]
         errors += wrong[:1]
         if not wrong:
@@ -138,20 +138,20 @@ def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
 
 
 def _located(result: Rendered | UserError, row: Row, value: ChatInput) -> Rendered | UserError:
-    """A rendered chat, its context untrained; or its error with the row's place."""
+    """Return a rendered chat with its context untrained, or its error with the row's location."""
     if isinstance(result, Rendered):
         return result.without_turns(value.context_turns) if value.context_turns else result
     where = f"{row.where}: {value.place}{result.where}" if result.where and value.place is not None else row.where
     return UserError(result.what, where=where, fix=result.fix)
 
 
-def _after_what_they_share(texts: Sequence[Rendered | UserError], row: Row) -> list[Rendered | UserError]:
-    """Plain texts of one row, the tokens that all of them begin with untrained; or an error, where the first ones differ."""
+def _without_common_prefix(texts: Sequence[Rendered | UserError], row: Row) -> list[Rendered | UserError]:
+    """Return the plain texts of one row with their common first tokens untrained, or an error if they have none."""
     ids = [text.input_ids for text in texts if isinstance(text, Rendered)]
     shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids, strict=False)))
     if shared == 0:
-        return [UserError("the texts do not begin alike", where=row.where, fix="pair two answers to the same question")]
-    context = min(shared, min(map(len, ids)) - 1)  # of equal texts, all but the last token
+        return [UserError("the texts have no common beginning", where=row.where, fix="pair two answers to the same question")]
+    context = min(shared, min(map(len, ids)) - 1)  # equal texts keep one trained token
     return [text.without_first(context) if isinstance(text, Rendered) else text for text in texts]
 
 
@@ -160,7 +160,7 @@ def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chu
 
 
 def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk], workers: int) -> Iterator[Done]:
-    """In order. New interpreters, not forks: this process may hold threads and a GPU."""
+    """Tokenize in worker processes, in order. They are spawned, not forked: this process may have threads and a GPU context."""
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, columns))
     waiting: deque[Future[Done]] = deque()
     try:
@@ -171,8 +171,8 @@ def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        fix = "name fewer processes, each needs memory of its own"
-        raise UserError("a process that tokenizes has died", where="data.num_workers", fix=fix) from error
+        fix = "use fewer processes, because each needs its own memory"
+        raise UserError("a tokenizing process died", where="data.num_workers", fix=fix) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -190,20 +190,20 @@ def _render_in_worker(chunk: Chunk) -> Done:
     return _worker(chunk)
 
 
-def _with_progress(done: Iterator[Done], meter: Meter, console: Console | None) -> Iterator[Done]:
+def _with_progress(done: Iterator[Done], progress: ReadProgress, console: Console | None) -> Iterator[Done]:
     console = console or Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or os.environ.get("RANK", "0") != "0") as progress:
-        task = progress.add_task("tokenizing", total=1.0)
+    with Progress(console=console, transient=True, disable=not console.is_terminal or os.environ.get("RANK", "0") != "0") as bar:
+        task = bar.add_task("tokenizing", total=1.0)
         for item in done:
-            progress.update(task, completed=meter.share)
+            bar.update(task, completed=progress.share)
             yield item
 
 
-def _right(done: Iterator[Done], key: str) -> Iterator[pa.RecordBatch]:
-    """The tables, as long as every row is right.
+def _valid(done: Iterator[Done], key: str) -> Iterator[pa.RecordBatch]:
+    """Yield the tables as long as every row is valid.
 
     Raises:
-        UserError: the errors of rows, after the chunk in which they have become many or at the end.
+        UserError: the errors of invalid rows, raised once there are ERRORS_SHOWN of them, or at the end.
     """
     errors: list[UserError] = []
     rows = 0
@@ -222,5 +222,5 @@ def _together(errors: list[UserError], rows: int, key: str) -> UserError:
     lines = [f"  {error.where}: {error.what}" for error in errors[:ERRORS_SHOWN]]
     more = [f"  and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
     fixes = list(dict.fromkeys(error.fix for error in errors if error.fix))[:3]
-    what = "\n".join([f"{len(errors):,} of the first {rows:,} rows are not right:", *lines, *more])
+    what = "\n".join([f"{len(errors):,} of the first {rows:,} rows are invalid:", *lines, *more])
     return UserError(what, where=key, fix="\n       ".join(fixes) or None)

@@ -1,1 +1,1 @@
-"""Forward, backward, step and checkpoint on one process or many."""
+"""Forward and backward pass, optimizer step and checkpoints, in one process or many."""

@@ -1,4 +1,4 @@
-"""What a launch of the fused AdamW kernel is given."""
+"""Arguments of a launch of the fused AdamW kernel."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 from verl.engine.moments import BLOCK
 
-ALIGNMENT = 16  # bytes that a thread reads at a time; at most so many values
+ALIGNMENT = 16  # bytes per load of a thread, which are at most as many elements
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a launch is cut up.
+    """Tile sizes of a launch.
 
     Attributes:
-        rows: of BLOCK values, in one tile.
-        tiles: of one program, one after another.
-        vector: values side by side in one thread.
-        warps: of one program.
+        rows: rows of BLOCK elements per tile.
+        tiles: tiles per program, processed sequentially.
+        vector: adjacent elements per thread.
+        warps: warps per program.
     """
 
     rows: int
@@ -28,20 +28,20 @@ class Tiling:
 
     @property
     def chunk(self) -> int:
-        """Values of one program."""
+        """Elements per program."""
         return self.rows * self.tiles * BLOCK
 
 
 @dataclass(frozen=True)
 class Tables:
-    """Tensors that are updated together, on the device.
+    """Tables of the tensors that one launch updates, on the device.
 
     Attributes:
-        fixed: by tensor, the addresses of exp_avg, its scales, exp_avg_sq, its scales and the copy (0 of what there is not), and
-            the number of values.
-        moving: by tensor, the addresses of its weights and of its gradient; without a gradient a tensor stays as it is.
-        decay: by tensor, its weight decay.
-        chunks: by program, its tensor and the chunk of it.
+        fixed: per tensor, the addresses of exp_avg, its scales, exp_avg_sq, its scales and the working copy (0 if absent), and
+            the number of elements.
+        moving: per tensor, the addresses of its weights and its gradient; a tensor with gradient address 0 is not updated.
+        decay: per tensor, the weight decay.
+        chunks: per program, the index of its tensor and of the chunk in that tensor.
     """
 
     fixed: Tensor
@@ -52,10 +52,12 @@ class Tables:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the kernel is compiled for: dtypes (`copy` of the copies in the compute dtype, where there are any), moments, alignment.
+    """Compile-time parameters of the kernel: dtypes, moments and alignment.
 
     Attributes:
-        aligned: all tensors are so many bytes from the start of the memory, and have so many values, as a thread reads at a time.
+        copy: dtype of the working copies; None if there are none.
+        eight_bit: whether the moments are 8-bit; else they are float32.
+        aligned: whether the addresses and sizes of all tensors are multiples of ALIGNMENT.
     """
 
     weight: torch.dtype
@@ -67,7 +69,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Rates:
-    """AdamW's numbers for one step."""
+    """AdamW's hyperparameters for one step."""
 
     lr: float
     betas: tuple[float, float]

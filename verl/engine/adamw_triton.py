@@ -1,11 +1,11 @@
-"""The update of `verl.engine.fused_adamw` as Triton kernels: each value of the state is read once and written once.
+"""Triton kernel of `verl.engine.fused_adamw`, which reads and writes each element of the state once.
 
-One launch serves many tensors. A program looks up its chunk, the chunk's tensor and the tensor's addresses in tables on the
-device, and then goes through the chunk by tiles. Two forms of AdamW's moments: float32, or 8 bits in torchao's dynamic code.
+One launch updates many tensors. A program looks up its chunk, the chunk's tensor and the tensor's addresses in tables on the device, and
+then processes the chunk tile by tile. AdamW's moments are float32, or 8-bit in torchao's dynamic code.
 
-That code's values come in seven levels a factor of ten apart, each cut into twice as many equal parts as the one below it, and
-a value is the middle of its part. Counted through all levels, the part that holds a number grows ever more slowly with it:
-it is the lowest of seven straight lines, one a level. So nothing is searched or looked up.
+That code has seven levels, a factor of ten apart. Each level is divided into twice as many equal intervals as the level below, and a code
+stands for the midpoint of its interval. Counted over all levels, the interval's number is a concave, piecewise linear function of the
+value: the minimum of seven lines, one per level. So encoding needs neither a search nor a table.
 """
 
 from typing import TYPE_CHECKING
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 EXP_AVG, EXP_AVG_SCALES, EXP_AVG_SQ, EXP_AVG_SQ_SCALES, COPY, SIZE = (tl.constexpr(column) for column in range(6))
 WIDTH = tl.constexpr(BLOCK)
-ROUNDS = tl.constexpr(7)  # of Philox; the fewest that pass its authors' tests
-EXPONENT = tl.constexpr(0x7F800000)  # of a float32's bits
+ROUNDS = tl.constexpr(7)  # Philox rounds; the fewest that pass its authors' tests
+EXPONENT = tl.constexpr(0x7F800000)  # bit masks of float32
 MANTISSA = tl.constexpr(0x007FFFFF)
 WHOLE = tl.constexpr(8388608.0)  # 2**23: a float32 this large has no fraction, and its mantissa is an integer
 WHOLE_BITS = tl.constexpr(0x4B000000)
@@ -32,14 +32,14 @@ LOG2_10 = tl.constexpr(3.321928094887362)
 
 
 def update(tables: "Tables", kind: "Kind", rates: "Rates", factor: Tensor, seed: Tensor | None, tiling: "Tiling") -> None:
-    """AdamW's step of all tensors of `tables` that have a gradient.
+    """Take an AdamW step of all tensors in `tables` that have a gradient.
 
     Args:
-        factor: a scalar on the device, by which gradients are multiplied first; where it is no number, nothing is updated.
-        seed: an integer on the device, for the rounding of bfloat16 weights; None for others.
+        factor: scalar on the device that multiplies the gradients; if it is NaN, nothing is updated.
+        seed: integer on the device for the stochastic rounding of bfloat16 weights; None for other dtypes.
     """
     grid = (len(tables.chunks),)
-    # Only floats and tensors, since Triton would compile anew for integers such as 1.
+    # Only floats and tensors: Triton would compile another kernel for integers such as 1.
     numbers = (
         float(rates.lr),
         float(rates.lr / (1 - rates.betas[0] ** rates.step)),
@@ -78,7 +78,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     seed,
     lr,
     step_size,  # learning rate over the first bias correction
-    inverse_root,  # of the second bias correction
+    inverse_root,  # 1 / sqrt of the second bias correction
     rest_1,  # 1 - beta
     rest_2,
     eps,
@@ -147,15 +147,15 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _pointer(entry, dtype: tl.constexpr, vector: tl.constexpr):  # type: ignore[no-untyped-def]
-    """An address in a table, of memory that starts with a whole vector."""
+    """Load a pointer from a table, and mark it as aligned to a vector."""
     return tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), vector * dtype.primitive_bitwidth // 8)
 
 
 @triton.jit
 def _decode(code, signed: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The values of codes, from -1 to 1, or from 0."""
+    """Decode 8-bit codes to values in [-1, 1], or in [0, 1] if unsigned."""
     code = code.to(tl.int32)
-    # Twice the number of the part, plus 1: its exponent is that of the level, and its mantissa the middle of the part.
+    # Twice the interval's number, plus 1: its exponent gives the level, and its mantissa the midpoint of the interval.
     odd = 2 * tl.abs(code - 127) + 1 if signed else 2 * code + 3
     bits = odd.to(tl.float32).to(tl.int32, bitcast=True)
     exponent = (bits >> 23).to(tl.float32) - (134 if signed else 135)
@@ -167,16 +167,16 @@ def _decode(code, signed: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _encode(x, signed: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codes whose values are nearest to numbers from -1 to 1, or from 0."""
+    """Encode values in [-1, 1], or in [0, 1] if unsigned, as the nearest codes."""
     size = tl.abs(x) if signed else x
-    parts: tl.constexpr = 1 if signed else 2  # of the lowest level; those below it count for zero
-    # The line of the lowest level is moved a little, so that half of its first value, where zero ends, is at 0.2 as below.
+    parts: tl.constexpr = 1 if signed else 2  # intervals of the lowest level; anything below it is zero
+    # The lowest level's line is shifted so that half of its first value, where rounding to zero ends, is at 0.2, as for the others.
     slope: tl.constexpr = 1e6 / 0.9 if signed else 0.8 / 3.875e-7
     half: tl.constexpr = 2.75e-7 if signed else 1.625e-7
     part = size * slope + (parts + 0.2 - half * slope)
     for level in tl.static_range(1, 7):
         part = tl.minimum(part, size * (parts * 1e6 / 0.9 * 0.2**level) + parts * 8 / 9 * 2**level)
-    # A level's first part is wider than the last one below it, and the first fifth of it is nearer to that one's middle.
+    # A level's first interval is wider than the last one below, whose midpoint is nearer to the first fifth of it.
     begin = (part.to(tl.int32, bitcast=True) & EXPONENT).to(tl.float32, bitcast=True)
     nearest = tl.where(part - begin < 0.2, part - 0.2, part)
     number = (nearest + (WHOLE - 0.5)).to(tl.int32, bitcast=True) - WHOLE_BITS
@@ -187,14 +187,14 @@ def _encode(x, signed: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rounded(x, random):  # type: ignore[no-untyped-def]
-    """To bfloat16: away from zero with the probability of the share of the way there, else towards it."""
+    """Round stochastically to bfloat16: the nearer neighbour is proportionally more likely."""
     bits = ((x.to(tl.int32, bitcast=True) + random) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(x == x, bits, x).to(tl.bfloat16)  # the sum may turn what is no number into one
+    return tl.where(x == x, bits, x).to(tl.bfloat16)  # the addition may turn a NaN into a number
 
 
 @triton.jit
 def _random_16_bits(seed, number, rows: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Integers below 2**16, [rows, WIDTH]: eight for each of `number`."""
+    """Return random integers below 2**16, [rows, WIDTH]: eight for each element of `number`."""
     a, b, c, d = tl.randint4x(seed, number, ROUNDS)
     words = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), [rows, WIDTH // 2]).to(tl.uint32, bitcast=True)
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), [rows, WIDTH]).to(tl.int32)

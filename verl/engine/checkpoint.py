@@ -1,13 +1,13 @@
-"""Checkpoints: a Hugging Face directory that a run also resumes from, committed by rename.
+"""Checkpoints: Hugging Face directories from which a run can resume, committed by rename.
 
     global_step_N/
       config.json  generation_config.json  model*.safetensors  tokenizer*  chat_template.jinja   (LoRA: adapter_*)
       manifest.json       size and sha256 of each file
-      trainer/            trained weights and optimizer (torch.distributed.checkpoint, any world size reads it),
+      trainer/            trained weights and optimizer (torch.distributed.checkpoint, readable at any world size),
                           state.json (step and data position), rng_R.safetensors (random states of rank R)
-      critic/             of a method that has one: its Hugging Face files; its optimizer is in trainer/critic/
+      critic/             Hugging Face files of the critic, if the method has one; its optimizer is in trainer/critic/
 
-A directory is written under a temporary name, flushed to disk and renamed: what has the final name is whole.
+A directory is written under a temporary name, flushed to disk and renamed, so a directory with the final name is complete.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _STEP = re.compile(r"global_step_(\d+)")
 
 
 class Critic(Protocol):
-    """A second engine of a run, and what writes its Hugging Face files."""
+    """A second engine of a run, with a function that writes its Hugging Face files."""
 
     @property
     def engine(self) -> Engine: ...
@@ -49,18 +49,18 @@ class Critic(Protocol):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands and what its rows were, to go on with the same ones.
+    """Progress of a run, and the identity of its data, from which it resumes.
 
     Attributes:
-        step: optimizer steps done.
-        tokens: real tokens that the model has seen so far, over all ranks.
-        supervised_tokens: those among them that were trained.
+        step: finished optimizer steps.
+        tokens: tokens seen so far over all ranks, without filler.
+        supervised_tokens: trained tokens so far.
         rows: rows of the training set.
-        rows_per_step: rows of one optimizer step over all ranks.
-        seed: of the row order.
-        data_fingerprint: of the tokenized rows.
+        rows_per_step: global batch size in rows.
+        seed: seed of the row order.
+        data_fingerprint: hash of the tokenized rows.
         drawn: prompts drawn so far, in reinforcement learning.
-        kl_coef: weight of the divergence now, where it adapts.
+        kl_coef: current KL coefficient, if it is adaptive.
     """
 
     step: int
@@ -80,7 +80,7 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
     Args:
         root: the run's directory.
         export: writes the Hugging Face files into a directory; called on every rank.
-        critic: is written beside the engine, in a directory of its own.
+        critic: saved too, in a separate directory.
     Returns:
         the committed directory.
     """
@@ -107,16 +107,16 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
 
 
 def load(directory: Path, engine: Engine, critic: Critic | None = None) -> None:
-    """Put trained weights, optimizer and random states of a checkpoint into an engine, at any world size.
+    """Load trained weights, optimizer and random states of a checkpoint into an engine, at any world size.
 
     Raises:
-        UserError: it is one of another model or optimizer, or has no critic.
+        UserError: the checkpoint is of another model or optimizer, or has no critic.
     """
     _load_into(engine, directory / "trainer")
     if critic is not None:
         if not (directory / "trainer" / "critic").is_dir():
-            fix = "set algorithm.name back, or start anew with trainer.resume_mode=disable and model.partial_pretrain set to it"
-            raise UserError("holds no critic", where=str(directory), fix=fix)
+            fix = "restore algorithm.name, or start a new run from it: model.partial_pretrain=<this directory> trainer.resume_mode=disable"
+            raise UserError("the checkpoint has no critic", where=str(directory), fix=fix)
         _load_into(critic.engine, directory / "trainer" / "critic")
     random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
     if random_states.exists():
@@ -135,12 +135,12 @@ def read_position(directory: Path) -> Position:
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest committed checkpoint under `root` whose files are what its manifest says. Rank 0 looks, all ranks get the answer.
+    """Return the newest committed checkpoint under `root` that matches its manifest. Rank 0 checks, and all ranks get the result.
 
-    Each one that is passed over is named with its reason.
+    Damaged checkpoints are skipped, and the reason is reported.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     found = dist.from_main(_newest(root, say) if dist.is_main() else None)
     if isinstance(found, UserError):
@@ -154,22 +154,22 @@ def _newest(root: Path, say: Callable[[str], None]) -> Path | UserError | None:
         damage = find_damage(directory)
         if damage is None:
             return directory
-        say(f"passing over {directory.name}: {damage}")
+        say(f"skipping {directory.name}: {damage}")
     if directories:
         return UserError(
-            "every checkpoint is damaged", where=str(root), fix="trainer.resume_mode=disable starts anew; move the directory away first"
+            "every checkpoint is damaged", where=str(root), fix="move the directory away, and start again with trainer.resume_mode=disable"
         )
     return None
 
 
 def committed(root: Path) -> list[Path]:
-    """The committed checkpoints under a run's directory, oldest first."""
+    """Return the committed checkpoints of a run's directory, oldest first."""
     found = [(int(match[1]), path) for path in root.glob("global_step_*") if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found)]
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint's files, checked against its manifest; None if nothing is."""
+    """Check a checkpoint's files against its manifest. Return what is wrong, or None."""
     try:
         files: dict[str, dict[str, Any]] = json.loads((directory / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -182,11 +182,11 @@ def find_damage(directory: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
     sums = _checksums(directory, list(files))
     wrong = [name for name, expected in files.items() if sums[name] != expected["sha256"]]
-    return f"{wrong[0]} is not what was written" if wrong else None
+    return f"{wrong[0]} does not match its checksum" if wrong else None
 
 
 def prune(root: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; None or -1 keeps all. Only after a newer one is committed."""
+    """Delete all but the newest `keep` checkpoints; None or -1 keeps all. Call it only after the newest one is committed."""
     if keep is None or keep == -1 or not dist.is_main():
         return
     for directory in committed(root)[:-keep]:
@@ -194,7 +194,7 @@ def prune(root: Path, keep: int | None) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Delete what a killed run left under a temporary name."""
+    """Delete unfinished checkpoints that a killed run left behind."""
     if dist.is_main():
         for path in root.glob("global_step_*.tmp"):
             shutil.rmtree(path)
@@ -207,9 +207,9 @@ def _umask() -> int:
 
 
 def _state(engine: Engine) -> dict[str, Any]:
-    """Trained weights and AdamW's state by parameter name; frozen weights come from the original model.
+    """Return trained weights and AdamW's state by parameter name; frozen weights come from the original model.
 
-    The tensors are the engine's own, so that loading into them loads the optimizer.
+    The engine owns these tensors, so loading into them restores it.
     """
     trained = engine.weights.trained
     optimizer = {name: optimizer_state(engine.optimizer, parameter) for name, parameter in trained.items()}
@@ -217,7 +217,7 @@ def _state(engine: Engine) -> dict[str, Any]:
 
 
 def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
-    """Raises UserError if a checkpoint holds other tensors than a state to be loaded."""
+    """Raise UserError if a checkpoint has other tensors than the state to load."""
     found = {
         name: (tensor.properties.dtype, tuple(tensor.size))
         for name, tensor in dcp.FileSystemReader(directory).read_metadata().state_dict_metadata.items()
@@ -225,15 +225,15 @@ def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
     }
     model = {f"model.{name}": tensor for name, tensor in state["model"].items()}
     optimizer = {f"optimizer.{name}.{key}": tensor for name, tensors in state["optimizer"].items() for key, tensor in tensors.items()}
-    wanted = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in {**model, **optimizer}.items()}
-    if found == wanted:
+    expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in {**model, **optimizer}.items()}
+    if found == expected:
         return
-    odd = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-    there, here = (f"{tensors[odd][0]} {list(tensors[odd][1])}" if odd in tensors else "none" for tensors in (found, wanted))
+    odd = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    there, here = (f"{tensors[odd][0]} {list(tensors[odd][1])}" if odd in tensors else "missing" for tensors in (found, expected))
     raise UserError(
         f"this run trains other tensors: {odd} is {there} in the checkpoint and {here} in this run",
         where=str(directory),
-        fix="set the model, model.lora_rank, model.param_dtype and optim.name back, or start anew with trainer.resume_mode=disable",
+        fix="restore the model, model.lora_rank, model.param_dtype and optim.name, or start again with trainer.resume_mode=disable",
     )
 
 
@@ -257,7 +257,7 @@ def _write_manifest(directory: Path, step: int) -> None:
 
 
 def _checksums(directory: Path, names: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter, so files are read side by side
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL, so files are read in parallel
         return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True))
 
 
@@ -271,9 +271,9 @@ def _sha256(path: Path) -> str:
 
 def _commit(temporary: Path, final: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
-        path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())  # safetensors writes for the owner alone
+        path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())  # safetensors makes files that only the owner can read
         flush(path)
-    if final.exists():  # of an abandoned run in the same directory; a committed checkpoint is never written over in place
+    if final.exists():  # left by an abandoned run; a committed checkpoint is never overwritten in place
         shutil.rmtree(final)
     temporary.rename(final)
     replace_text(final.parent / LATEST, _STEP.fullmatch(final.name)[1] + "\n")  # type: ignore[index]

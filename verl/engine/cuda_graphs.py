@@ -1,9 +1,9 @@
-"""Small micro-batches as CUDA graphs: launching their kernels one by one takes longer than running them.
+"""CUDA graphs for small micro-batches, whose kernels take longer to launch than to run.
 
-A graph is a recording of kernels with their shapes and addresses, so a batch is filled up to one of a few sizes and copied to
-where the recording reads it. The first batch of a size runs as it is written, the second is recorded, and from then on the
-recording is played: the same kernels with the same shapes, so that a resumed run, which begins without recordings, computes
-the same. What is filled in is untrained and counts for nothing.
+A graph records kernels with fixed shapes and addresses, so each batch is padded to one of a few sizes and copied to the recording's
+inputs. The first batch of a size runs eagerly, the second is recorded, and later ones replay the recording. All of them run the same
+kernels with the same shapes, so that a resumed run, which starts without recordings, computes the same. The padding is untrained and
+does not affect the loss.
 
 Dimensions: T tokens of the packed batch, M trained positions.
 """
@@ -22,19 +22,19 @@ from verl.engine.scorers import Scorer
 if TYPE_CHECKING:
     from verl.engine.contract import Algorithm, LossOut
 
-# A layer's launches take about 2.5 ms, forward and backward. Micro-batches whose arithmetic takes longer keep a GPU busy anyway.
-LARGEST_WORK = 2e11  # tokens × parameters, for each layer
+# Launching a layer's kernels takes about 2.5 ms, forward and backward. Micro-batches that compute longer keep a GPU busy without graphs.
+LARGEST_WORK = 2e11  # tokens × parameters / layers
 LARGEST_TOKENS = 16384
-LARGEST_GRADIENTS = 2**32  # bytes, which are kept from step to step
-LARGEST_NUMBER = 16  # of recordings
-FIRST_STEPS = 2  # run as they are written: layers are compiled in them
-# Sizes are multiples of these: the smaller, the less is filled in, and the more recordings there are.
+LARGEST_GRADIENTS = 2**32  # bytes, which stay allocated between steps
+MAX_RECORDINGS = 16
+EAGER_STEPS = 2  # first steps, in which layers are compiled
+# Granularity of the sizes: smaller values need less padding, but more recordings.
 TOKENS, DOCUMENTS, SHARE_TRAINED = 1024, 64, 8
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a recording's kernels were launched for."""
+    """The padded size of a recording's batch."""
 
     tokens: int
     documents: int
@@ -43,19 +43,19 @@ class Size:
 
     @classmethod
     def of(cls, batch: Batch) -> "Size":
-        """The smallest that holds the batch and one more document, of what is filled in."""
+        """Return the smallest size that holds the batch and one document of padding."""
         tokens, trained = filled_up(len(batch.input_ids_T), len(batch.trained_M))
         return cls(tokens, _up(len(batch.cu_seqlens), DOCUMENTS), trained, 1 << (max(batch.max_seqlen, TOKENS) - 1).bit_length())
 
 
 def filled_up(tokens: int, trained: int) -> tuple[int, int]:
-    """Tokens and trained positions of a recording that holds so many."""
+    """Round tokens and trained positions up to those of a recording."""
     tokens = _up(tokens, TOKENS)
     return tokens, _up(trained, tokens // SHARE_TRAINED)
 
 
 def largest_tokens(*, layers: int, parameters: int, gradient_bytes: float) -> int:
-    """The largest micro-batch that is recorded, of a model of so many parameters; 0 if none is."""
+    """Return the largest micro-batch, in tokens, that is recorded for a model; 0 if none is."""
     return min(LARGEST_TOKENS, int(LARGEST_WORK * layers / parameters)) if gradient_bytes <= LARGEST_GRADIENTS else 0
 
 
@@ -72,35 +72,35 @@ def _up(number: int, multiple: int) -> int:
 
 
 def fill_up(batch: Batch, size: Size) -> tuple[Batch, Tensor]:
-    """The batch with untrained tokens behind it, in a document of their own, and more documents without any.
+    """Pad a batch with a document of untrained tokens, and with empty documents.
 
     Returns:
-        the batch, and real_M: 1.0 for its trained positions, 0.0 for those filled in, float32.
+        the padded batch, and real_M: 1.0 for its trained positions and 0.0 for padding, float32.
     """
     tokens, trained = len(batch.input_ids_T), len(batch.trained_M)
     more = size.tokens - tokens
 
-    def behind(values: Tensor, filler: Tensor) -> Tensor:
+    def append(values: Tensor, filler: Tensor) -> Tensor:
         return torch.cat([values, filler.to(values.dtype)])
 
     nothing, end = torch.zeros(more, dtype=torch.int64), size.tokens - 1
     filled = replace(
         batch,
-        input_ids_T=behind(batch.input_ids_T, nothing),
-        position_ids_T=behind(batch.position_ids_T, torch.arange(more)),
-        cu_seqlens=behind(batch.cu_seqlens, torch.full((size.documents + 1 - len(batch.cu_seqlens),), size.tokens)),
+        input_ids_T=append(batch.input_ids_T, nothing),
+        position_ids_T=append(batch.position_ids_T, torch.arange(more)),
+        cu_seqlens=append(batch.cu_seqlens, torch.full((size.documents + 1 - len(batch.cu_seqlens),), size.tokens)),
         max_seqlen=size.max_seqlen,
-        target_T=behind(batch.target_T, nothing),
-        loss_mask_T=behind(batch.loss_mask_T, nothing),
-        sample_ids_S=behind(batch.sample_ids_S, torch.full((size.documents - len(batch.sample_ids_S),), -1)),
-        trained_M=behind(batch.trained_M, torch.full((size.trained - trained,), end)),
+        target_T=append(batch.target_T, nothing),
+        loss_mask_T=append(batch.loss_mask_T, nothing),
+        sample_ids_S=append(batch.sample_ids_S, torch.full((size.documents - len(batch.sample_ids_S),), -1)),
+        trained_M=append(batch.trained_M, torch.full((size.trained - trained,), end)),
     )
     return filled, (torch.arange(size.trained) < trained).float()
 
 
 @dataclass
 class _Recording:
-    """A graph, and where it reads its batch."""
+    """A recorded graph and its input tensors."""
 
     replay: Callable[[], "LossOut"]
     batch: Batch
@@ -108,11 +108,11 @@ class _Recording:
 
 
 class CapturedBackward:
-    """The forward and backward pass of a step's only micro-batch, where it is small and the algorithm knows its slope beforehand.
+    """Forward and backward pass with CUDA graphs, for steps of one small micro-batch whose slope is known in advance.
 
     Args:
-        scorer: whose parameters get the gradients.
-        record: whether to record; else every batch is filled up and run as it is written.
+        scorer: module whose parameters get the gradients.
+        record: whether to record graphs; else every batch is padded and runs eagerly.
     """
 
     def __init__(self, scorer: Scorer, device: torch.device, *, record: bool = True):
@@ -126,20 +126,20 @@ class CapturedBackward:
         self._pool: Any = None
 
     def backward(self, batch: Batch, algorithm: "Algorithm", scale: Tensor) -> "LossOut | None":
-        """Give the parameters the batch's gradient and return its loss; or do nothing and return None.
+        """Compute the batch's gradients and return its loss, or return None without doing anything if the batch is not suited.
 
         Args:
-            batch: in host memory.
-            scale: what the loss is multiplied with, a scalar on the device.
+            batch: batch in host memory.
+            scale: factor of the loss, a scalar on the device.
         """
         if len(batch.input_ids_T) > self._largest_tokens or batch.parts > 1 or not isinstance(algorithm.slope(batch), Tensor):
             return None
         self._steps += 1
-        self._take_gradients()
+        self._attach_gradients()
         self._scale.copy_(scale)
         size = Size.of(batch)
         filled, real_M = fill_up(batch, size)
-        if not self._plays(size):
+        if not self._uses_recording(size):
             return self._run(filled.to(self.device), real_M.to(self.device), algorithm)
         if size not in self._recordings:
             self._recordings[size] = self._capture(filled.to(self.device), real_M.to(self.device), algorithm)
@@ -150,16 +150,16 @@ class CapturedBackward:
         recording.real_M.copy_(real_M, non_blocking=True)
         return recording.replay()
 
-    def _plays(self, size: Size) -> bool:
-        """Whether there is a recording of this size, or it is time for one."""
+    def _uses_recording(self, size: Size) -> bool:
+        """Return whether there is a recording of this size, or it should be made now."""
         if size in self._recordings:
             return True
         seen = size in self._ran
         self._ran.add(size)
-        return seen and self._steps > FIRST_STEPS and len(self._recordings) < LARGEST_NUMBER
+        return seen and self._steps > EAGER_STEPS and len(self._recordings) < MAX_RECORDINGS
 
-    def _take_gradients(self) -> None:
-        """Put the same tensors under the parameters as at every time, since that is where recordings add."""
+    def _attach_gradients(self) -> None:
+        """Set each parameter's `.grad` to the same tensor in every step, because recordings write to fixed addresses."""
         if not self._gradients:
             self._gradients = {p: torch.empty_like(p) for p in self.scorer.parameters() if p.requires_grad}
         for p, gradient in self._gradients.items():
@@ -179,7 +179,7 @@ class CapturedBackward:
         if not self.record:
             return _Recording(lambda: self._run(batch, real_M, algorithm), batch, real_M)
         graph = torch.cuda.CUDAGraph()
-        # Other threads pin the next batches meanwhile, which a capture of all threads would forbid.
+        # thread_local: meanwhile the loader's thread pins the next batches, which a global capture would forbid.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._run(batch, real_M, algorithm)
         self._pool = graph.pool()

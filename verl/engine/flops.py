@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, and what the chip can do, for the model-FLOPs utilisation."""
+"""FLOP of a training step and peak FLOP/s of the GPU, for the model FLOPs utilization (MFU)."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from verl.models.quantize import numel
 
-# Dense bfloat16 matrix rate by the vendor's data sheet, FLOP/s.
+# Dense bfloat16 peak from the data sheets, FLOP/s.
 PEAKS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -23,12 +23,12 @@ PEAKS = {
 
 
 def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
-    """FLOP of forward and backward as a function of (tokens, trained tokens), for each weight that a token meets.
+    """Return a function of (tokens, trained tokens) that gives the FLOP of forward and backward pass.
 
-    That is 6 for a trained weight, and 4 for a frozen one, which takes no gradient and hands one on. The output layer meets
-    the trained tokens only. Attention's own products and recomputed activations are not counted.
+    Each token costs 6 FLOP per trained weight, and 4 per frozen weight, which has no gradient of its own but passes one on. The output
+    layer sees the trained tokens only. Attention scores and recomputed activations are not counted.
     """
-    output = model.get_output_embeddings()  # None where scores take its place
+    output = model.get_output_embeddings()  # None for a model with a scalar head
     head = 0.0 if output is None else _flops(output.parameters())
     parts = [model.get_input_embeddings(), *([output] if output is not None else [])]
     embeddings = {id(p) for part in parts for p in part.parameters()}
@@ -42,7 +42,7 @@ def _flops(parameters: Iterable[nn.Parameter]) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's matrix rate in FLOP/s; None where it is not known."""
+    """Return the device's peak bfloat16 FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

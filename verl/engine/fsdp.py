@@ -1,4 +1,4 @@
-"""Sharding with FSDP2: weights as they were loaded, arithmetic in the compute dtype, gradients reduced in float32."""
+"""Sharding with FSDP2: weights in the loaded dtype, arithmetic in the compute dtype, gradient reduction in float32."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,14 +14,14 @@ from verl.engine.scorers import Scorer
 
 @dataclass(frozen=True)
 class Sharding:
-    """How FSDP2 shards.
+    """Settings of FSDP2.
 
     Attributes:
-        size: processes that share one copy of the weights, neighbours by rank; groups of so many hold copies of each other. None: all.
-        reshard_after_forward: give a layer's whole weights away after its forward pass and get them again for the backward pass.
+        size: consecutive ranks that share one copy of the weights; the groups hold replicas of each other (HSDP). None: all ranks.
+        reshard_after_forward: free a layer's gathered weights after its forward pass, and gather them again for the backward pass.
         cpu_offload: keep parameters, gradients and optimizer state in host memory.
-        pin: lock the parameters' and gradients' pages there, from which a GPU copies faster; PyTorch rounds each tensor up to a power
-            of two for it.
+        pin: pin the offloaded parameters and gradients, which makes copies to a GPU faster; PyTorch then rounds each tensor up to a
+            power of two.
     """
 
     size: int | None = None
@@ -36,15 +36,15 @@ class Sharding:
 
 
 def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
-    """Shard every decoder layer by itself, and what is left (embeddings, last norm, output layer) together.
+    """Shard each decoder layer separately, and the rest (embeddings, last norm, output layer) together.
 
-    While a layer computes, the next one's weights are on their way.
+    While a layer computes, the weights of the next one are prefetched.
 
     Returns:
-        the same module, now sharded.
+        the same module, sharded.
     """
     mesh = dist.mesh(device, sharding.size)
-    # With one process there is nobody to get a layer back from, so giving it away would only cost copies.
+    # With one rank, resharding would only cost copies.
     alone = mesh.size() == 1 and not sharding.cpu_offload
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -61,6 +61,6 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks that the architecture names as not to be split."""
+    """Return the modules in the architecture's `_no_split_modules`: its repeated blocks."""
     names = set(getattr(model, "_no_split_modules", None) or [])
     return [module for module in model.modules() if type(module).__name__ in names]

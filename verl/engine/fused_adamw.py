@@ -1,7 +1,7 @@
-"""AdamW on a GPU in one pass: clipping, moments, weights and their working copies, in one launch for all tensors of a kind.
+"""Fused AdamW on a GPU: clipping, moments, weights and their working copies in one pass, with one launch for all tensors of a kind.
 
-Small steps are bound by the host, so that a step hands the device no more than the addresses that have changed. The moments are
-float32 or 8 bits (`verl.engine.moments`); weights in bfloat16 are rounded stochastically.
+Small steps are bound by the host, so a step sends the device only the addresses that changed. The moments are float32 or 8-bit
+(`verl.engine.moments`); bfloat16 weights are rounded stochastically.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from verl.engine import moments
 from verl.engine.adamw_launch import ALIGNMENT, Kind, Rates, Tables, Tiling
 
-# The fastest of eight each on an H200: 4.1 TB/s, and 36 ms for 7.6e9 values, which arithmetic bounds.
+# Each is the fastest of eight tilings on an H200: 4.1 TB/s, and 36 ms for 7.6e9 elements, bound by arithmetic.
 FLOAT_MOMENTS = Tiling(rows=16, tiles=1, vector=4, warps=4)
 EIGHT_BIT_MOMENTS = Tiling(rows=8, tiles=8, vector=8, warps=4)
 
 
 class FusedAdamW:
-    """AdamW over whole parameters, or over this process's shards of them.
+    """AdamW over whole parameters, or over this rank's shards of them.
 
     Attributes:
         lr: learning rate of the next step.
@@ -36,13 +36,13 @@ class FusedAdamW:
     ):
         """
         Args:
-            groups: "params" and "weight_decay" of each.
-            eight_bit: the moments; otherwise they are float32.
-            copies: of some of the parameters, to be written with them in their own dtype.
+            groups: parameter groups with "params" and "weight_decay".
+            eight_bit: use 8-bit moments; else float32.
+            copies: working copies of some parameters, which each step updates too, in their own dtype.
         """
         self.lr, self._betas = lr, betas
         decays = {p: float(group["weight_decay"]) for group in groups for p in group["params"]}
-        self._steps = torch.zeros(len(decays))  # on the host; each parameter's "step" is an element of it
+        self._steps = torch.zeros(len(decays))  # on the CPU; each parameter's "step" is an element of it
         self._latest: _Latest | None = None
         self._state: dict[nn.Parameter, dict[str, Tensor]] = {}
         kinds: dict[tuple[object, ...], list[_Member]] = {}
@@ -56,11 +56,11 @@ class FusedAdamW:
 
     @torch.no_grad()
     def step(self, factor: Tensor | None = None, finite: Tensor | None = None) -> None:
-        """Update the parameters that have a gradient, in whatever dtype, and their copies.
+        """Update the parameters that have a gradient, of any dtype, and their copies.
 
         Args:
-            factor: a scalar on the device; the gradients count so many times as much, and stay as they are.
-            finite: a flag on the device; where it is not set, nothing is updated.
+            factor: scalar on the device that multiplies the gradients in the update; `.grad` itself is unchanged.
+            finite: flag on the device; if it is false, nothing is updated.
         """
         self._settle()
         gradients = [None if p.grad is None else _contiguous(moments.local(p.grad)) for p in self._state]
@@ -75,9 +75,9 @@ class FusedAdamW:
             launch(gradients, [rates[step] for step in steps], factor)
 
     def _settle(self) -> None:
-        """Take the latest step back if it was not finite.
+        """Undo the count of the latest step if it was not finite.
 
-        Here, where the device has the next step's forward and backward pass in hand and waits for nobody.
+        This waits for the device. It is called when the next step's forward and backward pass are queued, so the device never idles.
         """
         if self._latest is not None and not self._latest.was_taken():
             self._steps -= self._latest.moved
@@ -89,16 +89,16 @@ class FusedAdamW:
             p.grad = None
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """A parameter's state as plain tensors, sharded as it is; they are the optimizer's own, so loading into them loads it."""
+        """Return a parameter's state, sharded like the parameter. Loading into these tensors loads the optimizer, which owns them."""
         self._settle()
         return moments.sharded_like(parameter, self._state[parameter])
 
 
 class _Latest:
-    """A step of which the device decides whether it is taken.
+    """A step that the device may skip.
 
     Attributes:
-        moved: by parameter, 1 where it had a gradient.
+        moved: per parameter, 1 if it had a gradient, else 0.
     """
 
     def __init__(self, moved: Tensor, finite: Tensor):
@@ -113,7 +113,7 @@ class _Latest:
 
 
 class _Member(NamedTuple):
-    """One parameter of a launch; `number` is its place among all parameters, `size` the number of this process's values."""
+    """One parameter of a launch: `number` is its index among all parameters, `size` its number of elements on this rank."""
 
     number: int
     parameter: nn.Parameter
@@ -123,8 +123,8 @@ class _Member(NamedTuple):
     state: dict[str, Tensor]
 
 
-class _Alike(NamedTuple):
-    """Members that one launch can update together; `addresses` of weights and gradients, zeros for the others."""
+class _Update(NamedTuple):
+    """Members that one launch can update together: `addresses` of weights and gradients, zero for the other members."""
 
     kind: Kind
     rates: Rates
@@ -132,7 +132,7 @@ class _Alike(NamedTuple):
 
 
 class _Launch:
-    """Parameters of one kind, and the tables that one launch finds them by."""
+    """Parameters of one kind, and the tables of their launch."""
 
     def __init__(self, members: list[_Member]):
         first = members[0]
@@ -147,22 +147,23 @@ class _Launch:
         self._moving: Tensor
 
     def __call__(self, gradients: Sequence[Tensor | None], rates: Sequence[Rates], factor: Tensor | None) -> None:
-        """Update the members that have a gradient; `gradients` and `rates` are of all parameters, by number.
+        """Update the members that have a gradient, in one launch per step count, gradient dtype and alignment: nearly always one.
 
-        Those alike in step, dtype and alignment go together, which is nearly always all.
+        Args:
+            gradients, rates: one entry for each parameter of the optimizer, by number.
         """
-        sets: dict[tuple[int, torch.dtype, bool], _Alike] = {}
+        updates: dict[tuple[int, torch.dtype, bool], _Update] = {}
         for place, member in enumerate(self._members):
             gradient, rate = gradients[member.number], rates[member.number]
             if gradient is None or member.size == 0:
                 continue
-            weight = moments.local(member.parameter).data_ptr()  # anew in each step: FSDP may have moved it
+            weight = moments.local(member.parameter).data_ptr()  # in every step, because FSDP may move it
             aligned = (weight | gradient.data_ptr() | member.size) % ALIGNMENT == 0
-            alike = (rate.step, gradient.dtype, aligned)
-            if alike not in sets:
-                sets[alike] = _Alike(self._kind(gradient.dtype, aligned), rate, [0] * (2 * len(self._members)))
-            sets[alike].addresses[2 * place : 2 * place + 2] = weight, gradient.data_ptr()
-        for kind, rate, addresses in sets.values():
+            key = (rate.step, gradient.dtype, aligned)
+            if key not in updates:
+                updates[key] = _Update(self._kind(gradient.dtype, aligned), rate, [0] * (2 * len(self._members)))
+            updates[key].addresses[2 * place : 2 * place + 2] = weight, gradient.data_ptr()
+        for kind, rate, addresses in updates.values():
             self._run(kind, rate, self._on_device(addresses), self._neutral if factor is None else factor)
 
     def _kind(self, gradient: torch.dtype, aligned: bool) -> Kind:
@@ -172,13 +173,13 @@ class _Launch:
     def _run(self, kind: Kind, rates: Rates, moving: Tensor, factor: Tensor) -> None:
         from verl.engine.adamw_triton import update
 
-        # From the generator whose state a checkpoint keeps, so that a resumed run rounds as an uninterrupted one.
+        # From the generator whose state is saved in checkpoints, so that a resumed run rounds like an uninterrupted one.
         seed = torch.randint(2**62, (), device=self._device) if kind.weight == torch.bfloat16 else None
         update(Tables(self._fixed, moving, self._decay, self._chunks), kind, rates, factor, seed, self._tiling)
 
     def _on_device(self, addresses: list[int]) -> Tensor:
         if addresses != self._addresses:
-            # The pinned memory is let go at once; PyTorch gives it to nobody before the copy has ended.
+            # The pinned tensor is freed at once, but PyTorch does not reuse its memory before the copy has finished.
             self._moving = torch.tensor(addresses, pin_memory=True).to(self._device, non_blocking=True)
             self._addresses = addresses
         return self._moving
@@ -194,7 +195,7 @@ def _fixed_addresses(member: _Member) -> list[int]:
 
 
 def _chunks(sizes: list[int], tiling: Tiling) -> Tensor:
-    """By program, the tensor that it works on and the chunk of it."""
+    """Return for each program the index of its tensor and of the chunk in it, int32 [programs, 2]."""
     counts = torch.tensor([-(-size // tiling.chunk) for size in sizes])
     tensors = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     numbers = torch.arange(len(tensors)) - (counts.cumsum(0) - counts)[tensors]

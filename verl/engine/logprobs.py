@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens; nothing outside this file sees logits.
+"""Log-probabilities of given tokens. No other module sees logits.
 
-Dimensions: T tokens of the packed batch, M trained positions, C positions of a chunk, H hidden size, V vocabulary.
+Dimensions: M trained positions, C positions of a chunk, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,14 @@ from verl.engine.contract import Slope, TokenOut
 from verl.engine.softmax import entropy_of, logprobs_and_entropy, logprobs_with_gradient_
 from verl.models.linear import add_outer, linear, multiply
 
-# Logits that exist at a time, whatever the vocabulary: 0.5 GB in float32, 1.2 GB in bfloat16 where large products are faster.
+# Maximum number of logits in memory, for any vocabulary: 0.5 GB in float32; 1.2 GB in bfloat16, where large matmuls are faster.
 CHUNK_LOGITS, CHUNK_LOGITS_HALF = 2**27, 4096 * 151936
 Entropy: TypeAlias = Literal[False, True, "gradient"]
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What becomes of logits after the output layer: the architecture's factor and soft cap, then the temperature of sampling."""
+    """Post-processing of logits: the architecture's factor and soft cap, then the sampling temperature."""
 
     factor: float = 1.0
     soft_cap: float | None = None
@@ -53,23 +53,24 @@ def token_scores(
     slope: Slope | None = None,
     entropy: Entropy = False,
 ) -> TokenOut:
-    """Log-probability of each target, without ever holding the [M, V] logits, in the forward or the backward pass.
+    """Compute the log-probability of each target without materializing the [M, V] logits, in the forward or the backward pass.
 
     Args:
-        hidden_MH: last hidden states at the positions that are trained.
+        hidden_MH: last hidden states at the trained positions.
         weight_VH: output embedding.
-        bias_V: its bias, if it has one.
+        bias_V: bias of the output layer, or None.
         target_M: token ids to score.
-        rule: what the architecture does to its logits.
-        slope: derivative of what is minimized by each log-probability, where it is known beforehand or from that alone. The backward
-            pass then costs no logits: their gradient is formed while they are there, and *must* be asked for with these slopes.
-        entropy: whether to return it too, and whether it has a gradient; a slope is of no use then.
+        rule: post-processing of the logits.
+        slope: derivative of the loss with respect to each log-probability, if it is known in advance or depends on that log-probability
+            alone. The gradient is then computed in the forward pass, and the backward pass needs no logits. The loss *must* have
+            this derivative.
+        entropy: whether to return the entropy; "gradient" makes it differentiable, and then the slope is ignored.
     """
     if rule.soft_cap is None and entropy != "gradient":
         arguments = hidden_MH, weight_VH, bias_V, target_M, slope if torch.is_grad_enabled() else None
         logprob_M, entropy_M = _Scores.apply(*arguments, rule.factor / rule.temperature, bool(entropy))
         return TokenOut(logprob_M, entropy_M if entropy else None)
-    # One chunk at least, even of no positions: a rank without trained tokens still takes part in the backward pass.
+    # At least one chunk, even if empty: a rank without trained tokens must still take part in the backward pass.
     chunks = [
         checkpoint(_chunk_scores, hidden_MH[rows], weight_VH, bias_V, target_M[rows], rule, entropy, use_reentrant=False)
         for rows in _chunks(max(1, len(target_M)), CHUNK_LOGITS // len(weight_VH))
@@ -85,7 +86,7 @@ def _chunks(length: int, size: int) -> list[slice]:
 def _chunk_scores(
     hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, rule: LogitRule, entropy: Entropy
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, and entropies or, where they are not asked for, nothing."""
+    """Return log-probabilities and entropies, which are empty if not requested."""
     logits_CV = rule(F.linear(hidden_CH, weight_VH, bias_V))
     total_C = logits_CV.logsumexp(-1)
     logprob_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - total_C
@@ -96,10 +97,10 @@ def _chunk_scores(
 
 
 class _Scores(torch.autograd.Function):
-    """Log-probabilities, and their gradient in three matrix products and one pass over the logits, which become it where they lie.
+    """Log-probabilities, and their gradient with three matmuls and one pass over the logits, which it overwrites.
 
-    With a slope that is done in the forward pass, while the logits are there; without, the backward pass makes them once more.
-    Chunks are the same in every case: before an update, what is scored is what is trained, bit for bit where the kernels are one.
+    With a slope, the forward pass computes the gradient; without one, the backward pass computes the logits again. The chunks are the same
+    in both cases, so that log-probabilities before an update equal those in training, bit for bit if the kernels are the same.
     """
 
     @staticmethod
@@ -122,7 +123,7 @@ class _Scores(torch.autograd.Function):
                 logprob_M[rows], entropy_C = logprobs_and_entropy(logits_CV, target_M[rows], factor, entropy=entropy)
                 if entropy:
                     entropy_M[rows] = entropy_C
-                del logits_CV  # before the next chunk's are made
+                del logits_CV  # frees them before the next chunk's are computed
             ctx.save_for_backward(*arguments)
         else:
             found = _gradients(*arguments, slope, factor, ctx.needs_input_grad, logprob_M, entropy_M if entropy else None)
@@ -150,10 +151,11 @@ def _gradients(
     logprob_M: Tensor | None = None,
     entropy_M: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of what is minimized, by hidden states, weight and bias, those that are needed.
+    """Compute the needed gradients of the loss with respect to hidden states, weight and bias.
 
     Args:
-        logprob_M, entropy_M: get their values where they are given.
+        needed: which of the three gradients to compute.
+        logprob_M, entropy_M: output buffers, or None.
     """
     hidden_grad_MH = torch.empty_like(hidden_MH) if needed[0] else None
     weight_grad_VH = torch.zeros_like(weight_VH) if needed[1] else None
@@ -172,12 +174,12 @@ def _gradients(
             add_outer(weight_grad_VH, logits_CV, (hidden_MH[rows] * scale_C[:, None]).to(hidden_MH.dtype))
         if bias_grad_V is not None:
             bias_grad_V += (logits_CV.T @ scale_C.to(logits_CV.dtype)).to(bias_grad_V.dtype)
-        del logits_CV  # before the next chunk's are made
+        del logits_CV  # frees them before the next chunk's are computed
     return hidden_grad_MH, weight_grad_VH, bias_grad_V
 
 
 def _logits(hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """A chunk's rows and logits after the other; whoever reads them gives each away before the next."""
+    """Yield the rows and logits of each chunk. The caller must release the logits before it takes the next chunk."""
     limit = CHUNK_LOGITS if hidden_MH.dtype == torch.float32 else CHUNK_LOGITS_HALF
     for rows in _chunks(len(hidden_MH), limit // len(weight_VH)):
         yield rows, linear(hidden_MH[rows], weight_VH, bias_V)

@@ -1,32 +1,32 @@
-"""AdamW's state of one parameter: its moments in float32, or in 8 bits as torchao keeps them.
+"""AdamW's state of one parameter: float32 moments, or 8-bit moments in torchao's format.
 
-A moment of 8 bits is kept in blocks of BLOCK values of one row: a code for each value, and the block's largest magnitude in
-float32 (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021). Blocks end with their row, so that a checkpoint
-can be cut up between any number of processes.
+An 8-bit moment is stored in blocks of BLOCK elements of a row: one code per element, and the block's largest magnitude in float32
+(Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021). No block crosses a row, so that a checkpoint can be resharded to any
+number of ranks.
 """
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-BLOCK = 128  # values that share a scale; the hidden sizes of common models are multiples of it
-LEAST_VALUES = 4096  # in a tensor whose moments are 8 bits; what is smaller saves nothing
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # by AdamW's names: whether it has a sign
+BLOCK = 128  # elements that share a scale; the hidden sizes of common models are multiples of it
+MIN_ELEMENTS = 4096  # smaller tensors keep float32 moments, because 8 bits would save nothing
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # AdamW's names: whether the moment is signed
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; all of one that is not sharded."""
+    """Return this rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fits_blocks(parameter: Tensor) -> bool:
-    """Whether a parameter's moments can be 8 bits."""
-    return parameter.ndim >= 2 and parameter.shape[-1] % BLOCK == 0 and parameter.numel() >= LEAST_VALUES
+    """Return whether a parameter can have 8-bit moments."""
+    return parameter.ndim >= 2 and parameter.shape[-1] % BLOCK == 0 and parameter.numel() >= MIN_ELEMENTS
 
 
 def zeros(shard: Tensor, *, eight_bit: bool) -> dict[str, Tensor]:
-    """The state before the first step: AdamW's own names, or of an 8-bit moment its codes and its scales, one for a block."""
-    state = {"step": torch.zeros(())}  # on the host, where its powers cost nothing
+    """Return the state before the first step: AdamW's own names, or codes and scales (one per block) of each 8-bit moment."""
+    state = {"step": torch.zeros(())}  # on the CPU, where computing the bias corrections costs nothing
     for name in MOMENTS:
         if eight_bit:
             scales = (*shard.shape[:-1], shard.shape[-1] // BLOCK)
@@ -38,14 +38,14 @@ def zeros(shard: Tensor, *, eight_bit: bool) -> dict[str, Tensor]:
 
 
 def sharded_like(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A parameter's state with its tensors sharded as the parameter is; they share the memory of those given."""
+    """Wrap a parameter's state in DTensors that are sharded like the parameter and share the state's memory."""
     if not isinstance(parameter, DTensor):
         return state
     return {name: tensor if name == "step" else _sharded(parameter, tensor) for name, tensor in state.items()}
 
 
 def _sharded(parameter: DTensor, shard: Tensor) -> DTensor:
-    """A process's part of a tensor whose rows lie where the parameter's do."""
+    """Wrap a local shard in a DTensor whose rows are distributed like the parameter's."""
     shape = torch.Size((parameter.shape[0], *shard.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a layer keeps of its forward pass, and what it computes again in the backward pass."""
+"""Activation checkpointing: layers keep few activations, and recompute the others in the backward pass."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from transformers import PreTrainedModel
 from verl.engine.fsdp import decoder_layers
 
 MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # each piece of verl/models/linear.py
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # the chunks of verl/models/linear.py
     MATRIX_PRODUCTS.add(torch.ops.mkldnn._linear_pointwise.default)
-# Short parts of the operators' names, since which of them exist depends on the release of PyTorch and on what is installed.
+# Parts of operator names, because the operators that exist depend on the release of PyTorch and on installed packages.
 KEPT = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "verl.adapted_linears", "efficient_attention", "cudnn_attention")
 
 
 def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
-    """Let each decoder layer keep only its input, or also what is dear, and compute the rest again in the backward pass.
+    """Let each decoder layer keep only its input, or also its expensive outputs, and recompute the rest in the backward pass.
 
     Args:
-        selective: keep the output of attention and of every second matrix product; about half of the forward pass's products
-            are computed again, instead of all, and its attention is not.
+        selective: also keep the outputs of attention and of every second matmul. About half of the matmuls are recomputed, and no
+            attention.
     """
     for layer in decoder_layers(model):
         layer.forward = _recomputed(layer.forward, {"context_fn": _selective} if selective else {})
@@ -36,7 +36,7 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
 
 
 def _selective() -> Any:
-    products: Counter[bool] = Counter()  # counted apart in the forward pass and when it runs again
+    products: Counter[bool] = Counter()  # separate counts for the forward pass and its recomputation
 
     def policy(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if operator in MATRIX_PRODUCTS:

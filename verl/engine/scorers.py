@@ -1,6 +1,7 @@
-"""Models that read packed batches: log-probabilities of tokens, values of a critic, scores of a reward model.
+"""Models on packed batches: log-probabilities of tokens, values of a critic, scores of a reward model.
 
-Dimensions: T tokens of the packed batch, or of this process's part; M trained positions; S documents; H hidden size; V vocabulary.
+Dimensions: T tokens of the packed batch, or of this rank's slice; M trained positions; S documents; H hidden size; V vocabulary;
+R rank of an adapter.
 """
 
 from dataclasses import replace
@@ -21,22 +22,22 @@ from verl.errors import UserError
 from verl.models.attention.packed import USE_ANOTHER, packed_kwargs
 from verl.models.heads import head_of
 
-SAME = 1e-3  # log-probabilities, or relative hidden states, in float32 that differ by less are the same
+TOLERANCE = 1e-3  # of float32 log-probabilities, and of hidden states relative to the largest
 
 
 class Scorer(nn.Module):
-    """A model of the Hugging Face ecosystem that is called with packed batches."""
+    """A transformers model that takes packed batches."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch, slope: Slope | None = None) -> Any:
-        """What the model says of a batch; for `slope` see `verl.engine.engine.Algorithm`."""
+        """Return the model's outputs for a batch; for `slope` see `verl.engine.contract.Algorithm`."""
         raise NotImplementedError
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states, hidden_TH."""
+        """Return the last hidden states, hidden_TH."""
         hidden_1TH: Tensor = self.model.get_decoder()(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
@@ -48,7 +49,7 @@ class Scorer(nn.Module):
 
 
 class ValueScorer(Scorer):
-    """A critic: a value for each trained token."""
+    """A critic, with a value for each trained token."""
 
     def forward(self, batch: Batch, slope: Slope | None = None) -> ValueOut:
         hidden_MH = self.hidden(batch).index_select(0, batch.trained_M)
@@ -56,7 +57,7 @@ class ValueScorer(Scorer):
 
 
 class RewardScorer(Scorer):
-    """A reward model: a score for each document, at its last token. Documents must not be padded."""
+    """A reward model, with a score for each document at its last token. Documents must not be padded."""
 
     def forward(self, batch: Batch, slope: Slope | None = None) -> ScoreOut:
         hidden_TH = self.hidden(batch)
@@ -69,14 +70,14 @@ class RewardScorer(Scorer):
 
 @torch.no_grad()
 def check_hidden(scorer: Scorer, *, where: str) -> None:
-    """Compare last hidden states of two short packed documents with the architecture's own eager ones, each document alone.
+    """Compare the last hidden states of two short packed documents with those of each document alone, with eager attention.
 
-    It shows for any architecture that its attention keeps documents apart. The weights must be float32 and not yet sharded.
+    This verifies for any architecture that no token attends to another document. The weights must be float32 and not sharded.
 
     Raises:
         UserError: they differ.
     """
-    from verl.data.pack import collate  # numpy arrays to a Batch, as in training
+    from verl.data.pack import collate
 
     model = scorer.model
     training, packed_attention = model.training, model.config._attn_implementation
@@ -89,18 +90,18 @@ def check_hidden(scorer: Scorer, *, where: str) -> None:
     model.set_attn_implementation(packed_attention)
     model.train(training)
     difference = ((found_TH - expected_TH).abs().max() / expected_TH.abs().max()).item()
-    if not difference < SAME:
-        what = f"{type(model).__name__} in packed batches differs from the same model alone by {difference:.2g} of its hidden states"
-        raise UserError(what, where=where, fix=USE_ANOTHER)
+    if not difference < TOLERANCE:
+        what = f"the hidden states of {type(model).__name__} in packed batches differ from those of single documents by {difference:.2g}"
+        raise UserError(f"{what} of the largest", where=where, fix=USE_ANOTHER)
 
 
 def probe_documents(vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Two short documents of different tokens, all trained."""
+    """Return two short documents of different tokens, all trained."""
     return [(np.arange(7, 7 + 31 * n, 31, dtype=np.int32) % vocabulary, np.ones(n, dtype=bool)) for n in (5, 3)]
 
 
 def _apply_head(model: PreTrainedModel, hidden_MH: Tensor) -> Tensor:
-    """A number for each row. In float32 where the head is one layer: bfloat16 would tell only every 256th of a value apart."""
+    """Apply the head to each row. A single linear layer runs in float32, because bfloat16 has a resolution of only 1/256."""
     head = head_of(model)
     if isinstance(head, nn.Linear):
         return F.linear(hidden_MH.float(), head.weight.float(), None if head.bias is None else head.bias.float()).squeeze(-1)
@@ -111,12 +112,12 @@ def _apply_head(model: PreTrainedModel, hidden_MH: Tensor) -> Tensor:
 class TokenScorer(Scorer):
     """A causal language model that scores given tokens: from a packed batch to TokenOut.
 
-    Wrapping the whole of it, output layer included, in one module lets FSDP gather the output embedding, which may be
-    tied to the input's, for exactly as long as it is used.
+    The model and its output layer are one module, so that FSDP gathers the output embedding, which may be tied to the input embedding,
+    exactly while it is used.
 
     Attributes:
-        temperature: by which logits are divided, as they are where tokens are drawn.
-        entropy: whether to score it too: True, or "gradient" where the loss has a term for it.
+        temperature: divisor of the logits, the same as in sampling.
+        entropy: whether to compute the entropy: True, or "gradient" if the loss has an entropy term.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0, entropy: Entropy = False):
@@ -127,7 +128,7 @@ class TokenScorer(Scorer):
     def forward(self, batch: Batch, slope: Slope | None = None) -> TokenOut:
         """Score the batch's trained tokens; for `slope` see `token_scores`."""
         hidden_TH = self.hidden(batch)
-        # Not `hidden_TH[trained_M]`: positions are unique, so the backward pass needs no sort to add up what falls on one.
+        # Not `hidden_TH[trained_M]`, whose backward pass sorts to sum duplicates: positions are unique.
         hidden_MH, target_M = hidden_TH.index_select(0, batch.trained_M), batch.target_T[batch.trained_M]
         hidden_MH, weight_VH, bias_V = _output_layer(self.model.get_output_embeddings(), hidden_MH)
         rule = replace(self.rule, temperature=self.temperature)
@@ -135,10 +136,10 @@ class TokenScorer(Scorer):
 
 
 def _output_layer(head: Any, hidden_MH: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What the output layer multiplies with what, and its bias.
+    """Return the hidden states, weight and bias of the output layer's matmul.
 
-    An adapter of rank R on it makes hidden states and weight longer by R, so that both products are one, and nothing of the
-    adapter's is rounded away in a sum with the weight.
+    An adapter of rank R on the layer extends hidden states and weight by R columns, so that both matmuls are one, and the adapter's
+    contribution is not lost in rounding, as it would be in a sum with the weight.
     """
     weight_VH, bias_V = head.weight, getattr(head, "bias", None)
     for name in getattr(head, "lora_A", ()):
@@ -149,15 +150,15 @@ def _output_layer(head: Any, hidden_MH: Tensor) -> tuple[Tensor, Tensor, Tensor 
 
 @torch.no_grad()
 def check_scorer(scorer: TokenScorer) -> None:
-    """Compare the scorer, on two short packed documents, with the architecture's own eager logits, each document alone.
+    """Compare the scorer's log-probabilities of two short packed documents with those of each document alone, with eager attention.
 
-    It shows for any architecture that its attention keeps documents apart and that nothing but `LogitRule` lies behind
-    the output layer. The weights must be float32 and not yet sharded.
+    This verifies for any architecture that no token attends to another document, and that `LogitRule` is all that follows the output
+    layer. The weights must be float32 and not sharded.
 
     Raises:
         UserError: they differ.
     """
-    from verl.data.pack import collate  # numpy arrays to a Batch, as in training
+    from verl.data.pack import collate
 
     model = scorer.model
     device, training, packed_attention = model.device, model.training, model.config._attn_implementation
@@ -173,9 +174,9 @@ def check_scorer(scorer: TokenScorer) -> None:
     model.set_attn_implementation(packed_attention)
     model.train(training)
     difference = (found_M - torch.cat(expected)).abs().max().item()
-    if not difference < SAME:
+    if not difference < TOLERANCE:
         raise UserError(
-            f"{type(model).__name__} in packed batches differs from the same model alone by {difference:.2g} in log-probability",
+            f"the log-probabilities of {type(model).__name__} in packed batches differ from those of single documents by {difference:.2g}",
             where="model.partial_pretrain",
             fix=USE_ANOTHER,
         )
@@ -183,9 +184,9 @@ def check_scorer(scorer: TokenScorer) -> None:
 
 @torch.no_grad()
 def check_parts(scorer: TokenScorer) -> None:
-    """Where processes share micro-batches, compare their parts of one with the whole. Every process calls it.
+    """With context parallelism, compare this rank's slice of a batch with the whole batch. Every rank calls it.
 
-    It shows that nothing but attention, which has its exchange, mixes tokens. The weights must be as in `check_scorer`.
+    This verifies that only attention, which exchanges tokens between ranks, mixes tokens. The weights must be as in `check_scorer`.
 
     Raises:
         UserError: they differ.
@@ -194,7 +195,7 @@ def check_parts(scorer: TokenScorer) -> None:
         return
     from verl.data.pack import collate
 
-    # The longer one last: wherever the batch is cut, a trained token has some of what it depends on in another part.
+    # The longer document last: wherever the batch is cut, some trained token then depends on tokens of another slice.
     documents = probe_documents(scorer.model.config.vocab_size)[::-1]
     whole = collate(documents, [0, 1], multiple_of_tokens=dist.context_size())
     part = whole.part(dist.context_rank(), dist.context_size())
@@ -203,9 +204,9 @@ def check_parts(scorer: TokenScorer) -> None:
     scorer.model.eval()
     expected_M, found_M = scorer(whole.to(device)).logprob_M[mine_M.to(device)], scorer(part.to(device)).logprob_M
     scorer.model.train(training)
-    if dist.any_rank(not bool(((found_M - expected_M).abs() < SAME).all())):
+    if dist.any_rank(not bool(((found_M - expected_M).abs() < TOLERANCE).all())):
         raise UserError(
-            f"{type(scorer.model).__name__} gives other log-probabilities when a document is spread over several processes",
+            f"{type(scorer.model).__name__} gives different log-probabilities when a document is split over several processes",
             where="model.context_parallel_size",
             fix="set it to 1, or choose a model such as Qwen2, Qwen3, Llama or Mistral",
         )

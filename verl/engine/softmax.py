@@ -1,4 +1,4 @@
-"""Log-probabilities of targets from their logits: with entropies, or the logits giving way to their own gradient in the same pass.
+"""Log-probabilities of targets from logits: with entropies, or with the gradient, which overwrites the logits in the same pass.
 
 Dimensions: C positions of a chunk, V vocabulary.
 """
@@ -10,11 +10,11 @@ from verl.kernels import HAS_TRITON
 
 
 def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(factor * logits), and its gradient by the logits.
+    """Compute the log-probability of each target under softmax(factor * logits), and its gradient with respect to the logits.
 
-    The gradient comes as a factor for each row and, in place of the logits, what the factor is to be multiplied with: what
-    uses the gradient is a matrix product, where the factor costs next to nothing, and a further pass over [C, V] does not.
-    The derivative of what is minimized by a log-probability is one more such factor.
+    The gradient is returned as a scale per row and an unscaled matrix that overwrites the logits. It is only used in matmuls, where the
+    scale costs next to nothing, while another pass over [C, V] would not. The derivative of the loss with respect to the log-probability
+    can be multiplied into the scale.
 
     Args:
         logits_CV: contiguous; overwritten, so that `scale_C[:, None] * logits_CV` is the gradient.
@@ -28,25 +28,25 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float =
         return softmax_triton.logprobs_with_gradient_(logits_CV, target_C, factor)
     scaled_CV = logits_CV if factor == 1.0 and logits_CV.dtype == torch.float32 else logits_CV.float() * factor
     at_target_C, highest_C = scaled_CV.gather(1, target_C[:, None]).squeeze(1), scaled_CV.amax(-1)
-    # In place from here on: on a CPU each further copy of the logits costs as much time as the exponentials.
+    # In place from here on: on a CPU, each copy of the logits takes as long as the exponentials.
     power_CV = scaled_CV.sub_(highest_C[:, None]).exp_()
     total_C = power_CV.sum(-1)
     # d logprob / d logit = factor * (1 at the target - power / total)
     power_CV.scatter_add_(1, target_C[:, None], -total_C[:, None])
     if power_CV is not logits_CV:
         logits_CV.copy_(power_CV)
-    return at_target_C - (highest_C + total_C.log()), -factor / total_C  # bit for bit as `logsumexp` has it
+    return at_target_C - (highest_C + total_C.log()), -factor / total_C  # bit for bit equal to `logsumexp`
 
 
 def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float = 1.0, *, entropy: bool = True) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(factor * logits), and the entropy of that distribution. Without a gradient.
+    """Compute the log-probability of each target under softmax(factor * logits) and that distribution's entropy, without a gradient.
 
     Args:
-        logits_CV: contiguous; stays as it is.
+        logits_CV: contiguous; not changed.
         target_C: token ids to score.
-        entropy: whether it is asked for; one pass over the logits has both on a GPU, and a CPU takes another for it.
+        entropy: whether to compute the entropy; on a GPU it needs no extra pass over the logits, on a CPU it needs one.
     Returns:
-        logprob_C, natural log, and entropy_C in nats, or nothing where it is not asked for; both float32.
+        logprob_C, natural log, and entropy_C in nats, empty if not requested; both float32.
     """
     logits_CV = logits_CV.detach()
     if HAS_TRITON and logits_CV.is_cuda:
@@ -61,5 +61,5 @@ def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float = 1.
 
 
 def entropy_of(logits_CV: Tensor, total_C: Tensor) -> Tensor:
-    """The entropy of softmax(logits), from their logarithm of the sum of exponentials: log Z - sum of p * logit."""
+    """Entropy of softmax(logits), from the logits and their logsumexp: log Z - sum of p * logit."""
     return total_C - ((logits_CV - total_C[:, None]).exp() * logits_CV).sum(-1)

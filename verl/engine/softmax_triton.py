@@ -1,9 +1,9 @@
-"""The pass of `verl.engine.softmax` as one Triton kernel that reads every logit once and writes it once.
+"""Triton kernels of `verl.engine.softmax`, which read and write every logit once.
 
-A softmax needs its row's maximum and sum before its first result, so that one pass reads, and another reads again and
-writes. Here the power written for a logit is taken above a whole number that is close to the row's maximum, and the sum
-goes to the caller. The number is the maximum of the first columns. It may lie far below that of a later block, which has room
-in the exponents of bfloat16 and float32; before that runs out, the powers so far are halved as often as needed, which is exact.
+A softmax needs the row's maximum and sum before its first result, so it usually takes one pass that reads, and one that reads again and
+writes. Here, the kernel writes 2 ** (x - base), where `base` is an integer close to the row's maximum, and returns the sum for the caller
+to divide by. `base` is the rounded maximum of the first block. A later block may have a far larger maximum, for which the exponents of
+bfloat16 and float32 leave room. Before that runs out, the powers written so far are multiplied by a power of two, which is exact.
 
 Dimensions: C positions of a chunk, V vocabulary.
 """
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 16_384, 32  # columns at a time; the fastest of nine pairs on an H200, where 8192 takes 1.14 times as long
-ROOM = tl.constexpr(60.0)  # powers of two up to 2**60, and their sum, are far from the largest number
+BLOCK, WARPS = 16_384, 32  # columns per block; the fastest of nine pairs on an H200, where 8192 takes 1.14 times as long
+ROOM = tl.constexpr(60.0)  # powers up to 2**60, and their sum, are far from overflow
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """As `verl.engine.softmax.logprobs_with_gradient_`, on a CUDA device, in bfloat16 or float32."""
+    """Same as `verl.engine.softmax.logprobs_with_gradient_`, on CUDA in bfloat16 or float32."""
     rows, vocabulary = logits_CV.shape
     logprob_C, scale_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     if rows > 0:
@@ -29,7 +29,7 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float) 
 
 
 def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """As `verl.engine.softmax.logprobs_and_entropy`, on a CUDA device; the logits are read once."""
+    """Same as `verl.engine.softmax.logprobs_and_entropy`, on CUDA; the logits are read once."""
     rows, vocabulary = logits_CV.shape
     logprob_C, entropy_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     if rows > 0:
@@ -42,7 +42,7 @@ def _scores_kernel(logits, targets, logprobs, entropies, vocabulary: tl.constexp
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     at_target = tl.load(logits + tl.load(targets + row)).to(tl.float32) * (factor * LOG2_E)
-    highest = -1e30  # finite, so that infinity is never taken from infinity
+    highest = -1e30  # finite, to avoid inf - inf
     total = 0.0
     weighted = 0.0
     for start in range(0, vocabulary, block):
@@ -66,11 +66,11 @@ def _kernel(logits, targets, logprobs, scales, vocabulary: tl.constexpr, factor,
     target = tl.load(targets + row)
     at_target = tl.load(logits + target).to(tl.float32) * (factor * LOG2_E)
     x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * (factor * LOG2_E)
-    tl.debug_barrier()  # every thread has read the target's logit before any thread writes over it
-    base = tl.ceil(tl.maximum(tl.max(x, 0), -1e30))  # finite, so that infinity is never taken from infinity
+    tl.debug_barrier()  # all threads have read the target's logit before any overwrites it
+    base = tl.ceil(tl.maximum(tl.max(x, 0), -1e30))  # finite, to avoid inf - inf
     total = tl.zeros([block], tl.float32)
     for start in range(0, vocabulary, block):
-        following = start + block + column  # on its way while this block is worked on
+        following = start + block + column  # loaded while this block is processed
         x_following = tl.load(logits + following, mask=following < vocabulary, other=float("-inf")).to(tl.float32) * (factor * LOG2_E)
         peak = tl.max(x, 0)
         if peak > base + ROOM:
@@ -85,7 +85,7 @@ def _kernel(logits, targets, logprobs, scales, vocabulary: tl.constexpr, factor,
         tl.store(logits + start + column, power.to(logits.dtype.element_ty), mask=start + column < vocabulary)
         x = x_following
     total_power = tl.sum(total, 0)
-    tl.debug_barrier()  # the target's power is written before it is replaced
+    tl.debug_barrier()  # the target's power has been written before it is replaced
     tl.store(logits + target, (tl.exp2(at_target - base) - total_power).to(logits.dtype.element_ty))
     tl.store(logprobs + row, (at_target - base - tl.log2(total_power)) / LOG2_E)
     tl.store(scales + row, -factor / total_power)

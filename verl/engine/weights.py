@@ -1,7 +1,7 @@
-"""The weights that the optimizer updates, beside those that the model computes with.
+"""Master weights, which the optimizer updates, and the working copies that the model computes with.
 
-Classes with the same methods, so that the engine does not care which it has: `MasterWeights` on one process,
-`ReplicatedWeights` where each process has all of them, `ShardedWeights` where each has a part, or they are in host memory.
+Three classes with the same methods: `MasterWeights` for one process, `ReplicatedWeights` for data parallelism with all weights on each
+rank, and `ShardedWeights` for FSDP2 and CPU offloading.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ from verl import dist as processes
 from verl.engine.fsdp import Sharding, shard
 from verl.engine.scorers import Scorer
 
-BUCKET = 2**25  # gradients that are averaged in one message: 128 MiB
+BUCKET = 2**25  # gradients per all-reduce, in float32: 128 MiB
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How weights lie on processes and their memory.
+    """Distribution of the weights over ranks and memories.
 
     Attributes:
-        strategy: "ddp": all of them on each process; "fsdp2": sharded. One process without offloading does neither.
-        sharding: for fsdp2.
+        strategy: "ddp" replicates them on each rank, "fsdp2" shards them. One process without offloading does neither.
+        sharding: settings of fsdp2.
     """
 
     strategy: Literal["ddp", "fsdp2"] = "fsdp2"
@@ -38,12 +38,12 @@ SHARDED = Spread()
 
 
 class Weights(Protocol):
-    """What the engine and the checkpoint need of a model's weights.
+    """The weights of a model, as the engine and checkpoints use them.
 
     Attributes:
-        trained: what the optimizer updates, by the model's own names.
-        copies: of what is trained, those that the model computes with instead; an optimizer may write them as `publish` does.
-        place: where they lie, in words.
+        place: where the weights are, for messages.
+        trained: trainable parameters, which the optimizer updates, by the model's own names.
+        copies: working copies of trainable parameters with which the model computes; an optimizer may update them in place of `publish`.
     """
 
     place: str
@@ -51,30 +51,30 @@ class Weights(Protocol):
     copies: dict[nn.Parameter, Tensor]
 
     def begin(self, *, last: bool) -> None:
-        """A micro-batch begins; `last` of its step."""
+        """Prepare for a micro-batch; `last` marks the last one of the step."""
 
     def collect(self) -> None:
-        """A micro-batch's gradients are there: add them to those of `trained`."""
+        """Add a micro-batch's gradients to those of `trained`, after its backward pass."""
 
     def publish(self) -> None:
-        """`trained` has changed: let the model compute with it."""
+        """Copy changed values of `trained` to the weights that the model computes with."""
 
     def in_model(self) -> AbstractContextManager[None]:
-        """While this lasts, the model's parameters are `trained` itself, to be read and written out."""
+        """Make `trained` the model's parameters in this context, to read and save them."""
         ...
 
 
 class MasterWeights:
-    """One process: weights as they were loaded, and working copies of them in the compute dtype.
+    """Weights of one process: masters in the loaded dtype, and working copies in the compute dtype.
 
-    What is loaded in the compute dtype is its own working copy; frozen weights are cast to it. Gradients are added up
-    over micro-batches in the dtype of `trained`; those of a single one are left as they are.
+    A weight that was loaded in the compute dtype is its own working copy; frozen weights are cast to the compute dtype. Gradients are
+    accumulated over micro-batches in the dtype of `trained`; those of a single micro-batch keep their dtype.
     """
 
     place = "on one process"
 
     def __init__(self, scorer: Scorer, compute_dtype: torch.dtype):
-        # A shared (tied) parameter has one entry here, as it has in named_parameters.
+        # A tied parameter has one entry here, as in named_parameters.
         self.trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
         working: dict[nn.Parameter, nn.Parameter] = {}
@@ -89,7 +89,7 @@ class MasterWeights:
                     self._places.append((module, name, p, working[p]))
         self.copies: dict[nn.Parameter, Tensor] = {master: copy for _, _, master, copy in self._places}
         for master in self.copies:
-            master.grad_dtype = None  # its gradient may have any dtype
+            master.grad_dtype = None  # allows a gradient of any dtype
 
     def begin(self, *, last: bool) -> None:
         pass
@@ -121,11 +121,12 @@ class MasterWeights:
 
 @dataclass
 class _Bucket:
-    """Weights whose gradients travel together.
+    """Parameters whose gradients share an all-reduce.
 
     Attributes:
-        missing: how many of them have no gradient yet in this backward pass.
-        average: of their gradients over all processes, one after another, once its message is under way.
+        missing: number of members without a gradient so far in this backward pass.
+        average: the members' gradients, flattened; averaged over all ranks once `message` has finished.
+        message: handle of the all-reduce.
     """
 
     members: list[nn.Parameter] = field(default_factory=list)
@@ -138,15 +139,15 @@ class _Bucket:
         return sum(p.numel() for p in self.members)
 
     def parts(self) -> list[Tensor]:
-        """The average, in the members' shapes."""
+        """Views of the average in the members' shapes."""
         assert self.average is not None
         flat = self.average.split([p.numel() for p in self.members])
         return [part.view(p.shape) for part, p in zip(flat, self.members, strict=True)]
 
 
 class ReplicatedWeights(MasterWeights):
-    """Several processes with all of the weights each. Gradients are averaged over them in float32, a bucket at a time, while
-    the step's last backward pass goes on; the micro-batches before it send nothing.
+    """Weights replicated on every rank. Gradients are averaged in float32, one bucket at a time, and this overlaps with the last
+    backward pass of the step; earlier micro-batches do not communicate.
     """
 
     place = "whole on each process"
@@ -154,7 +155,7 @@ class ReplicatedWeights(MasterWeights):
     def __init__(self, scorer: Scorer, compute_dtype: torch.dtype):
         super().__init__(scorer, compute_dtype)
         self._buckets, self._next, self._last = [_Bucket()], 0, False
-        for p in reversed(self.trained.values()):  # about as their gradients come
+        for p in reversed(self.trained.values()):  # roughly the order of their gradients
             if self._buckets[-1].size >= BUCKET:
                 self._buckets.append(_Bucket())
             self._buckets[-1].members.append(p)
@@ -170,7 +171,7 @@ class ReplicatedWeights(MasterWeights):
         if not self._last:
             super().collect()
             return
-        while self._next < len(self._buckets):  # those with weights that had no part in this batch
+        while self._next < len(self._buckets):  # buckets with parameters that this batch did not use
             self._send()
         for bucket in self._buckets:
             bucket.message.wait()
@@ -183,7 +184,7 @@ class ReplicatedWeights(MasterWeights):
 
     def _arrived(self, bucket: _Bucket, _: Tensor) -> None:
         bucket.missing -= 1
-        # In one order on all processes, since messages are matched by it.
+        # In the same order on all ranks, because collectives are matched by order.
         while self._last and self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._send()
 
@@ -193,7 +194,7 @@ class ReplicatedWeights(MasterWeights):
         self._next += 1
         bucket.average = torch.zeros(bucket.size, dtype=torch.float32, device=bucket.members[0].device)
         for p, part in zip(bucket.members, bucket.parts(), strict=True):
-            for holder in {p, self._working(p)}:  # of the micro-batches before, and of this one
+            for holder in {p, self._working(p)}:  # gradients of earlier micro-batches, and of this one
                 if holder.grad is not None:
                     part += holder.grad
                     holder.grad = None
@@ -202,7 +203,7 @@ class ReplicatedWeights(MasterWeights):
 
 
 class ShardedWeights:
-    """Many processes, or weights in host memory: FSDP2 keeps the masters and makes the working copies."""
+    """Sharded or offloaded weights: FSDP2 holds the masters and makes the working copies."""
 
     def __init__(
         self,
@@ -241,11 +242,11 @@ def spread_weights(
     compute_dtype: torch.dtype,
     fill: Callable[[nn.Module, torch.device], None] | None = None,
 ) -> Weights:
-    """Put the weights where they belong, in place.
+    """Distribute the model's weights in place.
 
     Args:
-        device: where the arithmetic runs.
-        fill: where the model has no values yet, reads them into its shards.
+        device: device that computes.
+        fill: reads the weights of a model on the meta device into its shards.
     """
     if processes.world_size() > 1 or spread.sharding.cpu_offload:
         if spread.strategy == "fsdp2":

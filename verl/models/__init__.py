@@ -1,1 +1,1 @@
-"""Loading models and tokenizers, attention over packed batches, adapters, the demo's model."""
+"""Models and tokenizers: loading, packed attention, LoRA adapters, export, and the demo's tiny model."""

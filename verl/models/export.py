@@ -1,6 +1,6 @@
-"""`verl export SRC DIR`: an adapter merged into its base, cast, and split into files; `export` below is the whole way.
+"""`verl export SRC DIR`: merge an adapter into its base model, cast the weights, and split them into files.
 
-What is written is loaded again and must give the logits of what it was made of.
+The written model is loaded again, and its logits must equal those of the model in memory.
 
 Dimensions: T tokens of a prompt, V vocabulary.
 """
@@ -30,22 +30,22 @@ PROBE = [
     {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
     {"role": "assistant", "content": "In May she sold 48 / 2 = 24 clips, so 48 + 24 = 72 in all."},
 ]
-# Largest difference of logits that is put down to the order of sums in float32, absolute, and of the largest logit.
-SAME, SAME_SHARE = 1e-4, 2e-5
-# How far casting may move the logits of an adapter, as a share of how far the adapter moved them.
-LOST = 0.7
-# Largest difference that casting may make, of the largest logit.
-ROUNDING_SHARE = {torch.float32: SAME_SHARE, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Difference of logits that the order of float32 sums may explain: absolute, and relative to the largest logit.
+TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-5
+# Largest norm of the change by casting, relative to the norm of the adapter's effect on the logits.
+LARGEST_CAST_EFFECT = 0.7
+# Largest difference of logits that casting may cause, relative to the largest logit.
+CAST_TOLERANCE = {torch.float32: RELATIVE_TOLERANCE, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the checkpoint as the config says; nothing is left behind if that cannot be done.
+    """Export a checkpoint; a failed export leaves no files behind.
 
     Returns:
-        the directory.
+        the written directory.
     Raises:
-        UserError: no such checkpoint or base, a directory that holds something, an adapter that changes nothing, or a result
-            that does not give the logits it should.
+        UserError: the checkpoint or its base is missing, the directory is not empty, the adapter has no effect, or the result has
+            wrong logits.
     """
     target = Path(config.directory).expanduser().absolute()
     check_target(target)
@@ -69,7 +69,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def keep_format(source: str, folder: Path) -> None:
-    """How the checkpoint was shown its chats, for whoever asks the exported one."""
+    """Copy the checkpoint's prompt format to the exported model."""
     found = read_format(source)
     if found is not None:
         found.write(folder)
@@ -81,13 +81,13 @@ def say(line: str) -> None:
 
 def check_target(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
-        raise UserError("the directory is not empty", where=str(target), fix="name a new one, or move what is in it away")
+        raise UserError("the directory is not empty", where=str(target), fix="choose a new directory, or empty this one")
     if target.exists() and not target.is_dir():
-        raise UserError("is a file", where=str(target), fix="name a new directory")
+        raise UserError("is a file, not a directory", where=str(target), fix="choose a new directory")
 
 
 def find_source(path: str) -> str:
-    """The checkpoint that is meant: the newest one of a run's directory."""
+    """Return the checkpoint of a path; for a run's directory, the newest one."""
     local = Path(path).expanduser()
     steps = local.is_dir() and not any((local / name).is_file() for name in ("config.json", files.CONFIG)) and newest_step(local)
     if steps:
@@ -97,12 +97,16 @@ def find_source(path: str) -> str:
 
 
 def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
-    """The model in float32, without its adapter; and the base's name, if there is an adapter."""
+    """Load the model in float32, without its adapter.
+
+    Returns:
+        the model, and the name of the base model if the checkpoint is an adapter.
+    """
     adapter = read_adapter_config(source)
     base = None if adapter is None else files.read_config(source).base_model_name_or_path
     if adapter is not None and not base:
-        fix = "write the base's directory or Hub name there"
-        raise UserError("names no base_model_name_or_path", where=f"{source}/{files.CONFIG}", fix=fix)
+        fix = "write the directory or Hub name of the base model there"
+        raise UserError("base_model_name_or_path is missing", where=f"{source}/{files.CONFIG}", fix=fix)
     say(f"loading {base or source}")
     try:
         loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code)
@@ -110,17 +114,17 @@ def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
         if base is None:
             raise
         what = f"the adapter's base model cannot be loaded: {error.what}"
-        fix = f"put it back at {base}, or mend base_model_name_or_path in {files.CONFIG}"
+        fix = f"restore it at {base}, or correct base_model_name_or_path in {files.CONFIG}"
         raise UserError(what, where=source, fix=fix) from error
     loaded.model.set_attn_implementation("sdpa")
     loaded.model.eval()
-    if base is not None and (Path(source) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
+    if base is not None and (Path(source) / "generation_config.json").is_file():  # it has the stop tokens of the adapter's training
         loaded.model.generation_config = GenerationConfig.from_pretrained(source)
     return loaded, base
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
-    """A question and its answer in the chat format of the tokenizer, or as plain text where it has none."""
+    """Tokenize a question and its answer in the tokenizer's chat format, or as plain text if it has none."""
     text = "\n".join(message["content"] for message in PROBE)
     if tokenizer.chat_template:
         text = str(tokenizer.apply_chat_template(PROBE, tokenize=False))
@@ -134,28 +138,28 @@ def logits(model: torch.nn.Module, ids_T: Tensor) -> Tensor:
 
 
 def merge(loaded: Loaded, source: str, ids_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge an adapter into the model, in place, and compare.
+    """Merge an adapter into the model in place, and compare the logits before and after.
 
     Returns:
-        the logits of base and adapter side by side, and how far they are from those of the base.
+        the logits with the unmerged adapter, and their difference from the base model's logits.
     Raises:
-        UserError: the adapter changes nothing, or the merged model is not what base and adapter are.
+        UserError: the adapter has no effect, or merging changes the logits.
     """
     say(f"merging {source}")
     base_TV = logits(loaded.model, ids_T)
     adapted = files.put_on(loaded.model, source).eval()
     adapted_TV = logits(adapted, ids_T)
     effect_TV = adapted_TV - base_TV
-    limit, effect = same(adapted_TV), largest(effect_TV)
+    limit, effect = tolerance(adapted_TV), largest(effect_TV)
     if not effect > limit:
-        why = "each of its lora_B is zero, so it was never trained" if is_untrained(adapted) else "no more than rounding does"
+        why = "all lora_B are zero, so it was never trained" if is_untrained(adapted) else "that is within rounding"
         what = f"the adapter changes the logits of a prompt by at most {effect:.1g}: {why}"
         raise UserError(what, where=source, fix="export a checkpoint that was trained further, or with a larger optim.lr")
     adapted.merge_and_unload()
     difference = largest(logits(loaded.model, ids_T) - adapted_TV)
     if not difference <= limit:
-        what = f"the merged model's logits differ by {difference:.2g} from those of base and adapter, which rounding does not explain"
-        raise UserError(what, where=source, fix="use the adapter as it is, with peft")
+        what = f"the merged model's logits differ by {difference:.2g} from those with the unmerged adapter, which is more than rounding"
+        raise UserError(what, where=source, fix="use the unmerged adapter with peft")
     say(f"the adapter changes the logits of a prompt by up to {effect:.2g}; merged: off by {difference:.1g} (allowed: {limit:.1g})")
     return adapted_TV, effect_TV
 
@@ -166,18 +170,22 @@ def is_untrained(adapted: PeftModel) -> bool:
 
 
 def largest(values: Tensor) -> float:
-    """The largest absolute value; infinite if any is no number."""
+    """Return the largest absolute value; infinity if any value is NaN."""
     value = values.abs().max().item()
     return math.inf if math.isnan(value) else value
 
 
-def same(logits_TV: Tensor) -> float:
-    """Up to which difference logits count as the same, in float32."""
-    return max(SAME, SAME_SHARE * largest(logits_TV))
+def tolerance(logits_TV: Tensor) -> float:
+    """Return the largest difference at which float32 logits count as equal."""
+    return max(TOLERANCE, RELATIVE_TOLERANCE * largest(logits_TV))
 
 
 def cast(loaded: Loaded, name: str | None) -> dict[str, torch.dtype]:
-    """Round the weights, in place, to what they will be on disk, by their names, and let the config say so."""
+    """Round the weights in place to their dtypes on disk, and set the dtype in the config.
+
+    Returns:
+        dtype on disk of each weight, by name.
+    """
     model, state = loaded.model, loaded.model.state_dict(keep_vars=True)
     usual = loaded.saved_dtypes.get("model.embed_tokens.weight", next(iter(loaded.saved_dtypes.values())))
     dtypes = {key: loaded.saved_dtypes.get(key, usual) for key in state}
@@ -193,55 +201,63 @@ def cast(loaded: Loaded, name: str | None) -> dict[str, torch.dtype]:
 
 
 def check_cast(cast_TV: Tensor, expected_TV: Tensor, effect_TV: Tensor | None, dtypes: set[torch.dtype]) -> None:
-    """Casting moves the logits as rounding does, and less than the adapter did: else the result would be as good as the base."""
-    share = max(ROUNDING_SHARE.get(dtype, SAME_SHARE) for dtype in dtypes)
-    limit, difference = max(SAME, share * largest(expected_TV)), largest(cast_TV - expected_TV)
+    """Check that casting changes the logits only by rounding, and by less than the adapter does.
+
+    Raises:
+        UserError: it changes them more.
+    """
+    share = max(CAST_TOLERANCE.get(dtype, RELATIVE_TOLERANCE) for dtype in dtypes)
+    limit, difference = max(TOLERANCE, share * largest(expected_TV)), largest(cast_TV - expected_TV)
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     if not difference <= limit:
-        what = f"in {names} the logits are off by {difference:.2g}, and {limit:.2g} would be rounding"
+        what = f"casting to {names} changes the logits by {difference:.2g}, more than rounding explains ({limit:.2g})"
         raise UserError(what, where="dtype", fix="set dtype=bfloat16 or dtype=float32")
     lost = 0.0 if effect_TV is None else float((cast_TV - expected_TV).norm() / effect_TV.norm())
-    if lost > LOST:
-        what = f"in {names} the adapter is lost in rounding, which moves the logits {lost:.2g} times as far as the adapter does"
+    if lost > LARGEST_CAST_EFFECT:
+        what = f"casting to {names} loses the adapter: rounding changes the logits {lost:.2g} times as much as the adapter does"
         raise UserError(what, where="dtype", fix="set dtype=float32, or export a checkpoint that was trained further")
-    say(f"weights in {names}: the logits of a prompt move by up to {difference:.1g}")
+    say(f"casting to {names} changes the logits of a prompt by up to {difference:.1g}")
 
 
 def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, config: ExportConfig) -> None:
-    """The files, loaded as anyone would, give the logits of the model that was written."""
+    """Load the written files with transformers, and check that the logits are those of the model in memory.
+
+    Raises:
+        UserError: they are not.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
     difference = largest(logits(model.eval(), ids_T) - cast_TV)
-    if not difference <= same(cast_TV):
-        what = f"the written model's logits differ by {difference:.2g} from those of the model that was written"
-        raise UserError(what, where=str(config.directory), fix="report this with the names of the model and of transformers' release")
-    say("loaded again, the written model gives the same logits")
+    if not difference <= tolerance(cast_TV):
+        what = f"the written model's logits differ by {difference:.2g} from those of the model in memory"
+        raise UserError(what, where=str(config.directory), fix="report this with the name of the model and the version of transformers")
+    say("loaded again: the written model gives the same logits")
 
 
 @contextlib.contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
-    """A directory on the target's disk, removed at the end if it is still there."""
+    """Create a temporary directory on the target's disk; at the end, remove it if it still exists."""
     made = [parent for parent in target.parents if not parent.exists()]
     folder = target.with_name(f".{target.name}.export")
-    shutil.rmtree(folder, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by an export that was killed
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot be made: {error.strerror}", where=str(target), fix="name a directory that you may write") from error
+        raise UserError(f"cannot be created: {error.strerror}", where=str(target), fix="choose a writable directory") from error
     try:
         yield folder
     except OSError as error:
-        raise UserError(f"cannot be written: {error}", where=str(target), fix="free some space, or name another directory") from error
+        raise UserError(f"cannot be written: {error}", where=str(target), fix="free disk space, or choose another directory") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
-                parent.rmdir()  # if nothing is in it
+                parent.rmdir()  # only if it is empty
 
 
 def commit(folder: Path, target: Path) -> None:
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
-        path.chmod(mode)  # safetensors writes for the owner alone
+        path.chmod(mode)  # safetensors makes files that only the owner can read
     folder.rename(target)
 
 
@@ -252,7 +268,7 @@ def describe(target: Path) -> str:
 
 
 def keyed(argv: list[str]) -> list[str]:
-    """The words of the command with SRC and DIR as `source=SRC directory=DIR`."""
+    """Rewrite the positional arguments SRC and DIR as `source=SRC directory=DIR`."""
     words = list(argv)
     for number, name in enumerate(("source", "directory")):
         if len(words) > number and "=" not in words[number] and not words[number].startswith("-"):
@@ -261,7 +277,7 @@ def keyed(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """`SRC DIR key=value …`; they may also be written as source=SRC directory=DIR."""
+    """Run the command: `SRC DIR key=value …`, or `source=SRC directory=DIR key=value …`."""
     quiet_libraries()
     try:
         export(load_config(ExportConfig, keyed(argv)))

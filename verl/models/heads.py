@@ -1,9 +1,7 @@
-"""What an engine trains: a model that reads packed batches. And the heads that give a number in place of a distribution.
+"""Models with a scalar head: critics and reward models.
 
-A critic is saved as a token classification model with one label, a reward model as a sequence classification model with one
-label: `AutoModelForTokenClassification` and `AutoModelForSequenceClassification` load them.
-
-Dimensions: T tokens of the packed batch, or of this process's part; M trained positions; S documents; H hidden size.
+A critic is saved as a token classification model with one label, and a reward model as a sequence classification model with one label:
+`AutoModelForTokenClassification` and `AutoModelForSequenceClassification` load them.
 """
 
 from typing import Any
@@ -26,12 +24,13 @@ def load_critic(
     trust_remote_code: bool = False,
     values: bool = True,
 ) -> Loaded:
-    """A critic for a ValueScorer, from one that was saved, or from a causal language model with a head of zeros.
+    """Load a critic for a ValueScorer: a saved one, or a causal language model with a head of zeros.
 
     Args:
-        values: whether to read them; without, the model is for sharding, where its files have what `load_without_values` needs.
+        values: whether to read the weights; false leaves them on the meta device for sharding, if `load_without_values` can read
+            the files.
     Raises:
-        UserError: no such model, or an architecture without token classification.
+        UserError: no such model, or transformers has no token classification for the architecture.
     """
     return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values)
 
@@ -44,20 +43,20 @@ def load_reward_model(
     trust_remote_code: bool = False,
     values: bool = True,
 ) -> Loaded:
-    """A reward model for a RewardScorer, from one that was saved, or from a causal language model with a head of zeros.
+    """Load a reward model for a RewardScorer: a saved one, or a causal language model with a head of zeros.
 
-    With `trust_remote_code` it may be any model whose code gives it a module `score` from hidden states to one number.
+    With `trust_remote_code` it may be any model whose code has a module `score` that maps hidden states to one number.
 
     Args:
         values: as for `load_critic`.
     Raises:
-        UserError: no such model, or not one that gives one number.
+        UserError: no such model, or it has more than one label.
     """
     return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code, values)
 
 
 def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether a model on disk is more than a language model.
+    """Return whether a model on disk has a head other than a language model's.
 
     Raises:
         UserError: no such model.
@@ -71,14 +70,14 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
     if type(config) not in kind._model_mapping:
         if not (trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})):
             fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"
-            raise UserError(f"transformers has no {config.model_type} with a head for this", where=path, fix=fix)
+            raise UserError(f"transformers has no {config.model_type} model with a classification head", where=path, fix=fix)
         kind = AutoModel
     if any(name.endswith("Classification") for name in config.architectures or []) and config.num_labels != 1:
-        raise UserError(f"gives {config.num_labels} numbers, not one", where=path, fix="give a model with one label, or a language model")
+        raise UserError(f"has {config.num_labels} labels, expected one", where=path, fix="give a model with one label, or a language model")
     if not values and kind is not AutoModel:
         loaded = load_without_values(path, dtype=dtype, trust_remote_code=trust_remote_code, kind=kind, head=head_of)
         if loaded is not None:
-            _leave_out_dropout(loaded.model)
+            _remove_dropout(loaded.model)
             return loaded
     options = {} if kind is AutoModel else {"num_labels": 1}
     try:
@@ -94,15 +93,15 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise cannot_load("model", path, error) from error
-    _leave_out_dropout(model)
+    _remove_dropout(model)
     _start_at_zero(model, set(report["missing_keys"]), path)
     saved_dtypes = find_saved_dtypes(model, source)
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
 
 
-def _leave_out_dropout(model: PreTrainedModel) -> None:
-    """Of the head, which is called without it."""
+def _remove_dropout(model: PreTrainedModel) -> None:
+    """Remove the head's dropout, because the scorers call the head without it."""
     if hasattr(model, "dropout"):
         model.dropout = nn.Identity()
 
@@ -115,13 +114,13 @@ def _config(path: str, trust_remote_code: bool) -> Any:
 
 
 def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None:
-    """A head that the file lacks says 0 of everything, so that the first advantages are the rewards themselves."""
+    """Set a head that the files lack to zero: all values are then 0, and the first advantages are the rewards themselves."""
     head = {id(parameter) for parameter in head_of(model).parameters()}
     for name, parameter in model.named_parameters():
         if name not in missing:
             continue
         if id(parameter) not in head:
-            raise UserError(f"lacks {name}", where=path, fix="give a complete model directory")
+            raise UserError(f"weight {name} is missing", where=path, fix="give a complete model directory")
         nn.init.zeros_(parameter)
 
 

@@ -1,4 +1,4 @@
-"""Liger's Triton kernels in place of transformers' norms, rotary embeddings and MLPs; the loss stays the engine's own."""
+"""Liger's Triton kernels for norms, rotary embeddings and MLPs; the engine keeps its own loss."""
 
 import torch
 from transformers import PreTrainedModel
@@ -10,7 +10,7 @@ def use_liger(model: PreTrainedModel, device: torch.device) -> None:
     """Replace the layers of a loaded model in place.
 
     Raises:
-        UserError: no GPU, Liger is not installed, or it does not know the architecture.
+        UserError: there is no GPU, Liger is not installed, or it does not support the architecture.
     """
     if device.type != "cuda":
         raise UserError("Liger's kernels need a GPU", where="model.use_liger", fix="set model.use_liger=false")

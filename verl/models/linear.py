@@ -1,12 +1,11 @@
-"""Matrix products on CPUs of which PyTorch's own use half.
+"""Faster float32 matmuls on non-Intel CPUs.
 
-PyTorch leaves float32 products on a CPU to MKL, which uses AVX-512 on Intel's processors alone. oneDNN, a part of PyTorch too, uses it on
-all that have it: on an AMD EPYC of 2025 it is 2.2 times as fast. The arithmetic is float32 in both.
+PyTorch runs float32 matmuls on a CPU through MKL, which uses AVX-512 only on Intel processors. oneDNN, which PyTorch includes too, uses
+it on every CPU that has it: on an AMD EPYC of 2025 it is 2.2 times as fast. Both compute in float32.
 
-oneDNN keeps what it made for each shape that it has seen, a packed copy of the weights included. So that this is little, rows go
-through it in pieces of few sizes.
+oneDNN caches a packed copy of the weights for each input shape. To keep the cache small, the rows are passed in chunks of a few sizes.
 
-Dimensions: T rows, in one or more dimensions; K numbers in, N out.
+Dimensions: T rows, in one or more dimensions; K input features, N output features.
 """
 
 from collections.abc import Iterator
@@ -19,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ENOUGH = 2**22  # multiplications, below which a call of oneDNN, which takes 60 µs at least, is not the faster
-WIDEST = 512  # outputs for each number in: a product of more is bound by writing them, which pieces do twice
-PIECES = (1024, 512, 256, 128, 64)  # rows that go through it at a time
+MIN_MULTIPLICATIONS = 2**22  # below this, oneDNN is not faster, because a call takes at least 60 µs
+MAX_WIDENING = 512  # N / K; above this, writing the output takes most of the time, and chunks are written twice
+CHUNK_ROWS = (1024, 512, 256, 128, 64)  # rows per call
 
 
 def use_whole_cpu(model: nn.Module) -> None:
-    """Let the model's linear layers use the faster of the two libraries. Where there is no faster one, nothing changes.
+    """Let the model's linear layers use oneDNN if it is faster on this machine.
 
-    Layers on a GPU stay as they are, and those that torch.compile runs: it would compile each of them by itself.
+    Layers on a GPU are left alone. So is a compiled model, because torch.compile would compile each of its layers separately.
     """
     if not is_faster() or any(module._compiled_call_impl is not None for module in model.modules()):
         return
@@ -38,13 +37,13 @@ def use_whole_cpu(model: nn.Module) -> None:
 
 @cache
 def is_faster() -> bool:
-    """Whether this machine has a CPU with AVX-512 that is not Intel's, and a PyTorch with both libraries."""
+    """Return whether the CPU has AVX-512 and is not Intel's, and PyTorch has both libraries."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() not in ("", "GenuineIntel")
 
 
 def _vendor() -> str:
-    """Who made the CPU, as Linux says it; "": it does not."""
+    """Return the CPU vendor according to Linux, or "" if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -57,38 +56,38 @@ def _forward(layer: nn.Linear, input_TK: Tensor) -> Tensor:
 
 
 def linear(input_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """As `torch.nn.functional.linear`; large products of float32 in host memory through oneDNN."""
-    if not _suits(input_TK, weight_NK):
+    """Same as `torch.nn.functional.linear`, but large float32 products on the CPU run through oneDNN."""
+    if not _use_onednn(input_TK, weight_NK):
         return F.linear(input_TK, weight_NK, bias_N)
     output_TN: Tensor = _Linear.apply(input_TK, weight_NK, bias_N)
     return output_TN
 
 
 def multiply(rows_TK: Tensor, weight_NK: Tensor, *, out: Tensor) -> Tensor:
-    """Without a gradient: rows · weightᵀ into `out`, or, where oneDNN is used, perhaps elsewhere. Returns where it lies."""
-    return _product(rows_TK, weight_NK) if _suits(rows_TK, weight_NK) else torch.mm(rows_TK, weight_NK.T, out=out)
+    """Return rows · weightᵀ, without a gradient. The result is `out`, or a new tensor if oneDNN computed it."""
+    return _product(rows_TK, weight_NK) if _use_onednn(rows_TK, weight_NK) else torch.mm(rows_TK, weight_NK.T, out=out)
 
 
 def add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:
-    """Without a gradient: add leftᵀ · right where `total_NK` lies."""
-    if _suits(right_TK, left_TN.T):
+    """Add leftᵀ · right to `total_NK` in place, without a gradient."""
+    if _use_onednn(right_TK, left_TN.T):
         _add_outer(total_NK, left_TN, right_TK)
     else:
         total_NK.addmm_(left_TN.T, right_TK)
 
 
-def _suits(rows_TK: Tensor, weight_NK: Tensor) -> bool:
-    """Whether oneDNN takes these, and is the faster."""
-    if torch.compiler.is_compiling() or not is_faster():  # in this order: the compiler cannot follow the second
+def _use_onednn(rows_TK: Tensor, weight_NK: Tensor) -> bool:
+    """Return whether oneDNN supports these tensors and is faster for them."""
+    if torch.compiler.is_compiling() or not is_faster():  # in this order: the compiler cannot trace is_faster
         return False
     rows = rows_TK.numel() // max(1, rows_TK.shape[-1])
-    if len(weight_NK) > WIDEST * weight_NK.shape[1] or not any(_pieces(rows, weight_NK.numel())):
+    if len(weight_NK) > MAX_WIDENING * weight_NK.shape[1] or not any(_chunks(rows, weight_NK.numel())):
         return False
     return all(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" for x in (rows_TK, weight_NK))
 
 
 class _Linear(torch.autograd.Function):
-    """All three products through oneDNN."""
+    """A linear layer whose forward and backward matmuls run through oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, input_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
@@ -112,8 +111,8 @@ class _Linear(torch.autograd.Function):
 def _product(rows_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     product_TN, done = rows_TK.new_empty(*rows_TK.shape[:-1], len(weight_NK)), 0
     flat_TK, flat_TN = rows_TK.reshape(-1, rows_TK.shape[-1]), product_TN.view(-1, len(weight_NK))
-    for piece in _pieces(len(flat_TK), weight_NK.numel()):
-        flat_TN[piece], done = _call(flat_TK[piece], weight_NK, bias_N), piece.stop
+    for chunk in _chunks(len(flat_TK), weight_NK.numel()):
+        flat_TN[chunk], done = _call(flat_TK[chunk], weight_NK, bias_N), chunk.stop
     if done < len(flat_TK):
         flat_TN[done:] = F.linear(flat_TK[done:], weight_NK, bias_N)
     return product_TN
@@ -121,22 +120,22 @@ def _product(rows_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -
 
 def _add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:
     done = 0
-    for piece in _pieces(len(right_TK), total_NK.numel()):
-        total_NK += _call(left_TN[piece].T, right_TK[piece].T, None)
-        done = piece.stop
+    for chunk in _chunks(len(right_TK), total_NK.numel()):
+        total_NK += _call(left_TN[chunk].T, right_TK[chunk].T, None)
+        done = chunk.stop
     if done < len(right_TK):
         total_NK.addmm_(left_TN[done:].T, right_TK[done:])
 
 
-def _pieces(rows: int, multiplications: int) -> Iterator[slice]:
-    """Rows to take at a time, from the first on; the last few, which are not worth a call, are left out.
+def _chunks(rows: int, multiplications: int) -> Iterator[slice]:
+    """Yield the chunks of rows for oneDNN; the last rows, too few for a call, are omitted.
 
     Args:
-        multiplications: for each row.
+        multiplications: number of multiplications per row.
     """
     start = 0
-    for size in PIECES:
-        while rows - start >= size and size * multiplications >= ENOUGH:
+    for size in CHUNK_ROWS:
+        while rows - start >= size and size * multiplications >= MIN_MULTIPLICATIONS:
             yield slice(start, start + size)
             start += size
 

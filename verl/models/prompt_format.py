@@ -1,7 +1,7 @@
-"""How a checkpoint was shown its chats: its template, stop tokens and system prompt, for whoever asks it next.
+"""The prompt format of a checkpoint: the chat template, stop tokens and system prompts of its training.
 
-A model that is asked in another way than it was trained answers worse, and nothing says why. So training writes `prompt_format.json`
-beside the weights, and the evaluator and reinforcement learning refuse to ask otherwise.
+A model that is prompted differently from its training answers worse, without any error. So training writes `prompt_format.json` next to
+the weights, and the evaluator and reinforcement learning refuse a different format.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ from verl.errors import UserError
 from verl.models.load import resolve
 
 FILE = "prompt_format.json"
-ROWS_LOOKED_AT = 1000  # for system prompts
-MOST_PROMPTS = 16  # of different system prompts; with more, each row is thought to have its own
+ROWS_SCANNED = 1000  # for system prompts
+MAX_SYSTEM_PROMPTS = 16  # with more distinct ones, each row is assumed to have its own
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What the chats of a training run had in common.
+    """The prompt format of a training run.
 
     Attributes:
-        chat_template_sha256: of the template's text.
-        stop_ids: tokens that ended what was trained.
-        system_prompts: those of its chats, null for chats that left it to the template; None: each chat had its own.
+        chat_template_sha256: hash of the template's text.
+        stop_ids: tokens that ended the trained turns.
+        system_prompts: distinct system prompts of the chats, with null for chats without one; None if each chat had its own.
     """
 
     chat_template_sha256: str
@@ -43,7 +43,7 @@ class PromptFormat:
     def of(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], system_prompts: Iterable[str | None] | None) -> "PromptFormat":
         text = json.dumps(tokenizer.chat_template, sort_keys=True)
         distinct = None if system_prompts is None else list(dict.fromkeys(system_prompts))
-        if distinct is not None and len(distinct) > MOST_PROMPTS:
+        if distinct is not None and len(distinct) > MAX_SYSTEM_PROMPTS:
             distinct = None
         return PromptFormat(hashlib.sha256(text.encode()).hexdigest(), sorted(stop_ids), distinct)
 
@@ -52,7 +52,7 @@ class PromptFormat:
 
 
 def read_format(path: str) -> PromptFormat | None:
-    """That of a checkpoint; None of a model that was not trained here.
+    """Read the prompt format of a checkpoint; None if verl did not train the model.
 
     Raises:
         UserError: the file is damaged.
@@ -67,54 +67,54 @@ def read_format(path: str) -> PromptFormat | None:
 
 
 def check_format(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], asked: Iterable[str | None], *, key: str) -> None:
-    """Whether a checkpoint is about to be asked as it was trained.
+    """Check that a checkpoint is prompted in the format of its training.
 
     Args:
-        path: the checkpoint.
-        tokenizer: with the template that is used.
-        stop_ids: of that template.
-        asked: system prompts of the questions; None: left to the template.
-        key: the setting of the system prompt.
+        path: checkpoint directory.
+        tokenizer: tokenizer with the chat template in use.
+        stop_ids: stop tokens of that template.
+        asked: system prompts of the questions; None for a question without one.
+        key: config key of the system prompt, for errors.
     Raises:
-        UserError: another template, other stop tokens, or another system prompt.
+        UserError: the template, the stop tokens or a system prompt differ.
     """
     trained = read_format(path)
     if trained is None:
         return
-    otherwise = f"or remove {FILE} from the checkpoint to ask it otherwise"
+    or_remove = f"or delete {FILE} in the checkpoint to use a different format"
     now = PromptFormat.of(tokenizer, stop_ids, asked)
     if now.chat_template_sha256 != trained.chat_template_sha256:
-        what = (
-            f"it was trained with another chat template (sha256 {trained.chat_template_sha256[:12]}…, now {now.chat_template_sha256[:12]}…)"
-        )
-        raise UserError(what, where=path, fix=f"use the template of its tokenizer, {otherwise}")
+        hashes = f"sha256 {trained.chat_template_sha256[:12]}…, now {now.chat_template_sha256[:12]}…"
+        what = f"the model was trained with another chat template ({hashes})"
+        raise UserError(what, where=path, fix=f"use the template of the checkpoint's tokenizer, {or_remove}")
     if not set(now.stop_ids) <= set(trained.stop_ids):
-        what = f"it was trained to end with token {_ids(trained.stop_ids)}, and answers would be cut at {_ids(now.stop_ids)}"
-        raise UserError(what, where=path, fix=f"use the tokenizer that it was saved with, {otherwise}")
-    strange = [prompt for prompt in now.system_prompts or [] if trained.system_prompts is not None and prompt not in trained.system_prompts]
-    if strange:
+        what = f"the model was trained to end answers with token {_ids(trained.stop_ids)}, but answers would stop at {_ids(now.stop_ids)}"
+        raise UserError(what, where=path, fix=f"use the checkpoint's own tokenizer, {or_remove}")
+    unknown = [prompt for prompt in now.system_prompts or [] if trained.system_prompts is not None and prompt not in trained.system_prompts]
+    if unknown:
         known = " or ".join(map(_shown, trained.system_prompts or []))
-        fix = f"set {key} to it" if trained.system_prompts != [None] else f"leave {key} out"
-        raise UserError(f"it was trained with {known}, and would be asked with {_shown(strange[0])}", where=path, fix=f"{fix}, {otherwise}")
+        fix = f"set {key} to the trained one" if trained.system_prompts != [None] else f"remove {key}"
+        what = f"the model was trained with {known}, but would be prompted with {_shown(unknown[0])}"
+        raise UserError(what, where=path, fix=f"{fix}, {or_remove}")
 
 
 def system_prompts(data: DataConfig) -> list[str | None] | None:
-    """Of the training rows, as far as they are looked at; None where rows are plain text."""
+    """Return the system prompts of the first ROWS_SCANNED training rows; None if the rows are plain text."""
     if data.text_key is not None:
         return None
     if data.messages_key is None:
         return [None]
-    rows = islice(read_rows(data.train_files), ROWS_LOOKED_AT)
+    rows = islice(read_rows(data.train_files), ROWS_SCANNED)
     return [system_of(checked(row.value(data.messages_key, "data.messages_key")).messages) for row in rows]
 
 
 def system_of(messages: Sequence[dict[str, Any]]) -> str | None:
-    """A chat's system prompt; None if it has none of its own."""
+    """Return a chat's system prompt, or None if it has none."""
     return messages[0]["content"] if messages and messages[0].get("role") == "system" else None
 
 
 def _shown(prompt: str | None) -> str:
-    return "the system prompt of its template" if prompt is None else f"the system prompt {prompt!r:.80}"
+    return "the template's default system prompt" if prompt is None else f"the system prompt {prompt!r:.80}"
 
 
 def _ids(ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Writing a trained model as the Hugging Face directory that it came from: same keys, shapes and dtypes."""
+"""Save a trained model as a Hugging Face directory, with the keys, shapes and dtypes of the original."""
 
 import copy
 from collections.abc import Iterable
@@ -21,27 +21,27 @@ def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str
     """Write config and safetensors. Every rank calls it; rank 0 writes.
 
     Args:
-        model: sharded or not; its weights are gathered and cast one by one.
-        saved_dtypes: dtype of each tensor on disk, by its name in the model.
-        max_shard_size: of a file of weights.
+        model: sharded or whole; its weights are gathered and cast one at a time.
+        saved_dtypes: dtype on disk of each tensor, by its name in the model.
+        max_shard_size: maximum size of a weight file.
     """
     weights = _gather(model, saved_dtypes)
     if dist.is_main():
         original = copy.deepcopy(model.config)
         model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
-        # save_pretrained names the dtype of the weights in memory; the file has that of the weights on disk.
+        # save_pretrained writes the dtype of the weights in memory, but the config must have that of the weights on disk.
         original.architectures = model.config.architectures
         original.save_pretrained(directory)
         model.config.dtype = original.dtype
 
 
 def export_adapter(directory: Path, adapted: "PeftModel") -> None:
-    """Write a LoRA adapter in peft's own format. Every rank calls it; rank 0 writes."""
+    """Write a LoRA adapter in peft's format. Every rank calls it; rank 0 writes."""
     from peft import get_peft_model_state_dict
 
     weights = _gather(adapted, {}, only_trained=True)
     if dist.is_main():
-        # The embeddings are never resized here, so that peft need not look for those of the base.
+        # The embeddings were not resized, so peft need not look up those of the base.
         adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
         save_file(
             {_name_for_both(name): tensor.contiguous() for name, tensor in adapter.items()},
@@ -54,7 +54,7 @@ def export_adapter(directory: Path, adapted: "PeftModel") -> None:
 
 
 def _name_for_both(name: str) -> str:
-    """DoRA's magnitudes by the name that peft and transformers both read; peft's own leaves out the last part, which the other needs."""
+    """Name DoRA's magnitudes so that both peft and transformers read them: transformers needs the suffix that peft omits."""
     return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
 
 
@@ -75,14 +75,14 @@ def export_tokenizer(
 
 
 def _gather(model: torch.nn.Module, saved_dtypes: dict[str, torch.dtype], *, only_trained: bool = False) -> dict[str, Tensor]:
-    """Full tensors in rank 0's host memory, a shared parameter once; nothing on the other ranks."""
+    """Gather full tensors in rank 0's host memory, tied parameters once; other ranks get an empty dict."""
     gathered: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if only_trained and not tensor.requires_grad:
             continue
         if id(tensor) not in seen:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # on every rank, one after another
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective, called by every rank
             seen[id(tensor)] = whole.detach().to(saved_dtypes.get(name, tensor.dtype)).cpu() if dist.is_main() else torch.empty(0)
         gathered[name] = seen[id(tensor)]
     return gathered if dist.is_main() else {}

@@ -1,8 +1,6 @@
-"""A model that never exists whole: made without values, sharded, and then read from safetensors, each process its own part.
+"""Loading of sharded models: created on the meta device, sharded, and then filled from safetensors, so that no rank holds a whole model.
 
-Adapters are small, and have values from the start.
-
-Dimensions: as in `verl.engine.fsdp`, weights are cut along their first dimension.
+Adapters are small and are not on the meta device. As in `verl.engine.fsdp`, weights are sharded along their first dimension.
 """
 
 import copy
@@ -35,17 +33,17 @@ def load_without_values(
     kind: Any = AutoModelForCausalLM,
     head: Callable[[PreTrainedModel], nn.Module] | None = None,
 ) -> Loaded | None:
-    """A model whose parameters have shapes alone, and `fill`, which reads them once they are sharded.
+    """Load a model on the meta device, with `Loaded.fill` to read its weights once they are sharded.
 
     Args:
-        kind: transformers' class of such models.
-        head: the part of the model that gives one number, and is zero where the files have none; None: it has no such part.
+        kind: transformers' Auto class of the model.
+        head: returns the model's scalar head, which starts at zero if the files lack it; None if the model has no scalar head.
     Returns:
-        None where the files hold other tensors than the model has (an older layout, say), which only transformers can read.
+        None if the files have other tensors than the model, such as an older layout, which only transformers can read.
     Raises:
         UserError: no such model.
     """
-    folder = _fetched(path)
+    folder = _local_folder(path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **({} if head is None else {"num_labels": 1}))
         with init_empty_weights(include_buffers=False):
@@ -56,18 +54,18 @@ def load_without_values(
     model.name_or_path = path
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    places = _places(folder)
+    tensor_files = _file_of_each_tensor(folder)
     own = set() if head is None else {id(parameter) for parameter in head(model).parameters()}
-    new = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own and name not in places}
-    if not all(_is_there(model, name, places) for name in model.state_dict() if name not in new):
+    new = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own and name not in tensor_files}
+    if not all(_is_on_disk(model, name, tensor_files) for name in model.state_dict() if name not in new):
         return None
     dtypes = find_saved_dtypes(model, str(folder))
     restore_stated_dtype(model, path, dtypes, trust_remote_code=trust_remote_code)
-    return Loaded(model, dtypes, partial(_fill, places=places, zeros=new), partial(_read_whole, places=places))
+    return Loaded(model, dtypes, partial(_fill, tensor_files=tensor_files, zeros=new), partial(_read_whole, tensor_files=tensor_files))
 
 
 def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The same architecture with as few layers as have one of each kind, a small vocabulary and random weights, in float32."""
+    """Build a small model of the same architecture in float32: random weights, a small vocabulary, and at least one layer of each type."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -80,14 +78,14 @@ def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         torch.manual_seed(0)
         twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32, attn_implementation=PACKED)
     with torch.no_grad():
-        for parameter in twin.parameters():  # far enough from zero that a token that sees too much shows in the logits
+        for parameter in twin.parameters():  # large enough that attention to a wrong token shows in the logits
             parameter.mul_(4)
     return twin
 
 
 @torch.no_grad()
-def _fill(scorer: nn.Module, device: torch.device, *, places: dict[str, Path], zeros: set[str]) -> None:
-    """Read a sharded model's values, each process those of its shards. What has values, such as buffers and adapters, keeps them."""
+def _fill(scorer: nn.Module, device: torch.device, *, tensor_files: dict[str, Path], zeros: set[str]) -> None:
+    """Read this rank's shards of a model's weights. Tensors that are not on the meta device, such as buffers and adapters, are kept."""
     kept = {name: tensor.clone() for name, tensor in _tensors(scorer).items() if not tensor.is_meta}
     scorer.to_empty(device=device)
     model: Any = scorer.model
@@ -97,22 +95,22 @@ def _fill(scorer: nn.Module, device: torch.device, *, places: dict[str, Path], z
             tensor.copy_(kept[name])
     seen: set[int] = set()
     with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(places.values())}
+        files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(tensor_files.values())}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            on_disk = name.replace(".base_layer.", ".")  # peft puts a layer with an adapter one deeper
+            on_disk = name.replace(".base_layer.", ".")  # peft nests the layer inside its adapter
             if name in zeros:
                 tensor.zero_()
-            elif id(tensor) not in seen and on_disk in places:
+            elif id(tensor) not in seen and on_disk in tensor_files:
                 seen.add(id(tensor))
-                _read(tensor, files[places[on_disk]].get_slice(on_disk))
+                _read(tensor, files[tensor_files[on_disk]].get_slice(on_disk))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _read_whole(name: str, *, places: dict[str, Path]) -> Tensor:
-    with safe_open(places[name], "pt") as file:
+def _read_whole(name: str, *, tensor_files: dict[str, Path]) -> Tensor:
+    with safe_open(tensor_files[name], "pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -127,14 +125,14 @@ def _read(tensor: Tensor, values: Any) -> None:
 
 
 def _first_row(tensor: DTensor) -> int:
-    """Of this process's shard; the last shards may be smaller, or empty."""
+    """Return the first row of this rank's shard; the last shards may be smaller, or empty."""
     (dimension,) = (number for number, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate))
     size = tensor.device_mesh.size(dimension)
     return min(tensor.device_mesh.get_local_rank(dimension) * -(-len(tensor) // size), len(tensor))
 
 
-def _fetched(path: str) -> Path:
-    """The folder with the model's files; from the Hub, each node's first process brings them."""
+def _local_folder(path: str) -> Path:
+    """Return the folder with the model's files; the first process of each node downloads them from the Hub."""
     source = resolve(path)
     if Path(source).is_dir():
         return Path(source)
@@ -144,19 +142,19 @@ def _fetched(path: str) -> Path:
         raise cannot_load("model", path, error) from error
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    places: dict[str, Path] = {}
+def _file_of_each_tensor(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor."""
+    tensor_files: dict[str, Path] = {}
     for path in weight_files(str(folder)):
         with safe_open(path, "pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    return places
+            tensor_files |= dict.fromkeys(file.keys(), path)
+    return tensor_files
 
 
-def _is_there(model: PreTrainedModel, name: str, places: dict[str, Path]) -> bool:
-    """Whether a tensor is on disk in its shape, or is another one's second name."""
+def _is_on_disk(model: PreTrainedModel, name: str, tensor_files: dict[str, Path]) -> bool:
+    """Return whether a tensor is on disk with the right shape, or is tied to one that is on disk."""
     tensors = model.state_dict(keep_vars=True)
-    if name not in places:
-        return any(other is tensors[name] and key in places for key, other in tensors.items())
-    with safe_open(places[name], "pt") as file:
+    if name not in tensor_files:
+        return any(other is tensors[name] and key in tensor_files for key, other in tensors.items())
+    with safe_open(tensor_files[name], "pt") as file:
         return bool(file.get_slice(name).get_shape() == list(tensors[name].shape))

@@ -1,4 +1,4 @@
-"""A small Qwen2 model with random weights and a tokenizer with Qwen's chat format, made from nothing: a first run needs no network."""
+"""A tiny Qwen2 model with random weights and a tokenizer with Qwen's chat format, so that a first run needs no network."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2T
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 POSITIONS = 2048
-# One message after the other, each between START and END, and the opening of the assistant's when its answer is wanted.
+# Messages between START and END, followed by the generation prompt if requested.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
@@ -20,12 +20,12 @@ CHAT_TEMPLATE = """\
 
 
 def write_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 1) -> int:
-    """Write a Hugging Face model directory: random weights, a tokenizer whose words come from the texts, a generation config.
+    """Write a Hugging Face model directory: random weights, a tokenizer trained on the texts, and a generation config.
 
     Args:
-        folder: where to; made when missing.
-        texts: what the tokenizer learns its words from; any other text is spelled in bytes.
-        seed: of the weights.
+        folder: output directory; created if missing.
+        texts: training texts of the tokenizer; unknown words are encoded as bytes.
+        seed: seed of the weights.
     Returns:
         the number of parameters.
     """
@@ -37,7 +37,7 @@ def write_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 1) -> in
 
 
 def tiny_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> Qwen2Tokenizer:
-    """Qwen's kind of tokenizer, digits one by one, with its special tokens and chat format."""
+    """Train a tokenizer like Qwen's: one token per digit, its special tokens and its chat format."""
     untrained = Qwen2Tokenizer(eos_token=END, pad_token=PAD, extra_special_tokens=[START, END], model_max_length=POSITIONS)
     tokenizer = untrained.train_new_from_iterator([*texts, "system\nuser\nassistant\n"], vocab_size, show_progress=False)
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -45,7 +45,7 @@ def tiny_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> Qwen2Toke
 
 
 def tiny_model(tokenizer: Qwen2Tokenizer, *, seed: int = 1) -> Qwen2ForCausalLM:
-    """A Qwen2 model of about 1.5 million parameters, in float32."""
+    """Build a Qwen2 model of about 1.5 million parameters, in float32."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,

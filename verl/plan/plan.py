@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from verl.config.sft import SFTConfig
 from verl.config.shared import ModelConfig
-from verl.data.loader import Documents, Packing, row_order
+from verl.data.loader import Packing, TokenizedRows, row_order
 from verl.data.pack import TILE, pack, pad_groups
 from verl.engine.build import BYTES_FROZEN, BYTES_TRAINED, SMALL_SHARE
 from verl.engine.compile import WORTH_SECONDS
@@ -58,7 +58,7 @@ class Plan:
         return self.needed <= gib * GIB
 
 
-def make_plan(config: SFTConfig, documents: Documents, *, gpus: int, gpu_gib: float | None = None, model: Model | None = None) -> Plan:
+def make_plan(config: SFTConfig, documents: TokenizedRows, *, gpus: int, gpu_gib: float | None = None, model: Model | None = None) -> Plan:
     """The plan of a run.
 
     Args:
@@ -104,7 +104,9 @@ def make_plan(config: SFTConfig, documents: Documents, *, gpus: int, gpu_gib: fl
 CHECKPOINTING: dict[Any, Literal["none", "selective", "full"]] = {False: "none", "selective": "selective", True: "full"}
 
 
-def largest_micro_batch(config: SFTConfig, documents: Documents, rows_per_step: int, steps: int, *, groups: int) -> tuple[int, int, int]:
+def largest_micro_batch(
+    config: SFTConfig, documents: TokenizedRows, rows_per_step: int, steps: int, *, groups: int
+) -> tuple[int, int, int]:
     """Tokens with filler, trained tokens, and micro-batches of one process in that step, of the largest one of the run.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from verl.config.sft import SFTConfig
-from verl.data.loader import Documents
+from verl.data.loader import TokenizedRows
 from verl.plan.memory import GIB
 from verl.plan.plan import CHECKPOINTING, Plan, make_plan
 from verl.plan.sizes import Model, read_model
@@ -118,7 +118,7 @@ class Advisor:
         config: of the run.
     """
 
-    def __init__(self, config: SFTConfig, documents: Documents, plan: Plan):
+    def __init__(self, config: SFTConfig, documents: TokenizedRows, plan: Plan):
         self._config, self._documents, self._plan = config, documents, plan
         self._remedies = remedies(config, plan.work.gpus)
         self._tried: list[tuple[Changes, Plan]] = []

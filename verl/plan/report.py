@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from verl.config.sft import SFTConfig
-from verl.data.loader import Documents
+from verl.data.loader import TokenizedRows
 from verl.errors import UserError
 from verl.plan import memory
 from verl.plan.memory import GIB
@@ -11,7 +11,7 @@ from verl.plan.plan import CARDS, Plan
 from verl.plan.remedies import Advisor
 
 
-def describe(plan: Plan, config: SFTConfig, documents: Documents) -> str:
+def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows) -> str:
     """The plan's lines."""
     return "\n".join([*_sizes(plan), *_memory(plan), *_cards(plan, Advisor(config, documents, plan))])
 
@@ -47,7 +47,7 @@ def _cards(plan: Plan, advisor: Advisor) -> Iterator[str]:
         yield f"{name:>8}: {'fits' if plan.fits(gib) else 'does not fit; ' + advisor.advice(gib)}"
 
 
-def check_room(plan: Plan, config: SFTConfig, documents: Documents) -> str | None:
+def check_room(plan: Plan, config: SFTConfig, documents: TokenizedRows) -> str | None:
     """A warning where the plan exceeds the GPU that is here; an estimate stops nobody.
 
     Raises:

@@ -1,1 +1,1 @@
-"""LoRA adapters: put on a model, computed, read, written and merged."""
+"""LoRA adapters: adding them to a model, fast operators, files, and merging."""

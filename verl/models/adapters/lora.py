@@ -1,4 +1,4 @@
-"""LoRA adapters through peft: small trained matrices beside frozen weights."""
+"""LoRA adapters through peft: small trainable matrices next to frozen weights."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from verl.models.adapters.files import ALL_LINEAR
 from verl.models.load import resolve
 from verl.models.quantize import four_bit, is_quantized, set_compute_dtype
 
-ADAPTED = (nn.Linear, Conv1D, nn.Embedding)  # kinds of modules that peft has adapters for; those in 4 bits are linear too
+ADAPTED = (nn.Linear, Conv1D, nn.Embedding)  # modules that peft has adapters for; 4-bit layers are subclasses of nn.Linear
 
 
 def add_adapters(
@@ -31,35 +31,35 @@ def add_adapters(
     stop_ids: Sequence[int] = (),
     dropout: bool = True,
 ) -> PeftModel:
-    """Freeze the model and put adapters in float32 beside its linear layers, which are changed in place.
+    """Freeze the model and add float32 adapters to its linear layers, in place.
 
     Args:
-        model: in any dtype, with values or without; what is frozen is kept in the compute dtype from here on, as it never takes an update.
-        seed: of the adapters' first values, equal on all ranks.
-        tokenizer: reads the tokens of `model.trainable_tokens`.
-        stop_ids: what "stop" stands for there.
-        dropout: whether adapters drop the share that their settings say.
+        model: model of any dtype, also on the meta device; its frozen weights are cast to the compute dtype, since they are never updated.
+        seed: seed of the adapters' initial values, equal on all ranks.
+        tokenizer: tokenizer for the tokens of `model.trainable_tokens`.
+        stop_ids: the tokens that "stop" means there.
+        dropout: whether to apply `lora_dropout`.
     Raises:
-        UserError: settings, or an adapter to go on from, that do not fit the model.
+        UserError: the settings, or the adapter to continue from, do not fit the model.
     """
-    wanted = lora_config(model, config, tokenizer, stop_ids)
-    wanted.lora_dropout = wanted.lora_dropout if dropout else 0.0
+    settings = lora_config(model, config, tokenizer, stop_ids)
+    settings.lora_dropout = settings.lora_dropout if dropout else 0.0
     torch.manual_seed(seed)
-    with _stand_ins(model):
-        adapted = get_peft_model(model, wanted, autocast_adapter_dtype=False)
+    with _on_cpu(model):
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     assert isinstance(adapted, PeftModel)
     for parameter in adapted.parameters():
         if not is_quantized(parameter):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
-    if config.lora_adapter_path is not None:  # only now, or a base in bfloat16 would have them rounded
+    if config.lora_adapter_path is not None:  # only now: earlier, a bfloat16 base would round them
         set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
     set_compute_dtype(model, compute_dtype)
     return adapted
 
 
 @contextmanager
-def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile weights without values are views of one number in host memory, beside which peft makes adapters as beside any others."""
+def _on_cpu(model: PreTrainedModel) -> Iterator[None]:
+    """Replace weights on the meta device by expanded CPU scalars in this context, so that peft creates real adapters for them."""
     places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None and p.is_meta]
     numbers = {p: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape)) for _, _, p in places}
     for module, name, p in places:
@@ -73,7 +73,7 @@ def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether adapters as the config asks for them fit its model, seen from shapes alone, before anything is loaded.
+    """Check before loading that the configured adapters fit the model, from its shapes alone.
 
     Raises:
         UserError: they do not.
@@ -85,44 +85,48 @@ def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> N
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError):
-        return  # loading the model says what is wrong with it
+        return  # loading the model will report what is wrong with it
     lora_config(model, config, tokenizer, ())
 
 
 def lora_config(
     model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: Sequence[int]
 ) -> LoraConfig:
-    """peft's settings for a model, which may be on the meta device.
+    """Build peft's config for a model, which may be on the meta device.
 
     Raises:
-        UserError: settings that do not fit the model.
+        UserError: the settings do not fit the model.
     """
     if config.lora_adapter_path is not None:
-        wanted = _of_adapter(config.lora_adapter_path, config)
-        files.check_base(config.lora_adapter_path, model, wanted)
-        if wanted.modules_to_save or wanted.bias != "none":
-            what = "trains whole modules or biases beside its matrices (modules_to_save, bias)"
+        settings = _of_adapter(config.lora_adapter_path, config)
+        files.check_base(config.lora_adapter_path, model, settings)
+        if settings.modules_to_save or settings.bias != "none":
+            what = "the adapter also trains whole modules or biases (modules_to_save, bias), which is not supported"
             raise UserError(what, where=f"model.lora_adapter_path={config.lora_adapter_path}", fix="give an adapter without them")
-        wanted.base_model_name_or_path = None  # peft writes the model's own there
+        settings.base_model_name_or_path = None  # peft fills in the model's name
     else:
-        wanted = LoraConfig(
+        settings = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft divides it by the rank, whatever number it is
+            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft accepts any number and divides it by the rank
             target_modules=_targets(model, config.target_modules),
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             task_type="CAUSAL_LM",
         )
-    wanted.lora_dropout = config.lora_dropout or wanted.lora_dropout
-    _check_modules(model, wanted)
+    settings.lora_dropout = config.lora_dropout or settings.lora_dropout
+    _check_modules(model, settings)
     tokens = trained_tokens.token_ids(config.trainable_tokens, tokenizer, stop_ids) if tokenizer is not None else []
     if tokens:
-        wanted.trainable_token_indices = _token_indices(model, tokens, wanted)
-    return wanted
+        settings.trainable_token_indices = _token_indices(model, tokens, settings)
+    return settings
 
 
 def _of_adapter(path: str, config: ModelConfig) -> LoraConfig:
-    """The settings of an adapter to go on from; keys that say otherwise are errors, those left at their defaults are not."""
+    """Read the config of the adapter to continue from.
+
+    Raises:
+        UserError: a config key that is not at its default differs from the adapter.
+    """
     found = files.read_config(path, key="model.lora_adapter_path")
     defaults = ModelConfig()
     asked: dict[str, tuple[Any, Any]] = {
@@ -143,18 +147,18 @@ def _of_adapter(path: str, config: ModelConfig) -> LoraConfig:
 
 
 def _refuse_other(path: str, key: str, here: object, there: object) -> None:
-    fix = f"leave model.{key} out, or leave model.lora_adapter_path out and start anew"
+    fix = f"remove model.{key}, or remove model.lora_adapter_path to start a new adapter"
     raise UserError(f"the adapter {path} has {there}", where=f"model.{key}={here}", fix=fix)
 
 
 def _targets(model: PreTrainedModel, asked: Any) -> Any:
-    """`model.target_modules` as peft takes it: each of its names is there.
+    """Return `model.target_modules` in peft's form, after checking that it matches modules.
 
     Raises:
-        UserError: names that no module has, or a regular expression that matches none.
+        UserError: a name or regular expression matches no module.
     """
     where, names = "model.target_modules", [name for name, _ in model.named_modules() if name]
-    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None  # it cannot be adapted
+    head = model.get_output_embeddings() if model.config.tie_word_embeddings else None  # a tied output layer cannot have an adapter
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
     existing = sorted({name.rpartition(".")[2] for name in linear})
     fix = f"{ALL_LINEAR}, some of [{','.join(existing)}], or a regular expression of whole names such as {_example(linear)}"
@@ -181,27 +185,27 @@ def _example(linear: list[str]) -> str:
     return rf".*\.{linear[0].rpartition('.')[2]}" if linear else ".*_proj"
 
 
-def _check_modules(model: PreTrainedModel, wanted: LoraConfig) -> None:
-    """Raises UserError if a module cannot have the adapter that it is to get."""
+def _check_modules(model: PreTrainedModel, settings: LoraConfig) -> None:
+    """Raise UserError if a targeted module cannot have the adapter."""
     where = "model.target_modules"
     tied, ends = model.config.tie_word_embeddings, (model.get_input_embeddings(), model.get_output_embeddings())
-    for name, module in files.targeted(model, wanted.target_modules):
+    for name, module in files.targeted(model, settings.target_modules):
         if not isinstance(module, ADAPTED):
             fix = f"name the linear layers inside it, or {ALL_LINEAR}"
-            raise UserError(f"{name} is a {type(module).__name__}, which has no adapters", where=where, fix=fix)
+            raise UserError(f"{name} is a {type(module).__name__}, which cannot have an adapter", where=where, fix=fix)
         if module in ends and tied:
             raise UserError(
                 f"{name} shares its weight with {'the output layer' if module is ends[0] else 'the input embedding'} (tied embeddings), "
-                "so that an adapter on one of them cannot be merged",
+                "so an adapter on one of them cannot be merged",
                 where=where,
-                fix=f"leave it out; {ALL_LINEAR} does, and {trained_tokens.KEY} trains single embeddings",
+                fix=f"remove it, as {ALL_LINEAR} does; {trained_tokens.KEY} trains single embeddings",
             )
-        if module is ends[1] and wanted.use_dora:
-            raise UserError("DoRA on the output layer is not supported", where=where, fix=f"leave {name} out")
+        if module is ends[1] and settings.use_dora:
+            raise UserError("DoRA on the output layer is not supported", where=where, fix=f"remove {name}")
         sizes = _sizes(module)
-        if wanted.r > min(sizes):
-            what = f"{wanted.r} is above the smaller size of {name}, {sizes[0]} × {sizes[1]}"
-            raise UserError(what, where="model.lora_rank", fix=f"give at most {min(sizes)}, or leave that module out of {where}")
+        if settings.r > min(sizes):
+            what = f"rank {settings.r} is above the smaller side of {name}, {sizes[0]} × {sizes[1]}"
+            raise UserError(what, where="model.lora_rank", fix=f"set at most {min(sizes)}, or remove that module from {where}")
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
@@ -213,15 +217,15 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _token_indices(model: PreTrainedModel, ids: list[int], wanted: LoraConfig) -> list[int] | dict[str, list[int]]:
-    """Trained rows as peft takes them: of the one embedding of a tied model, else of the input's and the output's."""
-    before = wanted.trainable_token_indices
+def _token_indices(model: PreTrainedModel, ids: list[int], settings: LoraConfig) -> list[int] | dict[str, list[int]]:
+    """Return the trainable rows in peft's form: one list for tied embeddings, else one for each of input and output."""
+    before = settings.trainable_token_indices
     if before and sorted({i for rows in (before.values() if isinstance(before, dict) else [before]) for i in rows}) != ids:
-        _refuse_other("to go on from", "trainable_tokens", ids, before)
+        _refuse_other("to continue from", "trainable_tokens", ids, before)
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        what = "the output layer has a bias, beside which single rows cannot be trained"
-        raise UserError(what, where=trained_tokens.KEY, fix="leave it out")
+        what = "single rows of an output layer with a bias cannot be trained"
+        raise UserError(what, where=trained_tokens.KEY, fix="remove it")
     if model.config.tie_word_embeddings:
         return ids
     ends = {id(model.get_input_embeddings()), id(head)}

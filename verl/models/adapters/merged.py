@@ -1,6 +1,6 @@
-"""A model with adapters as the tensors of one without, one after another, for whoever generates with weights of its own.
+"""Merged tensors of a model with adapters, one at a time, for a rollout engine with its own copy of the weights.
 
-Dimensions: R rank of the adapter, I and O what goes into and comes out of an adapted layer.
+Dimensions: R rank of the adapter, I inputs and O outputs of an adapted layer.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ ADAPTER = "default"
 
 
 def merged_tensors(adapted: "PeftModel") -> Iterator[tuple[str, Tensor]]:
-    """The base's parameters by their own names, with what the adapter adds. Every rank calls it; sharded ones are gathered.
+    """Yield the base model's parameters with the adapters merged. Every rank calls it, because sharded parameters are gathered.
 
     Raises:
-        UserError: an adapter that is more than a product added to a linear layer's weight.
+        UserError: an adapter is not a plain LoRA of a linear layer, as with DoRA, 4-bit layers or trainable tokens.
     """
     from peft.tuners.lora import Linear, LoraLayer
 
@@ -31,9 +31,9 @@ def merged_tensors(adapted: "PeftModel") -> Iterator[tuple[str, Tensor]]:
     added = next((name for name, _ in adapted.named_parameters() if "trainable_tokens" in name), None)
     if wrong or added:
         raise UserError(
-            f"{wrong or added} cannot be merged into the weights that are sent to the rollout",
+            f"{wrong or added} cannot be merged into the weights for the rollout",
             where="model.use_dora, model.trainable_tokens or model.load_in_4bit",
-            fix="leave it out, or train in one process or with model.strategy=ddp, where rollout.name=native needs no merged weights",
+            fix="remove it, or use one process or model.strategy=ddp with rollout.name=native, which needs no merged weights",
         )
     for name, parameter in adapted.get_base_model().named_parameters():
         owner, _, kind = name.partition(".base_layer.")
@@ -48,7 +48,7 @@ def merged_tensors(adapted: "PeftModel") -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
-    """W + scaling × B A in float32, then in the dtype of W."""
+    """Compute W + scaling × B A in float32, and cast it to the dtype of W."""
     weight_OI, a_RI, b_OR = (_whole(p.weight) for p in (layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]))
     product_OI = b_OR.float() @ a_RI.float() * layer.scaling[ADAPTER]
     return (weight_OI.float() + product_OI).to(weight_OI.dtype)

@@ -1,14 +1,14 @@
-"""Linear layers with LoRA adapters as single operators, so that an adapter costs its own small products and little more.
+"""Linear layers with LoRA adapters as fused operators, so that an adapter costs little more than its own small matmuls.
 
-Written plainly, `x Wᵀ + s (x Aᵀ) Bᵀ` reads and writes the layer's output once more for the sum, and its backward pass the
-gradient of the input; these passes over memory take longer than the adapter's arithmetic. Here the small product is part of
-the large one wherever that saves a pass: its factors are put beside the large one's (`x Wᵀ + h Bᵀ` is one product over the
-columns of [x h]), or the product itself adds to what is there. Layers that read the same tensor share what they can, and the
-feed-forward part is one operator. Nothing is computed for frozen weights.
+Written plainly, `x Wᵀ + s (x Aᵀ) Bᵀ` reads and writes the layer's output once more for the sum, and its backward pass does the same
+with the gradient of the input. These passes over memory take longer than the adapter's arithmetic. Here the small matmul is fused into
+the large one wherever that saves a pass: either their factors are concatenated (`x Wᵀ + h Bᵀ` is one matmul over the columns of [x h]),
+or the matmul accumulates into its output. Layers with the same input share work, and the MLP is one operator. Frozen weights get no
+gradients.
 
-The operators are opaque to torch.compile, as attention's are. `use_operators` puts them under peft's own modules.
+The operators are opaque to torch.compile, like attention. `use_operators` installs them in peft's modules.
 
-Dimensions: T tokens, I inputs, O outputs, R rank, F width of the feed-forward part.
+Dimensions: T tokens, I inputs, O outputs, R rank, F intermediate size of the MLP.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from verl.kernels import HAS_TRITON
 
-# --- linear layers that read the same tensor: one, or query, key and value
+# --- linear layers with the same input: one, or query, key and value
 
 
 @torch.library.custom_op("verl::adapted_linears", mutates_args=())
 def _linears(
     x_TI: Tensor, weights_OI: Sequence[Tensor], biases_O: Sequence[Tensor], a_RI: Sequence[Tensor], b_OR: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
-    """The outputs, and last, for the backward pass, scale * x Aᵀ of all adapters side by side.
+    """Return the layers' outputs, and last, for the backward pass, scale * x Aᵀ of all adapters, concatenated.
 
     Args:
-        biases_O: one for each layer, or none at all.
+        biases_O: one per layer, or empty.
     """
     hidden_TR = _product(x_TI, torch.cat(list(a_RI)).T, scale)
     hiddens_TR = hidden_TR.split([len(a) for a in a_RI], dim=1)
@@ -57,10 +57,10 @@ def _linears_backward(
     b_OR: Sequence[Tensor],
     scale: float,
 ) -> list[Tensor]:
-    """Gradients by x, by each A and by each B."""
+    """Return the gradients with respect to x, each A and each B."""
     ranks = [len(a) for a in a_RI]
     hidden_gradient_TR = torch.cat([_product(gradient, b, scale) for gradient, b in zip(gradients_TO, b_OR, strict=True)], 1)
-    if sum(len(weight) for weight in weights_OI) <= 2 * x_TI.shape[1]:  # laying the gradients side by side costs less than adding up
+    if sum(len(weight) for weight in weights_OI) <= 2 * x_TI.shape[1]:  # concatenating the gradients costs less than accumulating
         x_gradient_TI = torch.cat([*gradients_TO, hidden_gradient_TR], 1) @ torch.cat([*weights_OI, *a_RI])
     else:
         x_gradient_TI = hidden_gradient_TR @ torch.cat(list(a_RI))
@@ -72,7 +72,7 @@ def _linears_backward(
 
 
 def _product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale * left @ right, in one pass."""
+    """Compute scale * left @ right in one pass."""
     out = left.new_empty(left.shape[0], right.shape[1])
     return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
@@ -105,29 +105,29 @@ _linears_backward.register_fake(_linears_backward_shapes)
 _linears.register_autograd(_linears_gradients, setup_context=_keep_for_linears)
 
 
-# --- the feed-forward part: down(silu(gate(x)) * up(x))
+# --- the MLP: down(silu(gate(x)) * up(x))
 
 
 @torch.library.custom_op("verl::adapted_mlp", mutates_args=())
 def _mlp(
     x_TI: Tensor, gate_FI: Tensor, up_FI: Tensor, down_IF: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
-    """The output, and for the backward pass gate_TF, up_TF and scale * x Aᵀ of the adapters of gate and up, side by side, and of down.
+    """Return the output, and for the backward pass gate_TF, up_TF, and scale * x Aᵀ of gate and up, concatenated, and of down.
 
     Args:
-        a, b: of the adapters of gate, up and down.
+        a, b: A and B of the adapters of gate, up and down.
     """
     gate_rank, inputs = len(a[0]), x_TI.shape[1]
     hidden_TR = _product(x_TI, torch.cat([a[0], a[1]]).T, scale)
-    # [up's hidden, x, gate's hidden]: x beside either, without a second copy of it
-    # (contiguous: what is put side by side is then copied 16 bytes at a time)
-    beside = torch.cat([hidden_TR[:, gate_rank:].contiguous(), x_TI, hidden_TR[:, :gate_rank].contiguous()], 1)
+    # [up's hidden, x, gate's hidden]: x is adjacent to both, without a second copy of it
+    # (contiguous: the concatenation then copies 16 bytes at a time)
+    joined = torch.cat([hidden_TR[:, gate_rank:].contiguous(), x_TI, hidden_TR[:, :gate_rank].contiguous()], 1)
     up_end, gate_start = len(a[1]) + inputs, len(a[1])
-    gate_TF = beside[:, gate_start:] @ torch.cat([gate_FI, b[0]], 1).T
-    up_TF = beside[:, :up_end] @ torch.cat([b[1], up_FI], 1).T
-    product_beside = _swiglu(gate_TF, up_TF, a[2], scale)
-    output_TI = product_beside @ torch.cat([down_IF, b[2]], 1).T
-    return [output_TI, gate_TF, up_TF, hidden_TR, product_beside[:, gate_TF.shape[1] :].clone()]
+    gate_TF = joined[:, gate_start:] @ torch.cat([gate_FI, b[0]], 1).T
+    up_TF = joined[:, :up_end] @ torch.cat([b[1], up_FI], 1).T
+    extended = _swiglu(gate_TF, up_TF, a[2], scale)
+    output_TI = extended @ torch.cat([down_IF, b[2]], 1).T
+    return [output_TI, gate_TF, up_TF, hidden_TR, extended[:, gate_TF.shape[1] :].clone()]
 
 
 @torch.library.custom_op("verl::adapted_mlp_backward", mutates_args=())
@@ -145,7 +145,7 @@ def _mlp_backward(
     b: Sequence[Tensor],
     scale: float,
 ) -> list[Tensor]:
-    """Gradients by x, by each A and by each B."""
+    """Return the gradients with respect to x, each A and each B."""
     gate_rank, up_rank, inputs = len(a[0]), len(a[1]), x_TI.shape[1]
     down_gradient_TR = _product(gradient_TI, b[2], scale)
     product_gradient_TF = torch.cat([gradient_TI, down_gradient_TR], 1) @ torch.cat([down_IF, a[2]])
@@ -153,24 +153,24 @@ def _mlp_backward(
         product_gradient_TF, gate_TF, up_TF, hidden_TR[:, :gate_rank], hidden_TR[:, gate_rank:], down_gradient_TR
     )
     del product_gradient_TF
-    # [by up's hidden, by x, by gate's hidden]: the second product adds to the first where they overlap
-    beside = x_TI.new_empty(x_TI.shape[0], up_rank + inputs + gate_rank)
-    beside[:, :up_rank].zero_()
-    torch.mm(gate_gradient_TF, torch.cat([gate_FI, b[0]], 1), out=beside[:, up_rank:])
-    beside[:, : up_rank + inputs].addmm_(up_gradient_TF, torch.cat([b[1], up_FI], 1))
+    # gradients w.r.t. [up's hidden, x, gate's hidden]: the second matmul accumulates into the first where they overlap
+    joined = x_TI.new_empty(x_TI.shape[0], up_rank + inputs + gate_rank)
+    joined[:, :up_rank].zero_()
+    torch.mm(gate_gradient_TF, torch.cat([gate_FI, b[0]], 1), out=joined[:, up_rank:])
+    joined[:, : up_rank + inputs].addmm_(up_gradient_TF, torch.cat([b[1], up_FI], 1))
     hidden_gradient_TR = torch.empty_like(hidden_TR)
-    torch.mul(beside[:, up_rank + inputs :], scale, out=hidden_gradient_TR[:, :gate_rank])
-    torch.mul(beside[:, :up_rank], scale, out=hidden_gradient_TR[:, gate_rank:])
-    x_gradient_TI = beside[:, up_rank : up_rank + inputs].addmm_(hidden_gradient_TR, torch.cat([a[0], a[1]]))
+    torch.mul(joined[:, up_rank + inputs :], scale, out=hidden_gradient_TR[:, :gate_rank])
+    torch.mul(joined[:, :up_rank], scale, out=hidden_gradient_TR[:, gate_rank:])
+    x_gradient_TI = joined[:, up_rank : up_rank + inputs].addmm_(hidden_gradient_TR, torch.cat([a[0], a[1]]))
     gate_a, up_a = (part.clone() for part in (hidden_gradient_TR.T @ x_TI).split([gate_rank, up_rank]))
     return [x_gradient_TI, gate_a, up_a, down_a_FR.T.contiguous(), gate_b, up_b, gradient_TI.T @ down_hidden_TR]
 
 
 def _swiglu(gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, scale: float) -> Tensor:
-    """silu(gate) * up, and beside it scale times its product with Aᵀ: [tokens, F + R]."""
+    """Compute p = silu(gate) * up, and return [p, scale * p Aᵀ], of shape [tokens, F + R]."""
     tokens, width = gate_TF.shape
-    beside = gate_TF.new_empty(tokens, width + len(a_RF))
-    product_TF, hidden_TR = beside[:, :width], beside[:, width:]
+    joined = gate_TF.new_empty(tokens, width + len(a_RF))
+    product_TF, hidden_TR = joined[:, :width], joined[:, width:]
     if _has_kernels(gate_TF, [len(a_RF)]):
         from verl.models.adapters import swiglu_triton
 
@@ -178,13 +178,13 @@ def _swiglu(gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, scale: float) -> Tenso
     else:
         torch.mul(F.silu(gate_TF), up_TF, out=product_TF)
     torch.addmm(hidden_TR, product_TF, a_RF.T, beta=0, alpha=scale, out=hidden_TR)
-    return beside
+    return joined
 
 
 def _swiglu_backward(
     product_gradient_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, gate_hidden_TR: Tensor, up_hidden_TR: Tensor, down_gradient_TR: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `verl.models.adapters.swiglu_triton.backward`."""
+    """Same as `verl.models.adapters.swiglu_triton.backward`, also without Triton."""
     if _has_kernels(gate_TF, [x.shape[1] for x in (gate_hidden_TR, up_hidden_TR, down_gradient_TR)]):
         from verl.models.adapters import swiglu_triton
 
@@ -212,7 +212,7 @@ def _mlp_shapes(x_TI: Tensor, gate_FI: Tensor, up: Any, down: Any, a: Sequence[T
 def _mlp_backward_shapes(gradient: Any, x_TI: Tensor, *others: Any) -> list[Tensor]:
     *_, a, b, _ = others
     tokens, inputs = x_TI.shape
-    x_gradient_TI = x_TI.new_empty(tokens, len(a[1]) + inputs + len(a[0]))[:, len(a[1]) : len(a[1]) + inputs]  # as it lies in memory
+    x_gradient_TI = x_TI.new_empty(tokens, len(a[1]) + inputs + len(a[0]))[:, len(a[1]) : len(a[1]) + inputs]  # strides as in memory
     return [x_gradient_TI, *(x.new_empty(x.shape) for x in (*a, *b))]
 
 
@@ -232,17 +232,17 @@ _mlp_backward.register_fake(_mlp_backward_shapes)
 _mlp.register_autograd(_mlp_gradients, setup_context=_keep_for_mlp)
 
 
-# --- under peft's modules
+# --- peft's modules
 
 
 def use_operators(adapted: PeftModel, *, checkpointed: bool = False) -> None:
-    """Let the model's adapted layers run as these operators, in place, wherever they mean the same.
+    """Let adapted layers run these operators, in place, wherever they are equivalent.
 
-    Left to peft are adapters with dropout or DoRA, more than one at a time, and layers that are no plain linear ones.
+    peft still runs adapters with dropout or DoRA, several active adapters, and layers that are not plain nn.Linear.
 
     Args:
-        checkpointed: whether layers compute their activations again. Query, key and value then go each by itself: what the
-            first hands to the others would be lost to the compiler.
+        checkpointed: whether activations are recomputed. Query, key and value are then separate operators: the compiler would
+            lose the outputs that the first one computes for the others.
     """
     for module in list(adapted.modules()):
         if all(_is_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")) and _is_swiglu(module):
@@ -278,7 +278,7 @@ def _is_plain(module: Any) -> bool:
 def _is_swiglu(module: nn.Module) -> bool:
     parts: list[Any] = [module.gate_proj, module.up_proj, module.down_proj]
     return (
-        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # PyTorch's, or some releases' of transformers
+        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # PyTorch's, or that of some releases of transformers
         and all(part.base_layer.bias is None for part in parts)
         and len({part.scaling["default"] for part in parts}) == 1
         and set(dict(module.named_children())) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -286,12 +286,12 @@ def _is_swiglu(module: nn.Module) -> bool:
 
 
 class AdaptedLinear(LoraLinear):
-    """A linear layer with an adapter: peft's own, but for its forward pass."""
+    """peft's linear layer with an adapter, with another forward pass."""
 
     siblings: "_Siblings | None" = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not _is_served(self, x):
+        if args or kwargs or not _is_supported(self, x):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         if self.siblings is not None:
@@ -300,7 +300,7 @@ class AdaptedLinear(LoraLinear):
 
 
 class _Siblings:
-    """Layers that are called in turn with the same tensor: the first call computes the outputs of all."""
+    """Layers that are called in turn with the same input: the first call computes the outputs of all."""
 
     def __init__(self, members: list[LoraLinear]):
         self.members = members
@@ -321,11 +321,11 @@ class _Siblings:
 
 @cache
 def _as_operator(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of an architecture's feed-forward part: one for all layers, so that they share their compiled code."""
+    """Subclass an architecture's MLP: one class for all layers, so that they share their compiled code."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         parts = [self.gate_proj, self.up_proj, self.down_proj]
-        if not all(_is_served(part, x) for part in parts):
+        if not all(_is_supported(part, x) for part in parts):
             result: Tensor = kind.forward(self, x)
             return result
         a, b = _factors(parts)
@@ -336,7 +336,7 @@ def _as_operator(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _is_served(layer: Any, x: Tensor) -> bool:
+def _is_supported(layer: Any, x: Tensor) -> bool:
     return (
         isinstance(layer, LoraLinear)
         and not layer.disable_adapters

@@ -1,9 +1,9 @@
-"""SwiGLU, and its backward pass with the small products of LoRA adapters in the same pass over memory, as Triton kernels.
+"""Triton kernels for SwiGLU, with the small matmuls of LoRA adapters fused into the backward pass.
 
-The gate, its partner and their gradients are the widest tensors of a layer. An adapter's own gradients need each of them once
-more, to be multiplied with something R wide; here that happens while they are on the chip.
+The gate and up activations and their gradients are the widest tensors of a layer. The gradients of the adapters need each of them
+once more, multiplied with an R-wide matrix. These kernels do that while the tensors are on the chip.
 
-Dimensions: T tokens, F width of the feed-forward part, R rank.
+Dimensions: T tokens, F intermediate size of the MLP, R rank.
 """
 
 import torch
@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8  # values of a program of the forward pass
+BLOCK, WARPS = 4096, 8  # elements and warps per program of the forward pass
 BACKWARD = (32, 64, 4, 3)  # tokens and columns of a tile, warps and pipeline stages: the fastest of nine on an H200
-SPANS = 24  # shares of the tokens, whose sums are added up at the end, so that there is work for the whole chip
-LARGEST_RANK = 128  # a tile's sums fit into registers
+SPANS = 24  # the tokens are split into spans, whose sums are added at the end, to have enough programs for the whole GPU
+LARGEST_RANK = 128  # up to this rank, a tile's sums fit into registers
 
 
 def forward(gate_TF: Tensor, up_TF: Tensor, product_TF: Tensor) -> None:
-    """Put silu(gate) * up into product_TF, whose rows may lie further apart than they are wide."""
+    """Write silu(gate) * up to product_TF, whose row stride may be larger than F."""
     grid = (triton.cdiv(gate_TF.numel(), BLOCK),)
     _forward[grid](gate_TF, up_TF, product_TF, product_TF.stride(0), gate_TF.numel(), gate_TF.shape[1], BLOCK, num_warps=WARPS)
 
@@ -26,12 +26,12 @@ def forward(gate_TF: Tensor, up_TF: Tensor, product_TF: Tensor) -> None:
 def backward(
     product_gradient_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, gate_hidden_TR: Tensor, up_hidden_TR: Tensor, down_gradient_TR: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by the gate and by its partner, and three sums over the tokens.
+    """Compute the gradients of gate and up, and those of three adapter matrices, which are sums over the tokens.
 
     Args:
-        product_gradient_TF: by silu(gate) * up.
-        gate_hidden_TR, up_hidden_TR: what the adapters of gate and up make of their input.
-        down_gradient_TR: gradient by what the adapter of down makes of its input.
+        product_gradient_TF: gradient of silu(gate) * up.
+        gate_hidden_TR, up_hidden_TR: x Aᵀ of the adapters of gate and up.
+        down_gradient_TR: gradient of x Aᵀ of the adapter of down.
     Returns:
         gate_gradient_TF, up_gradient_TF, gate_gradientᵀ gate_hidden and up_gradientᵀ up_hidden, [F, R], and
         productᵀ down_gradient, [F, R].
@@ -74,7 +74,7 @@ def _backward(  # type: ignore[no-untyped-def]
     rows: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     column, r = tl.program_id(0) * columns + tl.arange(0, columns), tl.arange(0, padded)
-    # [rank, columns]: a tile of gradients is then the right factor, which the tensor cores take from shared memory as it lies.
+    # [rank, columns]: a tile of gradients is then the right operand, which tensor cores read from shared memory without a transpose.
     gate_total = tl.zeros([padded, columns], tl.float32)
     up_total = tl.zeros([padded, columns], tl.float32)
     down_total = tl.zeros([padded, columns], tl.float32)

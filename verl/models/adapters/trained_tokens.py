@@ -1,6 +1,6 @@
-"""Tokens whose embeddings an adapter run trains, and base models that never trained the token which has to end an answer.
+"""Trainable token embeddings of adapter runs, and detection of stop tokens that the base model never trained.
 
-Dimensions: V vocabulary, H hidden size, U rows of tokens that no text has, O rows of ordinary tokens.
+Dimensions: V vocabulary, H hidden size, U rows of unused tokens, O rows of ordinary tokens.
 """
 
 import re
@@ -14,18 +14,18 @@ from verl.errors import UserError
 
 KEY = "model.trainable_tokens"
 UNUSED_NAME = re.compile(r"reserved|unused|placeholder", re.IGNORECASE)
-ENOUGH_ROWS = 8  # of unused tokens, to tell how rows look that were never trained
-SAMPLE = 4096  # rows of ordinary tokens to compare with
+MIN_ROWS = 8  # unused tokens needed to recognize untrained rows
+SAMPLE = 4096  # ordinary rows to compare with
 
 
 def token_ids(tokens: object, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[int]:
-    """Ids of the tokens that `model.trainable_tokens` names, each once.
+    """Return the distinct ids of the tokens in `model.trainable_tokens`.
 
     Args:
-        tokens: None, "stop", one token or a list of them.
-        stop_ids: what "stop" stands for.
+        tokens: None, "stop", one token or a list of tokens.
+        stop_ids: the tokens that "stop" means.
     Raises:
-        UserError: something that is not one token.
+        UserError: a name is not a single token.
     """
     if tokens is None:
         return []
@@ -45,25 +45,25 @@ def _token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
     if len(ids) == 1:
         return int(ids[0])
     special = ", ".join(tokenizer.all_special_tokens)
-    raise UserError(f"{name!r} is {len(ids)} tokens of this tokenizer, not one", where=KEY, fix=f"its special tokens are {special}")
+    raise UserError(f"{name!r} is {len(ids)} tokens in this tokenizer, not one", where=KEY, fix=f"its special tokens are {special}")
 
 
 @torch.no_grad()
 def untrained_stop_tokens(weight_VH: Tensor, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> list[str]:
-    """Those of the stop tokens whose output embedding lies among rows that no text ever trained.
+    """Return the stop tokens whose output embeddings look untrained.
 
-    Such rows, of ids without a token or of tokens named as reserved, lie close together and apart from all others in a trained
-    model. Where they do not, as in a model with random weights, nothing can be said, and nothing is.
+    In a trained model, the rows of unused tokens (ids without a token, or with a name such as "reserved") form a cluster apart from all
+    other rows. A stop token in that cluster was never trained. Without such a cluster, as with random weights, the result is empty.
 
     Args:
-        weight_VH: the model's output embeddings.
+        weight_VH: output embeddings of the model.
     """
     vocabulary = tokenizer.get_vocab()
     names = {number: name for name, number in vocabulary.items()}
     unused = [i for i in range(len(weight_VH)) if (i not in names or UNUSED_NAME.search(names[i])) and i not in stop_ids]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder, *unused, *stop_ids}
     ordinary = [i for i in sorted(names) if i not in special and i < len(weight_VH)]
-    if len(unused) < ENOUGH_ROWS or len(ordinary) < ENOUGH_ROWS:
+    if len(unused) < MIN_ROWS or len(ordinary) < MIN_ROWS:
         return []
     unused_UH = weight_VH[_tensor(unused, weight_VH)].float()
     centre_H = unused_UH.median(0).values
@@ -76,7 +76,7 @@ def untrained_stop_tokens(weight_VH: Tensor, tokenizer: PreTrainedTokenizerBase,
 
 def stop_token_warning(names: list[str]) -> str:
     return (
-        f"the embedding of {' and '.join(names)}, which ends an answer, was never trained in this base model, and an adapter leaves it so: "
+        f"the embedding of the stop token {' and '.join(names)} was never trained in this base model, and an adapter does not train it: "
         f"answers may not end (set {KEY}=stop)"
     )
 

@@ -1,8 +1,8 @@
-"""FlashAttention over packed documents: 2 is inside PyTorch, 3 and 4 are packages that a person may install, and kernels of
-our own serve documents that are short.
+"""FlashAttention over packed documents: version 2 is part of PyTorch, 3 and 4 are optional packages, and verl has its own kernels for
+short documents.
 
-A package is taken only after a trial: it must be importable, and on this GPU, with the model's own heads, its output and its
-gradients must be those of FlashAttention-2. So a run never stops over a package that does not fit; it says why it does without.
+A package is used only after a trial: it must be importable, and its output and gradients on this GPU, with the model's own heads, must
+match FlashAttention-2. An unusable package never stops a run; the run reports why it does not use it.
 
 Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D head size.
 """
@@ -26,13 +26,13 @@ Kernel = Literal["fa2", "fa3", "fa4", "short"]
 
 @dataclass(frozen=True)
 class Package:
-    """Where a kernel comes from.
+    """The package of a kernel.
 
     Attributes:
-        name: as people call it.
-        distribution: the installed package.
-        module: what is imported.
-        install: how to get it.
+        name: display name.
+        distribution: name of the installed distribution.
+        module: module to import.
+        install: how to install it.
     """
 
     name: str
@@ -47,18 +47,18 @@ PACKAGES: dict[Kernel, Package] = {
     "fa4": Package("FlashAttention-4", "flash-attn-4", "flash_attn.cute.interface", 'pip install "verl[fa4]"'),
 }
 
-# By the major number of the compute capability, the preferred first. FlashAttention-3 is written for Hopper (9); 4 is written
-# for Blackwell (10), and its kernels for Hopper are 3's, in Python.
+# Kernels in order of preference, by the major version of the compute capability. FlashAttention-3 is written for Hopper (9).
+# FlashAttention-4 is written for Blackwell (10); its Hopper kernels are those of FlashAttention-3, in Python.
 PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
 
-# By the same number: up to so many tokens a document the kernels for short ones are taken, being at least 1.2 times as fast as
+# Longest document for the short kernels, in tokens, by the same version. Up to this length they are at least 1.2 times as fast as
 # FlashAttention-2 (benchmarks/README.md).
 SHORT_TOKENS = {9: 1024}
-# Smaller micro-batches than this are bound by the host, which launches those kernels more slowly than what is inside PyTorch.
+# Smaller micro-batches are bound by the host, which launches Triton kernels more slowly than PyTorch's own.
 SHORT_BATCH_TOKENS = 16_384
 
 NOT_INSTALLED = "not installed"
-TOLERANCE = 0.02  # relative, of sums in bfloat16; a wrong mask or a wrong head gives 0.1 and more
+TOLERANCE = 0.02  # relative error of bfloat16 sums; a wrong mask or head gives 0.1 and more
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a kernel must be able to do for a model."""
+    """The attention heads that a kernel must support: number of query and key-value heads, and head size."""
 
     query: int
     key_value: int
@@ -84,10 +84,10 @@ class Heads:
 
 
 def refusals(device: torch.device, dtype: torch.dtype, *heads: Heads, documents: Documents | None = None) -> dict[Kernel, str | None]:
-    """For each kernel beside FlashAttention-2 that this GPU may prefer, the best first: why it cannot be used, or None where it can.
+    """For each kernel that this GPU prefers to FlashAttention-2, best first, return why it cannot be used, or None if it can.
 
     Args:
-        heads: of each model that it is to serve.
+        heads: the heads of each model that will use the kernel.
         documents: of the run; None: nothing is known of them.
     """
     major, _ = torch.cuda.get_device_capability(device)
@@ -95,34 +95,34 @@ def refusals(device: torch.device, dtype: torch.dtype, *heads: Heads, documents:
     if documents is not None and documents.tokens <= SHORT_TOKENS.get(major, 0) and documents.batch_tokens >= SHORT_BATCH_TOKENS:
         found["short"] = refusal("short", device, dtype, *heads)
         if found["short"] is None:
-            return found  # the others would only cost the time of their trials
+            return found  # skip the trials of the others
     return found | {kernel: refusal(kernel, device, dtype, *heads) for kernel in PREFERRED.get(major, ())}
 
 
 def preferred(refusals: dict[Kernel, str | None]) -> Kernel:
-    """The first package that can be used, or else what is inside PyTorch."""
+    """Return the first usable kernel, or else PyTorch's FlashAttention-2."""
     return next((kernel for kernel, refusal in refusals.items() if refusal is None), "fa2")
 
 
 def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:
-    """Why this package's kernel cannot be used here for each of these models, in one line; None where it can."""
+    """Return in one line why this kernel cannot be used here for these models; None if it can."""
     package = PACKAGES[kernel]
     try:
         importlib.import_module(package.module)
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        return NOT_INSTALLED if package.module.startswith(missing) else f"its requirement {missing} is not installed"
-    except Exception as error:  # whatever a package raises that was built for another PyTorch, CUDA or Python
+        return NOT_INSTALLED if package.module.startswith(missing) else f"its dependency {missing} is not installed"
+    except Exception as error:  # a package built for another PyTorch, CUDA or Python may raise anything
         return f"cannot be imported: {_first_line(error)}"
     if kernel == "fa3" and not hasattr(torch_attention, "activate_flash_attention_impl"):
-        return f"PyTorch {torch.__version__} cannot call it"
+        return f"not supported by PyTorch {torch.__version__}"
     return next((found for each in heads if (found := _trial(kernel, device, dtype, each)) is not None), None)
 
 
 def version(kernel: Kernel) -> str:
-    """The name and, where a package is installed, its version."""
+    """Return the kernel's display name, with the version of an installed package."""
     if kernel == "fa2":
-        return "FlashAttention-2, inside PyTorch"
+        return "PyTorch's FlashAttention-2"
     package = PACKAGES[kernel]
     try:
         return f"{package.name} {metadata.version(package.distribution)}"
@@ -131,13 +131,13 @@ def version(kernel: Kernel) -> str:
 
 
 def activate(kernel: Kernel) -> None:
-    """Prepare this process for `flash_attention(kernel=…)`. FlashAttention-3 takes the place of 2 behind PyTorch's own calls."""
+    """Prepare this process for `flash_attention(kernel=…)`. FlashAttention-3 replaces version 2 inside PyTorch's own functions."""
     active = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
     if kernel == "fa3" and active != "FA3":
         torch_attention.activate_flash_attention_impl("FA3")
     elif kernel != "fa3" and active == "FA3":
         torch_attention.restore_flash_attention_impl()
-    if kernel == "fa4":  # said of each kernel that it compiles, and of no use to anybody
+    if kernel == "fa4":  # raised for each kernel that it compiles, and harmless
         warnings.filterwarnings("ignore", message="Argument .* cannot be converted to a JitArgument", category=UserWarning)
 
 
@@ -152,14 +152,14 @@ def flash_attention(
     sliding_window: int | None = None,
     kernel: Kernel = "fa2",
 ) -> Tensor:
-    """Causal attention inside each document, on CUDA in bfloat16 or float16.
+    """Compute causal attention within each document, on CUDA in bfloat16 or float16.
 
     Args:
-        cu_seqlens: bounds of the documents, S + 1 of int32 from 0 to T.
-        max_seqlen: tokens of the longest document, or more.
-        scale: of the scores; None: 1 / √D.
-        sliding_window: how many tokens, itself included, a token sees; None: all before it.
-        kernel: an activated one.
+        cu_seqlens: S + 1 offsets of the documents, int32, from 0 to T.
+        max_seqlen: length of the longest document, or more.
+        scale: factor of the scores; None uses 1 / √D.
+        sliding_window: number of tokens that a token attends to, itself included; None for all tokens before it.
+        kernel: an activated kernel.
     Returns:
         output_TND.
     """
@@ -172,7 +172,7 @@ def flash_attention(
     return _inside_pytorch(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale, sliding_window)
 
 
-# The signature moved between PyTorch 2.10 and 2.13.
+# The signature changed between PyTorch 2.10 and 2.13.
 _VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
 
 
@@ -195,12 +195,12 @@ def _inside_pytorch(
     if "enable_gqa" in _VARLEN_PARAMETERS:
         options["enable_gqa"] = query_TND.shape[1] != key_TKD.shape[1]
     output_TND = varlen_attn(query_TND, key_TKD, value_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-    assert isinstance(output_TND, Tensor)  # a tuple only where auxiliary outputs are asked for
+    assert isinstance(output_TND, Tensor)  # it is a tuple only with auxiliary outputs
     return output_TND
 
 
-# FlashAttention-4 as an operator of PyTorch, so that a compiled layer holds it as one node. PyTorch's own
-# `activate_flash_attention_impl("FA4")` expects two results of the package's forward function; since 4.0.0b20 there are more.
+# FlashAttention-4 as a custom operator, so that a compiled layer has it as one node. PyTorch's own `activate_flash_attention_impl("FA4")`
+# expects two results from the package's forward function; since 4.0.0b20 there are more.
 @torch.library.custom_op("verl::flash4", mutates_args=())
 def _flash4(
     query_TND: Tensor,
@@ -211,7 +211,7 @@ def _flash4(
     scale: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """output_TND and the logarithm of each row's sum of exponentials, [N, T] in float32."""
+    """Return output_TND and logsumexp_NT, float32."""
     from flash_attn.cute.interface import flash_attn_varlen_func
 
     output_TND, logsumexp_NT = flash_attn_varlen_func(
@@ -265,12 +265,12 @@ def _flash4_backward(
     return gradients
 
 
-# The kernels for short documents as an operator, for the same reason.
+# The kernels for short documents as a custom operator, for the same reason.
 @torch.library.custom_op("verl::short_attention", mutates_args=())
 def _short(
     query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """output_TND and the logarithm of each row's sum of exponentials, [N, T] in float32."""
+    """Return output_TND and logsumexp_NT, float32."""
     from verl.models.attention import short_triton
 
     return short_triton.forward(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale)
@@ -295,7 +295,7 @@ def _short_backward(
 
 
 def _shapes(query_TND: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Of an operator's two results, for tracing."""
+    """Shapes of an operator's two results, for tracing."""
     tokens, heads, _ = query_TND.shape
     return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
 
@@ -330,7 +330,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the output alone: nothing uses the logarithms of the sums."""
+    """Return the gradients from the output alone, because nothing uses logsumexp_NT."""
     gradients = _flash4_backward(output_gradient_TND, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.sliding_window)
     return (*gradients, None, None, None, None)
 
@@ -343,12 +343,12 @@ def _tokens_before(sliding_window: int | None) -> int | None:
 
 
 def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
-    """Output and gradients of three short documents beside FlashAttention-2's: what is wrong, or None."""
+    """Compare output and gradients on three short documents with FlashAttention-2. Return what is wrong, or None."""
     expected = _results("fa2", device, dtype, heads)
     try:
         found = _results(kernel, device, dtype, heads)
-    except Exception as error:  # whatever a package raises, the run can do without it, and says so
-        return f"does not run here: {type(error).__name__}: {_first_line(error)}"
+    except Exception as error:  # the run goes on without the package, whatever it raises, and reports why
+        return f"fails on this machine: {type(error).__name__}: {_first_line(error)}"
     finally:
         activate("fa2")
     difference = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
@@ -358,7 +358,7 @@ def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Head
 def _results(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> list[Tensor]:
     activate(kernel)
     cu_seqlens = torch.tensor([0, 1, 131, 431], dtype=torch.int32, device=device)
-    generator = torch.Generator(device).manual_seed(0)  # not the run's own random numbers
+    generator = torch.Generator(device).manual_seed(0)  # does not advance the run's random state
     query_TND, key_TKD, value_TKD, output_gradient_TND = (
         torch.randn(431, number, heads.size, device=device, generator=generator).to(dtype).requires_grad_()
         for number in (heads.query, heads.key_value, heads.key_value, heads.query)

@@ -1,8 +1,8 @@
-"""Causal attention inside packed documents that are short, as Triton kernels.
+"""Triton kernels for causal attention within short packed documents.
 
-FlashAttention's kernels are shaped for long rows: on documents of a few hundred tokens most of their time is spent around the
-arithmetic. Here one program takes one tile of one document; the backward pass takes all query heads that share a key head in
-one program, so that their gradients are added up in registers and not in passes of their own.
+FlashAttention's kernels are tuned for long sequences; on documents of a few hundred tokens, overhead takes most of their time. Here one
+program computes one tile of one document. In the backward pass, one program handles all query heads that share a key head, so that their
+gradients are summed in registers and not in separate passes.
 
 The algorithm is FlashAttention-2's (Dao 2023, https://arxiv.org/abs/2307.08691).
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Rows of a query tile, columns of a key tile, warps and pipeline stages, by pass and head size.
+# Rows of a query tile, columns of a key tile, warps and pipeline stages, for each pass and head size.
 FORWARD = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3)}
 QUERIES = {64: (64, 32, 4, 3), 128: (64, 64, 4, 2)}
 KEYS = {64: (32, 64, 4, 2), 128: (32, 64, 4, 3)}
@@ -24,10 +24,14 @@ KEYS = {64: (32, 64, 4, 2), 128: (32, 64, 4, 3)}
 def forward(
     query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """output_TND and, for the backward pass, the base-2 logarithm of each row's sum of exponentials, [N, T] in float32."""
+    """Return output_TND and, for the backward pass, logsumexp_NT in base 2, float32.
+
+    Raises:
+        ValueError: unsupported head size.
+    """
     tokens, heads, size = query_TND.shape
     if size not in FORWARD:
-        raise ValueError(f"heads of size {size}, not {' or '.join(map(str, FORWARD))}")
+        raise ValueError(f"head size {size} is not supported (supported: {', '.join(map(str, FORWARD))})")
     output_TND = torch.empty_like(query_TND, memory_format=torch.contiguous_format)
     logsumexp_NT = torch.empty(heads, tokens, dtype=torch.float32, device=query_TND.device)
     rows, columns, warps, stages = FORWARD[size]
@@ -51,13 +55,13 @@ def backward(
     max_seqlen: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by query_TND, key_TKD and value_TKD, contiguous."""
+    """Return the gradients of query_TND, key_TKD and value_TKD, contiguous."""
     tokens, heads, size = query_TND.shape
     documents, key_heads = len(cu_seqlens) - 1, key_TKD.shape[1]
     query_gradient_TND, key_gradient_TKD, value_gradient_TKD = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_TND, key_TKD, value_TKD)
     )
-    delta_NT = torch.empty_like(logsumexp_NT)  # of each row: gradient · output
+    delta_NT = torch.empty_like(logsumexp_NT)  # gradient · output of each row
     strides = _strides(query_TND, key_TKD, value_TKD)
     rows, columns, warps, stages = QUERIES[size]
     tiles = triton.cdiv(max_seqlen, rows)
@@ -75,7 +79,7 @@ def backward(
 
 
 def _strides(*tensors_TXD: Tensor) -> list[int]:
-    """Of tokens and heads; a head's numbers lie side by side."""
+    """Return the strides of tokens and heads; the last dimension is contiguous."""
     return [stride for x in tensors_TXD for stride in (x.stride(0), x.stride(1))]
 
 
@@ -103,7 +107,7 @@ def _forward(  # type: ignore[no-untyped-def]
         at = first + column
         k = tl.load(key + dim[:, None] + at[None, :] * key_t, mask=(at < length)[None, :], other=0.0)
         scores = tl.dot(q, k) * (scale * LOG2_E)
-        # Columns beyond the document lie after every real row, so that the causal mask covers them too.
+        # Columns beyond the document come after every real row, so the causal mask excludes them too.
         scores = tl.where(row[:, None] >= at[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
@@ -172,14 +176,14 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     value_sum = tl.zeros([columns, size], tl.float32)
     first = tile * columns // rows * rows
     steps = tl.cdiv(length - first, rows)
-    for step in range(group * steps):  # query tiles of one head after another, as one loop that the compiler can pipeline
+    for step in range(group * steps):  # heads and query tiles as one loop, which the compiler can pipeline
         head = key_head * group + step // steps
         at = first + step % steps * rows + row
         inside = at < length
         asked = (start + at).to(tl.int64)
         q = tl.load(query + dim[:, None] + asked[None, :] * query_t + head * query_n, mask=inside[None, :], other=0.0)
         gradient = tl.load(output_gradient + (asked[:, None] * heads + head) * size + dim[None, :], mask=inside[:, None], other=0.0)
-        # A row beyond the document has no weights: its normalizer is infinite.
+        # A row beyond the document has zero weights, because its normalizer is infinite.
         normalizer = tl.load(logsumexp + head * tokens + asked, mask=inside, other=float("inf"))
         dots = tl.load(delta + head * tokens + asked, mask=inside, other=0.0)
         weights = tl.exp2(tl.dot(k, q) * (scale * LOG2_E) - normalizer[None, :])

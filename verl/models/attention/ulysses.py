@@ -1,9 +1,9 @@
-"""Context parallel attention: from a part of the tokens with all heads to all tokens with a part of the heads, and back (Ulysses,
-arXiv:2309.14509). Documents are whole in between, so that every kernel, mask and window serves as it is.
+"""Context-parallel attention by all-to-all (Ulysses, arXiv:2309.14509): from a slice of the tokens with all heads to all tokens with a
+slice of the heads, and back. In between, documents are whole, so every attention kernel, mask and window works unchanged.
 
-The exchange is an operator of PyTorch, so that a compiled layer holds it as one node and its shapes stay those of the model.
+The exchange is a custom operator, so that a compiled layer has it as one node and keeps the shapes of the model.
 
-Dimensions: P processes that share a batch; U tokens of one process's part, T = P × U of the batch; X heads of a tensor, D head size.
+Dimensions: P ranks that share a batch; U tokens of one rank's slice, T = P × U tokens of the batch; X heads of a tensor, D head size.
 """
 
 import math
@@ -21,28 +21,28 @@ from verl.models.attention.flash import Heads
 
 
 def check_heads(config: PretrainedConfig, heads: Heads, size: int) -> None:
-    """Raises UserError if a model's heads cannot be shared out among so many processes."""
+    """Raise UserError if `size` does not divide the model's number of query heads."""
     if heads.query % size:
         sizes = ", ".join(str(n) for n in range(1, heads.query + 1) if heads.query % n == 0)
         raise UserError(
-            f"the {heads.query} attention heads of {config.model_type} cannot be shared out among {size} processes",
+            f"the {heads.query} attention heads of {config.model_type} cannot be divided among {size} processes",
             where=f"model.context_parallel_size={size}",
-            fix=f"one of {sizes}",
+            fix=f"set one of {sizes}",
         )
 
 
 def heads_of_each(heads: Heads, size: int) -> Heads:
-    """The heads that each of so many processes computes. A key head whose query heads lie on several of them is on each."""
+    """Return the heads that each of `size` ranks computes. A key head whose query heads are on several ranks is on all of them."""
     return Heads(heads.query // size, math.lcm(heads.key_value, size) // size, heads.size)
 
 
 def to_heads(parts_UXD: Sequence[Tensor], group: str) -> list[Tensor]:
-    """All tokens of this process's share of each tensor's heads, in one exchange.
+    """Exchange slices of tokens with all heads for all tokens with this rank's heads, in one all-to-all.
 
     Args:
-        parts_UXD: this process's tokens, with all heads. Where heads are no multiple of the processes, each is repeated, so that
-            the query heads of a process find the key head that they had.
-        group: `processes.context_name()`; every process of the group calls this with tensors of the same shapes.
+        parts_UXD: this rank's tokens, with all heads. Heads whose number is not a multiple of the ranks are repeated, so that each
+            rank has the key heads of its query heads.
+        group: `processes.context_name()`; every rank of the group calls this with the same shapes.
     Returns:
         wholes_TXD, contiguous.
     """
@@ -51,12 +51,12 @@ def to_heads(parts_UXD: Sequence[Tensor], group: str) -> list[Tensor]:
 
 
 def to_tokens(whole_TXD: Tensor, heads: int, group: str) -> Tensor:
-    """The way back: this process's tokens, with the heads of all processes.
+    """Exchange all tokens with this rank's heads for this rank's tokens with all heads: the inverse of `to_heads`.
 
     Args:
-        whole_TXD: all tokens, with this process's share of the heads.
-        heads: of all processes together.
-        group: as in `to_heads`.
+        whole_TXD: all tokens, with this rank's heads.
+        heads: total number of heads over all ranks.
+        group: same as in `to_heads`.
     Returns:
         part_UXD, contiguous.
     """
@@ -76,7 +76,7 @@ def _to_heads(parts_UXD: list[Tensor], group: str) -> list[Tensor]:
 
 @torch.library.custom_op("verl::to_tokens", mutates_args=())
 def _to_tokens(wholes_TXD: list[Tensor], heads: list[int], group: str) -> list[Tensor]:
-    """`heads` are those of each result; the values of heads that were repeated are added up."""
+    """See `to_tokens`. `heads` has one number per result; the values of repeated heads are summed."""
     size, tokens = _size(group), len(wholes_TXD[0])
     by_process = [x.reshape(size, tokens // size, -1) for x in wholes_TXD]
     received = _exchange(torch.cat(by_process, 2), group).transpose(0, 1)
@@ -89,7 +89,7 @@ def _to_tokens(wholes_TXD: list[Tensor], heads: list[int], group: str) -> list[T
 
 
 def _exchange(sent_PUX: Tensor, group: str) -> Tensor:
-    """What each process has for this one, in their order."""
+    """All-to-all: return the block that each rank sent to this one, in rank order."""
     sent_PUX = sent_PUX.contiguous()
     received_PUX = torch.empty_like(sent_PUX)
     dist.all_to_all_single(received_PUX, sent_PUX, group=processes.context_group(group))
@@ -97,7 +97,7 @@ def _exchange(sent_PUX: Tensor, group: str) -> Tensor:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """Contiguous, and in memory of its own, as each of an operator's results must be."""
+    """Return a contiguous copy, because an operator's results must not share memory."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -116,7 +116,7 @@ def _shapes_of_parts(wholes_TXD: list[Tensor], heads: list[int], group: str) -> 
     return [x.new_empty((x.shape[0] // _size(group), number, x.shape[2])) for x, number in zip(wholes_TXD, heads, strict=True)]
 
 
-# Each is the other's backward pass: what was sent comes back as a gradient, and what was sent several times is added up.
+# Each operator is the other's backward pass; the gradients of repeated heads are summed.
 def _keep_heads(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
     parts_UXD, ctx.group = inputs
     ctx.heads = [x.shape[1] for x in parts_UXD]
