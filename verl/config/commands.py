@@ -12,9 +12,9 @@ from verl.errors import UserError
 
 @dataclass
 class EngineConfig:
-    # What generates: "native", "hf" (transformers), "vllm" or "sglang".
+    # What generates: "native", "hf" (transformers) or "vllm".
     name: str = "native"
-    # A server's address (vllm, sglang); null: in this process.
+    # Address of a vLLM server; null: generate in this process.
     url: str | None = None
     # vllm in this process: the share of a GPU's memory that it may take.
     gpu_memory_utilization: float = 0.5
