@@ -32,7 +32,7 @@ from verl.data.render import Renderer  # noqa: E402
 from verl.errors import exit_on_user_error  # noqa: E402
 from verl.models.load import load_tokenizer  # noqa: E402
 from verl.rollout import Options, Sampling  # noqa: E402
-from verl.rollout._model import borrowed  # noqa: E402
+from verl.rollout._model import generation_mode  # noqa: E402
 from verl.rollout.hf import pad_left  # noqa: E402
 from verl.rollout.native import NativeRollout  # noqa: E402
 
@@ -147,9 +147,9 @@ def native_not_compiled(model: PreTrainedModel, prompts: list[list[int]], option
 
 def generate(model: PreTrainedModel, prompts: list[list[int]], options: Any, **more: Any) -> Run:
     def answer() -> int:
-        input_ids_BP, attention_mask_BP = (x.to(model.device) for x in pad_left(prompts, filler=0))
+        input_ids_BP, attention_mask_BP = (x.to(model.device) for x in pad_left(prompts, pad_token=0))
         config = GenerationConfig(max_new_tokens=options.new_tokens, do_sample=False, pad_token_id=0, **more)
-        with torch.inference_mode(), borrowed(model, "sdpa"):
+        with torch.inference_mode(), generation_mode(model, "sdpa"):
             generate_: Any = model.generate
             output = generate_(input_ids_BP, attention_mask=attention_mask_BP, generation_config=config)
         return int((output.shape[1] - input_ids_BP.shape[1]) * len(prompts))

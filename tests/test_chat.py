@@ -24,13 +24,13 @@ Converse = Callable[..., str]
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The token ids of each prompt that the model is given, as they come."""
     seen: list[list[int]] = []
-    generate_aloud = NativeRollout.generate_aloud
+    stream_tokens = NativeRollout.stream_tokens
 
     def spy(self: NativeRollout, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
         seen.append(prompt)
-        return generate_aloud(self, prompt, sampling, on_token)
+        return stream_tokens(self, prompt, sampling, on_token)
 
-    monkeypatch.setattr(NativeRollout, "generate_aloud", spy)
+    monkeypatch.setattr(NativeRollout, "stream_tokens", spy)
     return seen
 
 

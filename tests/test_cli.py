@@ -244,7 +244,7 @@ def test_doctor_ends_with_1_if_something_needed_is_missing(monkeypatch: pytest.M
 
 def test_doctor_names_every_extra(capsys: pytest.CaptureFixture[str]) -> None:
     optional = {found.name for found in doctor.examine() if found.group == "optional"}
-    assert {"liger-kernel", "vllm", "sglang", "wandb", "tensorboard", "trackio", "ray"} <= optional
+    assert {"liger-kernel", "vllm", "wandb", "tensorboard", "trackio"} <= optional
 
 
 def test_doctor_lists_each_gpu_and_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
 from verl.models.load import load_tokenizer
-from verl.rollout import Options, Rollout, Sampling, generate_aloud, load_rollout
+from verl.rollout import Options, Rollout, Sampling, load_rollout, stream_tokens
 from verl.run import quiet_libraries
 
 HELP = "/reset forgets the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
@@ -56,7 +56,7 @@ class Chat:
             min(self._config.max_new_tokens, positions - len(prompt)), self._config.temperature, seed=random.randrange(2**31)
         )
         try:
-            completion = generate_aloud(self._rollout, prompt, sampling, said.add)
+            completion = stream_tokens(self._rollout, prompt, sampling, said.add)
             print("" if completion.finish_reason == "stop" else f" [cut at {len(completion.token_ids):,} tokens]", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", flush=True)

@@ -56,7 +56,6 @@ def error_of(*words: str) -> UserError:
         (["reward.weights=[1,2]"], "reward.weights", "2 weights for 1 rewards"),
         (["reward.name=null"], "reward.name", "neither a reward nor a reward model"),
         (["mapping.rollout=first"], "mapping.rollout", "found 'first'"),
-        (["rollout.name=sglang"], "rollout.url", "a server of its own"),
         (["rollout.name=vllm", "mapping.rollout=[1]"], "mapping.rollout", "on the ranks that train"),
         (["mapping.rollout=[]"], "mapping.rollout", "found []"),
         (["model.lora_rank=4", "model.lora_dropout=0.1"], "model.lora_dropout", "nothing is dropped there"),

@@ -1,18 +1,63 @@
-"""Every command takes the same `rollout.name`: evaluator, chat and reinforcement learning, also over a server (a stand-in of SGLang)."""
+"""Every command takes the same `rollout.name`: evaluator, chat and reinforcement learning, also with a server (a stand-in for vLLM's)."""
 
 import io
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from rl_runs import lines_of, train, write_folder
+from safetensors.torch import load_file
 from served import server
-from test_sglang import StandIn
+from transformers import AutoModelForCausalLM
 
 from verl import chat
 from verl.eval import sft_evaluator
+
+
+class StandIn:
+    """Answers as a vLLM server in development mode does, one token after the other; `make test-vllm` tests the real one."""
+
+    def __init__(self, path: Path):
+        self.path, self.model = path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.calls: list[str] = []
+        self.version = "0"
+
+    def answer(self, place: str, body: Any) -> tuple[int, Any]:
+        self.calls.append(place)
+        if place == "/v1/completions":
+            return 200, {"choices": [self.generate(body)]}
+        if place == "/collective_rpc":
+            self.load(Path(body["kwargs"]["weights_path"]))
+        if place == "/update_weight_version":
+            self.version = body["new_version"]
+        return 200, {
+            "/v1/models": {"data": [{"id": str(self.path), "root": str(self.path), "max_model_len": 512}]},
+            "/server_info?config_format=json": {"vllm_config": {"model_config": {"enable_sleep_mode": False}}},
+            "/version": {"version": "0.32.0"},
+        }.get(place, {})
+
+    @torch.no_grad()
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(body["seed"])
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        while len(token_ids) < body["max_tokens"] and not set(token_ids[-1:]) & set(body["stop_token_ids"]):
+            logits_V = self.model(torch.tensor([body["prompt"] + token_ids])).logits[0, -1].float()
+            logprob_V = (logits_V / (body["temperature"] or 1.0)).log_softmax(-1)
+            sampled = int(torch.multinomial(logprob_V.exp(), 1, generator=generator))
+            token_ids.append(sampled if body["temperature"] > 0 else int(logprob_V.argmax()))
+            logprobs.append(float(logprob_V[token_ids[-1]]))
+        reason = "stop" if token_ids[-1] in body["stop_token_ids"] else "length"
+        return {"token_ids": token_ids, "finish_reason": reason, "logprobs": {"token_logprobs": logprobs}}
+
+    def load(self, folder: Path) -> None:
+        for file in sorted(folder.glob("*.safetensors")):
+            self.model.load_state_dict(load_file(file), strict=False)
+        self.model.tie_weights()
 
 
 @pytest.fixture(scope="module")
@@ -22,22 +67,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stand_in(folder: Path) -> StandIn:
-    return StandIn(folder / "model", enable_deterministic_inference=True)
+    return StandIn(folder / "model")
 
 
 @pytest.fixture
 def words(stand_in: StandIn) -> Iterator[list[str]]:
     with server(stand_in.answer) as url:
-        yield ["rollout.name=sglang", f"rollout.url={url}"]
+        yield ["rollout.name=vllm", f"rollout.url={url}"]
 
 
-def test_reinforcement_learning_over_a_server_learns_what_it_learns_beside_the_trainer(
+def test_reinforcement_learning_with_a_server_trains_on_answers_of_the_newest_weights(
     folder: Path, stand_in: StandIn, words: list[str]
 ) -> None:
     keys: dict[str, object] = {f"{key.replace('.', '__')}": value for key, _, value in (word.partition("=") for word in words)}
     found = train(folder, "served", trainer__total_training_steps=2, **keys)
-    assert stand_in.calls.count("/generate") == 2 * 16
-    assert stand_in.about["weight_version"] == "2"
+    assert stand_in.calls.count("/v1/completions") == 2 * 16
+    assert stand_in.version == "2"
     assert all(line["rl/rollout_difference"] < 1e-5 for line in found), "after an update too"
     assert all(line["train/grad_norm"] > 0 for line in found)
 
@@ -50,18 +95,18 @@ def test_the_evaluator_asks_it_too(folder: Path, stand_in: StandIn, words: list[
         sft_evaluator.main([*argv, "max_new_tokens=6", *more])
         predictions.append([line["response"] for line in lines_of(directory / "predictions.jsonl")])
     assert predictions[0] == predictions[1]
-    assert "/generate" in stand_in.calls
+    assert "/v1/completions" in stand_in.calls
 
 
-@pytest.mark.parametrize("name", ["hf", "sglang"])
+@pytest.mark.parametrize("name", ["hf", "vllm"])
 def test_so_does_chat(
     folder: Path, stand_in: StandIn, words: list[str], name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     question = json.loads((folder / "test.jsonl").read_text().splitlines()[0])["question"]
     said = []
-    for more in ([], words if name == "sglang" else ["rollout.name=hf"]):
+    for more in ([], words if name == "vllm" else ["rollout.name=hf"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\n"))
         chat.main([str(folder / "model"), "temperature=0", "max_new_tokens=6", *more])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
-    assert ("/generate" in stand_in.calls) == (name == "sglang")
+    assert ("/v1/completions" in stand_in.calls) == (name == "vllm")

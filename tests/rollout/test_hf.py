@@ -58,7 +58,9 @@ def test_without_the_attention_mask_they_would_differ(stop_ids: list[int], monke
     prompts, rollout = random_prompts(), HfRollout(random_model(), stop_ids, Options(max_sequences=8))
     right = rollout.generate(prompts, GREEDY)
     pad_left = rollout_hf.pad_left
-    monkeypatch.setattr(rollout_hf, "pad_left", lambda batch, filler: (ids := pad_left(batch, filler=filler)[0], torch.ones_like(ids)))
+    monkeypatch.setattr(
+        rollout_hf, "pad_left", lambda batch, pad_token: (ids := pad_left(batch, pad_token=pad_token)[0], torch.ones_like(ids))
+    )
     wrong = rollout.generate(prompts, GREEDY)
     longest = LENGTHS.index(max(LENGTHS))
     assert wrong[longest].token_ids == right[longest].token_ids
@@ -132,16 +134,16 @@ def test_long_prompts_come_first_and_answers_carry_their_numbers() -> None:
     assert rollout.generate(prompts, sampling) == [done[number] for number in range(16)]
 
 
-def test_an_answer_aloud_is_the_answer_token_by_token(stop_ids: list[int]) -> None:
+def test_streamed_tokens_are_those_of_the_answer(stop_ids: list[int]) -> None:
     rollout = HfRollout(random_model(), stop_ids, Options(max_sequences=1))
     for prompt in random_prompts()[:3]:
         heard: list[int] = []
-        completion = rollout.generate_aloud(prompt, GREEDY, heard.append)
+        completion = rollout.stream_tokens(prompt, GREEDY, heard.append)
         assert heard == completion.token_ids
         assert [completion] == rollout.generate([prompt], GREEDY)
 
 
-def test_what_listens_can_end_an_answer() -> None:
+def test_an_exception_of_the_callback_ends_the_answer() -> None:
     heard: list[int] = []
 
     def listen(token: int) -> None:
@@ -150,7 +152,7 @@ def test_what_listens_can_end_an_answer() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        HfRollout(random_model(), [0], Options(max_sequences=1)).generate_aloud(random_prompts()[0], GREEDY, listen)
+        HfRollout(random_model(), [0], Options(max_sequences=1)).stream_tokens(random_prompts()[0], GREEDY, listen)
     assert len(heard) == 3
 
 

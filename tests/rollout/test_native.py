@@ -37,10 +37,12 @@ from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.adapters.operators import use_operators
 from verl.models.attention.packed import PACKED
-from verl.rollout import Completion, Options, Sampling, native
-from verl.rollout._slots import Caches
+from verl.rollout import Completion, Options, Sampling
 from verl.rollout.hf import HfRollout
-from verl.rollout.native import NativeRollout
+from verl.rollout.native import NativeRollout, slots
+from verl.rollout.native.runner import Runner
+from verl.rollout.native.scheduler import Scheduler
+from verl.rollout.native.slots import Slots
 
 GREEDY, DRAWN = Sampling(12), Sampling(12, temperature=1.0, n=3)
 SHAPE = dict(
@@ -49,7 +51,7 @@ SHAPE = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    vocab_size=9000,  # more than two blocks of the draws
+    vocab_size=9000,  # more than two blocks of the sampler
     max_position_embeddings=512,
 )
 WINDOWS = {"num_hidden_layers": 4, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -89,7 +91,7 @@ def flat_logprobs(completions: list[Completion]) -> torch.Tensor:
 
 
 def engine_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[Completion], temperature: float = 1.0) -> torch.Tensor:
-    """What the trainer's scorer says of the answers, packed."""
+    """Log-probabilities that the trainer's scorer gives the answers, packed."""
     own = model.config._attn_implementation
     model.set_attn_implementation(PACKED)
     n = len(answers) // len(prompts)
@@ -105,7 +107,7 @@ def engine_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: l
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_those_of_transformers_token_by_token(family: str) -> None:
-    """Greedy and drawn, prompts of different lengths, fewer slots than requests."""
+    """Greedy and sampled, prompts of different lengths, fewer slots than requests."""
     model, prompts = sharp(*FAMILIES[family]), random_prompts()
     for sampling in (GREEDY, DRAWN, Sampling(8, temperature=1.3, n=2, top_k=50, top_p=0.8)):
         stop_ids = [tokens(HfRollout(model, [0]).generate(prompts[:1], sampling))[0][3], 0]
@@ -118,7 +120,7 @@ def test_answers_are_those_of_transformers_token_by_token(family: str) -> None:
 
 @pytest.mark.parametrize("engine", [NativeRollout, HfRollout])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
-def test_answers_that_need_not_say_their_logprobs_are_the_same(engine: type, sampling: Sampling) -> None:
+def test_answers_without_logprobs_are_the_same(engine: type, sampling: Sampling) -> None:
     rollout, prompts = engine(qwen2(), [0]), random_prompts()
     silent = rollout.generate(prompts, replace(sampling, logprobs=False))
     assert tokens(silent) == tokens(rollout.generate(prompts, sampling))
@@ -126,7 +128,7 @@ def test_answers_that_need_not_say_their_logprobs_are_the_same(engine: type, sam
         assert {answer.logprobs for answer in silent} == {None}
 
 
-def test_what_is_drawn_depends_on_the_seeds_alone() -> None:
+def test_sampled_answers_depend_on_the_seeds_alone() -> None:
     prompts, model = random_prompts(), qwen2()
     seeds = [7 * i for i in range(len(prompts))]
     whole = NativeRollout(model, [0]).generate(prompts, DRAWN, seeds)
@@ -177,21 +179,43 @@ def test_weights_of_its_own_are_filled_by_name() -> None:
 
 def test_a_prompt_goes_through_the_model_once_for_all_answers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, model, seen = random_prompts(), qwen2(), []
-    prefill = NativeRollout._prefill_batch
-    monkeypatch.setattr(NativeRollout, "_prefill_batch", lambda self, batch: (seen.extend(p for p, _ in batch), prefill(self, batch)))
+    prefill = Runner.prefill
+    monkeypatch.setattr(Runner, "prefill", lambda self, batch, slots: (seen.extend(p.prompt for p in batch), prefill(self, batch, slots)))
     expected = tokens(HfRollout(model, [0]).generate(prompts, DRAWN))
-    for slots in (24, 2):
-        assert tokens(NativeRollout(model, [0], Options(max_sequences=slots)).generate(prompts, DRAWN)) == expected
+    for number in (24, 2):
+        assert tokens(NativeRollout(model, [0], Options(max_sequences=number)).generate(prompts, DRAWN)) == expected
         assert sorted(seen) == sorted(tuple(prompt) for prompt in prompts if len(prompt) > 1)
         seen.clear()
 
 
 def test_without_the_copied_keys_and_values_answers_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control of sharing: a prompt whose slot stays empty is not read."""
+    """The negative control of prefix sharing: a slot without the prompt's keys and values gives other answers."""
     prompts, model = random_prompts(), qwen2()
     expected = NativeRollout(model, [0], Options(max_sequences=2)).generate(prompts, DRAWN)
-    monkeypatch.setattr(Caches, "move", lambda *_: None)
+    monkeypatch.setattr(Slots, "copy", lambda *_: None)
     assert tokens(NativeRollout(model, [0], Options(max_sequences=2)).generate(prompts, DRAWN)) != tokens(expected)
+
+
+def test_keys_and_values_of_old_weights_are_not_shared_after_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two answers to one prompt, one after the other in the same slot; the weights change in between."""
+    prompt, trained = random_prompts()[:1], qwen2()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def second_answer() -> Completion:
+        rollout = NativeRollout(qwen2(), [0], Options(max_sequences=1))
+        answers = rollout.stream(prompt, replace(DRAWN, n=2))
+        next(answers)
+        rollout.update_weights(trained.named_parameters(), 1)
+        [(_, completion)] = next(answers)
+        return completion
+
+    expected = replace(NativeRollout(trained, [0]).generate(prompt, replace(DRAWN, n=2))[1], version=1)
+    assert tokens([second_answer()]) == tokens([expected])
+    assert (flat_logprobs([second_answer()]) - flat_logprobs([expected])).abs().max() < 1e-5
+    monkeypatch.setattr(Scheduler, "forget_prompts", lambda _: None)  # the negative control
+    assert tokens([second_answer()]) != tokens([expected])
 
 
 def test_a_model_in_training_generates_and_is_left_as_it_was() -> None:
@@ -217,7 +241,7 @@ def test_answers_are_the_same_after_sleep_and_with_longer_ones_later() -> None:
     rollout, prompts = NativeRollout(qwen2(), [0]), random_prompts()
     first = rollout.generate(prompts, GREEDY)
     rollout.sleep()
-    assert rollout._caches is None
+    assert rollout.slots.size is None and not rollout.slots.layers
     rollout.wake()
     assert rollout.generate(prompts, GREEDY) == first
     longer = rollout.generate(prompts, Sampling(30))
@@ -226,17 +250,17 @@ def test_answers_are_the_same_after_sleep_and_with_longer_ones_later() -> None:
     rollout.close()
 
 
-def test_an_answer_aloud_is_the_answer_token_by_token() -> None:
+def test_streamed_tokens_are_those_of_the_answer() -> None:
     rollout, prompts = NativeRollout(qwen2(), [0], Options(max_sequences=1)), random_prompts()
     for sampling in (GREEDY, replace(DRAWN, n=1)):
         for prompt in prompts[:3]:
             heard: list[int] = []
-            completion = rollout.generate_aloud(prompt, sampling, heard.append)
+            completion = rollout.stream_tokens(prompt, sampling, heard.append)
             assert heard == completion.token_ids
             assert [completion] == rollout.generate([prompt], sampling)
 
 
-def test_what_listens_can_end_an_answer() -> None:
+def test_an_exception_of_the_callback_ends_the_answer() -> None:
     rollout, heard = NativeRollout(qwen2(), [0]), []
 
     def listen(token: int) -> None:
@@ -245,12 +269,12 @@ def test_what_listens_can_end_an_answer() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        rollout.generate_aloud(random_prompts()[0], GREEDY, listen)
+        rollout.stream_tokens(random_prompts()[0], GREEDY, listen)
     assert len(heard) == 3
     assert tokens(rollout.generate(random_prompts(), GREEDY)) == tokens(HfRollout(qwen2(), [0]).generate(random_prompts(), GREEDY))
 
 
-def test_what_the_engine_cannot_run_is_said() -> None:
+def test_what_the_engine_cannot_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"(?s)Gemma2ForCausalLM.*soft-capping.*rollout\.name=hf"):
         NativeRollout(sharp(Gemma2ForCausalLM, Gemma2Config(**SHAPE, head_dim=16)), [0])
     with pytest.raises(UserError, match="a prompt and its answer take 542 tokens, the model has 512 positions"):
@@ -258,7 +282,7 @@ def test_what_the_engine_cannot_run_is_said() -> None:
 
 
 def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
-    """By how much, the benchmark says; this holds on a busy machine too, in processor seconds of one thread."""
+    """In processor seconds of one thread, which a busy machine does not change; the benchmark measures by how much."""
     model = sharp(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, "vocab_size": 100_000}))
     prompts = [[i % VOCABULARY for i in range(n, 2 * n)] for n in range(20, 52)]
 
@@ -282,15 +306,15 @@ def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_only_slots_that_take_much_memory_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_only_slots_that_take_much_memory_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout, prompts = NativeRollout(qwen2().to("cuda"), [0]), random_prompts()
     first = rollout.generate(prompts, GREEDY)
-    graphs, held = dict(rollout._graphs), torch.cuda.memory_reserved()
+    graphs, held = dict(rollout.runner._graphs), torch.cuda.memory_reserved()
     rollout.sleep()
-    assert rollout._graphs == graphs and rollout._caches is not None
-    monkeypatch.setattr(native, "WORTH_FREEING", 0.0)
+    assert rollout.runner._graphs == graphs and rollout.slots.size is not None
+    monkeypatch.setattr(slots, "WORTH_FREEING", 0.0)
     rollout.sleep()
-    assert not rollout._graphs and rollout._caches is None and torch.cuda.memory_reserved() < held
+    assert not rollout.runner._graphs and rollout.slots.size is None and torch.cuda.memory_reserved() < held
     assert rollout.generate(prompts, GREEDY) == first
 
 

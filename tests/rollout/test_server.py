@@ -134,7 +134,7 @@ def test_a_server_that_is_not_there_or_something_else_is_said(path: Path) -> Non
         connect(path, url)
     with server(lambda place, body: (404, {"detail": "Not Found"})) as url, pytest.raises(UserError, match="404: Not Found"):
         connect(path, url)
-    with server(lambda place, body: (200, {"data": []})) as url, pytest.raises(UserError, match="names no model"):
+    with server(lambda place, body: (200, {"data": []})) as url, pytest.raises(UserError, match="lists no model"):
         connect(path, url)
 
 
@@ -155,7 +155,7 @@ def test_a_server_that_hangs_is_not_waited_for_without_end(path: Path) -> None:
         return 200, served(path)
 
     with server(answer) as url:
-        rollout = VllmServer(str(path), STOP_IDS, Options(url=url), work_seconds=0.2)
+        rollout = VllmServer(str(path), STOP_IDS, Options(url=url), timeout=0.2)
         begin = time.monotonic()
         with pytest.raises(UserError, match="no answer within"):
             rollout.generate(PROMPTS, GREEDY)
@@ -190,13 +190,13 @@ def test_an_answer_without_a_token_is_an_answer(path: Path, logprobs: Any) -> No
         assert connect(path, url).generate(PROMPTS[:1], WARM) == [Completion([], "stop", [])] * 2
 
 
-def test_an_answer_that_was_given_up_is_not_one_that_was_cut(path: Path) -> None:
-    given_up = {"token_ids": [5], "finish_reason": "abort", "logprobs": {"token_logprobs": [-0.5]}}
+def test_an_aborted_answer_is_an_error(path: Path) -> None:
+    aborted = {"token_ids": [5], "finish_reason": "abort", "logprobs": {"token_logprobs": [-0.5]}}
 
     def answer(place: str, body: Any) -> tuple[int, Any]:
-        return 200, served(path) if place == "/v1/models" else {"choices": [given_up]}
+        return 200, served(path) if place == "/v1/models" else {"choices": [aborted]}
 
-    with server(answer) as url, pytest.raises(UserError, match="gave up an answer: abort"):
+    with server(answer) as url, pytest.raises(UserError, match="aborted an answer: abort"):
         connect(path, url).generate(PROMPTS, GREEDY)
 
 
@@ -224,13 +224,13 @@ def test_requests_go_side_by_side_up_to_a_limit(path: Path) -> None:
 
 def test_new_weights_of_a_server_elsewhere_need_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, elsewhere = http.Server("http://localhost:1", start=""), http.Server("http://192.0.2.7:1", start="")
-    assert here.is_here() and not elsewhere.is_here()
+    assert here.is_local() and not elsewhere.is_local()
     with pytest.raises(UserError, match=r"rollout\.weights_folder"):
-        http.place_for_weights(elsewhere, None)
-    assert http.place_for_weights(elsewhere, str(tmp_path / "new")).is_dir()
+        http.find_weights_folder(elsewhere, None)
+    assert http.find_weights_folder(elsewhere, str(tmp_path / "new")).is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made"):
-        http.place_for_weights(here, str(tmp_path / "file"))
+        http.find_weights_folder(here, str(tmp_path / "file"))
 
 
 def test_weights_lie_in_files_while_they_are_loaded_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_weights_lie_in_files_while_they_are_loaded_and_no_longer(tmp_path: Path
         for file in files:
             found.update(load_file(file))
 
-    http.publish([("a", weight), ("b", weight), ("c", weight[:1].bfloat16())], tmp_path, load)
+    http.send_weights([("a", weight), ("b", weight), ("c", weight[:1].bfloat16())], tmp_path, load)
     assert torch.equal(found["a"], weight) and torch.equal(found["b"], weight) and found["c"].dtype == torch.bfloat16
     assert not list(tmp_path.iterdir())
 
@@ -254,5 +254,5 @@ def test_weights_lie_in_files_while_they_are_loaded_and_no_longer(tmp_path: Path
         raise UserError("no")
 
     with pytest.raises(UserError):
-        http.publish([("a", weight)], tmp_path, refuse)
+        http.send_weights([("a", weight)], tmp_path, refuse)
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from tiny import write_problems_and_model
 from verl.errors import UserError
 from verl.rollout import Options, Sampling, load_rollout, share
 from verl.rollout import vllm as rollout_vllm
-from verl.rollout._requests import seed_of
+from verl.rollout._requests import answer_seed
 from verl.rollout.vllm import VllmRollout
 
 GREEDY = Sampling(12)
@@ -239,7 +239,7 @@ def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(pa
 
 def test_seeds_are_all_different() -> None:
     asked = product(range(4), (0, 1, -1, 2**40), range(4))
-    seeds = {seed_of(Sampling(1, seed=seed), prompt_seed, answer) for seed, prompt_seed, answer in asked}
+    seeds = {answer_seed(Sampling(1, seed=seed), prompt_seed, answer) for seed, prompt_seed, answer in asked}
     assert len(seeds) == 64 and min(seeds) >= 0 and max(seeds) < 2**63
 
 

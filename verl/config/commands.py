@@ -12,9 +12,9 @@ from verl.errors import UserError
 
 @dataclass
 class EngineConfig:
-    # Generation engine: "native", "hf" (transformers), "vllm" or "sglang".
+    # Generation engine: "native", "hf" (transformers) or "vllm".
     name: str = "native"
-    # Address of a server (vllm, sglang); null: generate in this process.
+    # Address of a vLLM server; null: generate in this process.
     url: str | None = None
     # vllm in this process: the fraction of GPU memory that it may use.
     gpu_memory_utilization: float = 0.5

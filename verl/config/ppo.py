@@ -144,7 +144,7 @@ class AlgorithmConfig:
 
 @dataclass
 class RolloutConfig:
-    # What generates: "native", "hf" (transformers), "vllm" or "sglang".
+    # What generates: "native", "hf" (transformers) or "vllm".
     name: str = "native"
     # Answers to each prompt.
     samples_per_prompt: int = 8
@@ -154,7 +154,7 @@ class RolloutConfig:
     max_new_tokens: int = 512
     # Answers side by side; null: what memory allows.
     max_sequences: int | None = None
-    # A server's address (vllm, sglang); null: in this process.
+    # Address of a vLLM server; null: generate in this process.
     url: str | None = None
     # Where new weights are put for a server to read, a folder that it sees under the same path; null: the memory of this machine,
     # if the server is on it.
@@ -308,8 +308,6 @@ def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:
     """Whether what generates can do so where it is to. Raises UserError naming the key."""
     if rollout.url is not None:
         return
-    if rollout.name == "sglang":
-        raise UserError("sglang generates in a server of its own", where="rollout.url", fix="start one, and give its address")
     if rollout.name == "vllm" and mapping.rollout != mapping.actor:
         fix = "give mapping.rollout the ranks of mapping.actor, or start a server and set rollout.url"
         raise UserError("vllm in this process generates on the ranks that train, all of them", where="mapping.rollout", fix=fix)

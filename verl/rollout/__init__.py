@@ -1,10 +1,10 @@
-"""Generation: one file an engine, each with the contract below.
+"""Generation: one module per engine, each with the `Rollout` contract below.
 
-An engine's module has two functions, with the same arguments in each:
+An engine's module has two functions, with the same arguments in every engine:
 
-    load(path, tokenizer, stop_ids, options) -> Rollout          a checkpoint that generates, for the evaluator and the chat
-    share(model, path, tokenizer, stop_ids, options) -> Rollout  a model that is being trained; an engine with weights of its own
-                                                                 loads `path` and is then given the trained ones by `update_weights`
+    load(path, tokenizer, stop_ids, options) -> Rollout          generate with a checkpoint, for the evaluator and the chat
+    share(model, path, tokenizer, stop_ids, options) -> Rollout  generate with a model in training; an engine that holds its own copy
+                                                                 of the weights loads `path`, and `update_weights` sends it new ones
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How answers are sampled.
 
     Attributes:
         max_new_tokens: longest answer, its stop token included.
-        temperature: 0 takes the most likely token each time; above it, the distribution is that of the logits divided by it, uncut.
+        temperature: logits are divided by it; 0: greedy decoding.
         n: answers to each prompt.
-        seed: of the draws; the same call on the same machine draws the same answers.
-        top_k: draw among so many most likely tokens; 0: all. For evaluation: what is trained on must be drawn uncut.
-        top_p: draw among the most likely tokens that have this share of the probability; 1: all.
-        logprobs: whether the answers have to say them; where they need not, an engine may be faster.
+        seed: of the random numbers; the same call on the same machine gives the same answers.
+        top_k: sample from this many most likely tokens; 0: from all. For evaluation only: training needs the whole distribution.
+        top_p: sample from the most likely tokens that together have this probability; 1: from all. For evaluation only.
+        logprobs: whether answers need log-probabilities; an engine may be faster without them.
     """
 
     max_new_tokens: int
@@ -41,8 +41,8 @@ class Sampling:
     logprobs: bool = True
 
     @property
-    def is_cut(self) -> bool:
-        """Whether tokens are left out of the draws."""
+    def is_filtered(self) -> bool:
+        """Whether top_k or top_p exclude tokens."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
 
 
@@ -51,11 +51,11 @@ class Completion:
     """One answer.
 
     Attributes:
-        token_ids: the generated tokens, with the stop token that ended them; a server may also answer with none.
-        finish_reason: "stop", or "length" when it was cut at max_new_tokens.
-        logprobs: natural logarithm of each token's probability in the uncut distribution at the temperature of the draws (greedy:
-            1); None where nobody asked, or the engine does not say.
-        version: of the weights that drew it.
+        token_ids: the generated tokens, including the stop token that ended them; a server's answer may be empty.
+        finish_reason: "stop", or "length" if the answer reached max_new_tokens.
+        logprobs: log-probability of each token (natural) at the sampling temperature (greedy: 1), before top_k and top_p; None if
+            they were not asked for, or the engine does not give them.
+        version: of the weights that generated it.
     """
 
     token_ids: list[int]
@@ -65,7 +65,7 @@ class Completion:
 
 
 class Rollout(Protocol):
-    """An engine that generates.
+    """A generation engine.
 
     Attributes:
         stop_ids: tokens that end an answer.
@@ -78,37 +78,37 @@ class Rollout(Protocol):
     def stream(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Completion]]]:
-        """Answers as they are done, in any order.
+        """Generate answers, and yield them as they finish, in any order.
 
         Args:
             prompts: token ids, at least one each.
-            seeds: one a prompt; answer k of a prompt is drawn from `sampling.seed`, the prompt's seed and k alone. None: its number.
+            seeds: one per prompt; None: its index. Answer k depends on `sampling.seed`, the prompt's seed and k alone.
         Yields:
-            numbered answers; `sampling.n` answers to prompt i have the numbers from `i * n` to `i * n + n - 1`.
+            numbered answers; the `sampling.n` answers to prompt i have the numbers `i * n` to `i * n + n - 1`.
         Raises:
-            UserError: a prompt and its answer are longer than the model's positions, or do not fit into memory.
+            UserError: a prompt and its answer exceed the model's positions, or do not fit into memory.
         """
         ...
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
-        """All answers, in the order of their numbers: those to one prompt side by side, prompts in the caller's order."""
+        """Generate all answers, in the order of their numbers: prompt by prompt, `sampling.n` answers each."""
         ...
 
     def update_weights(self, named_tensors: "Iterable[tuple[str, Tensor]]", version: int) -> None:
         """Generate with these weights from now on.
 
         Args:
-            named_tensors: by the names of the model's parameters; not read by an engine that computes with the trainer's own.
-            version: what completions carry.
+            named_tensors: under the names of the model's parameters; ignored by an engine that shares the trainer's model.
+            version: for `Completion.version`.
         """
         ...
 
     def sleep(self) -> None:
-        """Free the memory that is needed while generating only, where there is enough of it to be worth the time of taking it again."""
+        """Free the memory that only generation needs, if there is enough of it to be worth allocating again."""
         ...
 
     def wake(self) -> None:
-        """The end of `sleep`; whoever generates wakes an engine by that too."""
+        """End `sleep`. Generating wakes an engine too."""
         ...
 
     def close(self) -> None:
@@ -116,23 +116,23 @@ class Rollout(Protocol):
         ...
 
     def describe(self) -> str:
-        """What it runs on, such as "GPU of a name, bfloat16"."""
+        """Device and dtype, such as "NVIDIA H100, bfloat16", for the log."""
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the engines are told; each takes what it knows.
+    """Settings of the engines; each reads those that apply to it.
 
     Attributes:
-        max_sequences: answers side by side; None: what memory allows.
-        max_positions: longest prompt and answer together that will come; None: as they come.
-        compile: whether what runs for each token is compiled; None: where the engine takes it to be worth it.
-        url: a server's address.
-        weights_folder: where new weights are put for a server to read; None: the memory of this machine, if it is on it.
-        gpu_memory_utilization: share of a GPU's memory for an engine in this process with weights of its own.
+        max_sequences: answers generated at the same time; None: as many as fit into memory.
+        max_positions: longest prompt and answer together that will be asked for; None: unknown.
+        compile: whether decode steps are compiled; None: if the engine finds it worth while.
+        url: address of a server.
+        weights_folder: where new weights are written for a server to read; None: this machine's memory, for a server on this machine.
+        gpu_memory_utilization: share of a GPU's memory for an engine in this process that holds its own copy of the weights.
         trust_remote_code: run code that comes with the model.
-        key: the config's name of max_sequences, for errors.
+        key: name of max_sequences in the config, for error messages.
     """
 
     max_sequences: int | None = None
@@ -151,15 +151,15 @@ DEFAULTS = Options()
 def load_rollout(
     name: str, path: str, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int], options: Options = DEFAULTS
 ) -> Rollout:
-    """A checkpoint that generates.
+    """Load a checkpoint for generation.
 
     Args:
-        name: native, hf, vllm, sglang, or path/to/file.py.
+        name: native, hf, vllm, or path/to/file.py.
         path: a model directory, a LoRA adapter directory, or a Hub name.
         tokenizer: of the same checkpoint.
         stop_ids: of its chat template; those of its generation_config.json are added.
     Raises:
-        UserError: no such engine, or a checkpoint that it cannot load.
+        UserError: no such engine, or it cannot load the checkpoint.
     """
     rollout: Rollout = plugin.load("verl.rollout", name, needs=("load",)).load(path, tokenizer, stop_ids, options)
     return rollout
@@ -173,23 +173,23 @@ def share(
     stop_ids: Sequence[int],
     options: Options = DEFAULTS,
 ) -> Rollout:
-    """A model that is being trained, generating.
+    """Generate with a model that is being trained.
 
     Args:
-        model: the trainer's, whole on this process; native and hf compute with its weights as they are.
-        path: what the trainer started from, for engines with weights of their own.
+        model: the trainer's, unsharded on this process; native and hf compute with its weights in place.
+        path: the checkpoint that training started from, for engines that hold their own copy of the weights.
     Raises:
-        UserError: as `load_rollout`.
+        UserError: see `load_rollout`.
     """
     rollout: Rollout = plugin.load("verl.rollout", name, needs=("share",)).share(model, path, tokenizer, stop_ids, options)
     return rollout
 
 
-def generate_aloud(rollout: Rollout, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-    """One answer, each token of it handed to `on_token`: as soon as it is there, by engines in this process that have a method of
-    this name, else at the end. What `on_token` raises ends it.
+def stream_tokens(rollout: Rollout, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+    """Generate one answer, and call `on_token` with each token: as it is generated if the engine has a method of this name, otherwise
+    at the end. An exception from `on_token` ends generation.
     """
-    method: Callable[..., Completion] | None = getattr(rollout, "generate_aloud", None)
+    method: Callable[..., Completion] | None = getattr(rollout, "stream_tokens", None)
     if method is not None:
         return method(prompt, sampling, on_token)
     [completion] = rollout.generate([prompt], sampling)

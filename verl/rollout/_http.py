@@ -1,4 +1,4 @@
-"""Talking to a generation server: JSON over HTTP, every failure an error that a user can mend, and weights in a folder it reads."""
+"""The client side of a generation server: JSON over HTTP, failures as user errors, and weights through files that the server reads."""
 
 import http.client
 import json
@@ -18,18 +18,18 @@ from torch import Tensor
 from verl import dist
 from verl.errors import UserError
 
-QUESTION_SECONDS = 30.0  # what a server is, how it was started
-WORK_SECONDS = 1800.0  # an answer
-WEIGHTS_SECONDS = 0.9 * dist.TIMEOUT.total_seconds()  # new weights: before the other processes, which wait, give up with less to say
-SHARD_BYTES = 2**31  # host memory for weights on their way into a file
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files in it are memory, and are deleted at once
+INFO_TIMEOUT = 30.0  # seconds, for questions about the server itself
+GENERATE_TIMEOUT = 1800.0  # seconds, for an answer
+WEIGHTS_TIMEOUT = 0.9 * dist.TIMEOUT.total_seconds()  # before the other processes, which wait, time out with a worse message
+SHARD_BYTES = 2**31  # of weights in one file, which are copied to host memory first
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files there are in memory, and are deleted at once
 
 
 class RefusedError(UserError):
-    """The server answered with an error.
+    """The server answered with an HTTP error.
 
     Attributes:
-        status: of HTTP, such as 404.
+        status: HTTP status, such as 404.
     """
 
     def __init__(self, status: int, what: str, *, where: str, fix: str):
@@ -38,58 +38,58 @@ class RefusedError(UserError):
 
 
 class Server:
-    """A server's address.
+    """A generation server.
 
     Args:
         url: such as `http://localhost:8000`.
-        start: the command that starts such a server, for errors.
-        work_seconds: after so long without an answer it is taken to hang.
+        start: the command that starts such a server, for error messages.
+        timeout: seconds after which a request without an answer fails.
     """
 
-    def __init__(self, url: str, *, start: str, work_seconds: float = WORK_SECONDS):
+    def __init__(self, url: str, *, start: str, timeout: float = GENERATE_TIMEOUT):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"{url!r} is not an address", where="rollout.url", fix="write http://HOST:PORT")
-        self.url, self.start, self.work_seconds = url.rstrip("/"), start, work_seconds
+        self.url, self.start, self.timeout = url.rstrip("/"), start, timeout
 
     def get(self, path: str) -> Any:
-        """What the server answers, read as JSON."""
-        return self._call(urllib.request.Request(self.url + path), QUESTION_SECONDS)  # noqa: S310 - http, checked above
+        """GET a path. Returns the JSON of the answer."""
+        return self._call(urllib.request.Request(self.url + path), INFO_TIMEOUT)  # noqa: S310 - http, checked above
 
-    def post(self, path: str, body: dict[str, Any] | None = None, *, at_most_seconds: float = WORK_SECONDS) -> Any:
-        """What the server answers to a JSON object; None where it answers without a word.
+    def post(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = GENERATE_TIMEOUT) -> Any:
+        """POST a JSON object. Returns the JSON of the answer; None if the answer is empty.
 
         Args:
-            at_most_seconds: of waiting, if that is less than `work_seconds`.
+            timeout: seconds, if fewer than the server's own.
         Raises:
-            RefusedError: an HTTP status that says so.
-            UserError: not reached, no answer in time, or one that is not JSON.
+            RefusedError: the HTTP status is an error.
+            UserError: the server cannot be reached, does not answer in time, or does not answer in JSON.
         """
         request = urllib.request.Request(  # noqa: S310 - http, checked above
             self.url + path, data=json.dumps(body or {}).encode(), headers={"Content-Type": "application/json"}
         )
-        return self._call(request, min(self.work_seconds, at_most_seconds))
+        return self._call(request, min(self.timeout, timeout))
 
     def _call(self, request: urllib.request.Request, seconds: float) -> Any:
-        place = request.full_url
+        url = request.full_url
         try:
             with urllib.request.urlopen(request, timeout=seconds) as response:  # noqa: S310 - http, checked above
                 text = response.read()
             return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
-            fix = "the server's log says more"
-            raise RefusedError(error.code, f"answered {error.code}: {_reason(error)}", where=place, fix=fix) from error
+            fix = "read the server's log"
+            raise RefusedError(error.code, f"answered {error.code}: {_reason(error)}", where=url, fix=fix) from error
         except ValueError as error:
-            raise UserError("did not answer in JSON", where=place, fix=f"give the address of a server of: {self.start}") from error
+            raise UserError("did not answer in JSON", where=url, fix=f"give the address of such a server: {self.start}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise self._not_reached(error, place, seconds) from error
+            raise self._not_reached(error, url, seconds) from error
 
-    def _not_reached(self, error: Exception, place: str, seconds: float) -> UserError:
+    def _not_reached(self, error: Exception, url: str, seconds: float) -> UserError:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
-            return UserError(f"no answer within {seconds:.0f} s", where=place, fix="look whether the server hangs; its log says more")
-        return UserError(f"cannot be reached: {reason}", where=place, fix=f"start the server, or mend the address: {self.start}")
+            return UserError(f"no answer within {seconds:.0f} s", where=url, fix="check whether the server hangs, and read its log")
+        return UserError(f"cannot be reached: {reason}", where=url, fix=f"start the server, or correct the address: {self.start}")
 
-    def is_here(self) -> bool:
+    def is_local(self) -> bool:
         """Whether the server is on this machine."""
         host = urlsplit(self.url).hostname or ""
         try:
@@ -100,23 +100,25 @@ class Server:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """What the server says is wrong, in its own words where they are in one of the usual places."""
+    """The server's error message, from the fields in which servers usually put it."""
     text = error.read().decode(errors="replace")
     try:
         answer = json.loads(text)
     except ValueError:
         return text.strip()[:500] or error.reason
-    said = answer.get("error", answer) if isinstance(answer, dict) else answer
-    return str(said.get("message") or said.get("detail") or said) if isinstance(said, dict) else str(said)
+    error_value = answer.get("error", answer) if isinstance(answer, dict) else answer
+    if isinstance(error_value, dict):
+        return str(error_value.get("message") or error_value.get("detail") or error_value)
+    return str(error_value)
 
 
-def place_for_weights(server: Server, folder: str | None) -> Path:
-    """Where files with new weights are to lie.
+def find_weights_folder(server: Server, folder: str | None) -> Path:
+    """The folder for files with new weights.
 
     Args:
-        folder: one that the server sees too; None: the memory of this machine, if the server is on it.
+        folder: one that the server can read under the same path; None: this machine's memory, if the server runs on this machine.
     Raises:
-        UserError: the server is on another machine and there is no folder, or it cannot be made.
+        UserError: the server runs on another machine and no folder is given, or the folder cannot be made.
     """
     if folder is not None:
         place = Path(folder).expanduser()
@@ -125,27 +127,28 @@ def place_for_weights(server: Server, folder: str | None) -> Path:
         except OSError as error:
             raise UserError(f"cannot be made: {error}", where=f"rollout.weights_folder={folder}", fix="give another") from error
         return place.resolve()
-    if not server.is_here():
+    if not server.is_local():
         raise UserError(
-            "the server is on another machine and cannot read new weights from this one's memory",
+            "the server runs on another machine and cannot read new weights from this machine's memory",
             where=server.url,
-            fix="set rollout.weights_folder to a folder that both machines see under the same path",
+            fix="set rollout.weights_folder to a folder that both machines can read under the same path",
         )
     return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
 
 
-def publish(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load: Callable[[Path], None]) -> None:
-    """Let a server load weights: written to files, which are deleted once it has them.
+def send_weights(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load: Callable[[Path], None]) -> None:
+    """Let a server load weights from files, which are deleted afterwards.
 
-    Every process calls it and reads the tensors, which may be collected from all of them; the first writes and asks the server.
+    Every process calls this and iterates over the tensors, since gathering them may be collective. The first process writes
+    the files and calls the server.
 
     Args:
-        place: where the folder of the files is made.
-        load: asks the server to load that folder's weights, and comes back when it has.
+        place: where a temporary folder for the files is made.
+        load: lets the server load the weights in that folder; returns when it has.
     Raises:
-        UserError: on all processes, what `load` raises.
+        UserError: on all processes, if `load` raises one.
     """
-    dist.barrier()  # nobody's answers are drawn with the old weights any more
+    dist.barrier()  # no process generates with the old weights any more
     if not dist.is_main():
         for _ in named_tensors:
             pass
@@ -162,25 +165,25 @@ def publish(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load: Call
 
 
 def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Copies in host memory, a file's worth at a time."""
+    """Copies of the tensors in host memory, for one file at a time."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()  # tied tensors share memory, which the format does not know
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()  # safetensors stores no shared memory (tied weights)
         size += tensor.nbytes
     if shard:
         yield shard
 
 
-def check_model(path: str, served: Iterable[str], *, start: str, url: str) -> None:
-    """Raises UserError unless the server's model is the one that is wanted.
+def check_served_model(path: str, served: Iterable[str], *, start: str, url: str) -> None:
+    """Raises UserError unless the server serves this model.
 
     Args:
-        path: the directory or Hub name that is wanted.
-        served: names and directories that the server gives its model.
+        path: directory or Hub name of the model.
+        served: names and directories under which the server knows its model.
     """
     wanted = {path.rstrip("/"), str(Path(path).expanduser().resolve())}
     found = [name.rstrip("/") for name in served]
@@ -188,5 +191,5 @@ def check_model(path: str, served: Iterable[str], *, start: str, url: str) -> No
         raise UserError(
             f"serves {' and '.join(dict.fromkeys(found)) or 'no model'}, wanted {path}",
             where=url,
-            fix=f"start it with: {start}; where it knows the same model under another name, add --served-model-name {path}",
+            fix=f"start it with: {start}; if it is the same model under another name, add --served-model-name {path}",
         )

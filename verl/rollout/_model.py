@@ -1,4 +1,4 @@
-"""What engines in this process do with a transformers model: load it, borrow it from its trainer, say what is wrong."""
+"""A transformers model in this process: load it, put it into generation mode, check what is asked of it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ from verl.rollout import Options, Sampling
 
 
 def load_model(path: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> PreTrainedModel:
-    """A checkpoint: on CUDA with its own dtype, else on the CPU in float32.
+    """A checkpoint: on CUDA in its own dtype, otherwise on the CPU in float32.
 
     Args:
         path: a model directory, a LoRA adapter directory, or a Hub name.
         tokenizer: of the same checkpoint.
     Raises:
-        UserError: it cannot be loaded, or the tokenizer is not its own.
+        UserError: it cannot be loaded, or the tokenizer belongs to another model.
     """
     device, dtype = ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = load_for_inference(path, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code)
@@ -30,21 +30,21 @@ def load_model(path: str, tokenizer: PreTrainedTokenizerBase, options: Options) 
     return model
 
 
-def all_stop_ids(stop_ids: Sequence[int], generation: GenerationConfig | None) -> list[int]:
-    """Those given, and those of a model's generation_config.json, each once."""
+def merge_stop_ids(stop_ids: Sequence[int], generation: GenerationConfig | None) -> list[int]:
+    """The given stop tokens and those of a model's generation_config.json, without duplicates."""
     own = generation.eos_token_id if generation is not None else None
     own_ids = [] if own is None else [own] if isinstance(own, int) else list(own)
     return list(dict.fromkeys([*stop_ids, *own_ids]))
 
 
 @contextmanager
-def borrowed(model: PreTrainedModel, attention: str, forwards: Sequence[Callable[..., Any]] | None = None) -> Iterator[None]:
-    """A trainer's model, for the time of a generation in evaluation mode and with another attention.
+def generation_mode(model: PreTrainedModel, attention: str, forwards: Sequence[Callable[..., Any]] | None = None) -> Iterator[None]:
+    """Put a model into evaluation mode with another attention for a while; then restore it.
 
-    Its decoder layers run as their class wrote them, neither compiled nor checkpointed.
+    Its decoder layers run as their class defines them, neither compiled nor with activation checkpointing.
 
     Args:
-        forwards: what each decoder layer runs instead.
+        forwards: one for each decoder layer, to run in place of its own.
     """
     layers = decoder_layers(model)
     before = [(layer.__dict__.pop("forward", None), layer._compiled_call_impl) for layer in layers]
@@ -75,10 +75,10 @@ def _set(layer: nn.Module, forward: Callable[..., Any] | None, compiled: Any) ->
 
 @torch.no_grad()
 def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Into the model's parameters, one by one as they come.
+    """Copy tensors into the model's parameters, one at a time.
 
     Raises:
-        ValueError: a name or shape that the model does not have.
+        ValueError: the model has no parameter of that name and shape.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in named_tensors:
@@ -88,7 +88,7 @@ def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tens
 
 
 def check_positions(prompts: Sequence[list[int]], sampling: Sampling, positions: int | None) -> None:
-    """Raises UserError if a prompt and its answer are longer than the model's positions."""
+    """Raises UserError if the longest prompt and its answer exceed the model's positions."""
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     if positions is not None and longest > positions:
         raise UserError(
@@ -97,8 +97,8 @@ def check_positions(prompts: Sequence[list[int]], sampling: Sampling, positions:
         )
 
 
-def too_little_memory(sequences: int, options: Options) -> UserError:
-    """What to raise where so many sequences side by side ran out of memory."""
+def out_of_memory(sequences: int, options: Options) -> UserError:
+    """The error to raise when the GPU has run out of memory while it generated this many sequences."""
     fix = f"set {options.key}={sequences // 2}" if sequences > 1 else "set a smaller max_new_tokens"
     return UserError(f"{sequences:,} answers at a time do not fit into the GPU's memory", where=options.key, fix=fix)
 

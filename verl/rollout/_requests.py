@@ -1,4 +1,4 @@
-"""What engines that answer one request at a time share: each answer's seed, which tokens end it, and how much fits."""
+"""For engines that answer one request at a time: the seed of each answer, stop tokens, and concurrent requests to a server."""
 
 import queue
 import threading
@@ -11,54 +11,54 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from verl.errors import UserError
 from verl.models.load import cannot_load, read_adapter_config, resolve
 from verl.rollout import Completion, Sampling
-from verl.rollout._model import all_stop_ids, check_positions
+from verl.rollout._model import check_positions, merge_stop_ids
 
 WORD = 2**64 - 1
 
 
-def seed_of(sampling: Sampling, prompt_seed: int, answer: int) -> int:
+def answer_seed(sampling: Sampling, prompt_seed: int, answer: int) -> int:
     """The seed of answer number `answer` to a prompt, from 0 to 2**63 - 1."""
     words = np.random.SeedSequence([sampling.seed & WORD, prompt_seed & WORD, answer]).generate_state(1, np.uint64)
     return int(words[0]) >> 1
 
 
-def numbered(
+def seeded_requests(
     prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None, positions: int | None
 ) -> list[tuple[list[int], int]]:
-    """The prompt and seed of each answer, by its number.
+    """Prompt and seed of each answer, in the order of their numbers.
 
     Args:
-        seeds: of the prompts; None: their numbers.
+        seeds: of the prompts; None: their indices.
         positions: longest prompt and answer together.
     Raises:
-        UserError: one that does not fit.
+        UserError: a prompt and its answer are longer.
     """
     check_positions(prompts, sampling, positions)
     prompt_seeds = range(len(prompts)) if seeds is None else seeds
     return [
-        (prompt, seed_of(sampling, prompt_seed, answer))
+        (prompt, answer_seed(sampling, prompt_seed, answer))
         for prompt, prompt_seed in zip(prompts, prompt_seeds, strict=True)
         for answer in range(sampling.n)
     ]
 
 
-def stop_ids_of(path: str, stop_ids: Sequence[int]) -> list[int]:
-    """The chat template's stop tokens and those of the model's generation_config.json, each once."""
+def read_stop_ids(path: str, stop_ids: Sequence[int]) -> list[int]:
+    """The given stop tokens and those of the checkpoint's generation_config.json, without duplicates."""
     try:
         generation = GenerationConfig.from_pretrained(resolve(path))
     except OSError:  # it has none
         generation = None
-    return all_stop_ids(stop_ids, generation)
+    return merge_stop_ids(stop_ids, generation)
 
 
-def check_whole(path: str, engine: str) -> None:
-    """Raises UserError if it is an adapter, which the engine cannot load."""
+def check_no_adapter(path: str, engine: str) -> None:
+    """Raises UserError if the path is an adapter directory, which the engine cannot load."""
     if read_adapter_config(path) is not None:
-        raise UserError(f"{engine} takes whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give DIR")
+        raise UserError(f"{engine} loads whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give DIR")
 
 
 def outline(path: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model without its values.
+    """A model on the meta device, without weights.
 
     Raises:
         UserError: no such model.
@@ -73,15 +73,15 @@ def outline(path: str, *, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def side_by_side(ask: Callable[[int], Completion], number: int, width: int) -> Iterator[list[tuple[int, Completion]]]:
-    """Ask for answers 0 to `number` - 1, at most `width` at a time, each in a thread of its own.
+def run_concurrently(ask: Callable[[int], Completion], number: int, width: int) -> Iterator[list[tuple[int, Completion]]]:
+    """Call `ask` for answers 0 to `number` - 1, at most `width` of them at a time, in threads.
 
-    The threads do not outlive the process, so that a server which hangs does not keep it from ending.
+    The threads are daemons, so that a server that hangs does not keep the process from exiting.
 
     Yields:
-        numbered answers, as they come.
+        numbered answers, as they arrive.
     Raises:
-        what `ask` raises, once; then no more is asked for.
+        whatever `ask` raises first; no more calls are started then.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
@@ -97,7 +97,7 @@ def side_by_side(ask: Callable[[int], Completion], number: int, width: int) -> I
                 return
             try:
                 done.put((i, ask(i)))
-            except Exception as error:  # handed to the thread that waits
+            except Exception as error:  # raised again in the thread that reads
                 done.put((i, error))
 
     for _ in range(min(width, number)):

@@ -1,4 +1,4 @@
-"""A backend of vLLM's weight transfer: tensors are handed over as they are, by a trainer in the same process."""
+"""A backend for vLLM's weight transfer: a trainer in the same process passes its tensors directly."""
 
 from dataclasses import dataclass
 
@@ -7,37 +7,37 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-BACKEND = "verl_handed"
+BACKEND = "verl_passed"
 
 
 @dataclass
-class NothingToAgreeOn(WeightTransferInitInfo):
-    """There is no connection to make."""
+class NoInitInfo(WeightTransferInitInfo):
+    """Nothing: there is no connection to set up."""
 
 
 @dataclass
-class Handed(WeightTransferUpdateInfo):
+class PassedTensors(WeightTransferUpdateInfo):
     """Some of the model's weights.
 
     Attributes:
-        named_tensors: by the names that they have in a checkpoint; they may change again after `finish_weight_update`.
+        named_tensors: under their names in the checkpoint; they must not change until `finish_weight_update`.
     """
 
     named_tensors: list[tuple[str, Tensor]]
 
 
-class HandedWeights(WeightTransferEngine[NothingToAgreeOn, Handed]):
-    """Loads each layer as vLLM loads a checkpoint, once all of its weights are there."""
+class PassedWeights(WeightTransferEngine[NoInitInfo, PassedTensors]):
+    """Loads each layer as vLLM loads it from a checkpoint, once all of its weights have arrived."""
 
-    init_info_cls = NothingToAgreeOn
-    update_info_cls = Handed
+    init_info_cls = NoInitInfo
+    update_info_cls = PassedTensors
 
-    def init_transfer_engine(self, init_info: NothingToAgreeOn) -> None: ...
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None: ...
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: Handed) -> None:
+    def receive_weights(self, update_info: PassedTensors) -> None:
         self.model.load_weights(update_info.named_tensors)
 
     def finish_weight_update(self) -> None:
@@ -46,4 +46,4 @@ class HandedWeights(WeightTransferEngine[NothingToAgreeOn, Handed]):
     def shutdown(self) -> None: ...
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, HandedWeights)
+WeightTransferEngineFactory.register_engine(BACKEND, PassedWeights)

@@ -1,6 +1,6 @@
-"""Generation with transformers' own `generate`: works with every model, and says what faster engines have to equal.
+"""Generation with transformers' own `generate`: slow, works with every model, and is the reference for the faster engines.
 
-Dimensions: B sequences generated side by side, P padded length of their prompts, G generated tokens.
+Dimensions: B sequences of a batch, P padded length of their prompts, G generated tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,53 +13,53 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.streamers import BaseStreamer
 
 from verl.rollout import DEFAULTS, Completion, Options, Sampling
-from verl.rollout._draws import BLOCK, draw, uniforms
 from verl.rollout._model import (
-    all_stop_ids,
-    borrowed,
     check_positions,
     copy_weights,
     describe_model,
+    generation_mode,
     load_model,
-    too_little_memory,
+    merge_stop_ids,
+    out_of_memory,
 )
+from verl.rollout._sampler import BLOCK, sample, uniform_numbers
 
-SEQUENCES = 64  # side by side, where nothing else is asked for
+BATCH_SIZE = 64  # unless `max_sequences` is given
 
 
 class HfRollout:
-    """Batched generation. The model's own defaults, such as a repetition penalty, are put aside: only `Sampling` counts.
+    """Batched generation. The model's own defaults, such as a repetition penalty, are ignored: only `Sampling` counts.
 
     Args:
-        model: on its device; its weights are read where they are, and it may be in training in between.
+        model: on its device. Its weights are read where they are, and it may be trained between calls.
         stop_ids: tokens that end an answer, at least one, besides those of the model's generation_config.json.
-        is_shared: whether someone else changes the weights; `update_weights` then copies nothing.
+        is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
         positions: longest prompt and answer together, in tokens; None if the model sets no limit.
-        batch_size: sequences generated side by side.
+        batch_size: sequences generated together.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
-        self.model, self.batch_size, self.version = model, options.max_sequences or SEQUENCES, 0
+        self.model, self.batch_size, self.version = model, options.max_sequences or BATCH_SIZE, 0
         self._options, self._is_shared = options, is_shared
-        self.stop_ids = all_stop_ids(stop_ids, model.generation_config)
+        self.stop_ids = merge_stop_ids(stop_ids, model.generation_config)
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._model_generate = cast(Callable[..., Tensor], model.generate)
 
     def stream(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Completion]]]:
-        """See `Rollout.stream`. Long prompts come first, so that too little memory shows at once."""
+        """See `Rollout.stream`. Long prompts come first, so that a lack of memory shows at once."""
         check_positions(prompts, sampling, self.positions)
         seed_of = range(len(prompts)) if seeds is None else seeds
         numbers = sorted(range(len(prompts) * sampling.n), key=lambda number: -len(prompts[number // sampling.n]))
         for start in range(0, len(numbers), self.batch_size):
             batch = [divmod(number, sampling.n) for number in numbers[start : start + self.batch_size]]
-            uniform_BG = np.stack([uniforms(sampling, seed_of[prompt], k) for prompt, k in batch])
+            uniform_BG = np.stack([uniform_numbers(sampling, seed_of[prompt], k) for prompt, k in batch])
             try:
                 completions = self._generate_batch([prompts[prompt] for prompt, _ in batch], sampling, torch.from_numpy(uniform_BG))
             except torch.OutOfMemoryError as error:
-                raise too_little_memory(len(batch), self._options) from error
+                raise out_of_memory(len(batch), self._options) from error
             yield list(zip(numbers[start : start + self.batch_size], completions, strict=True))
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
@@ -67,9 +67,9 @@ class HfRollout:
         done = dict(pair for batch in self.stream(prompts, sampling, seeds) for pair in batch)
         return [done[number] for number in sorted(done)]
 
-    def generate_aloud(self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-        """One answer, each token of it handed to `on_token` as soon as it is there. What `on_token` raises ends it."""
-        uniform_BG = torch.from_numpy(uniforms(sampling, 0, 0)[None])
+    def stream_tokens(self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+        """See `verl.rollout.stream_tokens`."""
+        uniform_BG = torch.from_numpy(uniform_numbers(sampling, 0, 0)[None])
         return self._generate_batch([prompt], sampling, uniform_BG, streamer=_TokenStreamer(on_token))[0]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -79,47 +79,48 @@ class HfRollout:
             copy_weights(self.model, named_tensors)
 
     def sleep(self) -> None:
-        """Nothing to free: caches live as long as a batch."""
+        """Nothing to free: KV caches live as long as a batch."""
 
     def wake(self) -> None: ...
 
     def close(self) -> None: ...
 
     def describe(self) -> str:
+        """See `Rollout.describe`."""
         return describe_model(self.model)
 
     @torch.inference_mode()
     def _generate_batch(
         self, prompts: list[list[int]], sampling: Sampling, uniform_BG: Tensor, *, streamer: BaseStreamer | None = None
     ) -> list[Completion]:
-        input_ids_BP, attention_mask_BP = pad_left(prompts, filler=self.stop_ids[0])
-        drawn = _Drawn(sampling, uniform_BG.to(self.model.device), input_ids_BP.shape[1])
+        input_ids_BP, attention_mask_BP = pad_left(prompts, pad_token=self.stop_ids[0])
+        sampler = _Sampler(sampling, uniform_BG.to(self.model.device), input_ids_BP.shape[1])
         own_config, self.model.generation_config = self.model.generation_config, GenerationConfig(eos_token_id=self.stop_ids)
         try:
-            with borrowed(self.model, "sdpa"):
+            with generation_mode(self.model, "sdpa"):
                 output = self._model_generate(
                     input_ids_BP.to(self.model.device),
                     attention_mask=attention_mask_BP.to(self.model.device),
                     generation_config=generation_config(sampling, self.stop_ids),
-                    logits_processor=LogitsProcessorList([drawn]),
+                    logits_processor=LogitsProcessorList([sampler]),
                     streamer=streamer,
                 )
         finally:
             self.model.generation_config = own_config
         answers = output[:, input_ids_BP.shape[1] :].tolist()
-        logprobs = torch.stack(drawn.logprobs, 1).tolist() if drawn.logprobs else [None] * len(answers)
-        return [self._cut(*answer) for answer in zip(answers, logprobs, strict=True)]
+        logprobs = torch.stack(sampler.logprobs, 1).tolist() if sampler.logprobs else [None] * len(answers)
+        return [self._completion(*answer) for answer in zip(answers, logprobs, strict=True)]
 
-    def _cut(self, generated_G: list[int], logprob_G: list[float] | None) -> Completion:
-        """What stands before the filler that follows the first stop token."""
+    def _completion(self, generated_G: list[int], logprob_G: list[float] | None) -> Completion:
+        """The tokens up to the first stop token, without the padding after it."""
         end = next((i for i, token in enumerate(generated_G) if token in self.stop_ids), None)
         length = len(generated_G) if end is None else end + 1
-        said = None if logprob_G is None else logprob_G[:length]
-        return Completion(generated_G[:length], "length" if end is None else "stop", said, self.version)
+        logprobs = None if logprob_G is None else logprob_G[:length]
+        return Completion(generated_G[:length], "length" if end is None else "stop", logprobs, self.version)
 
 
-class _Drawn(LogitsProcessor):
-    """Draws each next token itself and leaves `generate`, which takes the likeliest, only that one."""
+class _Sampler(LogitsProcessor):
+    """Samples each next token, and hides all others from `generate`, which then takes the most likely one."""
 
     def __init__(self, sampling: Sampling, uniform_BG: Tensor, prompt_length: int):
         self._sampling, self._uniform_BG, self._prompt_length = sampling, uniform_BG, prompt_length
@@ -127,22 +128,22 @@ class _Drawn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         number = input_ids.shape[1] - self._prompt_length
-        token_B, logprob_B = draw(scores.float().clone().split(BLOCK, 1), self._sampling, self._uniform_BG[:, number])
+        token_B, logprob_B = sample(scores.float().clone().split(BLOCK, 1), self._sampling, self._uniform_BG[:, number])
         if logprob_B is not None:
             self.logprobs.append(logprob_B)
         return torch.full_like(scores, float("-inf")).scatter_(1, token_B[:, None], 0.0)
 
 
 class _TokenStreamer(BaseStreamer):
-    """Hands on what `generate` puts, but for the prompt, which comes first."""
+    """Passes on the tokens that `generate` puts, except for the prompt, which comes first."""
 
     def __init__(self, on_token: Callable[[int], None]):
-        self._on_token, self._prompt_is_due = on_token, True
+        self._on_token, self._expects_prompt = on_token, True
 
     def put(self, value: Tensor) -> None:
-        if not self._prompt_is_due:
+        if not self._expects_prompt:
             self._on_token(int(value))
-        self._prompt_is_due = False
+        self._expects_prompt = False
 
     def end(self) -> None: ...
 
@@ -153,22 +154,22 @@ def load(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int],
 
 
 def share(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], options: Options) -> HfRollout:
-    """See `verl.rollout.share`: the trainer's weights themselves."""
+    """See `verl.rollout.share`. The engine computes with the trainer's weights."""
     return HfRollout(model, stop_ids, options, is_shared=True)
 
 
-def pad_left(prompts: list[list[int]], *, filler: int) -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths so that all end in the last column.
+def pad_left(prompts: list[list[int]], *, pad_token: int) -> tuple[Tensor, Tensor]:
+    """Prompts padded on the left to the longest one.
 
     Returns:
-        input_ids_BP and attention_mask_BP, 0 at the filler, both int64.
+        input_ids_BP and attention_mask_BP, 0 at the padding, both int64.
     """
     longest = max(map(len, prompts))
-    input_ids_BP = torch.tensor([[filler] * (longest - len(prompt)) + prompt for prompt in prompts])
+    input_ids_BP = torch.tensor([[pad_token] * (longest - len(prompt)) + prompt for prompt in prompts])
     attention_mask_BP = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return input_ids_BP, attention_mask_BP
 
 
 def generation_config(sampling: Sampling, stop_ids: Sequence[int]) -> GenerationConfig:
-    """For `generate`, which takes the one token that has been drawn."""
+    """Greedy decoding for `generate`, which sees only the sampled token."""
     return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], do_sample=False)

@@ -1,0 +1,159 @@
+"""Attention during generation, over a KV cache in slots: one slot per sequence, with room for its longest answer.
+
+It is registered with transformers, like the packed attention of training, so that models need no changes. Prefill runs packed
+attention, prompts one after the other without padding, and stores their keys and values in the slots. In decoding, the newest
+token of each sequence attends to its slot.
+
+Dimensions: S slots, L positions of a slot, B slots in use, T packed tokens, R stored tokens (a prompt with several answers is
+stored in several slots), N query heads, K key-value heads, G = N / K, D head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from verl.kernels import HAS_TRITON
+from verl.models.attention.packed import packed_attention
+
+SLOTS = "verl_slots"
+
+
+class KVShape(NamedTuple):
+    """What a layer caches of each token: key-value heads and their sizes."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+class LayerCache(NamedTuple):
+    """KV cache of a layer: key_SKLD and value_SKLD."""
+
+    key: Tensor
+    value: Tensor
+
+
+class PrefillBatch(NamedTuple):
+    """Packed prompts and where they are stored: token source_R goes to position position_R of slot slot_R."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    source_R: Tensor
+    slot_R: Tensor
+    position_R: Tensor
+
+
+class DecodeBatch(NamedTuple):
+    """One token for each of the first B slots, at position_B. `used_positions` of the slots are in use; None: only the device knows."""
+
+    position_B: Tensor
+    used_positions: int | None
+
+
+@dataclass
+class ShapeProbe:
+    """Stands in for a KV cache, to find out what a layer caches."""
+
+    shapes: list[KVShape]
+
+
+def slot_attention(
+    module: nn.Module,
+    query_BNTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slot_cache: LayerCache | ShapeProbe | None = None,
+    slot_batch: PrefillBatch | DecodeBatch | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with the signature that transformers expects.
+
+    Args:
+        slot_cache: KV cache of the layer.
+        slot_batch: which tokens these are: T packed ones with B = 1 (prefill), or one per slot with T = 1 (decode).
+    Returns:
+        output_BTND and None (no attention weights).
+    Raises:
+        UserError: the architecture needs something that packed attention does not compute.
+    """
+    assert slot_batch is not None and slot_cache is not None, "the layer does not pass its arguments on to its attention"
+    if isinstance(slot_batch, PrefillBatch):
+        _store(slot_cache, slot_batch, key_BKTD[0], value_BKTD[0])
+        bounds = {"cu_seq_lens_q": slot_batch.cu_seqlens, "max_length_q": slot_batch.max_seqlen, "context": ""}
+        return packed_attention(module, query_BNTD, key_BKTD, value_BKTD, None, **{**kwargs, **bounds})
+    assert isinstance(slot_cache, LayerCache)
+    query_BND, key_BKD, value_BKD = query_BNTD[:, :, 0], key_BKTD[:, :, 0], value_BKTD[:, :, 0]
+    scale, window = kwargs.get("scaling") or query_BND.shape[-1] ** -0.5, kwargs.get("sliding_window") or 0
+    if has_kernel(query_BND.device):
+        output_BND = _attend(query_BND, key_BKD, value_BKD, slot_cache.key, slot_cache.value, slot_batch.position_B, scale, window)
+    else:
+        output_BND = _attend_without_kernel(query_BND, key_BKD, value_BKD, slot_cache, slot_batch, scale, window)
+    return output_BND.unsqueeze(1), None
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether decoding runs our Triton kernels, which read only the positions of a slot that are in use."""
+    return HAS_TRITON and device.type == "cuda"
+
+
+def _store(cache: LayerCache | ShapeProbe, batch: PrefillBatch, key_KTD: Tensor, value_KTD: Tensor) -> None:
+    if isinstance(cache, ShapeProbe):
+        cache.shapes.append(KVShape(key_KTD.shape[0], key_KTD.shape[2], value_KTD.shape[2]))
+        return
+    for cache_SKLD, x_KTD in ((cache.key, key_KTD), (cache.value, value_KTD)):
+        cache_SKLD[batch.slot_R, :, batch.position_R] = x_KTD.transpose(0, 1)[batch.source_R].to(cache_SKLD.dtype)
+
+
+def _attend_without_kernel(
+    query_BND: Tensor, key_BKD: Tensor, value_BKD: Tensor, cache: LayerCache, batch: DecodeBatch, scale: float, window: int
+) -> Tensor:
+    """PyTorch's scaled dot-product attention over the positions in use. Query heads of one key head are its query rows (G)."""
+    rows, heads, size = query_BND.shape
+    row_B = torch.arange(rows, device=query_BND.device)
+    cache.key[row_B, :, batch.position_B] = key_BKD.to(cache.key.dtype)
+    cache.value[row_B, :, batch.position_B] = value_BKD.to(cache.value.dtype)
+    used = cache.key.shape[2] if batch.used_positions is None else batch.used_positions
+    distance_BL = batch.position_B[:, None] - torch.arange(used, device=query_BND.device)
+    seen_BL = distance_BL >= 0 if window <= 0 else (distance_BL >= 0) & (distance_BL < window)
+    output_BKGD = F.scaled_dot_product_attention(
+        query_BND.view(rows, key_BKD.shape[1], -1, size),
+        cache.key[:rows, :, :used],
+        cache.value[:rows, :, :used],
+        attn_mask=seen_BL[:, None, None],
+        scale=scale,
+    )
+    return output_BKGD.reshape(rows, heads, -1)
+
+
+# A custom operator, so that a compiled layer contains the kernel as one node. It also writes the newest keys and values into the
+# cache, but does not declare that: nothing else in a compiled layer reads them, and if it were declared, the compiler might copy
+# whole caches to keep the order.
+@torch.library.custom_op("verl::slot_attention", mutates_args=())
+def _attend(
+    query_BND: Tensor,
+    key_BKD: Tensor,
+    value_BKD: Tensor,
+    key_SKLD: Tensor,
+    value_SKLD: Tensor,
+    position_B: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    from verl.rollout.native import attention_triton
+
+    return attention_triton.attend(query_BND, key_BKD, value_BKD, key_SKLD, value_SKLD, position_B, scale, window)
+
+
+@_attend.register_fake
+def _(query_BND: Tensor, key_BKD: Tensor, value_BKD: Tensor, *others: Any) -> Tensor:
+    return query_BND.new_empty(*query_BND.shape[:2], value_BKD.shape[2])
+
+
+# transformers makes no attention mask, because no mask function is registered under this name.
+AttentionInterface.register(SLOTS, slot_attention)

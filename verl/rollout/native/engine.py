@@ -1,0 +1,177 @@
+"""The native engine: a scheduler (which request runs in which slot), slots (KV caches and decode state) and a runner (the model).
+
+`NativeRollout.stream` is the main loop. Requests take slots; their prompts are prefilled, once for all answers to a prompt; decode
+steps give each slot a token at a time; and when an answer has ended, the next request takes its slot (continuous batching). On
+a GPU a decode step is one CUDA graph, which samples on the device; the host reads only every STEPS steps which answers have ended.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from verl.kernels import has_compiler
+from verl.rollout import DEFAULTS, Completion, Options, Sampling
+from verl.rollout._model import check_positions, copy_weights, describe_model, merge_stop_ids, out_of_memory
+from verl.rollout._sampler import uniform_numbers
+from verl.rollout.native.runner import Runner
+from verl.rollout.native.scheduler import Request, Scheduler
+from verl.rollout.native.slots import Slots
+
+STEPS = {"cuda": 8, "cpu": 1}  # decode steps between two reads of which answers have ended
+
+
+class NativeRollout:
+    """See `verl.rollout.Rollout`.
+
+    Args:
+        model: on its device. Its weights are read where they are, and it may be trained between calls.
+        stop_ids: tokens that end an answer, besides those of the model's generation_config.json.
+        is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
+    Attributes:
+        scheduler, slots, runner: the parts of the engine; the scheduler is that of the latest call.
+    Raises:
+        UserError: the architecture keeps more of the text than keys and values, or its attention is not supported.
+    """
+
+    def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
+        self.stop_ids = merge_stop_ids(stop_ids, model.generation_config)
+        self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.version, self._options, self._is_shared = 0, options, is_shared
+        compiles = options.compile if options.compile is not None else is_shared and model.device.type == "cuda" and has_compiler()
+        self.runner = Runner(model, compiles=compiles)
+        vocabulary = len(model.get_output_embeddings().weight)
+        self.slots = Slots(self.runner.shapes, vocabulary, model.dtype, model.device, self.stop_ids, options)
+        self.scheduler = Scheduler([], 0, on_gpu=False)
+
+    # --- generation
+
+    def stream(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """See `Rollout.stream`."""
+        self._start(prompts, sampling, seeds)
+        while self.scheduler.has_work:
+            self._admit()
+            ended = self._decode(sampling, STEPS[self._device.type])
+            if ended:
+                yield self._collect(ended, sampling)
+                self._compact()
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
+        """See `Rollout.generate`."""
+        done = dict(pair for batch in self.stream(prompts, sampling, seeds) for pair in batch)
+        return [done[number] for number in sorted(done)]
+
+    def stream_tokens(self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
+        """See `verl.rollout.stream_tokens`."""
+        self._start([prompt], sampling, None)
+        self._admit()
+        state, count = self.slots.state, 0
+        while not self._decode(sampling, 1):
+            on_token(int(state.answer_SG[0, count]))
+            count += 1
+        on_token(int(state.answer_SG[0, count]))
+        [(_, completion)] = self._collect([0], sampling)
+        return completion
+
+    def _start(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> None:
+        """Prepare slots that are long enough, and queue the requests of a call."""
+        check_positions(prompts, sampling, self.positions)
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        size = self.slots.size_for(len(prompts) * sampling.n, longest, sampling.max_new_tokens)
+        if size != self.slots.size:
+            if self.slots.size is not None:
+                self._free()
+            self.slots.make(size)
+        self.slots.reset()
+        self.runner.set_temperature(sampling.temperature)
+        # A new scheduler reuses no keys and values of the call before: shared weights may have changed without notice.
+        self.scheduler = Scheduler(_requests(prompts, sampling, seeds), self.slots.number, on_gpu=self._device.type == "cuda")
+
+    def _admit(self) -> None:
+        """Start queued requests in free slots, if the scheduler finds it worth while."""
+        admission = self.scheduler.admit()
+        if admission is None:
+            return
+        try:
+            self.slots.copy(admission.copies, admission.copied_positions)
+            for batch in admission.prefills:
+                self.runner.prefill(batch, self.slots)
+            self.slots.state.begin(admission.seated)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.slots.number, self._options) from error
+
+    def _decode(self, sampling: Sampling, at_most: int) -> list[int]:
+        """Take decode steps. Returns the slots whose answers have ended."""
+        steps, rows = self.scheduler.advance(at_most), self.scheduler.rows
+        try:
+            self.runner.decode(self.slots, rows, steps, sampling)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.slots.number, self._options) from error
+        return self.scheduler.ended(self.slots.state.active_S[:rows].tolist())
+
+    def _collect(self, ended: list[int], sampling: Sampling) -> list[tuple[int, Completion]]:
+        """Read finished answers and free their slots."""
+        done = []
+        for slot, (token_ids, logprobs) in zip(ended, self.slots.state.read(ended), strict=True):
+            reason: Literal["stop", "length"] = "stop" if token_ids[-1] in self.stop_ids else "length"
+            completion = Completion(token_ids, reason, logprobs if sampling.logprobs else None, self.version)
+            done.append((self.scheduler.finish(slot).number, completion))
+        return done
+
+    def _compact(self) -> None:
+        """Let decode steps become smaller when there is no request left for the free slots."""
+        compaction = self.scheduler.compact()
+        if compaction is not None:
+            self.slots.compact(compaction)
+
+    # --- weights and memory
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `Rollout.update_weights`."""
+        self.version = version
+        self.scheduler.forget_prompts()
+        if not self._is_shared:
+            copy_weights(self.runner.model, named_tensors)
+
+    def sleep(self) -> None:
+        """Free slots and CUDA graphs if they take a good part of the GPU's memory: recording graphs again takes time. The weights stay."""
+        if self.slots.worth_freeing:
+            self._free()
+
+    def wake(self) -> None:
+        """Nothing to do: slots are made when they are needed."""
+
+    def close(self) -> None:
+        """See `Rollout.close`."""
+        self._free()
+
+    def describe(self) -> str:
+        """See `Rollout.describe`."""
+        return describe_model(self.runner.model)
+
+    def _free(self) -> None:
+        self.runner.drop_graphs()
+        self.slots.free()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.runner.device
+
+
+def _requests(prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> Iterator[Request]:
+    """One request for each answer, in the order of their numbers.
+
+    Args:
+        seeds: of the prompts; None: their numbers.
+    """
+    nothing = np.zeros(0, dtype=np.float32)
+    for i, prompt in enumerate(map(tuple, prompts)):
+        seed = i if seeds is None else seeds[i]
+        for k in range(sampling.n):
+            uniform_G = uniform_numbers(sampling, seed, k) if sampling.temperature > 0 else nothing
+            yield Request(i * sampling.n + k, prompt, sampling.max_new_tokens, uniform_G)

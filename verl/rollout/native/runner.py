@@ -1,0 +1,228 @@
+"""The model of the native engine: prefill, and decode steps as CUDA graphs.
+
+The model is not copied. For the time of a forward pass, its decoder layers get the slots' KV caches and the attention of
+`attention.py`; afterwards it is as its trainer left it.
+
+Dimensions: S slots, B rows of a decode step (the first B slots), T packed tokens, R stored tokens, H hidden size, V vocabulary,
+C tokens of a block of it.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from verl.engine.fsdp import decoder_layers
+from verl.engine.logprobs import LogitRule
+from verl.errors import UserError
+from verl.models.linear import multiply, use_whole_cpu
+from verl.rollout import Sampling
+from verl.rollout._model import generation_mode
+from verl.rollout._sampler import BLOCK, lowest_kept_token, sample
+from verl.rollout.native.attention import SLOTS, DecodeBatch, KVShape, LayerCache, PrefillBatch, ShapeProbe, has_kernel
+from verl.rollout.native.scheduler import Prefill
+from verl.rollout.native.slots import Slots, State, to_device
+
+RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the longest position, which a CUDA graph cannot record
+USE_HF = "set rollout.name=hf, which works with every model"
+
+
+class Runner:
+    """A model that fills slots and decodes from them.
+
+    Args:
+        model: on its device.
+        compiles: whether decoder layers are compiled for decoding.
+    Attributes:
+        device: where the model is.
+        shapes: what each layer caches of a token.
+    Raises:
+        UserError: the architecture keeps more of the text than keys and values, or its attention is not supported.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compiles: bool):
+        self.model, self.device, self._rule = model, model.device, LogitRule.of(model.config)
+        self._decode_layer = torch.compile(_run_layer, fullgraph=True, dynamic=True) if compiles else _run_layer
+        self._layers = decoder_layers(model)
+        use_whole_cpu(model)
+        self._can_record = not RESIZED_ROPE & _rope_types(model.config)
+        self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
+        self._pool = _graph_pool(self.device)
+        self.shapes = self._probe()
+        self._temperature = torch.zeros(1, device=self.device)
+
+    @torch.no_grad()
+    def _probe(self) -> list[KVShape]:
+        """Find out what each layer caches, with a forward pass of two tokens."""
+        probes, kind = [ShapeProbe([]) for _ in self._layers], type(self.model).__name__
+        index_T = torch.arange(2, device=self.device)
+        batch = PrefillBatch(torch.tensor([0, 2], dtype=torch.int32, device=self.device), 2, index_T, index_T, index_T)
+        try:
+            with self._attending(_run_layer, probes, batch):
+                self._forward(index_T[None], index_T[None])
+        except UserError as error:
+            raise UserError(f"{kind} cannot be run by the native engine: {error.what}", where="rollout.name", fix=USE_HF) from error
+        if not probes or any(len(probe.shapes) != 1 for probe in probes):
+            raise UserError(f"{kind} keeps more of the text than keys and values", where="rollout.name", fix=USE_HF)
+        return [probe.shapes[0] for probe in probes]
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature of the next steps. It is on the device, so that CUDA graphs serve every temperature."""
+        self._temperature.fill_(temperature)
+
+    def drop_graphs(self) -> None:
+        """Drop the CUDA graphs. They hold the addresses of the slots, so they are dropped before the slots are freed."""
+        self._graphs.clear()
+        self._pool = _graph_pool(self.device)  # the old pool went with its graphs
+
+    # --- prefill
+
+    @torch.no_grad()
+    def prefill(self, prefills: Sequence[Prefill], slots: Slots) -> None:
+        """Run prompts without their last tokens through the model, packed, and store their keys and values in the slots."""
+        ids = [np.array(prefill.prompt[:-1], dtype=np.int64) for prefill in prefills]
+        position_T = np.concatenate([np.arange(len(x)) for x in ids])
+        batch = _prefill_batch(list(map(len, ids)), position_T, [prefill.slots for prefill in prefills], self.device)
+        with self._attending(_run_layer, slots.layers, batch):
+            self._forward(to_device(np.concatenate(ids)[None], self.device), to_device(position_T[None], self.device))
+
+    # --- decode
+
+    @torch.no_grad()
+    def decode(self, slots: Slots, rows: int, steps: int, sampling: Sampling) -> None:
+        """Take decode steps: each gives one more token to each of the first `rows` slots whose answer has not ended."""
+        step = self._step_on_gpu if has_kernel(self.device) else self._step
+        for _ in range(steps):
+            step(slots, rows, sampling)
+
+    def _step_on_gpu(self, slots: Slots, rows: int, sampling: Sampling) -> None:
+        """A step that never waits for the device: a CUDA graph, from the second time on."""
+        key = (rows, sampling.is_filtered and (sampling.top_k, sampling.top_p))
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        with self._attending(self._decode_layer, slots.layers, DecodeBatch(slots.state.position_S[:rows], None)):
+            self._launch(slots.state, rows, sampling)  # not recorded the first time: kernels are compiled and loaded
+            if self._can_record:
+                self._graphs[key] = _record(partial(self._launch, slots.state, rows, sampling), self._pool)
+
+    def _launch(self, state: State, rows: int, sampling: Sampling) -> None:
+        from verl.rollout.native import sampler_triton
+
+        logits_BV = self.model.get_output_embeddings()(self._hidden(state, rows))
+        least_B = None
+        if sampling.is_filtered:
+            token_B = lowest_kept_token(self._rule(logits_BV) / self._temperature, sampling)
+            least_B = logits_BV.gather(1, token_B[:, None]).squeeze(1)  # the raw logit: a kernel may round a division differently
+        sampler_triton.sample(logits_BV, state, self._temperature, least_B, self._rule.factor, self._rule.soft_cap)
+
+    def _step(self, slots: Slots, rows: int, sampling: Sampling) -> None:
+        """A step in plain PyTorch."""
+        state = slots.state
+        position_B = state.position_S[:rows]
+        with self._attending(self._decode_layer, slots.layers, DecodeBatch(position_B, int(position_B.max()) + 1)):
+            hidden_BH = self._hidden(state, rows)
+            uniform_B = state.uniform_SG[:rows].gather(1, state.generated_S[:rows, None].long().clamp(max=state.uniform_SG.shape[1] - 1))
+            state.advance(*sample(self._logit_blocks(hidden_BH, keep=sampling.temperature > 0), sampling, uniform_B.squeeze(1)))
+
+    def _hidden(self, state: State, rows: int) -> Tensor:
+        """hidden_BH of the newest token of each row."""
+        return self._forward(state.token_S[:rows, None], state.position_S[:rows, None])[:, 0]
+
+    def _logit_blocks(self, hidden_BH: Tensor, *, keep: bool) -> Iterator[Tensor]:
+        """The logits, logits_BC of a block of the vocabulary at a time; unless `keep`, a block may overwrite the one before it."""
+        head = self.model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            vocabulary = len(head.weight)
+            hidden_BH = hidden_BH.T.contiguous().T
+            space_CB = hidden_BH.new_empty(vocabulary if keep else BLOCK, len(hidden_BH))
+            for start in range(0, vocabulary, BLOCK):
+                tokens = slice(start, start + BLOCK)
+                weight_CH, first = head.weight[tokens], start if keep else 0
+                # With the vocabulary as the outer dimension, a CPU is a third faster.
+                logits_CB = multiply(weight_CH, hidden_BH, out=space_CB[first : first + len(weight_CH)])
+                yield self._rule((logits_CB if head.bias is None else logits_CB.add_(head.bias[tokens, None])).T)
+        else:
+            yield from self._rule(head(hidden_BH)).clone().split(BLOCK, 1)
+
+    # --- the model
+
+    def _attending(
+        self, run_layer: Callable[..., Any], caches: Sequence[LayerCache | ShapeProbe], batch: PrefillBatch | DecodeBatch
+    ) -> AbstractContextManager[None]:
+        """The model in generation mode, whose layers run through `run_layer` and attend to these caches."""
+
+        def forward_of(layer: nn.Module, cache: LayerCache | ShapeProbe) -> Callable[..., Any]:
+            return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, **kwargs)
+
+        return generation_mode(self.model, SLOTS, [forward_of(*each) for each in zip(self._layers, caches, strict=True)])
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states."""
+        decoder = self.model.get_decoder()
+        out = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+
+def _prefill_batch(lengths: list[int], position_T: np.ndarray, slots: list[list[int]], device: torch.device) -> PrefillBatch:
+    """Where packed prompts are stored.
+
+    Args:
+        lengths: of the prompts, without their last tokens.
+        slots: which get each prompt.
+    """
+    starts = np.cumsum([0, *lengths])
+    source_R = np.concatenate(
+        [np.tile(start + np.arange(length), len(own)) for start, length, own in zip(starts[:-1], lengths, slots, strict=True)]
+    )
+    slot_R = np.concatenate([np.repeat(own, length) for length, own in zip(lengths, slots, strict=True)])
+    return PrefillBatch(
+        to_device(starts.astype(np.int32), device),
+        max(lengths),
+        to_device(source_R, device),
+        to_device(slot_R, device),
+        to_device(position_T[source_R], device),
+    )
+
+
+def _run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a decoder layer as its class defines it, whatever its trainer has put in place of `forward`."""
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(one["rope_type"]) for one in each if "rope_type" in one}
+
+
+def _graph_pool(device: torch.device) -> Any:
+    """Memory that all graphs share."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def _record(launch: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Record the kernels that a function launches as a CUDA graph. They do not run now."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    was_on = gc.isenabled()
+    gc.disable()  # the garbage collector might free another graph, which is not allowed during recording
+    try:
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool)
+            try:
+                launch()
+            finally:
+                graph.capture_end()
+    finally:
+        if was_on:
+            gc.enable()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph

@@ -1,0 +1,249 @@
+"""Device memory of the sequences that are generated: each slot has a KV cache in every layer, and an entry in the decode state.
+
+Dimensions: S slots, L positions of a slot, K key-value heads, D head size, G longest answer, Z stop tokens, R slots that change.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl.rollout import Options
+from verl.rollout._model import out_of_memory
+from verl.rollout.native.attention import KVShape, LayerCache
+from verl.rollout.native.scheduler import Compaction, Request
+
+MOST_SLOTS = {"cuda": 2048, "cpu": 64}  # where memory allows; beyond it, a step takes longer by as much as slots are added
+SHARE_OF_FREE = 0.8  # of a GPU's free memory, for KV caches and logits
+WORTH_FREEING = 0.1  # of a GPU's memory: KV caches that take more are freed while the model trains
+ROUND = 64  # on a GPU, positions are a multiple of this, so that slightly longer prompts need no new slots
+
+
+@dataclass
+class State:
+    """Decode state: one entry per slot.
+
+    Attributes:
+        token_S: the newest token, input of the next step, int64.
+        position_S: position of that token, int64.
+        generated_S: tokens of the answer so far, int32.
+        limit_S: longest answer, in tokens, int32.
+        active_S: 1 until the answer has ended, int32.
+        answer_SG: tokens of the answer, int32.
+        logprob_SG: their log-probabilities, float32.
+        uniform_SG: random numbers that the tokens are sampled with, float32.
+        stop_Z: tokens that end an answer, int32.
+    """
+
+    token_S: Tensor
+    position_S: Tensor
+    generated_S: Tensor
+    limit_S: Tensor
+    active_S: Tensor
+    answer_SG: Tensor
+    logprob_SG: Tensor
+    uniform_SG: Tensor
+    stop_Z: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, longest_answer: int, stop_ids: Sequence[int], device: torch.device) -> "State":
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            token_S=zeros(slots, dtype=torch.int64),
+            position_S=zeros(slots, dtype=torch.int64),
+            generated_S=zeros(slots),
+            limit_S=zeros(slots),
+            active_S=zeros(slots),
+            answer_SG=zeros(slots, longest_answer),
+            logprob_SG=zeros(slots, longest_answer, dtype=torch.float32),
+            uniform_SG=zeros(slots, longest_answer, dtype=torch.float32),
+            stop_Z=torch.tensor(list(stop_ids), dtype=torch.int32, device=device),
+        )
+
+    def begin(self, seated: Sequence[tuple[int, Request]]) -> None:
+        """Start an answer in each slot. The last token of the prompt is the input of the first step."""
+        slots, requests = zip(*seated, strict=True)
+        device, uniform_RG = self.token_S.device, np.stack([request.uniform_G for request in requests])
+        slot_R = to_device(slots, device)
+        self.token_S[slot_R] = to_device([request.prompt[-1] for request in requests], device)
+        self.position_S[slot_R] = to_device([len(request.prompt) - 1 for request in requests], device)
+        self.limit_S[slot_R] = to_device([request.max_new_tokens for request in requests], device).int()
+        self.generated_S[slot_R] = 0
+        self.active_S[slot_R] = 1
+        self.uniform_SG[slot_R, : uniform_RG.shape[1]] = to_device(uniform_RG, device)
+
+    def advance(self, token_B: Tensor, logprob_B: Tensor | None) -> None:
+        """Append a token to the answers in the first B slots; those that have ended stay as they are."""
+        rows = len(token_B)
+        running_R = self.active_S[:rows].nonzero().squeeze(1)
+        count_R, token_R = self.generated_S[running_R], token_B[running_R]
+        self.answer_SG[running_R, count_R.long()] = token_R.int()
+        if logprob_B is not None:
+            self.logprob_SG[running_R, count_R.long()] = logprob_B[running_R]
+        self.generated_S[running_R] = count_R + 1
+        going_R = ~torch.isin(token_R, self.stop_Z) & (count_R + 1 < self.limit_S[running_R])
+        self.active_S[running_R] = going_R.int()
+        self.token_S[running_R] = torch.where(going_R, token_R, self.token_S[running_R])
+        self.position_S[running_R] += going_R
+
+    def move(self, source_R: Tensor, target_R: Tensor) -> None:
+        """Copy the entries of slots to other slots."""
+        for name in ("token_S", "position_S", "generated_S", "limit_S", "active_S", "answer_SG", "logprob_SG", "uniform_SG"):
+            tensor = getattr(self, name)
+            tensor[target_R] = tensor[source_R]
+
+    def read(self, slots: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+        """Token ids and log-probabilities of the answers in some slots. Waits for the device."""
+        slot_R = to_device(slots, self.token_S.device)
+        counts = self.generated_S[slot_R].tolist()
+        longest = max(counts)
+        answers, logprobs = self.answer_SG[slot_R, :longest].tolist(), self.logprob_SG[slot_R, :longest].tolist()
+        return [(ids[:count], each[:count]) for count, ids, each in zip(counts, answers, logprobs, strict=True)]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many slots there are, positions of each (prompt and answer together), and tokens of the longest answer."""
+
+    slots: int
+    positions: int
+    longest_answer: int
+
+
+class Slots:
+    """All slots of a model. At first there are none: `make` allocates them, `free` frees them.
+
+    Args:
+        shapes: what each layer caches of a token.
+        vocabulary: tokens of it; a decode step holds the logits of every slot.
+        dtype: of keys, values and logits.
+        stop_ids: tokens that end an answer.
+        options: `max_sequences` and `max_positions`.
+    Attributes:
+        size: of the slots; None while there are none.
+        layers: KV cache of each layer.
+        state: of decoding.
+    """
+
+    state: State
+
+    def __init__(
+        self,
+        shapes: Sequence[KVShape],
+        vocabulary: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        stop_ids: Sequence[int],
+        options: Options,
+    ):
+        self._shapes, self._vocabulary, self._dtype, self._device = shapes, vocabulary, dtype, device
+        self._stop_ids, self._options = stop_ids, options
+        self._most = sys.maxsize  # slots that fit into memory, as far as we know
+        self.size: Size | None = None
+        self.layers: list[LayerCache] = []
+
+    @property
+    def number(self) -> int:
+        return 0 if self.size is None else self.size.slots
+
+    def size_for(self, answers: int, positions: int, longest_answer: int) -> Size:
+        """The size to make for a call; the present one if it serves.
+
+        Args:
+            answers: how many are wanted.
+            positions: of the longest prompt and answer together.
+        """
+        slots = min(answers, self._options.max_sequences or MOST_SLOTS[self._device.type])
+        positions = max(positions, self._options.max_positions or 0)
+        now = self.size
+        if now is None:
+            return Size(slots, positions, longest_answer)
+        if now.slots >= min(slots, self._most) and now.positions >= positions and now.longest_answer >= longest_answer:
+            return now
+        return Size(max(slots, now.slots), max(positions, now.positions), longest_answer)
+
+    def make(self, size: Size) -> None:
+        """Allocate slots of this size, or as many as fit into memory.
+
+        Raises:
+            UserError: there is not enough memory.
+        """
+        positions = -(-size.positions // ROUND) * ROUND if self._device.type == "cuda" else size.positions
+        slots = min(size.slots, self._slots_that_fit(positions))
+        self._most = slots if slots < size.slots else sys.maxsize
+        try:
+            self.layers = [self._layer_cache(shape, slots, positions) for shape in self._shapes]
+            self.state = State.empty(slots, size.longest_answer, self._stop_ids, self._device)
+        except torch.OutOfMemoryError as error:
+            self.free()
+            raise out_of_memory(slots, self._options) from error
+        self.size = Size(slots, positions, size.longest_answer)
+
+    def _layer_cache(self, shape: KVShape, slots: int, positions: int) -> LayerCache:
+        # Zeros: positions that were never written are masked, but a mask does not hide NaN.
+        return LayerCache(
+            torch.zeros(slots, shape.heads, positions, shape.key_size, dtype=self._dtype, device=self._device),
+            torch.zeros(slots, shape.heads, positions, shape.value_size, dtype=self._dtype, device=self._device),
+        )
+
+    def _slots_that_fit(self, positions: int) -> int:
+        if self._device.type != "cuda":
+            return sys.maxsize
+        free, _ = torch.cuda.mem_get_info(self._device)
+        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        cache_bytes = positions * bytes_per_position(self._shapes, self._dtype)
+        return max(1, int(free * SHARE_OF_FREE) // (cache_bytes + self._vocabulary * (self._dtype.itemsize + 1)))
+
+    def free(self) -> None:
+        """Give the KV caches back. CUDA graphs that were recorded with them must be gone by then."""
+        self.layers, self.size = [], None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def worth_freeing(self) -> bool:
+        """Whether the slots take so much memory that it pays to free them and allocate them again."""
+        if self._device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer) > WORTH_FREEING * total
+
+    def reset(self) -> None:
+        """Before a call: no slot has an answer to go on with."""
+        self.state.active_S.zero_()
+        self.state.position_S.zero_()
+
+    def copy(self, pairs: Sequence[tuple[int, int]], positions: int) -> None:
+        """Copy the first positions of the KV caches from slots to other slots, (source, target) each."""
+        if pairs:
+            source_R, target_R = (to_device([pair[side] for pair in pairs], self._device) for side in (0, 1))
+            self._copy(source_R, target_R, positions)
+
+    def compact(self, compaction: Compaction) -> None:
+        """Move answers to lower slots, with all that their slots hold."""
+        source_R, target_R = to_device(compaction.sources, self._device), to_device(compaction.targets, self._device)
+        self._copy(source_R, target_R, compaction.positions)
+        self.state.move(source_R, target_R)
+        self.state.active_S[compaction.used :] = 0
+        self.state.position_S[compaction.used :] = 0  # a step that computes them too then reads little of them
+
+    def _copy(self, source_R: Tensor, target_R: Tensor, positions: int) -> None:
+        for layer in self.layers:
+            for cache_SKLD in layer:
+                cache_SKLD[target_R, :, :positions] = cache_SKLD[source_R, :, :positions]
+
+
+def bytes_per_position(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
+    """Bytes of one position of one slot, in all layers."""
+    return sum(shape.heads * (shape.key_size + shape.value_size) for shape in shapes) * dtype.itemsize
+
+
+def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of values on the host, copied without waiting for the device."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
