@@ -88,15 +88,15 @@ def test_typed_control_tokens_are_text(converse: Converse, prompts: list[list[in
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     converse: Converse, prompts: list[list[int]], learned_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add, tokens = chat.Said.add, []
+    add, tokens = chat.StreamedAnswer.add, []
 
-    def add_until_ctrl_c(self: chat.Said, token: int) -> None:
+    def add_until_ctrl_c(self: chat.StreamedAnswer, token: int) -> None:
         add(self, token)
         tokens.append(token)
         if len(tokens) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.Said, "add", add_until_ctrl_c)
+    monkeypatch.setattr(chat.StreamedAnswer, "add", add_until_ctrl_c)
     out = converse(ONE["question"], "Go on", "/reset", TWO["question"])
     said = out.partition(" [stopped]\n")[0]
     assert said and ONE["answer"].startswith(said) and said != ONE["answer"]
@@ -134,7 +134,7 @@ def test_a_character_is_shown_when_all_its_tokens_are_there(learned_checkpoint: 
     tokenizer = load_tokenizer(str(learned_checkpoint))
     text = "naïve 你好 🙂!"
     ids = tokenizer(text).input_ids
-    said, shown = chat.Said(tokenizer, [tokenizer.eos_token_id]), []
+    said, shown = chat.StreamedAnswer(tokenizer, [tokenizer.eos_token_id]), []
     for token in [*ids, tokenizer.eos_token_id]:
         said.add(token)
         shown.append(capsys.readouterr().out)
@@ -146,7 +146,7 @@ def test_a_character_is_shown_when_all_its_tokens_are_there(learned_checkpoint: 
 def test_a_stop_token_is_not_shown_even_if_it_is_no_special_token(learned_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(str(learned_checkpoint))
     *answer, stop = tokenizer("5!").input_ids
-    said = chat.Said(tokenizer, [stop])
+    said = chat.StreamedAnswer(tokenizer, [stop])
     for token in [*answer, stop]:
         said.add(token)
     assert capsys.readouterr().out == said.text == "5"
@@ -154,7 +154,7 @@ def test_a_stop_token_is_not_shown_even_if_it_is_no_special_token(learned_checkp
 
 def test_an_answer_cannot_steer_the_terminal(learned_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(str(learned_checkpoint))
-    said = chat.Said(tokenizer, [])
+    said = chat.StreamedAnswer(tokenizer, [])
     for token in tokenizer("\x1b[2Jred\r\x07\n\tx").input_ids:
         said.add(token)
     assert capsys.readouterr().out == "[2Jred\n\tx"

@@ -1,4 +1,4 @@
-"""Talk with a checkpoint in the terminal: `verl chat DIR`."""
+"""`verl chat DIR`: chat with a checkpoint in the terminal."""
 
 import contextlib
 import importlib
@@ -17,19 +17,19 @@ from verl.models.load import load_tokenizer
 from verl.rollout import Options, Rollout, Sampling, load_rollout, stream_tokens
 from verl.run import quiet_libraries
 
-HELP = "/reset forgets the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
-# What a model writes must not steer the terminal: of the control characters only the tab and the line end are shown.
-UNSHOWN = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+HELP = "/reset clears the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
+# The model's text must not control the terminal: all control characters but tab and line feed are removed.
+REMOVED_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 class Chat:
     """A chat and the model that answers in it.
 
     Args:
-        config: temperature, max_new_tokens and the system message.
-        rollout: of the model.
-        tokenizer: of the model.
-        renderer: of the tokenizer.
+        config: temperature, max_new_tokens and system prompt.
+        rollout: generation engine of the model.
+        tokenizer: the model's tokenizer.
+        renderer: renderer of the tokenizer.
     """
 
     def __init__(self, config: ChatConfig, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, renderer: Renderer):
@@ -37,36 +37,36 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all but the system message."""
+        """Clear the chat, except for the system message."""
         self.messages = [{"role": "system", "content": self._config.system}] if self._config.system else []
 
     def ask(self, text: str) -> None:
-        """Print the answer while it is generated, and keep it; Ctrl+C stops it, and what was said so far is kept.
+        """Print the answer while it is generated, and add it to the chat. Ctrl+C stops it; the text so far is kept.
 
         Raises:
-            UserError: the question cannot be asked; the chat is as before.
+            UserError: the chat is too long or cannot be rendered; it is then unchanged.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         prompt = self._renderer.prompt(asked)
         positions = self._rollout.positions or sys.maxsize
         if len(prompt) >= positions:
-            raise UserError(f"the chat of {len(prompt):,} tokens fills the model's {positions:,} positions", fix="/reset forgets it")
-        said = Said(self._tokenizer, self._rollout.stop_ids)
+            raise UserError(f"the chat of {len(prompt):,} tokens fills the model's {positions:,} positions", fix="clear it with /reset")
+        answer = StreamedAnswer(self._tokenizer, self._rollout.stop_ids)
         sampling = Sampling(
             min(self._config.max_new_tokens, positions - len(prompt)), self._config.temperature, seed=random.randrange(2**31)
         )
         try:
-            completion = stream_tokens(self._rollout, prompt, sampling, said.add)
+            completion = stream_tokens(self._rollout, prompt, sampling, answer.add)
             print("" if completion.finish_reason == "stop" else f" [cut at {len(completion.token_ids):,} tokens]", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", flush=True)
-        # A template may refuse an empty answer, so a question without one is forgotten.
-        if said.text.strip():
-            self.messages = [*asked, {"role": "assistant", "content": said.text}]
+        # A template may reject an empty answer, so a question without an answer is dropped.
+        if answer.text.strip():
+            self.messages = [*asked, {"role": "assistant", "content": answer.text}]
 
 
-class Said:
-    """An answer that is printed token by token; part of a character waits for the rest."""
+class StreamedAnswer:
+    """Prints an answer token by token; an incomplete character is held back until it is complete."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]):
         self._backend, self._stop_ids, self._stream = tokenizer.backend_tokenizer, stop_ids, DecodeStream(skip_special_tokens=True)
@@ -77,7 +77,7 @@ class Said:
             return
         new = self._stream.step(self._backend, token) or ""
         self.text += new
-        print(new.translate(UNSHOWN), end="", flush=True)
+        print(new.translate(REMOVED_CHARACTERS), end="", flush=True)
 
 
 def talk(chat: Chat) -> None:
@@ -106,7 +106,7 @@ def talk(chat: Chat) -> None:
 
 
 def open_chat(config: ChatConfig) -> Chat:
-    """Load the checkpoint. Raises UserError if it is not right."""
+    """Load the checkpoint. Raises UserError if it is invalid."""
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
     options = Options(
@@ -122,7 +122,7 @@ def open_chat(config: ChatConfig) -> Chat:
 
 
 def prepare_terminal() -> None:
-    """Arrow keys and a history where there are any; bytes that are no text, and text that the terminal has no bytes for, show as `?`."""
+    """Enable arrow keys and history if available, and show undecodable bytes and unencodable characters as `?`."""
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")
     for stream in (sys.stdin, sys.stdout):
@@ -131,7 +131,7 @@ def prepare_terminal() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """`DIR key=value …`; the directory may also be written as model_path=DIR."""
+    """Run the command: `DIR key=value …`, or `model_path=DIR key=value …`."""
     quiet_libraries()
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
         argv = [f"model_path={argv[0]}", *argv[1:]]
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     prepare_terminal()
     try:
         talk(open_chat(config))
-    except KeyboardInterrupt:  # while it was loading
+    except KeyboardInterrupt:  # while the model was loading
         raise SystemExit(130) from None
 
 

@@ -19,22 +19,22 @@ from verl.errors import UserError
 Result = TypeVar("Result")
 TIMEOUT = timedelta(minutes=10)
 
-_group: dist.ProcessGroup | None = None  # of the processes that work with this one; None: all of them
-_context_size = 1  # processes that share a micro-batch
-_context_groups: dict[str, dist.ProcessGroup] = {}  # this process's, by name
+_group: dist.ProcessGroup | None = None  # the group of this process; None: all processes
+_context_size = 1  # ranks that share a micro-batch
+_context_groups: dict[str, dist.ProcessGroup] = {}  # this process's context-parallel groups by name
 
 
 def start(*, large_pages: bool = False) -> torch.device:
-    """Join the process group (a group of one without torchrun) and choose the device: CUDA, else the CPU.
+    """Join the process group (a group of one without torchrun) and choose the device: CUDA if available, else the CPU.
 
     Args:
-        large_pages: take host memory in pages of 2 MiB, for gradients that arrive there in new tensors in each step: the system hands
-            it out four times as fast as in pages of 4 KiB (12 GB/s, not 3).
+        large_pages: allocate host memory in pages of 2 MiB, for offloaded gradients, which are new tensors in each step: allocation is
+            four times as fast as with pages of 4 KiB (12 GB/s, not 3).
     Raises:
-        UserError: torchrun's variables are incomplete, or there are more processes than GPUs on this node.
+        UserError: torchrun's variables are incomplete, or this node has more processes than GPUs.
     """
     if large_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it before its first tensor; the group's first words are one
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first allocation, which is in init_process_group
     device = _device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -53,20 +53,20 @@ def _device() -> torch.device:
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this node has no GPU of its own", fix=f"torchrun --nproc_per_node={gpus}")
+        raise UserError(f"process {local_rank} of this node has no GPU: there are only {gpus}", fix=f"torchrun --nproc_per_node={gpus}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's name, and how many processes have one each."""
+    """Return the device's name and the number of processes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{name} × {world_size()}" if world_size() > 1 else name
 
 
 def host_memory() -> int:
-    """Bytes that this machine's processes may take together: its memory, or a container's limit."""
+    """Return the memory of this machine, or the container's limit, in bytes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else "max"
@@ -74,36 +74,37 @@ def host_memory() -> int:
 
 
 def stop() -> None:
-    """Leave the process group, and wait until gloo's threads are at rest."""
+    """Leave the process group, and wait until gloo's threads are idle."""
     global _group
     _group = None
     share_micro_batches(1)
     _context_groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
-        _rest()
+        _wait_until_idle()
 
 
-def _rest() -> None:
-    """Wait until none of gloo's threads runs, which takes them a moment after their last message.
+def _wait_until_idle() -> None:
+    """Wait until gloo's threads are idle, shortly after their last message.
 
-    They let go of its tensors then, for which they need the interpreter's lock; an interpreter that is ending does not give it, and aborts
-    the process (https://github.com/pytorch/pytorch/issues/190489). Who waits for that lock has it before the second look.
+    They then release its tensors, for which they need the GIL. An interpreter that is shutting down does not give it to them and aborts the
+    process (https://github.com/pytorch/pytorch/issues/190489). The threads are checked twice, because one that waits for the GIL looks
+    idle, but gets it before the second check.
     """
     if sys.platform != "linux":
         time.sleep(0.1)
         return
-    looks_at_rest = 0
-    while looks_at_rest < 2:
+    idle_checks = 0
+    while idle_checks < 2:
         time.sleep(0.002)
-        looks_at_rest = 0 if "R" in _states_of_threads("pt_gloo_runloop") else looks_at_rest + 1
+        idle_checks = 0 if "R" in _states_of_threads("pt_gloo_runloop") else idle_checks + 1
 
 
 def _states_of_threads(name: str) -> list[str]:
-    """One letter for each of this process's threads of that name: R runs or would, S sleeps."""
+    """Return the state of each thread of this process with that name: R is running or runnable, S is sleeping."""
     states = []
     for thread in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
             number_and_name, rest = (thread / "stat").read_text().rsplit(")", 1)
             if number_and_name.endswith(f"({name}"):
                 states.append(rest.split()[0])
@@ -111,16 +112,16 @@ def _states_of_threads(name: str) -> list[str]:
 
 
 def divide(parts: Sequence[Sequence[int]]) -> None:
-    """From now on the processes of each part work among themselves, and all that is said here of ranks is said of theirs.
+    """Divide the processes into groups. From then on, ranks and collectives of this module are those within the own group.
 
-    Every process calls it, and is in one part.
+    Every process calls this, and each is in one part.
     """
     global _group
     _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
 
 
 def group() -> dist.ProcessGroup | None:
-    """The processes that work with this one, for calls of torch.distributed; None: all of them."""
+    """Return the group of this process for torch.distributed; None means all processes."""
     return _group
 
 
@@ -133,14 +134,14 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process prints, logs and writes what is written once."""
+    """Return whether this is rank 0, which prints, logs and writes shared files."""
     return rank() == 0
 
 
 def mesh(device: torch.device, size: int | None = None) -> DeviceMesh:
-    """All processes in one dimension, or in groups of `size` neighbours: which of the groups, and where in it."""
+    """Return a one-dimensional mesh of all ranks, or a mesh [replicate, shard] of groups of `size` consecutive ranks."""
     if _group is not None:
-        assert size in (None, world_size()), "parts of processes are not divided again"
+        assert size in (None, world_size()), "a part of the processes cannot be divided again"
         return DeviceMesh.from_group(_group, device.type, mesh_dim_names=("shard",))
     if size is None or size == world_size():
         return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
@@ -148,10 +149,10 @@ def mesh(device: torch.device, size: int | None = None) -> DeviceMesh:
 
 
 def share_micro_batches(processes: int) -> None:
-    """From now on so many neighbours take the same micro-batches, each a part of their tokens. Every process calls it.
+    """Set up context parallelism: groups of `processes` consecutive ranks share each micro-batch. Every rank calls it.
 
     Raises:
-        UserError: the number of processes is not a multiple.
+        UserError: the world size is not a multiple of `processes`.
     """
     global _context_size
     if world_size() % processes:
@@ -163,32 +164,32 @@ def share_micro_batches(processes: int) -> None:
 
 
 def context_size() -> int:
-    """Processes that share a micro-batch."""
+    """Return the number of ranks that share a micro-batch."""
     return _context_size
 
 
 def context_rank() -> int:
-    """The number of this process's part of a micro-batch."""
+    """Return the index of this rank's slice of a micro-batch."""
     return rank() % _context_size
 
 
 def context_name() -> str:
-    """Of the group of processes that share this one's micro-batches."""
+    """Return the name of this rank's context-parallel group."""
     return f"context of {_context_size}"
 
 
 def context_group(name: str) -> dist.ProcessGroup:
-    """The group of that name that this process is in."""
+    """Return this rank's context-parallel group of that name."""
     return _context_groups[name]
 
 
 def data_rank() -> int:
-    """The number of this process's group among those that take different rows."""
+    """Return the data-parallel rank: ranks that share micro-batches have the same one."""
     return rank() // _context_size
 
 
 def data_size() -> int:
-    """Groups of processes that take different rows."""
+    """Return the data-parallel size."""
     return world_size() // _context_size
 
 
@@ -197,12 +198,12 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank. On host memory, so that no device is waited for."""
+    """Return whether the flag is set on any rank. It runs on the CPU, so that no rank waits for its device."""
     return most(int(flag)) > 0
 
 
 def most(number: int) -> int:
-    """The largest of the ranks' numbers, on every rank. On host memory, so that no device is waited for."""
+    """Return the maximum over all ranks. It runs on the CPU, so that no rank waits for its device."""
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
@@ -211,7 +212,7 @@ def most(number: int) -> int:
 
 
 def total(values: Sequence[float]) -> list[float]:
-    """The sums of the ranks' numbers, in float64, on every rank. On host memory."""
+    """Return the sums over all ranks, in float64, computed on the CPU."""
     sums = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
         dist.all_reduce(sums, group=_group)
@@ -219,7 +220,7 @@ def total(values: Sequence[float]) -> list[float]:
 
 
 def gathered(value: Result) -> list[Result]:
-    """The ranks' values, in the order of the ranks, on every rank."""
+    """Return the values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -228,7 +229,7 @@ def gathered(value: Result) -> list[Result]:
 
 
 def from_main(value: Result) -> Result:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
     values = [value]
@@ -237,10 +238,10 @@ def from_main(value: Result) -> Result:
 
 
 def main_first(work: Callable[[], Result]) -> Result:
-    """Run the work on each node's first process and then on the others, which find its files.
+    """Run the work on the first process of each node, and then on the others, which find its files.
 
     Raises:
-        UserError: on all ranks if it was raised on one, so that none waits for another.
+        UserError: on all ranks if one raised it, so that none waits for another.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     result, error = _attempt(work) if first else (None, None)
@@ -255,7 +256,7 @@ def together(work: Callable[[], object]) -> None:
     """Run the work on every rank.
 
     Raises:
-        UserError: on all ranks if it was raised on one, so that none waits for another.
+        UserError: on all ranks if one raised it, so that none waits for another.
     """
     _, error = _attempt(work)
     _raise_together(error)
@@ -279,18 +280,18 @@ def _raise_together(error: UserError | None) -> None:
 
 
 def sum_over_parts(part: Tensor, parts: int) -> Tensor:
-    """A sum over the processes that share this one's batch, the same on each, with a gradient.
+    """Sum over the ranks that share a batch, with a gradient; every rank gets the same sum.
 
     Args:
-        part: this process's summand, of one shape on each.
-        parts: how many processes they are (`Batch.parts`).
+        part: this rank's summand, of the same shape on all ranks.
+        parts: number of these ranks (`Batch.parts`).
     """
     total: Tensor = part if parts == 1 else _SumOverParts.apply(part)
     return total
 
 
 class _SumOverParts(torch.autograd.Function):
-    """What each process makes of the sum depends on every summand, so that the gradients are added up likewise."""
+    """All-reduce in both passes: every rank's loss depends on every summand, so the gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`verl doctor`: what is installed here, what a run will use, and what is off."""
+"""`verl doctor`: what is installed, what a run will use, and what is wrong."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from verl.errors import UserError
 if TYPE_CHECKING:
     from verl.models.attention.flash import Kernel
 
-LEAST_FREE_GIB = 10  # a checkpoint of a 0.5B model with its optimizer takes about 7 GiB
+MIN_FREE_GIB = 10  # a checkpoint of a 0.5B model with its optimizer takes about 7 GiB
 
 State = Literal["ok", "absent", "warning", "missing"]
 COLORS: dict[State, str] = {"ok": "green", "absent": "dim", "warning": "yellow", "missing": "red"}
@@ -31,8 +31,8 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        state: "absent" is optional and fine; "missing" stops a run.
-        advice: what to do about it; empty where nothing is to be done.
+        state: "absent" means optional and not installed; "missing" means that runs cannot start.
+        advice: what to do; empty if nothing.
     """
 
     group: str
@@ -43,7 +43,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order of the report."""
+    """Return all findings, in the order of the report."""
     return [*_python(), *_packages(), *_devices(), *_disk()]
 
 
@@ -53,12 +53,12 @@ def _python() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """What pyproject.toml asks for, against what is here."""
+    """Compare the requirements in pyproject.toml with the installed packages."""
     try:
         yield Finding("needed", "verl", metadata.version("verl"))
         requirements = [Requirement(text) for text in metadata.requires("verl") or []]
     except metadata.PackageNotFoundError:
-        yield Finding("needed", "verl", "not installed, run from its folder", "warning", "pip install -e .")
+        yield Finding("needed", "verl", "not installed, running from its folder", "warning", "pip install -e .")
         return
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -90,7 +90,7 @@ def _devices() -> Iterator[Finding]:
         from verl.models.attention import flash
         from verl.models.attention.packed import describe_attention
     except ImportError as error:
-        yield Finding("device", "torch", f"cannot be imported: {error}", "missing", "install what is missing above")
+        yield Finding("device", "torch", f"cannot be imported: {error}", "missing", "install the missing packages above")
         return
     if not torch.cuda.is_available():
         yield _no_gpu(has_driver=shutil.which("nvidia-smi") is not None, cuda=torch.version.cuda)
@@ -100,13 +100,13 @@ def _devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         yield _gpu(index, torch.cuda.get_device_name(index), free / 2**30, total / 2**30, torch.cuda.get_device_capability(index))
     yield Finding("device", "CUDA", f"{torch.version.cuda}")
-    # Common heads; a run tries its own model's.
+    # Common head sizes; a run tries those of its model.
     heads = flash.Heads(query=8, key_value=2, size=128)
     yield from _attention(flash.refusals(torch.device("cuda", 0), torch.bfloat16, heads))
 
 
 def _attention(refusals: "dict[Kernel, str | None]") -> Iterator[Finding]:
-    """Which FlashAttention a run calls, and why not the others that this GPU could use."""
+    """Report which attention kernel a run uses, and why not the others for this GPU."""
     from verl.models.attention import flash
 
     yield Finding("device", "attention", flash.version(flash.preferred(refusals)))
@@ -115,9 +115,7 @@ def _attention(refusals: "dict[Kernel, str | None]") -> Iterator[Finding]:
         if refusal == flash.NOT_INSTALLED:
             yield Finding("device", package.name, refusal, "absent", package.install)
         elif refusal is not None:
-            yield Finding(
-                "device", package.name, refusal, "warning", f"runs do without it; a fitting release may mend it: {package.install}"
-            )
+            yield Finding("device", package.name, refusal, "warning", f"optional; another release may work: {package.install}")
 
 
 def _gpu(index: int, name: str, free_gib: float, total_gib: float, capability: tuple[int, int]) -> Finding:
@@ -125,7 +123,7 @@ def _gpu(index: int, name: str, free_gib: float, total_gib: float, capability: t
     if capability < (8, 0):
         gpu.state, gpu.advice = "warning", "no bfloat16 before Ampere (A100): set model.compute_dtype=float32"
     elif free_gib < total_gib / 2:
-        gpu.state, gpu.advice = "warning", "another program uses it: nvidia-smi shows which"
+        gpu.state, gpu.advice = "warning", "another process uses it: see nvidia-smi"
     return gpu
 
 
@@ -133,11 +131,11 @@ def _no_gpu(*, has_driver: bool, cuda: str | None) -> Finding:
     if not has_driver:
         return Finding("device", "GPU", "none; a run uses the CPU")
     found = (
-        "a driver is here, but this torch is built without CUDA"
+        "there is a driver, but this torch is built without CUDA"
         if cuda is None
-        else f"a driver is here, but torch (CUDA {cuda}) cannot use it"
+        else f"there is a driver, but torch (CUDA {cuda}) cannot use it"
     )
-    advice = "install a CUDA build of torch" if cuda is None else "see what nvidia-smi says; the driver may be older than CUDA"
+    advice = "install a CUDA build of torch" if cuda is None else "check nvidia-smi; the driver may be too old for this CUDA version"
     return Finding("device", "GPU", found, "warning", advice)
 
 
@@ -154,14 +152,14 @@ def _space(name: str, path: Path) -> Finding:
     free = shutil.disk_usage(existing).free / 2**30
     found = f"{free:.0f} GiB free in {path}"
     if not os.access(existing, os.W_OK):
-        return Finding("disk", name, f"{path} cannot be written", "warning", "change its permissions, or work in another folder")
-    if free < LEAST_FREE_GIB:
-        return Finding("disk", name, found, "warning", "free some space: a checkpoint takes about 14 bytes a parameter")
+        return Finding("disk", name, f"{path} cannot be written", "warning", "change its permissions, or use another folder")
+    if free < MIN_FREE_GIB:
+        return Finding("disk", name, found, "warning", "free disk space: a checkpoint takes about 14 bytes per parameter")
     return Finding("disk", name, found)
 
 
 def report(findings: list[Finding], console: Console) -> None:
-    """The table, then what is off, one line each."""
+    """Print the table, then each problem with its fix."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for _ in ("group", "name", "found", "advice"):
         table.add_column(overflow="fold")
@@ -175,20 +173,20 @@ def report(findings: list[Finding], console: Console) -> None:
         )
         group = finding.group
     console.print(table)
-    off = [finding for finding in findings if finding.state in ("warning", "missing")]
-    for finding in off:
+    problems = [finding for finding in findings if finding.state in ("warning", "missing")]
+    for finding in problems:
         console.print(Text(f"{finding.state}: {finding.name}: {finding.found}\n  fix: {finding.advice}", COLORS[finding.state]))
-    if not off:
-        console.print(Text("all that a run needs is here", COLORS["ok"]))
+    if not problems:
+        console.print(Text("everything that a run needs is installed", COLORS["ok"]))
 
 
 def main(argv: list[str]) -> None:
-    """Raises SystemExit(1) if something that a run needs is missing."""
+    """Run the command. Raises SystemExit(1) if something that a run needs is missing."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return
     if argv:
-        raise UserError(f"cannot read {argv[0]!r}", fix="verl doctor takes no words")
+        raise UserError(f"cannot read {argv[0]!r}", fix="verl doctor takes no arguments")
     findings = examine()
     report(findings, Console())
     if any(finding.state == "missing" for finding in findings):

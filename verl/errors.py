@@ -1,4 +1,4 @@
-"""The error a user can mend: what is wrong, where, and what to do. It ends a command with exit code 2 and no traceback."""
+"""The error that a user can fix: what is wrong, where, and what to do. It ends a command with exit code 2, without a traceback."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """A wrong input.
+    """An invalid input.
 
     Args:
         what: what was found and what was expected.
-        where: the place, such as `train.jsonl:17` or `data.max_length`.
-        fix: what to do about it.
+        where: the location, such as `train.jsonl:17` or `data.max_length`.
+        fix: what to do.
     """
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
@@ -23,7 +23,7 @@ class UserError(Exception):
         super().__init__(str(self))
 
     def __reduce__(self) -> tuple[Callable[[], "UserError"], tuple[()]]:
-        """Other processes are told of it as the plain error, whatever more a kind of it knows."""
+        """Pickle subclasses as a plain UserError, without their own fields, for other processes."""
         return partial(UserError, self.what, where=self.where, fix=self.fix), ()
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class UserError(Exception):
 
 
 def print_error(error: UserError) -> None:
-    """To standard error, once: under torchrun every process meets the same error, and the first one says it."""
+    """Print to standard error, on rank 0 only: under torchrun, every process raises the same error."""
     if os.environ.get("RANK", "0") != "0":
         return
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A plugin is a file: a name is a module of a folder of verl, a dotted name is any module, a path is the user's own file."""
+"""Plugins are files: a bare name is a module in a folder of verl, a dotted name is any module, a path is a user's own file."""
 
 import difflib
 import importlib
@@ -12,24 +12,24 @@ from types import ModuleType
 
 from verl.errors import UserError
 
-_files: dict[Path, tuple[bytes, ModuleType]] = {}  # users' files that have run, with what they said then
+_files: dict[Path, tuple[bytes, ModuleType]] = {}  # users' files that have run: their content and module
 
 
 def names(package: str) -> list[str]:
-    """Names of the plugins that a package of verl holds, such as `names("verl.loggers")`."""
+    """Return the names of the plugins in a package, as in `names("verl.loggers")`."""
     folder = importlib.import_module(package).__path__
     return sorted(module.name for module in pkgutil.iter_modules(folder) if not module.name.startswith("_"))
 
 
 def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
-    """The module that a name in the config stands for.
+    """Load the module that a name in the config refers to.
 
     Args:
-        package: the folder that bare names are looked up in, such as `verl.loggers`.
+        package: package for bare names, such as `verl.loggers`.
         name: a bare name (`wandb`), a dotted module (`mine.loggers.csv`), or a path that ends in `.py`.
-        needs: functions that the module has to have.
+        needs: functions that the module must have.
     Raises:
-        UserError: no such file, module or name, with the names that exist; or a needed function is missing.
+        UserError: no such file, module or name; or a needed function is missing.
     """
     kind = package.rpartition(".")[2]
     if name.endswith(".py"):
@@ -55,14 +55,14 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
 
 
 def _from_file(path: Path, kind: str) -> ModuleType:
-    """The module of a file. As an import does, it runs once however often it is asked for, and anew only if it says something else."""
+    """Import a file. Like any import, it runs only once, unless its content has changed."""
     if not path.is_file():
         raise UserError(f"no such file for a plugin of {kind}", where=str(path), fix=f"the current folder is {Path.cwd()}")
-    place, said = path.resolve(), _read(path)
+    place, source = path.resolve(), _read(path)
     before, module = _files.get(place, (None, None))
-    if module is None or before != said:
-        module = _run(path, said, f"verl_plugin_{path.stem}_{zlib.crc32(bytes(place)):08x}")
-        _files[place] = said, module
+    if module is None or before != source:
+        module = _run(path, source, f"verl_plugin_{path.stem}_{zlib.crc32(bytes(place)):08x}")
+        _files[place] = source, module
     return module
 
 
@@ -70,21 +70,21 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="give a file that you may read") from error
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path), fix="make the file readable") from error
 
 
-def _run(path: Path, said: bytes, name: str) -> ModuleType:
+def _run(path: Path, source: bytes, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        # Not by the spec's loader, which may take the compiled file of a moment ago for this one.
-        exec(compile(said, str(path), "exec"), module.__dict__)  # noqa: S102
-    except Exception as error:  # a user's file fails as it likes
+        # Not with the spec's loader, which could use the stale bytecode of a file that has just changed.
+        exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
+    except Exception as error:  # a user's file may raise anything
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
         place = f"{path}:{line}" if line else str(path)
-        raise UserError(f"fails when it is imported: {type(error).__name__}: {error}", where=place, fix="mend the file") from error
+        raise UserError(f"fails when it is imported: {type(error).__name__}: {error}", where=place, fix="correct the file") from error
     return module

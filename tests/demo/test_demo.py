@@ -171,7 +171,7 @@ def test_a_short_demo_goes_the_whole_way_and_leaves_its_files(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for enough, early in ((0.0, 3), (2.0, 7)):  # the second one begins anew
-        monkeypatch.setattr(run, "ENOUGH", enough)
+        monkeypatch.setattr(run, "EARLY_EXACT_MATCH", enough)
         run.main(["train_rows=128", "test_rows=4", "rl_steps=1"])
         summary = json.loads(Path("demo-run/summary.json").read_text(encoding="utf-8"))
         assert summary["early_checkpoint"].endswith(f"global_step_{early}")

@@ -298,7 +298,7 @@ def test_what_the_model_has_no_positions_for_is_not_asked(tmp_path: Path, checkp
         part.save_pretrained(tmp_path / "short")
     assert evaluate(config(tmp_path, tmp_path / "short", max_new_tokens=1000))["exact_match"] == 1.0
     assert "the model has 64 positions" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"test.jsonl:2: .* tokens of prompt do not fit"):
+    with pytest.raises(UserError, match=r"test.jsonl:2: .* tokens do not fit into the model"):
         evaluate(config(tmp_path, tmp_path / "short", [ROWS[0], {"question": "1 + " * 60, "answer": "#### 60"}]))
 
 

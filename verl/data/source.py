@@ -85,12 +85,13 @@ def _exists(path: Path, key: str) -> bool:
         return bool(path.stat())
     except FileNotFoundError:
         if path.is_symlink():
-            raise UserError(f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist", where=key) from None
+            found = f"{str(path)!r} is a link to {str(path.readlink())!r}, which does not exist"
+            raise UserError(found, where=key, fix="restore the file") from None
         return False
     except NotADirectoryError:
         return False
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be opened: {error.strerror}", where=key) from error
+        raise UserError(f"{str(path)!r} cannot be opened: {error.strerror}", where=key, fix="check the path and its permissions") from error
 
 
 def _missing(path: Path, key: str) -> UserError:
@@ -104,14 +105,15 @@ def _checked(path: Path, key: str) -> Path:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         inside = sorted({p.name.removesuffix(".gz").rpartition(".")[2] for p in path.iterdir() if suffix_of(p) in SUFFIXES})
-        fix = f"name its files with a glob, such as {path}/*.{inside[0]}" if inside else f"it has no data file ({FORMATS})"
+        fix = f"name its files with a glob, such as {path}/*.{inside[0]}" if inside else f"put data files into it ({FORMATS})"
         raise UserError(f"{str(path)!r} is a directory", where=key, fix=fix)
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file", where=key, fix="write the rows to a file first")
     try:
         path.open("rb").close()
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror} (its mode is {stat.filemode(mode)})", where=key) from error
+        found = f"{str(path)!r} cannot be read: {error.strerror} (its mode is {stat.filemode(mode)})"
+        raise UserError(found, where=key, fix="change its permissions") from error
     if not path.stat().st_size:
         raise UserError("the file is empty", where=str(path), fix="add rows to it, or remove it from the list of files")
     return path

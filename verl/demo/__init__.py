@@ -1,1 +1,1 @@
-"""The offline demo: word problems, a small model, and the whole way from one to the other."""
+"""The offline demo: word problems, a small model, and all steps from one to the other."""

@@ -1,5 +1,7 @@
-"""The demo's logger: a line each hundred steps of fine-tuning, so that a terminal and a log both show the loss falling; of
-reinforcement learning, whose steps are longer, a line each five."""
+"""The demo's logger: a line every 100 steps of fine-tuning, and every 5 of the longer steps of reinforcement learning.
+
+A terminal and a log then both show how training improves the model.
+"""
 
 from verl.run import Run
 
@@ -12,14 +14,14 @@ class Milestones:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if step == 0:
-            return  # what a model answers before it is trained
+            return  # validation before training
         reward, every = metrics.get("rl/reward"), EVERY_STEPS if "rl/reward" not in metrics else EVERY_RL_STEPS
         if step == 1 or step % every == 0 or step == self._run.total_steps:
             what = f"loss {metrics['train/loss']:.4f}" if reward is None else f"mean reward {reward:.3f}"
             self._run.say(f"step {step}/{self._run.total_steps} · {what} · {metrics['perf/tokens_per_second']:,.0f} tokens/s")
 
     def finish(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 def start(run: Run) -> Milestones:

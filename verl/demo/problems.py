@@ -1,7 +1,7 @@
-"""Grade-school word problems with worked answers, drawn from a seed.
+"""Grade-school word problems with worked answers, generated from a seed.
 
-One or two steps of addition and subtraction with two-digit numbers and results. A pair of numbers that a step of a test problem has
-(`48 + 24`, `24 + 48`, `48 - 24`) is in no step of a training problem: who answers has to calculate.
+Each has one or two steps of addition and subtraction with two-digit numbers and results. A pair of numbers in a test problem
+(`48 + 24`, `24 + 48`, `48 - 24`) does not occur in any training problem, so the model must calculate.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SMALLEST, LARGEST = 10, 99
-# Of all unordered pairs of two-digit numbers, the share that belongs to the test problems.
+# Fraction of all unordered pairs of two-digit numbers that is reserved for test problems.
 TEST_SHARE = 0.08
 
 Pair = tuple[int, int]
@@ -31,11 +31,11 @@ class Step:
 
     @property
     def pair(self) -> Pair:
-        """Its two numbers, the smaller one first."""
+        """The two numbers, the smaller one first."""
         return min(self.left, self.right), max(self.left, self.right)
 
     def __str__(self) -> str:
-        """Worked as one learns it: the tens, then the ones. A small model learns this several times faster than the sum at once."""
+        """Write the step as taught in school, tens first, then ones: a small model learns this several times faster."""
         tens, ones = self.right // 10 * 10, self.right % 10
         between = Step(self.left, self.operator, tens).result
         return f"{self.left}{self.operator}{tens}={between}, {between}{self.operator}{ones}={self.result}"
@@ -59,13 +59,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Template:
-    """A kind of problem.
+    """A template for problems.
 
     Attributes:
-        operators: one for each step, such as `+-`; the second step goes on from the result of the first.
-        question: its text; {a}, {b}, {c} are the numbers in the order they are worked with.
-        working: a sentence for each step; {1} and {2} are the calculations.
-        things: what {things} may be.
+        operators: one operator per step, such as `+-`; the second step continues from the result of the first.
+        question: text with the numbers {a}, {b}, {c}, in the order of the calculation.
+        working: one sentence per step, with the calculations {1} and {2}.
+        things: possible values of {things}.
     """
 
     operators: str
@@ -76,7 +76,7 @@ class Template:
 
 GIRLS = "Mia Emma Zoe Lily Anna Nora Ruth Sara Ella Ines Aisha Mei Priya Rosa Hana Clara Ivy Lena Maya Tara".split()
 BOYS = "Ben Leo Sam Tom Noah Omar Raj Luis Kenji Paul Ivan Adam Finn Hugo Jack Karim Mark Nils Theo Will".split()
-# Each with the words that stand for the name: {he} and {his}.
+# Names with their pronouns {he} and {his}.
 PEOPLE = [(name, "she", "her") for name in GIRLS] + [(name, "he", "his") for name in BOYS]
 TOYS = ("marbles", "stickers", "shells", "stamps", "coins", "cards", "beads", "buttons", "badges", "pebbles", "postcards", "crayons")
 FOOD = ("cookies", "muffins", "pies", "rolls", "pancakes", "cupcakes", "buns", "tarts", "waffles", "pretzels")
@@ -222,11 +222,11 @@ def write_problems(path_train: Path, path_test: Path, n_train: int, n_test: int,
     """Write two JSONL files with the columns `question` and `answer`.
 
     Args:
-        path_train: file of the training rows; its folder exists.
-        path_test: file of the test rows, which share no worked pair of numbers with the training rows.
-        n_train: training rows.
-        n_test: test rows.
-        seed: the same seed gives the same files.
+        path_train: file for the training rows, in an existing folder.
+        path_test: file for the test rows, which share no pair of numbers with the training rows.
+        n_train: number of training rows.
+        n_test: number of test rows.
+        seed: equal seeds give equal files.
     Returns:
         the problems of both files, in order.
     """
@@ -237,7 +237,7 @@ def write_problems(path_train: Path, path_test: Path, n_train: int, n_test: int,
 
 
 def tool_chat(problem: Problem) -> list[dict[str, str]]:
-    """A problem as a chat with a calculator (verl/tools/calculator.py), which does each step."""
+    """Write a problem as a chat in which a calculator (verl/tools/calculator.py) computes each step."""
     chat = [{"role": "user", "content": problem.question}]
     for step in problem.steps:
         order = f"calculate {step.left}{step.operator}{step.right}"
@@ -246,7 +246,7 @@ def tool_chat(problem: Problem) -> list[dict[str, str]]:
 
 
 def make_problems(n_train: int, n_test: int, seed: int = 1) -> tuple[list[Problem], list[Problem]]:
-    """Training and test problems, each question once; no pair of numbers is worked with in both."""
+    """Generate training and test problems without duplicates and without a common pair of numbers."""
     draw = random.Random(seed)
     train_pairs, test_pairs = _split_pairs(draw)
     test = _distinct(n_test, test_pairs, draw)
@@ -279,7 +279,7 @@ def _endless(pairs: set[Pair], draw: random.Random) -> Iterator[Problem]:
 
 
 def _calculate(operators: str, pairs: set[Pair], draw: random.Random) -> tuple[Step, ...]:
-    """Steps with two-digit numbers and results, each of an allowed pair."""
+    """Draw steps with two-digit numbers and results, whose pairs are all in `pairs`."""
     while True:
         left = draw.randint(SMALLEST, LARGEST)
         steps: list[Step] = []
@@ -294,7 +294,7 @@ def _calculate(operators: str, pairs: set[Pair], draw: random.Random) -> tuple[S
 
 
 def _tell(template: Template, steps: Sequence[Step], draw: random.Random) -> Problem:
-    """Put names, things and numbers into a template."""
+    """Fill names, things and numbers into a template."""
     (name, he, his), (other, *_) = draw.sample(PEOPLE, 2)
     numbers = [steps[0].left, *(step.right for step in steps)]
     words: dict[str, object] = dict(zip("abc", numbers, strict=False))

@@ -1,8 +1,8 @@
-"""The whole way, offline, in minutes on a CPU: problems, a small model from nothing, fine-tuning, reinforcement learning, evaluation.
+"""All steps offline, in minutes on a CPU: problems, a new small model, fine-tuning, reinforcement learning and evaluation.
 
     python -m verl.demo.run
 
-It prints and runs the same commands that work on anybody's files. `demo` is the whole way; read it first.
+It prints and runs the same commands that users run on their own files. Read `demo` first.
 """
 
 import json
@@ -32,13 +32,13 @@ FOLDER = Path("demo-run")
 TRAIN, TEST, MODEL = FOLDER / "train.jsonl", FOLDER / "test.jsonl", FOLDER / "model"
 CHECKPOINTS, BEFORE, AFTER = FOLDER / "checkpoints", FOLDER / "eval-before", FOLDER / "eval-after"
 RL_CHECKPOINTS, RL_BEFORE, RL_AFTER = FOLDER / "rl-checkpoints", FOLDER / "eval-before-rl", FOLDER / "eval-after-rl"
-# Small steps, many of them: what a small model from nothing needs. A pretrained model wants a rate some hundred times lower.
+# A small untrained model needs many small steps. A pretrained model needs a learning rate about a hundred times lower.
 RECIPE = (
     "data.train_batch_size=16 data.max_length=128 data.max_tokens_per_micro_batch=2048 model.enable_gradient_checkpointing=false "
     "optim.lr=2e-3 optim.lr_scheduler=linear optim.warmup_steps_ratio=0.05 trainer.logger=verl.demo.milestones"
 ).split()
-ROWS_A_STEP, SAVED = 16, 30  # of fine-tuning: rows, and checkpoints
-ENOUGH = 0.3  # of the problems: reinforcement learning starts from the first checkpoint that answers so many, and has much left to learn
+ROWS_PER_STEP, SFT_CHECKPOINTS = 16, 30
+EARLY_EXACT_MATCH = 0.3  # reinforcement learning starts from the first checkpoint this good, which still has much to learn
 RL_RECIPE = (
     "data.max_prompt_length=96 data.prompts_per_step=32 rollout.samples_per_prompt=8 rollout.max_new_tokens=64 rollout.max_sequences=256 "
     "algorithm.name=grpo algorithm.keep_reference=false reward.name=gsm8k model.enable_gradient_checkpointing=false "
@@ -49,19 +49,19 @@ console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Go the whole way, and return the content of summary.json."""
+    """Run all steps, and return the content of summary.json."""
     since = time.perf_counter()
     title("1. Word problems")
     train = make_problems(config)
     title("2. A small model with random weights")
     make_model(train, config.seed)
-    title("3. Before: the model knows nothing")
+    title("3. Before: the model is untrained")
     before = evaluate(MODEL, BEFORE)
     title("4. Fine-tuning")
     checkpoint = fine_tune(config)
-    title("5. After: problems that it has not seen")
+    title("5. After: problems that it has not seen in training")
     after = evaluate(checkpoint, AFTER)
-    title("6. Reinforcement learning, from an early checkpoint that answers some of them")
+    title("6. Reinforcement learning, from an early checkpoint that solves some of them")
     early, before_rl = find_early(checkpoint)
     rl_checkpoint = reinforce(early, config)
     after_rl = evaluate(rl_checkpoint, RL_AFTER)
@@ -90,12 +90,12 @@ def demo(config: DemoConfig) -> dict[str, Any]:
 
 
 def make_problems(config: DemoConfig) -> list[Problem]:
-    """Write train.jsonl and test.jsonl anew; what an earlier demo wrote goes. Returns the training problems."""
+    """Delete the output of an earlier demo, and write train.jsonl and test.jsonl. Return the training problems."""
     for folder in (MODEL, CHECKPOINTS, RL_CHECKPOINTS, BEFORE, AFTER, RL_BEFORE, RL_AFTER):
         shutil.rmtree(folder, ignore_errors=True)
     FOLDER.mkdir(exist_ok=True)
     train, test = write_problems(TRAIN, TEST, config.train_rows, config.test_rows, config.seed)
-    say(f"{len(train):,} in {TRAIN}, {len(test):,} in {TEST}; the numbers of the second are never worked with in the first\n")
+    say(f"{len(train):,} in {TRAIN}, {len(test):,} in {TEST}; no pair of numbers is in both\n")
     say(f"{train[0].question}\n{train[0].answer}")
     return train
 
@@ -106,13 +106,13 @@ def make_model(train: list[Problem], seed: int) -> None:
 
 
 def fine_tune(config: DemoConfig) -> Path:
-    """Train with the product's own trainer. Returns the last checkpoint."""
+    """Run the SFT trainer, and return the last checkpoint."""
     words = [
         f"data.train_files={TRAIN}",
         f"data.cache_dir={FOLDER / 'cache'}",
         f"model.partial_pretrain={MODEL}",
         f"trainer.default_local_dir={CHECKPOINTS}",
-        f"trainer.save_freq={max(1, config.train_rows // ROWS_A_STEP // SAVED)}",
+        f"trainer.save_freq={max(1, config.train_rows // ROWS_PER_STEP // SFT_CHECKPOINTS)}",
         f"trainer.seed={config.seed}",
         *RECIPE,
     ]
@@ -124,13 +124,17 @@ def fine_tune(config: DemoConfig) -> Path:
 
 
 def find_early(last: Path) -> tuple[Path, dict[str, Any]]:
-    """The first checkpoint that answers enough, or the last but one, and its results. The others, which only take room, go."""
+    """Find the first checkpoint with EARLY_EXACT_MATCH, or else the last but one, and delete the others.
+
+    Returns:
+        the checkpoint and its results.
+    """
     saved = sorted(CHECKPOINTS.glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     earlier = [path for path in saved if path != last] or [last]
     early, results = earlier[0], {}
-    for early in earlier[len(earlier) // 3 :]:  # the first ones answer next to nothing
+    for early in earlier[len(earlier) // 3 :]:  # the first third solves almost nothing
         results = evaluate(early, RL_BEFORE)
-        if results["exact_match"] >= ENOUGH:
+        if results["exact_match"] >= EARLY_EXACT_MATCH:
             break
     for path in {*saved} - {early, last}:
         shutil.rmtree(path)
@@ -138,7 +142,7 @@ def find_early(last: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
-    """Go on from a checkpoint with GRPO: answers that the grader finds right become likelier. Returns the last checkpoint."""
+    """Continue from a checkpoint with GRPO, which makes correct answers more likely. Return the last checkpoint."""
     words = [
         f"data.train_files={TRAIN}",
         f"model.partial_pretrain={checkpoint}",
@@ -157,21 +161,21 @@ def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
 
 
 def evaluate(model: Path, output_dir: Path) -> dict[str, Any]:
-    """Answer the test problems with the product's own evaluator. Returns the content of its results.json."""
+    """Run the evaluator on the test problems, and return the content of results.json."""
     words = [f"model_path={model}", f"test_file={TEST}", f"output_dir={output_dir}", "max_new_tokens=64", "batch_size=100"]
     show_command("verl.eval.sft_evaluator", words)
     return sft_evaluator.evaluate(load_config(EvalConfig, words))
 
 
 def training() -> dict[str, float]:
-    """How many steps were taken, and the loss of the first and of the last."""
+    """Return the number of steps, and the losses of the first and the last step."""
     lines = (CHECKPOINTS / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     first, last = json.loads(lines[0]), json.loads(lines[-1])
     return {"steps": last["step"], "loss_first_step": first["train/loss"], "loss_last_step": last["train/loss"]}
 
 
 def show_outcome(summary: dict[str, Any]) -> None:
-    """One problem before and after, the numbers, the files, and the commands for a person's own data."""
+    """Print one problem before and after, the results, the files, and the commands for the user's own data."""
     before, after = (predictions(folder) for folder in (BEFORE, AFTER))
     shown = next((number for number, prediction in enumerate(after) if prediction["correct"]), 0)
     say(f"Question: {after[shown]['prompt']}")
@@ -192,7 +196,7 @@ def show_outcome(summary: dict[str, Any]) -> None:
         (BEFORE, "results.json and predictions.jsonl before"),
         (AFTER, "results.json and predictions.jsonl after"),
         (summary["rl_checkpoint"], "the early checkpoint after GRPO"),
-        (RL_CHECKPOINTS / "rollouts", "each step's answers and what they earned"),
+        (RL_CHECKPOINTS / "rollouts", "the answers of each step and their rewards"),
         (FOLDER / "summary.json", "these numbers"),
     ):
         say(f"{path!s:<44} {content}")
@@ -201,18 +205,18 @@ def show_outcome(summary: dict[str, Any]) -> None:
 
 
 OWN_DATA = """\
-Talk to the model that you have just trained:
+Chat with the model that you have just trained:
   verl chat {checkpoint}
 
-Your questions and answers, a line each ({{"question": …, "answer": …}}), and a pretrained model. It takes the GPU if there is one:
+Fine-tune a pretrained model on your questions and answers, one per line ({{"question": …, "answer": …}}), on the GPU if there is one:
   verl sft data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=checkpoints/mine
   verl eval model_path=checkpoints/mine/global_step_N test_file=test.jsonl output_dir=checkpoints/mine/eval
 
-Go on from your checkpoint with reinforcement learning:
+Continue from your checkpoint with reinforcement learning:
   verl ppo data.train_files=train.jsonl model.partial_pretrain=checkpoints/mine/global_step_N reward.name=gsm8k optim.lr=1e-6 \\
     trainer.default_local_dir=checkpoints/mine-grpo
 
-All four GPUs of a machine:
+Use all four GPUs of a machine:
   verl sft --gpus 4 data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct \\
     trainer.default_local_dir=checkpoints/mine"""
 
@@ -222,7 +226,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def printable(text: str) -> str:
-    """In one line, without what a terminal cannot show."""
+    """Return the text in one line, without characters that a terminal cannot show."""
     return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "·" for c in text)
 
 

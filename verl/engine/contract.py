@@ -1,6 +1,6 @@
-"""What an algorithm and the engine know of each other: what a model says of a batch, and what a loss returns.
+"""The interface between algorithms and the engine: model outputs and loss results.
 
-Dimensions: T tokens of the packed batch; M trained positions; S documents.
+Dimensions: M trained positions; S documents.
 """
 
 from collections.abc import Callable
@@ -11,32 +11,32 @@ from torch import Tensor
 
 from verl.data.batch import Batch
 
-# The derivative of what is minimized by each trained position's log-probability, slope_M in float32, where it is known before the
-# model has run; or a function that gives that of some of them, from their log-probabilities and where they stand among all.
+# The derivative of the loss with respect to each trained position's log-probability: slope_M in float32, if it is known before the
+# forward pass; or a function of some log-probabilities and their slice of M, which returns their derivatives.
 Slope: TypeAlias = Tensor | Callable[[Tensor, slice], Tensor]
 
 
 @dataclass
 class ValueOut:
-    """What a critic says: `value_M`, float32, the reward that it expects before the token of that position is drawn."""
+    """Output of a critic: `value_M`, float32, the expected return before the token is sampled."""
 
     value_M: Tensor
 
 
 @dataclass
 class ScoreOut:
-    """What a reward model says: `score_S`, float32, one for each document, filler left out."""
+    """Output of a reward model: `score_S`, float32, one score per document, without filler."""
 
     score_S: Tensor
 
 
 @dataclass
 class TokenOut:
-    """What a model says of the trained tokens, in float32.
+    """Output of a language model at the trained tokens, in float32.
 
     Attributes:
-        logprob_M: natural log.
-        entropy_M: of the distribution that each token was one of, in nats; None: not asked for.
+        logprob_M: log-probability of the token, natural log.
+        entropy_M: entropy of the predictive distribution, in nats; None if not requested.
     """
 
     logprob_M: Tensor
@@ -45,13 +45,13 @@ class TokenOut:
 
 @dataclass
 class LossOut:
-    """A loss over one micro-batch, not yet divided by anything.
+    """Unnormalized loss of one micro-batch.
 
     Attributes:
-        sum: what is minimized, summed over what the algorithm counts; a scalar with a gradient.
-        metric_sums: scalars without a gradient, summed over the trained tokens, to be reported as means.
-        count_sums: likewise, summed over what the algorithm counts, such as answers or pairs.
-        metric_maxima: scalars to be reported as the largest of all micro-batches and ranks.
+        sum: loss summed over the units that the algorithm counts, such as tokens or pairs; a scalar with a gradient.
+        metric_sums: scalars without a gradient, summed over the trained tokens; reported as means.
+        count_sums: scalars without a gradient, summed over the counted units; reported as means.
+        metric_maxima: scalars without a gradient; reported as the maximum over all micro-batches and ranks.
     """
 
     sum: Tensor
@@ -60,25 +60,25 @@ class LossOut:
     metric_maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def detached(self) -> "LossOut":
-        """The same without the graph."""
+        """Return a copy without the autograd graph."""
         return replace(self, sum=self.sum.detach())
 
 
 class Algorithm(Protocol):
-    """What a method minimizes: a module such as `verl.algorithms.sft`.
+    """The loss of a method: a module such as `verl.algorithms.sft`.
 
-    It may have `count(batch: Batch) -> float` too: what a micro-batch in host memory adds to the number that the loss is divided
-    by. Without it, that is the number of trained tokens.
+    It may also have `count(batch: Batch) -> float`, the number of units in a micro-batch in host memory. The engine divides the loss by
+    the sum of these counts. Without `count`, it divides by the number of trained tokens.
     """
 
     def loss(self, out: Any, batch: Batch) -> LossOut:
-        """The loss of one micro-batch, from what the engine's scorer says of it."""
+        """Compute the loss of one micro-batch from the scorer's output."""
         ...
 
     def slope(self, batch: Batch) -> Slope | None:
-        """Derivative of the loss's sum by each trained log-probability: known before the model has run, or a function of that
-        log-probability alone; None where it is neither.
+        """Return the derivative of `LossOut.sum` with respect to each trained log-probability.
 
-        It saves the backward pass a matrix product over the whole vocabulary.
+        It must be known before the forward pass, or be a function of that log-probability alone; otherwise return None. A slope saves
+        the backward pass a matmul over the whole vocabulary.
         """
         ...

@@ -1,1 +1,1 @@
-"""Evaluating a checkpoint on a file of questions and answers."""
+"""Evaluation of a checkpoint on a file of questions and answers."""

@@ -1,4 +1,4 @@
-"""One graded answer, by a module of verl/rewards or a user's own file."""
+"""Grading of answers by a module in verl/rewards or a user's own file."""
 
 import math
 import traceback
@@ -15,15 +15,15 @@ from verl.rollout import Completion
 
 @dataclass(frozen=True)
 class Question:
-    """A data row that is to be answered.
+    """A data row to answer.
 
     Attributes:
-        where: its place in the file.
-        prompt: the question, as it stands in the data; of a chat, its last message.
-        reference: the right answer, as it stands in the data.
+        where: location of the row, such as `test.jsonl:17`.
+        prompt: the question, as in the data; for a chat, its last message.
+        reference: the correct answer, as in the data.
         row: all columns, and `reference`.
-        messages: the chat that waits for an answer.
-        tools: that the chat may call, or None.
+        messages: the chat to answer.
+        tools: tools that the chat may call, or None.
     """
 
     where: str
@@ -39,16 +39,16 @@ class Prediction:
     """One graded answer, a line of predictions.jsonl.
 
     Attributes:
-        prompt: the question, as it stands in the data.
+        prompt: the question, as in the data.
         response: the model's answer, without its stop token.
-        reference: the right answer, as it stands in the data.
-        extracted: what the grader compares of the response, or None.
-        expected: what the grader compares of the reference, or None.
+        reference: the correct answer, as in the data.
+        extracted: the answer that the grader extracts from the response, or None.
+        expected: the answer that the grader extracts from the reference, or None.
         correct: whether the score is 1.
-        correct_flexible: the same, when any last number counts; None if the grader has no such rule.
-        score: from the grader.
+        correct_flexible: whether the last number of the response is correct, in any format; None if the grader has no such rule.
+        score: the grader's score.
         finish_reason: "stop", or "length" for an answer cut at max_new_tokens.
-        tokens: generated, with the stop token.
+        tokens: number of generated tokens, including the stop token.
     """
 
     prompt: str
@@ -64,12 +64,12 @@ class Prediction:
 
 
 class Grader:
-    """A grader, and what it can do beside `score` (see verl/rewards).
+    """A grader with its optional functions (see verl/rewards).
 
     Args:
-        name: of a module in verl/rewards, a dotted module, or path/to/file.py.
+        name: a module in verl/rewards, a dotted module, or path/to/file.py.
     Attributes:
-        measure: what the mean of its scores is called.
+        measure: display name of the mean score.
     Raises:
         UserError: no such grader, or it has no function `score`.
     """
@@ -84,9 +84,9 @@ class Grader:
         self.measure = "exact match" if self._matches else "mean score"
 
     def check(self, question: Question) -> None:
-        """Raises UserError if the grader finds no answer in the reference: no response could be right."""
+        """Raise UserError if the grader finds no answer in the reference, because no response could then be correct."""
         if self._expect is not None and self._call(self._expect, question.reference) is None:
-            fix = "mend the row, or set metric to a grader of such answers"
+            fix = "correct the row, or set metric to a grader for such answers"
             raise UserError(f"metric {self.name!r} finds no answer in {question.reference!r:.60}", where=question.where, fix=fix)
 
     def grade(self, question: Question, response: str, completion: Completion) -> Prediction:
@@ -117,7 +117,7 @@ class Grader:
     def _call(self, function: Any, *arguments: Any) -> Any:
         try:
             return function(*arguments)
-        except Exception as error:  # a user's own program, which fails as it likes
+        except Exception as error:  # a user's own code may raise anything
             frame = traceback.extract_tb(error.__traceback__)[-1]
             what = f"{function.__name__}() raised {type(error).__name__}: {error}"
-            raise UserError(what, where=f"{frame.filename}:{frame.lineno}", fix=f"mend the grader, metric={self.name}") from error
+            raise UserError(what, where=f"{frame.filename}:{frame.lineno}", fix=f"correct the grader (metric={self.name})") from error

@@ -1,4 +1,4 @@
-"""What an evaluation says: its progress, its files, its numbers, its table."""
+"""Output of an evaluation: progress, files, statistics and the table of results."""
 
 import json
 import math
@@ -28,12 +28,12 @@ RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 Z_95 = 1.959964  # 97.5th percentile of the normal distribution
 
 
-class Meter:
-    """How far the evaluation is: a bar on a terminal, a line each tenth of the way in a log.
+class AnswerProgress:
+    """Progress of the evaluation: a bar in a terminal, a line every 10% in a log.
 
     Args:
-        total: answers that are wanted.
-        measure: what the mean of their scores is called.
+        total: number of answers to generate.
+        measure: display name of the mean score.
     """
 
     def __init__(self, total: int, measure: str, console: Console):
@@ -50,7 +50,7 @@ class Meter:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("", total=total)
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "AnswerProgress":
         self._progress.start()
         return self
 
@@ -58,7 +58,7 @@ class Meter:
         self._progress.stop()
 
     def add(self, predictions: Sequence[Prediction]) -> None:
-        """Count answers that are done, and show what all so far come to."""
+        """Count finished answers, and show the mean score so far."""
         self._answers += len(predictions)
         self._tokens += sum(p.tokens for p in predictions)
         self._score += sum(p.score for p in predictions)
@@ -72,22 +72,22 @@ class Meter:
 
 
 def open_directory(name: str) -> Path:
-    """The output directory, made when missing.
+    """Create the output directory if it is missing.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: it cannot be created or written to.
     """
     directory = Path(name).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=f"output_dir={name}", fix="give another directory") from error
+        raise UserError(f"cannot be written: {error.strerror}", where=f"output_dir={name}", fix="choose another directory") from error
     return directory
 
 
-def forget_earlier(directory: Path) -> None:
-    """Clear the files of an earlier evaluation, so that numbers never stand beside answers that they do not come from."""
+def clear_earlier(directory: Path) -> None:
+    """Clear the files of an earlier evaluation, so that results and predictions always belong together."""
     (directory / RESULTS).unlink(missing_ok=True)
     write_predictions(directory, [])
 
@@ -101,12 +101,12 @@ def write_results(directory: Path, results: dict[str, Any]) -> None:
 
 
 def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds: float, device: str) -> dict[str, Any]:
-    """The content of results.json.
+    """Return the content of results.json.
 
     Args:
-        predictions: `config.n` to each question, side by side; the mean of their scores is `exact_match`.
-        seconds: that generating and grading them took.
-        device: what they were generated on, in words.
+        predictions: `config.n` consecutive predictions per question; the mean of their scores is `exact_match`.
+        seconds: time to generate and grade them.
+        device: description of the generating device.
     """
     flexible = [p.correct_flexible for p in predictions if p.correct_flexible is not None]
     questions, tokens = len(predictions) // config.n, sum(p.tokens for p in predictions)
@@ -138,9 +138,9 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float] | None:
-    """Wilson's 95% interval of a share that was seen in n independent trials (Wilson 1927); None for a mean that is no share.
+    """Return Wilson's 95% confidence interval of a proportion in n independent trials (Wilson 1927); None if it is not in [0, 1].
 
-    Several answers to one question are not independent, so n counts questions: with more answers the interval is a little too wide.
+    Several answers to one question are not independent, so n counts questions. With several answers, the interval is a little too wide.
     """
     if not 0.0 <= share <= 1.0:
         return None
@@ -151,14 +151,14 @@ def wilson_interval(share: float, n: int) -> tuple[float, float] | None:
 
 
 def print_table(console: Console, results: dict[str, Any], measure: str, directory: Path) -> None:
-    """The results for a person: framed on a terminal, plain lines in a log."""
+    """Print the results, framed in a terminal and as plain lines in a log."""
     table = Table(show_header=False, box=box.ROUNDED if console.is_terminal else None)
     interval, flexible = results["confidence_interval_95"], results["exact_match_flexible"]
     table.add_row(measure, f"{results['exact_match']:.2%}" if interval else f"{results['exact_match']:.4f}")
     if interval:
         table.add_row("95% interval", f"{interval[0]:.2%} to {interval[1]:.2%}")
     if flexible is not None:
-        table.add_row("exact match of any last number", f"{flexible:.2%}")
+        table.add_row("exact match of the last number", f"{flexible:.2%}")
     answers = "" if results["answers"] == results["n"] else f", {results['answers']:,} answers"
     table.add_row("questions", f"{results['n']:,}{answers}")
     table.add_row("cut at max_new_tokens", f"{results['truncated']:.2%}")

@@ -2,7 +2,7 @@
 
     python -m verl.eval.sft_evaluator model_path=checkpoints/verl-sft/run/global_step_100 test_file=test.jsonl output_dir=results
 
-`evaluate` below is the whole way; read it first.
+`evaluate` below does it all; read it first.
 """
 
 import os
@@ -37,7 +37,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Returns:
         the content of results.json.
     Raises:
-        UserError: anything in the config, the rows, the checkpoint or the grader that is not right.
+        UserError: the config, a row, the checkpoint or the grader is invalid.
     """
     console = Console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
@@ -46,7 +46,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     questions = read_questions(config, grader)
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
-    stop_ids = renderer.stop_ids  # of a template that can be used at all
+    stop_ids = renderer.stop_ids  # raises if the template is unusable
     systems = [system_of(question.messages) for question in questions]
     check_format(config.model_path, tokenizer, stop_ids, systems, key="system_prompt")
     prompts = [render(renderer, question) for question in questions]
@@ -59,7 +59,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     device = rollout.describe()
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
-    report.forget_earlier(directory)
+    report.clear_earlier(directory)
     since = time.perf_counter()
     predictions = answer(prompts, sampling, rollout, grade, grader.measure, directory, console)
     results = report.summarize(config, predictions, seconds=time.perf_counter() - since, device=device)
@@ -77,19 +77,22 @@ def answer(
     directory: Path,
     console: Console,
 ) -> list[Prediction]:
-    """All answers, graded, those to the first prompt first. Whatever ends it early, predictions.jsonl holds what was done."""
-    wanted = len(prompts) * sampling.n
+    """Generate and grade all answers, and return them in the order of the prompts.
+
+    If this is interrupted, predictions.jsonl has the answers that were finished.
+    """
+    total = len(prompts) * sampling.n
     done: dict[int, Prediction] = {}
     try:
-        with report.Meter(wanted, measure, console) as meter:
+        with report.AnswerProgress(total, measure, console) as progress:
             for batch in rollout.stream(prompts, sampling):
                 graded = {number: grade(number, completion) for number, completion in batch}
                 done |= graded
-                meter.add(list(graded.values()))
+                progress.add(list(graded.values()))
     finally:
         report.write_predictions(directory, [done[number] for number in sorted(done)])
-        if len(done) < wanted:
-            console.print(f"stopped: {len(done):,} of {wanted:,} answers are in {directory / report.PREDICTIONS}")
+        if len(done) < total:
+            console.print(f"stopped: {len(done):,} of {total:,} answers are in {directory / report.PREDICTIONS}")
     return [done[number] for number in sorted(done)]
 
 
@@ -99,12 +102,12 @@ def check_one_process() -> None:
 
 
 def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
-    """The rows to answer, each of them checked. Raises UserError naming file and line."""
+    """Read and check the rows to answer. Raises UserError that names file and line."""
     samples = None if config.max_samples == -1 else config.max_samples
     questions = []
     for row in islice(read_rows(config.test_file, "test_file"), samples):
         if row.is_text:
-            raise UserError("plain text holds no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
+            raise UserError("plain text has no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
         question = read_question(row, config) if config.messages_key is None else read_chat(row, config, config.messages_key)
         grader.check(question)
         questions.append(question)
@@ -118,7 +121,7 @@ def read_question(row: Row, config: EvalConfig) -> Question:
 
 
 def read_chat(row: Row, config: EvalConfig, key: str) -> Question:
-    """A chat up to its last answer, which is the reference where the row has no other."""
+    """Read a chat up to its last answer, which is the reference if the row has no response column."""
     messages, answer = unanswered(row.value(key, "messages_key"), row.where)
     if config.response_key in row.values or not isinstance(answer, str):
         answer = row.text(config.response_key, "response_key")
@@ -127,7 +130,7 @@ def read_chat(row: Row, config: EvalConfig, key: str) -> Question:
 
 
 def render(renderer: Renderer, question: Question) -> list[int]:
-    """The tokens of the question, as training showed it to the model."""
+    """Return the tokens of the question, in the same format as in training."""
     try:
         return renderer.prompt(question.messages, question.tools)
     except UserError as error:
@@ -146,10 +149,10 @@ def rollout_options(config: EvalConfig) -> Options:
 
 
 def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Question], prompts: list[list[int]], console: Console) -> int:
-    """max_new_tokens, or what the model's positions leave for it.
+    """Return max_new_tokens, or fewer if the longest prompt leaves fewer of the model's positions.
 
     Raises:
-        UserError: a prompt that leaves nothing.
+        UserError: a prompt leaves no position.
     """
     positions = rollout.positions
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -157,16 +160,16 @@ def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Questio
     if positions is None or tokens + config.max_new_tokens <= positions:
         return config.max_new_tokens
     if tokens >= positions:
-        what = f"{tokens:,} tokens of prompt do not fit into the model's {positions:,} positions"
+        what = f"the prompt's {tokens:,} tokens do not fit into the model's {positions:,} positions"
         raise UserError(what, where=questions[longest].where, fix="shorten the question, or remove the row")
     console.print(
-        f"answers end at {positions - tokens:,} tokens: the model has {positions:,} positions, the longest prompt takes {tokens:,}"
+        f"answers are cut at {positions - tokens:,} tokens: the model has {positions:,} positions, and the longest prompt has {tokens:,}"
     )
     return positions - tokens
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
-    """The answer as text, without its stop token."""
+    """Decode an answer, without its stop token."""
     ids = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 

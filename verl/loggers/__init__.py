@@ -1,1 +1,1 @@
-"""One file a logger: a module with `start(run)` that returns an object with `log(step, metrics)` and `finish()`."""
+"""Loggers, one per file: a module with `start(run)` that returns an object with `log(step, metrics)` and `finish()`."""

@@ -1,13 +1,13 @@
-"""What must not leave the machine with a configuration."""
+"""Removal of secrets from a configuration before it leaves the machine."""
 
 import re
 from typing import Any
 
 HIDDEN = "[hidden]"
 
-# Names of keys whose text is a secret. A number under such a name is none: max_new_tokens=512.
+# Names of keys whose text is a secret. A number under such a name, as in max_new_tokens=512, is not.
 _SECRET_NAME = re.compile(r"(?i)(token|secret|password|passwd|credential|api_?key|access_?key|private_?key)")
-# Texts that are secrets under any name: keys of Hugging Face, OpenAI and its likes, AWS, GitHub.
+# Texts that are secrets under any name: keys of Hugging Face, OpenAI and similar services, AWS, GitHub.
 _SECRET_TEXT = re.compile(r"\b(?:hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_)[A-Za-z0-9_\-]{12,}")
 # The user and password of a URL, and secrets among its parameters.
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
@@ -15,7 +15,7 @@ _URL_PARAMETER = re.compile(r"(?i)(?<=[?&])([^=&\s]*(?:token|secret|password|key
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """The same nested plain values with every secret's text replaced by `[hidden]`."""
+    """Return a copy of nested plain values in which every secret is replaced by `[hidden]`."""
     if isinstance(value, dict):
         return {key: redact(child, str(key)) for key, child in value.items()}
     if isinstance(value, list | tuple):

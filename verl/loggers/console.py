@@ -1,4 +1,4 @@
-"""One plain line a step, for a terminal and for train.log."""
+"""One plain line per step, for the terminal and train.log."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from verl.run import Run
 
-# What a line says of a metric, in this order.
+# Metrics of a line, in this order, and their formats.
 _SHOWN = {
     "rl/reward": "reward {:.3f}",
-    "rl/response_tokens": "{:.0f} tokens an answer",
+    "rl/response_tokens": "{:.0f} tokens/answer",
     "rl/entropy": "entropy {:.3f}",
     "train/loss": "loss {:.4f}",
     "train/lr": "lr {:.2e}",
@@ -19,7 +19,7 @@ _SHOWN = {
     "perf/tokens_per_second": "{:,.0f} tok/s",
     "perf/peak_memory_gib": "{:.1f} GiB",
 }
-# These need no line: metrics.jsonl has them.
+# Metrics that are only in metrics.jsonl.
 _NOT_SHOWN = ("epoch", "train/", "perf/", "rl/", "critic/", "reward/")
 
 
@@ -35,10 +35,10 @@ class Console:
         self._run.line(" · ".join([*parts, *self._time_left(step)]))
 
     def finish(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def _time_left(self, step: int) -> list[str]:
-        """From the second line on: the first step also warms up, and says nothing of the others."""
+        """Estimate the time left, from the second line on: the first step also warms up and is not typical."""
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)
@@ -53,7 +53,7 @@ def start(run: Run) -> Console:
 
 
 def _clock(seconds: float) -> str:
-    """`1:23`, or `2:01:23` from an hour on."""
+    """Format seconds as `1:23`, or as `2:01:23` from an hour on."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -31,14 +31,14 @@ class TensorBoard:
             self._writer.close()
 
     def _start(self, step: int) -> SummaryWriter:
-        """A run that goes on from a checkpoint takes the steps after it again: what was written of them is purged."""
+        """Open the writer. A resumed run repeats the steps after its checkpoint, so their earlier values are purged."""
         writer = self._open(str(self._run.directory / "tensorboard"), purge_step=step)
         writer.add_text("config", f"```yaml\n{yaml.safe_dump(redact(self._run.config), sort_keys=False)}```", step)
         return writer
 
 
 def start(run: Run) -> TensorBoard:
-    """Raises UserError if the package is missing."""
+    """Start the logger. Raises UserError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

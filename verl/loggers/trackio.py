@@ -1,4 +1,4 @@
-"""Trackio, on this machine's disk: `trackio show` opens its dashboard."""
+"""Trackio, which logs to the local disk; `trackio show` opens its dashboard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Trackio:
 
 
 def start(run: Run) -> Trackio:
-    """Raises UserError if the package is missing or refuses the project's name."""
+    """Start the logger. Raises UserError if the package is missing or rejects the project's name."""
     try:
         import trackio
     except ImportError as error:

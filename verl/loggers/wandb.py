@@ -1,6 +1,7 @@
 """Weights & Biases.
 
-A missing package, login or network is said in one line, and the console takes its place: no run waits for an answer or stops.
+If the package, the login or the network is missing, the logger reports it in one line and falls back to the console: no run waits or
+stops for it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from verl.loggers._redact import redact
 if TYPE_CHECKING:
     from verl.run import Logger, Run
 
-START_SECONDS = 30  # for an answer of the server, before the run goes on without it
-FINISH_SECONDS = 60  # for what is left to upload; the rest stays in the run's directory, for `wandb sync`
+START_SECONDS = 30  # to wait for the server, before the run continues without it
+FINISH_SECONDS = 60  # to upload the remaining data; the rest stays in the run's directory, for `wandb sync`
 
 
 class _NoLoginError(Exception):
@@ -36,20 +37,20 @@ class Wandb:
     def _attempt(self, call: Any, *args: Any, **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
-        except Exception as error:  # whatever happens to the service, the training goes on
+        except Exception as error:  # no failure of the service may stop the training
             if not self._failed:
                 self._run.say(f"wandb: {_first_line(error)}; metrics.jsonl has every step")
             self._failed = True
 
 
 class _Silent:
-    """The logger of a run whose config names the console beside wandb: its lines are already there."""
+    """The fallback of a run that logs to the console anyway."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """The console says it."""
+        """Do nothing: the console logger prints it."""
 
     def finish(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 def start(run: Run) -> Logger:
@@ -59,7 +60,7 @@ def start(run: Run) -> Logger:
         reason = 'the package is not installed (pip install "verl[wandb]")' if error.name == "wandb" else _first_line(error)
     except _NoLoginError:
         reason = "no login (wandb login, or WANDB_API_KEY; WANDB_MODE=offline keeps a run on disk)"
-    except Exception as error:  # the service, the network, a setting of the user's: none of it is worth the run
+    except Exception as error:  # neither the service, the network nor a user's setting may stop the run
         reason = _first_line(error)
     else:
         run.say(f"wandb: {'on disk, ' + session.dir if session.offline else session.url or 'disabled by WANDB_MODE'}")

@@ -1,4 +1,4 @@
-"""A calculator: a turn of the model that ends in the line `calculate 48+24` gets `72` for a reply."""
+"""A calculator: if the model's turn ends with the line `calculate 48+24`, the reply is `72`."""
 
 import re
 
@@ -8,9 +8,9 @@ CANNOT = "cannot calculate this: write two whole numbers with + - * or / between
 
 
 def reply(response: str, prompt: str, row: dict) -> str | None:
-    """The result of the calculation that the turn's last line asks for, or why there is none; None if it asks for nothing.
+    """Return the result of the calculation in the turn's last line, or an error text; None if that line is not a calculation.
 
-    A quotient that is no whole number is rounded to six digits behind the point.
+    A quotient that is not an integer is rounded to six decimal places.
     """
     order = ORDER.search(response.rstrip())
     if order is None:
