@@ -7,7 +7,7 @@ EXPRESSION = re.compile(r"\s*(-?[0-9]{1,15})\s*([-+*/])\s*(-?[0-9]{1,15})\s*")
 CANNOT = "cannot calculate this: write two whole numbers with + - * or / between them"
 
 
-def reply(response: str, prompt: str, row: dict) -> str | None:
+def reply(response: str, prompt: str, row: dict[str, object]) -> str | None:
     """The result of the calculation that the turn's last line asks for, or why there is none; None if it asks for nothing.
 
     A quotient that is no whole number is rounded to six digits behind the point.
