@@ -97,7 +97,7 @@ def chat(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
     """Merge an adapter into its base, cast, split into files, and check the result: SRC DIR"""
-    hand_on(context.args, "verl.models.saved", "ExportConfig", "verl export SRC DIR key=value …")
+    hand_on(context.args, "verl.models.export", "ExportConfig", "verl export SRC DIR key=value …")
 
 
 @app.command(context_settings=PASS_ON)

@@ -242,7 +242,7 @@ def test_a_token_of_one_document_does_not_move_another(model_path: Path) -> None
 def test_an_architecture_that_mixes_documents_is_refused_before_training(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = TokenScorer(load_for_training(str(model_path)).model)
     monkeypatch.setattr(
-        "verl.models.heads.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
+        "verl.engine.scorers.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
     )
     with pytest.raises(UserError, match="differs from the same model alone"):
         check_scorer(scorer)

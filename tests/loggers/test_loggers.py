@@ -94,7 +94,7 @@ def no_wandb_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 ONE_STEP = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/loggers"]
 from test_loggers import run_with
 from verl.loggers import wandb
 run = run_with(Path(sys.argv[1]), "trainer.logger=" + sys.argv[2])

@@ -248,5 +248,5 @@ def test_the_command_ends_with_exit_code_0_or_2(tied: Path, tmp_path: Path) -> N
     done = run("verl", "export")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loaded again, the written model gives the same logits" in done.stdout and done.stderr == ""
-    done = run("verl.models.saved")
+    done = run("verl.models.export")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "not empty" in done.stderr

@@ -117,7 +117,7 @@ def test_an_architecture_that_mixes_documents_is_refused_though_its_head_says_ze
     scorer = Scorer(load(str(write_model(tmp_path, config, kind=kind))).model)
     check_hidden(scorer, where="here")
     monkeypatch.setattr(
-        "verl.models.heads.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
+        "verl.engine.scorers.packed_kwargs", lambda batch: {"cu_seq_lens_q": torch.tensor([0, len(batch.input_ids_T)]), "max_length_q": 8}
     )
     with pytest.raises(UserError, match=r"here: .* differs from the same model alone"):
         check_hidden(scorer, where="here")
