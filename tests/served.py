@@ -18,6 +18,7 @@ from verl.models.load import load_for_training, load_tokenizer
 from verl.models.tiny import write_tiny_model
 from verl.rollout import Completion
 
+PROMPT_LENGTHS = (3, 11, 1, 7, 7, 30, 2, 18)
 PROMPTS = [[5, 6, 7, 8], [40, 41], [9] * 7, list(range(20, 31))]
 STOP_IDS = [1]
 
@@ -33,6 +34,11 @@ def write_served_model(folder: Path, *, tied: bool = True) -> Path:
     model.generation_config.update(do_sample=True, repetition_penalty=3.0, top_k=2)
     model.save_pretrained(folder)
     return folder
+
+
+def random_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
 def trained_model(path: Path) -> Qwen2ForCausalLM:

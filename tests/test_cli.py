@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from places import ROOT
 from rich.console import Console
+from tiny import write_problems_and_model
 
 import verl
 from verl import cli, doctor
@@ -163,13 +164,7 @@ def test_a_wrong_word_ends_with_code_2(words: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from verl.demo.problems import write_problems
-    from verl.models.tiny import write_tiny_model
-
-    folder = tmp_path_factory.mktemp("cli")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 16, 4, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("cli"), 16, 4)
 
 
 def start(processes: int, folder: Path, train_file: str, output: str) -> subprocess.CompletedProcess[str]:

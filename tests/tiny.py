@@ -35,9 +35,9 @@ def write_model(
     return directory
 
 
-def write_problems_and_model(folder: Path) -> Path:
+def write_problems_and_model(folder: Path, train_rows: int = 80, test_rows: int = 20) -> Path:
     """Problems of the demo in train.jsonl and test.jsonl, and a small model with its tokenizer."""
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
+    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", train_rows, test_rows, seed=5)
     write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
     return folder
 

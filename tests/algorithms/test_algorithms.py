@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from verl import dist
 from verl.algorithms import dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, rloo
 from verl.algorithms._advantage import discounted_sums, generalized_advantages
 from verl.algorithms._kl import AdaptiveKL, estimate
@@ -18,12 +17,7 @@ from verl.data.pack import collate, pack_units
 from verl.engine.contract import TokenOut, ValueOut
 from verl.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def answers(rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: object) -> Answers:

@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import relative
 from places import torchrun
 from ranks.methods import ANSWERS, CUTS, METHODS, PAIR_CUTS, PAIRED, POLICIES, batches, engine_of, fields_of_answers, gradient
 from tiny import write_model
 from torch import Tensor
 
-from verl import dist
 from verl.algorithms import _policy
 from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import Batch
 from verl.engine import logprobs
 from verl.engine.contract import LossOut
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +35,6 @@ def fields(model: Path) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def of_one_batch(model: Path, fields: dict[str, list[np.ndarray]]) -> dict[str, Tensor]:
     return {name: gradient(engine_of(name, model), batches([range(ANSWERS)], fields), method) for name, method in METHODS.items()}
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engines import engine_of, gradient, largest_difference, relative
 from places import torchrun
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
@@ -33,7 +34,6 @@ from transformers import (
     get_scheduler,
 )
 
-from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
@@ -43,11 +43,12 @@ from verl.engine.contract import LossOut, TokenOut
 from verl.engine.engine import Engine
 from verl.engine.logprobs import LogitRule, token_scores
 from verl.engine.optim import learning_rate, optimizer_state
-from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import TokenScorer, check_scorer
 from verl.engine.softmax import logprobs_and_entropy
 from verl.errors import UserError
 from verl.models.load import load_for_training
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 ROWS = np.arange(8)
 CUTS = {
@@ -62,35 +63,6 @@ CUTS = {
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
-
-
-def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: bool | str = False) -> Engine:
-    model = load_for_training(str(path)).model
-    if checkpointing:
-        recompute_activations(model, selective=checkpointing == "selective")
-    return Engine(
-        TokenScorer(model),
-        config or OptimConfig(clip_grad=1e9),
-        total_steps=10,
-        device=torch.device("cpu"),
-        compute_dtype=torch.float32,
-    )
-
-
-def gradient(engine: Engine, batches: list[Batch], algorithm=sft) -> Tensor:
-    engine.backward(batches, algorithm)
-    return torch.cat([p.grad.flatten() for p in engine.trained])
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module")
@@ -206,18 +178,6 @@ def test_gpt2_with_learned_positions_is_served_too(tmp_path: Path) -> None:
     )
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     assert largest_difference(TokenScorer(load_for_training(str(path)).model).eval(), alone) < 2e-5
-
-
-def largest_difference(scorer: TokenScorer, alone: torch.nn.Module) -> float:
-    documents = [RandomDocuments().document(i) for i in range(4)]
-    with torch.no_grad():
-        packed = scorer(collate(documents, range(4))).logprob_M
-        expected = []
-        for ids, mask in documents:
-            ids_T = torch.from_numpy(ids).long()
-            logprob_TV = alone(ids_T[None], use_cache=False).logits[0].log_softmax(-1)
-            expected.append(logprob_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1)[torch.from_numpy(mask[1:])])
-    return (packed - torch.cat(expected)).abs().max().item()
 
 
 def test_without_document_bounds_packed_logprobs_differ(model_path: Path) -> None:

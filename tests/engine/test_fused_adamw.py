@@ -38,13 +38,6 @@ def waiting_refused() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    dist.start()
-    yield
-    dist.stop()
-
-
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     torch.manual_seed(0)
     made = [nn.Parameter(torch.randn(shape).to(DEVICE, dtype)) for shape in shapes]

@@ -9,10 +9,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import qwen2_config
 from torch import Tensor
 from transformers import LlamaConfig
 
-from tests.tiny import qwen2_config
 from verl import doctor
 from verl.errors import UserError
 from verl.models.attention import flash, packed

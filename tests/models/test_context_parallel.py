@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engines import relative
 from places import torchrun
 from ranks.context import CASES, Results, results
-from test_sft_trainer import SFT, command, losses, metrics_of, words
+from runs import SFT, command, losses, metrics_of
+from sft_runs import words
 from tiny import RandomDocuments, qwen2_config, write_model, write_problems_and_model
-from torch import Tensor
 
 from verl import dist
 from verl.config.sft import DataConfig
@@ -27,10 +28,6 @@ from verl.trainer import fsdp_sft_trainer
 # Of PyTorch's own making, while it traces.
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 STEPS = 6
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("packing", [Packing(4, 240), Packing(4, 240, multiple_of_tokens=16), Packing(3, None)])
@@ -125,7 +122,7 @@ def plain(folder: Path) -> list[dict[str, float]]:
 def shared(folder: Path, plain: list) -> str:
     """Two pairs of processes go on from the second step of one; each pair has rows of its own, and shares them. What they say."""
     arguments = [*goes_on(folder, "shared", "plain", 2), "model.context_parallel_size=2"]
-    done = command(*SFT, *arguments, processes=4, env={"OMP_NUM_THREADS": "1"})
+    done = command(*SFT, *arguments, processes=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

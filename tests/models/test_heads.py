@@ -22,7 +22,6 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
-from verl import dist
 from verl.algorithms import bradley_terry
 from verl.algorithms.ppo import ValueLoss
 from verl.config.ppo import AlgorithmConfig
@@ -35,14 +34,9 @@ from verl.models.heads import has_head, load_critic, load_reward_model
 from verl.models.load import Loaded
 from verl.models.saved import export_model
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 @pytest.fixture(scope="module")

@@ -40,16 +40,11 @@ from verl.models.saved import export_adapter
 from verl.models.tiny import tiny_tokenizer
 from verl.trainer import fsdp_sft_trainer
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 WHERE = Position(step=3, tokens=100, supervised_tokens=50, rows=24, rows_per_step=4, seed=1, data_fingerprint="f")
 IDS = torch.arange(3, 15)[None]
 STOP = 7
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rl_runs import REWARD, lines_of
+from rl_runs import REWARD
 from rl_runs import words as rl_words
+from runs import lines_of
 from tiny import write_problems_and_model
 
 from verl.config.commands import EvalConfig

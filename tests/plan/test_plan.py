@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from tiny import RandomDocuments, qwen2_config
+from tiny import RandomDocuments, qwen2_config, write_problems_and_model
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
@@ -19,7 +19,6 @@ from verl.config.load import _parse
 from verl.config.sft import DataConfig, SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader
-from verl.demo.problems import write_problems
 from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
@@ -28,7 +27,6 @@ from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED, packed_attention
-from verl.models.tiny import write_tiny_model
 from verl.plan import memory, plan
 from verl.plan.memory import GIB, WORKSPACE, Decoder, Work
 from verl.plan.plan import Plan, make_plan
@@ -303,9 +301,7 @@ def test_shards_offloading_and_whole_copies_differ_as_they_should() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Problems in train.jsonl, and a small model without its weights beside a tokenizer."""
-    folder = tmp_path_factory.mktemp("plan")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    folder = write_problems_and_model(tmp_path_factory.mktemp("plan"))
     (folder / "model" / "model.safetensors").unlink()
     qwen2_large = folder / "large"
     LARGE.save_pretrained(qwen2_large)

@@ -12,12 +12,11 @@ import pytest
 import torch
 from places import ROOT
 from rich.console import Console
+from tiny import write_problems_and_model
 from transformers import AutoModelForCausalLM
 
 from verl.data.loader import row_order
-from verl.demo.problems import write_problems
 from verl.errors import UserError
-from verl.models.tiny import write_tiny_model
 
 SHARED = ROOT.parent / "shared"
 GSM8K, TOKENIZER = SHARED / "data" / "gsm8k" / "train.jsonl", SHARED / "models" / "qwen2.5"
@@ -29,10 +28,7 @@ from peers import settings  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("benchmark")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 400, 5, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("benchmark"), 400, 5)
 
 
 def options(folder: Path, *words: str) -> argparse.Namespace:

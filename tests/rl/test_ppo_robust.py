@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from places import ROOT
-from rl_runs import lines_of, metrics_of, timeless, train, words, write_folder
+from reward_models import PLAIN, scores_of_transformers, write_reward_model
+from rl_runs import train, words, write_folder
+from runs import PPO, command, lines_of, metrics_of, timeless
 from tiny import write_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
@@ -133,7 +135,7 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     assert served[1] == (*served[0], Heads(query=8, key_value=4, size=8)) and served[0] != served[1][1:]
     assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
 
-    monkeypatch.setattr("verl.models.heads.SAME", 0)
+    monkeypatch.setattr("verl.engine.scorers.SAME", 0)
     with pytest.raises(UserError, match=r"reward_model.path: LlamaForSequenceClassification in packed batches differs"):
         train(folder, "not_alike", **judged)
 
@@ -407,8 +409,6 @@ def test_a_wrong_input_ends_the_command_with_its_place_and_what_to_do(
 def test_answers_are_written_anew_for_a_reward_model_with_another_tokenizer_and_that_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from test_reward_model import PLAIN, scores_of_transformers, write_reward_model
-
     path = write_reward_model(folder / "plain", template=PLAIN)
     judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
     train(folder, "other_tokens", **judged)
@@ -433,10 +433,8 @@ def test_an_error_reaches_other_processes_as_it_is() -> None:
 
 
 def on_two(folder: Path, output: str, **changes: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "verl.trainer.ppo_trainer"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     argv = words(folder, output, trainer__total_training_steps=1, trainer__save_freq="never", **changes)
-    return subprocess.run([*command, *argv], capture_output=True, text=True, env=environment, timeout=120)
+    return command(*PPO, *argv, processes=2, timeout=120)
 
 
 RECORDED = """

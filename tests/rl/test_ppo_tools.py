@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from places import ROOT
-from rl_runs import lines_of, train, write_folder
+from rl_runs import train, write_folder
+from runs import lines_of
 
 from verl.config.ppo import RewardConfig, RewardModelConfig, RolloutConfig
 from verl.data.prompts import Prompt

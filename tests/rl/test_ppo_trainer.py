@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rl_runs import lines_of, metrics_of, timeless, train, words, write_folder
+from rl_runs import train, words, write_folder
+from runs import lines_of, metrics_of, timeless
 from safetensors.torch import load_file
 
 from verl import dist

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rl_runs import lines_of, train, write_folder
+from rl_runs import train, write_folder
+from runs import lines_of
 from served import server
-from test_sglang import StandIn
+from sglang_stand_in import StandIn
 
 from verl import chat
 from verl.eval import sft_evaluator

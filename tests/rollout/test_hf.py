@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from served import PROMPT_LENGTHS, random_prompts
 from tiny import qwen2_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
@@ -9,7 +10,6 @@ from verl.rollout import Options, Sampling
 from verl.rollout import hf as rollout_hf
 from verl.rollout.hf import HfRollout
 
-LENGTHS = (3, 11, 1, 7, 7, 30, 2, 18)
 GREEDY = Sampling(max_new_tokens=12)
 
 
@@ -23,11 +23,6 @@ def random_model(**defaults: object) -> Qwen2ForCausalLM:
                 parameter.mul_(6)
     model.generation_config = GenerationConfig(**defaults)
     return model
-
-
-def random_prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
 def plain(model: Qwen2ForCausalLM, prompt: list[int], stop_ids: list[int]) -> list[int]:
@@ -60,7 +55,7 @@ def test_without_the_attention_mask_they_would_differ(stop_ids: list[int], monke
     pad_left = rollout_hf.pad_left
     monkeypatch.setattr(rollout_hf, "pad_left", lambda batch, filler: (ids := pad_left(batch, filler=filler)[0], torch.ones_like(ids)))
     wrong = rollout.generate(prompts, GREEDY)
-    longest = LENGTHS.index(max(LENGTHS))
+    longest = PROMPT_LENGTHS.index(max(PROMPT_LENGTHS))
     assert wrong[longest].token_ids == right[longest].token_ids
     assert [completion.token_ids for completion in wrong] != [completion.token_ids for completion in right]
 
@@ -126,7 +121,7 @@ def test_long_prompts_come_first_and_answers_carry_their_numbers() -> None:
     numbers = [number for batch in batches for number, _ in batch]
     assert [len(batch) for batch in batches] == [3, 3, 3, 3, 3, 1]
     assert sorted(numbers) == list(range(16))
-    lengths = [LENGTHS[number // 2] for number in numbers]
+    lengths = [PROMPT_LENGTHS[number // 2] for number in numbers]
     assert lengths == sorted(lengths, reverse=True)
     done = dict(pair for batch in batches for pair in batch)
     assert rollout.generate(prompts, sampling) == [done[number] for number in range(16)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_hf import random_prompts
+from served import random_prompts
 from tiny import VOCABULARY, qwen2_config
 from transformers import (
     CohereConfig,

@@ -9,24 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import write_problems_and_model
 
 from verl import dist
 from verl.config.load import load_config
 from verl.config.sft import SFTConfig
 from verl.data.loader import Step
-from verl.demo.problems import write_problems
 from verl.errors import UserError
-from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer
 from verl.trainer.profile import Trace, covered, of_gpu, profiled
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profile")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 40, 5, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("profile"), 40, 5)
 
 
 def train(folder: Path, output: str, *more: str) -> Path:

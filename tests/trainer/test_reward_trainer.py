@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from places import ROOT
-from test_reward_model import scores_of_transformers
+from engines import engine_of
+from reward_models import scores_of_transformers
+from runs import REWARD, as_words, command, metrics_of, timeless
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -26,11 +24,9 @@ from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
 from verl.demo.problems import Problem, make_problems
 from verl.engine.build import build
-from verl.engine.engine import Engine
-from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention import flash
-from verl.models.load import load_for_training, load_tokenizer
+from verl.models.load import load_tokenizer
 from verl.models.tiny import tiny_tokenizer
 from verl.rewards._model import RewardModel
 from verl.trainer import reward_trainer
@@ -79,18 +75,13 @@ def words(folder: Path, output: str, **changes: object) -> list[str]:
         "trainer.save_freq": -1,
         "optim.lr": 1e-3,
     }
-    keys |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in keys.items()]
+    return as_words(keys, changes)
 
 
 def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]]:
     """Run in this process; the metrics of each step."""
     reward_trainer.main(words(folder, output, **changes))
     return metrics_of(folder / output)
-
-
-def metrics_of(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +146,10 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
     )
     alone = [word.replace("two-dpo", "one-dpo") for word in argv]
     reward_trainer.main(alone)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "verl.trainer.reward_trainer"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *argv], capture_output=True, text=True, env=environment)
+    done = command(*REWARD, *argv, processes=2)
     assert done.returncode == 0, done.stderr
-    for one, two in zip(metrics_of(folder / "one-dpo"), metrics_of(folder / "two-dpo"), strict=True):
-        assert {key: value for key, value in two.items() if not key.startswith("perf/")} == {
-            key: pytest.approx(value, rel=1e-3, abs=2e-4) for key, value in one.items() if not key.startswith("perf/")
-        }
+    for one, two in zip(*(timeless(metrics_of(folder / run)) for run in ("one-dpo", "two-dpo")), strict=True):
+        assert two == {key: pytest.approx(value, rel=1e-3, abs=2e-4) for key, value in one.items()}
 
 
 # DPO
@@ -175,12 +162,6 @@ def test_dpo_begins_at_log_2_and_moves_the_policy_towards_the_chosen_answers(fol
     gains = [[step[f"train/{side}_reward"] for side in ("chosen", "rejected")] for step in metrics]
     assert gains[0] == [0, 0] and gains[-1][0] > gains[-1][1]
     assert AutoModelForCausalLM.from_pretrained(folder / "dpo" / "global_step_16").config.architectures == ["Qwen2ForCausalLM"]
-
-
-def engine_of(path: Path) -> Engine:
-    scorer = TokenScorer(load_for_training(str(path)).model)
-    config = OptimConfig(clip_grad=1e9)
-    return Engine(scorer, config, total_steps=10, device=torch.device("cpu"), compute_dtype=torch.float32)
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from places import ROOT
+from runs import SFT, command, losses, metrics_of, wait_for
+from sft_runs import ROWS_PER_STEP, STEPS, train, words
 from tiny import write_problems_and_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -25,58 +25,10 @@ from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_for_inference, load_tokenizer
 from verl.trainer import fsdp_sft_trainer
 
-STEPS, ROWS_PER_STEP = 20, 6
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_problems_and_model(tmp_path_factory.mktemp("sft"))
-
-
-def words(folder: Path, output: str, **changes: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.train_files": folder / "train.jsonl",
-        "data.cache_dir": folder / "cache",
-        "data.train_batch_size": ROWS_PER_STEP,
-        "data.max_length": 256,
-        "model.partial_pretrain": folder / "model",
-        "trainer.default_local_dir": folder / output,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": -1,
-        "optim.lr": 1e-3,
-    }
-    keys |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in keys.items()]
-
-
-def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]]:
-    """Run in this process; the metrics of each step."""
-    fsdp_sft_trainer.main(words(folder, output, **changes))
-    return metrics_of(folder / output)
-
-
-def metrics_of(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(metrics: list[dict[str, float]]) -> list[float]:
-    return [line["train/loss"] for line in metrics]
-
-
-def command(*argv: str, processes: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"] if processes else []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "WANDB_MODE": "",
-        "WANDB_API_KEY": "",
-        "HF_HUB_OFFLINE": "1",
-        **options.pop("env", {}),
-    }  # type: ignore[dict-item]
-    return subprocess.run([sys.executable, *launcher, *argv], capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload, no-any-return]
-
-
-SFT = ("-m", "verl.trainer.fsdp_sft_trainer")
 
 
 @pytest.fixture(scope="module")
@@ -308,13 +260,6 @@ def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(fold
     done = command(*SFT, *words(folder, "term"))
     assert done.returncode == 0 and done.stdout.startswith("going on from")
     assert losses(metrics_of(folder / "term")) == losses(plain_run)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: list, capsys: pytest.CaptureFixture[str]) -> None:

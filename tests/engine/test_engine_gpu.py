@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import largest_difference
+from engines import largest_difference
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
@@ -32,18 +32,12 @@ from verl.models.load import load_for_training
 from verl.models.saved import export_model
 from verl.trainer.meter import Meter
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), qwen2_config(hidden_size=256, intermediate_size=512))
-
-
-@pytest.fixture(autouse=True)
-def device():
-    yield dist.start()
-    dist.stop()
 
 
 def engine_on(
