@@ -1,6 +1,7 @@
 """Engines of small models, and what tests compare of them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import RandomDocuments
@@ -29,7 +30,7 @@ def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: b
     )
 
 
-def gradient(engine: Engine, batches: list[Batch], algorithm=sft) -> Tensor:
+def gradient(engine: Engine, batches: list[Batch], algorithm: Any = sft) -> Tensor:
     engine.backward(batches, algorithm)
     return torch.cat([p.grad.flatten() for p in engine.trained])
 
@@ -38,7 +39,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def largest_difference(scorer: TokenScorer, alone: torch.nn.Module) -> float:
+def largest_difference(scorer: torch.nn.Module, alone: torch.nn.Module) -> float:
     documents = [RandomDocuments().document(i) for i in range(4)]
     with torch.no_grad():
         packed = scorer(collate(documents, range(4))).logprob_M

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from places import ROOT
 
@@ -18,6 +18,9 @@ from verl.run import Run
 SFT, PPO, REWARD = (("-m", f"verl.trainer.{name}") for name in ("fsdp_sft_trainer", "ppo_trainer", "reward_trainer"))
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 CLOCK = "perf/"  # metrics that depend on the clock
+
+
+Metrics: TypeAlias = list[dict[str, float]]  # of each step
 
 
 def as_words(keys: Mapping[str, object], changes: Mapping[str, object]) -> list[str]:
@@ -43,16 +46,15 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def metrics_of(directory: Path) -> list[dict[str, float]]:
-    """Metrics of each step."""
+def metrics_of(directory: Path) -> Metrics:
     return lines_of(directory / "metrics.jsonl")
 
 
-def losses(metrics: list[dict[str, float]]) -> list[float]:
+def losses(metrics: Metrics) -> list[float]:
     return [line["train/loss"] for line in metrics]
 
 
-def timeless(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+def timeless(metrics: Metrics) -> Metrics:
     """Without what depends on the clock."""
     return [{name: value for name, value in line.items() if not name.startswith(CLOCK)} for line in metrics]
 

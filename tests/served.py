@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.data.pack import collate
 from verl.engine.scorers import TokenScorer
@@ -41,7 +41,7 @@ def random_prompts() -> list[list[int]]:
     return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
 
 
-def trained_model(path: Path) -> Qwen2ForCausalLM:
+def trained_model(path: Path) -> PreTrainedModel:
     """As a trainer holds it."""
     return load_for_training(str(path)).model
 
@@ -55,7 +55,7 @@ def move(model: torch.nn.Module) -> None:
 
 
 def largest_difference(
-    model: Qwen2ForCausalLM, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
 ) -> float:
     """Between the log-probabilities that came with answers and those that the trainer gives their tokens."""
     n = len(completions) // len(prompts)

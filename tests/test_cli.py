@@ -123,7 +123,7 @@ MODULES = {
 @pytest.mark.parametrize(("name", "module"), MODULES.items())
 def test_a_command_hands_its_words_to_its_module_as_they_are(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=given.append))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=given.append))
     words = ["--config", "a b.yaml", "data.train_files=[a.jsonl,b.csv]", "DIR", "-x", "optim.lr=1e-5", "--config=c.yaml"]
     assert call(monkeypatch, name, *words) == 0
     assert given == [words]
@@ -140,7 +140,7 @@ def test_exit_codes_pass_through(error: BaseException | None, code: int, monkeyp
         if error:
             raise error
 
-    monkeypatch.setitem(sys.modules, "verl.chat", SimpleNamespace(main=main))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "verl.chat", SimpleNamespace(main=main))
     assert call(monkeypatch, "chat", "DIR") == code
 
 

@@ -4,7 +4,7 @@ import builtins
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -205,7 +205,7 @@ def test_packed_batches_are_compared_in_float32_before_the_weights_become_bfloat
 ) -> None:
     import verl.engine.build as module
 
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(module, "check_scorer", lambda scorer: seen.extend(p.dtype for p in scorer.parameters()))
     built = built_of(model_path, "adamw_8bit", "bfloat16")
     assert set(seen) == {torch.float32} and built.engine.trained[0].dtype == torch.bfloat16

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -39,7 +41,7 @@ from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
-from verl.engine.contract import LossOut, TokenOut
+from verl.engine.contract import LossOut, Slope, TokenOut
 from verl.engine.engine import Engine
 from verl.engine.logprobs import LogitRule, token_scores
 from verl.engine.optim import learning_rate, optimizer_state
@@ -163,7 +165,7 @@ def test_documents_packed_have_the_logprobs_they_have_alone(name: str, tmp_path:
     shape = {
         key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     }
-    path = write_model(tmp_path, config(**shape, vocab_size=512, **changes), kind=kind)
+    path = write_model(tmp_path, config(**shape, vocab_size=512, **changes), kind=kind)  # type: ignore[arg-type]
     scorer = TokenScorer(load_for_training(str(path)).model)
     check_scorer(scorer)
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
@@ -308,7 +310,8 @@ def test_a_step_that_is_not_finite_is_not_taken(broken: Broken, model_path: Path
     config = OptimConfig(lr=1e-3, lr_scheduler="constant", warmup_steps_ratio=0.0)
     batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
     skipping, plain = engine_of(model_path, config=config), engine_of(model_path, config=config)
-    for engine, algorithms in ((skipping, [sft, broken, sft]), (plain, [sft, sft])):
+    steps: list[tuple[Engine, list[Any]]] = [(skipping, [sft, broken, sft]), (plain, [sft, sft])]
+    for engine, algorithms in steps:
         found = [engine.train_step(batches, algorithm, 0) for algorithm in algorithms]
         assert [float(metrics["skipped"]) for metrics in found] == [float(algorithm is broken) for algorithm in algorithms]
     for p, other in zip(skipping.trained, plain.trained, strict=True):
@@ -377,11 +380,11 @@ def test_on_a_gpu_log_probabilities_and_entropies_are_those_of_whole_logits(dtyp
 
 
 class WithDropout(TokenScorer):
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         self.dropout = torch.nn.Dropout(0.5)
 
-    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> TokenOut:
+    def forward(self, batch: Batch, slope_M: Slope | None = None) -> TokenOut:
         out = super().forward(batch, slope_M)
         return TokenOut(self.dropout(out.logprob_M))
 

@@ -170,14 +170,14 @@ class BrokenService:
 
 
 def test_a_service_that_does_not_start_leaves_the_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=True))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=True))
     run = run_with(tmp_path)
     assert isinstance(wandb.start(run), wandb._Silent)
     assert lines_of(run) == ["wandb: no route to host; logging to the console instead"]
 
 
 def test_a_service_that_fails_later_is_said_once_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=False))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=False))
     run = run_with(tmp_path)
     logger = wandb.start(run)
     for step in (1, 2):

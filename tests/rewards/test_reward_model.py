@@ -76,9 +76,9 @@ def test_a_long_answer_has_a_micro_batch_of_its_own_up_to_the_models_positions(t
 def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> None:
     path = write_reward_model(tmp_path)
     scorer = Scorer(RewardConfig(None), RewardModelConfig(str(path)), say=print)
-    head = scorer.model._scorer.model.score.weight  # type: ignore[union-attr]
+    judge: Any = scorer.model._scorer.model
     with torch.no_grad():
-        head.fill_(float("nan"))
+        judge.score.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"train.jsonl:4: reward model gave nan"):
         scorer.score(["?"], ["!"], [{}], places=["train.jsonl:4"])
 
@@ -139,9 +139,9 @@ def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_p
     scores = model_of(judge, trust_remote_code=True).score(CHATS[:3], ANSWERS[:3])
     whole = [[*chat, {"role": "assistant", "content": answer}] for chat, answer in zip(CHATS[:3], ANSWERS[:3], strict=True)]
     model = kind.from_pretrained(judge, dtype=torch.float32).eval()
-    ids = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"] for chat in whole]
+    inputs: list[Any] = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True) for chat in whole]
     with torch.no_grad():
-        expected = [model(input_ids=row)[0, -1, 0].item() for row in ids]
+        expected = [model(input_ids=row)[0, -1, 0].item() for row in (each["input_ids"] for each in inputs)]
     np.testing.assert_allclose(scores, expected, atol=1e-4)
     assert np.std(expected) > 0.01
 

@@ -6,7 +6,8 @@ import pytest
 from rl_runs import check_same, run_on, write_folder
 from runs import metrics_of
 
-SPLIT: dict[str, object] = {f"mapping__{role}": "[0]" for role in ("actor", "critic", "reference", "reward")} | {"mapping__rollout": "[1]"}
+ROLES = ("actor", "critic", "reference", "reward")
+SPLIT: dict[str, object] = {**dict.fromkeys((f"mapping__{role}" for role in ROLES), "[0]"), "mapping__rollout": "[1]"}
 # A critic, several updates of a step and whitening over all ranks, so that every sum over ranks has a part.
 PPO: dict[str, object] = {"algorithm__name": "ppo", "algorithm__updates_per_step": 2, "algorithm__kl_coef": 0.05}
 LORA: dict[str, object] = {"model__lora_rank": 4, "optim__lr": 1e-2}

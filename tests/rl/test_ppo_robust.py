@@ -12,9 +12,10 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from places import ROOT
 from reward_models import PLAIN, scores_of_transformers, write_reward_model
@@ -125,8 +126,9 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     from verl.models.attention.flash import Heads
 
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
+    head: dict[str, Any] = dict(num_labels=1, pad_token_id=0)
     vocabulary = AutoConfig.from_pretrained(folder / "model").vocab_size
-    config = LlamaConfig(**shape, vocab_size=vocabulary, num_labels=1, pad_token_id=0)
+    config = LlamaConfig(**head, **shape, vocab_size=vocabulary)  # type: ignore[arg-type]
     path = write_model(folder / "judge", config, kind=LlamaForSequenceClassification)
     load_tokenizer(str(folder / "model")).save_pretrained(path)
     served = heads_served(monkeypatch)

@@ -92,7 +92,7 @@ def test_older_releases_describe_themselves_elsewhere(path: Path) -> None:
 def test_an_answer_without_a_token_is_an_answer(path: Path) -> None:
     stand_in = StandIn(path)
     meta = {"finish_reason": {"type": "stop"}, "output_token_logprobs": []}
-    stand_in.generate = lambda body: (200, {"text": "", "meta_info": meta})  # type: ignore[method-assign]
+    stand_in.generate = lambda body: (200, {"text": "", "meta_info": meta})
     with server(stand_in.answer) as url:
         assert connect(path, url).generate(PROMPTS[:1], GREEDY) == [Completion([], "stop", [])]
 
@@ -109,7 +109,7 @@ def test_what_is_wrong_with_a_server_is_said(path: Path, tmp_path: Path) -> None
         ({"finish_reason": {"type": "abort", "message": "out of memory"}}, "out of memory"),
         ({"finish_reason": {"type": "length"}}, "without token ids"),
     ):
-        stand_in.generate = lambda body, meta=meta: (200, {"text": "?", "meta_info": meta})  # type: ignore[method-assign]
+        stand_in.generate = lambda body, meta=meta: (200, {"text": "?", "meta_info": meta})  # type: ignore[misc]
         with server(stand_in.answer) as url, pytest.raises(UserError, match=message):
             connect(path, url).generate(PROMPTS, GREEDY)
 

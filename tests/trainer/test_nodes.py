@@ -199,7 +199,7 @@ def slurm_job(folder: Path, output: Path, *more: str, restarts: int) -> Iterator
         SLURM_CPUS_ON_NODE="2",
         SLURM_RESTART_COUNT=str(restarts),
     )
-    script = [ROOT / "examples" / "slurm" / "sft.sbatch", *words(folder, output, "data.max_tokens_per_micro_batch=1024", *more)]
+    script = [str(ROOT / "examples" / "slurm" / "sft.sbatch"), *words(folder, output, "data.max_tokens_per_micro_batch=1024", *more)]
     job = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
     try:
         yield job

@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,10 +55,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "test.jsonl", test)
     tokenizer = tiny_tokenizer([f"{problem.question}\n{problem.answer}" for problem in train])
     tokenizer.save_pretrained(folder / "model")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    config = Qwen2Config(**shape, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125)
+    config = Qwen2Config(
+        **shape, num_key_value_heads=4, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
@@ -239,7 +248,7 @@ def test_dpo_of_an_adapter_has_the_loss_and_the_gradient_of_trl_whose_reference_
         built = build(model, OptimConfig(clip_grad=1e9), tokenizer, **sizes, **of_run)  # type: ignore[arg-type]
         loader = Loader(pairs, Packing(1, 512), rows_per_step=len(pairs), seed=1)
         loader = replace(loader, documents=reward_trainer.with_reference(built.engine, pairs, loader))
-        mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+        mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}
         torch.manual_seed(3)
         with torch.no_grad():  # an adapter that has learned something
             for name, weight in theirs.items():
@@ -289,7 +298,7 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
         ({"model__partial_pretrain": "./nowhere"}, "no such model directory"),
     ],
 )
-def test_a_wrong_input_is_an_error_with_its_place(changes: dict, said: str, folder: Path) -> None:
+def test_a_wrong_input_is_an_error_with_its_place(changes: dict[str, Any], said: str, folder: Path) -> None:
     with pytest.raises(UserError, match=said):
         train(folder, "wrong", **changes)
 

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from places import ROOT
-from runs import SFT, command, losses, metrics_of, wait_for
+from runs import SFT, Metrics, command, losses, metrics_of, wait_for
 from sft_runs import ROWS_PER_STEP, STEPS, train, words
 from tiny import write_problems_and_model
 from torch import Tensor
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from verl import dist
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
+from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
+from verl.engine.contract import LossOut, TokenOut
 from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_for_inference, load_tokenizer
 from verl.trainer import fsdp_sft_trainer
@@ -32,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain_run(folder: Path) -> list[dict[str, float]]:
+def plain_run(folder: Path) -> Metrics:
     return train(folder, "plain")
 
 
@@ -58,10 +61,10 @@ def labelled(documents: Documents, row: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # on purpose: the first point is left out
-def test_twenty_steps_have_the_losses_of_a_plain_transformers_loop(folder: Path, plain_run: list, documents: Documents) -> None:
+def test_twenty_steps_have_the_losses_of_a_plain_transformers_loop(folder: Path, plain_run: Metrics, documents: Documents) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     decayed = [p for p in model.parameters() if p.ndim >= 2]
-    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS + 1)
     trained_before = 0
@@ -69,7 +72,7 @@ def test_twenty_steps_have_the_losses_of_a_plain_transformers_loop(folder: Path,
         schedule.step()
         pairs = [labelled(documents, row) for row in rows]
         tokens = sum(int((labels[1:] != -100).sum()) for _, labels in pairs)
-        total = sum(
+        total: Any = sum(
             torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="sum", ignore_index=-100)
             for ids, labels in pairs
         )
@@ -101,11 +104,11 @@ def test_twenty_steps_have_the_losses_of_trl(folder: Path, documents: Documents,
     full_steps = len(documents) // ROWS_PER_STEP
     theirs: list[float] = []
 
-    class InOrder(trl.SFTTrainer):  # type: ignore[misc]
-        def _get_train_sampler(self, dataset=None):
+    class InOrder(trl.SFTTrainer):  # type: ignore[name-defined]
+        def _get_train_sampler(self, dataset: object = None) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
-        def training_step(self, *args, **kwargs):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
             theirs.append(loss.item())
             return loss
@@ -137,17 +140,17 @@ def test_twenty_steps_have_the_losses_of_trl(folder: Path, documents: Documents,
     assert theirs == pytest.approx(mine[:full_steps], rel=1e-5)
 
 
-def test_padding_in_place_of_packing_gives_the_same_losses(folder: Path, plain_run: list) -> None:
+def test_padding_in_place_of_packing_gives_the_same_losses(folder: Path, plain_run: Metrics) -> None:
     padded = train(folder, "padded", data__packing="false", data__micro_batch_size_per_gpu=2)
     assert losses(padded) == pytest.approx(losses(plain_run), rel=1e-5)
 
 
-def test_small_micro_batches_give_the_same_losses(folder: Path, plain_run: list) -> None:
+def test_small_micro_batches_give_the_same_losses(folder: Path, plain_run: Metrics) -> None:
     small = train(folder, "small", data__micro_batch_size_per_gpu=1, model__enable_gradient_checkpointing="false")
     assert losses(small) == pytest.approx(losses(plain_run), rel=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: list) -> None:
+def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: Metrics) -> None:
     done = command(*SFT, *words(folder, "two"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(metrics_of(folder / "two")) == pytest.approx(losses(plain_run), rel=1e-5)
@@ -157,7 +160,7 @@ def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: list) -> 
     assert done.stdout.count("starting anew") == 1, "only rank 0 speaks"
 
 
-def test_what_a_run_leaves_on_disk(folder: Path, plain_run: list) -> None:
+def test_what_a_run_leaves_on_disk(folder: Path, plain_run: Metrics) -> None:
     directory = folder / "plain"
     assert {path.name for path in directory.iterdir()} == {
         "config.yaml", "trainer_state.json", "metrics.jsonl", "train.log", "latest_checkpointed_iteration.txt", f"global_step_{STEPS}"
@@ -175,7 +178,7 @@ def test_what_a_run_leaves_on_disk(folder: Path, plain_run: list) -> None:
     assert [line["step"] for line in plain_run] == list(range(1, STEPS + 1))
 
 
-def test_the_written_config_runs_again(folder: Path, plain_run: list) -> None:
+def test_the_written_config_runs_again(folder: Path, plain_run: Metrics) -> None:
     written = str(folder / "plain" / "config.yaml")
     again = load_config(SFTConfig, ["--config", written])
     assert again == load_config(SFTConfig, words(folder, "plain"))
@@ -218,11 +221,11 @@ def test_validation_loss_is_that_of_every_trained_token(folder: Path) -> None:
     assert metrics[-1]["val/loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run: list, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped by an error in the middle of an epoch, at a step without a checkpoint."""
     original, calls = fsdp_sft_trainer.sft.loss, [0]
 
-    def failing(out, batch):
+    def failing(out: TokenOut, batch: Batch) -> LossOut:
         calls[0] += 1
         if calls[0] > 12:
             raise KeyboardInterrupt
@@ -241,7 +244,7 @@ def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run
     assert final[0] == final[1]
 
 
-def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run: list) -> None:
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run: Metrics) -> None:
     done = command(*SFT, *words(folder, "moved", trainer__save_freq=10), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     config = words(folder, "moved-on", trainer__resume_mode="resume_path", trainer__resume_from_path=folder / "moved" / "global_step_10")
@@ -249,7 +252,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run
     assert losses(metrics_of(folder / "moved-on")) == pytest.approx(losses(plain_run)[10:], rel=1e-5)
 
 
-def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(folder: Path, plain_run: list) -> None:
+def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(folder: Path, plain_run: Metrics) -> None:
     process = subprocess.Popen(
         [sys.executable, *SFT, *words(folder, "term")], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -262,7 +265,7 @@ def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(fold
     assert losses(metrics_of(folder / "term")) == losses(plain_run)
 
 
-def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: list, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
     fsdp_sft_trainer.main(words(folder, "plain"))
     assert "nothing left to do" in capsys.readouterr().out
     assert metrics_of(folder / "plain") == plain_run
@@ -276,7 +279,7 @@ def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: list, ca
         ({"data__train_max_samples": 30}, "the training rows"),
     ],
 )
-def test_resuming_with_other_rows_is_refused(change: dict, message: str, folder: Path, plain_run: list) -> None:
+def test_resuming_with_other_rows_is_refused(change: dict[str, Any], message: str, folder: Path, plain_run: Metrics) -> None:
     with pytest.raises(UserError, match=message):
         train(folder, "plain", **change)
 
