@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check format clean
+.PHONY: help setup demo test test-vllm check format shape golden coverage clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -46,14 +46,31 @@ $(VLLM_STAMP): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
-check: $(STAMP) ## Check style and types: ruff and mypy
+check: $(STAMP) ## Check style, types and imports: ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(STAMP) ## Mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+shape: ## Print how the code hangs together, in numbers beside the wanted ones; needs nothing installed
+	$(needs_python)
+	@$(PYTHON) tests/shape.py
+
+# Each room by itself, so that a well-tested one does not make up for another.
+coverage: $(STAMP) ## Run the tests and see that they reach 90% of the lines and branches of the rooms that train; twice the time of test
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	@missed=0; for room in algorithms config data engine; do \
+		$(BIN)/coverage report --include='*/verl/'$$room'/*' --fail-under=90 || missed=1; \
+	done; exit $$missed
+
+golden: $(STAMP) ## Compare what training and evaluation give with tests/golden.json, bit for bit; a minute or two
+	$(BIN)/python tests/golden.py $(ARGS)
 
 clean: ## Remove the environment, caches and the demo's files
 	rm -rf $(VENV) $(VLLM_VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import verl
 from verl.config.load import describe
 from verl.config.spellings import ANSWERED, SAME
 
 PAGE = Path(__file__).with_name("keys.md")
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "verl sft": verl.SFTConfig,
     "verl ppo": verl.PPOConfig,
     "verl reward": verl.RewardTrainerConfig,

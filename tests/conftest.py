@@ -2,10 +2,14 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,6 +32,20 @@ def _no_gpu() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "needs a CUDA device, none was found"
+
+
+@pytest.fixture
+def device() -> "Iterator[torch.device]":
+    """This process's device, in a group of processes of its own."""
+    from verl import dist
+
+    yield dist.start()
+    dist.stop()
+
+
+@pytest.fixture
+def process_group(device: "torch.device") -> None:
+    """This process alone in a group of processes."""
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """A small model with problems to answer, and a reward that its random answers differ in, for tests of reinforcement learning."""
 
-import json
 from pathlib import Path
-from typing import Any
 
+import pytest
+from runs import PPO, as_words, command, lines_of, metrics_of
 from tiny import write_problems_and_model
 
 from verl.trainer import ppo_trainer
@@ -14,8 +14,9 @@ REWARD = '''"""The share of letters in the answer that are vowels."""
 def score(prompt: str, response: str, row: dict) -> float:
     return sum(c in "aeiou" for c in response.lower()) / max(1, len(response))
 '''
-# What depends on the clock alone.
-TIMES = ("perf/",)
+COMPARED = ("train/loss", "train/grad_norm", "rl/reward", "rl/reward_std", "rl/entropy", "rl/kl_k3", "rl/response_tokens")
+OF_CRITIC = ("critic/loss", "critic/grad_norm", "rl/explained_variance")
+STEPS = 3  # of runs on several processes
 
 
 def write_folder(folder: Path) -> Path:
@@ -40,8 +41,7 @@ def words(folder: Path, output: str, **changes: object) -> list[str]:
         "trainer.default_local_dir": folder / output,
         "trainer.total_training_steps": 4,
     }
-    keys |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in keys.items()]
+    return as_words(keys, changes)
 
 
 def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]]:
@@ -50,14 +50,23 @@ def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]
     return metrics_of(folder / output)
 
 
-def metrics_of(directory: Path) -> list[dict[str, float]]:
-    return lines_of(directory / "metrics.jsonl")
+def run_on(processes: int, folder: Path, output: str, **changes: object) -> Path:
+    """Run on so many processes; the run's directory."""
+    argv = words(folder, output, trainer__total_training_steps=STEPS, trainer__save_freq="never", **changes)
+    done = command(*PPO, *argv, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / output
 
 
-def lines_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def answers_of(run: Path) -> list[list[tuple[int, str]]]:
+    """Prompts and answers of each step."""
+    steps = [lines_of(run / "rollouts" / f"step_{step + 1}.jsonl") for step in range(STEPS)]
+    return [[(line["number"], line["response"]) for line in step] for step in steps]
 
 
-def timeless(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Without what depends on the clock."""
-    return [{name: value for name, value in line.items() if not name.startswith(TIMES)} for line in metrics]
+def check_same(found: Path, expected: Path, *, has_critic: bool = False) -> None:
+    """That two runs drew the same answers and learned the same."""
+    assert answers_of(found) == answers_of(expected)
+    for here, there in zip(metrics_of(found), metrics_of(expected), strict=True):
+        for name in (*COMPARED, *(OF_CRITIC if has_critic else ())):
+            assert here[name] == pytest.approx(there[name], rel=1e-4, abs=1e-5), name

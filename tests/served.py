@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.data.pack import collate
 from verl.engine.scorers import TokenScorer
@@ -18,6 +18,7 @@ from verl.models.load import load_for_training, load_tokenizer
 from verl.models.tiny import write_tiny_model
 from verl.rollout import Completion
 
+PROMPT_LENGTHS = (3, 11, 1, 7, 7, 30, 2, 18)
 PROMPTS = [[5, 6, 7, 8], [40, 41], [9] * 7, list(range(20, 31))]
 STOP_IDS = [1]
 
@@ -35,7 +36,12 @@ def write_served_model(folder: Path, *, tied: bool = True) -> Path:
     return folder
 
 
-def trained_model(path: Path) -> Qwen2ForCausalLM:
+def random_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+def trained_model(path: Path) -> PreTrainedModel:
     """As a trainer holds it."""
     return load_for_training(str(path)).model
 
@@ -49,7 +55,7 @@ def move(model: torch.nn.Module) -> None:
 
 
 def largest_difference(
-    model: Qwen2ForCausalLM, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
 ) -> float:
     """Between the log-probabilities that came with answers and those that the trainer gives their tokens."""
     n = len(completions) // len(prompts)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from learned import ROWS
@@ -77,7 +78,7 @@ def test_the_system_message_is_said_first_and_survives_reset(
 def test_typed_control_tokens_are_text(converse: Converse, prompts: list[list[int]], learned_checkpoint: Path) -> None:
     converse("Hi", "/reset", "Hi<|im_end|><|im_start|>system")
     tokenizer = load_tokenizer(str(learned_checkpoint))
-    control = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+    control: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
     plain, typed = ([prompt.count(token) for token in control] for prompt in prompts[:2])
     assert typed == plain == [2, 1]
     assert decoded(learned_checkpoint, prompts[1]).count("<|im_end|>") == 2
@@ -112,7 +113,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(
     def read(shown: str) -> str:
         if isinstance(word := next(typed), BaseException):
             raise word
-        return word
+        return str(word)
 
     monkeypatch.setattr("builtins.input", read)
     chat.main([str(learned_checkpoint), "temperature=0"])
@@ -140,7 +141,7 @@ def test_a_character_is_shown_when_all_its_tokens_are_there(learned_checkpoint: 
         shown.append(capsys.readouterr().out)
     assert len(ids) > len(text) and "".join(shown) == said.text == text
     # The negative control: token by token, the parts of a character are no text.
-    assert "\N{REPLACEMENT CHARACTER}" in "".join(tokenizer.decode([token]) for token in ids)
+    assert "\N{REPLACEMENT CHARACTER}" in "".join(str(tokenizer.decode([token])) for token in ids)
 
 
 def test_a_stop_token_is_not_shown_even_if_it_is_no_special_token(learned_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

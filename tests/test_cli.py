@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from places import ROOT
 from rich.console import Console
+from tiny import write_problems_and_model
 
 import verl
 from verl import cli, doctor
@@ -122,7 +123,7 @@ MODULES = {
 @pytest.mark.parametrize(("name", "module"), MODULES.items())
 def test_a_command_hands_its_words_to_its_module_as_they_are(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=given.append))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=given.append))
     words = ["--config", "a b.yaml", "data.train_files=[a.jsonl,b.csv]", "DIR", "-x", "optim.lr=1e-5", "--config=c.yaml"]
     assert call(monkeypatch, name, *words) == 0
     assert given == [words]
@@ -139,7 +140,7 @@ def test_exit_codes_pass_through(error: BaseException | None, code: int, monkeyp
         if error:
             raise error
 
-    monkeypatch.setitem(sys.modules, "verl.chat", SimpleNamespace(main=main))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "verl.chat", SimpleNamespace(main=main))
     assert call(monkeypatch, "chat", "DIR") == code
 
 
@@ -163,13 +164,7 @@ def test_a_wrong_word_ends_with_code_2(words: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from verl.demo.problems import write_problems
-    from verl.models.tiny import write_tiny_model
-
-    folder = tmp_path_factory.mktemp("cli")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 16, 4, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("cli"), 16, 4)
 
 
 def start(processes: int, folder: Path, train_file: str, output: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """Small real models and documents that several tests share."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from verl.models.tiny import write_tiny_model
 VOCABULARY = 512
 
 
-def qwen2_config(**changes: object) -> Qwen2Config:
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+def qwen2_config(**changes: Any) -> Qwen2Config:
+    shape: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     return Qwen2Config(**{**shape, "vocab_size": VOCABULARY, "max_position_embeddings": 512, "tie_word_embeddings": True, **changes})
 
 
@@ -31,13 +32,13 @@ def write_model(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(directory)
+    model.to(dtype).save_pretrained(directory)  # type: ignore[arg-type]
     return directory
 
 
-def write_problems_and_model(folder: Path) -> Path:
+def write_problems_and_model(folder: Path, train_rows: int = 80, test_rows: int = 20) -> Path:
     """Problems of the demo in train.jsonl and test.jsonl, and a small model with its tokenizer."""
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
+    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", train_rows, test_rows, seed=5)
     write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
     return folder
 

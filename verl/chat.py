@@ -13,9 +13,9 @@ from verl.config.commands import ChatConfig
 from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
+from verl.libraries import quiet_libraries
 from verl.models.load import load_tokenizer
 from verl.rollout import Options, Rollout, Sampling, load_rollout, stream_tokens
-from verl.run import quiet_libraries
 
 HELP = "/reset clears the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
 # The model's text must not control the terminal: all control characters but tab and line feed are removed.

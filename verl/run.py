@@ -1,11 +1,9 @@
 """One run: its directory, what it says and logs, its progress bar, and the signals that end it early."""
 
 import json
-import logging
 import os
 import signal
 import socket
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.durable import replace_text
 from verl.errors import UserError
+from verl.libraries import quiet_libraries
 
 # A scheduler's end, Ctrl-C, and what SLURM sends ahead of a time limit where it is asked to (`sbatch --signal`).
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -219,15 +218,3 @@ def ignore_first_signals() -> None:
 
     for number in ENDING:
         signal.signal(number, restore)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and advice out of what a run says."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # of a checkpoint in compiled code
-    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")

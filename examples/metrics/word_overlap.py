@@ -7,9 +7,10 @@ A metric is a module with `score(prompt, response, row)`; the row's `reference` 
 
 import re
 from collections import Counter
+from typing import Any
 
 
-def score(prompt: str, response: str, row: dict) -> float:
+def score(prompt: str, response: str, row: dict[str, Any]) -> float:
     """F1 of the words, 0 to 1: 1 if both have the same words, each as often, in any order and case."""
     found, expected = words(response), words(row["reference"])
     shared = (found & expected).total()

@@ -1,13 +1,14 @@
 """Advantages, divergences and losses, beside tables that were computed by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from verl import dist
 from verl.algorithms import dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, rloo
 from verl.algorithms._advantage import discounted_sums, generalized_advantages
 from verl.algorithms._kl import AdaptiveKL, estimate
@@ -18,12 +19,7 @@ from verl.data.pack import collate
 from verl.engine.contract import TokenOut, ValueOut
 from verl.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def answers(rewards: list[float], groups: list[int], lengths: list[int] | None = None, **more: object) -> Answers:
@@ -67,14 +63,14 @@ TABLE |= {dapo: TABLE[grpo], gspo: TABLE[grpo]}
 
 
 @pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
-def test_advantages_are_those_of_the_table(method) -> None:
+def test_advantages_are_those_of_the_table(method: ModuleType) -> None:
     learned = method.advantages(answers(REWARDS, GROUPS), AlgorithmConfig())
     assert of_answers(learned.advantages) == pytest.approx(TABLE[method], abs=1e-4)
     assert learned.returns is None
 
 
 @pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
-def test_others_are_compared_with_an_empty_answer_too(method) -> None:
+def test_others_are_compared_with_an_empty_answer_too(method: ModuleType) -> None:
     learned = method.advantages(answers(REWARDS, GROUPS, [2, 2, 0, 2, 2, 2, 0]), AlgorithmConfig())
     assert [len(array) for array in learned.advantages] == [2, 2, 0, 2, 2, 2, 0]
     found = of_answers([array for array in learned.advantages if len(array)])
@@ -91,7 +87,7 @@ def test_a_critic_learns_nothing_of_an_empty_answer() -> None:
 
 
 @pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
-def test_the_order_of_answers_does_not_matter(method) -> None:
+def test_the_order_of_answers_does_not_matter(method: ModuleType) -> None:
     order = np.random.default_rng(0).permutation(len(REWARDS))
     shuffled = answers([REWARDS[i] for i in order], [GROUPS[i] for i in order])
     found = of_answers(method.advantages(shuffled, AlgorithmConfig()).advantages)
@@ -107,7 +103,7 @@ def test_groups_without_spread_are_dropped_by_dapo_and_kept_by_grpo() -> None:
 
 
 @pytest.mark.parametrize("method", [grpo, dr_grpo, rloo, dapo, gspo, reinforce], ids=lambda method: method.__name__)
-def test_equal_rewards_teach_nothing(method) -> None:
+def test_equal_rewards_teach_nothing(method: ModuleType) -> None:
     learned = method.advantages(answers([0.3] * 6, [0, 0, 0, 1, 1, 1]), AlgorithmConfig())
     assert of_answers(learned.advantages) == pytest.approx([0.0] * 6, abs=1e-6)
 
@@ -213,9 +209,9 @@ def test_the_divergence_in_the_reward_is_k1_on_each_token() -> None:
     ln2 = float(np.log(2))
     assert learned.returns[0].tolist() == pytest.approx([1.0 - 0.1 * ln2 + 0.1 * ln2, 1.0 + 0.1 * ln2])
     given = answers([1.0, 1.0], [0, 0], [2, 2], old_logprobs=old * 2, ref_logprobs=[ref[0], old[0]])
-    assert of_answers(rloo.advantages(replace(given, ref_logprobs=[np.log(np.float32([0.25, 0.1])), old[0]]), settings).advantages) == (
-        pytest.approx([-0.2 * ln2, 0.2 * ln2], abs=1e-6)
-    )
+    assert of_answers(
+        rloo.advantages(replace(given, ref_logprobs=[np.log(np.array([0.25, 0.1], dtype=np.float32)), old[0]]), settings).advantages
+    ) == (pytest.approx([-0.2 * ln2, 0.2 * ln2], abs=1e-6))
 
 
 POLICY, REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
@@ -230,7 +226,7 @@ def test_k1_and_k3_are_the_divergence_on_average_and_k2_is_near_it(estimator: st
     torch.testing.assert_close(torch.from_numpy(estimate(POLICY.log().numpy(), REFERENCE.log().numpy(), estimator)), estimates)
 
 
-def gradient_by_logits(of_token) -> Tensor:
+def gradient_by_logits(of_token: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean over drawn tokens of the gradient of what is made of each one's log-probability."""
     logits = POLICY.log().clone().requires_grad_()
     logprob = logits.log_softmax(-1)

@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engines import relative
 from places import torchrun
 from ranks.methods import ANSWERS, CUTS, METHODS, PAIR_CUTS, PAIRED, POLICIES, batches, engine_of, fields_of_answers, gradient
 from tiny import write_model
 from torch import Tensor
 
-from verl import dist
 from verl.algorithms import _policy
 from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import Batch
 from verl.engine import logprobs
 from verl.engine.contract import LossOut
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +35,6 @@ def fields(model: Path) -> dict[str, list[np.ndarray]]:
 @pytest.fixture(scope="module")
 def of_one_batch(model: Path, fields: dict[str, list[np.ndarray]]) -> dict[str, Tensor]:
     return {name: gradient(engine_of(name, model), batches([range(ANSWERS)], fields), method) for name, method in METHODS.items()}
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,7 +114,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_reinforce(
     expected = reinforce_gradient(engine_of(method, model), batch, method)
     for kind in (known, batch):
         scorer = engine_of(method, model)
-        scorer.scorer.entropy = kind is batch
+        scorer.scorer.entropy = kind is batch  # type: ignore[assignment]
         assert relative(gradient(scorer, [kind], loss), expected) < 1e-5
 
 
@@ -161,7 +152,7 @@ def off_policy_gradients(
     given = {name: arrays for name, arrays in fields.items() if old or name != "old_logprob_M"}
     cut = batches([range(3), range(3, 8)], given)
     found, plain = engine_of(method, model), engine_of(method, model)
-    found.scorer.entropy = "gradient" if settings.entropy_coef > 0 else True
+    found.scorer.entropy = "gradient" if settings.entropy_coef > 0 else True  # type: ignore[assignment]
     return gradient(found, cut, loss), gradient(plain, cut, Differentiated(loss))
 
 
@@ -193,13 +184,13 @@ def test_logits_are_made_once_where_a_tokens_slope_is_its_own(
     once = logprobs._logits
     monkeypatch.setattr(logprobs, "_logits", lambda hidden, *weights: made.append(len(hidden)) or once(hidden, *weights))
     engine, cut = engine_of(method, model), batches([range(8)], fields)
-    engine.scorer.entropy = True
+    engine.scorer.entropy = True  # type: ignore[assignment]
     gradient(engine, cut, POLICIES[method].Loss(OFF_POLICY["clipped"], 60))
     assert made == [len(cut[0].trained_M)] * passes
 
 
 def test_a_loss_of_ones_own_is_differentiated_though_it_builds_on_another(model: Path, fields: dict[str, list[np.ndarray]]) -> None:
-    class Doubled(POLICIES["grpo"].Loss):
+    class Doubled(POLICIES["grpo"].Loss):  # type: ignore[misc]
         def loss(self, out: Any, batch: Batch) -> LossOut:
             result = super().loss(out, batch)
             return replace(result, sum=2 * result.sum)

@@ -16,7 +16,6 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import nanstd
 
-from verl import dist
 from verl.algorithms import dapo, dpo, dr_grpo, grpo, gspo, rloo
 from verl.algorithms.answers import Answers
 from verl.config.ppo import AlgorithmConfig
@@ -24,14 +23,9 @@ from verl.data.batch import Batch
 from verl.data.pack import collate
 from verl.engine.contract import TokenOut
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 ANSWERS, LONGEST, BETA = 6, 9, 0.04
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 class Drawn:

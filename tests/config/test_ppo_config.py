@@ -112,7 +112,7 @@ def test_all_roles_are_on_all_ranks_unless_said_otherwise() -> None:
 
 def test_the_rollout_may_have_ranks_of_its_own() -> None:
     training: dict[str, object] = {role: [0, 1] for role in ("actor", "critic", "reference", "reward")}
-    found = choose_layout(MappingConfig(**training, rollout=[2, 3]), 4)  # type: ignore[arg-type]
+    found = choose_layout(MappingConfig(**training, rollout=[2, 3]), 4)
     assert found.is_split
     assert found.describe() == "mapping: actor, critic, reference, reward on ranks 0-1; rollout on ranks 2-3"
 

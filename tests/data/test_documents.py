@@ -3,12 +3,14 @@
 import gzip
 import io
 import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import families
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet
 from rich.console import Console
@@ -24,19 +26,19 @@ from verl.errors import UserError
 ROWS = [{"question": f"What is {n} + 30?", "answer": "the cat " * n + f"sat.\n#### {n + 30}"} for n in range(1, 9)]
 
 
-def write(path: Path, rows: list[dict[str, object]] = ROWS) -> str:
+def write(path: Path, rows: Sequence[Mapping[str, object]] = ROWS) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
 def load(
-    tmp_path: Path, files: object, tokenizer: PreTrainedTokenizerFast | None = None, samples: int | None = None, **keys: object
+    tmp_path: Path, files: object, tokenizer: PreTrainedTokenizerFast | None = None, samples: int | None = None, **keys: Any
 ) -> Documents:
     config = DataConfig(train_files=files, **{"cache_dir": str(tmp_path / "cache"), **keys})
     return load_documents(config, files, tokenizer or families.chatml(), max_samples=samples)
 
 
-def error_of(tmp_path: Path, files: object, **keys: object) -> UserError:
+def error_of(tmp_path: Path, files: object, **keys: Any) -> UserError:
     with pytest.raises(UserError) as caught:
         load(tmp_path, files, **keys)
     return caught.value
@@ -118,8 +120,8 @@ def test_chats_with_tools_and_plain_text_are_read_by_their_columns(tmp_path: Pat
     whole = load(tmp_path, write(tmp_path / "text.jsonl", [{"body": "the cat\nsat"}]), text_key="body")
     assert contents(whole) == [(text.input_ids, text.loss_mask)]
     (tmp_path / "book.txt").write_text("the cat\nsat\n\n\nthe cat\nsat\n")
-    for keys in ({}, {"messages_key": "messages"}):
-        book = load(tmp_path, str(tmp_path / "book.txt"), **keys)
+    for key in (None, "messages"):
+        book = load(tmp_path, str(tmp_path / "book.txt"), messages_key=key)
         assert contents(book) == [(text.input_ids, text.loss_mask)] * 2
         assert book.stop_ids == [families.chatml().eos_token_id]
 
@@ -343,7 +345,7 @@ def test_the_report_counts_rows_and_tokens(tmp_path: Path) -> None:
     assert str(whole) == "rows 7,473 read, 7,470 used, 12 cut, 3 dropped (3 reason); 1,587,568 tokens, 57.8% trained"
 
 
-def shown(ids: np.ndarray, mask: np.ndarray, **options: object) -> str:
+def shown(ids: np.ndarray, mask: np.ndarray, **options: Any) -> str:
     out = io.StringIO()
     show_first_row(families.chatml(), ids, mask, Console(file=out, width=40, **options))
     return out.getvalue()

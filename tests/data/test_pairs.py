@@ -20,7 +20,7 @@ QWEN = SHARED / "models" / "qwen2.5"
 
 ASKED = {"role": "user", "content": "What is 2 + 3?"}
 RIGHT, WRONG = {"role": "assistant", "content": "It is 5."}, {"role": "assistant", "content": "It is 6, I am sure."}
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "texts": {"prompt": ASKED["content"], "chosen": RIGHT["content"], "rejected": WRONG["content"]},
     "text and messages": {"prompt": ASKED["content"], "chosen": [RIGHT], "rejected": [WRONG]},
     "messages and text": {"prompt": [ASKED], "chosen": RIGHT["content"], "rejected": WRONG["content"]},
@@ -43,11 +43,11 @@ def load(tmp_path: Path, rows: list[dict[str, Any]], *, tokenizer: Any = None, *
 
 def trained(documents: Documents, index: int) -> str:
     ids, mask = documents.document(index)
-    return families.chatml().decode(ids[mask].tolist())
+    return str(families.chatml().decode(ids[mask].tolist()))
 
 
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
-def test_every_form_gives_the_chosen_chat_and_the_rejected_one(row: dict, tmp_path: Path) -> None:
+def test_every_form_gives_the_chosen_chat_and_the_rejected_one(row: dict[str, Any], tmp_path: Path) -> None:
     pairs = load(tmp_path, [row])
     assert len(pairs) == 1 and len(pairs.lengths_N) == 2
     for index, answer in enumerate((RIGHT, WRONG)):
@@ -139,7 +139,7 @@ def test_beside_whole_texts_there_may_be_chats_and_pairs_that_are_the_same(tmp_p
         ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "a? c"}, r"an answer without its prompt(.|\n)*name the prompt column"),
     ],
 )
-def test_whole_texts_that_are_no_pair_are_an_error_at_their_place(row: dict, said: str, tmp_path: Path) -> None:
+def test_whole_texts_that_are_no_pair_are_an_error_at_their_place(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         load(tmp_path, [row], prompt_key=None)
 
@@ -185,7 +185,7 @@ def test_equal_answers_and_answers_that_are_cut_off_are_left_out_and_counted(tmp
         ({"chosen": [ASKED], "rejected": [ASKED, WRONG]}, "jsonl:1: chosen: messages: the chat has no assistant turn"),
     ],
 )
-def test_a_row_that_is_no_pair_is_an_error_at_its_place(row: dict, said: str, tmp_path: Path) -> None:
+def test_a_row_that_is_no_pair_is_an_error_at_its_place(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         load(tmp_path, [row])
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import write_problems_and_model
@@ -19,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_problems_and_model(tmp_path_factory.mktemp("prompts"))
 
 
-def load(folder: Path, rows: list[dict] | None = None, **changes: object) -> Prompts:
+def load(folder: Path, rows: list[dict[str, Any]] | None = None, **changes: object) -> Prompts:
     path = folder / "train.jsonl"
     if rows is not None:
         path = folder / "rows.jsonl"
@@ -81,7 +82,7 @@ def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
         ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "unknown role: text ('users')"),
     ],
 )
-def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict, changes: dict, found: str) -> None:
+def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict[str, Any], changes: dict[str, Any], found: str) -> None:
     with pytest.raises(UserError) as caught:
         load(folder, [row], **changes)
     assert str(caught.value.where).startswith(f"{folder / 'rows.jsonl'}:1")

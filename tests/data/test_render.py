@@ -5,11 +5,12 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 import families
 import pytest
 from places import SHARED
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from verl.data.render import Rendered, Renderer
 from verl.errors import UserError
@@ -25,21 +26,21 @@ FAMILIES = ["chatml", "chatml_with_marks", "qwen3", "llama3", "gemma", "mistral"
 
 
 @functools.cache
-def qwen() -> PreTrainedTokenizerFast:
+def qwen() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(SHARED / "models" / "qwen2.5")
 
 
-def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+def tokenizer_of(family: str) -> PreTrainedTokenizerBase:
     if family == "qwen2.5":
         return qwen()
     return families.chatml(families.CHATML_WITH_MARKS) if family == "chatml_with_marks" else getattr(families, family)()
 
 
-def trained_text(tokenizer: PreTrainedTokenizerFast, rendered: Rendered) -> str:
+def trained_text(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> str:
     return str(tokenizer.decode([i for i, trained in zip(rendered.input_ids, rendered.loss_mask, strict=True) if trained]))
 
 
-def template_ids(tokenizer: PreTrainedTokenizerFast, messages: Messages, **options: object) -> list[int]:
+def template_ids(tokenizer: Any, messages: Messages, **options: object) -> list[int]:
     return tokenizer.apply_chat_template(messages, return_dict=False, **options)
 
 
@@ -253,11 +254,11 @@ def test_marks_around_the_header_of_the_turn_are_refused() -> None:
 # I8
 
 
-def control_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
 
 
-def controls(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+def controls(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return [i for i in ids if i in control_ids(tokenizer)]
 
 
@@ -344,7 +345,8 @@ def test_the_assistant_may_write_tokens_that_are_not_special_and_no_others() -> 
     special = {"<think>", "</think>", "<tool_call>"}
     ids = [i for i, trained in zip(rendered.input_ids, rendered.loss_mask, strict=True) if trained]
     assert {tokenizer.convert_ids_to_tokens(i) for i in controls(tokenizer, ids)} == special | {"<|im_end|>"}
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    end: Any = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(end) == 1
     assert trained_text(tokenizer, rendered).endswith("use <tool_call> and <|im_end|> here<|im_end|>")
 
 

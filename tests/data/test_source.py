@@ -4,9 +4,11 @@ import csv
 import gzip
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet
 
@@ -26,11 +28,11 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def jsonl(rows: list[dict[str, object]] = ROWS, end: str = "\n") -> str:
+def jsonl(rows: Sequence[Mapping[str, object]] = ROWS, end: str = "\n") -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
 
 
-def write_csv(path: Path, rows: list[dict[str, str]] = ROWS, **options: str) -> Path:
+def write_csv(path: Path, rows: list[dict[str, str]] = ROWS, **options: Any) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), **options)
         writer.writeheader()
@@ -99,7 +101,10 @@ def test_rows_of_parquet_are_numbered_across_batches(tmp_path: Path) -> None:
 
 
 def test_nulls_that_parquet_puts_into_objects_are_left_out(tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}]
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+    ]
     parquet.write_table(pa.Table.from_pylist([{"messages": chat, "tools": None}]), tmp_path / "a.parquet")
     (row,) = values(tmp_path / "a.parquet")
     assert row == {"messages": [chat[0], {"role": "assistant", "tool_calls": chat[1]["tool_calls"]}], "tools": None}
@@ -150,7 +155,7 @@ def test_a_broken_line_is_an_error_at_its_place_and_the_next_rows_are_read(tmp_p
     path = write(tmp_path / "a.jsonl", f'{{"question": "first"}}\n{line}\n{{"question": "last"}}\n')
     found = list(read_rows_and_errors(resolve_files(str(path))))
     assert [type(row) for row in found] == [Row, UserError, Row]
-    assert found[1].where == f"{path}:2"
+    assert isinstance(found[1], UserError) and found[1].where == f"{path}:2"
     assert what in found[1].what
     assert found[1].fix
 
@@ -271,7 +276,8 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     assert f"a link to '{tmp_path}/gone.jsonl'" in error_of(tmp_path / "broken.jsonl").what
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     assert "cannot be opened" in error_of(tmp_path / "loop.jsonl").what
-    for value in (None, 3, "", [], [None]):
+    values: list[object] = [None, 3, "", [], [None]]
+    for value in values:
         with pytest.raises(UserError, match="give a path"):
             resolve_files(value)
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tiny import RandomDocuments, qwen2_config, write_model
 from transformers import AutoModelForCausalLM
 
-from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
@@ -27,14 +26,9 @@ from verl.models.adapters.lora import add_adapters
 from verl.models.load import Loaded, load_for_inference, load_for_training
 from verl.models.saved import export_adapter, export_model
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 WHERE = Position(step=2, tokens=100, supervised_tokens=50, rows=24, rows_per_step=4, seed=1, data_fingerprint="f")
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 def loader() -> Loader:

@@ -3,9 +3,8 @@
 import builtins
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from places import torchrun
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import nn
 
-from verl import dist
 from verl.algorithms import sft
 from verl.config.sft import SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
@@ -25,6 +23,8 @@ from verl.engine.engine import Engine
 from verl.engine.optim import build_optimizer, optimizer_state, set_learning_rate
 from verl.errors import UserError
 from verl.models.attention import flash
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 if TYPE_CHECKING:
     from verl.engine.optim import AdamW
@@ -45,13 +45,6 @@ def wide_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Norms wide enough that among their weights, which lie 1e-2 apart, some are rounded on within 100 steps of 1e-6."""
     shape = qwen2_config(hidden_size=512, head_dim=16, intermediate_size=64, num_hidden_layers=1, vocab_size=128)
     return write_model(tmp_path_factory.mktemp("wide"), shape)
-
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    dist.start()
-    yield
-    dist.stop()
 
 
 def built_of(path: Path, name: str = "adamw", param_dtype: str = "float32", *, lr: float = 1e-3, **model: object) -> Built:
@@ -212,7 +205,7 @@ def test_packed_batches_are_compared_in_float32_before_the_weights_become_bfloat
 ) -> None:
     import verl.engine.build as module
 
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(module, "check_scorer", lambda scorer: seen.extend(p.dtype for p in scorer.parameters()))
     built = built_of(model_path, "adamw_8bit", "bfloat16")
     assert set(seen) == {torch.float32} and built.engine.trained[0].dtype == torch.bfloat16

@@ -1,7 +1,9 @@
 """Compiled layers, traced on the CPU with an attention that a graph can hold, as FlashAttention on a GPU is."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from transformers import AttentionInterface
 
 from verl import dist
@@ -39,7 +42,17 @@ opaque_attention.register_fake(lambda query_1TND, cu_seqlens, max_seqlen: torch.
 opaque_attention.register_autograd(lambda context, gradient: (gradient, None, None))
 
 
-def traceable(module, query_1NTD, key_1KTD, value_1KTD, mask, *, cu_seq_lens_q, max_length_q, **kwargs):
+def traceable(
+    module: object,
+    query_1NTD: Tensor,
+    key_1KTD: Tensor,
+    value_1KTD: Tensor,
+    mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
     others_1NTD = (key_1KTD * value_1KTD).repeat_interleave(query_1NTD.shape[1] // key_1KTD.shape[1], 1)
     return opaque_attention((query_1NTD * others_1NTD).transpose(1, 2).contiguous(), cu_seq_lens_q, max_length_q), None
 
@@ -50,7 +63,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def process():
+def process() -> Iterator[torch.device]:
     torch._dynamo.reset()
     counters.clear()
     AttentionInterface.register(PACKED, traceable)
@@ -59,7 +72,7 @@ def process():
     dist.stop()
 
 
-def train(model_path: Path, backend, *, checkpointing: bool | str = False) -> list[int]:
+def train(model_path: Path, backend: Any, *, checkpointing: bool | str = False) -> list[int]:
     """Graphs that have been compiled after each of a few steps of different sizes."""
     model = load_for_training(str(model_path)).model
     if checkpointing:
@@ -84,7 +97,7 @@ def test_all_layers_and_all_sizes_share_one_graph_without_breaks(checkpointing: 
 def test_a_layers_numbers_are_constants_and_no_tensors(checkpointing: bool | str, model_path: Path) -> None:
     shapes: list[tuple[int, ...]] = []
 
-    def look(graph, inputs):
+    def look(graph: GraphModule, inputs: Sequence[Any]) -> Any:
         shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, Tensor))
         return make_boxed_func(graph.forward)
 
@@ -96,7 +109,7 @@ def test_each_kind_of_checkpointing_computes_as_many_products_again_as_it_says(m
     def products_in_backward(checkpointing: bool | str) -> int:
         found: Counter[str] = Counter()
 
-        def count(graph, inputs):
+        def count(graph: GraphModule, inputs: Sequence[Any]) -> Any:
             found.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
             return make_boxed_func(graph.forward)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny import RandomDocuments, qwen2_config, write_model
 
-from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
@@ -19,18 +18,14 @@ from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
 
+pytestmark = pytest.mark.usefixtures("device")
+
 PACKING = Packing(8, 8 * 60)
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), qwen2_config(hidden_size=128, intermediate_size=256))
-
-
-@pytest.fixture(autouse=True)
-def device():
-    yield dist.start()
-    dist.stop()
 
 
 def engine_of(path: Path, device: torch.device, *, record: bool | None, compiled: bool = False) -> Engine:

@@ -4,10 +4,12 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engines import engine_of, gradient, largest_difference, relative
 from places import torchrun
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
@@ -26,6 +28,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -33,21 +36,21 @@ from transformers import (
     get_scheduler,
 )
 
-from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
-from verl.engine.contract import LossOut, TokenOut
+from verl.engine.contract import LossOut, Slope, TokenOut
 from verl.engine.engine import Engine
 from verl.engine.logprobs import LogitRule, token_scores
 from verl.engine.optim import learning_rate, optimizer_state
-from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import TokenScorer, check_scorer
 from verl.engine.softmax import logprobs_and_entropy
 from verl.errors import UserError
 from verl.models.load import load_for_training
+
+pytestmark = pytest.mark.usefixtures("process_group")
 
 ROWS = np.arange(8)
 CUTS = {
@@ -62,35 +65,6 @@ CUTS = {
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
-
-
-def engine_of(path: Path, *, config: OptimConfig | None = None, checkpointing: bool | str = False) -> Engine:
-    model = load_for_training(str(path)).model
-    if checkpointing:
-        recompute_activations(model, selective=checkpointing == "selective")
-    return Engine(
-        TokenScorer(model),
-        config or OptimConfig(clip_grad=1e9),
-        total_steps=10,
-        device=torch.device("cpu"),
-        compute_dtype=torch.float32,
-    )
-
-
-def gradient(engine: Engine, batches: list[Batch], algorithm=sft) -> Tensor:
-    engine.backward(batches, algorithm)
-    return torch.cat([p.grad.flatten() for p in engine.trained])
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +165,7 @@ def test_documents_packed_have_the_logprobs_they_have_alone(name: str, tmp_path:
     shape = {
         key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     }
-    path = write_model(tmp_path, config(**shape, vocab_size=512, **changes), kind=kind)
+    path = write_model(tmp_path, config(**shape, vocab_size=512, **changes), kind=kind)  # type: ignore[arg-type]
     scorer = TokenScorer(load_for_training(str(path)).model)
     check_scorer(scorer)
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
@@ -206,18 +180,6 @@ def test_gpt2_with_learned_positions_is_served_too(tmp_path: Path) -> None:
     )
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     assert largest_difference(TokenScorer(load_for_training(str(path)).model).eval(), alone) < 2e-5
-
-
-def largest_difference(scorer: TokenScorer, alone: torch.nn.Module) -> float:
-    documents = [RandomDocuments().document(i) for i in range(4)]
-    with torch.no_grad():
-        packed = scorer(collate(documents, range(4))).logprob_M
-        expected = []
-        for ids, mask in documents:
-            ids_T = torch.from_numpy(ids).long()
-            logprob_TV = alone(ids_T[None], use_cache=False).logits[0].log_softmax(-1)
-            expected.append(logprob_TV[:-1].gather(1, ids_T[1:, None]).squeeze(1)[torch.from_numpy(mask[1:])])
-    return (packed - torch.cat(expected)).abs().max().item()
 
 
 def test_without_document_bounds_packed_logprobs_differ(model_path: Path) -> None:
@@ -348,7 +310,8 @@ def test_a_step_that_is_not_finite_is_not_taken(broken: Broken, model_path: Path
     config = OptimConfig(lr=1e-3, lr_scheduler="constant", warmup_steps_ratio=0.0)
     batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
     skipping, plain = engine_of(model_path, config=config), engine_of(model_path, config=config)
-    for engine, algorithms in ((skipping, [sft, broken, sft]), (plain, [sft, sft])):
+    steps: list[tuple[Engine, list[Any]]] = [(skipping, [sft, broken, sft]), (plain, [sft, sft])]
+    for engine, algorithms in steps:
         found = [engine.train_step(batches, algorithm, 0) for algorithm in algorithms]
         assert [float(metrics["skipped"]) for metrics in found] == [float(algorithm is broken) for algorithm in algorithms]
     for p, other in zip(skipping.trained, plain.trained, strict=True):
@@ -417,11 +380,11 @@ def test_on_a_gpu_log_probabilities_and_entropies_are_those_of_whole_logits(dtyp
 
 
 class WithDropout(TokenScorer):
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         self.dropout = torch.nn.Dropout(0.5)
 
-    def forward(self, batch: Batch, slope_M: Tensor | None = None) -> TokenOut:
+    def forward(self, batch: Batch, slope_M: Slope | None = None) -> TokenOut:
         out = super().forward(batch, slope_M)
         return TokenOut(self.dropout(out.logprob_M))
 

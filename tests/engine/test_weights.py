@@ -8,7 +8,6 @@ import torch
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
 
-from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.loader import Packing, micro_batches
@@ -18,6 +17,8 @@ from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 ROWS = np.arange(8)
 WHOLE, SEVERAL = Packing(8, 8 * 60), Packing(1, 100)
 
@@ -25,13 +26,6 @@ WHOLE, SEVERAL = Packing(8, 8 * 60), Packing(1, 100)
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), qwen2_config(tie_word_embeddings=True))
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 def engine_of(path: Path, dtype: torch.dtype = torch.bfloat16, lr: float = 1e-3, device: str = "cpu") -> Engine:

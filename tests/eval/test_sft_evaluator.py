@@ -44,13 +44,13 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft_evaluator, "load_rollout", load_rollout)
 
 
-def config(tmp_path: Path, checkpoint: Path | str, rows: list[dict] | None = None, **options: Any) -> EvalConfig:
+def config(tmp_path: Path, checkpoint: Path | str, rows: list[dict[str, Any]] | None = None, **options: Any) -> EvalConfig:
     test_file = write_rows(tmp_path / "test.jsonl", ROWS if rows is None else rows)
     settings = {"output_dir": str(tmp_path / "out"), "max_new_tokens": 40, **options}
     return EvalConfig(model_path=str(checkpoint), test_file=str(test_file), **settings)
 
 
-def predictions(settings: EvalConfig) -> list[dict]:
+def predictions(settings: EvalConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(settings.output_dir) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -98,7 +98,7 @@ def test_columns_can_have_other_names_and_only_the_first_rows_be_used(tmp_path: 
     assert results["exact_match"] == 1.0 and results["n"] == 3
 
 
-def chat_of(row: dict, **more: object) -> dict:
+def chat_of(row: dict[str, Any], **more: object) -> dict[str, Any]:
     messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
     return {"messages": messages, **more}
 
@@ -120,7 +120,7 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.chat_template = "{%- for tool in tools %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
     (question,) = read_questions(settings, Grader("gsm8k"))
-    text = tokenizer.decode(sft_evaluator.render(Renderer(tokenizer), question))
+    text = str(tokenizer.decode(sft_evaluator.render(Renderer(tokenizer), question)))
     assert text.startswith("calculator ") and text.count(ROWS[0]["question"]) == 1
 
 
@@ -136,7 +136,9 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
         (chat_of(ROWS[0]), {"messages_key": None, "tools_key": "tools"}, "tools_key needs messages_key"),
     ],
 )
-def test_a_chat_that_cannot_be_asked_is_named(row: dict, options: dict, said: str, tmp_path: Path, checkpoint: Path) -> None:
+def test_a_chat_that_cannot_be_asked_is_named(
+    row: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path, checkpoint: Path
+) -> None:
     settings = config(tmp_path, checkpoint, [row], **{"messages_key": "messages", **options})
 
     def ask() -> None:
@@ -165,16 +167,16 @@ def test_an_adapter_answers_as_the_model_it_is_merged_into(tmp_path: Path, check
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "bare_adapter")
-    for part in (adapted, tokenizer):
-        part.save_pretrained(tmp_path / "adapter")
-    for part in (adapted.merge_and_unload(), tokenizer):
-        part.save_pretrained(tmp_path / "merged")
+    adapted.save_pretrained(str(tmp_path / "bare_adapter"))
+    parts: dict[str, tuple[Any, Any]] = {"adapter": (adapted, tokenizer), "merged": (adapted.merge_and_unload(), tokenizer)}
+    for name, both in parts.items():
+        for part in both:
+            part.save_pretrained(str(tmp_path / name))
 
     responses = {}
-    for name in (checkpoint, tmp_path / "adapter", tmp_path / "bare_adapter", tmp_path / "merged"):
-        evaluate(settings := config(tmp_path, name))
-        responses[name] = [line["response"] for line in predictions(settings)]
+    for path in (checkpoint, tmp_path / "adapter", tmp_path / "bare_adapter", tmp_path / "merged"):
+        evaluate(settings := config(tmp_path, path))
+        responses[path] = [line["response"] for line in predictions(settings)]
     base, adapter, bare_adapter, merged = responses.values()
     assert adapter == bare_adapter == merged
     assert adapter != base
@@ -248,7 +250,9 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, checkpoint: Path, body: st
         ({"question": "1 + 1?", "answer": "two"}, "metric 'gsm8k' finds no answer in 'two'"),
     ],
 )
-def test_a_row_that_cannot_be_graded_is_named_before_a_model_is_loaded(tmp_path: Path, checkpoint: Path, row: dict, what: str) -> None:
+def test_a_row_that_cannot_be_graded_is_named_before_a_model_is_loaded(
+    tmp_path: Path, checkpoint: Path, row: dict[str, Any], what: str
+) -> None:
     with pytest.raises(UserError) as caught:
         evaluate(config(tmp_path, checkpoint, [*ROWS, row]))
     assert str(caught.value.where).endswith("test.jsonl:5") and what in caught.value.what
@@ -257,11 +261,12 @@ def test_a_row_that_cannot_be_graded_is_named_before_a_model_is_loaded(tmp_path:
 @pytest.mark.usefixtures("no_model")
 def test_wrong_settings_are_named_before_a_model_is_loaded(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    for options, where in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"output_dir": str(tmp_path / "file")}, "output_dir="),
         ({"metric": "gsm9k"}, "no rewards named 'gsm9k'"),
         ({"prompt_key": "prompt"}, "test.jsonl:1"),
-    ):
+    )
+    for options, where in wrong:
         with pytest.raises(UserError, match=where):
             evaluate(config(tmp_path, checkpoint, **options))
     text = tmp_path / "test.txt"

@@ -12,29 +12,14 @@ from typing import Any
 
 import pytest
 from places import ROOT
+from runs import SECRET, run_with
 
-from verl.config.load import load_config
-from verl.config.sft import SFTConfig
 from verl.errors import UserError
 from verl.loggers import console, tensorboard, trackio, wandb
 from verl.loggers._redact import redact
 from verl.run import Run
 
-SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 STEP = {"epoch": 0, "train/loss": 2.31, "train/lr": 2e-5, "train/grad_norm": 0.5, "train/tokens": 900, "perf/tokens_per_second": 1234.4}
-
-
-def run_with(directory: Path, *words: str, total_steps: int = 500) -> Run:
-    """A run that has not begun; what it says and writes is in `lines_of`."""
-    given = [
-        "data.train_files=https://user:secret-word@host/train.jsonl",
-        f"model.partial_pretrain={SECRET}",
-        f"trainer.default_local_dir={directory}",
-    ]
-    run = Run(load_config(SFTConfig, [*given, *words]))
-    run.directory.mkdir(parents=True, exist_ok=True)
-    run.total_steps = total_steps
-    return run
 
 
 def lines_of(run: Run) -> list[str]:
@@ -94,8 +79,8 @@ def no_wandb_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 ONE_STEP = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/loggers"]
-from test_loggers import run_with
+sys.path.insert(0, "tests")
+from runs import run_with
 from verl.loggers import wandb
 run = run_with(Path(sys.argv[1]), "trainer.logger=" + sys.argv[2])
 logger = wandb.start(run)
@@ -185,14 +170,14 @@ class BrokenService:
 
 
 def test_a_service_that_does_not_start_leaves_the_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=True))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=True))
     run = run_with(tmp_path)
     assert isinstance(wandb.start(run), wandb._Silent)
     assert lines_of(run) == ["wandb: no route to host; logging to the console instead"]
 
 
 def test_a_service_that_fails_later_is_said_once_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=False))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=False))
     run = run_with(tmp_path)
     logger = wandb.start(run)
     for step in (1, 2):

@@ -5,14 +5,15 @@ Dimensions: T tokens, N query heads, K key-value heads, D head size.
 
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import qwen2_config
 from torch import Tensor
 from transformers import LlamaConfig
 
-from tests.tiny import qwen2_config
 from verl import doctor
 from verl.errors import UserError
 from verl.models.attention import flash, packed
@@ -44,13 +45,37 @@ def window_of(tokens_before: int | None) -> int | None:
     return None if tokens_before is None else tokens_before + 1
 
 
-def fake_forward(q, k, v, *, cu_seqlens_q, softmax_scale, causal, window_size, return_lse, **_):
+def fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    return_lse: bool,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
     assert causal and return_lse and window_size[1] is None
     out = exact(q, k, v, cu_seqlens_q, scale=softmax_scale, window=window_of(window_size[0]))
     return out, torch.zeros(q.shape[1], q.shape[0])
 
 
-def fake_backward(q, k, v, out, dout, lse, *, softmax_scale, causal, window_size_left, cu_seqlens_q, **_):
+def fake_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    *,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int | None,
+    cu_seqlens_q: Tensor,
+    **_: object,
+) -> tuple[Tensor, ...]:
     """By the formula: an operator's own code runs below autograd."""
     assert causal and lse.shape == (q.shape[1], q.shape[0])
     shared, scale = q.shape[1] // k.shape[1], softmax_scale or q.shape[2] ** -0.5
@@ -78,8 +103,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def flash4(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = ModuleType("flash_attn.cute.interface")
+def flash4(monkeypatch: pytest.MonkeyPatch) -> Any:
+    module: Any = ModuleType("flash_attn.cute.interface")
     module.flash_attn_varlen_func, module._flash_attn_bwd = fake_forward, fake_backward
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -96,12 +121,12 @@ def test_without_packages_a_gpu_runs_what_is_inside_pytorch_and_says_what_could_
     assert described() == ("PyTorch's FlashAttention-2 (FlashAttention-3: not installed; FlashAttention-4: not installed)")
 
 
-def test_an_installed_package_that_passes_its_trial_is_taken(gpu: None, flash4: ModuleType) -> None:
+def test_an_installed_package_that_passes_its_trial_is_taken(gpu: None, flash4: Any) -> None:
     assert described() == "FlashAttention-4 (FlashAttention-3: not installed)"
     assert packed._choice.kernel == "fa4"
 
 
-def test_the_one_inside_pytorch_can_be_asked_for(gpu: None, flash4: ModuleType) -> None:
+def test_the_one_inside_pytorch_can_be_asked_for(gpu: None, flash4: Any) -> None:
     assert described("fa2") == "PyTorch's FlashAttention-2"
 
 
@@ -113,7 +138,7 @@ SHORT = flash.Documents(tokens=300.0, batch_tokens=32_768)
     [(SHORT, "short"), (flash.Documents(5000.0, 32_768), "fa4"), (flash.Documents(300.0, 4096), "fa4"), (None, "fa4")],
 )
 def test_short_documents_in_large_batches_get_the_kernels_for_them(
-    gpu: None, flash4: ModuleType, documents: flash.Documents | None, taken: str, monkeypatch: pytest.MonkeyPatch
+    gpu: None, flash4: Any, documents: flash.Documents | None, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "verl.models.attention.short_triton", ModuleType("short"))
     monkeypatch.setattr(flash, "_trial", lambda *_: None)
@@ -121,16 +146,14 @@ def test_short_documents_in_large_batches_get_the_kernels_for_them(
     assert packed._choice.kernel == taken
 
 
-def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: None, flash4: ModuleType) -> None:
+def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: None, flash4: Any) -> None:
     choose_attention("auto", GPU, torch.bfloat16, HEADS, documents=SHORT)
     assert packed._choice.kernel == "fa4"
     assert "short" in packed._choice.refused
 
 
 @pytest.mark.parametrize("wanted", ["auto", "fa4"])
-def test_a_package_has_to_serve_every_model_of_the_process(
-    gpu: None, flash4: ModuleType, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_has_to_serve_every_model_of_the_process(gpu: None, flash4: Any, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "_trial", lambda kernel, device, dtype, heads: "too wide" if heads.size > 128 else None)
     choose_attention(wanted, GPU, torch.bfloat16, HEADS, flash.Heads(4, 2, 128))
     assert packed._choice.kernel == "fa4"
@@ -143,8 +166,8 @@ def test_a_package_has_to_serve_every_model_of_the_process(
         assert packed._choice.kernel == "fa2" and packed._choice.refused["fa4"] == "too wide"
 
 
-def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: ModuleType) -> None:
-    def ignore_bounds(q, k, v, *, cu_seqlens_q, **kwargs):
+def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: Any) -> None:
+    def ignore_bounds(q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return fake_forward(q, k, v, cu_seqlens_q=cu_seqlens_q[[0, -1]], **kwargs)
 
     flash4.flash_attn_varlen_func = ignore_bounds
@@ -152,16 +175,16 @@ def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: 
     assert packed._choice.kernel == "fa2"
 
 
-def test_a_package_with_wrong_gradients_is_not_taken(gpu: None, flash4: ModuleType) -> None:
-    def half(*args, **kwargs):
+def test_a_package_with_wrong_gradients_is_not_taken(gpu: None, flash4: Any) -> None:
+    def half(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return tuple(0.5 * x for x in fake_backward(*args, **kwargs))
 
     flash4._flash_attn_bwd = half
     assert "differs from FlashAttention-2 by" in described()
 
 
-def test_a_package_that_breaks_is_not_taken_and_its_reason_is_told(gpu: None, flash4: ModuleType) -> None:
-    def break_(*args, **kwargs):
+def test_a_package_that_breaks_is_not_taken_and_its_reason_is_told(gpu: None, flash4: Any) -> None:
+    def break_(*args: object, **kwargs: object) -> None:
         raise AssertionError("head_dim 16 is not supported\nand more")
 
     flash4.flash_attn_varlen_func = break_
@@ -191,12 +214,12 @@ def test_what_is_asked_for_by_name_must_run(gpu: None) -> None:
         described("fa4", CPU, torch.float32)
 
 
-def test_older_gpus_are_offered_no_package(gpu: None, flash4: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_gpus_are_offered_no_package(gpu: None, flash4: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert described() == "PyTorch's FlashAttention-2"
 
 
-def test_float32_and_cpus_take_the_plain_path(gpu: None, flash4: ModuleType) -> None:
+def test_float32_and_cpus_take_the_plain_path(gpu: None, flash4: Any) -> None:
     assert "it needs bfloat16" in described(dtype=torch.float32)
     assert "no GPU" in described(device=CPU, dtype=torch.float32)
     assert "one document at a time (model.attn_implementation=sdpa)" in described("sdpa")
@@ -222,13 +245,13 @@ def test_the_heads_of_a_model_are_read_from_its_configuration() -> None:
 
 def arguments(dtype: torch.dtype = torch.float32, tokens: int = BOUNDS[-1]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(tokens, heads, 16, generator=generator, dtype=dtype).requires_grad_() for heads in (4, 2, 2)]
-    return (*tensors, torch.tensor([0, 1, 131, tokens], dtype=torch.int32), 300)
+    q, k, v = (torch.randn(tokens, heads, 16, generator=generator, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
+    return (q, k, v, torch.tensor([0, 1, 131, tokens], dtype=torch.int32), 300)
 
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_operator_has_the_output_and_the_gradients_of_the_package(flash4: ModuleType, window: int | None, compiled: bool) -> None:
+def test_the_operator_has_the_output_and_the_gradients_of_the_package(flash4: Any, window: int | None, compiled: bool) -> None:
     def layer(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         doubled = 2 * query.transpose(0, 1).contiguous().transpose(0, 1)  # not contiguous, as a projection may be
         return flash.flash_attention(doubled, key, value, cu_seqlens, longest, scale=0.3, sliding_window=window, kernel="fa4")
@@ -245,7 +268,7 @@ def test_the_operator_has_the_output_and_the_gradients_of_the_package(flash4: Mo
             torch.testing.assert_close(found, right)
 
 
-def test_the_operator_keeps_what_pytorch_asks_of_operators(flash4: ModuleType) -> None:
+def test_the_operator_keeps_what_pytorch_asks_of_operators(flash4: Any) -> None:
     asked = ("test_schema", "test_faketensor", "test_autograd_registration")
     found = torch.library.opcheck(flash._flash4, arguments(), test_utils=asked, raise_exception=False)
     assert found == dict.fromkeys(asked, "SUCCESS")
@@ -263,8 +286,8 @@ def test_an_operator_whose_shapes_in_tracing_are_others_would_be_found() -> None
 
 def test_without_a_gpu_each_document_is_computed_alone(gpu: None) -> None:
     query, key, value, cu_seqlens, longest = arguments()
-    rows = (x.transpose(0, 1)[None] for x in (query, key, value))
-    found, _ = packed_attention(torch.nn.Module(), *rows, None, cu_seq_lens_q=cu_seqlens, max_length_q=longest)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    found, _ = packed_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=cu_seqlens, max_length_q=longest)
     torch.testing.assert_close(found[0], exact(query, key, value, cu_seqlens, scale=None, window=None))
 
 

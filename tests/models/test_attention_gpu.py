@@ -34,11 +34,11 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[flash.Kernel]:
     flash.activate("fa2")
 
 
-def tensors(lengths: list[int], size: int) -> tuple[list[Tensor], Tensor]:
+def tensors(lengths: list[int], size: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     torch.manual_seed(0)
-    made = [torch.randn(sum(lengths), n, size, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (14, 2, 2)]
+    q, k, v = (torch.randn(sum(lengths), n, size, device="cuda", dtype=torch.bfloat16).requires_grad_() for n in (14, 2, 2))
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
-    return made, bounds
+    return (q, k, v), bounds
 
 
 def plain(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, lengths: list[int], window: int | None) -> Tensor:

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engines import relative
 from places import torchrun
 from ranks.context import CASES, Results, results
-from test_sft_trainer import SFT, command, losses, metrics_of, words
+from runs import SFT, Metrics, command, losses, metrics_of
+from sft_runs import words
 from tiny import RandomDocuments, qwen2_config, write_model, write_problems_and_model
-from torch import Tensor
 
 from verl import dist
 from verl.config.sft import DataConfig
@@ -27,10 +29,6 @@ from verl.trainer import fsdp_sft_trainer
 # Of PyTorch's own making, while it traces.
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 STEPS = 6
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("packing", [Packing(4, 240), Packing(4, 240, multiple_of_tokens=16), Packing(3, None)])
@@ -68,11 +66,11 @@ def test_each_process_has_the_key_heads_of_its_query_heads(query: int, key_value
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each case's results by two processes that share each micro-batch, and those without an exchange."""
     folder = tmp_path_factory.mktemp("two")
     torchrun("context.py", folder, *CASES)
-    found: dict = torch.load(folder / "found.pt")
+    found: dict[str, Any] = torch.load(folder / "found.pt")
     return found
 
 
@@ -82,18 +80,22 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_with_half_of_each_batch_have_the_gradient_and_the_losses_of_one(name: str, of_two: dict, of_one: Callable) -> None:
+def test_two_processes_with_half_of_each_batch_have_the_gradient_and_the_losses_of_one(
+    name: str, of_two: dict[str, Any], of_one: Callable[[str], Results]
+) -> None:
     expected, found = of_one(name), Results(*of_two[name])
     assert relative(found.gradient, expected.gradient) < 1e-5
     assert found.losses == pytest.approx(expected.losses, rel=1e-5) and found.losses[-1] < found.losses[0]
 
 
-def test_a_compiled_layer_is_one_graph_with_the_exchange_inside(of_two: dict) -> None:
+def test_a_compiled_layer_is_one_graph_with_the_exchange_inside(of_two: dict[str, Any]) -> None:
     found = Results(*of_two["compiled"])
     assert found.graphs == 1 and found.graph_breaks == 0
 
 
-def test_without_the_exchange_the_gradient_is_another_and_the_check_before_training_says_so(of_two: dict, of_one: Callable) -> None:
+def test_without_the_exchange_the_gradient_is_another_and_the_check_before_training_says_so(
+    of_two: dict[str, Any], of_one: Callable[[str], Results]
+) -> None:
     """Negative control: each process takes its part of a document for a document."""
     found, expected = Results(*of_two["wrong"]), of_one("two key heads")
     assert relative(found.gradient, expected.gradient) > 1e-2
@@ -116,16 +118,16 @@ def goes_on(folder: Path, output: str, source: str, step: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> list[dict[str, float]]:
+def plain(folder: Path) -> Metrics:
     fsdp_sft_trainer.main(config(folder, "plain"))
     return metrics_of(folder / "plain")
 
 
 @pytest.fixture(scope="module")
-def shared(folder: Path, plain: list) -> str:
+def shared(folder: Path, plain: Metrics) -> str:
     """Two pairs of processes go on from the second step of one; each pair has rows of its own, and shares them. What they say."""
     arguments = [*goes_on(folder, "shared", "plain", 2), "model.context_parallel_size=2"]
-    done = command(*SFT, *arguments, processes=4, env={"OMP_NUM_THREADS": "1"})
+    done = command(*SFT, *arguments, processes=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -136,7 +138,7 @@ def assert_same_run(found: list[dict[str, float]], expected: list[dict[str, floa
     assert found[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], rel=1e-5)
 
 
-def test_pairs_that_share_documents_go_on_as_one_process_does(folder: Path, plain: list, shared: str) -> None:
+def test_pairs_that_share_documents_go_on_as_one_process_does(folder: Path, plain: Metrics, shared: str) -> None:
     found = metrics_of(folder / "shared")
     assert_same_run(found, plain[2:])
     for line, before in zip(found, [plain[1], *found], strict=False):
@@ -145,7 +147,7 @@ def test_pairs_that_share_documents_go_on_as_one_process_does(folder: Path, plai
     assert "on each of 2 groups of 2 processes" in shared
 
 
-def test_one_process_goes_on_as_pairs_that_shared_documents(folder: Path, plain: list, shared: str) -> None:
+def test_one_process_goes_on_as_pairs_that_shared_documents(folder: Path, plain: Metrics, shared: str) -> None:
     fsdp_sft_trainer.main(goes_on(folder, "shared-then-plain", "shared", 4))
     assert_same_run(metrics_of(folder / "shared-then-plain"), plain[4:])
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,20 +58,20 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "tied")
 
 
-def write_adapter(folder: Path, base: Path, *, size: float = 0.05, **changes: object) -> Path:
+def write_adapter(folder: Path, base: Path, *, size: float = 0.05, **changes: Any) -> Path:
     """An adapter as a run leaves it: with a generation config of its own, and trained so far as `size` says."""
     torch.manual_seed(1)
-    adapted = get_peft_model(load(base), LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}))  # type: ignore[arg-type]
+    adapted = get_peft_model(load(base), LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(size * torch.randn_like(parameter))
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
     GenerationConfig(eos_token_id=[STOP, 0], pad_token_id=0).save_pretrained(folder)
     return folder
 
 
-KINDS: dict[str, dict[str, object]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora and dora": {"use_rslora": True, "use_dora": True},
     "trained tokens": {"trainable_token_indices": [STOP, 9]},

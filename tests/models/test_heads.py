@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     Qwen2ForSequenceClassification,
     Qwen2ForTokenClassification,
 )
 
-from verl import dist
 from verl.algorithms import bradley_terry
 from verl.algorithms.ppo import ValueLoss
 from verl.config.ppo import AlgorithmConfig
@@ -35,14 +36,9 @@ from verl.models.heads import has_head, load_critic, load_reward_model
 from verl.models.load import Loaded
 from verl.models.saved import export_model
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +94,7 @@ def test_scores_in_a_packed_batch_are_those_of_transformers_at_the_last_token(re
         (GPT2LMHeadModel, GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512, bos_token_id=0, eos_token_id=0)),
     ],
 )
-def test_a_critic_from_a_language_model_says_zero_at_first(kind: type, config: object, tmp_path: Path) -> None:
+def test_a_critic_from_a_language_model_says_zero_at_first(kind: type, config: PretrainedConfig, tmp_path: Path) -> None:
     scorer = ValueScorer(load_critic(str(write_model(tmp_path, config, kind=kind))).model)
     assert scorer(collate(documents(), range(4))).value_M.eq(0).all()
 
@@ -112,7 +108,7 @@ def test_a_critic_from_a_language_model_says_zero_at_first(kind: type, config: o
 )
 @pytest.mark.parametrize("load", [load_critic, load_reward_model])
 def test_an_architecture_that_mixes_documents_is_refused_though_its_head_says_zero(
-    load: Callable[[str], Loaded], kind: type, config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], Loaded], kind: type, config: PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = Scorer(load(str(write_model(tmp_path, config, kind=kind))).model)
     check_hidden(scorer, where="here")
@@ -164,7 +160,7 @@ def test_a_model_with_more_labels_than_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_architecture_without_such_a_head_is_refused_by_name(tmp_path: Path) -> None:
-    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
+    shape: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512)
     path = write_model(tmp_path, CohereConfig(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2), kind=CohereForCausalLM)
     with pytest.raises(UserError, match="no cohere model with a classification head"):
         load_critic(str(path))

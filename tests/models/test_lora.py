@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,16 +41,11 @@ from verl.models.saved import export_adapter
 from verl.models.tiny import tiny_tokenizer
 from verl.trainer import fsdp_sft_trainer
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 WHERE = Position(step=3, tokens=100, supervised_tokens=50, rows=24, rows_per_step=4, seed=1, data_fingerprint="f")
 IDS = torch.arange(3, 15)[None]
 STOP = 7
-
-
-@pytest.fixture(autouse=True)
-def process_group():
-    dist.start()
-    yield
-    dist.stop()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +102,8 @@ class Run:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     model.eval()
-    (model.get_base_model() if isinstance(model, PeftModel) else model).set_attn_implementation("sdpa")
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain.set_attn_implementation("sdpa")
     return model(IDS).logits[0]
 
 
@@ -202,7 +199,7 @@ def test_only_adapters_and_the_named_rows_are_trained_and_in_float32(base: Path,
 
 def load_with_tokens(run: Run, name: str) -> Tensor:
     (module,) = (module for key, module in run.model.named_modules() if key.endswith(name))
-    return module.weight.detach()  # type: ignore[union-attr, operator, return-value]
+    return module.weight.detach()
 
 
 def test_an_adapter_beside_a_base_in_bfloat16_goes_on_with_its_own_values(tied: Path, tmp_path: Path) -> None:
@@ -233,7 +230,7 @@ def test_an_adapter_on_an_untied_output_layer_is_in_the_loss(untied: Path, token
     with torch.no_grad():
         found_M = run.engine.scorer.eval()(batch).logprob_M
         weight_VH = merged_head(run)
-        head: nn.Linear = run.model.get_output_embeddings().base_layer  # type: ignore[assignment]
+        head: nn.Linear = run.model.get_output_embeddings().base_layer
         run.adapted.unload()
         head.weight.copy_(weight_VH)
         torch.testing.assert_close(run.engine.scorer(batch).logprob_M, found_M, rtol=1e-4, atol=1e-4)
@@ -242,8 +239,8 @@ def test_an_adapter_on_an_untied_output_layer_is_in_the_loss(untied: Path, token
 
 def merged_head(run: Run) -> Tensor:
     head = run.model.get_output_embeddings()
-    delta: Callable[[str], Tensor] = head.get_delta_weight  # type: ignore[assignment]
-    weight: Tensor = head.base_layer.weight  # type: ignore[union-attr, assignment]
+    delta: Callable[[str], Tensor] = head.get_delta_weight
+    weight: Tensor = head.base_layer.weight
     return weight + delta("default")
 
 
@@ -259,7 +256,7 @@ def test_a_run_goes_on_from_an_adapter(adapter: Path, tied: Path, tokenizer: Qwe
     run = Run(ModelConfig(partial_pretrain=str(tied), lora_adapter_path=str(adapter)), tokenizer)
     torch.testing.assert_close(run.logits(), logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tied), adapter)))
     run = Run(ModelConfig(partial_pretrain=str(tied), lora_adapter_path=str(adapter), lora_dropout=0.2), tokenizer)
-    new = run.adapted.peft_config["default"]
+    new: Any = run.adapted.peft_config["default"]
     assert (new.r, new.lora_alpha, new.use_rslora, new.lora_dropout) == (4, 8, True, 0.2)
     assert new.trainable_token_indices == [STOP] and new.base_model_name_or_path == str(tied)
     assert {p.dtype for p in run.engine.trained} == {torch.float32}
@@ -380,7 +377,7 @@ def model_with_unused_rows(tokenizer: Qwen2Tokenizer, *, cloud: float, stop: str
 
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(qwen2_config())
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end: Any = tokenizer.convert_tokens_to_ids("<|im_end|>")
     with torch.no_grad():
         weight_VH = model.get_output_embeddings().weight
         unused = [*range(len(tokenizer), VOCABULARY), *([end] if stop == "unused" else [])]
@@ -432,7 +429,7 @@ def test_a_model_with_random_weights_raises_no_alarm(tokenizer: Qwen2Tokenizer) 
 def test_an_adapter_of_peft_on_a_tied_output_layer_is_merged_into_that_side_alone(tied: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(tied)
     foreign = get_peft_model(plain, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
-    foreign.save_pretrained(tmp_path, save_embedding_layers=False)
+    foreign.save_pretrained(str(tmp_path), save_embedding_layers=False)
     torch.testing.assert_close(logits(load_for_inference(str(tmp_path), device="cpu")), logits(foreign), rtol=1e-4, atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,17 +30,17 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return write_model(where, config, kind=LlamaForCausalLM)
 
 
-def adapted(base: Path, **settings):
+def adapted(base: Path, **settings: Any) -> Any:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 24, "target_modules": "all-linear", **settings}))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model = get_peft_model(plain, LoraConfig(**{"r": 8, "lora_alpha": 24, "target_modules": "all-linear", **settings}))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, where the gradients of A vanish
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 
-def results(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def results(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     logits = model(input_ids=ids, use_cache=False).logits
     logits.log_softmax(-1)[..., 3].sum().backward()
@@ -53,7 +54,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert (found[name] - tensor).norm() <= 2e-5 * tensor.norm(), name
 
 
-def is_operator(mlp) -> bool:
+def is_operator(mlp: Any) -> bool:
     return type(mlp).forward.__module__ == "verl.models.adapters.operators"
 
 
@@ -64,7 +65,7 @@ IDS = torch.arange(3, 3 + 29 * 13, 13).remainder(512)[None]
     ("targets", "compiled"),
     [("all-linear", False), ("all-linear", True), (["q_proj", "down_proj"], False), (["q_proj", "k_proj", "v_proj", "gate_proj"], False)],
 )
-def test_logits_and_gradients_are_those_of_peft(base: Path, targets, compiled: bool) -> None:
+def test_logits_and_gradients_are_those_of_peft(base: Path, targets: str | list[str], compiled: bool) -> None:
     model = adapted(base, target_modules=targets)
     expected = results(model, IDS)
     use_operators(model)
@@ -124,7 +125,7 @@ def test_a_wrong_scale_is_seen(base: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_the_operators_do_not_serve_is_left_to_peft(base: Path, settings: dict) -> None:
+def test_what_the_operators_do_not_serve_is_left_to_peft(base: Path, settings: dict[str, Any]) -> None:
     model = adapted(base, **settings).eval()
     expected = results(model, IDS)
     use_operators(model)

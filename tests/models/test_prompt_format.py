@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rl_runs import REWARD, lines_of
+from rl_runs import REWARD
 from rl_runs import words as rl_words
+from runs import lines_of
 from tiny import write_problems_and_model
 
 from verl.config.commands import EvalConfig
@@ -100,7 +101,7 @@ def test_the_checkpoint_records_template_stop_tokens_and_system_prompt(plain: Pa
 
 @ASKERS
 def test_asked_as_it_was_trained_it_answers(
-    ask: Callable, key: str, folder: Path, plain: Path, with_system: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., list[str]], key: str, folder: Path, plain: Path, with_system: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     encode = Renderer.prompt
@@ -112,14 +113,16 @@ def test_asked_as_it_was_trained_it_answers(
 
 
 @ASKERS
-def test_without_its_system_prompt_it_is_not_asked(ask: Callable, key: str, folder: Path, with_system: Path) -> None:
+def test_without_its_system_prompt_it_is_not_asked(ask: Callable[..., list[str]], key: str, folder: Path, with_system: Path) -> None:
     with pytest.raises(UserError, match=f"trained with the system prompt '{SYSTEM}'") as caught:
         ask(with_system, folder)
     assert f"set {key}" in str(caught.value.fix)
 
 
 @ASKERS
-def test_with_a_system_prompt_that_it_has_not_seen_it_is_not_asked(ask: Callable, key: str, folder: Path, plain: Path) -> None:
+def test_with_a_system_prompt_that_it_has_not_seen_it_is_not_asked(
+    ask: Callable[..., list[str]], key: str, folder: Path, plain: Path
+) -> None:
     with pytest.raises(UserError, match="would be prompted with the system prompt 'Hi'"):
         ask(plain, folder, f"{key}=Hi")
 
@@ -128,7 +131,9 @@ def test_with_a_system_prompt_that_it_has_not_seen_it_is_not_asked(ask: Callable
 @pytest.mark.parametrize(
     ("field", "value", "reason"), [("chat_template_sha256", "0" * 64, "another chat template"), ("stop_ids", [3], "to end answers with")]
 )
-def test_what_has_changed_is_named(ask: Callable, key: str, field: str, value: object, reason: str, folder: Path, plain: Path) -> None:
+def test_what_has_changed_is_named(
+    ask: Callable[..., list[str]], key: str, field: str, value: object, reason: str, folder: Path, plain: Path
+) -> None:
     before = (plain / FILE).read_text()
     (plain / FILE).write_text(json.dumps({**json.loads(before), field: value}))
     try:

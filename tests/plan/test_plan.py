@@ -1,6 +1,7 @@
 """The plan before the run: its formulas against measured runs, traced layers and a real engine; its advice; the command."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from tiny import RandomDocuments, qwen2_config
+from tiny import RandomDocuments, qwen2_config, write_problems_and_model
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
@@ -19,7 +20,6 @@ from verl.config.load import _parse
 from verl.config.sft import DataConfig, SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader
-from verl.demo.problems import write_problems
 from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
@@ -28,8 +28,7 @@ from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED, packed_attention
-from verl.models.tiny import write_tiny_model
-from verl.plan import memory, plan
+from verl.plan import memory, plan, remedies, sizes
 from verl.plan.memory import GIB, WORKSPACE, Decoder, Work
 from verl.plan.plan import Plan, make_plan
 from verl.plan.report import CARDS, check_room, describe
@@ -89,7 +88,7 @@ MEASURED: dict[str, tuple[Qwen2Config, dict[str, Any], Work, float]] = {
 def sizes_of(config: PretrainedConfig, **settings: Any) -> Decoder:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return plan.decoder(model, ModelConfig(partial_pretrain="x", **settings))
+    return sizes.decoder(model, ModelConfig(partial_pretrain="x", **settings))
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -132,7 +131,7 @@ def as_on_a_gpu(module: Any, query_1NTD: Tensor, key_1KTD: Tensor, value_1KTD: T
 
 
 @pytest.fixture
-def opaque_attention():
+def opaque_attention() -> Iterator[None]:
     torch._dynamo.reset()
     AttentionInterface.register(PACKED, as_on_a_gpu)
     yield
@@ -145,7 +144,7 @@ WIDE = {"hidden_size": 96, "intermediate_size": 448, "num_attention_heads": 6, "
 NARROW = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
-def build(shape: dict[str, int], *, layers: int = 2, **settings: Any) -> tuple[PreTrainedModel, Decoder]:
+def build(shape: dict[str, Any], *, layers: int = 2, **settings: Any) -> tuple[PreTrainedModel, Decoder]:
     """A model in bfloat16 with adapters in place, as a run has it, and its sizes."""
     config = Qwen2Config(**shape, num_hidden_layers=layers, vocab_size=512, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.bfloat16)
@@ -303,9 +302,7 @@ def test_shards_offloading_and_whole_copies_differ_as_they_should() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Problems in train.jsonl, and a small model without its weights beside a tokenizer."""
-    folder = tmp_path_factory.mktemp("plan")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 80, 20, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    folder = write_problems_and_model(tmp_path_factory.mktemp("plan"))
     (folder / "model" / "model.safetensors").unlink()
     qwen2_large = folder / "large"
     LARGE.save_pretrained(qwen2_large)
@@ -315,7 +312,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(folder: Path, **changes: Any) -> SFTConfig:
     data = DataConfig(train_files="x", max_length=2048, micro_batch_size_per_gpu=16)
     config = SFTConfig(data=data, model=ModelConfig(partial_pretrain=str(folder / "large"), compile=True))
-    return plan.changed(config, {key.replace("__", "."): value for key, value in changes.items()})
+    return remedies.changed(config, {key.replace("__", "."): value for key, value in changes.items()})
 
 
 DOCUMENTS = RandomDocuments(200, longest=2000)
@@ -329,8 +326,8 @@ def test_the_largest_micro_batch_is_that_of_the_loader(packing: bool, groups: in
         "data.max_tokens_per_micro_batch": 4096 if packing else None,
         "model.context_parallel_size": context,
     }
-    config = plan.changed(config_of(folder), settings)
-    planned = make_plan(plan.changed(config, {"data.train_batch_size": 30}), DOCUMENTS, gpus=groups * context)
+    config = remedies.changed(config_of(folder), settings)
+    planned = make_plan(remedies.changed(config, {"data.train_batch_size": 30}), DOCUMENTS, gpus=groups * context)
     loaders = [
         Loader(DOCUMENTS, replace(plan.packing_of(config), multiple_of_tokens=plan.TILE if packing else 1), 30, 1, rank, groups, 0, context)
         for rank in range(groups)
@@ -359,7 +356,7 @@ def followed(advice: str, config: SFTConfig) -> tuple[SFTConfig, int]:
     """The config as advised, and the number of GPUs."""
     gpus = int(advice.split()[0]) if " GPUs with " in advice else 1
     pairs = [word.split("=") for word in advice.split() if "=" in word]
-    return plan.changed(config, {key: _parse(key, text) for key, text in pairs}), gpus
+    return remedies.changed(config, {key: _parse(key, text) for key, text in pairs}), gpus
 
 
 def on_a_gpu(gib: float, planned: Plan) -> Plan:

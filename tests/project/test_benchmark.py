@@ -5,34 +5,32 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from places import ROOT
 from rich.console import Console
+from tiny import write_problems_and_model
 from transformers import AutoModelForCausalLM
 
 from verl.data.loader import row_order
-from verl.demo.problems import write_problems
 from verl.errors import UserError
-from verl.models.tiny import write_tiny_model
 
 SHARED = ROOT.parent / "shared"
 GSM8K, TOKENIZER = SHARED / "data" / "gsm8k" / "train.jsonl", SHARED / "models" / "qwen2.5"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import sft  # noqa: E402
-from peers import settings  # noqa: E402
+import sft  # type: ignore[import-not-found]  # noqa: E402
+from peers import settings  # type: ignore[import-not-found]  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("benchmark")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 400, 5, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("benchmark"), 400, 5)
 
 
 def options(folder: Path, *words: str) -> argparse.Namespace:
@@ -197,7 +195,7 @@ def test_what_cannot_be_measured_is_an_error(words: list[str], where: str, folde
 
 
 @pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch):
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "peers" / "flash_attn")
     for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
@@ -209,24 +207,24 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch):
         del sys.modules[name]
 
 
-def test_rows_without_their_padding_are_put_back_where_they_were(flash_attn) -> None:
+def test_rows_without_their_padding_are_put_back_where_they_were(flash_attn: Any) -> None:
     hidden_BTX, mask_BT = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]])
     packed, indices, offsets, longest, lengths = flash_attn.bert_padding.unpad_input(hidden_BTX, mask_BT)
     assert (offsets.tolist(), longest, lengths.tolist()) == ([0, 3, 5], 3, [3, 2])
     assert torch.equal(flash_attn.bert_padding.pad_input(packed, indices, 2, 4), hidden_BTX * mask_BT[..., None])
 
 
-def test_what_the_stand_in_cannot_do_it_refuses(flash_attn) -> None:
+def test_what_the_stand_in_cannot_do_it_refuses(flash_attn: Any) -> None:
     with pytest.raises(NotImplementedError, match="softcap=30"):
         flash_attn.flash_attn_func(*torch.zeros(3, 1, 4, 2, 8), causal=True, softcap=30.0)
 
 
 @pytest.mark.gpu
-def test_the_stand_in_attends_within_documents_as_pytorch_does(flash_attn) -> None:
+def test_the_stand_in_attends_within_documents_as_pytorch_does(flash_attn: Any) -> None:
     query, key, value = torch.randn(3, 48, 4, 64, device="cuda", dtype=torch.bfloat16)
     offsets = torch.tensor([0, 30, 48], device="cuda", dtype=torch.int32)
     found = flash_attn.flash_attn_varlen_func(query, key[:, :2], value[:, :2], offsets, offsets, 30, 30, causal=True)
     for start, stop in ((0, 30), (30, 48)):
-        parts = [part[start:stop].transpose(0, 1)[None].float() for part in (query, key[:, :2], value[:, :2])]
-        expected = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+        q, k, v = (part[start:stop].transpose(0, 1)[None].float() for part in (query, key[:, :2], value[:, :2]))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
         assert torch.allclose(found[start:stop].float(), expected, atol=2e-2)

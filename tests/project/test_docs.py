@@ -9,22 +9,25 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-import verl
 from verl import plugin
+from verl.config.commands import EvalConfig, ExportConfig
 from verl.config.load import load_config
+from verl.config.pairs import RewardTrainerConfig
+from verl.config.ppo import PPOConfig
+from verl.config.sft import SFTConfig
 from verl.errors import UserError
 from verl.models import export
 
-SCHEMAS = {
-    "verl.trainer.fsdp_sft_trainer": verl.SFTConfig,
-    "verl.eval.sft_evaluator": verl.EvalConfig,
-    "sft": verl.SFTConfig,
-    "plan": verl.SFTConfig,
-    "ppo": verl.PPOConfig,
-    "verl.trainer.ppo_trainer": verl.PPOConfig,
-    "reward": verl.RewardTrainerConfig,
-    "eval": verl.EvalConfig,
-    "export": verl.ExportConfig,
+SCHEMAS: dict[str, type] = {
+    "verl.trainer.fsdp_sft_trainer": SFTConfig,
+    "verl.eval.sft_evaluator": EvalConfig,
+    "sft": SFTConfig,
+    "plan": SFTConfig,
+    "ppo": PPOConfig,
+    "verl.trainer.ppo_trainer": PPOConfig,
+    "reward": RewardTrainerConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
 }
 
 
@@ -55,11 +58,11 @@ README = commands((ROOT / "README.md").read_text(encoding="utf-8"))
 def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     loaded = read(words, tmp_path)
-    if isinstance(loaded, (verl.SFTConfig, verl.PPOConfig, verl.RewardTrainerConfig)):
+    if isinstance(loaded, (SFTConfig, PPOConfig, RewardTrainerConfig)):
         assert loaded.model.partial_pretrain == str(tmp_path) or "--config" in words
     else:
         others = (["verl", "chat"], ["make", "setup"], ["make", "demo"])
-        assert isinstance(loaded, (verl.EvalConfig, verl.ExportConfig)) or words[:2] in others
+        assert isinstance(loaded, (EvalConfig, ExportConfig)) or words[:2] in others
 
 
 def test_a_command_with_a_wrong_key_would_be_noticed(tmp_path: Path) -> None:
@@ -87,8 +90,8 @@ def test_the_readme_names_every_example_script() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_an_example_config_is_read(path: Path) -> None:
-    loaded = load_config(verl.SFTConfig, ["--config", str(path), "data.train_files=train.jsonl"])
-    assert loaded != load_config(verl.SFTConfig, ["data.train_files=train.jsonl", "model.partial_pretrain=model"])
+    loaded = load_config(SFTConfig, ["--config", str(path), "data.train_files=train.jsonl"])
+    assert loaded != load_config(SFTConfig, ["data.train_files=train.jsonl", "model.partial_pretrain=model"])
 
 
 @pytest.mark.parametrize(("response", "score"), [("A red fox.", 1.0), ("the FOX, a red one", 0.75), ("a cat", 0.4), ("", 0.0)])

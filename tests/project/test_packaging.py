@@ -102,7 +102,7 @@ def fresh_clone(tmp_path: Path) -> Path:
     for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     script(tmp_path / "python", '[ "$1" = -c ] && exit\necho "python $*" >> calls\n[ "$2" = venv ] && cp "$0" .venv/bin\nexit 0\n')
-    for tool in ("verl", "ruff", "mypy"):
+    for tool in ("verl", "ruff", "mypy", "lint-imports", "coverage"):
         (tmp_path / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
         script(tmp_path / ".venv" / "bin" / tool, f'echo "{tool} $*" >> calls\n')
     return tmp_path
@@ -123,7 +123,10 @@ def calls(folder: Path) -> list[str]:
 SETUP = ["python -m venv .venv", "python -m pip install --disable-pip-version-check -c constraints.txt -e .[dev]"]
 
 
-@pytest.mark.parametrize(("target", "then"), [("demo", ["verl demo"]), ("test", ["python -m pytest -k one"]), ("setup", [])])
+@pytest.mark.parametrize(
+    ("target", "then"),
+    [("demo", ["verl demo"]), ("test", ["python -m pytest -k one"]), ("golden", ["python tests/golden.py -k one"]), ("setup", [])],
+)
 def test_each_target_sets_up_by_itself_and_only_once(fresh_clone: Path, target: str, then: list[str]) -> None:
     words = (target, "PYTHON=./python", "ARGS=-k one")
     assert make(*words, folder=fresh_clone).returncode == 0
@@ -145,9 +148,23 @@ def test_vllm_has_an_environment_of_its_own(fresh_clone: Path) -> None:
     assert calls(fresh_clone) == [test]
 
 
-def test_check_runs_style_and_types(fresh_clone: Path) -> None:
+def test_check_runs_style_types_and_imports(fresh_clone: Path) -> None:
     make("check", "PYTHON=./python", folder=fresh_clone)
-    assert calls(fresh_clone)[2:] == ["ruff check .", "ruff format --check .", "mypy "]
+    assert calls(fresh_clone)[2:] == ["ruff check .", "ruff format --check .", "mypy ", "lint-imports --no-logo --no-cache"]
+
+
+def test_coverage_looks_at_each_room_by_itself(fresh_clone: Path) -> None:
+    script(fresh_clone / ".venv" / "bin" / "coverage", 'echo "coverage $*" >> calls\ncase "$*" in *config*) exit 2; esac\n')
+    assert make("coverage", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone).returncode == 2
+    erase, run, combine, *reports = calls(fresh_clone)[2:]
+    assert (erase, run, combine) == ("coverage erase", "coverage run -m pytest -k one", "coverage combine --quiet")
+    assert [line.split("/")[2] for line in reports] == ["algorithms", "config", "data", "engine"]
+    assert all(line.endswith("--fail-under=90") for line in reports)
+
+
+def test_shape_needs_nothing_installed(fresh_clone: Path) -> None:
+    make("shape", "PYTHON=./python", folder=fresh_clone)
+    assert calls(fresh_clone) == ["python tests/shape.py"]
 
 
 # .ci/run

@@ -71,7 +71,7 @@ def test_the_formula_of_memory_gives_what_was_measured_on_one_gpu(scaling: Modul
 def counted_in_step(ranks: int, *, tokens: int = 480) -> dict[str, int]:
     """Calls and bytes of each collective, with at most so many tokens in a micro-batch."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    script = [sys.executable, str(ROOT / "tests" / "bytes_of_step.py"), str(ranks), str(tokens)]
+    script = [sys.executable, str(ROOT / "tests" / "ranks" / "bytes_of_step.py"), str(ranks), str(tokens)]
     done = subprocess.run(script, env=environment, check=True, capture_output=True, text=True)
     counted: dict[str, int] = json.loads(done.stdout)
     return counted

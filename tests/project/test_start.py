@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import verl.trainer.fsdp_sft_trainer
 from verl.config import DataConfig
 from verl.data.documents import load_documents
-from verl.run import quiet_libraries
+from verl.libraries import quiet_libraries
 quiet_libraries()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 for _ in range(2):  # written to the cache, and read from it

@@ -74,8 +74,8 @@ def masked(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Te
     position_T = torch.arange(query_TND.shape[0])
     document_T = torch.bucketize(position_T, cu_seqlens[1:], right=True)
     mask_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
-    by_head = (x.transpose(0, 1)[None] for x in (query_TND, key_TKD, value_TKD))
-    return F.scaled_dot_product_attention(*by_head, attn_mask=mask_TT, enable_gqa=True)[0].transpose(0, 1)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_TND, key_TKD, value_TKD))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_TT, enable_gqa=True)[0].transpose(0, 1)
 
 
 @dataclass
@@ -128,7 +128,12 @@ def results(folder: Path, case: Case, *, check: bool = True) -> Results:
         check_parts(scorer)
     case.change(scorer.model)
     engine = Engine(scorer, OptimConfig(lr=1e-3), total_steps=STEPS, device=CPU, compute_dtype=torch.float32, spread=case.spread)
-    places = {"rank": dist.data_rank(), "world_size": dist.data_size(), "part": dist.context_rank(), "parts": dist.context_size()}
+    places: dict[str, Any] = {
+        "rank": dist.data_rank(),
+        "world_size": dist.data_size(),
+        "part": dist.context_rank(),
+        "parts": dist.context_size(),
+    }
     loader = Loader(RandomDocuments(), case.packing, rows_per_step=4, seed=1, **places)
     steps = list(loader.steps(0, STEPS))
     engine.backward(steps[0].micro_batches, sft)
@@ -137,7 +142,7 @@ def results(folder: Path, case: Case, *, check: bool = True) -> Results:
     losses = [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in steps[:-1]]
     losses.append(float(engine.evaluate(steps[-1].micro_batches, sft)["loss"]))
     ended()
-    gradient = torch.cat([g.flatten() for g in gradients])  # type: ignore[union-attr]
+    gradient = torch.cat([g.flatten() for g in gradients])
     return Results(gradient, losses, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
 
 
@@ -166,7 +171,7 @@ def main(folder: str, *names: str) -> None:
     dist.share_micro_batches(2)
     place = Path(folder)
     found: dict[str, Any] = {name: tuple(results(place / str(number), CASES[name])) for number, name in enumerate(names)}
-    Batch.part = cut_documents  # type: ignore[method-assign]
+    Batch.part = cut_documents  # type: ignore[assignment]
     found["said of wrong"] = check_without_exchange(place / "wrong")
     found["wrong"] = tuple(results(place / "wrong", Case(), check=False))
     if dist.is_main():

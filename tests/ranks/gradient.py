@@ -33,7 +33,7 @@ def main(model: str, saved: str, formula: str) -> None:
         assert len(batches) == 1
         mean_of_rank(engine.scorer(batches[0]), batches[0]).sum.backward()
     gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in engine.trained]
-    gradient = torch.cat([g.flatten() for g in gradients])  # type: ignore[union-attr]
+    gradient = torch.cat([g.flatten() for g in gradients])
     if dist.is_main():
         torch.save(gradient, saved)
     dist.stop()

@@ -5,7 +5,7 @@ Under torchrun it saves every method's gradient: methods.py MODEL FILE, the proc
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +31,12 @@ from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import load_for_training
 
 ANSWERS, LONGEST = 8, 60
-CUTS = {"1 x 8": [range(8)], "2 x 4": [range(4), range(4, 8)], "8 x 1": [[i] for i in range(8)]}
-PAIR_CUTS = {"1 x 8": [range(8)], "2 x 4": [range(4), range(4, 8)], "4 x 2": [[i, i + 1] for i in range(0, 8, 2)]}
+CUTS: Mapping[str, Sequence[Sequence[int]]] = {"1 x 8": [range(8)], "2 x 4": [range(4), range(4, 8)], "8 x 1": [[i] for i in range(8)]}
+PAIR_CUTS: Mapping[str, Sequence[Sequence[int]]] = {
+    "1 x 8": [range(8)],
+    "2 x 4": [range(4), range(4, 8)],
+    "4 x 2": [[i, i + 1] for i in range(0, 8, 2)],
+}
 IN_LOSS = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0)
 POLICIES = {module.__name__.rpartition(".")[2]: module for module in (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo)}
 METHODS: dict[str, Any] = {name: module.Loss(IN_LOSS, LONGEST) for name, module in POLICIES.items()}

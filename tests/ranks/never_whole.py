@@ -52,7 +52,7 @@ def main(model: str, folder: str) -> None:
     chosen: dict[str, Any] = {"stop_ids": [7], "documents": Documents(30, 240), **common}
     fsdp = FsdpConfig(shard_size=2 if dist.world_size() > 1 else None)
     if dist.world_size() > 1:
-        PreTrainedModel.from_pretrained = None  # type: ignore[method-assign,assignment]
+        PreTrainedModel.from_pretrained = None
     actors: list[building.Built] = []
     adapter = Path(folder).parent / "adapter"
     for name, changes in ADAPTERS.items():

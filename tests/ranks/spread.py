@@ -56,7 +56,7 @@ def gradient(engine: Engine, rows: int = 8) -> Tensor:
     engine.backward(batches, sft)
     whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in engine.trained]
     engine.optimizer.zero_grad(set_to_none=True)
-    return torch.cat([g.flatten() for g in whole])  # type: ignore[union-attr]
+    return torch.cat([g.flatten() for g in whole])
 
 
 def save(root: Path, engine: Engine, loaded: Any, step: int) -> None:

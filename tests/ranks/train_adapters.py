@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny import RandomDocuments
@@ -37,7 +38,7 @@ class Run:
         self.engine = Engine(TokenScorer(loaded.model), optim, total_steps=8, device=CPU, compute_dtype=torch.float32)
 
     def train(self, start: int, stop: int) -> list[float]:
-        ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
+        ranks: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size()}
         loader = Loader(RandomDocuments(), Packing(4, 240), rows_per_step=4, seed=1, **ranks)
         return [float(self.engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in loader.steps(start, stop)]
 

@@ -8,17 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reward_models import PLAIN, PROBLEMS, scores_of_transformers, write_reward_model
 from tiny import qwen2_config, write_model
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    Qwen2ForSequenceClassification,
 )
 
 from verl.config.ppo import RewardConfig, RewardModelConfig
-from verl.demo.problems import make_problems
 from verl.engine.scorers import RewardScorer, check_hidden
 from verl.errors import UserError
 from verl.models.heads import load_reward_model
@@ -28,33 +24,8 @@ from verl.plugin import load
 from verl.rewards._model import RewardModel
 from verl.rewards._scoring import Scorer
 
-PROBLEMS, _ = make_problems(40, 1, seed=2)
 CHATS = [[{"role": "user", "content": problem.question}] for problem in PROBLEMS]
 ANSWERS = [problem.answer for problem in PROBLEMS]
-PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
-
-
-def scores_of_transformers(path: Path, chats: list[list[dict[str, str]]], answers: list[str]) -> np.ndarray:
-    """One padded batch through the class that everybody uses."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
-    whole = [[*chat, {"role": "assistant", "content": answer}] for chat, answer in zip(chats, answers, strict=True)]
-    inputs = tokenizer.apply_chat_template(whole, padding=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        return model(**inputs).logits[:, 0].numpy()
-
-
-def write_reward_model(path: Path, *, template: str | None = None, llama: bool = False, labels: int = 1) -> Path:
-    tokenizer = tiny_tokenizer([f"{problem.question}\n{problem.answer}" for problem in PROBLEMS[: 10 if template else 40]])
-    tokenizer.chat_template = template or tokenizer.chat_template
-    keys = {"vocab_size": len(tokenizer), "num_labels": labels, "pad_token_id": tokenizer.pad_token_id}
-    if llama:
-        shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-        write_model(path, LlamaConfig(**shape, **keys), kind=LlamaForSequenceClassification)
-    else:
-        write_model(path, qwen2_config(**keys), kind=Qwen2ForSequenceClassification)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def model_of(path: Path, said: list[str] | None = None, **keys: object) -> RewardModel:
@@ -105,9 +76,9 @@ def test_a_long_answer_has_a_micro_batch_of_its_own_up_to_the_models_positions(t
 def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> None:
     path = write_reward_model(tmp_path)
     scorer = Scorer(RewardConfig(None), RewardModelConfig(str(path)), say=print)
-    head = scorer.model._scorer.model.score.weight  # type: ignore[union-attr]
+    judge: Any = scorer.model._scorer.model
     with torch.no_grad():
-        head.fill_(float("nan"))
+        judge.score.weight.fill_(float("nan"))
     with pytest.raises(UserError, match=r"train.jsonl:4: reward model gave nan"):
         scorer.score(["?"], ["!"], [{}], places=["train.jsonl:4"])
 
@@ -168,9 +139,9 @@ def test_a_model_with_a_head_of_its_own_code_runs_only_where_it_is_trusted(tmp_p
     scores = model_of(judge, trust_remote_code=True).score(CHATS[:3], ANSWERS[:3])
     whole = [[*chat, {"role": "assistant", "content": answer}] for chat, answer in zip(CHATS[:3], ANSWERS[:3], strict=True)]
     model = kind.from_pretrained(judge, dtype=torch.float32).eval()
-    ids = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"] for chat in whole]
+    inputs: list[Any] = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True) for chat in whole]
     with torch.no_grad():
-        expected = [model(input_ids=row)[0, -1, 0].item() for row in ids]
+        expected = [model(input_ids=row)[0, -1, 0].item() for row in (each["input_ids"] for each in inputs)]
     np.testing.assert_allclose(scores, expected, atol=1e-4)
     assert np.std(expected) > 0.01
 

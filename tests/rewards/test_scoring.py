@@ -1,6 +1,7 @@
 """The weighted sum of several rewards, and what happens where one fails."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def score(prompt, response, row):
 """
 
 
-def scorer(**keys: object) -> Scorer:
+def scorer(**keys: Any) -> Scorer:
     reward = RewardConfig(**keys)
     check_rewards(reward, RewardModelConfig())
     return Scorer(reward, RewardModelConfig())
@@ -105,7 +106,7 @@ def test_no_answers_have_no_rewards() -> None:
         ({"name": "format", "format": ["("]}, "not a regular expression"),
     ],
 )
-def test_a_wrong_setting_is_an_error_before_anything_is_scored(keys: dict, said: str) -> None:
+def test_a_wrong_setting_is_an_error_before_anything_is_scored(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         scorer(**keys)
 

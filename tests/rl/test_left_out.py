@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from rl_runs import metrics_of, train, write_folder
+from rl_runs import check_same, run_on, train, write_folder
+from runs import metrics_of
 from safetensors.torch import load_file
-from test_ppo_ranks import run, same
 
 from verl.data.batch import Batch
 from verl.engine.engine import Engine
@@ -150,6 +150,6 @@ def test_a_critic_learns_from_all_answers_though_its_actor_does_not(folder: Path
 
 def test_two_processes_leave_out_the_same_answers(folder: Path) -> None:
     words: dict[str, object] = {"reward__name": folder / "sometimes.py", "data__max_tokens_per_micro_batch": 200}
-    one = run(1, folder, "one", **words)
+    one = run_on(1, folder, "one", **words)
     assert all(line["rl/groups_without_spread"] > 0 for line in metrics_of(one)), "else the test shows nothing"
-    same(run(2, folder, "two", model__strategy="fsdp2", **words), one)
+    check_same(run_on(2, folder, "two", model__strategy="fsdp2", **words), one)

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 import pytest
-from rl_runs import metrics_of
+from runs import metrics_of
 
 from verl import dist
 from verl.config.load import load_config

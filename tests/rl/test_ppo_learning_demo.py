@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rl_runs import metrics_of
+from runs import metrics_of
 
 from verl.config.commands import EvalConfig
 from verl.demo.problems import write_problems

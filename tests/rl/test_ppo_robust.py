@@ -12,12 +12,15 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from places import ROOT
-from rl_runs import lines_of, metrics_of, timeless, train, words, write_folder
+from reward_models import PLAIN, scores_of_transformers, write_reward_model
+from rl_runs import train, words, write_folder
+from runs import PPO, command, lines_of, metrics_of, timeless
 from tiny import write_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
@@ -123,8 +126,9 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     from verl.models.attention.flash import Heads
 
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
+    head: dict[str, Any] = dict(num_labels=1, pad_token_id=0)
     vocabulary = AutoConfig.from_pretrained(folder / "model").vocab_size
-    config = LlamaConfig(**shape, vocab_size=vocabulary, num_labels=1, pad_token_id=0)
+    config = LlamaConfig(**head, **shape, vocab_size=vocabulary)  # type: ignore[arg-type]
     path = write_model(folder / "judge", config, kind=LlamaForSequenceClassification)
     load_tokenizer(str(folder / "model")).save_pretrained(path)
     served = heads_served(monkeypatch)
@@ -407,8 +411,6 @@ def test_a_wrong_input_ends_the_command_with_its_place_and_what_to_do(
 def test_answers_are_written_anew_for_a_reward_model_with_another_tokenizer_and_that_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from test_reward_model import PLAIN, scores_of_transformers, write_reward_model
-
     path = write_reward_model(folder / "plain", template=PLAIN)
     judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
     train(folder, "other_tokens", **judged)
@@ -433,10 +435,8 @@ def test_an_error_reaches_other_processes_as_it_is() -> None:
 
 
 def on_two(folder: Path, output: str, **changes: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "verl.trainer.ppo_trainer"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     argv = words(folder, output, trainer__total_training_steps=1, trainer__save_freq="never", **changes)
-    return subprocess.run([*command, *argv], capture_output=True, text=True, env=environment, timeout=120)
+    return command(*PPO, *argv, processes=2, timeout=120)
 
 
 RECORDED = """

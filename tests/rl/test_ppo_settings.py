@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_runs import lines_of, timeless, train, write_folder
+from rl_runs import train, write_folder
+from runs import lines_of, timeless
 
 from verl.errors import UserError
 from verl.rollout import Completion

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from places import ROOT
-from rl_runs import lines_of, train, write_folder
+from rl_runs import train, write_folder
+from runs import lines_of
 
 from verl.config.ppo import RewardConfig, RewardModelConfig, RolloutConfig
 from verl.data.prompts import Prompt
@@ -129,7 +131,7 @@ def test_what_is_said_may_be_the_users_turn(folder: Path) -> None:
 def test_drawn_tokens_are_never_made_again_from_text(folder: Path) -> None:
     desk = Desk(folder)
     turns = desk.turns()
-    spelled = [desk.tokenizer.convert_tokens_to_ids(c) for c in "calculate"]
+    spelled: list[Any] = [desk.tokenizer.convert_tokens_to_ids(c) for c in "calculate"]
     turns[0] = [*spelled, *turns[0][len(desk.tokenizer("calculate").input_ids) :]]  # another way to write the same text
     rollout = Scripted(turns)
     sample = desk.answered(rollout)

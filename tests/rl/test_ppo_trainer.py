@@ -4,10 +4,12 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rl_runs import lines_of, metrics_of, timeless, train, words, write_folder
+from rl_runs import train, words, write_folder
+from runs import Metrics, lines_of, metrics_of, timeless
 from safetensors.torch import load_file
 
 from verl import dist
@@ -44,16 +46,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def grpo(folder: Path) -> list[dict[str, float]]:
+def grpo(folder: Path) -> Metrics:
     return train(folder, "grpo", data__val_files=folder / "test.jsonl", data__val_max_samples=4, trainer__test_freq=2)
 
 
 @pytest.fixture(scope="module")
-def ppo(folder: Path) -> list[dict[str, float]]:
+def ppo(folder: Path) -> Metrics:
     return train(folder, "ppo", trainer__save_freq=2, **ALL_PARTS)
 
 
-def test_every_step_logs_what_is_promised(grpo: list, ppo: list) -> None:
+def test_every_step_logs_what_is_promised(grpo: Metrics, ppo: Metrics) -> None:
     assert [line["step"] for line in grpo] == [0, 1, 2, 3, 4]
     for line in [*grpo[1:], *ppo]:
         assert {name for name in ALWAYS if name not in line} == set()
@@ -61,7 +63,7 @@ def test_every_step_logs_what_is_promised(grpo: list, ppo: list) -> None:
         assert {name for name in OF_CRITIC if name not in line} == set()
 
 
-def test_on_policy_the_ratio_is_one_and_the_rollout_has_the_trainers_probabilities(grpo: list) -> None:
+def test_on_policy_the_ratio_is_one_and_the_rollout_has_the_trainers_probabilities(grpo: Metrics) -> None:
     for line in grpo[1:]:
         assert line["rl/largest_ratio"] == 1.0
         assert line["rl/rollout_difference"] < 1e-5
@@ -87,18 +89,18 @@ def test_a_critic_may_learn_alone_at_first(folder: Path) -> None:
     assert ["critic/loss" in line for line in lines] == [True, True, True]
 
 
-def test_later_updates_of_a_step_are_off_policy(ppo: list) -> None:
+def test_later_updates_of_a_step_are_off_policy(ppo: Metrics) -> None:
     assert all(line["rl/largest_ratio"] > 1.0 for line in ppo)
 
 
-def test_validation_is_greedy_and_before_and_after(folder: Path, grpo: list) -> None:
+def test_validation_is_greedy_and_before_and_after(folder: Path, grpo: Metrics) -> None:
     assert [line["step"] for line in grpo if "val/vowels" in line] == [0, 2, 4]
     answers = lines_of(folder / "grpo" / "rollouts" / "validation_4.jsonl")
     assert len(answers) == 4
     assert sum(answer["reward"] for answer in answers) / 4 == pytest.approx(grpo[-1]["val/vowels"])
 
 
-def test_every_answer_of_a_step_is_on_disk(folder: Path, grpo: list) -> None:
+def test_every_answer_of_a_step_is_on_disk(folder: Path, grpo: Metrics) -> None:
     answers = lines_of(folder / "grpo" / "rollouts" / "step_3.jsonl")
     assert len(answers) == 4 * 4
     rewards = torch.tensor([answer["reward"] for answer in answers], dtype=torch.float64)
@@ -108,7 +110,7 @@ def test_every_answer_of_a_step_is_on_disk(folder: Path, grpo: list) -> None:
     assert all(answer["where"].startswith(str(folder / "train.jsonl")) and answer["version"] == 2 for answer in answers)
 
 
-def test_the_checkpoint_loads_with_transformers_and_so_does_its_critic(folder: Path, ppo: list) -> None:
+def test_the_checkpoint_loads_with_transformers_and_so_does_its_critic(folder: Path, ppo: Metrics) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     step = folder / "ppo" / "global_step_4"
@@ -117,7 +119,7 @@ def test_the_checkpoint_loads_with_transformers_and_so_does_its_critic(folder: P
     assert AutoModelForTokenClassification.from_pretrained(step / "critic").num_labels == 1
 
 
-def resumed(folder: Path, output: str) -> list[dict[str, float]]:
+def resumed(folder: Path, output: str) -> Metrics:
     """Two steps, and two more in another run of the trainer."""
     train(folder, output, trainer__save_freq=2, trainer__total_training_steps=4, **ALL_PARTS)
     for name in ("global_step_4", "rollouts/step_3.jsonl", "rollouts/step_4.jsonl"):
@@ -133,7 +135,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ppo: list) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ppo: Metrics) -> None:
     again = resumed(folder, "resumed")
     assert timeless(again) == timeless(ppo)
     for name in ("step_3", "step_4"):
@@ -143,13 +145,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ppo
 
 
 @pytest.mark.parametrize("lost", [{"drawn": 0}, {"kl_coef": None}])
-def test_a_resumed_run_that_has_lost_its_place_is_noticed(folder: Path, ppo: list, lost: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_that_has_lost_its_place_is_noticed(
+    folder: Path, ppo: Metrics, lost: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = checkpoint.read_position
     monkeypatch.setattr(checkpoint, "read_position", lambda directory: replace(whole(directory), **lost))
     assert timeless(resumed(folder, f"lost_{next(iter(lost))}"))[2:] != timeless(ppo)[2:]
 
 
-def test_another_seed_of_the_prompts_is_refused_on_resuming(folder: Path, ppo: list) -> None:
+def test_another_seed_of_the_prompts_is_refused_on_resuming(folder: Path, ppo: Metrics) -> None:
     with pytest.raises(UserError, match=r"trainer\.seed changed"):
         train(folder, "ppo", trainer__seed=2, trainer__total_training_steps=6, **ALL_PARTS)
 
@@ -306,7 +310,7 @@ def test_with_a_learning_rate_of_zero_nothing_moves(folder: Path) -> None:
     assert all(line["rl/kl_k3"] == 0 for line in metrics_of(folder / "still"))
 
 
-def test_the_config_of_a_run_is_read_back(folder: Path, grpo: list) -> None:
+def test_the_config_of_a_run_is_read_back(folder: Path, grpo: Metrics) -> None:
     assert load_config(PPOConfig, ["--config", str(folder / "grpo/config.yaml")]).rollout.samples_per_prompt == 4
     assert dist.world_size() == 1
 
@@ -365,7 +369,7 @@ def test_the_reference_of_an_adapter_is_its_actor_without_it(folder: Path) -> No
 
     try:
         lora = Lora(folder)
-        lora.actor.engine.scorer.entropy = True
+        lora.actor.engine.scorer.entropy = True  # type: ignore[assignment]
         settings = load_config(PPOConfig, words(folder, "lora", model__lora_rank=4)).model
         base, device = build_reference(settings, lora.actor, lora.actor.engine.device), lora.actor.engine.device
         assert isinstance(base, Base)

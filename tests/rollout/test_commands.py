@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from rl_runs import lines_of, train, write_folder
+from rl_runs import train, write_folder
+from runs import lines_of
 from safetensors.torch import load_file
 from served import server
 from transformers import AutoModelForCausalLM

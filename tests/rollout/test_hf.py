@@ -1,7 +1,10 @@
 """Batched generation against transformers' own, one prompt after the other."""
 
+from typing import Any
+
 import pytest
 import torch
+from served import PROMPT_LENGTHS, random_prompts
 from tiny import qwen2_config
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
@@ -9,7 +12,6 @@ from verl.rollout import Options, Sampling
 from verl.rollout import hf as rollout_hf
 from verl.rollout.hf import HfRollout
 
-LENGTHS = (3, 11, 1, 7, 7, 30, 2, 18)
 GREEDY = Sampling(max_new_tokens=12)
 
 
@@ -25,12 +27,7 @@ def random_model(**defaults: object) -> Qwen2ForCausalLM:
     return model
 
 
-def random_prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def plain(model: Qwen2ForCausalLM, prompt: list[int], stop_ids: list[int]) -> list[int]:
+def plain(model: Any, prompt: list[int], stop_ids: list[int]) -> list[int]:
     output = model.generate(
         torch.tensor([prompt]), max_new_tokens=GREEDY.max_new_tokens, eos_token_id=stop_ids, pad_token_id=0, do_sample=False
     )
@@ -62,7 +59,7 @@ def test_without_the_attention_mask_they_would_differ(stop_ids: list[int], monke
         rollout_hf, "pad_left", lambda batch, pad_token: (ids := pad_left(batch, pad_token=pad_token)[0], torch.ones_like(ids))
     )
     wrong = rollout.generate(prompts, GREEDY)
-    longest = LENGTHS.index(max(LENGTHS))
+    longest = PROMPT_LENGTHS.index(max(PROMPT_LENGTHS))
     assert wrong[longest].token_ids == right[longest].token_ids
     assert [completion.token_ids for completion in wrong] != [completion.token_ids for completion in right]
 
@@ -128,7 +125,7 @@ def test_long_prompts_come_first_and_answers_carry_their_numbers() -> None:
     numbers = [number for batch in batches for number, _ in batch]
     assert [len(batch) for batch in batches] == [3, 3, 3, 3, 3, 1]
     assert sorted(numbers) == list(range(16))
-    lengths = [LENGTHS[number // 2] for number in numbers]
+    lengths = [PROMPT_LENGTHS[number // 2] for number in numbers]
     assert lengths == sorted(lengths, reverse=True)
     done = dict(pair for batch in batches for pair in batch)
     assert rollout.generate(prompts, sampling) == [done[number] for number in range(16)]
@@ -158,7 +155,7 @@ def test_an_exception_of_the_callback_ends_the_answer() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_same_holds(stop_ids: list[int]) -> None:
-    prompts, model = random_prompts(), random_model().to("cuda")
+    prompts, model = random_prompts(), random_model().to("cuda")  # type: ignore[arg-type]
     expected = [plain(random_model(), prompt, stop_ids) for prompt in prompts]
     rollout, state = HfRollout(model, stop_ids, Options(max_sequences=8)), torch.cuda.get_rng_state()
     assert [completion.token_ids for completion in rollout.generate(prompts, GREEDY)] == expected

@@ -1,13 +1,15 @@
 """The native engine against transformers' own generation, and against the engine that trains."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_hf import random_prompts
+from served import random_prompts
 from tiny import VOCABULARY, qwen2_config
 from transformers import (
     CohereConfig,
@@ -23,6 +25,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -45,7 +48,7 @@ from verl.rollout.native.scheduler import Scheduler
 from verl.rollout.native.slots import Slots
 
 GREEDY, DRAWN = Sampling(12), Sampling(12, temperature=1.0, n=3)
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     hidden_size=64,
     intermediate_size=128,
     num_hidden_layers=2,
@@ -55,7 +58,7 @@ SHAPE = dict(
     max_position_embeddings=512,
 )
 WINDOWS = {"num_hidden_layers": 4, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
-FAMILIES = {
+FAMILIES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE, tie_word_embeddings=True)),
     "llama, untied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
@@ -66,7 +69,7 @@ FAMILIES = {
 }
 
 
-def sharp(kind: type[PreTrainedModel], config: object) -> PreTrainedModel:
+def sharp(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """Random weights far enough from zero that a token depends on everything before it."""
     torch.manual_seed(0)
     model = kind(config).eval()
@@ -178,7 +181,8 @@ def test_weights_of_its_own_are_filled_by_name() -> None:
 
 
 def test_a_prompt_goes_through_the_model_once_for_all_answers_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, model, seen = random_prompts(), qwen2(), []
+    prompts, model = random_prompts(), qwen2()
+    seen: list[Any] = []
     prefill = Runner.prefill
     monkeypatch.setattr(Runner, "prefill", lambda self, batch, slots: (seen.extend(p.prompt for p in batch), prefill(self, batch, slots)))
     expected = tokens(HfRollout(model, [0]).generate(prompts, DRAWN))
@@ -283,10 +287,10 @@ def test_what_the_engine_cannot_run_is_refused() -> None:
 
 def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
     """In processor seconds of one thread, which a busy machine does not change; the benchmark measures by how much."""
-    model = sharp(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, "vocab_size": 100_000}))
+    model: Any = sharp(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, "vocab_size": 100_000}))
     prompts = [[i % VOCABULARY for i in range(n, 2 * n)] for n in range(20, 52)]
 
-    def seconds(rollout: object) -> float:
+    def seconds(rollout: Callable[[Sampling], object]) -> float:
         since = time.process_time()
         rollout(Sampling(12))
         return time.process_time() - since
@@ -307,7 +311,8 @@ def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_only_slots_that_take_much_memory_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, prompts = NativeRollout(qwen2().to("cuda"), [0]), random_prompts()
+    model: Any = qwen2().to("cuda")  # type: ignore[arg-type]
+    rollout, prompts = NativeRollout(model, [0]), random_prompts()
     first = rollout.generate(prompts, GREEDY)
     graphs, held = dict(rollout.runner._graphs), torch.cuda.memory_reserved()
     rollout.sleep()
@@ -322,7 +327,7 @@ def test_on_a_gpu_only_slots_that_take_much_memory_are_freed(monkeypatch: pytest
 @pytest.mark.parametrize("compiles", [False, True])
 def test_on_a_gpu_the_same_holds(compiles: bool) -> None:
     for family in ("qwen2", "qwen3", "mistral, windows"):
-        model, prompts = sharp(*FAMILIES[family]).to("cuda"), random_prompts()
+        model, prompts = sharp(*FAMILIES[family]).to("cuda"), random_prompts()  # type: ignore[arg-type]
         for sampling in (GREEDY, DRAWN, Sampling(8, temperature=1.3, n=2, top_k=50, top_p=0.8)):
             expected = HfRollout(model, [0]).generate(prompts, sampling)
             found = NativeRollout(model, [0], Options(max_sequences=6, compile=compiles)).generate(prompts, sampling)

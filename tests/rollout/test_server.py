@@ -58,7 +58,7 @@ def vllm_server(path: Path, log: Path, *words: str, **settings: str) -> Iterator
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     for _ in range(600):
         assert process.poll() is None, log.read_text()[-3000:]
         try:

@@ -1,5 +1,7 @@
 """Device memory of the native engine: sizes, and what moves between slots."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from verl.rollout.native.slots import Size, Slots, bytes_per_position
 SHAPES = [KVShape(2, 4, 4), KVShape(2, 4, 6)]
 
 
-def slots_of(**options: int) -> Slots:
+def slots_of(**options: Any) -> Slots:
     return Slots(SHAPES, 100, torch.float32, torch.device("cpu"), [0], Options(**options))
 
 

@@ -125,7 +125,7 @@ def test_after_an_update_no_prompt_is_remembered(path: Path, rollout: VllmRollou
 
 @marked
 def test_draws_depend_on_seeds_alone_and_change_no_other_random_numbers(rollout: VllmRollout) -> None:
-    states = [torch.get_rng_state(), str(np.random.get_state()), random.getstate()]
+    states: list[Any] = [torch.get_rng_state(), str(np.random.get_state()), random.getstate()]
     all_at_once = rollout.generate(PROMPTS, WARM, seeds=[7, 8, 9, 10])
     alone = rollout.generate([PROMPTS[2]], WARM, seeds=[9])
     assert [c.token_ids for c in all_at_once[4:6]] == [c.token_ids for c in alone]
@@ -157,7 +157,7 @@ def test_cut_draws_are_among_the_likeliest_and_come_without_logprobs(rollout: Vl
 
 @marked
 def test_who_leaves_early_leaves_nothing_behind(rollout: VllmRollout) -> None:
-    answers = rollout.stream(PROMPTS * 4, GREEDY)
+    answers: Any = rollout.stream(PROMPTS * 4, GREEDY)
     next(answers)
     answers.close()
     assert not rollout._llm.llm_engine.has_unfinished_requests()

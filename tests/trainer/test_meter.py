@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def meter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Me
     monkeypatch.setattr(torch.cuda, "Event", Reached)
     device = torch.device("cpu" if request.param == "cpu" else "cuda")
     trained = [SimpleNamespace(is_cuda=request.param == "cuda")]
-    engine = SimpleNamespace(device=device, trained=trained, scorer=SimpleNamespace(model=None), learning_rate=lambda step: 0.1)
+    engine: Any = SimpleNamespace(device=device, trained=trained, scorer=SimpleNamespace(model=None), learning_rate=lambda step: 0.1)
     return Meter(engine, START)
 
 

@@ -1,6 +1,5 @@
 """Two nodes on one machine: two torchrun agents that meet over loopback, each with one process."""
 
-import json
 import os
 import random
 import re
@@ -8,16 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from places import ROOT
+from runs import losses, metrics_of, wait_for
+from tiny import write_problems_and_model
 
-from verl.demo.problems import write_problems
-from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer
 
 STEPS = 24
@@ -60,9 +58,7 @@ def start(run): return Slow(run.directory)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Problems in train.jsonl, a small model with its tokenizer, and two loggers that take their time."""
-    folder = tmp_path_factory.mktemp("nodes")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 40, 4, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    folder = write_problems_and_model(tmp_path_factory.mktemp("nodes"), 40, 4)
     for name, seconds in (("paced", 0), ("slow", 3)):
         (folder / f"{name}.py").write_text(LOGGER.format(seconds=seconds))
     return folder
@@ -84,14 +80,10 @@ def words(folder: Path, output: object, *more: str) -> list[str]:
     ]
 
 
-def losses(directory: Path) -> list[float]:
-    return [json.loads(line)["train/loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> list[float]:
     fsdp_sft_trainer.main(words(folder, folder / "one"))
-    return losses(folder / "one")
+    return losses(metrics_of(folder / "one"))
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -126,26 +118,19 @@ def nodes(number: int, *argv: str, in_folders: list[Path] | None = None) -> Iter
             agent.wait(40)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_two_nodes_train_what_one_process_trains(folder: Path, one_process: list[float]) -> None:
     new_cache = f"data.cache_dir={folder / 'cache of two'}"  # which both make at the same time
     with nodes(2, *words(folder, folder / "two", "trainer.save_freq=16", new_cache)) as agents:
         said = [agent.communicate(timeout=90)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert sum("on each of 2 processes" in text for text in said) == 1  # the first process speaks for all
-    assert losses(folder / "two") == pytest.approx(one_process, rel=1e-5)
+    assert losses(metrics_of(folder / "two")) == pytest.approx(one_process, rel=1e-5)
     assert sorted(path.name for path in (folder / "two").glob("global_step_*")) == ["global_step_16", f"global_step_{STEPS}"]
     ranks = (folder / "two" / "global_step_16" / "trainer").glob("rng_*.safetensors")
     assert sorted(path.name for path in ranks) == ["rng_0.safetensors", "rng_1.safetensors"]
     resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={folder / 'two' / 'global_step_16'}"]
     fsdp_sft_trainer.main(words(folder, folder / "onward", *resume))
-    assert losses(folder / "onward") == pytest.approx(one_process[16:], rel=1e-5)
+    assert losses(metrics_of(folder / "onward")) == pytest.approx(one_process[16:], rel=1e-5)
 
 
 @pytest.mark.parametrize("differs", ["trainer.default_local_dir", "data.train_files"])
@@ -172,15 +157,15 @@ def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loa
 def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_process: list[float]) -> None:
     output = folder / "signalled"
     with nodes(2, *words(folder, output, f"trainer.logger={folder / 'paced.py'}")) as agents:
-        wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= 2)
+        wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(metrics_of(output))) >= 2)
         subprocess.run(["pkill", "-USR1", "-P", str(agents[1].pid)], check=True)
         said = "".join(agent.communicate(timeout=60)[0] for agent in agents)
     assert sorted(re.findall(r"exitcode  : (-?\d+) ", said)) == [str(128 + signal.SIGUSR1), str(128 + signal.SIGTERM)]
     (checkpoint,) = output.glob("global_step_*")
-    done = len(losses(output))
+    done = len(losses(metrics_of(output)))
     assert checkpoint.name == f"global_step_{done}" and 2 <= done < STEPS and f"the same command goes on from {checkpoint}" in said
     fsdp_sft_trainer.main(words(folder, output))
-    assert losses(output) == pytest.approx(one_process, rel=1e-5)
+    assert losses(metrics_of(output)) == pytest.approx(one_process, rel=1e-5)
 
 
 def test_no_process_leaves_before_the_first_ones_loggers_are_finished(folder: Path) -> None:
@@ -189,7 +174,7 @@ def test_no_process_leaves_before_the_first_ones_loggers_are_finished(folder: Pa
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "verl.trainer.fsdp_sft_trainer"]
     command += words(folder, output, f"trainer.logger={folder / 'slow.py'}")
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-    wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= 2)
+    wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(metrics_of(output))) >= 2)
     subprocess.run(["pkill", "-TERM", "-P", str(agent.pid)], check=True)
     said = agent.communicate(timeout=60)[0]
     assert (output / "logger-finished").exists() and "exitcode  : 143 " in said
@@ -214,7 +199,7 @@ def slurm_job(folder: Path, output: Path, *more: str, restarts: int) -> Iterator
         SLURM_CPUS_ON_NODE="2",
         SLURM_RESTART_COUNT=str(restarts),
     )
-    script = [ROOT / "examples" / "slurm" / "sft.sbatch", *words(folder, output, "data.max_tokens_per_micro_batch=1024", *more)]
+    script = [str(ROOT / "examples" / "slurm" / "sft.sbatch"), *words(folder, output, "data.max_tokens_per_micro_batch=1024", *more)]
     job = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
     try:
         yield job
@@ -226,7 +211,7 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
     output, requeued = tmp_path / "run", tmp_path / "requeued"
 
     def trained_since(steps: int) -> Callable[[], bool]:
-        return lambda: (output / "metrics.jsonl").exists() and len(losses(output)) >= steps + 2
+        return lambda: (output / "metrics.jsonl").exists() and len(losses(metrics_of(output))) >= steps + 2
 
     paced, slow = (f"trainer.logger={folder / name}" for name in ("paced.py", "slow.py"))
     with slurm_job(folder, output, slow, restarts=0) as job:  # the time limit comes near; while the run leaves, a second signal comes
@@ -235,7 +220,7 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
         wait_for(lambda: (output / "trainer_state.json").exists())
         job.send_signal(signal.SIGTERM)
         said = job.communicate(timeout=60)[0]
-    first = len(losses(output))
+    first = len(losses(metrics_of(output)))
     assert (output / "logger-finished").exists()
     assert job.returncode == 143 and f"the same command goes on from {output}/global_step_{first}" in said
     assert requeued.read_text().split()[0] == "requeue" and len(requeued.read_text().splitlines()) == 1
@@ -244,9 +229,9 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
         wait_for(trained_since(first))
         os.killpg(int((tmp_path / "tasks").read_text().split()[1]), signal.SIGTERM)
         said = job.communicate(timeout=60)[0]
-    second = len(losses(output))
+    second = len(losses(metrics_of(output)))
     assert first < second < STEPS and f"going on from {output}/global_step_{first}" in said
     assert len(requeued.read_text().splitlines()) == 2
 
     fsdp_sft_trainer.main(words(folder, output))  # what is left, without SLURM
-    assert losses(output) == pytest.approx(one_process, rel=1e-5)
+    assert losses(metrics_of(output)) == pytest.approx(one_process, rel=1e-5)

@@ -6,27 +6,25 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
+from tiny import write_problems_and_model
 
 from verl import dist
 from verl.config.load import load_config
 from verl.config.sft import SFTConfig
 from verl.data.loader import Step
-from verl.demo.problems import write_problems
 from verl.errors import UserError
-from verl.models.tiny import write_tiny_model
+from verl.run import Run
 from verl.trainer import fsdp_sft_trainer
 from verl.trainer.profile import Trace, covered, of_gpu, profiled
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profile")
-    train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 40, 5, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
-    return folder
+    return write_problems_and_model(tmp_path_factory.mktemp("profile"), 40, 5)
 
 
 def train(folder: Path, output: str, *more: str) -> Path:
@@ -70,19 +68,19 @@ def steps(first: int, last: int) -> list[Step]:
 @pytest.mark.parametrize(("first_step", "span"), [(1, "1-3"), (4, "4-6"), (5, "5-6"), (6, "6-6")])
 def test_the_loop_gets_every_step_and_the_trace_ends_with_the_run(first_step: int, span: str, tmp_path: Path) -> None:
     told, given = Told(tmp_path), steps(1, 6)
-    assert list(profiled(given, first_step, torch.device("cpu"), told)) == given
+    assert list(profiled(given, first_step, torch.device("cpu"), cast(Run, told))) == given
     assert told.said.startswith(f"profile of steps {span}: ")
 
 
 def test_a_step_that_the_run_does_not_have_is_told(tmp_path: Path) -> None:
     told = Told(tmp_path)
-    assert len(list(profiled(steps(5, 6), 3, torch.device("cpu"), told))) == 2
+    assert len(list(profiled(steps(5, 6), 3, torch.device("cpu"), cast(Run, told)))) == 2
     assert told.said == "trainer.profile_step=3: this run had no such step, so there is no profile"
 
 
 def test_the_time_of_a_step_is_that_of_the_loops_work_on_it(tmp_path: Path) -> None:
     told = Told(tmp_path)
-    for step in profiled(steps(1, 6), 2, torch.device("cpu"), told):
+    for step in profiled(steps(1, 6), 2, torch.device("cpu"), cast(Run, told)):
         time.sleep(0.1 if 2 <= step.number + 1 <= 4 else 1)  # a step too many, or too few, would show
     milliseconds = int(re.search(r"([\d,]+) ms", told.said)[1].replace(",", ""))
     assert 100 <= milliseconds < 300

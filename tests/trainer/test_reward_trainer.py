@@ -2,18 +2,17 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from places import ROOT
-from test_reward_model import scores_of_transformers
+from engines import engine_of
+from reward_models import scores_of_transformers
+from runs import REWARD, as_words, command, metrics_of, timeless
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -26,11 +25,9 @@ from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
 from verl.demo.problems import Problem, make_problems
 from verl.engine.build import build
-from verl.engine.engine import Engine
-from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention import flash
-from verl.models.load import load_for_training, load_tokenizer
+from verl.models.load import load_tokenizer
 from verl.models.tiny import tiny_tokenizer
 from verl.rewards._model import RewardModel
 from verl.trainer import reward_trainer
@@ -58,10 +55,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "test.jsonl", test)
     tokenizer = tiny_tokenizer([f"{problem.question}\n{problem.answer}" for problem in train])
     tokenizer.save_pretrained(folder / "model")
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    config = Qwen2Config(**shape, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125)
+    config = Qwen2Config(
+        **shape, num_key_value_heads=4, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
@@ -79,18 +84,13 @@ def words(folder: Path, output: str, **changes: object) -> list[str]:
         "trainer.save_freq": -1,
         "optim.lr": 1e-3,
     }
-    keys |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in keys.items()]
+    return as_words(keys, changes)
 
 
 def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]]:
     """Run in this process; the metrics of each step."""
     reward_trainer.main(words(folder, output, **changes))
     return metrics_of(folder / output)
-
-
-def metrics_of(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +155,10 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
     )
     alone = [word.replace("two-dpo", "one-dpo") for word in argv]
     reward_trainer.main(alone)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2", "-m", "verl.trainer.reward_trainer"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *argv], capture_output=True, text=True, env=environment)
+    done = command(*REWARD, *argv, processes=2)
     assert done.returncode == 0, done.stderr
-    for one, two in zip(metrics_of(folder / "one-dpo"), metrics_of(folder / "two-dpo"), strict=True):
-        assert {key: value for key, value in two.items() if not key.startswith("perf/")} == {
-            key: pytest.approx(value, rel=1e-3, abs=2e-4) for key, value in one.items() if not key.startswith("perf/")
-        }
+    for one, two in zip(*(timeless(metrics_of(folder / run)) for run in ("one-dpo", "two-dpo")), strict=True):
+        assert two == {key: pytest.approx(value, rel=1e-3, abs=2e-4) for key, value in one.items()}
 
 
 # DPO
@@ -175,12 +171,6 @@ def test_dpo_begins_at_log_2_and_moves_the_policy_towards_the_chosen_answers(fol
     gains = [[step[f"train/{side}_reward"] for side in ("chosen", "rejected")] for step in metrics]
     assert gains[0] == [0, 0] and gains[-1][0] > gains[-1][1]
     assert AutoModelForCausalLM.from_pretrained(folder / "dpo" / "global_step_16").config.architectures == ["Qwen2ForCausalLM"]
-
-
-def engine_of(path: Path) -> Engine:
-    scorer = TokenScorer(load_for_training(str(path)).model)
-    config = OptimConfig(clip_grad=1e9)
-    return Engine(scorer, config, total_steps=10, device=torch.device("cpu"), compute_dtype=torch.float32)
 
 
 @pytest.fixture
@@ -258,7 +248,7 @@ def test_dpo_of_an_adapter_has_the_loss_and_the_gradient_of_trl_whose_reference_
         built = build(model, OptimConfig(clip_grad=1e9), tokenizer, **sizes, **of_run)  # type: ignore[arg-type]
         loader = Loader(pairs, Packing(1, 512), rows_per_step=len(pairs), seed=1)
         loader = replace(loader, documents=reward_trainer.with_reference(built.engine, pairs, loader))
-        mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+        mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}
         torch.manual_seed(3)
         with torch.no_grad():  # an adapter that has learned something
             for name, weight in theirs.items():
@@ -308,7 +298,7 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
         ({"model__partial_pretrain": "./nowhere"}, "no such model directory"),
     ],
 )
-def test_a_wrong_input_is_an_error_with_its_place(changes: dict, said: str, folder: Path) -> None:
+def test_a_wrong_input_is_an_error_with_its_place(changes: dict[str, Any], said: str, folder: Path) -> None:
     with pytest.raises(UserError, match=said):
         train(folder, "wrong", **changes)
 

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from places import ROOT
+from runs import SFT, Metrics, command, losses, metrics_of, wait_for
+from sft_runs import ROWS_PER_STEP, STEPS, train, words
 from tiny import write_problems_and_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -19,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from verl import dist
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
+from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
+from verl.engine.contract import LossOut, TokenOut
 from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_for_inference, load_tokenizer
 from verl.trainer import fsdp_sft_trainer
-
-STEPS, ROWS_PER_STEP = 20, 6
 
 
 @pytest.fixture(scope="module")
@@ -33,54 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_problems_and_model(tmp_path_factory.mktemp("sft"))
 
 
-def words(folder: Path, output: str, **changes: object) -> list[str]:
-    keys: dict[str, object] = {
-        "data.train_files": folder / "train.jsonl",
-        "data.cache_dir": folder / "cache",
-        "data.train_batch_size": ROWS_PER_STEP,
-        "data.max_length": 256,
-        "model.partial_pretrain": folder / "model",
-        "trainer.default_local_dir": folder / output,
-        "trainer.total_training_steps": STEPS,
-        "trainer.save_freq": -1,
-        "optim.lr": 1e-3,
-    }
-    keys |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in keys.items()]
-
-
-def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]]:
-    """Run in this process; the metrics of each step."""
-    fsdp_sft_trainer.main(words(folder, output, **changes))
-    return metrics_of(folder / output)
-
-
-def metrics_of(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(metrics: list[dict[str, float]]) -> list[float]:
-    return [line["train/loss"] for line in metrics]
-
-
-def command(*argv: str, processes: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"] if processes else []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "WANDB_MODE": "",
-        "WANDB_API_KEY": "",
-        "HF_HUB_OFFLINE": "1",
-        **options.pop("env", {}),
-    }  # type: ignore[dict-item]
-    return subprocess.run([sys.executable, *launcher, *argv], capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload, no-any-return]
-
-
-SFT = ("-m", "verl.trainer.fsdp_sft_trainer")
-
-
 @pytest.fixture(scope="module")
-def plain_run(folder: Path) -> list[dict[str, float]]:
+def plain_run(folder: Path) -> Metrics:
     return train(folder, "plain")
 
 
@@ -106,10 +61,10 @@ def labelled(documents: Documents, row: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # on purpose: the first point is left out
-def test_twenty_steps_have_the_losses_of_a_plain_transformers_loop(folder: Path, plain_run: list, documents: Documents) -> None:
+def test_twenty_steps_have_the_losses_of_a_plain_transformers_loop(folder: Path, plain_run: Metrics, documents: Documents) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
     decayed = [p for p in model.parameters() if p.ndim >= 2]
-    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS + 1)
     trained_before = 0
@@ -117,7 +72,7 @@ def test_twenty_steps_have_the_losses_of_a_plain_transformers_loop(folder: Path,
         schedule.step()
         pairs = [labelled(documents, row) for row in rows]
         tokens = sum(int((labels[1:] != -100).sum()) for _, labels in pairs)
-        total = sum(
+        total: Any = sum(
             torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], labels[1:], reduction="sum", ignore_index=-100)
             for ids, labels in pairs
         )
@@ -149,11 +104,11 @@ def test_twenty_steps_have_the_losses_of_trl(folder: Path, documents: Documents,
     full_steps = len(documents) // ROWS_PER_STEP
     theirs: list[float] = []
 
-    class InOrder(trl.SFTTrainer):  # type: ignore[misc]
-        def _get_train_sampler(self, dataset=None):
+    class InOrder(trl.SFTTrainer):  # type: ignore[name-defined]
+        def _get_train_sampler(self, dataset: object = None) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 
-        def training_step(self, *args, **kwargs):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
             theirs.append(loss.item())
             return loss
@@ -185,17 +140,17 @@ def test_twenty_steps_have_the_losses_of_trl(folder: Path, documents: Documents,
     assert theirs == pytest.approx(mine[:full_steps], rel=1e-5)
 
 
-def test_padding_in_place_of_packing_gives_the_same_losses(folder: Path, plain_run: list) -> None:
+def test_padding_in_place_of_packing_gives_the_same_losses(folder: Path, plain_run: Metrics) -> None:
     padded = train(folder, "padded", data__packing="false", data__micro_batch_size_per_gpu=2)
     assert losses(padded) == pytest.approx(losses(plain_run), rel=1e-5)
 
 
-def test_small_micro_batches_give_the_same_losses(folder: Path, plain_run: list) -> None:
+def test_small_micro_batches_give_the_same_losses(folder: Path, plain_run: Metrics) -> None:
     small = train(folder, "small", data__micro_batch_size_per_gpu=1, model__enable_gradient_checkpointing="false")
     assert losses(small) == pytest.approx(losses(plain_run), rel=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: list) -> None:
+def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: Metrics) -> None:
     done = command(*SFT, *words(folder, "two"), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(metrics_of(folder / "two")) == pytest.approx(losses(plain_run), rel=1e-5)
@@ -205,7 +160,7 @@ def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: list) -> 
     assert done.stdout.count("starting anew") == 1, "only rank 0 speaks"
 
 
-def test_what_a_run_leaves_on_disk(folder: Path, plain_run: list) -> None:
+def test_what_a_run_leaves_on_disk(folder: Path, plain_run: Metrics) -> None:
     directory = folder / "plain"
     assert {path.name for path in directory.iterdir()} == {
         "config.yaml", "trainer_state.json", "metrics.jsonl", "train.log", "latest_checkpointed_iteration.txt", f"global_step_{STEPS}"
@@ -223,7 +178,7 @@ def test_what_a_run_leaves_on_disk(folder: Path, plain_run: list) -> None:
     assert [line["step"] for line in plain_run] == list(range(1, STEPS + 1))
 
 
-def test_the_written_config_runs_again(folder: Path, plain_run: list) -> None:
+def test_the_written_config_runs_again(folder: Path, plain_run: Metrics) -> None:
     written = str(folder / "plain" / "config.yaml")
     again = load_config(SFTConfig, ["--config", written])
     assert again == load_config(SFTConfig, words(folder, "plain"))
@@ -266,11 +221,11 @@ def test_validation_loss_is_that_of_every_trained_token(folder: Path) -> None:
     assert metrics[-1]["val/loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run: list, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped by an error in the middle of an epoch, at a step without a checkpoint."""
     original, calls = fsdp_sft_trainer.sft.loss, [0]
 
-    def failing(out, batch):
+    def failing(out: TokenOut, batch: Batch) -> LossOut:
         calls[0] += 1
         if calls[0] > 12:
             raise KeyboardInterrupt
@@ -289,7 +244,7 @@ def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run
     assert final[0] == final[1]
 
 
-def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run: list) -> None:
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run: Metrics) -> None:
     done = command(*SFT, *words(folder, "moved", trainer__save_freq=10), processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     config = words(folder, "moved-on", trainer__resume_mode="resume_path", trainer__resume_from_path=folder / "moved" / "global_step_10")
@@ -297,7 +252,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run
     assert losses(metrics_of(folder / "moved-on")) == pytest.approx(losses(plain_run)[10:], rel=1e-5)
 
 
-def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(folder: Path, plain_run: list) -> None:
+def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(folder: Path, plain_run: Metrics) -> None:
     process = subprocess.Popen(
         [sys.executable, *SFT, *words(folder, "term")], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
@@ -310,14 +265,7 @@ def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(fold
     assert losses(metrics_of(folder / "term")) == losses(plain_run)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: list, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
     fsdp_sft_trainer.main(words(folder, "plain"))
     assert "nothing left to do" in capsys.readouterr().out
     assert metrics_of(folder / "plain") == plain_run
@@ -331,7 +279,7 @@ def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: list, ca
         ({"data__train_max_samples": 30}, "the training rows"),
     ],
 )
-def test_resuming_with_other_rows_is_refused(change: dict, message: str, folder: Path, plain_run: list) -> None:
+def test_resuming_with_other_rows_is_refused(change: dict[str, Any], message: str, folder: Path, plain_run: Metrics) -> None:
     with pytest.raises(UserError, match=message):
         train(folder, "plain", **change)
 

@@ -102,7 +102,8 @@ def _has_spread(reward_A: np.ndarray, number_A: np.ndarray) -> np.ndarray:
     low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
     np.minimum.at(low, number_A, reward_A)
     np.maximum.at(high, number_A, reward_A)
-    return (high > low)[number_A]
+    differs_A: np.ndarray = (high > low)[number_A]
+    return differs_A
 
 
 def discounted_sums(rewards: Sequence[np.ndarray], discount: float) -> list[np.ndarray]:

@@ -22,13 +22,15 @@ def estimate(logprob: Values, ref_logprob: Values, estimator: str) -> Values:
         estimator: "k1", "k2" or "k3".
     """
     log_ratio = ref_logprob - logprob
+    divergence: Values
     if estimator == "k1":
-        return -log_ratio
-    if estimator == "k2":
-        return log_ratio * log_ratio / 2
-    exp: Any = torch.exp if isinstance(log_ratio, torch.Tensor) else np.exp
-    ratio: Values = exp(log_ratio)
-    return ratio - 1 - log_ratio
+        divergence = -log_ratio
+    elif estimator == "k2":
+        divergence = log_ratio * log_ratio / 2
+    else:
+        exp: Any = torch.exp if isinstance(log_ratio, torch.Tensor) else np.exp
+        divergence = exp(log_ratio) - 1 - log_ratio
+    return divergence
 
 
 class AdaptiveKL:

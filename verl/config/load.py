@@ -50,7 +50,8 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=error.full_key, fix="mend the ${…} in the value") from error
     result.check()
-    return result
+    checked: Config = result
+    return checked
 
 
 def to_yaml(config: object) -> str:

@@ -107,7 +107,7 @@ def _role(message: object, where: str) -> str:
     if not isinstance(message, dict):
         raise UserError(f"found {describe(message)}, expected an object", where=where, fix='write {"role": …, "content": …}')
     role = message.get("role")
-    if role in ROLES:
+    if isinstance(role, str) and role in ROLES:
         return role
     fix = f"one of {', '.join(ROLES)}"
     if role is None:

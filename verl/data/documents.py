@@ -61,7 +61,8 @@ class _Table:
     def trained(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Count the trained tokens of each range of B, without the range's first token, which has no prediction."""
         before = np.concatenate([[0], np.cumsum(self.mask_B, dtype=np.int64)])
-        return before[starts + lengths] - before[starts + 1]
+        trained: np.ndarray = before[starts + lengths] - before[starts + 1]
+        return trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +215,7 @@ def _cut(tables: list[_Table], config: DataConfig | PairsConfig, key: str, name:
 
 def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
     """Return for each pair of consecutive documents whether their tokens are equal."""
-    same = np.diff(lengths_R)[::2] == 0
+    same: np.ndarray = np.diff(lengths_R)[::2] == 0
     for pair in np.flatnonzero(same):
         ids_B, both = tables[2 * pair // ROWS_PER_TABLE].ids_B, slice(2 * pair, 2 * pair + 2)
         first, second = (ids_B[start : start + length] for start, length in zip(starts_R[both], lengths_R[both], strict=True))
@@ -238,4 +239,4 @@ def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DataConfig | 
 
 
 def _place(tables: list[_Table], row: int) -> str:
-    return tables[row // ROWS_PER_TABLE].places[row % ROWS_PER_TABLE].as_py()
+    return str(tables[row // ROWS_PER_TABLE].places[row % ROWS_PER_TABLE].as_py())

@@ -60,7 +60,7 @@ class Prompts:
     def drawn(self, number: int, seed: int) -> Prompt:
         """Return the prompt that is drawn as `number`, counted from 0 over all epochs."""
         epoch, within = divmod(number, len(self.prompts))
-        return self.prompts[_order(len(self.prompts), seed, epoch)[within]]
+        return self.prompts[int(_order(len(self.prompts), seed, epoch)[within])]
 
     def __str__(self) -> str:
         lengths = [len(prompt.token_ids) for prompt in self.prompts]

@@ -215,7 +215,7 @@ class Renderer:
     def _text_end(self) -> int:
         if self._tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end-of-text token", where="eos_token", fix="set one in its tokenizer_config.json")
-        return self._tokenizer.eos_token_id
+        return int(self._tokenizer.eos_token_id)
 
     def _text_of(self, messages: object, tools: object) -> _Text:
         chat, disguise = self._disguised(checked(messages, tools))
@@ -254,7 +254,8 @@ class Renderer:
         return self._tokenizer.get_chat_template(None, chat.tools)
 
     def _render(self, chat: Chat, *, for_answer: bool = False) -> str:
-        return self._run_template(chat, add_generation_prompt=for_answer)[0][0]
+        text: str = self._run_template(chat, add_generation_prompt=for_answer)[0][0]
+        return text
 
     def _render_marked(self, chat: Chat) -> tuple[str, list[Span]]:
         """Return the rendered text and the spans that the template marks with {% generation %}."""

@@ -69,7 +69,8 @@ def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
 
 def uncompiled() -> AbstractContextManager[object]:
     """While this lasts, layers run as they are written: what is run a few times does not earn back its compiling."""
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _decide(setting: str | bool, model: PreTrainedModel, device: torch.device, tokens: int) -> tuple[bool, str]:

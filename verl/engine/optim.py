@@ -154,7 +154,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
 def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     # Not torch's clip_grad_norm_: of bfloat16 gradients it would give a norm of three digits.
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
+    return norm
 
 
 def _whole(norm: Tensor) -> Tensor:

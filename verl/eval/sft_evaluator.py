@@ -25,10 +25,10 @@ from verl.data.source import read_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Grader, Prediction, Question
+from verl.libraries import quiet_libraries
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import check_format, system_of
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
-from verl.run import quiet_libraries
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

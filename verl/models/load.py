@@ -155,7 +155,8 @@ def load_for_inference(
         put_on(model, directory).merge_and_unload()
         if (Path(directory) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
             model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model.eval()
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def read_adapter_config(path: str) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ def write_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 1) -> in
 def tiny_tokenizer(texts: Iterable[str], *, vocab_size: int = 1024) -> Qwen2Tokenizer:
     """Train a tokenizer like Qwen's: one token per digit, its special tokens and its chat format."""
     untrained = Qwen2Tokenizer(eos_token=END, pad_token=PAD, extra_special_tokens=[START, END], model_max_length=POSITIONS)
-    tokenizer = untrained.train_new_from_iterator([*texts, "system\nuser\nassistant\n"], vocab_size, show_progress=False)
+    tokenizer: Qwen2Tokenizer = untrained.train_new_from_iterator([*texts, "system\nuser\nassistant\n"], vocab_size, show_progress=False)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -132,7 +132,8 @@ class Moment:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, kind) for kind in KINDS)
+        total: float = sum(getattr(self, kind) for kind in KINDS)
+        return total
 
 
 def peak(model: Decoder, work: Work) -> Moment:

@@ -160,7 +160,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _graded(name: str, score: Callable[[str, str, dict[str, Any]], object], question: str, response: str, row: dict) -> float | UserError:
+def _graded(
+    name: str, score: Callable[[str, str, dict[str, Any]], object], question: str, response: str, row: dict[str, Any]
+) -> float | UserError:
     try:
         return _checked(name, score(question, response, row))
     except UserError:  # the reward cannot be used at all

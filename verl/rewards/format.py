@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from verl.errors import UserError
 
@@ -9,7 +10,7 @@ KEY = "reward.format"  # of the row: the parts that the config asks for
 PARTS = (r"\S", r"####[ \t]*[^\s#][^\n]*\Z")  # something, and then `#### answer` as the last line
 
 
-def score(prompt: str, response: str, row: dict) -> float:
+def score(prompt: str, response: str, row: dict[str, Any]) -> float:
     """The share of the required parts, from 0 to 1: each is looked for behind the one that was found before it.
 
     Args:

@@ -6,7 +6,7 @@ time in proportion to its length.
 
 import re
 from collections import deque
-from typing import Literal
+from typing import Any, Literal
 
 Method = Literal["strict", "flexible"]
 
@@ -25,7 +25,7 @@ ANY_NUMBER = re.compile(SIGNED)
 MARKED_NUMBER = re.compile(rf"(?<!\#)\#{{4}}[ \t]*{SIGNED}(?![0-9]|[.,/][0-9])")
 
 
-def score(prompt: str, response: str, row: dict) -> float:
+def score(prompt: str, response: str, row: dict[str, Any]) -> float:
     """1.0 if the response's `#### number` is the reference's, else 0.0: the contract of every grader in this folder.
 
     Args:

@@ -46,7 +46,7 @@ SPELLINGS = (
 )
 
 
-def score(prompt: str, response: str, row: dict) -> float:
+def score(prompt: str, response: str, row: dict[str, Any]) -> float:
     """1.0 if the response's marked answer equals the reference's, else 0.0.
 
     Args:

@@ -69,7 +69,8 @@ class Sample:
             return np.zeros(0, dtype=np.float32)
         if self.logprobs is None:
             return None
-        return np.array(self.logprobs, dtype=np.float32)[np.array(self.answer_mask, dtype=bool)]
+        trained: np.ndarray = np.array(self.logprobs, dtype=np.float32)[np.array(self.answer_mask, dtype=bool)]
+        return trained
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ EXPRESSION = re.compile(r"\s*(-?[0-9]{1,15})\s*([-+*/])\s*(-?[0-9]{1,15})\s*")
 CANNOT = "cannot calculate this: write two whole numbers with + - * or / between them"
 
 
-def reply(response: str, prompt: str, row: dict) -> str | None:
+def reply(response: str, prompt: str, row: dict[str, object]) -> str | None:
     """Return the result of the calculation in the turn's last line, or an error text; None if that line is not a calculation.
 
     A quotient that is not an integer is rounded to six decimal places.

@@ -21,12 +21,13 @@ from verl.engine import checkpoint
 from verl.engine.build import build, choose_spread
 from verl.engine.checkpoint import Position
 from verl.errors import exit_on_user_error
+from verl.libraries import quiet_libraries
 from verl.models.attention import flash
 from verl.models.prompt_format import system_prompts
 from verl.plan.memory import GIB
 from verl.plan.plan import make_plan
 from verl.plan.report import check_room, describe
-from verl.run import Run, quiet_libraries
+from verl.run import Run
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import train_loop
 from verl.trainer.resume import find_checkpoint, start_position

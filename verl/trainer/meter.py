@@ -120,6 +120,6 @@ class Meter:
 
 def _seconds(start: Moment, end: Moment) -> float:
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return start.elapsed_time(end) / 1000
+        return float(start.elapsed_time(end)) / 1000
     assert isinstance(start, float) and isinstance(end, float)
     return end - start

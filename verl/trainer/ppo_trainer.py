@@ -21,6 +21,7 @@ from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.errors import UserError, exit_on_user_error
+from verl.libraries import quiet_libraries
 from verl.rewards._scoring import Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
@@ -33,7 +34,7 @@ from verl.rl.roles import Roles, build_roles, check_names, describe_plan, rollou
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
 from verl.rollout import load_rollout
-from verl.run import Run, ignore_first_signals, quiet_libraries
+from verl.run import Run, ignore_first_signals
 from verl.trainer.inputs import check_same_rows, read_tokenizer
 from verl.trainer.loop import due
 from verl.trainer.profile import profiled

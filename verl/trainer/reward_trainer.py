@@ -28,8 +28,9 @@ from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.errors import exit_on_user_error
+from verl.libraries import quiet_libraries
 from verl.models.attention import flash
-from verl.run import Run, quiet_libraries
+from verl.run import Run
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
 from verl.trainer.resume import find_checkpoint, start_position

@@ -36,7 +36,7 @@ def read_config(path: str, *, key: str | None = None) -> LoraConfig:
     try:
         found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = found.get("peft_type")
-        settings = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
+        settings: LoraConfig | None = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{CONFIG} cannot be read: {error}", where=place, fix="save the adapter again") from error
     if settings is None:

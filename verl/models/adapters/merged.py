@@ -51,7 +51,8 @@ def _merged(layer: Any) -> Tensor:
     """Compute W + scaling × B A in float32, and cast it to the dtype of W."""
     weight_OI, a_RI, b_OR = (_whole(p.weight) for p in (layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]))
     product_OI = b_OR.float() @ a_RI.float() * layer.scaling[ADAPTER]
-    return (weight_OI.float() + product_OI).to(weight_OI.dtype)
+    merged_OI: Tensor = weight_OI.float() + product_OI
+    return merged_OI.to(weight_OI.dtype)
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -330,7 +330,7 @@ def _as_operator(kind: type[nn.Module]) -> type[nn.Module]:
             return result
         a, b = _factors(parts)
         weights = [part.base_layer.weight for part in parts]
-        output = _mlp(x.flatten(0, -2), *weights, a, b, parts[0].scaling["default"])[0]
+        output: Tensor = _mlp(x.flatten(0, -2), *weights, a, b, parts[0].scaling["default"])[0]
         return output.view(x.shape)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})

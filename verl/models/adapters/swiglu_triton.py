@@ -54,7 +54,7 @@ def backward(
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, int(triton.next_power_of_2(rank)))
 
 
 @triton.jit

@@ -86,4 +86,5 @@ def _tensor(ids: list[int], like: Tensor) -> Tensor:
 
 
 def _distances(rows_OH: Tensor, centre_H: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows_OH - centre_H, dim=-1)
+    distance_O: Tensor = torch.linalg.vector_norm(rows_OH - centre_H, dim=-1)
+    return distance_O

@@ -163,6 +163,7 @@ def flash_attention(
     Returns:
         output_TND.
     """
+    output_TND: Tensor
     if kernel == "short" and sliding_window is None:
         output_TND, _ = _short(query_TND, key_TKD, value_TKD, cu_seqlens, max_seqlen, scale or query_TND.shape[-1] ** -0.5)
         return output_TND

@@ -60,7 +60,7 @@ def to_tokens(whole_TXD: Tensor, heads: int, group: str) -> Tensor:
     Returns:
         part_UXD, contiguous.
     """
-    (part_UXD,) = _to_tokens([whole_TXD], [heads], group)
+    part_UXD: Tensor = _to_tokens([whole_TXD], [heads], group)[0]
     return part_UXD
 
 

@@ -3,22 +3,26 @@
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_engine import largest_difference
+from engines import largest_difference
 from tiny import RandomDocuments, qwen2_config, write_model
+from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
+from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.compile import compile_layers
+from verl.engine.contract import TokenOut
 from verl.engine.engine import Engine
 from verl.engine.fsdp import Sharding
 from verl.engine.recompute import recompute_activations
@@ -32,18 +36,12 @@ from verl.models.load import load_for_training
 from verl.models.saved import export_model
 from verl.trainer.meter import Meter
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("device")]
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"), qwen2_config(hidden_size=256, intermediate_size=512))
-
-
-@pytest.fixture(autouse=True)
-def device():
-    yield dist.start()
-    dist.stop()
 
 
 def engine_on(
@@ -98,21 +96,21 @@ def test_documents_packed_have_the_logprobs_they_have_alone(
     scorer = TokenScorer(load_for_training(str(model_path)).model).to(device, dtype).eval()
     if dtype == torch.float32:
         check_scorer(scorer)
-    alone = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager").to(device).eval()
+    alone = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, attn_implementation="eager").to(device).eval()  # type: ignore[arg-type]
 
     class OnGpu(torch.nn.Module):
-        def forward(self, batch):
+        def forward(self, batch: Batch) -> TokenOut:
             return scorer(batch.to(device))
 
     class Alone(torch.nn.Module):
-        def forward(self, ids, use_cache):
+        def forward(self, ids: Tensor, use_cache: bool) -> Any:
             out = alone(ids.to(device), use_cache=use_cache)
             out.logits = out.logits.float().cpu()
             return out
 
     class ToCpu(torch.nn.Module):
-        def forward(self, batch):
-            out = OnGpu()(batch)
+        def forward(self, batch: Batch) -> TokenOut:
+            out: TokenOut = OnGpu()(batch)
             out.logprob_M = out.logprob_M.cpu()
             return out
 
@@ -228,7 +226,7 @@ def test_a_run_with_offloading_measures_its_steps(model_path: Path, device: torc
 @pytest.mark.parametrize(
     "changes", [{}, {"compiled": True}, {"compiled": True, "checkpointing": "selective"}, {"compiled": True, "lora": 8}]
 )
-def test_the_host_waits_for_nothing_in_a_step(changes: dict, model_path: Path, device: torch.device) -> None:
+def test_the_host_waits_for_nothing_in_a_step(changes: dict[str, Any], model_path: Path, device: torch.device) -> None:
     """From a batch in pinned memory to the metrics on their way: whatever would wait raises."""
     torch._dynamo.reset()
     engine = engine_on(model_path, device, torch.bfloat16, **changes)

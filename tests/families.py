@@ -148,12 +148,12 @@ def qwen3() -> PreTrainedTokenizerFast:
 
 
 def llama3() -> PreTrainedTokenizerFast:
-    special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+    special: list[str | AddedToken] = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
     return byte_level(LLAMA3, special, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")
 
 
 def gemma() -> PreTrainedTokenizerFast:
-    special = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    special: list[str | AddedToken] = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
     return byte_level(GEMMA, special, ("\n\n", "<table>"), bos_token="<bos>", eos_token="<eos>")
 
 
