@@ -105,11 +105,7 @@ def _checked(path: Path, key: str) -> Path:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         inside = sorted({p.name.removesuffix(".gz").rpartition(".")[2] for p in path.iterdir() if suffix_of(p) in SUFFIXES})
-        fix = (
-            f"name its files with a glob, such as {path}/*.{inside[0]}"
-            if inside
-            else f"put data files into it, and name them with a glob: {FORMATS}"
-        )
+        fix = f"name its files with a glob, such as {path}/*.{inside[0]}" if inside else f"put data files into it ({FORMATS})"
         raise UserError(f"{str(path)!r} is a directory", where=key, fix=fix)
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file", where=key, fix="write the rows to a file first")
