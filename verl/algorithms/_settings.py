@@ -87,5 +87,5 @@ class PolicySettings(AlgorithmConfig):
 class GroupSettings(PolicySettings):
     """The same, of methods that compare an answer with the others to its prompt."""
 
-    # Divide a group's advantages by the standard deviation of its rewards.
+    # Divide the advantages by the standard deviation of the rewards that they are compared with.
     norm_by_std: bool = False

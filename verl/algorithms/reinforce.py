@@ -15,7 +15,7 @@ needs_critic, needs_groups = False, False
 
 @dataclass
 class Settings(PolicySettings):
-    # Divide the advantages by the standard deviation of what the step's answers earned.
+    # Divide the advantages by the standard deviation of the rewards that they are compared with.
     norm_by_std: bool = True
     # Discount of a reward for each token that it lies ahead.
     gamma: float = 1.0

@@ -41,6 +41,21 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     config = _structured(defaults)
     for one in given:
         _assign(config, one, defaults)
+    found: Config = _checked(config)
+    return found
+
+
+def checked(config: Config) -> Config:
+    """A config that was made in Python as a command line would give it: with the own keys of what it names, references resolved.
+
+    Raises:
+        UserError: a value that is not right, or missing.
+    """
+    found: Config = _checked(_structured(completed(config)))
+    return found
+
+
+def _checked(config: DictConfig) -> Any:
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
         if missing:
@@ -49,19 +64,9 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
         result: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=error.full_key, fix="mend the ${…} in the value") from error
-    return checked(result)
-
-
-def checked(config: Config) -> Config:
-    """A config that somebody has made, with the keys of the plugins that it names.
-
-    Raises:
-        UserError: a value that is not right.
-    """
-    whole: Any = completed(config)
-    whole.check()
-    check_own_keys(whole)
-    return whole
+    result.check()
+    check_own_keys(result)
+    return result
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ class Group:
         """The key that names the plugins."""
         return self.plugins.named_by or f"{self.path}.name"
 
+    @property
+    def shared(self) -> type:
+        """The class of the keys that all of its plugins share."""
+        return next(kind for kind in type(self.keys).__mro__ if "plugins" in vars(kind))
+
     def settings(self) -> dict[str, type]:
         """The `Settings` of each plugin, by its name, each class once.
 
@@ -108,8 +113,7 @@ def _with(config: Config, path: str, value: Any) -> Config:
 
 
 def _completed(group: Group) -> Any:
-    shared: type = next(kind for kind in type(group.keys).__mro__ if "plugins" in vars(kind))
-    settings = group.settings()
+    shared, settings = group.shared, group.settings()
     _check_fields(group, shared, settings)
     kind = _joined(shared, tuple(settings.values()))
     if type(group.keys) is kind:
