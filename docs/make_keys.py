@@ -37,8 +37,8 @@ Every key of every command, made from `verl/config/`, and from the `Settings` of
 and `key=value` wins over all files). Lists are written `[a,b]`, nothing is `null`, and `~` is your home folder. A key that is not here is
 an error that names the nearest one.
 
-A method, a reward and an optimizer have keys of their own beside those in the tables of the commands: they follow
-[below](#keys-of-methods-rewards-and-optimizers). `verl ppo algorithm.name=path/to/file.py --help` shows those of a file of your own.
+Methods, rewards and optimizers have keys of their own beside those in the tables of the commands: they follow these tables.
+`verl ppo algorithm.name=path/to/file.py --help` shows those of a file of your own.
 """
 
 
