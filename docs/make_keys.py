@@ -1,11 +1,16 @@
-"""Writes docs/keys.md from verl/config/: python docs/make_keys.py"""
+"""Writes docs/keys.md from verl/config/ and the Settings of methods, rewards and optimizers: python docs/make_keys.py"""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import verl
-from verl.config.load import describe
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.load import describe, shown
+from verl.config.own_keys import comment_on, completed, fields_of, groups_of, settings_class
+from verl.config.pairs import PreferenceConfig
+from verl.config.ppo import RewardConfig
+from verl.config.shared import OptimConfig
 from verl.config.spellings import ANSWERED, SAME
 
 PAGE = Path(__file__).with_name("keys.md")
@@ -18,12 +23,23 @@ COMMANDS: dict[str, Any] = {
     "verl export SRC DIR": verl.ExportConfig,
     "verl demo": verl.DemoConfig,
 }
+# Groups whose keys depend on what is named, with the command and the key that names it.
+GROUPS = {
+    "verl ppo": ("algorithm", "algorithm.name", AlgorithmConfig),
+    "verl reward": ("algorithm", "algorithm.name", PreferenceConfig),
+    "verl ppo` and `verl eval": ("reward", "reward.name", RewardConfig),
+    "verl sft`, `verl ppo` and `verl reward": ("optim", "optim.name", OptimConfig),
+}
 HEAD = """\
 # Keys
 
-Every key of every command, made from `verl/config/` by `python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file
-that `--config FILE.yaml` names (repeatable; later files win, and `key=value` wins over all files). Lists are written `[a,b]`, nothing is
-`null`, and `~` is your home folder. A key that is not here is an error that names the nearest one.
+Every key of every command, made from `verl/config/`, and from the `Settings` of methods, rewards and optimizers, by
+`python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file that `--config FILE.yaml` names (repeatable; later files win,
+and `key=value` wins over all files). Lists are written `[a,b]`, nothing is `null`, and `~` is your home folder. A key that is not here is
+an error that names the nearest one.
+
+Methods, rewards and optimizers have keys of their own beside those in the tables of the commands: they follow these tables.
+`verl ppo algorithm.name=path/to/file.py --help` shows those of a file of your own.
 """
 
 
@@ -33,6 +49,9 @@ def page() -> str:
         parts += [f"## `{command}`\n", "| key | default | meaning |", "|---|---|---|"]
         parts += [f"| `{key}` | {_code(default)} | {_cell(meaning)} |" for key, default, meaning in keys(schema)]
         parts.append("")
+    parts += ["## Keys of methods, rewards and optimizers\n"]
+    for command, (prefix, named_by, group) in GROUPS.items():
+        parts += [f"### `{command}`, by `{named_by}`\n", *own_keys(prefix, group), ""]
     parts += ["## Other spellings that are read\n", "| written | read as |", "|---|---|"]
     parts += [f"| `{written}` | `{read}` |" for written, read in SAME.items()]
     parts += ["", "## Keys of other trainers that are answered with an error\n", "| key | what to do |", "|---|---|"]
@@ -41,13 +60,37 @@ def page() -> str:
 
 
 def keys(schema: type) -> list[tuple[str, str, str]]:
-    """Key, default and meaning, from what --help prints. A key without a text of its own shares that of the key before."""
+    """Key, default and meaning, from what --help prints, without the keys of methods, rewards and optimizers.
+
+    A key without a text of its own shares that of the key before.
+    """
+    of_plugins = {
+        f"{group.path}.{key}"
+        for group in groups_of(completed(schema()))
+        for key in fields_of(type(group.keys)).keys() - fields_of(group.shared)
+    }
     found: list[tuple[str, str, str]] = []
     meaning = ""
     for key, default, text in re.findall(r"^  ([\w.]+)=(.*)\n((?:      .*\n?)*)", describe(schema), re.MULTILINE):
         meaning = " ".join(line.strip() for line in text.splitlines()) or meaning
-        found.append((key, default, meaning))
+        if key not in of_plugins:
+            found.append((key, default, meaning))
     return found
+
+
+def own_keys(prefix: str, group: Any) -> list[str]:
+    """A table of the keys that the built-in plugins of a group have of their own, a column with the defaults of each plugin."""
+    kinds = {name: settings_class(module) for name, module in group.plugins.built_in().items()}
+    kinds = {name: kind for name, kind in kinds.items() if fields_of(kind)}
+    owners = {key: kind for kind in kinds.values() for key in fields_of(kind) if key != "name"}
+    rows, meaning = [], ""
+    for key, owner in owners.items():
+        meaning = " ".join(comment_on(owner, key)) or meaning
+        defaults = [_code(str(shown(getattr(kind(), key)))) if key in fields_of(kind) else "" for kind in kinds.values()]
+        if key not in fields_of(group) or len(set(defaults)) > 1:
+            rows.append(f"| `{prefix}.{key}` | {' | '.join(defaults)} | {_cell(meaning)} |")
+    head = f"| key | {' | '.join(f'`{name}`' for name in kinds)} | meaning |"
+    return [head, "|---" * (2 + len(kinds)) + "|", *rows]
 
 
 def _code(default: str) -> str:

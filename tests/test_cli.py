@@ -21,6 +21,7 @@ from verl import cli, doctor
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
 from verl.config.load import describe
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError
 
@@ -99,7 +100,14 @@ def test_the_installed_command_is_this_one() -> None:
 
 @pytest.mark.parametrize(
     ("name", "schema"),
-    [("sft", SFTConfig), ("reward", RewardTrainerConfig), ("eval", EvalConfig), ("chat", ChatConfig), ("demo", DemoConfig)],
+    [
+        ("sft", SFTConfig),
+        ("ppo", PPOConfig),
+        ("reward", RewardTrainerConfig),
+        ("eval", EvalConfig),
+        ("chat", ChatConfig),
+        ("demo", DemoConfig),
+    ],
 )
 def test_help_of_a_command_shows_its_keys(
     name: str, schema: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

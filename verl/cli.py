@@ -77,7 +77,7 @@ def plan(
 ) -> None:
     """Show what fine-tuning would take, without a GPU: steps, tokens, memory, and what to change where it does not fit: key=value …"""
     if asks_for_help(context.args):
-        print_keys("SFTConfig", "verl plan [--gpus N] key=value …")
+        exit_on_user_error(print_keys, context.args, "SFTConfig", "verl plan [--gpus N] key=value …")
     else:
         exit_on_user_error(show_plan, gpus, context.args)
 
@@ -123,7 +123,7 @@ def train(gpus: int | None, words: list[str], module: str, schema: str, usage: s
 def hand_on(words: list[str], module: str, schema: str, usage: str) -> None:
     """Run a module's main on the words, or, for --help, print what it reads without loading it."""
     if asks_for_help(words):
-        print_keys(schema, usage)
+        exit_on_user_error(print_keys, words, schema, usage)
     else:
         run_module(module, words)
 
@@ -132,12 +132,16 @@ def asks_for_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
-def print_keys(schema: str, usage: str) -> None:
-    """Every key of a config of verl.config, with its default and what it means."""
+def print_keys(words: list[str], schema: str, usage: str) -> None:
+    """Every key of a config of verl.config, with its default and what it means; also the own keys of what the words name.
+
+    Raises:
+        UserError: there is nothing of such a name.
+    """
     import verl
     from verl.config.load import describe
 
-    print(f"{usage}\n\n{describe(getattr(verl, schema))}")
+    print(f"{usage}\n\n{describe(getattr(verl, schema), words)}")
 
 
 def run_module(name: str, words: list[str]) -> NoReturn:

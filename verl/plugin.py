@@ -7,6 +7,7 @@ import pkgutil
 import sys
 import traceback
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -52,6 +53,44 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
         if not callable(getattr(module, function, None)):
             raise UserError(f"has no function {function!r}", where=name, fix=f"a plugin of {kind} needs {', '.join(needs)}")
     return module
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """What the plugins of a group of keys are, such as those of `algorithm`.
+
+    Attributes:
+        package: the folder that bare names are looked up in.
+        kind: what one of them is called in errors.
+        needs: what its module must have.
+        named_by: the key that names one of them, or a list; None: the group's own `name`.
+    """
+
+    package: str
+    kind: str
+    needs: tuple[str, ...]
+    named_by: str | None = None
+
+    def load(self, key: str, name: str) -> ModuleType:
+        """The module that the key `key` names.
+
+        Raises:
+            UserError: no such module, or one of another kind.
+        """
+        module = load(self.package, name)
+        if not self._is_one(module):
+            missing = next(attribute for attribute in self.needs if not hasattr(module, attribute))
+            fix = f"{', '.join(self.built_in())}, or path/to/file.py with {', '.join(self.needs)}"
+            raise UserError(f"is no {self.kind}: it has no {missing!r}", where=f"{key}={name}", fix=fix)
+        return module
+
+    def built_in(self) -> dict[str, ModuleType]:
+        """Those of the package, by name."""
+        modules = {name: load(self.package, name) for name in names(self.package)}
+        return {name: module for name, module in modules.items() if self._is_one(module)}
+
+    def _is_one(self, module: ModuleType) -> bool:
+        return all(hasattr(module, attribute) for attribute in self.needs)
 
 
 def _from_file(path: Path, kind: str) -> ModuleType:

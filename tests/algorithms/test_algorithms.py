@@ -13,7 +13,6 @@ from verl.algorithms import dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, rloo
 from verl.algorithms._advantage import discounted_sums, generalized_advantages
 from verl.algorithms._kl import AdaptiveKL, estimate
 from verl.algorithms.answers import Answers
-from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import VALUES, Batch
 from verl.data.pack import collate
 from verl.engine.contract import TokenOut, ValueOut
@@ -64,14 +63,14 @@ TABLE |= {dapo: TABLE[grpo], gspo: TABLE[grpo]}
 
 @pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
 def test_advantages_are_those_of_the_table(method: ModuleType) -> None:
-    learned = method.advantages(answers(REWARDS, GROUPS), AlgorithmConfig())
+    learned = method.advantages(answers(REWARDS, GROUPS), method.Settings())
     assert of_answers(learned.advantages) == pytest.approx(TABLE[method], abs=1e-4)
     assert learned.returns is None
 
 
 @pytest.mark.parametrize("method", TABLE, ids=lambda method: method.__name__)
 def test_others_are_compared_with_an_empty_answer_too(method: ModuleType) -> None:
-    learned = method.advantages(answers(REWARDS, GROUPS, [2, 2, 0, 2, 2, 2, 0]), AlgorithmConfig())
+    learned = method.advantages(answers(REWARDS, GROUPS, [2, 2, 0, 2, 2, 2, 0]), method.Settings())
     assert [len(array) for array in learned.advantages] == [2, 2, 0, 2, 2, 2, 0]
     found = of_answers([array for array in learned.advantages if len(array)])
     assert found == pytest.approx([TABLE[method][i] for i in (0, 1, 3, 4, 5)], abs=1e-4)
@@ -79,7 +78,7 @@ def test_others_are_compared_with_an_empty_answer_too(method: ModuleType) -> Non
 
 def test_a_critic_learns_nothing_of_an_empty_answer() -> None:
     values = [np.array([0.5, 0.25], dtype=np.float32), np.zeros(0, dtype=np.float32)]
-    settings = AlgorithmConfig(gamma=1.0, lam=1.0, whiten_advantages=False)
+    settings = ppo.Settings(gamma=1.0, lam=1.0, whiten_advantages=False)
     learned = ppo.advantages(answers([1.0, 3.0], [0, 1], [2, 0], values=values), settings)
     assert learned.returns is not None and [array.tolist() for array in learned.returns] == [[1.0, 1.0], []]
     assert [array.tolist() for array in learned.advantages] == [[0.5, 0.75], []]
@@ -90,45 +89,41 @@ def test_a_critic_learns_nothing_of_an_empty_answer() -> None:
 def test_the_order_of_answers_does_not_matter(method: ModuleType) -> None:
     order = np.random.default_rng(0).permutation(len(REWARDS))
     shuffled = answers([REWARDS[i] for i in order], [GROUPS[i] for i in order])
-    found = of_answers(method.advantages(shuffled, AlgorithmConfig()).advantages)
+    found = of_answers(method.advantages(shuffled, method.Settings()).advantages)
     assert found == pytest.approx([TABLE[method][i] for i in order], abs=1e-4)
 
 
-def test_groups_without_spread_are_dropped_by_dapo_and_kept_by_grpo() -> None:
-    kept = dapo.advantages(answers(REWARDS, GROUPS), AlgorithmConfig())
-    assert kept.kept_A.tolist() == [True, False, True, True, False, True, True]
-    assert kept.metrics["groups_without_spread"] == pytest.approx(1 / 3)
-    assert grpo.advantages(answers(REWARDS, GROUPS), AlgorithmConfig()).kept_A.all()
-    assert dapo.advantages(answers(REWARDS, GROUPS), AlgorithmConfig(dynamic_sampling=False)).kept_A.all()
+def test_groups_without_spread_are_counted() -> None:
+    assert grpo.advantages(answers(REWARDS, GROUPS), grpo.Settings()).metrics["groups_without_spread"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("method", [grpo, dr_grpo, rloo, dapo, gspo, reinforce], ids=lambda method: method.__name__)
 def test_equal_rewards_teach_nothing(method: ModuleType) -> None:
-    learned = method.advantages(answers([0.3] * 6, [0, 0, 0, 1, 1, 1]), AlgorithmConfig())
+    learned = method.advantages(answers([0.3] * 6, [0, 0, 0, 1, 1, 1]), method.Settings())
     assert of_answers(learned.advantages) == pytest.approx([0.0] * 6, abs=1e-6)
 
 
 def test_an_answer_alone_in_its_group_is_a_users_error() -> None:
     with pytest.raises(UserError, match="alone in its group"):
-        grpo.advantages(answers([1.0, 0.0, 1.0], [0, 0, 1]), AlgorithmConfig())
+        grpo.advantages(answers([1.0, 0.0, 1.0], [0, 0, 1]), grpo.Settings())
 
 
 def test_a_rank_without_answers_gives_none() -> None:
     for method in (*TABLE, ppo):
-        learned = method.advantages(answers([], [], [], values=[]), AlgorithmConfig())
-        assert learned.advantages == [] and len(learned.kept_A) == 0
+        learned = method.advantages(answers([], [], [], values=[]), method.Settings())
+        assert learned.advantages == []
 
 
 def test_overlong_answers_lose_evenly_more_up_to_the_limit() -> None:
     """Limit 10, buffer 4: up to 6 tokens nothing, 8 half, 10 all; and all where an answer was cut off before."""
-    settings = AlgorithmConfig(overlong_buffer_tokens=4, overlong_penalty=2.0, norm_by_std=False)
+    settings = dapo.Settings(overlong_buffer_tokens=4, overlong_penalty=2.0, norm_by_std=False)
     cut = np.array([False, False, False, False, True, False])
     given = answers([1.0] * 6, [0] * 6, [2, 6, 8, 10, 3, 7], truncated_A=cut)
     learned = dapo.advantages(given, settings)
     lost = [0.0, 0.0, 1.0, 2.0, 2.0, 0.5]
     assert of_answers(learned.advantages) == pytest.approx([np.mean(lost) - x for x in lost], abs=1e-6)
     assert learned.metrics["overlong_deduction"] == pytest.approx(np.mean(lost))
-    assert not learned.kept_A.any(), "what was earned is all the same; only deductions differ"
+    assert learned.metrics["groups_without_spread"] == pytest.approx(1), "what was earned is all the same; only deductions differ"
 
 
 def test_generalized_advantages_are_those_of_the_table() -> None:
@@ -146,7 +141,7 @@ def random_answers(seed: int = 0) -> Answers:
 
 def test_with_lambda_and_gamma_one_advantages_are_returns_less_values() -> None:
     given = random_answers()
-    learned = ppo.advantages(given, AlgorithmConfig(whiten_advantages=False))
+    learned = ppo.advantages(given, ppo.Settings(whiten_advantages=False))
     for advantage, returned, value, reward in zip(learned.advantages, learned.returns, given.values, given.reward_A, strict=True):
         assert advantage + value == pytest.approx(np.full(len(value), reward), abs=1e-5)
         assert returned == pytest.approx(np.full(len(value), reward), abs=1e-5)
@@ -161,25 +156,16 @@ def test_a_truncated_answer_has_its_reward_on_its_last_token_and_expects_nothing
     """Also where it was cut off: no token is added, and no value is taken for what it might have earned."""
     values = [np.array([0.3, 0.7], dtype=np.float32)]
     learned = ppo.advantages(
-        answers([1.0], [0], [2], values=values, truncated_A=np.array([True])), AlgorithmConfig(whiten_advantages=False, gamma=0.5)
+        answers([1.0], [0], [2], values=values, truncated_A=np.array([True])), ppo.Settings(whiten_advantages=False, gamma=0.5)
     )
     assert learned.returns[0].tolist() == pytest.approx([0.5, 1.0])
 
 
-def test_answers_that_are_not_kept_do_not_count_in_whitening() -> None:
-    rewards, groups = [0.0, 1.0, 5.0, 5.0], [0, 0, 1, 1]
-    settings = AlgorithmConfig(whiten_advantages=True, dynamic_sampling=True, norm_by_std=False)
-    learned = grpo.advantages(answers(rewards, groups, [2, 1, 7, 7]), settings)
-    assert learned.kept_A.tolist() == [True, True, False, False]
-    kept = np.concatenate(learned.advantages[:2])
-    assert kept.mean() == pytest.approx(0, abs=1e-6) and kept.var() == pytest.approx(1, rel=1e-4)
-
-
 def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> None:
-    learned = ppo.advantages(random_answers(), AlgorithmConfig(lam=0.9))
+    learned = ppo.advantages(random_answers(), ppo.Settings(lam=0.9))
     tokens = np.concatenate(learned.advantages)
     assert tokens.mean() == pytest.approx(0, abs=1e-6) and tokens.var() == pytest.approx(1, abs=1e-5)
-    raw = ppo.advantages(random_answers(), AlgorithmConfig(lam=0.9, whiten_advantages=False))
+    raw = ppo.advantages(random_answers(), ppo.Settings(lam=0.9, whiten_advantages=False))
     for a, b in zip(learned.returns, raw.returns, strict=True):
         assert np.array_equal(a, b), "what the critic learns is not whitened"
 
@@ -187,7 +173,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one_over_tokens() -> No
 def test_explained_variance_is_one_of_a_perfect_critic_and_zero_of_a_constant() -> None:
     def explained(values: list[float]) -> float:
         given = answers([0.0, 1.0, 2.0], [0, 0, 0], [1, 1, 1], values=[np.array([v], dtype=np.float32) for v in values])
-        return ppo.advantages(given, AlgorithmConfig()).metrics["explained_variance"]
+        return ppo.advantages(given, ppo.Settings()).metrics["explained_variance"]
 
     assert explained([0.0, 1.0, 2.0]) == pytest.approx(1.0)
     assert explained([5.0, 5.0, 5.0]) == pytest.approx(0.0)
@@ -196,22 +182,22 @@ def test_explained_variance_is_one_of_a_perfect_critic_and_zero_of_a_constant() 
 
 def test_reinforce_gives_a_token_the_discounted_rewards_from_it_on() -> None:
     assert discounted_sums([np.array([1.0, 2.0, 4.0]), np.array([8.0])], 0.5)[0].tolist() == [3.0, 4.0, 4.0]
-    learned = reinforce.advantages(answers([1.0, 3.0], [0, 1], [2, 1]), AlgorithmConfig(gamma=0.5, norm_by_std=False))
+    learned = reinforce.advantages(answers([1.0, 3.0], [0, 1], [2, 1]), reinforce.Settings(gamma=0.5, norm_by_std=False))
     baseline = (0.5 + 3.0) / 2
     assert [a.tolist() for a in learned.advantages] == [[0.5 - baseline, 1.0 - baseline], [3.0 - baseline]]
 
 
 def test_the_divergence_in_the_reward_is_k1_on_each_token() -> None:
     old, ref = [np.log(np.array([0.5, 0.2], dtype=np.float32))], [np.log(np.array([0.25, 0.4], dtype=np.float32))]
-    settings = AlgorithmConfig(kl_coef=0.1, kl_in="reward", whiten_advantages=False)
+    settings = ppo.Settings(kl_coef=0.1, kl_in="reward", whiten_advantages=False)
     given = answers([1.0], [0], [2], old_logprobs=old, ref_logprobs=ref, values=[np.zeros(2, dtype=np.float32)])
     learned = ppo.advantages(given, settings)
     ln2 = float(np.log(2))
     assert learned.returns[0].tolist() == pytest.approx([1.0 - 0.1 * ln2 + 0.1 * ln2, 1.0 + 0.1 * ln2])
     given = answers([1.0, 1.0], [0, 0], [2, 2], old_logprobs=old * 2, ref_logprobs=[ref[0], old[0]])
-    assert of_answers(
-        rloo.advantages(replace(given, ref_logprobs=[np.log(np.array([0.25, 0.1], dtype=np.float32)), old[0]]), settings).advantages
-    ) == (pytest.approx([-0.2 * ln2, 0.2 * ln2], abs=1e-6))
+    of_answer = rloo.Settings(kl_coef=0.1, kl_in="reward")
+    given = replace(given, ref_logprobs=[np.log(np.array([0.25, 0.1], dtype=np.float32)), old[0]])
+    assert of_answers(rloo.advantages(given, of_answer).advantages) == pytest.approx([-0.2 * ln2, 0.2 * ln2], abs=1e-6)
 
 
 POLICY, REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
@@ -254,7 +240,7 @@ def test_k3_in_the_loss_has_the_gradient_of_the_divergence_the_other_way_round_a
     k1 = gradient_by_logits(lambda logprob: estimate(logprob, REFERENCE.log(), "k1"))
     assert k1.abs().max() < 1e-12
     with pytest.raises(UserError, match="zero on average"):
-        grpo.Loss(AlgorithmConfig(kl_coef=0.1, kl_estimator="k1"), 10)
+        grpo.Settings(kl_coef=0.1, kl_estimator="k1").check()
 
 
 def test_an_adaptive_weight_follows_its_target() -> None:
@@ -285,7 +271,7 @@ def test_ratios_count_within_their_bounds(
 ) -> None:
     batch = batch_of([1], advantage=[advantage], old_logprob=[-2.0])
     logprob = torch.tensor([-2.0 + float(np.log(ratio))], requires_grad=True)
-    out = dapo.Loss(AlgorithmConfig(dual_clip=dual), 10).loss(TokenOut(logprob), batch)
+    out = dapo.Loss(dapo.Settings(dual_clip=dual), 10).loss(TokenOut(logprob), batch)
     assert out.sum.item() == pytest.approx(expected, rel=1e-5)
     assert float(torch.autograd.grad(out.sum, logprob)[0]) == pytest.approx(slope, rel=1e-5)
     assert bool(out.metric_sums["clip_fraction"]) is clipped
@@ -298,16 +284,16 @@ def test_ratios_count_within_their_bounds(
 )
 def test_the_three_ways_to_add_up_tokens(aggregation: str, mean: float) -> None:
     batch = batch_of([1, 3], advantage=[1.0, 2.0, 2.0, 2.0])
-    method = ppo.Loss(AlgorithmConfig(loss_aggregation=aggregation), 10)
+    method = ppo.Loss(ppo.Settings(loss_aggregation=aggregation), 10)
     assert float(method.loss(TokenOut(torch.zeros(4)), batch).sum) / method.count(batch) == pytest.approx(mean)
 
 
 def test_gspo_has_one_ratio_for_an_answer_the_geometric_mean_and_rloo_the_product() -> None:
     batch = batch_of([1, 3], advantage=[1.0, 1.0, 1.0, 1.0], old_logprob=[-1.0] * 4)
     logprob = torch.tensor([-1.1, -1.2, -1.0, -0.5])
-    wide = AlgorithmConfig(clip_ratio_low=0.9, clip_ratio_high=9.0)
+    wide = dict(clip_ratio_low=0.9, clip_ratio_high=9.0)
     for method, of_second in ((gspo, np.exp(0.3 / 3)), (rloo, np.exp(0.3))):
-        found = float(method.Loss(wide, 10).loss(TokenOut(logprob), batch).sum)
+        found = float(method.Loss(method.Settings(**wide), 10).loss(TokenOut(logprob), batch).sum)
         assert found == pytest.approx(-np.exp(-0.1) - of_second, rel=1e-5)
 
 
@@ -316,7 +302,7 @@ def test_the_rollout_is_compared_with_the_trainer_whoever_says_what_was_before(s
     batch = batch_of([2], advantage=[1.0] * 2, old_logprob=[-1.0, -1.0], rollout_logprob=[-1.0, -1.0])
     if source == "trainer":
         batch.old_logprob_M = torch.tensor([-1.5, -1.0])
-    out = ppo.Loss(AlgorithmConfig(old_logprobs=source), 10).loss(TokenOut(torch.tensor([-1.5, -1.0])), batch)
+    out = ppo.Loss(ppo.Settings(old_logprobs=source), 10).loss(TokenOut(torch.tensor([-1.5, -1.0])), batch)
     assert float(out.metric_maxima["largest_rollout_difference"]) == pytest.approx(0.5)
 
 
@@ -325,7 +311,7 @@ def test_weights_correct_for_a_rollout_of_other_probabilities(kind: str, weights
     """Old over rollout probability is 1, 0.4, 1.5 and 5; the cap is 2."""
     rollout = [-1.0, -1.0 - float(np.log(0.4)), -1.0 - float(np.log(1.5)), -1.0 - float(np.log(5))]
     batch = batch_of([4], advantage=[1.0] * 4, old_logprob=[-1.0] * 4, rollout_logprob=rollout)
-    out = ppo.Loss(AlgorithmConfig(importance_weights=kind), 10).loss(TokenOut(torch.full((4,), -1.0)), batch)
+    out = ppo.Loss(ppo.Settings(importance_weights=kind), 10).loss(TokenOut(torch.full((4,), -1.0)), batch)
     assert float(out.sum) == pytest.approx(-sum(weights), rel=1e-5)
     assert float(out.metric_sums["importance_weight"]) == pytest.approx(sum(weights), rel=1e-5)
     assert float(out.metric_maxima["largest_rollout_difference"]) == pytest.approx(np.log(5), rel=1e-5)
@@ -334,10 +320,10 @@ def test_weights_correct_for_a_rollout_of_other_probabilities(kind: str, weights
 def test_divergence_and_entropy_are_parts_of_the_loss_where_asked_for_and_metrics_always() -> None:
     batch = batch_of([2], advantage=[0.0, 0.0], ref_logprob=[-1.0, -1.0])
     out = TokenOut(torch.tensor([-2.0, -1.0]), torch.tensor([0.5, 0.7]))
-    plain = ppo.Loss(AlgorithmConfig(), 10).loss(out, batch)
+    plain = ppo.Loss(ppo.Settings(), 10).loss(out, batch)
     assert float(plain.sum) == 0.0
     k3 = float(np.e - 2)
-    both = ppo.Loss(AlgorithmConfig(kl_coef=0.5, entropy_coef=0.1), 10).loss(out, batch)
+    both = ppo.Loss(ppo.Settings(kl_coef=0.5, entropy_coef=0.1), 10).loss(out, batch)
     assert float(both.sum) == pytest.approx(0.5 * k3 - 0.1 * 1.2, rel=1e-5)
     for result in (plain, both):
         found = {name: float(value) for name, value in result.metric_sums.items()}
@@ -356,19 +342,19 @@ def test_divergence_and_entropy_are_parts_of_the_loss_where_asked_for_and_metric
 )
 def test_a_value_counts_no_further_than_its_clip(value: float, old: float, target: float, clip: float | None, expected: float) -> None:
     batch = batch_of([1], value=[old], **{"return": [target]})
-    out = ppo.ValueLoss(AlgorithmConfig(value_clip=clip)).loss(ValueOut(torch.tensor([value])), batch)
+    out = ppo.ValueLoss(ppo.Settings(value_clip=clip)).loss(ValueOut(torch.tensor([value])), batch)
     assert float(out.sum) == pytest.approx(expected, rel=1e-5)
 
 
 def test_dpo_prefers_the_chosen_answer_by_its_gain_over_the_reference() -> None:
     """Answers of 1, 2, 1 and 1 tokens in two pairs; beta 0.5; gains 1 and -1 - 1, then 0 and 3."""
     batch = batch_of([1, 2, 1, 1], ref_logprob=[-3.0, -1.0, -1.0, -2.0, -4.0])
-    out = dpo.Loss(beta=0.5).loss(TokenOut(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0])), batch)
+    out = dpo.Loss(dpo.Settings(beta=0.5)).loss(TokenOut(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0])), batch)
     margins = np.array([0.5 * (1 + 2), 0.5 * (0 - 3)])
     assert float(out.sum) == pytest.approx(np.log1p(np.exp(-margins)).sum(), rel=1e-5)
     assert float(out.count_sums["accuracy"]) == 1.0 and float(out.count_sums["margin"]) == pytest.approx(margins.sum())
-    assert dpo.Loss().count(batch) == 2.0 and batch.has_filler
-    smoothed = dpo.Loss(beta=0.5, label_smoothing=0.1).loss(TokenOut(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0])), batch)
+    assert dpo.Loss(dpo.Settings()).count(batch) == 2.0 and batch.has_filler
+    smoothed = dpo.Loss(dpo.Settings(beta=0.5, label_smoothing=0.1)).loss(TokenOut(torch.tensor([-2.0, -2.0, -2.0, -2.0, -1.0])), batch)
     assert float(smoothed.sum) == pytest.approx((0.9 * np.log1p(np.exp(-margins)) + 0.1 * np.log1p(np.exp(margins))).sum(), rel=1e-5)
 
 

@@ -14,7 +14,6 @@ from tiny import write_model
 from torch import Tensor
 
 from verl.algorithms import _policy
-from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import Batch
 from verl.engine import logprobs
 from verl.engine.contract import LossOut
@@ -103,7 +102,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_reinforce(
     method: str, model: Path, fields: dict[str, list[np.ndarray]]
 ) -> None:
     """With the scored log-probabilities, without any, and with the slope known before the model has run."""
-    loss = POLICIES[method].Loss(AlgorithmConfig(), 60)
+    loss = POLICIES[method].Loss(POLICIES[method].Settings(), 60)
     (batch,) = batches([range(ANSWERS)], {"advantage_M": [np.full_like(a, a[0]) for a in fields["advantage_M"]]})
     engine = engine_of(method, model)
     (scored,) = engine.score([batch])
@@ -119,13 +118,13 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_that_of_reinforce(
 
 
 OF_ANSWERS = ("gspo", "rloo")  # their ratios are of answers, so that a token's slope depends on others' log-probabilities
-OFF_POLICY = {
-    "clipped": AlgorithmConfig(updates_per_step=2, dual_clip=3.0),
-    "divergence k3": AlgorithmConfig(kl_coef=0.1),
-    "divergence k2": AlgorithmConfig(kl_coef=0.1, kl_estimator="k2"),
-    "weighted": AlgorithmConfig(importance_weights="truncate", importance_cap=1.1, loss_aggregation="sequence-mean"),
-    "masked": AlgorithmConfig(importance_weights="mask", importance_cap=1.1, loss_aggregation="constant"),
-    "entropy": AlgorithmConfig(entropy_coef=0.1, kl_coef=0.1),
+OFF_POLICY: dict[str, dict[str, Any]] = {
+    "clipped": dict(updates_per_step=2, dual_clip=3.0),
+    "divergence k3": dict(kl_coef=0.1),
+    "divergence k2": dict(kl_coef=0.1, kl_estimator="k2"),
+    "weighted": dict(importance_weights="truncate", importance_cap=1.1, loss_aggregation="sequence-mean"),
+    "masked": dict(importance_weights="mask", importance_cap=1.1, loss_aggregation="constant"),
+    "entropy": dict(entropy_coef=0.1, kl_coef=0.1),
 }
 
 
@@ -145,14 +144,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def off_policy_gradients(
-    method: str, settings: AlgorithmConfig, model: Path, fields: dict[str, list[np.ndarray]], *, old: bool = True
+    method: str, settings: dict[str, Any], model: Path, fields: dict[str, list[np.ndarray]], *, old: bool = True
 ) -> tuple[Tensor, Tensor]:
     """As it is trained, and with whole logits that autograd goes through."""
-    loss = POLICIES[method].Loss(settings, 60)
+    loss = POLICIES[method].Loss(POLICIES[method].Settings(**settings), 60)
     given = {name: arrays for name, arrays in fields.items() if old or name != "old_logprob_M"}
     cut = batches([range(3), range(3, 8)], given)
     found, plain = engine_of(method, model), engine_of(method, model)
-    found.scorer.entropy = "gradient" if settings.entropy_coef > 0 else True  # type: ignore[assignment]
+    found.scorer.entropy = "gradient" if loss.entropy_gradient else True  # type: ignore[assignment]
     return gradient(found, cut, loss), gradient(plain, cut, Differentiated(loss))
 
 
@@ -160,7 +159,7 @@ def off_policy_gradients(
 @pytest.mark.parametrize("settings", OFF_POLICY.values(), ids=OFF_POLICY)
 @pytest.mark.parametrize("method", ["ppo", "grpo", "gspo"])
 def test_a_slope_that_depends_on_the_log_probability_gives_the_gradient_of_autograd(
-    method: str, settings: AlgorithmConfig, old: bool, model: Path, fields: dict[str, list[np.ndarray]], small_chunks: None
+    method: str, settings: dict[str, Any], old: bool, model: Path, fields: dict[str, list[np.ndarray]], small_chunks: None
 ) -> None:
     found, expected = off_policy_gradients(method, settings, model, fields, old=old)
     assert relative(found, expected) < 1e-6
@@ -185,7 +184,7 @@ def test_logits_are_made_once_where_a_tokens_slope_is_its_own(
     monkeypatch.setattr(logprobs, "_logits", lambda hidden, *weights: made.append(len(hidden)) or once(hidden, *weights))
     engine, cut = engine_of(method, model), batches([range(8)], fields)
     engine.scorer.entropy = True  # type: ignore[assignment]
-    gradient(engine, cut, POLICIES[method].Loss(OFF_POLICY["clipped"], 60))
+    gradient(engine, cut, POLICIES[method].Loss(POLICIES[method].Settings(**OFF_POLICY["clipped"]), 60))
     assert made == [len(cut[0].trained_M)] * passes
 
 
@@ -196,7 +195,8 @@ def test_a_loss_of_ones_own_is_differentiated_though_it_builds_on_another(model:
             return replace(result, sum=2 * result.sum)
 
     cut = batches([range(8)], fields)
-    plain, doubled = (gradient(engine_of("grpo", model), cut, kind(AlgorithmConfig(), 60)) for kind in (POLICIES["grpo"].Loss, Doubled))
+    grpo = POLICIES["grpo"]
+    plain, doubled = (gradient(engine_of("grpo", model), cut, kind(grpo.Settings(), 60)) for kind in (grpo.Loss, Doubled))
     assert relative(doubled, 2 * plain) < 1e-6
 
 

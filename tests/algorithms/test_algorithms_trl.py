@@ -18,7 +18,6 @@ from trl.trainer.utils import nanstd
 
 from verl.algorithms import dapo, dpo, dr_grpo, grpo, gspo, rloo
 from verl.algorithms.answers import Answers
-from verl.config.ppo import AlgorithmConfig
 from verl.data.batch import Batch
 from verl.data.pack import collate
 from verl.engine.contract import TokenOut
@@ -100,7 +99,7 @@ def test_policy_losses_and_their_gradients_are_trls(method: Any, theirs: dict[st
     (expected_gradient,) = torch.autograd.grad(expected, logprob)
 
     entropy = 0.01 if "_entropy_bonus_enabled" in theirs else 0.0
-    settings = AlgorithmConfig(clip_ratio_low=0.2, clip_ratio_high=0.28, kl_coef=BETA, entropy_coef=entropy)
+    settings = method.Settings(clip_ratio_low=0.2, clip_ratio_high=0.28, kl_coef=BETA, entropy_coef=entropy)
     advantage = drawn.advantage[:, None].expand(-1, LONGEST)
     batch = drawn.batch(advantage=advantage, old_logprob=drawn.old, ref_logprob=drawn.reference)
     mine = drawn.trained(drawn.new).requires_grad_()
@@ -121,7 +120,7 @@ def test_rloos_loss_is_trls(seed: int) -> None:
     (expected_gradient,) = torch.autograd.grad(expected, logprob)
     batch = drawn.batch(advantage=drawn.advantage[:, None].expand(-1, LONGEST), old_logprob=drawn.old)
     mine = drawn.trained(drawn.new).requires_grad_()
-    loss = rloo.Loss(AlgorithmConfig(clip_ratio_high=0.28), 20)
+    loss = rloo.Loss(rloo.Settings(clip_ratio_high=0.28), 20)
     mean = loss.loss(TokenOut(mine), batch).sum / loss.count(batch)
     torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(mean, mine)[0], drawn.trained(expected_gradient), rtol=1e-4, atol=1e-6)
@@ -144,7 +143,7 @@ def test_dpos_loss_is_trls() -> None:
     mask = torch.cat([torch.zeros(ANSWERS, 1, dtype=torch.long), drawn.mask[order].long()], 1)
     expected = DPOTrainer._compute_loss(stub, model, {"input_ids": ids, "completion_mask": mask, "attention_mask": ids}, False)
 
-    loss, batch = dpo.Loss(beta=0.3), drawn.batch(ref_logprob=drawn.reference)
+    loss, batch = dpo.Loss(dpo.Settings(beta=0.3)), drawn.batch(ref_logprob=drawn.reference)
     mean = loss.loss(TokenOut(mine := drawn.trained(drawn.new).requires_grad_()), batch).sum / loss.count(batch)
     torch.testing.assert_close(mean, expected)
     (expected_gradient,) = torch.autograd.grad(expected, logprob)
@@ -159,11 +158,11 @@ def test_group_advantages_are_those_of_trls_published_formulas() -> None:
     given = Answers(reward_A, np.repeat([5, 1, 9], n), np.full(12, 3), np.zeros(12, dtype=bool), 10, old, ref)
     grouped = torch.from_numpy(reward_A).view(-1, n)
     mean, std = grouped.mean(1, keepdim=True), nanstd(grouped, dim=1)[:, None]
-    found = {m: np.array([a[0] for a in m.advantages(given, AlgorithmConfig()).advantages]) for m in (grpo, dr_grpo)}
+    found = {m: np.array([a[0] for a in m.advantages(given, m.Settings()).advantages]) for m in (grpo, dr_grpo)}
     assert found[grpo] == pytest.approx(((grouped - mean) / (std + 1e-4)).flatten().numpy(), abs=1e-5)
     assert found[dr_grpo] == pytest.approx((grouped - mean).flatten().numpy(), abs=1e-5)
     divergence = torch.tensor([float((a - b).sum()) for a, b in zip(old, ref, strict=True)]).view(-1, n)
     lessened = grouped - 0.05 * divergence
     expected = lessened - (lessened.sum(1, keepdim=True) - lessened) / (n - 1)
-    learned = rloo.advantages(given, AlgorithmConfig(kl_coef=0.05, kl_in="reward"))
+    learned = rloo.advantages(given, rloo.Settings(kl_coef=0.05, kl_in="reward"))
     assert [a[0] for a in learned.advantages] == pytest.approx(expected.flatten().tolist(), abs=1e-5)

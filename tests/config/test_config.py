@@ -3,13 +3,16 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import verl
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
 from verl.config.load import ANSWERED, SAME, describe, load_config, to_yaml
+from verl.config.own_keys import completed
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError
 
@@ -27,16 +30,21 @@ def error_of(*words: str) -> UserError:
     return caught.value
 
 
-def leaves(schema: type, prefix: str = "") -> list[str]:
+def leaves(schema: type) -> list[str]:
+    """Its keys, with the own ones of the method, the reward and the optimizer that are there by default."""
+    return leaves_of(completed(schema()))
+
+
+def leaves_of(config: object, prefix: str = "") -> list[str]:
     found: list[str] = []
-    for f in dataclasses.fields(schema):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else None
-        found += leaves(type(default), f"{prefix}{f.name}.") if dataclasses.is_dataclass(default) else [f"{prefix}{f.name}"]
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        found += leaves_of(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else [f"{prefix}{f.name}"]
     return found
 
 
 def test_values_have_the_types_of_their_keys() -> None:
-    config = load("optim.lr=2e-5", "optim.betas=[0.8,0.9]", "data.packing=false", "data.train_batch_size=64", "data.val_files=null")
+    config: Any = load("optim.lr=2e-5", "optim.betas=[0.8,0.9]", "data.packing=false", "data.train_batch_size=64", "data.val_files=null")
     assert config.optim.lr == 2e-5
     assert config.optim.betas == [0.8, 0.9]
     assert config.data.packing is False
@@ -66,7 +74,7 @@ def test_words_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> No
 
 
 def test_a_written_config_reads_back_as_itself(tmp_path: Path) -> None:
-    config = load("optim.lr=2e-5", "trainer.logger=[console,wandb]", "data.train_files=[a.jsonl,b.csv]", "trainer.save_freq=10")
+    config: Any = load("optim.lr=2e-5", "trainer.logger=[console,wandb]", "data.train_files=[a.jsonl,b.csv]", "trainer.save_freq=10")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(SFTConfig, ["--config", f"{tmp_path}/config.yaml"]) == config
 
@@ -183,7 +191,7 @@ def test_upstream_keys_without_a_place_here_are_answered_with_keys_that_exist(ke
     assert all(any(leaf == name or leaf.startswith(f"{name}.") for leaf in leaves(SFTConfig)) for name in named)
 
 
-@pytest.mark.parametrize("schema", [SFTConfig, RewardTrainerConfig, EvalConfig, ChatConfig, DemoConfig])
+@pytest.mark.parametrize("schema", [SFTConfig, PPOConfig, RewardTrainerConfig, EvalConfig, ChatConfig, DemoConfig])
 def test_help_shows_every_key(schema: type) -> None:
     shown = re.findall(r"^  ([\w.]+)=", describe(schema), re.MULTILINE)
     assert shown == leaves(schema)
@@ -197,7 +205,7 @@ def unread(schema: type, text: str) -> list[str]:
     return [key for key in leaves(schema) if key not in ONE_VALUE and not re.search(rf"\.{key.rpartition('.')[2]}\b", text)]
 
 
-@pytest.mark.parametrize("schema", [SFTConfig, RewardTrainerConfig, EvalConfig, ChatConfig, DemoConfig])
+@pytest.mark.parametrize("schema", [SFTConfig, PPOConfig, RewardTrainerConfig, EvalConfig, ChatConfig, DemoConfig])
 def test_every_key_is_read_by_code(schema: type) -> None:
     files = [path for path in SOURCE.rglob("*.py") if path.name not in ("config.py", "py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)

@@ -38,7 +38,7 @@ def error_of(*words: str) -> UserError:
         (["data.tools_key=tools"], "data.tools_key", "tools_key needs messages_key"),
         (["data.max_tokens_per_micro_batch=100"], "data.max_tokens_per_micro_batch", "100 tokens cannot hold a prompt of 512"),
         (["rollout.temperature=0"], "rollout.temperature", "0.0 is not positive"),
-        (["algorithm.gamma=1.5"], "algorithm.gamma", "1.5 is not a share"),
+        (["algorithm.name=ppo", "algorithm.gamma=1.5"], "algorithm.gamma", "1.5 is not a share"),
         (["algorithm.kl_estimator=k4"], "algorithm.kl_estimator", "found 'k4'"),
         (
             ["algorithm.kl_coef=0.1", "algorithm.kl_estimator=k1"],

@@ -27,7 +27,8 @@ from verl.models.attention import flash
 pytestmark = pytest.mark.usefixtures("process_group")
 
 if TYPE_CHECKING:
-    from verl.engine.optim import AdamW
+    from verl.engine.fused_adamw import FusedAdamW
+    from verl.engine.optim import Optimizer
 
 pytest.importorskip("torchao", reason='needs torchao: pip install "verl[8bit]"')
 
@@ -254,7 +255,7 @@ def test_a_gpus_update_is_the_cpus_and_waits_for_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
 def test_on_a_gpu_rounding_is_right_on_average_and_goes_on_from_its_random_state() -> None:
-    def steps(weight: nn.Parameter, optimizer: "AdamW", number: int) -> None:
+    def steps(weight: nn.Parameter, optimizer: "Optimizer | FusedAdamW", number: int) -> None:
         for _ in range(number):
             weight.grad = torch.ones_like(weight)
             optimizer.step()

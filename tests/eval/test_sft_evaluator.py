@@ -119,7 +119,7 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
     settings = config(tmp_path, checkpoint, [chat_of(ROWS[0], tools=tools)], messages_key="messages", tools_key="tools")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.chat_template = "{%- for tool in tools %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
-    (question,) = read_questions(settings, Grader("gsm8k"))
+    (question,) = read_questions(settings, Grader(settings))
     text = str(tokenizer.decode(sft_evaluator.render(Renderer(tokenizer), question)))
     assert text.startswith("calculator ") and text.count(ROWS[0]["question"]) == 1
 
@@ -371,7 +371,7 @@ def test_the_interval_is_wilsons() -> None:
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K in {GSM8K}")
 def test_every_row_of_gsm8k_can_be_asked() -> None:
     settings = EvalConfig(model_path="m", test_file=str(GSM8K / "test.jsonl"), output_dir="o")
-    questions = read_questions(settings, Grader("gsm8k"))
+    questions = read_questions(settings, Grader(settings))
     assert len(questions) == 1319 and questions[0].reference.endswith("#### 18")
 
 

@@ -24,9 +24,7 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
-from verl.algorithms import bradley_terry
-from verl.algorithms.ppo import ValueLoss
-from verl.config.ppo import AlgorithmConfig
+from verl.algorithms import bradley_terry, ppo
 from verl.config.shared import OptimConfig
 from verl.data.pack import collate
 from verl.engine.engine import Engine
@@ -126,7 +124,7 @@ def engine_of(scorer: Scorer) -> Engine:
 
 def test_a_critic_learns_is_saved_and_loads_again_with_transformers_too(language_model: Path, tmp_path: Path) -> None:
     loaded = load_critic(str(language_model))
-    engine, learned = engine_of(ValueScorer(loaded.model)), ValueLoss(AlgorithmConfig(value_clip=None))
+    engine, learned = engine_of(ValueScorer(loaded.model)), ppo.ValueLoss(ppo.Settings(value_clip=None))
     returns = [np.full(int(mask[1:].sum()), 1.0 + number, dtype=np.float32) for number, (_, mask) in enumerate(documents())]
     zeros = [np.zeros_like(array) for array in returns]
     batch = collate(documents(), range(4), values={"return_M": returns, "value_M": zeros})
@@ -144,7 +142,7 @@ def test_a_critic_learns_is_saved_and_loads_again_with_transformers_too(language
 def test_a_reward_model_learns_which_answer_was_chosen(language_model: Path) -> None:
     engine = engine_of(RewardScorer(load_reward_model(str(language_model)).model))
     batch = collate(documents(8), range(8), multiple_of_tokens=512)
-    metrics = [engine.train_step([batch], bradley_terry, step) for step in range(10)]
+    metrics = [engine.train_step([batch], bradley_terry.Loss(None), step) for step in range(10)]
     assert float(metrics[0]["loss"]) == pytest.approx(np.log(2)) and float(metrics[0]["accuracy"]) == 0.0
     assert float(metrics[-1]["accuracy"]) == 1.0 and float(metrics[-1]["loss"]) < 0.5
 

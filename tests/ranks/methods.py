@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from verl import dist
 from verl.algorithms import bradley_terry, dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, rloo, sft
-from verl.config.ppo import AlgorithmConfig
 from verl.config.shared import OptimConfig
 from verl.data.batch import VALUES, Batch
 from verl.data.pack import collate
@@ -37,10 +36,10 @@ PAIR_CUTS: Mapping[str, Sequence[Sequence[int]]] = {
     "2 x 4": [range(4), range(4, 8)],
     "4 x 2": [[i, i + 1] for i in range(0, 8, 2)],
 }
-IN_LOSS = AlgorithmConfig(kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0)
+IN_LOSS = {"kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0}
 POLICIES = {module.__name__.rpartition(".")[2]: module for module in (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo)}
-METHODS: dict[str, Any] = {name: module.Loss(IN_LOSS, LONGEST) for name, module in POLICIES.items()}
-METHODS |= {"value": ppo.ValueLoss(AlgorithmConfig()), "dpo": dpo.Loss(), "bradley_terry": bradley_terry, "sft": sft}
+METHODS: dict[str, Any] = {name: module.Loss(module.Settings(**IN_LOSS), LONGEST) for name, module in POLICIES.items()}
+METHODS |= {"value": ppo.ValueLoss(ppo.Settings()), "dpo": dpo.Loss(dpo.Settings()), "bradley_terry": bradley_terry.Loss(None), "sft": sft}
 PAIRED = ("dpo", "bradley_terry")
 
 
@@ -127,7 +126,7 @@ def ratio_after_scoring(model: Path, rows: Sequence[Batch]) -> Tensor:
     for step in range(2):
         known = [replace(batch, old_logprob_M=out.logprob_M) for batch, out in zip(rows, engine.score(rows), strict=True)]
         is_sharded = all(isinstance(p, DTensor) for p in engine.scorer.parameters())
-        ratios.append(float(engine.train_step(known, grpo.Loss(AlgorithmConfig(), LONGEST), step)["largest_ratio"]))
+        ratios.append(float(engine.train_step(known, grpo.Loss(grpo.Settings(), LONGEST), step)["largest_ratio"]))
     return torch.tensor([*ratios, float(is_sharded)])
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl.config.ppo import RewardConfig, RewardModelConfig, check_rewards
+from verl.config.own_keys import completed
+from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig, check_rewards
 from verl.errors import UserError
 from verl.rewards import format as form
 from verl.rewards._scoring import Scored, Scorer
@@ -103,7 +104,6 @@ def test_no_answers_have_no_rewards() -> None:
         ({"name": ["gsm8k", "format"], "weights": [1]}, "1 weights for 2 rewards"),
         ({"name": 3}, "found 3"),
         ({"on_error": "ignore"}, "found 'ignore'"),
-        ({"name": "format", "format": ["("]}, "not a regular expression"),
     ],
 )
 def test_a_wrong_setting_is_an_error_before_anything_is_scored(keys: dict[str, Any], said: str) -> None:
@@ -116,7 +116,7 @@ def test_a_wrong_setting_is_an_error_before_anything_is_scored(keys: dict[str, A
     [("5", 0.5), ("#### 5", 0.5), ("It is\n#### 5", 1.0), ("#### 5\nor so", 0.5), ("", 0.0), ("so\n####", 0.5)],
 )
 def test_the_usual_form_is_a_line_with_the_answer_at_the_end(response: str, share: float) -> None:
-    assert form.score("", response, {}) == share
+    assert form.score("", response, {}, form.Settings()) == share
 
 
 @pytest.mark.parametrize(
@@ -124,5 +124,12 @@ def test_the_usual_form_is_a_line_with_the_answer_at_the_end(response: str, shar
     [("<think>a</think>b", 1.0), ("<think>a</think> ", 2 / 3), ("a</think>b", 2 / 3), ("</think><think>b", 2 / 3), ("", 0.0)],
 )
 def test_the_form_that_is_asked_for_is_graded_part_by_part_in_order(response: str, share: float) -> None:
-    scored = scorer(name="format", format=["^<think>", "</think>", r"\S"]).score(["?"], [response], [{form.KEY: ["of the file"]}])
+    reward = completed(PPOConfig(reward=RewardConfig("format"))).reward
+    reward.format = ["^<think>", "</think>", r"\S"]  # type: ignore[attr-defined]
+    scored = Scorer(reward, RewardModelConfig()).score(["?"], [response], [{}])
     assert scored.reward_A[0] == pytest.approx(share)
+
+
+def test_a_form_that_is_no_regular_expression_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"'\(' is not a regular expression"):
+        form.Settings(["("]).check()

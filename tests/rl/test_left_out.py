@@ -105,7 +105,7 @@ def test_nothing_is_left_out_of_a_loss_with_another_part(folder: Path, monkeypat
 OWN_LOSS = """
 from verl.algorithms import grpo
 
-needs_critic, needs_groups, DEFAULTS, advantages = False, True, grpo.DEFAULTS, grpo.advantages
+needs_critic, needs_groups, Settings, advantages = False, True, grpo.Settings, grpo.advantages
 
 
 class Loss(grpo.Loss):
@@ -115,13 +115,19 @@ class Loss(grpo.Loss):
         return result
 """
 GROUPS_AND_CRITIC = """
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from verl.algorithms import grpo
+from verl.algorithms.ppo import ValueLoss
 
-needs_critic, needs_groups, DEFAULTS, Loss = True, True, grpo.DEFAULTS, grpo.Loss
+needs_critic, needs_groups, Loss = True, True, grpo.Loss
+
+
+@dataclass
+class Settings(grpo.Settings):
+    value_clip: float = 0.2
 
 
 def advantages(answers, settings):

@@ -33,7 +33,7 @@ from verl.trainer import ppo_trainer
 PPO_WITH_NAN = """
 from verl.algorithms import ppo
 
-needs_groups, needs_critic, DEFAULTS, advantages = False, True, ppo.DEFAULTS, ppo.advantages
+needs_groups, needs_critic, Settings, advantages, ValueLoss = False, True, ppo.Settings, ppo.advantages, ppo.ValueLoss
 
 
 calls = []
@@ -345,7 +345,11 @@ def test_empty_answers_have_rewards_and_are_learned_from_as_far_as_there_are_tok
         ({"reward__name": "gsm9k"}, "no rewards named 'gsm9k'", "did you mean 'gsm8k'?"),
         ({"reward__name": "[format,forma]"}, "no rewards named 'forma'", "did you mean 'format'?"),
         ({"reward__name": "absent.py"}, "absent.py: no such file for a plugin of rewards", "the current folder is"),
-        ({"reward__name": "empty.py"}, "empty.py: has no function 'score'", "a plugin of rewards needs score"),
+        (
+            {"reward__name": "empty.py"},
+            "reward.name=empty.py: is no reward: it has no 'score'",
+            "math, or path/to/file.py with score",
+        ),
         ({"reward__name": "mine.no_such"}, "no module 'mine' for rewards 'mine.no_such'", "give the path of a .py file"),
         ({"reward__name": "format", "reward__format": "['(']"}, "reward.format: '(' is not a regular expression", "such as [<think>"),
         ({"reward_model__path": "./nowhere"}, "./nowhere: no such model directory", "the current folder is"),

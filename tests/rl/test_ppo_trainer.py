@@ -162,7 +162,7 @@ NOT_FINITE = '''"""GRPO, but with a loss that is not a number in the updates tha
 
 from verl.algorithms import grpo
 
-needs_groups, needs_critic, DEFAULTS, advantages = True, False, grpo.DEFAULTS, grpo.advantages
+needs_groups, needs_critic, Settings, advantages = True, False, grpo.Settings, grpo.advantages
 calls = []
 
 

@@ -209,7 +209,7 @@ def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents
                 other.copy_(mine)
         step = loader.step(0)
         assert len(step.micro_batches) > 1
-        metrics = engine.backward(step.micro_batches, dpo.Loss(beta=0.3))
+        metrics = engine.backward(step.micro_batches, dpo.Loss(dpo.Settings(beta=0.3)))
         gradient = torch.cat([p.grad.flatten() for p in engine.trained])
     finally:
         dist.stop()
@@ -254,7 +254,7 @@ def test_dpo_of_an_adapter_has_the_loss_and_the_gradient_of_trl_whose_reference_
             for name, weight in theirs.items():
                 weight.copy_(mine[name] + 0.1 * torch.randn_like(weight))
                 mine[name].copy_(weight)
-        metrics = built.engine.backward(loader.step(0).micro_batches, dpo.Loss(beta=0.3))
+        metrics = built.engine.backward(loader.step(0).micro_batches, dpo.Loss(dpo.Settings(beta=0.3)))
     finally:
         dist.stop()
     loss, _ = gradient_of_trl(trainer, trainer.model.eval(), pairs)
@@ -284,9 +284,11 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"algorithm__name": "dpoo"}, "algorithm.name: found 'dpoo'"),
-        ({"algorithm__beta": 0}, "algorithm.beta: 0.0 is not positive"),
-        ({"algorithm__label_smoothing": 0.5}, "algorithm.label_smoothing: 0.5 is not below a half"),
+        ({"algorithm__name": "dpoo"}, "no algorithms named 'dpoo'"),
+        ({"algorithm__name": "grpo"}, "algorithm.name=grpo: is no method of preferences"),
+        ({"algorithm__beta": 0.1}, "algorithm.beta is a key of dpo; bradley_terry has no such key"),
+        ({"algorithm__name": "dpo", "algorithm__beta": 0}, "algorithm.beta: 0.0 is not positive"),
+        ({"algorithm__name": "dpo", "algorithm__label_smoothing": 0.5}, "algorithm.label_smoothing: 0.5 is not below a half"),
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),
         ({"model__lora_rank": 8}, "model.lora_rank: a reward model is trained whole"),
         ({"model__lora_adapter_path": "adapter"}, "model.lora_adapter_path: a reward model is trained whole"),

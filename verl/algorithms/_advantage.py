@@ -11,15 +11,15 @@ import numpy as np
 
 from verl import dist
 from verl.algorithms._kl import estimate
+from verl.algorithms._settings import GroupSettings, PolicySettings
 from verl.algorithms.answers import Advantages, Answers
-from verl.config.ppo import AlgorithmConfig
 from verl.errors import UserError
 
 LEAST_STD = 1e-4  # is added to standard deviations of rewards
 LEAST_VARIANCE = 1e-8  # likewise to that of advantages
 
 
-def shaped_rewards(answers: Answers, settings: AlgorithmConfig) -> np.ndarray:
+def shaped_rewards(answers: Answers, settings: PolicySettings) -> np.ndarray:
     """Rewards less what overlong answers lose, reward_A.
 
     An answer loses nothing up to `overlong_buffer_tokens` before the limit, from there on evenly more, and at the limit, or where it
@@ -33,16 +33,16 @@ def shaped_rewards(answers: Answers, settings: AlgorithmConfig) -> np.ndarray:
     return reward_A - settings.overlong_penalty * np.where(answers.truncated_A, 1.0, share_A)
 
 
-def kl_deductions(answers: Answers, settings: AlgorithmConfig) -> list[np.ndarray] | None:
+def kl_deductions(answers: Answers, settings: PolicySettings) -> list[np.ndarray] | None:
     """What each token loses for its divergence from the reference, where that counts in the reward."""
     if settings.kl_coef == 0 or settings.kl_in != "reward":
         return None
     assert answers.old_logprobs is not None and answers.ref_logprobs is not None
     pairs = zip(answers.old_logprobs, answers.ref_logprobs, strict=True)
-    return [settings.kl_coef * estimate(old.astype(np.float64), ref.astype(np.float64), str(settings.kl_estimator)) for old, ref in pairs]
+    return [settings.kl_coef * estimate(old.astype(np.float64), ref.astype(np.float64), settings.estimator) for old, ref in pairs]
 
 
-def token_rewards(answers: Answers, settings: AlgorithmConfig) -> list[np.ndarray]:
+def token_rewards(answers: Answers, settings: PolicySettings) -> list[np.ndarray]:
     """The reward on each answer's last token, truncated ones' too, less the divergence on every token."""
     rewards = [np.zeros(length) for length in answers.lengths_A]
     for tokens, reward in zip(rewards, shaped_rewards(answers, settings), strict=True):
@@ -51,18 +51,17 @@ def token_rewards(answers: Answers, settings: AlgorithmConfig) -> list[np.ndarra
     return rewards if deductions is None else [tokens - lost for tokens, lost in zip(rewards, deductions, strict=True)]
 
 
-def answer_rewards(answers: Answers, settings: AlgorithmConfig) -> np.ndarray:
+def answer_rewards(answers: Answers, settings: PolicySettings) -> np.ndarray:
     """The reward of each answer less the divergence on all of its tokens, reward_A."""
     reward_A, deductions = shaped_rewards(answers, settings), kl_deductions(answers, settings)
     return reward_A if deductions is None else reward_A - np.array([lost.sum() for lost in deductions])
 
 
-def group_advantages(answers: Answers, settings: AlgorithmConfig, *, leave_one_out: bool = False) -> Advantages:
+def group_advantages(answers: Answers, settings: GroupSettings, *, leave_one_out: bool = False) -> Advantages:
     """Each token's advantage is its answer's: the reward less the mean of its group.
 
     Args:
-        settings: `norm_by_std` divides by the group's standard deviation (with n - 1); `dynamic_sampling` leaves out groups whose
-            answers all earned the same.
+        settings: `norm_by_std` divides by the group's standard deviation (with n - 1).
         leave_one_out: compare with the mean of the *other* answers of the group.
     Raises:
         UserError: an answer is alone in its group.
@@ -76,9 +75,8 @@ def group_advantages(answers: Answers, settings: AlgorithmConfig, *, leave_one_o
     if settings.norm_by_std:
         advantage_A = advantage_A / (std_A + LEAST_STD)
     has_spread_A = _has_spread(answers.reward_A, number_A)
-    kept_A = has_spread_A if settings.dynamic_sampling else np.ones(len(reward_A), dtype=bool)
     metrics = means({"groups_without_spread": (1 / size_A)[~has_spread_A]}, over=(1 / size_A).sum())
-    return finished(answers, settings, of_tokens(advantage_A, answers), kept_A=kept_A, metrics=metrics)
+    return finished(answers, settings, of_tokens(advantage_A, answers), metrics=metrics)
 
 
 def _check_sizes(size_A: np.ndarray) -> None:
@@ -135,15 +133,13 @@ def of_tokens(value_A: np.ndarray, answers: Answers) -> list[np.ndarray]:
 
 def finished(
     answers: Answers,
-    settings: AlgorithmConfig,
+    settings: PolicySettings,
     advantages: list[np.ndarray],
     *,
     returns: list[np.ndarray] | None = None,
-    kept_A: np.ndarray | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Advantages:
     """Advantages, whitened where asked for, in float32, with the metrics that all methods have."""
-    kept_A = np.ones(len(answers.reward_A), dtype=bool) if kept_A is None else kept_A
     metrics = dict(metrics or {})
     deductions = kl_deductions(answers, settings)
     if deductions is not None:
@@ -152,14 +148,13 @@ def finished(
         lost_A = answers.reward_A - shaped_rewards(answers, settings)
         metrics |= means({"overlong_deduction": lost_A}, over=len(lost_A))
     if settings.whiten_advantages:
-        advantages = whitened(advantages, kept_A)
-    return Advantages(_float32(advantages), None if returns is None else _float32(returns), kept_A, metrics)
+        advantages = whitened(advantages)
+    return Advantages(_float32(advantages), None if returns is None else _float32(returns), metrics)
 
 
-def whitened(advantages: list[np.ndarray], kept_A: np.ndarray) -> list[np.ndarray]:
-    """Shifted and scaled to mean 0 and variance 1 over the tokens of all ranks' kept answers."""
-    kept = _joined([tokens for tokens, is_kept in zip(advantages, kept_A, strict=True) if is_kept])
-    mean, variance = moments(kept)
+def whitened(advantages: list[np.ndarray]) -> list[np.ndarray]:
+    """Shifted and scaled to mean 0 and variance 1 over the tokens of all ranks' answers."""
+    mean, variance = moments(_joined(advantages))
     return [(tokens - mean) / np.sqrt(variance + LEAST_VARIANCE) for tokens in advantages]
 
 

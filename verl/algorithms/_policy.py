@@ -3,20 +3,17 @@
 Dimensions: M trained positions; S documents, one for each answer, and filler.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from verl.algorithms._documents import document_of_token, sum_by_document, trained_tokens
 from verl.algorithms._kl import estimate
-from verl.algorithms._settings import filled
-from verl.config.ppo import AlgorithmConfig
+from verl.algorithms._settings import PolicySettings
 from verl.data.batch import VALUES, Batch
 from verl.engine.contract import LossOut, Slope, TokenOut
-from verl.errors import UserError
 
 # What is compared of new and old policy: each token's probability, the answer's, or the geometric mean of its tokens'.
 Ratio: TypeAlias = Literal["token", "answer", "mean of answer"]
@@ -28,29 +25,25 @@ class PolicyLoss:
     Without `old_logprob_M` the old policy is that of the batch itself, which then must be trained on once only.
 
     Attributes:
+        ratio: what is compared of new and old policy.
         kl_coef: weight of the KL divergence where it is a part of the loss; a trainer that adapts it sets it.
         by_advantage_alone: whether a token whose advantage is 0 adds nothing to the loss, nor to its gradient. Of a loss of one's own
             that is not known, and it may say so.
+        entropy_gradient: whether the loss has a term for the entropy, which then comes with a gradient.
     """
 
-    def __init__(self, settings: AlgorithmConfig, max_new_tokens: int, defaults: Mapping[str, object], *, ratio: Ratio = "token"):
+    ratio: ClassVar[Ratio] = "token"
+
+    def __init__(self, settings: PolicySettings, max_new_tokens: int):
         """
         Args:
             max_new_tokens: of an answer; what `loss_aggregation=constant` divides by.
-            defaults: the method's values of keys that are null.
-        Raises:
-            UserError: k1 as a loss.
         """
-        self.settings = settings = filled(settings, defaults)
+        self.settings = settings
         self.kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
-        self.by_advantage_alone = self.kl_coef == 0 and settings.entropy_coef == 0 and type(self).loss is PolicyLoss.loss
-        self._max_new_tokens, self._ratio = max_new_tokens, ratio
-        if self.kl_coef > 0 and settings.kl_estimator == "k1":
-            raise UserError(
-                "the gradient of k1 in the loss is zero on average",
-                where="algorithm.kl_estimator=k1 with algorithm.kl_in=loss",
-                fix="set algorithm.kl_estimator=k3 or k2, or algorithm.kl_in=reward",
-            )
+        self.entropy_gradient = settings.entropy_coef > 0
+        self.by_advantage_alone = self.kl_coef == 0 and not self.entropy_gradient and type(self).loss is PolicyLoss.loss
+        self._max_new_tokens = max_new_tokens
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
         """The loss of one micro-batch, whose advantages must be there.
@@ -89,7 +82,7 @@ class PolicyLoss:
             return None
         corrected = self.settings.importance_weights is not None and batch.rollout_logprob_M is not None
         if batch.old_logprob_M is not None or self.kl_coef > 0 or corrected:
-            return self._slope_of_tokens(batch) if self._ratio == "token" else None
+            return self._slope_of_tokens(batch) if self.ratio == "token" else None
         assert batch.advantage_M is not None
         with torch.enable_grad():
             log_ratio_M = torch.zeros_like(batch.advantage_M, requires_grad=True)
@@ -123,7 +116,7 @@ class PolicyLoss:
             weight_M = self._importance(old_M - batch.rollout_logprob_M)
             loss_M = loss_M * weight_M
         if self.kl_coef > 0 and batch.ref_logprob_M is not None:
-            loss_M = loss_M + self.kl_coef * estimate(logprob_M, batch.ref_logprob_M, str(self.settings.kl_estimator))
+            loss_M = loss_M + self.kl_coef * estimate(logprob_M, batch.ref_logprob_M, self.settings.estimator)
         return _Tokens(loss_M, old_M, ratio_M, is_clipped_M, weight_M)
 
     def _share(self, batch: Batch) -> Tensor | float:
@@ -135,16 +128,15 @@ class PolicyLoss:
         return 1.0 / trained_tokens(batch)[document_of_token(batch)]
 
     def _ratios(self, log_ratio_M: Tensor, batch: Batch) -> Tensor:
-        if self._ratio == "token":
+        if self.ratio == "token":
             return log_ratio_M.exp()
         log_ratio_S = sum_by_document(log_ratio_M, batch)
-        if self._ratio == "mean of answer":
+        if self.ratio == "mean of answer":
             log_ratio_S = log_ratio_S / trained_tokens(batch).clamp(min=1)
         return log_ratio_S.exp()[document_of_token(batch)]
 
     def _clipped(self, ratio_M: Tensor, advantage_M: Tensor) -> tuple[Tensor, Tensor]:
         low, high, dual = self.settings.clip_ratio_low, self.settings.clip_ratio_high, self.settings.dual_clip
-        assert low is not None and high is not None
         plain_M, bounded_M = -advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - low, 1 + high)
         loss_M, is_clipped_M = torch.maximum(plain_M, bounded_M), bounded_M > plain_M
         if dual is not None:  # arXiv:1912.09729: a large ratio makes a bad token no worse than so many times

@@ -40,11 +40,9 @@ class Advantages:
     Attributes:
         advantages: an array for each answer, with one float32 value for each trained token.
         returns: likewise what the critic is to learn; None without a critic.
-        kept_A: answers to train on, bool; those of the others are to be drawn anew.
         metrics: means over all ranks.
     """
 
     advantages: list[np.ndarray]
     returns: list[np.ndarray] | None
-    kept_A: np.ndarray
     metrics: dict[str, float]

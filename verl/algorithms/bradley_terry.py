@@ -12,22 +12,25 @@ from verl.algorithms.dpo import count_pairs, pairs
 from verl.data.batch import Batch
 from verl.engine.contract import LossOut, ScoreOut
 
-
-def loss(out: ScoreOut, batch: Batch) -> LossOut:
-    """-log sigmoid(chosen - rejected), a sum over pairs.
-
-    Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`.
-    """
-    chosen_P, rejected_P = pairs(out.score_S)
-    margin_P = chosen_P - rejected_P
-    metrics = {"accuracy": (margin_P > 0).float(), "margin": margin_P, "chosen_reward": chosen_P, "rejected_reward": rejected_P}
-    sums = {name: values_P.detach().sum() / batch.parts for name, values_P in metrics.items()}
-    return LossOut(-F.logsigmoid(margin_P).sum() / batch.parts, {}, sums)
+scorer, trains = "score", "a reward model"
 
 
-def slope(batch: Batch) -> Tensor | None:
-    return None
+class Loss:
+    """-log sigmoid(chosen - rejected), a sum over pairs."""
 
+    def __init__(self, settings: object):
+        """There are no keys."""
 
-def count(batch: Batch) -> float:
-    return count_pairs(batch)
+    def loss(self, out: ScoreOut, batch: Batch) -> LossOut:
+        """Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`."""
+        chosen_P, rejected_P = pairs(out.score_S)
+        margin_P = chosen_P - rejected_P
+        metrics = {"accuracy": (margin_P > 0).float(), "margin": margin_P, "chosen_reward": chosen_P, "rejected_reward": rejected_P}
+        sums = {name: values_P.detach().sum() / batch.parts for name, values_P in metrics.items()}
+        return LossOut(-F.logsigmoid(margin_P).sum() / batch.parts, {}, sums)
+
+    def slope(self, batch: Batch) -> Tensor | None:
+        return None
+
+    def count(self, batch: Batch) -> float:
+        return count_pairs(batch)

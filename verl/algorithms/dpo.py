@@ -5,6 +5,8 @@ Documents are pairs: 2k is a chosen answer, 2k + 1 the rejected one, and filler 
 Dimensions: M trained positions; S documents; P pairs.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,18 +14,32 @@ from torch import Tensor
 from verl.algorithms._documents import sum_by_document
 from verl.data.batch import Batch
 from verl.engine.contract import LossOut, TokenOut
+from verl.errors import UserError
+
+needs_reference, scorer, trains = True, "token_logprobs", "a policy by DPO"
+
+
+@dataclass
+class Settings:
+    # How close the model is held to the one that it starts from; the larger the closer.
+    beta: float = 0.1
+    # The share of pairs that are thought to be the wrong way round (arXiv:2305.18290, appendix; cDPO).
+    label_smoothing: float = 0.0
+
+    def check(self) -> None:
+        """Raises UserError naming the key."""
+        if not 0.0 < self.beta < float("inf"):
+            raise UserError(f"{self.beta} is not positive", where="beta", fix="give a positive number, such as 0.1")
+        if not 0.0 <= self.label_smoothing < 0.5:
+            what, fix = f"{self.label_smoothing} is not below a half", "give a share from 0 to below 0.5"
+            raise UserError(what, where="label_smoothing", fix=fix)
 
 
 class Loss:
-    """-log sigmoid(beta × margin), a sum over pairs.
+    """-log sigmoid(beta × margin), a sum over pairs."""
 
-    Args:
-        beta: how strongly the policy is held to the reference.
-        label_smoothing: the share of pairs that are thought to be the wrong way round (arXiv:2305.18290, appendix; cDPO).
-    """
-
-    def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0):
-        self._beta, self._smoothing = beta, label_smoothing
+    def __init__(self, settings: Settings):
+        self._beta, self._smoothing = settings.beta, settings.label_smoothing
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
         """The loss of one micro-batch, which has the reference's log-probabilities.

@@ -3,28 +3,45 @@
 Dimensions: M trained positions.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from verl.algorithms._advantage import finished, generalized_advantages, moments, token_rewards
 from verl.algorithms._policy import PolicyLoss
-from verl.algorithms._settings import COMMON, filled
+from verl.algorithms._settings import PolicySettings
 from verl.algorithms.answers import Advantages, Answers
-from verl.config.ppo import AlgorithmConfig
+from verl.config.values import at_least, is_share
 from verl.data.batch import Batch
 from verl.engine.contract import LossOut, ValueOut
 
 needs_critic, needs_groups = True, False
-DEFAULTS: dict[str, object] = {**COMMON, "whiten_advantages": True}
 
 
-def advantages(answers: Answers, settings: AlgorithmConfig) -> Advantages:
+@dataclass
+class Settings(PolicySettings):
+    whiten_advantages: bool = True
+    # Discount of a reward for each token that it lies ahead.
+    gamma: float = 1.0
+    # GAE λ: how far the advantage looks ahead before it trusts the critic, 0 one token, 1 to the end.
+    lam: float = 1.0
+    # A new value is clipped to this far from the old one in the critic's loss; null: it is not.
+    value_clip: float | None = 0.2
+
+    def check(self) -> None:
+        super().check()
+        is_share("gamma", self.gamma)
+        is_share("lam", self.lam)
+        at_least("value_clip", self.value_clip, 0.0)
+
+
+def advantages(answers: Answers, settings: Settings) -> Advantages:
     """GAE over the critic's values, whitened over all ranks; returns are the advantages before that, plus the values.
 
     Metrics: `explained_variance`, the share of the returns' variance that the values foresaw, and the means `value` and `return`.
     """
-    settings = filled(settings, DEFAULTS)
     assert answers.values is not None
     raw = generalized_advantages(token_rewards(answers, settings), answers.values, settings.gamma, settings.lam)
     returns = [tokens + value for tokens, value in zip(raw, answers.values, strict=True)]
@@ -42,9 +59,6 @@ def _foresight(returns: list[np.ndarray], values: list[np.ndarray]) -> dict[str,
 class Loss(PolicyLoss):
     """Clipped ratios of tokens; each token counts the same."""
 
-    def __init__(self, settings: AlgorithmConfig, max_new_tokens: int):
-        super().__init__(settings, max_new_tokens, DEFAULTS)
-
 
 class ValueLoss:
     """What the critic minimizes, over a ValueScorer: half the squared distance from the returns.
@@ -52,7 +66,7 @@ class ValueLoss:
     A value that has moved further than `value_clip` from the one of the scoring gains nothing more by it.
     """
 
-    def __init__(self, settings: AlgorithmConfig):
+    def __init__(self, settings: Settings):
         self._clip = settings.value_clip
 
     def loss(self, out: ValueOut, batch: Batch) -> LossOut:

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.values import at_least, is_share, one_of
 from verl.errors import UserError
 
 
@@ -22,16 +23,11 @@ def check_model(model: ModelConfig) -> None:
 
 def check_optim(optim: OptimConfig, key: str = "optim") -> None:
     """An optimizer and its schedule. Raises UserError naming the key, which begins with `key`."""
-    one_of(f"{key}.name", optim.name, ("adamw", "adamw_8bit"))
     one_of(f"{key}.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
     at_least(f"{key}.lr", optim.lr, 0.0)
     at_least(f"{key}.weight_decay", optim.weight_decay, 0.0)
     for name in ("warmup_steps_ratio", "min_lr_ratio", "stable_ratio"):
-        share = getattr(optim, name)
-        if not 0.0 <= share <= 1.0:
-            raise UserError(f"{share} is not a share", where=f"{key}.{name}", fix="give a number from 0 to 1")
-    if len(optim.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in optim.betas):
-        raise UserError(f"found {list(optim.betas)}", where=f"{key}.betas", fix="give two numbers from 0 to below 1, such as [0.9,0.95]")
+        is_share(f"{key}.{name}", getattr(optim, name))
     if not optim.clip_grad > 0:
         raise UserError(f"{optim.clip_grad} is not positive", where=f"{key}.clip_grad", fix="give the largest allowed norm, such as 1.0")
 
@@ -41,7 +37,7 @@ def check_offload(model: ModelConfig, optim: OptimConfig, key: str = "optim") ->
     for name, value, with_offload in ((f"{key}.name", optim.name, "adamw"), ("model.param_dtype", model.param_dtype, "float32")):
         if model.fsdp_config.cpu_offload and value != with_offload:
             raise UserError(
-                "both are there to save GPU memory, and the update in host memory is the plain one",
+                "the update in host memory is AdamW's, in float32",
                 where=f"{name}={value} with model.fsdp_config.cpu_offload=true",
                 fix=f"set {name}={with_offload}, or model.fsdp_config.cpu_offload=false",
             )
@@ -125,13 +121,3 @@ def check_lora(model: ModelConfig) -> None:
             where="model.load_in_4bit=true with model.fsdp_config.cpu_offload=true",
             fix="set one of them to false",
         )
-
-
-def one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"found {value!r}", where=key, fix=f"one of {', '.join(str(a) for a in allowed)}")
-
-
-def at_least(key: str, value: float | None, least: float) -> None:
-    if value is not None and not (least <= value < float("inf")):
-        raise UserError(f"found {value}", where=key, fix=f"give a number of at least {least}")

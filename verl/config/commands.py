@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.checks import at_least, one_of
+from verl.config.values import at_least, one_of
 from verl.errors import UserError
+from verl.plugin import Plugins
 
 
 @dataclass
@@ -18,6 +19,13 @@ class EngineConfig:
     url: str | None = None
     # vllm in this process: the fraction of GPU memory that it may use.
     gpu_memory_utilization: float = 0.5
+
+
+@dataclass
+class GraderConfig:
+    """Keys of the grader that `metric` names, spelled as in reinforcement learning."""
+
+    plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score",), named_by="metric")
 
 
 @dataclass
@@ -56,8 +64,9 @@ class EvalConfig:
     # Answers generated at a time; null: as many as fit into memory.
     batch_size: int | None = None
     rollout: EngineConfig = field(default_factory=EngineConfig)
-    # The grader: a name in verl/rewards or path/to/file.py.
+    # The grader: a name in verl/rewards or path/to/file.py. Its own keys are `reward.KEY`, as in reinforcement learning.
     metric: str = "gsm8k"
+    reward: GraderConfig = field(default_factory=GraderConfig)
     # Seed of sampling.
     seed: int = 1
     # Run Python code that comes with the model. Only for sources that you trust.

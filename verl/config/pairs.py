@@ -1,13 +1,15 @@
 """Settings of training on pairs of answers."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.checks import at_least, check_model, check_offload, check_optim, check_samples, check_trainer, one_of
+from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.values import at_least, one_of
 from verl.errors import UserError
+from verl.plugin import Plugins
 
 
 @dataclass
@@ -46,12 +48,11 @@ class PairsConfig:
 
 @dataclass
 class PreferenceConfig:
-    # "bradley_terry" trains a reward model, a classifier with one score for a whole answer; "dpo" trains the answering model itself.
+    plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of preferences", ("Loss", "scorer"))
+
+    # "bradley_terry" trains a reward model, a classifier with one score for a whole answer; "dpo" trains the answering model itself. Or
+    # path/to/file.py. The method has keys of its own.
     name: str = "bradley_terry"
-    # dpo: how close the model is held to the one that it starts from; the larger the closer.
-    beta: float = 0.1
-    # dpo: the share of pairs that are thought to be the wrong way round.
-    label_smoothing: float = 0.0
 
 
 @dataclass
@@ -67,7 +68,6 @@ class RewardTrainerConfig:
     def check(self) -> None:
         """Cross-field checks. Raises UserError naming the key."""
         data, model = self.data, self.model
-        one_of("algorithm.name", self.algorithm.name, ("bradley_terry", "dpo"))
         check_model(model)
         check_optim(self.optim)
         check_offload(model, self.optim)
@@ -78,11 +78,6 @@ class RewardTrainerConfig:
         at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
         at_least("data.train_batch_size", data.train_batch_size, 1)
         at_least("data.num_workers", data.num_workers, 1)
-        if not 0.0 < self.algorithm.beta < float("inf"):
-            raise UserError(f"{self.algorithm.beta} is not positive", where="algorithm.beta", fix="give a positive number, such as 0.1")
-        if not 0.0 <= self.algorithm.label_smoothing < 0.5:
-            what, fix = f"{self.algorithm.label_smoothing} is not below a half", "give a share from 0 to below 0.5"
-            raise UserError(what, where="algorithm.label_smoothing", fix=fix)
         if data.max_tokens_per_micro_batch is not None and data.max_tokens_per_micro_batch < 2 * data.max_length:
             raise UserError(
                 f"{data.max_tokens_per_micro_batch} tokens cannot hold a pair of data.max_length={data.max_length} each",
@@ -91,7 +86,3 @@ class RewardTrainerConfig:
             )
         if self.model.context_parallel_size != 1:
             raise UserError("pairs are not spread over several GPUs", where="model.context_parallel_size", fix="set it to 1")
-        if self.algorithm.name == "bradley_terry" and (model.lora_rank > 0 or model.lora_adapter_path is not None):
-            fix = "leave model.lora_rank and model.lora_adapter_path out, or set algorithm.name=dpo"
-            key = "model.lora_rank" if model.lora_rank > 0 else "model.lora_adapter_path"
-            raise UserError("a reward model is trained whole, without adapters", where=key, fix=fix)

@@ -2,24 +2,27 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.checks import at_least, check_model, check_offload, check_optim, check_samples, check_trainer, one_of
+from verl.config.algorithm import AlgorithmConfig
+from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.values import at_least, one_of
 from verl.errors import UserError
+from verl.plugin import Plugins
 
 
 @dataclass
 class RewardConfig:
+    plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score",))
+
     # What an answer earns: a module of verl/rewards (gsm8k, math, format), a dotted module, path/to/file.py, or a list of these;
-    # null: nothing but reward_model.
+    # null: nothing but reward_model. Those named may have keys of their own.
     name: Any = "gsm8k"
     # What each of them counts, in their order; null: 1 each.
     weights: list[float] | None = None
-    # Regular expressions that an answer must match one after the other, for the reward "format"; null: its own, `#### number` at the end.
-    format: list[str] | None = None
     # A reward that fails, or is not a number: "stop" ends the run with the row's place, "zero" counts it as 0.
     on_error: str = "stop"
 
@@ -88,58 +91,6 @@ class PromptConfig:
     # Use only the first rows; null or -1: all.
     train_max_samples: int | None = None
     val_max_samples: int | None = None
-
-
-@dataclass
-class AlgorithmConfig:
-    # The method: a name in verl/algorithms (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo) or path/to/file.py. A key below that
-    # is null is what the method's own file says.
-    name: str = "grpo"
-    # Optimizer steps on the answers of one step, each on as many prompts.
-    updates_per_step: int = 1
-    # The ratio of new to old probability counts up to 1 - clip_ratio_low and 1 + clip_ratio_high.
-    clip_ratio_low: float | None = None
-    clip_ratio_high: float | None = None
-    # A bound on the loss where the advantage is negative and the ratio large, such as 3.0; null: none.
-    dual_clip: float | None = None
-    # Discount of a reward for each token that it lies ahead.
-    gamma: float = 1.0
-    # How far the advantage looks ahead before it trusts the critic (GAE): 0 one token, 1 to the end.
-    lam: float = 1.0
-    # Shift and scale all advantages of a step to mean 0 and variance 1.
-    whiten_advantages: bool | None = None
-    # Divide a group's advantages by the standard deviation of its rewards.
-    norm_by_std: bool | None = None
-    # "token-mean" over all tokens of an update, "sequence-mean" over the answers' means, or "constant": sum / (answers × max_new_tokens).
-    loss_aggregation: str | None = None
-    # Keep the model that the run starts from, to log how far the actor has gone from it; false saves its memory and time.
-    keep_reference: bool = True
-    # Weight of the KL divergence from that reference.
-    kl_coef: float = 0.0
-    # Where it counts: in the "loss", or taken from the "reward" of each token.
-    kl_in: str = "loss"
-    # Its estimator: "k1", "k2" or "k3"; null: k3 in the loss, k1 in the reward.
-    kl_estimator: str | None = None
-    # Adapt kl_coef so that the divergence of an answer's token stays near this; null: kl_coef is fixed.
-    kl_target: float | None = None
-    # Answers over which it adapts: the larger the slower.
-    kl_horizon: int = 10000
-    # Weight of the entropy of the next token's distribution, which is raised.
-    entropy_coef: float = 0.0
-    # A new value counts up to this far from the old one; null: any.
-    value_clip: float | None = 0.2
-    # Log-probabilities before the update: of the "trainer", or of the "rollout" as it drew the answers.
-    old_logprobs: str = "trainer"
-    # Correct for a rollout whose probabilities are not the trainer's: "truncate" weights at importance_cap, "mask" tokens above it.
-    importance_weights: str | None = None
-    importance_cap: float = 2.0
-    # Leave out groups whose answers all have the same reward, and draw further prompts in their place.
-    dynamic_sampling: bool | None = None
-    # Times that further prompts are drawn in one step.
-    max_refills: int = 3
-    # Answers that come within so many tokens of max_new_tokens lose up to overlong_penalty of their reward; 0: none.
-    overlong_buffer_tokens: int = 0
-    overlong_penalty: float = 1.0
 
 
 @dataclass
@@ -214,7 +165,8 @@ class PPOConfig:
         check_trainer(self.trainer)
         check_samples(self.data)
         check_batches(self)
-        check_algorithm(self.algorithm)
+        one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))
+        at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
         check_rewards(self.reward, self.reward_model)
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
@@ -262,38 +214,6 @@ def check_batches(config: PPOConfig) -> None:
 def longest_sample(config: PPOConfig) -> int:
     """Tokens of the longest prompt with the longest answer."""
     return config.data.max_prompt_length + config.rollout.max_new_tokens
-
-
-def check_algorithm(algorithm: AlgorithmConfig) -> None:
-    """A method's own keys. Raises UserError naming the key."""
-    one_of("algorithm.loss_aggregation", algorithm.loss_aggregation, (None, "token-mean", "sequence-mean", "constant"))
-    one_of("algorithm.kl_in", algorithm.kl_in, ("loss", "reward"))
-    one_of("algorithm.kl_estimator", algorithm.kl_estimator, (None, "k1", "k2", "k3"))
-    one_of("algorithm.old_logprobs", algorithm.old_logprobs, ("trainer", "rollout"))
-    one_of("algorithm.importance_weights", algorithm.importance_weights, (None, "truncate", "mask"))
-    for key in ("clip_ratio_low", "clip_ratio_high", "kl_coef", "kl_target", "value_clip", "overlong_penalty", "entropy_coef"):
-        at_least(f"algorithm.{key}", getattr(algorithm, key), 0.0)
-    for key in ("dual_clip", "importance_cap", "kl_horizon"):
-        at_least(f"algorithm.{key}", getattr(algorithm, key), 1.0)
-    at_least("algorithm.max_refills", algorithm.max_refills, 0)
-    at_least("algorithm.overlong_buffer_tokens", algorithm.overlong_buffer_tokens, 0)
-    for key in ("gamma", "lam"):
-        if not 0.0 <= getattr(algorithm, key) <= 1.0:
-            raise UserError(f"{getattr(algorithm, key)} is not a share", where=f"algorithm.{key}", fix="give a number from 0 to 1")
-    if algorithm.kl_coef > 0 and not algorithm.keep_reference:
-        fix = "set algorithm.keep_reference=true, or algorithm.kl_coef=0"
-        raise UserError("the divergence needs a reference", where="algorithm.kl_coef with algorithm.keep_reference=false", fix=fix)
-    if algorithm.kl_target == 0:
-        raise UserError("a divergence is never 0", where="algorithm.kl_target", fix="give a positive number, such as 0.01")
-    if algorithm.kl_target is not None and algorithm.kl_coef == 0:
-        fix = "give algorithm.kl_coef to begin with, such as 0.01"
-        raise UserError("an adaptive coefficient cannot start from 0", where="algorithm.kl_target with algorithm.kl_coef=0", fix=fix)
-    if algorithm.old_logprobs == "rollout" and algorithm.importance_weights is not None:
-        raise UserError(
-            "the old log-probabilities are the rollout's own, so that nothing is left to correct",
-            where=f"algorithm.importance_weights={algorithm.importance_weights} with algorithm.old_logprobs=rollout",
-            fix="set algorithm.old_logprobs=trainer, or algorithm.importance_weights=null",
-        )
 
 
 def check_mapping(mapping: MappingConfig) -> None:

@@ -1,9 +1,11 @@
 """Settings that several trainers share: the model, the optimizer, and the run itself."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
+
+from verl.plugin import Plugins
 
 
 @dataclass
@@ -65,13 +67,14 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    # "adamw" with float32 moments, or "adamw_8bit" with 8-bit moments, in a quarter of their memory (a CPU needs "verl[8bit]").
+    plugins: ClassVar[Plugins] = Plugins("verl.engine.optimizers", "optimizer", ("build", "state_bytes"))
+
+    # "adamw" with moments in float32, "adamw_8bit" with moments in a quarter of that (a CPU needs "verl[8bit]"), or path/to/file.py. The
+    # optimizer has keys of its own.
     name: str = "adamw"
-    # Peak learning rate of AdamW.
+    # Peak learning rate.
     lr: float = 1e-5
-    # AdamW's decay rates of the first and second moment.
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    # AdamW's decoupled weight decay, applied to every trained tensor of two or more dimensions.
+    # Weight decay of every trained tensor of two or more dimensions; AdamW's is decoupled.
     weight_decay: float = 0.01
     # Fraction of all steps in which the learning rate rises from 0 (in upstream verl: lr_warmup_steps_ratio).
     warmup_steps_ratio: float = 0.1

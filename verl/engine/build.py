@@ -25,7 +25,15 @@ from verl.models.attention import flash
 from verl.models.attention.packed import choose_attention, describe_attention, has_flash, heads_of
 from verl.models.attention.ulysses import check_heads, heads_of_each
 from verl.models.heads import load_critic, load_reward_model
-from verl.models.load import Loaded, check_vocabulary, count_parameters, load_for_training, read_adapter_config, resolve
+from verl.models.load import (
+    Loaded,
+    check_vocabulary,
+    count_parameters,
+    load_for_training,
+    load_tokenizer,
+    read_adapter_config,
+    resolve,
+)
 from verl.models.prompt_format import PromptFormat
 from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.saved import export_adapter, export_model, export_tokenizer
@@ -302,27 +310,46 @@ class Base:
             scorer.entropy = entropy
 
 
-def build_reference(settings: ModelConfig, actor: Built, device: torch.device) -> Engine | Base:
-    """What the actor starts from, frozen, in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
+def build_reference(settings: ModelConfig, actor: Built, device: torch.device, path: str | None = None) -> Engine | Base:
+    """A frozen model in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
 
+    Args:
+        path: of another model with the actor's vocabulary; None: what the actor starts from.
     Raises:
-        UserError: no such model.
+        UserError: no such model, or one with another vocabulary.
     """
-    if actor.adapted is not None and settings.lora_adapter_path is None and settings.trainable_tokens is None:
+    adapter = settings.lora_adapter_path if path is None else None
+    if path is None and actor.adapted is not None and adapter is None and settings.trainable_tokens is None:
         return Base(actor)
+    if path is not None:
+        _check_same_tokens(actor.tokenizer, path, trust_remote_code=settings.trust_remote_code)
     spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
-    source, trusted, loaded = settings.partial_pretrain, settings.trust_remote_code, None
-    if _will_be_sharded(spread) and settings.lora_adapter_path is None:
+    source, trusted, loaded = path or settings.partial_pretrain, settings.trust_remote_code, None
+    if _will_be_sharded(spread) and adapter is None:
         loaded = load_without_values(source, dtype=compute_dtype, trust_remote_code=trusted)
     if loaded is None:
         loaded = load_for_training(source, device=device, dtype=compute_dtype, trust_remote_code=trusted)
-    if settings.lora_adapter_path is not None:
+    if adapter is not None:
         from verl.models.adapters.files import put_on
 
-        put_on(loaded.model, settings.lora_adapter_path).merge_and_unload()
+        put_on(loaded.model, adapter).merge_and_unload()
+    check_vocabulary(loaded.model, actor.tokenizer, source)
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)
     scorer = TokenScorer(loaded.model, temperature)
     return Engine(scorer, None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
+
+
+def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:
+    """Raises UserError if a model's own tokenizer reads some token id of ours otherwise."""
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
+    odd = [token for token, number in mine.items() if theirs.get(token) != number]
+    if odd:
+        found = theirs.get(odd[0], "no token")
+        raise UserError(
+            f"{len(odd):,} tokens of the actor are others there: {odd[0]!r} is {mine[odd[0]]} here and {found} there",
+            where=path,
+            fix="choose a model of the actor's family, with the same tokenizer",
+        )
 
 
 def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:

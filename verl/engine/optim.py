@@ -1,69 +1,86 @@
-"""AdamW, its learning-rate schedule, and its step along gradients that are clipped by their global norm."""
+"""The optimizer of `optim.name`, its learning-rate schedule, and its step along gradients that are clipped by their global norm."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from verl.config.own_keys import settings_of
 from verl.config.shared import OptimConfig
 from verl.engine.fused_adamw import FusedAdamW
 from verl.errors import UserError
-from verl.kernels import HAS_TRITON
 
 if TYPE_CHECKING:
-    from verl.engine.compact_adamw import CompactAdamW
     from verl.engine.weights import Weights
 
-AdamW: TypeAlias = "FusedAdamW | torch.optim.AdamW | CompactAdamW"
+
+class Optimizer(Protocol):
+    """What the engine needs of an optimizer: what `torch.optim.Optimizer` has.
+
+    `state` by parameter, tensors alone, is there from the beginning, so that a checkpoint can be read into it; or it is what
+    `state_of(parameter)` gives. Its tensors are the parameter's alike, sharded as it is, or scalars.
+
+    Attributes:
+        param_groups: of each, "lr" is set before each step.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self, *, set_to_none: bool = True) -> None: ...
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig, copies: Mapping[nn.Parameter, Tensor] | None = None) -> AdamW:
-    """AdamW over the trained parameters; biases and norms (one dimension) are not decayed.
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimConfig, copies: Mapping[nn.Parameter, Tensor] | None = None
+) -> Optimizer | FusedAdamW:
+    """The optimizer over the trained parameters; biases and norms (one dimension) are not decayed.
 
-    Weights in bfloat16 are rounded stochastically, since nearly every step of theirs is smaller than what lies between two
+    Weights in bfloat16 need one that rounds stochastically, since nearly every step of theirs is smaller than what lies between two
     of its numbers.
 
     Args:
         copies: of some parameters in another dtype, which an optimizer that can writes along with them.
     Raises:
-        UserError: 8-bit moments or bfloat16 weights on a CPU, and torchao is missing.
+        UserError: no such optimizer, or one that cannot update these parameters.
     """
+    module = config.plugins.load("optim.name", config.name)
     trained = [p for p in parameters if p.requires_grad]
+    if any(p.dtype == torch.bfloat16 for p in trained) and not getattr(module, "rounds_bfloat16", False):
+        where = f"model.param_dtype=bfloat16 with optim.name={config.name}"
+        raise UserError("it does not round stochastically", where=where, fix="set model.param_dtype=float32, or optim.name=adamw")
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas = (config.betas[0], config.betas[1])
-    if HAS_TRITON and trained[0].device.type == "cuda":
-        return FusedAdamW(groups, lr=config.lr, betas=betas, eight_bit=config.name == "adamw_8bit", copies=copies or {})
-    rounded = any(p.dtype == torch.bfloat16 for p in trained)
-    if config.name == "adamw" and not rounded:
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
-    try:
-        from verl.engine.compact_adamw import CompactAdamW
-    except ImportError as error:
-        where = "model.param_dtype=bfloat16" if config.name == "adamw" else f"optim.name={config.name}"
-        raise UserError(f"needs torchao: {error}", where=where, fix='pip install "verl[8bit]"') from error
-    return CompactAdamW(groups, lr=config.lr, betas=betas, eight_bit=config.name == "adamw_8bit")
+    optimizer: Optimizer | FusedAdamW = module.build(groups, settings_of(config, module), lr=config.lr, copies=copies or {})
+    _check_state(optimizer, trained, config.name)
+    return optimizer
 
 
-def optimizer_state(optimizer: AdamW, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """One parameter's part of the optimizer's state, in plain tensors that are the optimizer's own.
+def _check_state(optimizer: Any, trained: Sequence[nn.Parameter], name: str) -> None:
+    """Raises UserError: a checkpoint could not hold the state of an optimizer."""
+    states = [] if hasattr(optimizer, "state_of") else [optimizer_state(optimizer, p) for p in trained]
+    if not all(state and all(isinstance(value, Tensor) for value in state.values()) for state in states):
+        fix = "fill self.state[parameter] with tensors in __init__, as examples/optimizers/lion.py does"
+        raise UserError("has no state that a checkpoint can hold", where=f"optim.name={name}", fix=fix)
 
-    Before the first step torch's AdamW has none yet, and the zeros it would start from are made here.
-    """
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return optimizer.state_of(parameter)
-    state: dict[str, Tensor] = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
-    return dict(state)
+
+def state_bytes(config: OptimConfig) -> float:
+    """Memory of the optimizer's state for one weight. Raises UserError: no such optimizer."""
+    return float(config.plugins.load("optim.name", config.name).state_bytes())
+
+
+def optimizer_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """One parameter's part of the optimizer's state, in plain tensors that are the optimizer's own."""
+    if hasattr(optimizer, "state_of"):
+        state: dict[str, Tensor] = optimizer.state_of(parameter)
+        return state
+    return dict(optimizer.state.get(parameter, {}))
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
@@ -106,7 +123,7 @@ def _wsd(progress: float, config: OptimConfig) -> float:
 _AFTER_WARMUP = {"cosine": _cosine, "linear": _linear, "constant": _constant, "wsd": _wsd}
 
 
-def set_learning_rate(optimizer: AdamW, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer | FusedAdamW, rate: float) -> None:
     if isinstance(optimizer, FusedAdamW):
         optimizer.lr = rate
         return
@@ -117,7 +134,7 @@ def set_learning_rate(optimizer: AdamW, rate: float) -> None:
             group["lr"] = rate
 
 
-def update(optimizer: AdamW, weights: "Weights", largest: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+def update(optimizer: Optimizer | FusedAdamW, weights: "Weights", largest: float, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Step along the gradients, scaled so that their norm over all parameters and ranks is at most `largest`, and drop them.
 
     Where the norm or the loss is not finite, weights, moments and their count of steps stay as they are.
@@ -135,7 +152,7 @@ def update(optimizer: AdamW, weights: "Weights", largest: float, loss: Tensor) -
     else:
         norm = _whole(clip_gradients(trained, largest))
         finite = (norm + loss.to(norm.device)).isfinite()
-        if finite:  # the optimizers of a CPU, where asking costs nothing
+        if finite:  # on a CPU asking costs nothing
             optimizer.step()
             weights.publish()
     optimizer.zero_grad(set_to_none=True)

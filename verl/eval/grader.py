@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from verl import plugin
+from verl.config.commands import EvalConfig
 from verl.errors import UserError
+from verl.rewards._scoring import functions_of
 from verl.rollout import Completion
 
 
@@ -67,20 +68,20 @@ class Grader:
     """A grader with its optional functions (see verl/rewards).
 
     Args:
-        name: a module in verl/rewards, a dotted module, or path/to/file.py.
+        config: names the grader, and holds its keys.
     Attributes:
         measure: display name of the mean score.
     Raises:
         UserError: no such grader, or it has no function `score`.
     """
 
-    def __init__(self, name: str):
-        module = plugin.load("verl.rewards", name, needs=("score",))
-        self.name = name
-        self._score = module.score
-        self._extract = getattr(module, "extract_answer", None)
-        self._expect = getattr(module, "reference_answer", self._extract)
-        self._matches = getattr(module, "exact_match", None)
+    def __init__(self, config: EvalConfig):
+        functions = functions_of(config.reward, config.metric)
+        self.name = config.metric
+        self._score = functions["score"]
+        self._extract = functions.get("extract_answer")
+        self._expect = functions.get("reference_answer", self._extract)
+        self._matches = functions.get("exact_match")
         self.measure = "exact match" if self._matches else "mean score"
 
     def check(self, question: Question) -> None:

@@ -41,7 +41,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     console = Console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
-    grader = Grader(config.metric)
+    grader = Grader(config)
     directory = report.open_directory(config.output_dir)
     questions = read_questions(config, grader)
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from verl.engine.logprobs import CHUNK_LOGITS, CHUNK_LOGITS_HALF
-from verl.engine.moments import BLOCK
 from verl.engine.weights import BUCKET
 
 GIB = 2**30
@@ -88,7 +87,7 @@ class Work:
         micro_batches: of one GPU in a step.
         param_bytes: of a weight that the optimizer updates.
         compute_bytes: of a number of the forward pass.
-        eight_bit: AdamW's moments.
+        state_bytes: of the optimizer, for a weight; float32 moments of AdamW are 8.
         checkpointing: what of a layer is computed again.
         compiled: the layers.
         strategy: "ddp": all weights on each GPU; "fsdp2": sharded. One GPU without offloading does neither.
@@ -104,7 +103,7 @@ class Work:
     micro_batches: int = 1
     param_bytes: int = FLOAT32
     compute_bytes: int = 2
-    eight_bit: bool = False
+    state_bytes: float = 2 * FLOAT32
     checkpointing: Literal["none", "selective", "full"] = "none"
     compiled: bool = True
     strategy: Literal["ddp", "fsdp2"] = "fsdp2"
@@ -215,9 +214,8 @@ def gathered(model: Decoder, work: Work) -> float:
 
 
 def optimizer(model: Decoder, work: Work) -> float:
-    """AdamW's two moments."""
-    a_moment = 1 + FLOAT32 / BLOCK if work.eight_bit else FLOAT32
-    return 0.0 if work.offload else 2 * a_moment * model.trained / (work.shards if work.sharded else 1)
+    """Its state, such as AdamW's two moments."""
+    return 0.0 if work.offload else work.state_bytes * model.trained / (work.shards if work.sharded else 1)
 
 
 def gradients_before(model: Decoder, work: Work) -> float:

@@ -15,6 +15,7 @@ from verl.engine.build import BYTES_FROZEN, BYTES_TRAINED, SMALL_SHARE
 from verl.engine.compile import WORTH_SECONDS
 from verl.engine.cuda_graphs import filled_up, largest_tokens
 from verl.engine.flops import PEAKS
+from verl.engine.optim import state_bytes
 from verl.errors import UserError
 from verl.plan import memory
 from verl.plan.memory import FLOAT32, GIB, Decoder, Moment, Work
@@ -86,7 +87,7 @@ def make_plan(config: SFTConfig, documents: TokenizedRows, *, gpus: int, gpu_gib
         micro_batches=micro_batches,
         param_bytes=2 if config.model.param_dtype == "bfloat16" and not model.sizes.frozen else 4,
         compute_bytes=4 if config.model.compute_dtype == "float32" else 2,
-        eight_bit=config.optim.name == "adamw_8bit",
+        state_bytes=state_bytes(config.optim),
         checkpointing=CHECKPOINTING[config.model.enable_gradient_checkpointing],
         compiled=is_compiled(config.model.compile, model.flops * tokens_per_step * steps / gpus),
         strategy=strategy,

@@ -10,4 +10,7 @@ whatever that column is called in the file. A grader of exact answers may also h
     extract_answer(text: str) -> str | None
     reference_answer(reference: str) -> str | None                       without it, extract_answer reads references too
     exact_match(response: str, reference: str, method: str) -> bool      method is "strict" or "flexible"
+
+Keys of a grader are a dataclass `Settings` in its file, see verl.config.own_keys: `reward.KEY` on the command line. Each of the functions
+above then takes them as one more argument behind the others, `score(prompt, response, row, settings)`.
 """

@@ -7,16 +7,16 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import chain, count
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from verl import plugin
+from verl.config.commands import GraderConfig
+from verl.config.own_keys import settings_of
 from verl.config.ppo import RewardConfig, RewardModelConfig, reward_names
 from verl.errors import UserError
-from verl.rewards import format as form
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from verl.rewards._model import RewardModel
 
 MODEL = "model"  # the reward model's name among the rewards
+Functions = dict[str, Callable[..., Any]]  # of a grader, by their names in its module
+GRADER = ("score", "extract_answer", "reference_answer", "exact_match")
 ERRORS_SHOWN = 3
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -82,10 +84,9 @@ class Scorer:
         say: Callable[[str], None] = print,
     ):
         self._graders = load_graders(reward)
-        self.exact = next((name for name, grader in self._graders.items() if hasattr(grader, "exact_match")), None)
+        self.exact = next((name for name, grader in self._graders.items() if "exact_match" in grader), None)
         self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(self._graders), strict=True))
         self._stops = reward.on_error == "stop"
-        self._parts = reward.format
         self.model: RewardModel | None = None
         if model.path is not None:
             from verl.rewards import _model  # a model takes its time
@@ -117,9 +118,8 @@ class Scorer:
         errors: list[UserError] = []
         each = {}
         for name, grader in self._graders.items():
-            extra = {} if self._parts is None else {form.KEY: self._parts}
-            inputs = zip(questions, responses, ({**row, **extra} for row in rows), strict=True)
-            each[name] = self._kept([_graded(name, grader.score, *values) for values in inputs], where, errors)
+            inputs = zip(questions, responses, rows, strict=True)
+            each[name] = self._kept([_graded(name, grader["score"], *values) for values in inputs], where, errors)
         if self.model is not None:
             before = chats if chats is not None else [[{"role": "user", "content": question}] for question in questions]
             scores = self.model.score(before, responses)
@@ -136,18 +136,32 @@ class Scorer:
         return np.array([0.0 if isinstance(result, UserError) else result for result in results], dtype=np.float32)
 
 
-def load_graders(reward: RewardConfig) -> dict[str, ModuleType]:
+def load_graders(reward: RewardConfig) -> dict[str, Functions]:
     """The graders of `reward.name` by their names in the log, once it is seen that they can be used.
 
     Raises:
-        UserError: no such grader, one that lacks a function or a package, or `reward.format` holds no regular expressions.
+        UserError: no such grader, or one that lacks a function or a package.
     """
     names = reward_names(reward)
-    graders = [plugin.load("verl.rewards", name, needs=("score",)) for name in names]
-    for grader in graders:
-        getattr(grader, "check_installed", lambda: None)()
-    form.compiled(reward.format or [])
-    return dict(zip(_distinct(names), graders, strict=True))
+    return dict(zip(_distinct(names), [functions_of(reward, name) for name in names], strict=True))
+
+
+def functions_of(keys: RewardConfig | GraderConfig, name: str) -> Functions:
+    """The functions of a grader (see verl.rewards), which have its settings already.
+
+    Args:
+        keys: the group with its own keys.
+    Raises:
+        UserError: no such grader, or one that lacks a function or a package.
+    """
+    module = keys.plugins.load(keys.plugins.named_by or "reward.name", name)
+    getattr(module, "check_installed", lambda: None)()
+    found = {function: getattr(module, function) for function in GRADER if hasattr(module, function)}
+    return {name: _with_settings(f, settings_of(keys, module)) for name, f in found.items()} if hasattr(module, "Settings") else found
+
+
+def _with_settings(function: Callable[..., Any], settings: object) -> Callable[..., Any]:
+    return wraps(function)(lambda *words: function(*words, settings))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -2,26 +2,34 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from verl.errors import UserError
 
-KEY = "reward.format"  # of the row: the parts that the config asks for
 PARTS = (r"\S", r"####[ \t]*[^\s#][^\n]*\Z")  # something, and then `#### answer` as the last line
 
 
-def score(prompt: str, response: str, row: dict[str, Any]) -> float:
+@dataclass
+class Settings:
+    # Regular expressions that an answer must match one after the other, in which `.` matches line ends too; null: the answer has to say
+    # something and end in a line `#### …`.
+    format: list[str] | None = None
+
+    def check(self) -> None:
+        """Raises UserError: a part is not a regular expression."""
+        compiled(self.format or [])
+
+
+def score(prompt: str, response: str, row: dict[str, Any], settings: Settings) -> float:
     """The share of the required parts, from 0 to 1: each is looked for behind the one that was found before it.
 
     Args:
         prompt: the question, as text.
         response: the model's answer, as text, without its stop token.
-        row: the data row; its `reward.format`, put there from the config, is a list of regular expressions, in which `.` matches
-            line ends too. Without it, the answer has to say something and end in a line `#### …`.
-    Raises:
-        UserError: not a regular expression.
+        row: the data row, of which nothing is read.
     """
-    parts = row.get(KEY) or PARTS
+    parts = settings.format or PARTS
     text, done, found = response.rstrip(), 0, 0
     for part in compiled(parts):
         match = part.search(text, done)
@@ -40,4 +48,4 @@ def _compiled(part: str) -> re.Pattern[str]:
         return re.compile(part, re.DOTALL)
     except (re.error, TypeError) as error:
         fix = r"give regular expressions, such as [<think>,</think>,\S]"
-        raise UserError(f"{part!r} is not a regular expression: {error}", where=KEY, fix=fix) from error
+        raise UserError(f"{part!r} is not a regular expression: {error}", where="format", fix=fix) from error

@@ -15,7 +15,7 @@ from types import ModuleType
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist, plugin
-from verl.config.ppo import AlgorithmConfig, PPOConfig, RolloutConfig
+from verl.config.ppo import PPOConfig, RolloutConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.errors import UserError
@@ -191,19 +191,19 @@ class Answerer:
         sample.turns += 1
 
 
-def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig, settings: AlgorithmConfig, clock: Clock) -> Collected:
+def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig, clock: Clock) -> Collected:
     """The answers of one step. Every rank calls it, and answers its share of the prompts.
 
     With dynamic sampling, groups without spread are left out, and further prompts are drawn for them up to `max_refills` times.
 
     Args:
         drawn: prompts drawn before this step.
-        settings: of the method.
     """
     answered: list[Sample] = []
     scored: list[Scored] = []
     kept: list[int] = []
-    wanted, refills = config.data.prompts_per_step, settings.max_refills if settings.dynamic_sampling else 0
+    wanted, with_spread = config.data.prompts_per_step, config.algorithm.dynamic_sampling
+    refills = config.algorithm.max_refills if with_spread else 0
     flat, first, refill = 0, drawn, 0
     while True:
         numbers = range(drawn, drawn + wanted - len(kept))
@@ -215,7 +215,7 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
         spread = groups_with_spread(answers)
         drawn += len(numbers)
         flat += len(numbers) - len(spread)
-        kept = sorted({*kept, *(spread if settings.dynamic_sampling else numbers)})
+        kept = sorted({*kept, *(spread if with_spread else numbers)})
         answered += answers
         if len(kept) == wanted or refill == refills:
             samples = [sample for sample in answered if sample.group in kept]

@@ -5,11 +5,12 @@ Dimensions: A answers of this rank, M trained positions of a micro-batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from verl.algorithms.answers import Advantages, Answers
-from verl.config.ppo import AlgorithmConfig
+from verl.config.algorithm import AlgorithmConfig
 from verl.engine.build import Base
 from verl.engine.engine import Engine
 from verl.errors import UserError
@@ -45,9 +46,9 @@ class Experience:
         found = [sample.trained_logprobs for sample in self.samples]
         return None if any(logprobs is None for logprobs in found) else found  # type: ignore[return-value]
 
-    def logprobs_before(self, actor: Engine, settings: AlgorithmConfig) -> Values:
+    def logprobs_before(self, actor: Engine, shared: AlgorithmConfig) -> Values:
         """Of the trainer, or as the rollout drew the tokens, whichever the method takes for the old policy's."""
-        if settings.old_logprobs == "trainer":
+        if shared.old_logprobs == "trainer":
             return self.scored(actor, "logprob_M")
         if self.rollout_logprobs is None:
             fix = "set algorithm.old_logprobs=trainer, or another rollout.name"
@@ -62,7 +63,7 @@ class Experience:
             found |= packed.per_answer([getattr(next(outs), name) for _ in packed.batches])
         return [found[number] for number in range(len(self.samples))]
 
-    def advantages(self, method: Method, settings: AlgorithmConfig, max_new_tokens: int) -> Advantages:
+    def advantages(self, method: Method, settings: Any, max_new_tokens: int) -> Advantages:
         """What the method makes of the answers, with settings that may have changed since the run began. Every rank calls it."""
         answers = Answers(
             reward_A=np.array([sample.reward for sample in self.samples], dtype=np.float32),

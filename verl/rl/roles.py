@@ -37,7 +37,7 @@ class Roles:
 
     Attributes:
         critic: where the method needs one.
-        reference: the model that the run starts from; None where nobody asks for it.
+        reference: the model that the run starts from, or the method's own choice; None where nobody asks for it.
         answerer: rollout and rewards.
         sleeps: whether the rollout may give memory back while the others work.
     """
@@ -102,7 +102,7 @@ def build_roles(
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     documents = flash.Documents(float(longest_sample(config)), token_budget(config))
     options: dict[str, Any] = {
-        "total_steps": total_steps * method.settings.updates_per_step,
+        "total_steps": total_steps * method.shared.updates_per_step,
         "total_tokens": total_steps * tokens_per_step,
         "device": device,
         "seed": config.trainer.seed,
@@ -118,14 +118,14 @@ def build_roles(
         **options,
     )
     without_dropout(actor.engine)
-    draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.settings.entropy_coef > 0 else True)
+    draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.entropy_gradient else True)
     critic = None
     if method.needs_critic:
         path = config.critic.partial_pretrain or config.model.partial_pretrain
         critic = build_critic(config.model, config.critic.optim, path, actor, **options)
         without_dropout(critic.engine)
     serve_all(config, actor, critic, scorer, documents)
-    reference = build_reference(config.model, actor, device) if method.settings.keep_reference else None
+    reference = build_reference(config.model, actor, device, method.reference) if method.shared.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
@@ -212,6 +212,8 @@ def check_names(config: PPOConfig, method: Method) -> None:
         check_scores(config.reward_model)
     if method.needs_critic and config.critic.partial_pretrain is not None:
         resolve(config.critic.partial_pretrain)
+    if method.reference is not None:
+        resolve(method.reference)
 
 
 def check_checkpoint(config: PPOConfig) -> None:

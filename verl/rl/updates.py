@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from verl import dist
 from verl.algorithms._kl import AdaptiveKL
-from verl.algorithms.ppo import ValueLoss
-from verl.config.ppo import AlgorithmConfig, PPOConfig
+from verl.algorithms._settings import PolicySettings
+from verl.config.ppo import PPOConfig
 from verl.data.batch import Batch
 from verl.engine.build import Critic
 from verl.engine.checkpoint import Position
@@ -41,11 +42,10 @@ class Updates:
         self.per_step = config.algorithm.updates_per_step
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
-        self.settings: AlgorithmConfig = method.settings
-        loss = self._module.Loss(self.settings, self._max_new_tokens)
-        self.leaves_out = method.needs_groups and getattr(loss, "by_advantage_alone", False)
+        self.settings: Any = method.settings
+        self.leaves_out = method.needs_groups and method.by_advantage_alone
         self._kl: AdaptiveKL | None = None
-        if self.settings.kl_target is not None:
+        if isinstance(self.settings, PolicySettings) and self.settings.kl_target is not None:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
             self._kl = AdaptiveKL(coef, self.settings.kl_target, self.settings.kl_horizon)
             self.settings = replace(self.settings, kl_coef=coef)
@@ -58,7 +58,9 @@ class Updates:
 
     def critic(self, critic: Critic | None, experience: Experience, step: int) -> Out:
         """Train the critic, if there is one. Every rank calls it."""
-        return [] if critic is None else self._take(critic.engine, ValueLoss(self.settings), experience, step, "critic")
+        if critic is None:
+            return []
+        return self._take(critic.engine, self._module.ValueLoss(self.settings), experience, step, "critic")
 
     def actor(self, engine: Engine, experience: Experience, step: int) -> Out:
         """Train the actor, but for the first `critic.warmup_steps`. Every rank calls it."""
@@ -78,7 +80,8 @@ class Updates:
         found = [float(out["kl_k3"]) for out in outs if "kl_k3" in out and not float(out["skipped"])]
         if self._kl is not None and found:
             self.settings = replace(self.settings, kl_coef=self._kl.update(sum(found) / len(found), collected.answers))
-        return {"rl/kl_coef": self.settings.kl_coef} if self.settings.kl_coef > 0 else {}
+        weighs = isinstance(self.settings, PolicySettings) and self.settings.kl_coef > 0
+        return {"rl/kl_coef": self.settings.kl_coef} if weighs else {}
 
     def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
         outs = []

@@ -117,11 +117,11 @@ def train_loop(
     for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, this, number=int):
         clock.start()
         with roles.generating():
-            collected = collect(roles.answerer, prompts, here.drawn, config, method.settings, clock)
+            collected = collect(roles.answerer, prompts, here.drawn, config, clock)
         fill, apart = fill_of(actor.device), updates.leaves_out
         experience = in_micro_batches(collected, updates.per_step, token_budget(config), fill=fill, apart=apart)
         with clock.phase("logprobs"):
-            experience.old_logprobs = experience.logprobs_before(actor, method.settings) if method.needs_old_logprobs else None
+            experience.old_logprobs = experience.logprobs_before(actor, method.shared) if method.needs_old_logprobs else None
             experience.ref_logprobs = experience.scored(reference, "logprob_M") if reference is not None else None
         with clock.phase("values"):
             experience.values = experience.scored(critic.engine, "value_M") if critic is not None else None

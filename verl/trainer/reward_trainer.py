@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
-from verl.algorithms import bradley_terry, dpo
 from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
@@ -25,7 +24,6 @@ from verl.data.pack import TILE
 from verl.engine import checkpoint
 from verl.engine.build import Built, build, build_reward_model, choose_spread
 from verl.engine.checkpoint import Position
-from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.errors import exit_on_user_error
 from verl.libraries import quiet_libraries
@@ -33,6 +31,7 @@ from verl.models.attention import flash
 from verl.run import Run
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
+from verl.trainer.preference import Preference, load_preference
 from verl.trainer.resume import find_checkpoint, start_position
 
 
@@ -45,6 +44,7 @@ def run(config: RewardTrainerConfig) -> Path:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
+    method = load_preference(config)
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
         tokenizer = read_tokenizer(config)
@@ -58,18 +58,17 @@ def run(config: RewardTrainerConfig) -> Path:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
-        built = build_for(config, tokenizer, train, loader, total_steps, device)
-        this.say(f"{built.describe()}\n{describe_plan(config, loader, total_steps)}; into {this.directory}")
-        algorithm: Algorithm = bradley_terry
-        if config.algorithm.name == "dpo":
+        built = build_for(config, method, tokenizer, train, loader, total_steps, device)
+        this.say(f"{built.describe()}\n{describe_plan(method, loader, total_steps)}; into {this.directory}")
+        if method.needs_reference:
             # The weights are still those that the run starts from, also where it goes on from a checkpoint: the reference's.
             this.say("reference: the model that this run starts from; computing what it says of all pairs")
-            algorithm, engine = dpo.Loss(config.algorithm.beta, config.algorithm.label_smoothing), built.engine
+            engine = built.engine
             loader = replace(loader, documents=with_reference(engine, train, loader, steps=min(total_steps, loader.steps_per_epoch)))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
         if resume_from is not None:
             checkpoint.load(resume_from, built.engine)
-        return train_loop(config, algorithm, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+        return train_loop(config, method.loss, loader, validation, built, start, total_steps, this) or resume_from or this.directory
 
 
 def dry_run(config: RewardTrainerConfig) -> None:
@@ -80,11 +79,12 @@ def dry_run(config: RewardTrainerConfig) -> None:
     """
     dist.start()
     quiet_libraries()
+    method = load_preference(config)
     train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
     loader = build_loader(config.data, train, config.trainer.seed, pin=False)
     total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
     if dist.is_main():
-        print(f"data.train_files: {train.report}\n{describe_plan(config, loader, total_steps)}", flush=True)
+        print(f"data.train_files: {train.report}\n{describe_plan(method, loader, total_steps)}", flush=True)
 
 
 def build_loader(data: PairsConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
@@ -103,13 +103,14 @@ def build_loader(data: PairsConfig, train: Documents, seed: int, *, pin: bool) -
 
 def build_for(
     config: RewardTrainerConfig,
+    method: Preference,
     tokenizer: PreTrainedTokenizerBase,
     train: Documents,
     loader: Loader,
     total_steps: int,
     device: torch.device,
 ) -> Built:
-    """The policy of DPO, or a reward model.
+    """A language model, or a reward model.
 
     Raises:
         UserError: no such model, or one that cannot be trained this way.
@@ -123,7 +124,7 @@ def build_for(
         "device": device,
         "seed": config.trainer.seed,
     }
-    if config.algorithm.name == "dpo":
+    if method.scorer == "token_logprobs":
         return build(config.model, config.optim, tokenizer, **options)
     return build_reward_model(config.model, config.optim, tokenizer, padding=padding_of(tokenizer, train), **options)
 
@@ -158,11 +159,10 @@ def with_reference(engine: Engine, documents: Documents, loader: Loader, *, step
     return replace(documents, values={"ref_logprob_M": [everywhere.get(number, missing) for number in range(len(documents.lengths_N))]})
 
 
-def describe_plan(config: RewardTrainerConfig, loader: Loader, total_steps: int) -> str:
-    what = "a policy by DPO" if config.algorithm.name == "dpo" else "a reward model"
+def describe_plan(method: Preference, loader: Loader, total_steps: int) -> str:
     many = f"{loader.world_size} processes" if loader.world_size > 1 else "1 process"
     return (
-        f"plan: {what}, {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} pairs, "
+        f"plan: {method.trains}, {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} pairs, "
         f"in micro-batches of up to {loader.packing.token_budget:,} packed tokens on each of {many}"
     )
 

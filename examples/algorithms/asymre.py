@@ -1,0 +1,40 @@
+"""A method of your own with a key of its own: AsymRE (arXiv:2506.20520).
+
+    verl ppo … algorithm.name=examples/algorithms/asymre.py algorithm.baseline_shift=-0.2
+
+Answers are compared with V + baseline_shift, where V is the mean reward of their group. A negative shift gives good answers more weight
+than bad ones, which helps where the answers come from older weights, such as in the later ones of several updates.
+
+A method is a module with `advantages(answers, settings)` and `Loss(settings, max_new_tokens)`, see verl/rl/method.py. This one takes over
+the keys and the loss of a clipped policy, and adds a key by one field.
+"""
+
+from dataclasses import dataclass, replace
+
+from verl.algorithms._advantage import group_advantages
+from verl.algorithms._policy import PolicyLoss
+from verl.algorithms._settings import GroupSettings
+from verl.algorithms.answers import Advantages, Answers
+
+needs_groups = True
+
+
+@dataclass
+class Settings(GroupSettings):
+    # Is added to the mean reward of a group, with which its answers are compared (δV of the paper).
+    baseline_shift: float = -0.1
+
+    def check(self) -> None:
+        super().check()
+        if not -100 < self.baseline_shift < 100:
+            raise ValueError(f"baseline_shift={self.baseline_shift} is far from any reward")
+
+
+def advantages(answers: Answers, settings: Settings) -> Advantages:
+    """The reward less the shifted mean of its group: r - (V + δV)."""
+    learned = group_advantages(answers, settings)
+    return replace(learned, advantages=[tokens - settings.baseline_shift for tokens in learned.advantages])
+
+
+class Loss(PolicyLoss):
+    """Clipped ratios of tokens; each token counts the same."""

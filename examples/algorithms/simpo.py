@@ -1,0 +1,55 @@
+"""A preference loss of your own: SimPO (arXiv:2405.14734), which needs no reference.
+
+    verl reward … algorithm.name=examples/algorithms/simpo.py algorithm.beta=2.5 algorithm.margin=1.0 optim.lr=1e-6
+
+A method for pairs is a module with `scorer` and `Loss(settings)`, see verl/trainer/preference.py. Documents are pairs: 2k is a chosen
+answer, 2k + 1 the rejected one.
+
+Dimensions: P pairs.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from verl.algorithms._documents import sum_by_document, trained_tokens
+from verl.algorithms.dpo import count_pairs, pairs
+from verl.data.batch import Batch
+from verl.engine.contract import LossOut, TokenOut
+
+scorer, trains = "token_logprobs", "a policy by SimPO"
+
+
+@dataclass
+class Settings:
+    # Scale of an answer's reward, its mean log-probability.
+    beta: float = 2.0
+    # By how much the chosen answer's reward is to exceed the rejected one's (γ of the paper).
+    margin: float = 1.0
+
+    def check(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta={self.beta} is not positive")
+
+
+class Loss:
+    """-log sigmoid(β/|chosen| log π(chosen) - β/|rejected| log π(rejected) - γ), a sum over pairs."""
+
+    def __init__(self, settings: Settings):
+        self._beta, self._margin = settings.beta, settings.margin
+
+    def loss(self, out: TokenOut, batch: Batch) -> LossOut:
+        """Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`."""
+        mean_logprob_S = sum_by_document(out.logprob_M, batch) / trained_tokens(batch).clamp(min=1)
+        chosen_P, rejected_P = pairs(self._beta * mean_logprob_S)
+        margin_P = chosen_P - rejected_P
+        metrics = {"accuracy": (margin_P > 0).float(), "margin": margin_P, "chosen_reward": chosen_P, "rejected_reward": rejected_P}
+        sums = {name: values_P.detach().sum() / batch.parts for name, values_P in metrics.items()}
+        return LossOut(-F.logsigmoid(margin_P - self._margin).sum() / batch.parts, {}, sums)
+
+    def slope(self, batch: Batch) -> Tensor | None:
+        return None
+
+    def count(self, batch: Batch) -> float:
+        return count_pairs(batch)

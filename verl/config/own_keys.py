@@ -1,0 +1,226 @@
+"""Keys that stand beside their reader: the `Settings` of a method, a reward or an optimizer, in the file that reads them.
+
+A group of keys such as `algorithm` is a dataclass of the keys that all of its plugins share; its `plugins` says where their modules are.
+Once the plugin's name is known the group is completed with the fields of the module's `Settings`, also a dataclass: their types, their
+defaults and the comments above them. A field of `Settings` with the name of a shared key gives that key another default.
+
+`Settings` may have `check(self) -> None`, which raises an error for a wrong value. In a UserError, `where` is the key's own name.
+"""
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any, TypeVar
+
+from omegaconf import MISSING
+
+from verl.errors import UserError
+from verl.plugin import Plugins
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class NoSettings:
+    """Of a module without keys of its own."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of a config that has plugins.
+
+    Attributes:
+        path: its key, such as `critic.optim`.
+        keys: the dataclass with its values.
+        names: of its plugins, as the config has them.
+    """
+
+    path: str
+    keys: Any
+    plugins: Plugins
+    names: list[str]
+
+    @property
+    def named_by(self) -> str:
+        """The key that names the plugins."""
+        return self.plugins.named_by or f"{self.path}.name"
+
+    @property
+    def shared(self) -> type:
+        """The class of the keys that all of its plugins share."""
+        return next(kind for kind in type(self.keys).__mro__ if "plugins" in vars(kind))
+
+    def settings(self) -> dict[str, type]:
+        """The `Settings` of each plugin, by its name, each class once.
+
+        Raises:
+            UserError: no such plugin, or a `Settings` that cannot be one.
+        """
+        found: dict[str, type] = {}
+        for name in self.names:
+            kind = settings_class(self.plugins.load(self.named_by, name))
+            if kind not in found.values():
+                found[name] = kind
+        return found
+
+
+def groups_of(config: Any) -> list[Group]:
+    """The groups of a config that have plugins."""
+    return [_group(config, path, keys) for path, keys in _walk(config) if hasattr(keys, "plugins")]
+
+
+def _walk(keys: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(keys):
+        value = getattr(keys, field.name)
+        if dataclasses.is_dataclass(value):
+            yield f"{prefix}{field.name}", value
+            yield from _walk(value, f"{prefix}{field.name}.")
+
+
+def _group(config: Any, path: str, keys: Any) -> Group:
+    plugins: Plugins = keys.plugins
+    given = keys.name if plugins.named_by is None else _at(config, plugins.named_by)
+    names = given if isinstance(given, list) else [given]
+    return Group(path, keys, plugins, [name for name in names if isinstance(name, str)])
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def completed(config: Config) -> Config:
+    """A config whose groups have the keys of the plugins that it names, with their defaults. The one given stays as it is.
+
+    Raises:
+        UserError: no such plugin; a key that two of them have; or a group with the keys of another plugin.
+    """
+    for group in groups_of(config):
+        config = _with(config, group.path, _completed(group))
+    return config
+
+
+def _with(config: Config, path: str, value: Any) -> Config:
+    name, _, rest = path.partition(".")
+    changes: Any = {name: _with(getattr(config, name), rest, value) if rest else value}
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _completed(group: Group) -> Any:
+    shared, settings = group.shared, group.settings()
+    _check_fields(group, shared, settings)
+    kind = _joined(shared, tuple(settings.values()))
+    if type(group.keys) is kind:
+        return group.keys
+    if type(group.keys) is not shared:
+        fix = f"give it a {shared.__name__}, or the Settings of that file"
+        raise UserError(f"{group.path} has the keys of another {group.plugins.kind}", where=f"{group.named_by}={group.names}", fix=fix)
+    plain = shared()
+    values = {name: getattr(group.keys, name) for name in fields_of(shared)}
+    return kind(**{name: value for name, value in values.items() if value != getattr(plain, name)})
+
+
+def _check_fields(group: Group, shared: type, settings: dict[str, type]) -> None:
+    """Raises UserError: two plugins have the same key, or one has a shared key in another type."""
+    owners: dict[str, str] = {}
+    for name, kind in settings.items():
+        for key, hint in _own_hints(kind, shared).items():
+            if key in owners:
+                what, fix = f"both {owners[key]} and {name} have a key {key!r}", "rename it in one of them"
+                raise UserError(what, where=group.named_by, fix=fix)
+            owners[key] = name
+            if key in fields_of(shared) and (key == "name" or hint != typing.get_type_hints(shared)[key]):
+                what = f"{key!r} in its Settings is a key that every {group.plugins.kind} has already"
+                raise UserError(what, where=f"{group.named_by}={name}", fix="rename it")
+
+
+def _own_hints(kind: type, shared: type) -> dict[str, Any]:
+    """The types of the fields of `Settings`; of one that derives from the shared keys, those beside them."""
+    hints = typing.get_type_hints(kind)
+    inherited = fields_of(shared) if issubclass(kind, shared) else {}
+    return {name: hints[name] for name in fields_of(kind) if name not in inherited}
+
+
+@cache
+def _joined(shared: type, kinds: tuple[type, ...]) -> type:
+    """A class with the shared keys and those of `kinds`; the same one for the same classes."""
+    if not kinds or all(kind is NoSettings for kind in kinds):
+        return shared
+    if len(kinds) == 1 and issubclass(kinds[0], shared):
+        return kinds[0]
+    own = [(name, typing.get_type_hints(kind)[name], _copied(f)) for kind in kinds for name, f in fields_of(kind).items()]
+    return dataclasses.make_dataclass(shared.__name__, own, bases=(shared,), namespace={"made_of": kinds})
+
+
+def _copied(field: Any) -> Any:
+    """A field without a default is one that must be given."""
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    return dataclasses.field(default=MISSING if field.default is dataclasses.MISSING else field.default)
+
+
+def settings_class(module: ModuleType) -> type:
+    """A module's `Settings`.
+
+    Raises:
+        UserError: it is no dataclass.
+    """
+    kind: type = getattr(module, "Settings", NoSettings)
+    if not dataclasses.is_dataclass(kind):
+        raise UserError("Settings is no dataclass", where=module.__file__, fix="write @dataclass above it")
+    return kind
+
+
+def settings_of(keys: Any, module: ModuleType) -> Any:
+    """A module's `Settings`, with the values of its group; keys that the group lacks have their defaults."""
+    kind = settings_class(module)
+    return kind(**{name: getattr(keys, name) for name in fields_of(kind) if hasattr(keys, name)})
+
+
+def check_own_keys(config: Any) -> None:
+    """Let the `Settings` of each plugin check their values.
+
+    Raises:
+        UserError: one of them is wrong.
+    """
+    for group in groups_of(config):
+        for name in group.names:
+            settings = settings_of(group.keys, group.plugins.load(group.named_by, name))
+            try:
+                getattr(settings, "check", lambda: None)()
+            except UserError as error:
+                raise UserError(error.what, where=_placed(group.path, error.where, settings), fix=error.fix) from error
+            except Exception as error:  # a user's own program, which fails as it likes
+                fix = f"give another value in {group.path}"
+                raise UserError(f"{type(error).__name__}: {error}", where=f"{group.named_by}={name}", fix=fix) from error
+
+
+def _placed(path: str, where: str | None, settings: Any) -> str:
+    """A key's own name with the group's before it."""
+    if where is None:
+        return path
+    return f"{path}.{where}" if re.split(r"\W", where, maxsplit=1)[0] in fields_of(type(settings)) else where
+
+
+def fields_of(kind: type) -> dict[str, Any]:
+    return {f.name: f for f in dataclasses.fields(kind)}
+
+
+def comment_on(kind: type, name: str) -> list[str]:
+    """The lines of the comment above a field; where a class says nothing, those of the class that it has the field from."""
+    for source in _sources(kind):
+        found = re.search(rf"((?:^[ \t]+#.*\n)+)[ \t]+{name}:", source, re.MULTILINE)
+        if found:
+            return [line.strip().removeprefix("#").strip() for line in found[1].splitlines()]
+    return []
+
+
+def _sources(kind: type) -> Iterator[str]:
+    bases: list[type] = [base for part in (*getattr(kind, "made_of", ()), kind) for base in part.__mro__]
+    return (inspect.getsource(base) for base in bases if hasattr(base, "__dataclass_fields__") and "made_of" not in vars(base))

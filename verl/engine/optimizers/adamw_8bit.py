@@ -1,0 +1,28 @@
+"""AdamW with moments of 8 bits, in blocks that share a scale (arXiv:2110.02861)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from verl.engine.optimizers import adamw
+from verl.engine.optimizers.adamw import Settings as Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from verl.engine.fused_adamw import FusedAdamW
+    from verl.engine.optim import Optimizer
+
+rounds_bfloat16 = True
+
+
+def state_bytes() -> float:
+    from verl.engine.moments import BLOCK
+
+    return 2 * (1 + 4.0 / BLOCK)
+
+
+def build(
+    groups: list[dict[str, Any]], settings: Settings, *, lr: float, copies: "Mapping[nn.Parameter, Tensor]"
+) -> "Optimizer | FusedAdamW":
+    """Raises UserError: on a CPU, and torchao is missing."""
+    return adamw.build(groups, settings, lr=lr, copies=copies, eight_bit=True)
