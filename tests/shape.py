@@ -192,11 +192,11 @@ class Example:
 
 
 EXAMPLES = (
-    Example("an RL method with keys of its own", "examples/algorithms/asymmetric.py"),
-    Example("a preference loss", "examples/algorithms/kto.py"),
-    Example("a reward with keys of its own", "examples/rewards/length.py"),
+    Example("an RL method with keys of its own", "examples/algorithms/asymre.py"),
+    Example("a preference loss", "examples/algorithms/simpo.py"),
+    Example("a reward with keys of its own", "examples/rewards/cosine_length.py"),
     Example("an optimizer", "examples/optimizers/lion.py", 2),
-    Example("a teacher for distillation", "examples/algorithms/distill.py"),
+    Example("a teacher for distillation", "examples/algorithms/distillation.py"),
 )
 
 
@@ -210,7 +210,7 @@ def files_to_touch(example: Example, root: Path, modules: Mapping[str, Module]) 
     if not path.exists():
         return None, [f"{example.file}: no example yet"]
     missing = [f"{example.file}: imports {target}, which is not there" for target in _missing(path, root, modules)]
-    if not any(example.file in test.read_text(encoding="utf-8") for test in (root / "tests").rglob("test_*.py")):
+    if not any(path.name in test.read_text(encoding="utf-8") for test in (root / "tests").rglob("test_*.py")):
         missing.append(f"{example.file}: no test names it")
     return (None, missing) if missing else (1 + sum(_names(module, path.stem) for module in modules.values()), [])
 

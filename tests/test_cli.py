@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -245,9 +246,12 @@ def test_doctor_ends_with_1_if_something_needed_is_missing(monkeypatch: pytest.M
     assert 'missing: peft: not installed\n  fix: pip install "peft>=0.18"' in capsys.readouterr().out
 
 
-def test_doctor_names_every_extra(capsys: pytest.CaptureFixture[str]) -> None:
-    optional = {found.name for found in doctor.examine() if found.group == "optional"}
-    assert {"liger-kernel", "vllm", "wandb", "tensorboard", "trackio"} <= optional
+def test_doctor_names_what_the_docs_say_that_an_extra_brings() -> None:
+    table = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8").partition("| extra |")[2].partition("\n\n")[0]
+    rows = [[re.findall(r"`([\w-]+)`", cell) for cell in line.split("|")[1:3]] for line in table.splitlines() if line.startswith("| `")]
+    brought = {name for extras, packages in rows for name in packages or extras if extras != ["dev"]}
+    assert len(brought) > 5
+    assert brought <= {found.name for found in doctor.examine() if found.group == "optional"}
 
 
 def test_doctor_lists_each_gpu_and_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
