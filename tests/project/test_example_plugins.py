@@ -1,6 +1,7 @@
 """The examples that are one file of one's own: a method, a preference loss, a teacher, a reward, an optimizer. Each beside its formula."""
 
 import json
+from collections.abc import Iterator
 from math import cos, log, pi
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +71,7 @@ def run(trainer: ModuleType, folder: Path, output: str, **changes: object) -> li
 
 
 @pytest.fixture
-def process_group():
+def process_group() -> Iterator[None]:
     dist.start()
     yield
     dist.stop()
