@@ -17,8 +17,8 @@ from verl.data.pack import Document, collate, pack, pad_groups
 AHEAD = 2  # steps prepared while the device works
 
 
-class Documents(Protocol):
-    """What the loader reads: tokenized documents with random access. Those of a row are neighbours and stay together."""
+class TokenizedRows(Protocol):
+    """Tokenized documents with random access. The documents of a row are consecutive and stay in one micro-batch."""
 
     @property
     def lengths_N(self) -> np.ndarray: ...  # noqa: N802
@@ -75,7 +75,7 @@ def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def micro_batches(
-    documents: Documents, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1, part: int = 0, parts: int = 1
+    documents: TokenizedRows, rows: np.ndarray, packing: Packing, *, rank: int = 0, world_size: int = 1, part: int = 0, parts: int = 1
 ) -> list[Batch]:
     """One rank's share of the given rows. Every rank computes the same plan and takes its own part of it.
 
@@ -95,7 +95,7 @@ def micro_batches(
     return whole if parts == 1 else [batch.part(part, parts) for batch in whole]
 
 
-def _collated(documents: Documents, numbers: list[int], pad: bool, fill: int) -> Batch:
+def _collated(documents: TokenizedRows, numbers: list[int], pad: bool, fill: int) -> Batch:
     values = {name: [arrays[number] for number in numbers] for name, arrays in documents.values.items()}
     return collate([documents.document(number) for number in numbers], numbers, pad=pad, multiple_of_tokens=fill, values=values)
 
@@ -111,7 +111,7 @@ class Loader:
         pin: whether batches are put into page-locked memory, from which copies to a GPU do not wait.
     """
 
-    documents: Documents
+    documents: TokenizedRows
     packing: Packing
     rows_per_step: int
     seed: int
@@ -142,7 +142,7 @@ class Loader:
     def _of_rows(self, values_N: np.ndarray) -> np.ndarray:
         return values_N.reshape(-1, self.documents.documents_per_row)
 
-    def micro_batches(self, documents: Documents, rows: np.ndarray) -> list[Batch]:
+    def micro_batches(self, documents: TokenizedRows, rows: np.ndarray) -> list[Batch]:
         """This rank's share of rows, of these or other documents, in host memory."""
         ranks = {"rank": self.rank, "world_size": self.world_size, "part": self.part, "parts": self.parts}
         return micro_batches(documents, rows, self.packing, **ranks)

@@ -16,16 +16,11 @@ import torch
 from torch import Tensor
 
 from verl.data.batch import Batch
-from verl.engine.fsdp import decoder_layers
 from verl.engine.scorers import Scorer
 
 if TYPE_CHECKING:
     from verl.engine.contract import Algorithm, LossOut
 
-# A layer's launches take about 2.5 ms, forward and backward. Micro-batches whose arithmetic takes longer keep a GPU busy anyway.
-LARGEST_WORK = 2e11  # tokens × parameters, for each layer
-LARGEST_TOKENS = 16384
-LARGEST_GRADIENTS = 2**32  # bytes, which are kept from step to step
 LARGEST_NUMBER = 16  # of recordings
 FIRST_STEPS = 2  # run as they are written: layers are compiled in them
 # Sizes are multiples of these: the smaller, the less is filled in, and the more recordings there are.
@@ -52,19 +47,6 @@ def filled_up(tokens: int, trained: int) -> tuple[int, int]:
     """Tokens and trained positions of a recording that holds so many."""
     tokens = _up(tokens, TOKENS)
     return tokens, _up(trained, tokens // SHARE_TRAINED)
-
-
-def largest_tokens(*, layers: int, parameters: int, gradient_bytes: float) -> int:
-    """The largest micro-batch that is recorded, of a model of so many parameters; 0 if none is."""
-    return min(LARGEST_TOKENS, int(LARGEST_WORK * layers / parameters)) if gradient_bytes <= LARGEST_GRADIENTS else 0
-
-
-def _largest_tokens(scorer: Scorer) -> int:
-    return largest_tokens(
-        layers=len(decoder_layers(scorer.model)),
-        parameters=sum(p.numel() for p in scorer.parameters()),
-        gradient_bytes=sum(p.numel() * p.element_size() for p in scorer.parameters() if p.requires_grad),
-    )
 
 
 def _up(number: int, multiple: int) -> int:
@@ -112,12 +94,13 @@ class CapturedBackward:
 
     Args:
         scorer: whose parameters get the gradients.
+        largest_tokens: of a micro-batch that is recorded.
         record: whether to record; else every batch is filled up and run as it is written.
     """
 
-    def __init__(self, scorer: Scorer, device: torch.device, *, record: bool = True):
+    def __init__(self, scorer: Scorer, device: torch.device, largest_tokens: int, *, record: bool = True):
         self.scorer, self.device, self.record = scorer, device, record
-        self._largest_tokens = _largest_tokens(scorer)
+        self._largest_tokens = largest_tokens
         self._scale = torch.zeros((), device=device)
         self._gradients: dict[torch.nn.Parameter, Tensor] = {}
         self._recordings: dict[Size, _Recording] = {}

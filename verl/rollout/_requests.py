@@ -5,11 +5,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from verl.errors import UserError
-from verl.models.load import cannot_load, read_adapter_config, resolve
+from verl.models.load import read_adapter_config, resolve
 from verl.rollout import Completion, Sampling
 from verl.rollout._model import all_stop_ids, check_positions
 
@@ -55,22 +54,6 @@ def check_whole(path: str, engine: str) -> None:
     """Raises UserError if it is an adapter, which the engine cannot load."""
     if read_adapter_config(path) is not None:
         raise UserError(f"{engine} takes whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give DIR")
-
-
-def outline(path: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model without its values.
-
-    Raises:
-        UserError: no such model.
-    """
-    source = resolve(path)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from error
-    return model
 
 
 def side_by_side(ask: Callable[[int], Completion], number: int, width: int) -> Iterator[list[tuple[int, Completion]]]:

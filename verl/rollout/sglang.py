@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.errors import UserError
+from verl.models.load import outline
 from verl.rollout import Completion, Options, Rollout, Sampling
 from verl.rollout._http import WEIGHTS_SECONDS, WORK_SECONDS, RefusedError, Server, check_model, place_for_weights, publish
-from verl.rollout._requests import check_whole, numbered, outline, side_by_side, stop_ids_of
+from verl.rollout._requests import check_whole, numbered, side_by_side, stop_ids_of
 
 SEQUENCES = 256  # asked of the server at a time, where nothing else is said; it makes batches of them itself
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
@@ -20,15 +19,16 @@ from verl.algorithms import bradley_terry, dpo
 from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
-from verl.data.loader import Loader, Packing
-from verl.data.pack import TILE
+from verl.data.loader import Loader
 from verl.engine import checkpoint
-from verl.engine.build import Built, build, build_reward_model, choose_spread
+from verl.engine.build import Built, build, build_reward_model
 from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
+from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of_pairs
 from verl.engine.engine import Engine
+from verl.engine.hardware import Hardware, measure
+from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
-from verl.models.attention import flash
 from verl.run import Run, quiet_libraries
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
@@ -46,10 +46,11 @@ def run(config: RewardTrainerConfig) -> Path:
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
-        tokenizer = read_tokenizer(config)
-        choose_spread(config.model, device)  # here for its errors, before the data is read
+        outline, hardware = Outline(config.model), measure(device)
+        tokenizer = read_tokenizer(config, outline)
+        spread = choose_spread(outline, hardware)  # raises before the data is read
         train, validation = load_data(config.data, tokenizer, this)
-        loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
+        loader = build_loader(config.data, train, config.trainer.seed, hardware)
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
@@ -57,7 +58,9 @@ def run(config: RewardTrainerConfig) -> Path:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
-        built = build_for(config, tokenizer, train, loader, total_steps, device)
+        workload = Workload.of(train.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        decisions = decide(outline, hardware, workload, spread, scores=config.algorithm.name != "dpo")
+        built = build_for(config, tokenizer, train, decisions)
         this.say(f"{built.describe()}\n{describe_plan(config, loader, total_steps)}; into {this.directory}")
         algorithm: Algorithm = bradley_terry
         if config.algorithm.name == "dpo":
@@ -77,54 +80,37 @@ def dry_run(config: RewardTrainerConfig) -> None:
     Raises:
         UserError: as `run`.
     """
-    dist.start()
+    device = dist.start()
     quiet_libraries()
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
-    loader = build_loader(config.data, train, config.trainer.seed, pin=False)
+    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config, Outline(config.model)))
+    loader = build_loader(config.data, train, config.trainer.seed, measure(device))
     total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
     if dist.is_main():
         print(f"data.train_files: {train.report}\n{describe_plan(config, loader, total_steps)}", flush=True)
 
 
-def build_loader(data: PairsConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
-    pairs = data.micro_batch_size_per_gpu
-    budget = data.max_tokens_per_micro_batch or pairs * 2 * data.max_length
+def build_loader(data: PairsConfig, train: Documents, seed: int, hardware: Hardware) -> Loader:
     return Loader(
         documents=train,
-        packing=Packing(pairs, budget, multiple_of_tokens=TILE if pin else 1),
-        rows_per_step=data.train_batch_size or pairs * dist.world_size(),
+        packing=packing_of_pairs(data, hardware),
+        rows_per_step=data.train_batch_size or data.micro_batch_size_per_gpu * dist.world_size(),
         seed=seed,
         rank=dist.rank(),
         world_size=dist.world_size(),
-        pin=pin,
+        pin=hardware.has_gpu,
     )
 
 
-def build_for(
-    config: RewardTrainerConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Documents,
-    loader: Loader,
-    total_steps: int,
-    device: torch.device,
-) -> Built:
+def build_for(config: RewardTrainerConfig, tokenizer: PreTrainedTokenizerBase, train: Documents, decisions: Decisions) -> Built:
     """The policy of DPO, or a reward model.
 
     Raises:
         UserError: no such model, or one that cannot be trained this way.
     """
-    tokens = int(train.lengths_N.sum())
-    options: dict[str, Any] = {
-        "stop_ids": train.stop_ids,
-        "total_steps": total_steps,
-        "total_tokens": tokens * total_steps // loader.steps_per_epoch,
-        "documents": flash.Documents(float((train.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),
-        "device": device,
-        "seed": config.trainer.seed,
-    }
+    options: dict[str, Any] = {"stop_ids": train.stop_ids, "seed": config.trainer.seed}
     if config.algorithm.name == "dpo":
-        return build(config.model, config.optim, tokenizer, **options)
-    return build_reward_model(config.model, config.optim, tokenizer, padding=padding_of(tokenizer, train), **options)
+        return build(config.model, config.optim, tokenizer, decisions, **options)
+    return build_reward_model(config.model, config.optim, tokenizer, decisions, padding=padding_of(tokenizer, train), **options)
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, train: Documents) -> int | None:

@@ -47,31 +47,8 @@ PACKAGES: dict[Kernel, Package] = {
     "fa4": Package("FlashAttention-4", "flash-attn-4", "flash_attn.cute.interface", 'pip install "verl[fa4]"'),
 }
 
-# By the major number of the compute capability, the preferred first. FlashAttention-3 is written for Hopper (9); 4 is written
-# for Blackwell (10), and its kernels for Hopper are 3's, in Python.
-PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
-
-# By the same number: up to so many tokens a document the kernels for short ones are taken, being at least 1.2 times as fast as
-# FlashAttention-2 (benchmarks/README.md).
-SHORT_TOKENS = {9: 1024}
-# Smaller micro-batches than this are bound by the host, which launches those kernels more slowly than what is inside PyTorch.
-SHORT_BATCH_TOKENS = 16_384
-
 NOT_INSTALLED = "not installed"
 TOLERANCE = 0.02  # relative, of sums in bfloat16; a wrong mask or a wrong head gives 0.1 and more
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What a run puts through attention.
-
-    Attributes:
-        tokens: of the document that an average token lies in.
-        batch_tokens: of a micro-batch, at most.
-    """
-
-    tokens: float
-    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,27 +58,6 @@ class Heads:
     query: int
     key_value: int
     size: int
-
-
-def refusals(device: torch.device, dtype: torch.dtype, *heads: Heads, documents: Documents | None = None) -> dict[Kernel, str | None]:
-    """For each kernel beside FlashAttention-2 that this GPU may prefer, the best first: why it cannot be used, or None where it can.
-
-    Args:
-        heads: of each model that it is to serve.
-        documents: of the run; None: nothing is known of them.
-    """
-    major, _ = torch.cuda.get_device_capability(device)
-    found: dict[Kernel, str | None] = {}
-    if documents is not None and documents.tokens <= SHORT_TOKENS.get(major, 0) and documents.batch_tokens >= SHORT_BATCH_TOKENS:
-        found["short"] = refusal("short", device, dtype, *heads)
-        if found["short"] is None:
-            return found  # the others would only cost the time of their trials
-    return found | {kernel: refusal(kernel, device, dtype, *heads) for kernel in PREFERRED.get(major, ())}
-
-
-def preferred(refusals: dict[Kernel, str | None]) -> Kernel:
-    """The first package that can be used, or else what is inside PyTorch."""
-    return next((kernel for kernel, refusal in refusals.items() if refusal is None), "fa2")
 
 
 def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:
