@@ -87,29 +87,31 @@ def _devices() -> Iterator[Finding]:
     try:
         import torch
 
-        from verl.models.attention import flash
-        from verl.models.attention.packed import describe_attention
+        from verl.engine.decisions import refusals
+        from verl.engine.hardware import measure
+        from verl.models.attention.flash import Heads
+        from verl.models.attention.packed import AttentionChoice, describe_attention
     except ImportError as error:
         yield Finding("device", "torch", f"cannot be imported: {error}", "missing", "install the missing packages above")
         return
     if not torch.cuda.is_available():
         yield _no_gpu(has_driver=shutil.which("nvidia-smi") is not None, cuda=torch.version.cuda)
-        yield Finding("device", "attention", describe_attention("cpu", torch.float32))
+        yield Finding("device", "attention", describe_attention(AttentionChoice(), "cpu", torch.float32))
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         yield _gpu(index, torch.cuda.get_device_name(index), free / 2**30, total / 2**30, torch.cuda.get_device_capability(index))
     yield Finding("device", "CUDA", f"{torch.version.cuda}")
     # Common head sizes; a run tries those of its model.
-    heads = flash.Heads(query=8, key_value=2, size=128)
-    yield from _attention(flash.refusals(torch.device("cuda", 0), torch.bfloat16, heads))
+    heads = Heads(query=8, key_value=2, size=128)
+    yield from _attention(refusals(measure(torch.device("cuda", 0)), torch.bfloat16, [heads]))
 
 
 def _attention(refusals: "dict[Kernel, str | None]") -> Iterator[Finding]:
     """Report which attention kernel a run uses, and why not the others for this GPU."""
     from verl.models.attention import flash
 
-    yield Finding("device", "attention", flash.version(flash.preferred(refusals)))
+    yield Finding("device", "attention", flash.version(next((kernel for kernel, why in refusals.items() if why is None), "fa2")))
     for kernel, refusal in refusals.items():
         package = flash.PACKAGES[kernel]
         if refusal == flash.NOT_INSTALLED:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from verl.data.batch import Batch
 from verl.engine.engine import Engine
-from verl.rl.samples import Packed
+from verl.rl.samples import PackedSamples
 
 # Answers to every second problem all earn the same.
 SOMETIMES = """def score(prompt: str, response: str, row: dict) -> float:
@@ -59,11 +59,11 @@ class Seen:
         monkeypatch.setattr(Engine, "train_step", counting)
 
 
-def everything(packed: Packed) -> tuple[list[Batch], list[Batch]]:
+def everything(packed: PackedSamples) -> tuple[list[Batch], list[Batch]]:
     return packed.batches, []
 
 
-def uncounted(packed: Packed) -> tuple[list[Batch], list[Batch]]:
+def uncounted(packed: PackedSamples) -> tuple[list[Batch], list[Batch]]:
     """A known wrong way: the loss is divided as if what is left out were not there."""
     return [batch for batch in packed.batches if batch.advantage_M is not None and batch.advantage_M.any()], []
 
@@ -80,7 +80,7 @@ def test_the_step_is_that_of_all_answers(folder: Path, monkeypatch: pytest.Monke
     seen = Seen(monkeypatch)
     weights, metrics = after(folder, "some", method, METHODS[method])
     assert seen.left_out > 0.1 * seen.trained
-    monkeypatch.setattr(Packed, "by_advantage", everything)
+    monkeypatch.setattr(PackedSamples, "by_advantage", everything)
     expected_weights, expected = after(folder, "all", method, METHODS[method])
     torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=1e-5)
     for name in ("train/loss", "train/grad_norm", "rl/reward", "rl/response_tokens", "train/supervised_tokens"):
@@ -89,7 +89,7 @@ def test_the_step_is_that_of_all_answers(folder: Path, monkeypatch: pytest.Monke
 
 def test_what_is_left_out_is_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, (first, *_) = after(folder, "counted", "grpo", {})
-    monkeypatch.setattr(Packed, "by_advantage", uncounted)
+    monkeypatch.setattr(PackedSamples, "by_advantage", uncounted)
     _, (wrong, *_) = after(folder, "uncounted", "grpo", {})
     assert wrong["train/grad_norm"] > 1.2 * first["train/grad_norm"]
 

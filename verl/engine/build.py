@@ -1,39 +1,30 @@
 """From a model's name and settings to an engine that trains it and can write it out again."""
 
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.batch import Batch
 from verl.engine.compile import Compiler
+from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
-from verl.engine.fsdp import Sharding
+from verl.engine.outline import Outline
 from verl.engine.recompute import recompute_activations
-from verl.engine.scorers import RewardScorer, TokenScorer, ValueScorer, check_hidden, check_parts, check_scorer
-from verl.engine.weights import MasterWeights, Spread
+from verl.engine.scorers import RewardScorer, Scorer, TokenScorer, ValueScorer, check_hidden, check_parts, check_scorer
+from verl.engine.weights import MasterWeights
 from verl.errors import UserError
 from verl.models.adapters.trained_tokens import stop_token_warning, untrained_stop_tokens
-from verl.models.attention import flash
-from verl.models.attention.packed import choose_attention, describe_attention, has_flash, heads_of
-from verl.models.attention.ulysses import check_heads, heads_of_each
+from verl.models.attention.packed import describe_attention, use_attention
+from verl.models.attention.ulysses import check_heads
 from verl.models.heads import load_critic, load_reward_model
-from verl.models.load import (
-    Loaded,
-    check_vocabulary,
-    count_parameters,
-    load_for_training,
-    load_tokenizer,
-    read_adapter_config,
-    resolve,
-)
+from verl.models.load import Loaded, check_vocabulary, load_for_training, load_tokenizer, read_adapter_config
 from verl.models.prompt_format import PromptFormat
 from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.saved import export_adapter, export_model, export_tokenizer
@@ -43,17 +34,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-# model.strategy=auto: bytes of a parameter with working copy, gradient and moments, or frozen, and how much of a GPU is little.
-BYTES_TRAINED, BYTES_FROZEN, SMALL_SHARE = 18, 2, 0.25
-# Of a parameter in host memory: weight, gradient and two moments in float32, and what pinning weight and gradient may add.
-BYTES_OFFLOADED, BYTES_PINNED = 16, 8
-
-
 @dataclass(frozen=True)
 class Built:
     """An engine and what it takes to write its model as a Hugging Face directory."""
 
     engine: Engine
+    decisions: Decisions
     compiler: Compiler
     loaded: Loaded
     adapted: "PeftModel | None"
@@ -92,13 +78,14 @@ class Built:
 
     def describe(self) -> str:
         """Device, attention path and size, for the first lines of a run."""
-        engine = self.engine
+        engine, decisions = self.engine, self.decisions
+        attention = describe_attention(decisions.attention, engine.device.type, engine.compute_dtype)
         trained, everything = sum(p.numel() for p in engine.trained), sum(numel(p) for p in engine.scorer.parameters())
         return (
-            f"device: {dist.describe_device(engine.device)}; attention: {describe_attention(engine.device.type, engine.compute_dtype)}\n"
+            f"device: {dist.describe_device(engine.device)}; attention: {attention}\n"
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
             f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
-            f"layers {'compiled' if self.compiler.on else 'not compiled'} ({self.compiler.why})"
+            f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why})"
             + (f"\nwarning: {stop_token_warning(self.never_trained)}" if self.never_trained else "")
         )
 
@@ -128,169 +115,112 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_context(settings: ModelConfig) -> None:
+def check_context(outline: Outline) -> None:
     """Raises UserError if the model's heads cannot be shared out as asked for; its weights are not read."""
-    if settings.context_parallel_size == 1:
-        return
-    try:
-        config = AutoConfig.from_pretrained(resolve(settings.partial_pretrain), trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return  # loading the model says what is wrong with it
-    check_heads(config, heads_of(config), settings.context_parallel_size)
+    if outline.settings.context_parallel_size > 1:
+        check_heads(outline.config, outline.heads, outline.settings.context_parallel_size)
 
 
 def build(
     settings: ModelConfig,
     optim: OptimConfig,
     tokenizer: PreTrainedTokenizerBase,
+    decisions: Decisions,
     *,
     stop_ids: list[int],
     system_prompts: list[str | None] | None = None,
-    total_steps: int,
-    total_tokens: int,
-    documents: flash.Documents,
-    device: torch.device,
     seed: int,
     dropout: bool = True,
 ) -> Built:
     """Load the model, check that packed batches give its own log-probabilities, add adapters where asked for, and shard it.
 
     Args:
+        decisions: of this model in this run.
         stop_ids: token ids that end a trained answer; generation from the written model stops at them.
         system_prompts: of the chats, None for those that leave it to the template; they are written down beside the weights.
-        total_steps: optimizer steps of the whole run.
-        total_tokens: about as many as the whole run sees, over all processes.
-        documents: of the run, by which attention is chosen.
         seed: of the adapters' first values and of dropout.
         dropout: whether adapters drop the share that their settings say.
     Raises:
         UserError: no such model, or one that cannot be trained this way.
     """
-    torch.manual_seed(seed)
-    compute_dtype = _compute_dtype(settings.compute_dtype, device)
-    spread = choose_spread(settings, device)
-    loaded, scorer = _load(settings, spread, device, compute_dtype)
+    _begin(decisions, seed)
+    loaded, scorer = _load(settings, decisions)
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
-    heads = heads_of_each(heads_of(loaded.model.config), settings.context_parallel_size)
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads, documents=documents)
     adapted, never_trained = None, list[str]()
-    if settings.lora_rank > 0 or settings.lora_adapter_path is not None:
+    if _has_adapters(settings):
         from verl.models.adapters.lora import add_adapters
-        from verl.models.adapters.operators import use_operators
 
         never_trained = untrained_stop_tokens(loaded.output_embeddings(), tokenizer, stop_ids)
         adapted = add_adapters(
-            loaded.model, settings, compute_dtype=compute_dtype, seed=seed, tokenizer=tokenizer, stop_ids=stop_ids, dropout=dropout
+            loaded.model,
+            settings,
+            compute_dtype=decisions.compute_dtype,
+            seed=seed,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids,
+            dropout=dropout,
         )
-        use_operators(adapted, checkpointed=bool(settings.enable_gradient_checkpointing))
-        loaded.model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
-    if settings.use_liger:
-        from verl.models.liger import use_liger
-
-        use_liger(loaded.model, device)
-    if settings.enable_gradient_checkpointing:
-        recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
-    compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
-    engine = Engine(
-        scorer,
-        optim,
-        total_steps=total_steps,
-        device=device,
-        compute_dtype=compute_dtype,
-        spread=spread,
-        fill=loaded.fill,
-        captured=settings.cuda_graphs == "auto"
-        and compiler.on
-        and has_flash(device.type, compute_dtype)
-        and settings.attn_implementation != "sdpa",
-    )
+        _use_operators(adapted, loaded.model, decisions)
+    compiler = _prepare_layers(loaded.model, decisions, liger=settings.use_liger)
+    engine = _engine(scorer, optim, loaded, decisions)
     if settings.trainable_tokens is not None:
         never_trained = []
-    return Built(engine, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, never_trained)
+    return Built(engine, decisions, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, never_trained)
 
 
-def build_critic(
-    settings: ModelConfig,
-    optim: OptimConfig,
-    path: str,
-    actor: Built,
-    *,
-    total_steps: int,
-    total_tokens: int,
-    device: torch.device,
-    seed: int,
-) -> Critic:
+def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Built, decisions: Decisions, *, seed: int) -> Critic:
     """A model with a value head, all of it trained, spread as the actor is.
 
     Args:
         settings: of the actor; its adapter is not the critic's.
         path: a critic, or a causal language model that gets a head of zeros.
-        total_steps, total_tokens: as for `build`.
+        decisions: of the critic.
     Raises:
         UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
     """
     torch.manual_seed(seed)
-    spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
-    home = torch.device("cpu") if spread.sharding.cpu_offload else device
-    values, dtype = not _will_be_sharded(spread), getattr(torch, settings.param_dtype)
+    home, values = _home(decisions), not decisions.is_sharded
     loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
     check_vocabulary(loaded.model, actor.tokenizer, path)
-    check_hidden(ValueScorer(loaded.model if loaded.fill is None else small_twin(loaded.model, device)), where=path)
-    _cast(loaded.model, dtype)
-    if settings.enable_gradient_checkpointing:
-        recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
-    Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
-    scorer = ValueScorer(loaded.model)
-    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
-    return Critic(engine, loaded)
+    check_hidden(ValueScorer(_checked(loaded, decisions)), where=path)
+    _cast(loaded.model, decisions.param_dtype)
+    _prepare_layers(loaded.model, decisions)
+    return Critic(_engine(ValueScorer(loaded.model), optim, loaded, decisions), loaded)
 
 
 def build_reward_model(
     settings: ModelConfig,
     optim: OptimConfig,
     tokenizer: PreTrainedTokenizerBase,
+    decisions: Decisions,
     *,
     stop_ids: list[int],
     padding: int | None,
-    total_steps: int,
-    total_tokens: int,
-    documents: flash.Documents,
-    device: torch.device,
     seed: int,
 ) -> Built:
     """A model with one score for a whole document, all of it trained.
 
     Args:
         settings: its partial_pretrain is such a model, or a causal language model that gets a head of zeros.
+        decisions: of this model in this run.
         padding: id of the token that transformers' own class takes for padding; None: it reads one document at a time.
-        stop_ids, total_steps, total_tokens, documents: as for `build`.
+        stop_ids: as for `build`.
     Raises:
         UserError: no such model, or one that cannot have the head.
     """
-    torch.manual_seed(seed)
-    spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
-    home = torch.device("cpu") if spread.sharding.cpu_offload else device
-    path = settings.partial_pretrain
-    values = not _will_be_sharded(spread)
+    _begin(decisions, seed)
+    path, home, values = settings.partial_pretrain, _home(decisions), not decisions.is_sharded
     loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
     check_vocabulary(loaded.model, tokenizer, path)
-    check_hidden(RewardScorer(loaded.model if loaded.fill is None else small_twin(loaded.model, device)), where=path)
+    check_hidden(RewardScorer(_checked(loaded, decisions)), where=path)
     loaded.model.config.pad_token_id = padding
-    choose_attention(settings.attn_implementation, device, compute_dtype, heads_of(loaded.model.config), documents=documents)
-    _cast(loaded.model, getattr(torch, settings.param_dtype))
-    if settings.use_liger:
-        from verl.models.liger import use_liger
-
-        use_liger(loaded.model, device)
-    if settings.enable_gradient_checkpointing:
-        recompute_activations(loaded.model, selective=settings.enable_gradient_checkpointing == "selective")
-    compiler = Compiler(settings.compile, loaded.model, device, total_tokens // dist.world_size())
-    scorer = RewardScorer(loaded.model)
-    engine = Engine(scorer, optim, total_steps=total_steps, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
-    return Built(engine, compiler, loaded, None, tokenizer, stop_ids, None, [])
+    _cast(loaded.model, decisions.param_dtype)
+    compiler = _prepare_layers(loaded.model, decisions, liger=settings.use_liger)
+    engine = _engine(RewardScorer(loaded.model), optim, loaded, decisions)
+    return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, [])
 
 
-class Base:
+class AdapterOffReference:
     """What an actor with an adapter of its own starts from: the actor itself, its adapter switched off while it scores."""
 
     def __init__(self, actor: Built):
@@ -310,7 +240,7 @@ class Base:
             scorer.entropy = entropy
 
 
-def build_reference(settings: ModelConfig, actor: Built, device: torch.device, path: str | None = None) -> Engine | Base:
+def build_reference(settings: ModelConfig, actor: Built, path: str | None = None) -> Engine | AdapterOffReference:
     """A frozen model in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
 
     Args:
@@ -320,23 +250,22 @@ def build_reference(settings: ModelConfig, actor: Built, device: torch.device, p
     """
     adapter = settings.lora_adapter_path if path is None else None
     if path is None and actor.adapted is not None and adapter is None and settings.trainable_tokens is None:
-        return Base(actor)
+        return AdapterOffReference(actor)
     if path is not None:
         _check_same_tokens(actor.tokenizer, path, trust_remote_code=settings.trust_remote_code)
-    spread, compute_dtype = choose_spread(settings, device), _compute_dtype(settings.compute_dtype, device)
-    source, trusted, loaded = path or settings.partial_pretrain, settings.trust_remote_code, None
-    if _will_be_sharded(spread) and adapter is None:
-        loaded = load_without_values(source, dtype=compute_dtype, trust_remote_code=trusted)
+    decisions = replace(actor.decisions, graph_tokens=0)  # it has no backward pass
+    source, trusted, dtype, loaded = path or settings.partial_pretrain, settings.trust_remote_code, decisions.compute_dtype, None
+    if decisions.is_sharded and adapter is None:
+        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trusted)
     if loaded is None:
-        loaded = load_for_training(source, device=device, dtype=compute_dtype, trust_remote_code=trusted)
+        loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted)
     if adapter is not None:
         from verl.models.adapters.files import put_on
 
         put_on(loaded.model, adapter).merge_and_unload()
     check_vocabulary(loaded.model, actor.tokenizer, source)
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)
-    scorer = TokenScorer(loaded.model, temperature)
-    return Engine(scorer, None, total_steps=0, device=device, compute_dtype=compute_dtype, spread=spread, fill=loaded.fill)
+    return _engine(TokenScorer(loaded.model, temperature), None, loaded, decisions)
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:
@@ -352,90 +281,77 @@ def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_r
         )
 
 
-def choose_spread(settings: ModelConfig, device: torch.device) -> Spread:
-    """How the weights are to lie on the processes; "auto" puts all of them on each GPU where they take a small part of it.
-
-    Raises:
-        UserError: the number of processes is no multiple of the shards' number, or what is offloaded has no room.
-    """
-    fsdp = settings.fsdp_config
-    if fsdp.shard_size is not None and dist.world_size() % fsdp.shard_size:
-        raise UserError(
-            f"{dist.world_size()} processes are not a multiple of {fsdp.shard_size}",
-            where="model.fsdp_config.shard_size",
-            fix=f"give one of {', '.join(str(n) for n in range(1, dist.world_size() + 1) if dist.world_size() % n == 0)}, or leave it out",
-        )
-    pin = False
-    if fsdp.cpu_offload and device.type != "cpu":
-        _check_host_memory(settings)
-        pin = _bytes_offloaded(settings, pinned=True) <= dist.host_memory()
-    sharding = Sharding(fsdp.shard_size, fsdp.reshard_after_forward, fsdp.cpu_offload, pin)
-    if settings.strategy == "ddp" or (settings.strategy == "auto" and _is_small(settings, device)):
-        return Spread("ddp", sharding)
-    return Spread("fsdp2", sharding)
+def _begin(decisions: Decisions, seed: int) -> None:
+    """Prepare the process for the model that has its random numbers, and whose attention is the one that all models call."""
+    torch.manual_seed(seed)
+    use_attention(decisions.attention)
 
 
-def _check_host_memory(settings: ModelConfig) -> None:
-    """Raises UserError if this node's shards of weights, gradients and moments are more than its memory."""
-    needed, there = _bytes_offloaded(settings), dist.host_memory()
-    if needed > there:
-        raise UserError(
-            f"weights, gradients and optimizer state of {_count_parameters(settings):,} parameters take {needed / 2**30:.1f} GiB "
-            f"of this machine's memory, which has {there / 2**30:.1f}",
-            where="model.fsdp_config.cpu_offload=true",
-            fix="use more machines, model.lora_rank=64, or model.param_dtype=bfloat16 optim.name=adamw_8bit without offloading",
-        )
+def _engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions: Decisions) -> Engine:
+    return Engine(
+        scorer,
+        optim,
+        total_steps=decisions.workload.total_steps,
+        device=decisions.device,
+        compute_dtype=decisions.compute_dtype,
+        spread=decisions.spread,
+        fill=loaded.fill,
+        graph_tokens=decisions.graph_tokens,
+    )
 
 
-def _bytes_offloaded(settings: ModelConfig, *, pinned: bool = False) -> int:
-    """What this node's processes keep in host memory; pinned weights and gradients may take twice their size."""
-    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
-    each = (BYTES_FROZEN if adapters else BYTES_OFFLOADED) + (BYTES_PINNED if pinned else 0)
-    shards, local = settings.fsdp_config.shard_size or dist.world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return _count_parameters(settings) * each * local // shards
+def _prepare_layers(model: PreTrainedModel, decisions: Decisions, *, liger: bool = False) -> Compiler:
+    """How the layers are computed, in place: by which kernels, what is computed again, and whether they are compiled."""
+    if liger:
+        from verl.models.liger import use_liger
+
+        use_liger(model, decisions.device)
+    if decisions.checkpointing != "none":
+        recompute_activations(model, selective=decisions.checkpointing == "selective")
+    return Compiler(decisions.compiled, model)
 
 
-def _count_parameters(settings: ModelConfig) -> int:
-    return count_parameters(settings.partial_pretrain, trust_remote_code=settings.trust_remote_code)
+def _use_operators(adapted: "PeftModel", model: PreTrainedModel, decisions: Decisions) -> None:
+    from verl.models.adapters.operators import use_operators
+
+    use_operators(adapted, checkpointed=decisions.checkpointing != "none")
+    model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
 
 
-def _is_small(settings: ModelConfig, device: torch.device) -> bool:
-    fsdp = settings.fsdp_config
-    if device.type != "cuda" or fsdp.cpu_offload or fsdp.shard_size is not None or settings.param_dtype != "float32":
-        return False
-    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
-    needed = _count_parameters(settings) * (BYTES_FROZEN if adapters else BYTES_TRAINED)
-    return needed <= SMALL_SHARE * torch.cuda.get_device_properties(device).total_memory
+def _home(decisions: Decisions) -> torch.device:
+    """Where weights are loaded to."""
+    return torch.device("cpu") if decisions.spread.sharding.cpu_offload else decisions.device
 
 
-def _load(settings: ModelConfig, spread: Spread, device: torch.device, compute_dtype: torch.dtype) -> tuple[Loaded, TokenScorer]:
+def _checked(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:
+    """What is compared with the plain model: the model, or, where it has no values yet, a small one like it."""
+    return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device)
+
+
+def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenScorer]:
     """The model, in the dtype that the optimizer updates. Where it is to be sharded it has no values yet (`Loaded.fill`)."""
-    offload, dtype = spread.sharding.cpu_offload, getattr(torch, settings.param_dtype)
-    home = torch.device("cpu") if offload else device
-    adapters = settings.lora_rank > 0 or settings.lora_adapter_path is not None
-    if _will_be_sharded(spread) and not _starts_from_values(settings):
-        frozen = compute_dtype if adapters else dtype
-        loaded = load_without_values(settings.partial_pretrain, dtype=frozen, trust_remote_code=settings.trust_remote_code)
+    source, trusted, adapters = settings.partial_pretrain, settings.trust_remote_code, _has_adapters(settings)
+    device, home, compute_dtype = decisions.device, _home(decisions), decisions.compute_dtype
+    if decisions.is_sharded and not _starts_from_values(settings):
+        frozen = compute_dtype if adapters else decisions.param_dtype
+        loaded = load_without_values(source, dtype=frozen, trust_remote_code=trusted)
         if loaded is not None:
             _check(TokenScorer(small_twin(loaded.model, device)))
             return loaded, TokenScorer(loaded.model)
     if adapters and compute_dtype != torch.float32 and not (settings.use_dora or settings.load_in_4bit):
         # What is frozen needs no float32; DoRA starts from the norms of its rows, which do.
-        loaded = load_for_training(
-            settings.partial_pretrain, device=home, dtype=compute_dtype, trust_remote_code=settings.trust_remote_code
-        )
+        loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted)
         _check(TokenScorer(small_twin(loaded.model, device)))
         return loaded, TokenScorer(loaded.model)
-    loaded = load_for_training(
-        settings.partial_pretrain,
-        device=home,
-        trust_remote_code=settings.trust_remote_code,
-        quantization=four_bit(settings, compute_dtype),
-    )
+    loaded = load_for_training(source, device=home, trust_remote_code=trusted, quantization=four_bit(settings, compute_dtype))
     scorer = TokenScorer(loaded.model)
     _check(scorer)
-    _cast(loaded.model, dtype)
+    _cast(loaded.model, decisions.param_dtype)
     return loaded, scorer
+
+
+def _has_adapters(settings: ModelConfig) -> bool:
+    return settings.lora_rank > 0 or settings.lora_adapter_path is not None
 
 
 def _starts_from_values(settings: ModelConfig) -> bool:
@@ -443,10 +359,6 @@ def _starts_from_values(settings: ModelConfig) -> bool:
     goes_on = {} if settings.lora_adapter_path is None else read_adapter_config(settings.lora_adapter_path) or {}
     asked = settings.use_dora or settings.load_in_4bit or settings.trainable_tokens is not None
     return bool(asked or goes_on.get("use_dora") or goes_on.get("trainable_token_indices"))
-
-
-def _will_be_sharded(spread: Spread) -> bool:
-    return spread.strategy == "fsdp2" and (dist.world_size() > 1 or spread.sharding.cpu_offload)
 
 
 def _check(scorer: TokenScorer) -> None:
@@ -463,10 +375,3 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not is_quantized(parameter):
             parameter.data = parameter.data.to(dtype)
-
-
-def _compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

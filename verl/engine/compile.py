@@ -12,35 +12,20 @@ import torch
 from torch._dynamo.utils import calculate_time_spent, counters
 from transformers import PreTrainedModel
 
-from verl.engine.flops import peak_flops, training_flops
 from verl.engine.fsdp import decoder_layers
-from verl.errors import UserError
-from verl.kernels import has_compiler
-
-# Compiling takes about 10 seconds. A run that is not compiled reaches about a fifth of the data sheet's rate, so that this much
-# arithmetic lasts over a minute.
-WORTH_SECONDS = 15.0
 
 
 class Compiler:
-    """Compiles layers where `model.compile` asks for it, and tells what that took.
+    """Compiles a model's layers where that was decided, and tells what it took.
 
     Attributes:
         on: whether layers are compiled.
-        why: in a few words, for the first lines of a run.
     """
 
-    def __init__(self, setting: str | bool, model: PreTrainedModel, device: torch.device, tokens: int):
-        """
-        Args:
-            setting: `model.compile`.
-            tokens: that the run puts through this process.
-        Raises:
-            UserError: asked for on a machine without a C compiler.
-        """
-        self.on, self.why = _decide(setting, model, device, tokens)
+    def __init__(self, on: bool, model: PreTrainedModel):
+        self.on = on
         self._graphs, self._said = counters["stats"]["unique_graphs"], False  # an earlier run of this process counts for itself
-        if self.on:
+        if on:
             compile_layers(model)
 
     def note(self) -> str | None:
@@ -71,21 +56,3 @@ def uncompiled() -> AbstractContextManager[object]:
     """While this lasts, layers run as they are written: what is run a few times does not earn back its compiling."""
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-def _decide(setting: str | bool, model: PreTrainedModel, device: torch.device, tokens: int) -> tuple[bool, str]:
-    if setting is False:
-        return False, "model.compile=false"
-    if setting != "auto":
-        if not has_compiler():
-            raise UserError("torch.compile needs a C compiler", where="model.compile=true", fix="install gcc, or set model.compile=false")
-        return True, "model.compile=true"
-    peak = peak_flops(device)
-    if peak is None:
-        return False, "auto: no GPU whose speed is known"
-    if not has_compiler():
-        return False, "auto: torch.compile needs a C compiler, such as gcc"
-    seconds = training_flops(model)(tokens, tokens) / peak
-    if seconds < WORTH_SECONDS:
-        return False, "auto: the run is too short to earn it back"
-    return True, "auto"

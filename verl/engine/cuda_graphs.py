@@ -16,16 +16,11 @@ import torch
 from torch import Tensor
 
 from verl.data.batch import Batch
-from verl.engine.fsdp import decoder_layers
 from verl.engine.scorers import Scorer
 
 if TYPE_CHECKING:
     from verl.engine.contract import Algorithm, LossOut
 
-# Launching a layer's kernels takes about 2.5 ms, forward and backward. Micro-batches that compute longer keep a GPU busy without graphs.
-LARGEST_WORK = 2e11  # tokens × parameters / layers
-LARGEST_TOKENS = 16384
-LARGEST_GRADIENTS = 2**32  # bytes, which stay allocated between steps
 MAX_RECORDINGS = 16
 EAGER_STEPS = 2  # first steps, in which layers are compiled
 # Granularity of the sizes: smaller values need less padding, but more recordings.
@@ -52,19 +47,6 @@ def filled_up(tokens: int, trained: int) -> tuple[int, int]:
     """Round tokens and trained positions up to those of a recording."""
     tokens = _up(tokens, TOKENS)
     return tokens, _up(trained, tokens // SHARE_TRAINED)
-
-
-def largest_tokens(*, layers: int, parameters: int, gradient_bytes: float) -> int:
-    """Return the largest micro-batch, in tokens, that is recorded for a model; 0 if none is."""
-    return min(LARGEST_TOKENS, int(LARGEST_WORK * layers / parameters)) if gradient_bytes <= LARGEST_GRADIENTS else 0
-
-
-def _largest_tokens(scorer: Scorer) -> int:
-    return largest_tokens(
-        layers=len(decoder_layers(scorer.model)),
-        parameters=sum(p.numel() for p in scorer.parameters()),
-        gradient_bytes=sum(p.numel() * p.element_size() for p in scorer.parameters() if p.requires_grad),
-    )
 
 
 def _up(number: int, multiple: int) -> int:
@@ -112,12 +94,13 @@ class CapturedBackward:
 
     Args:
         scorer: module whose parameters get the gradients.
+        largest_tokens: largest micro-batch that is recorded.
         record: whether to record graphs; else every batch is padded and runs eagerly.
     """
 
-    def __init__(self, scorer: Scorer, device: torch.device, *, record: bool = True):
+    def __init__(self, scorer: Scorer, device: torch.device, largest_tokens: int, *, record: bool = True):
         self.scorer, self.device, self.record = scorer, device, record
-        self._largest_tokens = _largest_tokens(scorer)
+        self._largest_tokens = largest_tokens
         self._scale = torch.zeros((), device=device)
         self._gradients: dict[torch.nn.Parameter, Tensor] = {}
         self._recordings: dict[Size, _Recording] = {}

@@ -20,7 +20,7 @@ from verl.engine.contract import Algorithm, LossOut, Slope
 from verl.engine.cuda_graphs import CapturedBackward
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.scorers import Scorer
-from verl.engine.weights import SHARDED, MasterWeights, Spread, spread_weights
+from verl.engine.weights import SHARDED, Spread, spread_weights
 from verl.models.linear import use_whole_cpu
 
 
@@ -35,7 +35,7 @@ class Engine:
         compute_dtype: of the forward and backward pass.
         spread: how the weights lie on the processes.
         fill: where the model has no values yet, reads them into its shards.
-        captured: run small micro-batches as CUDA graphs, where one process has all of the weights.
+        graph_tokens: micro-batches of up to so many tokens run as CUDA graphs, on one process that has all of the weights; 0: none.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Engine:
         compute_dtype: torch.dtype,
         spread: Spread = SHARDED,
         fill: Callable[[nn.Module, torch.device], None] | None = None,
-        captured: bool = False,
+        graph_tokens: int = 0,
     ):
         self.device, self.compute_dtype = device, compute_dtype
         self.scorer = scorer
         if config is None:
             scorer.requires_grad_(False)
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
-        self.captured = CapturedBackward(scorer, device) if captured and type(self.weights) is MasterWeights else None
+        self.cuda_graphs = CapturedBackward(scorer, device, graph_tokens) if graph_tokens else None
         self.trained = list(self.weights.trained.values())
         if config is not None:
             self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
@@ -100,8 +100,8 @@ class Engine:
         for number, batch in enumerate(micro_batches):
             self.weights.begin(last=number == len(micro_batches) - 1)
             found = None
-            if self.captured is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
-                found = self.captured.backward(batch, algorithm, scale)
+            if self.cuda_graphs is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
+                found = self.cuda_graphs.backward(batch, algorithm, scale)
             results.append(found if found is not None else self._backward(batch, algorithm, scale))
             self.weights.collect()
         return self._metrics(results, totals)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype
+from verl.models.load import Loaded, cannot_load, find_saved_dtypes, read_config, resolve, restore_stated_dtype
 from verl.models.shards import load_without_values
 
 
@@ -61,12 +61,12 @@ def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
     Raises:
         UserError: no such model.
     """
-    architectures = _config(path, trust_remote_code).architectures or ["ForCausalLM"]
+    architectures = read_config(path, trust_remote_code=trust_remote_code).architectures or ["ForCausalLM"]
     return not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
 def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool, values: bool) -> Loaded:
-    source, config = resolve(path), _config(path, trust_remote_code)
+    source, config = resolve(path), read_config(path, trust_remote_code=trust_remote_code)
     if type(config) not in kind._model_mapping:
         if not (trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})):
             fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"
@@ -104,13 +104,6 @@ def _remove_dropout(model: PreTrainedModel) -> None:
     """Remove the head's dropout, because the scorers call the head without it."""
     if hasattr(model, "dropout"):
         model.dropout = nn.Identity()
-
-
-def _config(path: str, trust_remote_code: bool) -> Any:
-    try:
-        return AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from error
 
 
 def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None:

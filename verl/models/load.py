@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -111,20 +112,33 @@ def load_for_training(
     return Loaded(model, saved_dtypes)
 
 
-def count_parameters(path: str, *, trust_remote_code: bool = False) -> int:
-    """Of a model, by its config alone.
+def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's config.
 
     Raises:
         UserError: no such model.
     """
     source = resolve(path)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load("model", path, error) from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    return config
+
+
+def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model without values, on the meta device: its shapes, from its config alone.
+
+    Raises:
+        UserError: no such model.
+    """
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("model", path, error) from error
+    return model
 
 
 def load_for_inference(

@@ -1,6 +1,6 @@
 """What a training step takes of a GPU's memory, by formula: no model is loaded and no GPU is asked.
 
-A step is the most memory at one of a few moments. What is there at each is counted tensor by tensor: a compiled layer keeps what
+The peak of a step is at one of a few points. What is in memory at each is counted tensor by tensor: a compiled layer keeps what
 PyTorch's partitioner chooses, which a test reads from its graphs, and a layer as written keeps what autograd saves.
 
 All results are bytes of one GPU. Dimensions in comments: T tokens of a micro-batch on this GPU, M trained ones among them, H hidden
@@ -11,10 +11,11 @@ adapters, all together.
 from dataclasses import dataclass
 from typing import Literal
 
+from verl.engine.decisions import Checkpointing
+from verl.engine.hardware import GIB
 from verl.engine.logprobs import CHUNK_LOGITS, CHUNK_LOGITS_HALF
 from verl.engine.weights import BUCKET
 
-GIB = 2**30
 FLOAT32 = 4
 KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
 FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4: its code, a scale of 8 bits for 64, one of 32 bits for 256 scales
@@ -104,7 +105,7 @@ class Work:
     param_bytes: int = FLOAT32
     compute_bytes: int = 2
     state_bytes: float = 2 * FLOAT32
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    checkpointing: Checkpointing = "none"
     compiled: bool = True
     strategy: Literal["ddp", "fsdp2"] = "fsdp2"
     gpus: int = 1
@@ -119,8 +120,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A point of a step, and what is in memory then, by KINDS."""
+class MemoryUse:
+    """What is in memory at a point of a step, by KINDS."""
 
     name: str
     weights: float
@@ -135,39 +136,41 @@ class Moment:
         return total
 
 
-def peak(model: Decoder, work: Work) -> Moment:
-    """The moment of the most memory, as `torch.cuda.max_memory_allocated` reads it but for the workspace of cuBLAS."""
-    return max(moments(model, work), key=lambda moment: moment.total)
+def peak(model: Decoder, work: Work) -> MemoryUse:
+    """The point of the most memory, as `torch.cuda.max_memory_allocated` reads it but for the workspace of cuBLAS."""
+    return max(uses(model, work), key=lambda use: use.total)
 
 
-def moments(model: Decoder, work: Work) -> list[Moment]:
-    """The moments that can be the peak of a run."""
+def uses(model: Decoder, work: Work) -> list[MemoryUse]:
+    """The points that can be the peak of a run."""
     held = weights(model, work)
     whole = gathered(model, work)
     before = gradients_before(model, work)
     state = optimizer(model, work)
     kept = model.layers * work.tokens * kept_of_layer(model, work) + work.tokens * kept_once(model, work)
     return [
-        Moment("while the model is loaded", loading(model, work), 0, 0),
-        Moment("at the end of the forward pass", held + whole, before, state, kept + work.tokens * kept_by_norm(model), loss(model, work)),
-        Moment(
+        MemoryUse("while the model is loaded", loading(model, work), 0, 0),
+        MemoryUse(
+            "at the end of the forward pass", held + whole, before, state, kept + work.tokens * kept_by_norm(model), loss(model, work)
+        ),
+        MemoryUse(
             "at the start of the backward pass",
             held + whole,
             before + head_gradient(model, work) + gradient_of_layer(model, work),
             state,
             kept + work.tokens * (inside_layer(model, work) - kept_of_layer(model, work) + work.compute_bytes * model.hidden),
         ),
-        Moment("at the end of the backward pass", held + whole, gradients_after(model, work), state),
-        Moment("in the optimizer's step", held, gradients_in_update(model, work), state),
+        MemoryUse("at the end of the backward pass", held + whole, gradients_after(model, work), state),
+        MemoryUse("in the optimizer's step", held, gradients_in_update(model, work), state),
     ]
 
 
-def certain(model: Decoder, work: Work) -> float:
+def state_bytes(model: Decoder, work: Work) -> float:
     """What no estimate can be wrong about: weights, gradients and optimizer state in the optimizer's step."""
-    return moments(model, work)[-1].total
+    return uses(model, work)[-1].total
 
 
-def beyond(work: Work, peak_bytes: float) -> float:
+def overhead_bytes(work: Work, peak_bytes: float) -> float:
     """An estimate of what CUDA and PyTorch take besides."""
     return CONTEXT + WORKSPACE + (NCCL if work.gpus > 1 else 0.0) + UNUSED_SHARE * peak_bytes
 

@@ -1,30 +1,31 @@
 """The plan in words."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from verl.config.sft import SFTConfig
 from verl.data.loader import TokenizedRows
+from verl.engine.hardware import CARDS, GIB
+from verl.engine.outline import Outline
 from verl.errors import UserError
 from verl.plan import memory
-from verl.plan.memory import GIB
-from verl.plan.plan import CARDS, Plan
-from verl.plan.remedies import Advisor
+from verl.plan.plan import Plan
+from verl.plan.remedies import adviser
 
 
-def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows) -> str:
+def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str:
     """The plan's lines."""
-    return "\n".join([*_sizes(plan), *_memory(plan), *_cards(plan, Advisor(config, documents, plan))])
+    return "\n".join([*_sizes(plan), *_memory(plan), *_cards(plan, adviser(config, documents, outline, plan))])
 
 
 def _sizes(plan: Plan) -> Iterator[str]:
-    model, work = plan.decoder, plan.work
+    model, work, steps = plan.decoder, plan.work, plan.steps
     spread = "" if work.gpus == 1 else " with all weights on each" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
     yield (
         f"model: {plan.name}, {model.trained + model.frozen:,} parameters, {model.trained:,} trained, "
         f"layers {'compiled' if work.compiled else 'not compiled'}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
     )
     yield (
-        f"steps: {plan.steps:,} ({plan.steps_per_epoch:,} an epoch) of {plan.rows_per_step:,} rows, "
+        f"steps: {steps.total:,} ({steps.per_epoch:,} an epoch) of {steps.rows:,} rows, "
         f"{plan.tokens_per_step:,.0f} tokens on average; a GPU's largest micro-batch {work.tokens:,} tokens, {work.micro_batches} a step"
     )
 
@@ -39,26 +40,27 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"  {'needed':<12}{plan.needed / GIB:>8.2f}"
 
 
-def _cards(plan: Plan, advisor: Advisor) -> Iterator[str]:
-    rooms = {f"{size} GB": gib for size, gib in CARDS.items()}
-    if plan.gpu_gib is not None:
-        rooms["this GPU"] = plan.gpu_gib
-    for name, gib in rooms.items():
-        yield f"{name:>8}: {'fits' if plan.fits(gib) else 'does not fit; ' + advisor.advice(gib)}"
+def _cards(plan: Plan, advice: Callable[[float], str]) -> Iterator[str]:
+    rooms = {f"{size} GB": gib * GIB for size, gib in CARDS.items()}
+    if plan.hardware.is_here:
+        rooms["this GPU"] = plan.hardware.gpu_bytes
+    for name, room in rooms.items():
+        yield f"{name:>8}: {'fits' if plan.fits(room) else 'does not fit; ' + advice(room)}"
 
 
-def check_room(plan: Plan, config: SFTConfig, documents: TokenizedRows) -> str | None:
+def check_room(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str | None:
     """A warning where the plan exceeds the GPU that is here; an estimate stops nobody.
 
     Raises:
         UserError: weights, gradients and optimizer state alone exceed it.
     """
-    gib = plan.gpu_gib
-    if gib is None or plan.fits(gib):
+    room = plan.hardware.gpu_bytes
+    if plan.fits(room):
         return None
-    advice = Advisor(config, documents, plan).advice(gib)
-    certain = memory.certain(plan.decoder, plan.work)
-    if certain > gib * GIB:
-        what = f"weights, gradients and optimizer state take {certain / GIB:.1f} GiB of a GPU that has {gib:.1f}"
+    advice = adviser(config, documents, outline, plan)(room)
+    state = memory.state_bytes(plan.decoder, plan.work)
+    if state > room:
+        what = f"weights, gradients and optimizer state take {state / GIB:.1f} GiB of a GPU that has {room / GIB:.1f}"
         raise UserError(what, where=config.model.partial_pretrain, fix=advice)
-    return f"warning: a step is planned to need {plan.needed / GIB:.1f} GiB of a GPU that has {gib:.1f}; if it runs out of memory: {advice}"
+    needed = plan.needed / GIB
+    return f"warning: a step is planned to need {needed:.1f} GiB of a GPU that has {room / GIB:.1f}; if it runs out of memory: {advice}"

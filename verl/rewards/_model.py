@@ -17,7 +17,6 @@ from verl.data.pack import collate, pack
 from verl.data.render import Renderer
 from verl.engine.scorers import RewardScorer, check_hidden
 from verl.errors import UserError
-from verl.models.attention.packed import heads_of
 from verl.models.heads import has_head, load_reward_model
 from verl.models.load import check_vocabulary, load_tokenizer
 from verl.models.shards import small_twin
@@ -38,11 +37,9 @@ class RewardModel:
 
     Args:
         config: which model, and how many tokens it reads at a time.
-        device: where it lives: in bfloat16 on a GPU, else in float32. `attention_heads` must be served there (`choose_attention`).
+        device: where it lives: in bfloat16 on a GPU, else in float32. The process's attention must serve its heads.
         tokenizer: of the model that answers; it is said where this one has another.
         say: writes a line for the user.
-    Attributes:
-        attention_heads: what a kernel must be able to do for it.
     Raises:
         UserError: no such model, not one that scores chats, or an architecture that packed batches are not for.
     """
@@ -64,7 +61,6 @@ class RewardModel:
         check_vocabulary(model, own, path)
         # In bfloat16 a difference means little: there a small model of the same architecture is looked at in its place.
         check_hidden(RewardScorer(model if dtype == torch.float32 else small_twin(model, device)), where=WHERE)
-        self.attention_heads = heads_of(model.config)
         self._scorer = RewardScorer(model.requires_grad_(False)).eval()
         self._renderer, self._padding = Renderer(own), model.config.pad_token_id
         self._device, self._budget = device, config.max_tokens_per_micro_batch

@@ -11,12 +11,12 @@ import numpy as np
 
 from verl.algorithms.answers import Advantages, Answers
 from verl.config.algorithm import AlgorithmConfig
-from verl.engine.build import Base
+from verl.engine.build import AdapterOffReference
 from verl.engine.engine import Engine
 from verl.errors import UserError
 from verl.rl.answering import Collected, groups_with_spread
 from verl.rl.method import Method
-from verl.rl.samples import Packed, Sample, pack_samples
+from verl.rl.samples import PackedSamples, Sample, pack_samples
 
 Values = list[np.ndarray]  # for each answer, one float32 value for each of its trained tokens
 
@@ -34,7 +34,7 @@ class Experience:
     """
 
     samples: list[Sample]
-    updates: list[Packed]
+    updates: list[PackedSamples]
     old_logprobs: Values | None = None
     ref_logprobs: Values | None = None
     values: Values | None = None
@@ -55,7 +55,7 @@ class Experience:
             raise UserError("the rollout does not tell its log-probabilities", where="algorithm.old_logprobs=rollout", fix=fix)
         return self.rollout_logprobs
 
-    def scored(self, engine: Engine | Base, name: str) -> Values:
+    def scored(self, engine: Engine | AdapterOffReference, name: str) -> Values:
         """What an engine says of all trained tokens: `logprob_M` or `value_M`. Every rank calls it."""
         outs = iter(engine.score([batch for packed in self.updates for batch in packed.batches]))
         found: dict[int, np.ndarray] = {}
@@ -78,7 +78,7 @@ class Experience:
         learned: Advantages = method.module.advantages(answers, settings)
         return learned
 
-    def packed(self) -> list[Packed]:
+    def packed(self) -> list[PackedSamples]:
         """The micro-batches of each update, with all that a loss may ask for."""
         assert self.learned is not None
         fields = {

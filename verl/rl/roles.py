@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -13,14 +11,17 @@ from verl import dist, plugin
 from verl.config.ppo import PPOConfig, longest_sample
 from verl.data.prompts import Prompts
 from verl.data.render import Renderer
-from verl.engine.build import Base, Built, Critic, build, build_critic, build_reference
+from verl.engine.build import AdapterOffReference, Built, Critic, build, build_critic, build_reference
+from verl.engine.decisions import Decisions, Workload, choose_spread, decide, token_budget_of_answers
 from verl.engine.engine import Engine
+from verl.engine.hardware import Hardware
 from verl.engine.logprobs import Entropy
+from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
-from verl.models.attention import flash
-from verl.models.attention.packed import choose_attention, heads_of
-from verl.models.load import read_adapter_config, resolve
+from verl.models.attention.flash import Heads
+from verl.models.attention.packed import heads_of
+from verl.models.load import read_adapter_config, read_config, resolve
 from verl.models.prompt_format import check_format, system_of
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Scorer, load_graders
@@ -44,7 +45,7 @@ class Roles:
 
     actor: Built
     critic: Critic | None
-    reference: Engine | Base | None
+    reference: Engine | AdapterOffReference | None
     answerer: Answerer
     sleeps: bool
 
@@ -75,15 +76,58 @@ class Roles:
         self.answerer.rollout.update_weights(self.actor.named_weights(), version)
 
 
+@dataclass(frozen=True)
+class RoleDecisions:
+    """What was chosen for the models that are trained; one attention serves them and the reward model."""
+
+    actor: Decisions
+    critic: Decisions | None
+
+
+def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: Hardware, total_steps: int) -> RoleDecisions:
+    """Choose how actor and critic are computed.
+
+    Args:
+        outline: of the actor.
+        total_steps: of the whole run, each with as many updates as the method makes.
+    Raises:
+        UserError: what the config asks for cannot run on this hardware.
+    """
+    tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
+    workload = Workload(
+        total_steps=total_steps * method.settings.updates_per_step,
+        total_tokens=total_steps * tokens_per_step,
+        document_tokens=float(longest_sample(config)),
+        token_budget=token_budget_of_answers(config),
+    )
+    of_critic = outline_of_critic(config, outline) if method.needs_critic else None
+    heads = [*([] if of_critic is None else [of_critic.heads]), *heads_of_reward_model(config)]
+    actor = decide(outline, hardware, workload, choose_spread(outline, hardware), beside=heads)
+    if of_critic is None:
+        return RoleDecisions(actor, None)
+    critic = decide(of_critic, hardware, workload, actor.spread, beside=[outline.heads, *heads], scores=True)
+    return RoleDecisions(actor, critic)
+
+
+def outline_of_critic(config: PPOConfig, actor: Outline) -> Outline:
+    """The critic is the actor's model, or one of its own."""
+    path = config.critic.partial_pretrain
+    return actor if path in (None, config.model.partial_pretrain) else Outline(replace(config.model, partial_pretrain=path))
+
+
+def heads_of_reward_model(config: PPOConfig) -> list[Heads]:
+    """Its attention heads, where there is one."""
+    model = config.reward_model
+    return [] if model.path is None else [heads_of(read_config(model.path, trust_remote_code=model.trust_remote_code))]
+
+
 def build_roles(
     config: PPOConfig,
     method: Method,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     bridge: Bridge | None,
-    *,
-    total_steps: int,
-    device: torch.device,
+    decisions: RoleDecisions,
     this: Run,
 ) -> Roles:
     """Load every model of the run.
@@ -98,54 +142,23 @@ def build_roles(
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     trained = config.model.lora_adapter_path or config.model.partial_pretrain
     check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
-    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
-    tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
-    documents = flash.Documents(float(longest_sample(config)), token_budget(config))
-    options: dict[str, Any] = {
-        "total_steps": total_steps * method.shared.updates_per_step,
-        "total_tokens": total_steps * tokens_per_step,
-        "device": device,
-        "seed": config.trainer.seed,
-    }
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=this.say)
+    seed = config.trainer.seed
     actor = build(
-        config.model,
-        config.optim,
-        tokenizer,
-        stop_ids=stop_ids,
-        system_prompts=systems,
-        documents=documents,
-        dropout=False,
-        **options,
+        config.model, config.optim, tokenizer, decisions.actor, stop_ids=stop_ids, system_prompts=systems, seed=seed, dropout=False
     )
     without_dropout(actor.engine)
     draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.entropy_gradient else True)
     critic = None
-    if method.needs_critic:
+    if decisions.critic is not None:
         path = config.critic.partial_pretrain or config.model.partial_pretrain
-        critic = build_critic(config.model, config.critic.optim, path, actor, **options)
+        critic = build_critic(config.model, config.critic.optim, path, actor, decisions.critic, seed=seed)
         without_dropout(critic.engine)
-    serve_all(config, actor, critic, scorer, documents)
-    reference = build_reference(config.model, actor, device, method.reference) if method.shared.keep_reference else None
+    reference = build_reference(config.model, actor, method.reference) if method.shared.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
-    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, config.trainer.seed)
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
-
-
-def serve_all(config: PPOConfig, actor: Built, critic: Critic | None, scorer: Scorer, documents: flash.Documents) -> None:
-    """Choose attention anew where critic or reward model have other heads than the actor, so that it serves all of them.
-
-    Raises:
-        UserError: what model.attn_implementation wants does not run here for one of them, and why.
-    """
-    heads = dict.fromkeys([heads_of(actor.loaded.model.config)])  # in this order, each once
-    if critic is not None:
-        heads[heads_of(critic.loaded.model.config)] = None
-    if scorer.model is not None:
-        heads[scorer.model.attention_heads] = None
-    if len(heads) > 1:
-        engine = actor.engine
-        choose_attention(config.model.attn_implementation, engine.device, engine.compute_dtype, *heads, documents=documents)
 
 
 def say_of_dropout(config: PPOConfig, this: Run) -> None:
@@ -190,11 +203,6 @@ def rollout_options(config: PPOConfig) -> Options:
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         trust_remote_code=config.model.trust_remote_code,
     )
-
-
-def token_budget(config: PPOConfig) -> int:
-    """Tokens of a micro-batch, at most."""
-    return config.data.max_tokens_per_micro_batch or max(16384, longest_sample(config))
 
 
 def check_names(config: PPOConfig, method: Method) -> None:
@@ -246,5 +254,5 @@ def describe_plan(config: PPOConfig, total_steps: int) -> str:
         f"plan: {total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
         f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
-        f"in micro-batches of up to {token_budget(config):,} on each of {many}"
+        f"in micro-batches of up to {token_budget_of_answers(config):,} on each of {many}"
     )

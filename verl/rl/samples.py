@@ -74,7 +74,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedSamples:
     """The micro-batches of one update on this rank, and which answers lie in each.
 
     Attributes:
@@ -97,7 +97,7 @@ class Packed:
             found |= dict(zip(numbers, parts, strict=False))
         return found
 
-    def with_fields(self, **fields: list[np.ndarray] | None) -> "Packed":
+    def with_fields(self, **fields: list[np.ndarray] | None) -> "PackedSamples":
         """The same with a value for each trained position, given as one array for each answer of `samples`; None: the field stays away."""
         given = {name: arrays for name, arrays in fields.items() if arrays is not None}
         batches = []
@@ -132,7 +132,7 @@ def _joined(arrays: list[np.ndarray]) -> Tensor:
 
 def pack_samples(
     samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1, apart: Container[int] = ()
-) -> Packed:
+) -> PackedSamples:
     """Micro-batches of whole answers with their prompts; as many on every rank, filler where one has fewer. Every rank calls it.
 
     Args:
@@ -144,7 +144,7 @@ def pack_samples(
     kinds = ([number for number in chosen if number not in apart], [number for number in chosen if number in apart])
     members = [numbers for kind in kinds for numbers in _members(samples, kind, token_budget)] or [[]]
     batches = [collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members]
-    return Packed(samples, members, batches, multiple_of_tokens)
+    return PackedSamples(samples, members, batches, multiple_of_tokens)
 
 
 def _members(samples: list[Sample], chosen: Sequence[int], token_budget: int) -> list[list[int]]:

@@ -5,11 +5,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from verl.errors import UserError
-from verl.models.load import cannot_load, read_adapter_config, resolve
+from verl.models.load import read_adapter_config, resolve
 from verl.rollout import Completion, Sampling
 from verl.rollout._model import check_positions, merge_stop_ids
 
@@ -55,22 +54,6 @@ def check_no_adapter(path: str, engine: str) -> None:
     """Raises UserError if the path is an adapter directory, which the engine cannot load."""
     if read_adapter_config(path) is not None:
         raise UserError(f"{engine} loads whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give DIR")
-
-
-def outline(path: str, *, trust_remote_code: bool) -> PreTrainedModel:
-    """A model on the meta device, without weights.
-
-    Raises:
-        UserError: no such model.
-    """
-    source = resolve(path)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from error
-    return model
 
 
 def run_concurrently(ask: Callable[[int], Completion], number: int, width: int) -> Iterator[list[tuple[int, Completion]]]:

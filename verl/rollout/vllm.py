@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.errors import UserError
-from verl.models.load import resolve
+from verl.models.load import outline, resolve
 from verl.rollout import Completion, Options, Rollout, Sampling
 from verl.rollout._http import (
     GENERATE_TIMEOUT,
@@ -34,7 +34,7 @@ from verl.rollout._http import (
     find_weights_folder,
     send_weights,
 )
-from verl.rollout._requests import check_no_adapter, outline, read_stop_ids, run_concurrently, seeded_requests
+from verl.rollout._requests import check_no_adapter, read_stop_ids, run_concurrently, seeded_requests
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

@@ -8,24 +8,22 @@ The same command under `torchrun` uses several processes. `run` and `train_loop`
 import sys
 from pathlib import Path
 
-import torch
-
 from verl import dist
 from verl.algorithms import sft
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
-from verl.data.loader import Loader, Packing
-from verl.data.pack import TILE
+from verl.data.loader import Loader
 from verl.engine import checkpoint
-from verl.engine.build import build, choose_spread
+from verl.engine.build import build
 from verl.engine.checkpoint import Position
+from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of
+from verl.engine.hardware import ASSUMED, Hardware, measure
+from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
 from verl.libraries import quiet_libraries
-from verl.models.attention import flash
 from verl.models.prompt_format import system_prompts
-from verl.plan.memory import GIB
-from verl.plan.plan import make_plan
+from verl.plan.plan import make_plan, plan_run
 from verl.plan.report import check_room, describe
 from verl.run import Run
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
@@ -46,10 +44,11 @@ def run(config: SFTConfig) -> Path:
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
         model = config.model
-        tokenizer = read_tokenizer(config)
-        choose_spread(model, device)  # here for its errors, before the data is read
+        outline, hardware = Outline(model), measure(device)
+        tokenizer = read_tokenizer(config, outline)
+        spread = choose_spread(outline, hardware)  # raises before the data is read
         train, validation = load_data(config.data, tokenizer, this)
-        loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
+        loader = build_loader(config.data, train, config.trainer.seed, hardware)
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
@@ -57,18 +56,16 @@ def run(config: SFTConfig) -> Path:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
-        warn_of_memory(config, train, device, this)
-        tokens = int(train.lengths_N.sum())
+        workload = Workload.of(train.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        decisions = decide(outline, hardware, workload, spread)
+        warn_of_memory(config, train, outline, decisions, this)
         built = build(
             model,
             config.optim,
             tokenizer,
+            decisions,
             stop_ids=train.stop_ids,
             system_prompts=system_prompts(config.data),
-            total_steps=total_steps,
-            total_tokens=tokens * total_steps // loader.steps_per_epoch,
-            documents=flash.Documents(float((train.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),
-            device=device,
             seed=config.trainer.seed,
         )
         this.say(f"{built.describe()}\n{describe_plan(loader, total_steps)}; into {this.directory}")
@@ -87,22 +84,23 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     """
     device = dist.start()
     quiet_libraries()
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
-    plan = make_plan(config, train, gpus=gpus or dist.world_size(), gpu_gib=memory_of(device))
+    outline = Outline(config.model)
+    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config, outline))
+    hardware = measure(device) if device.type == "cuda" else ASSUMED
+    plan = plan_run(config, train, outline, hardware.planned(gpus or dist.world_size()))
     if dist.is_main():
-        print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
+        print(f"data.train_files: {train.report}\n{describe(plan, config, train, outline)}", flush=True)
 
 
-def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, this: Run) -> None:
+def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisions: Decisions, this: Run) -> None:
     """Say it before anything is loaded if the GPU is likely to be too small.
 
     Raises:
         UserError: on all ranks: it is too small for certain.
     """
-    gpu_gib = memory_of(device)
-    if gpu_gib is not None:
-        plan = make_plan(config, train, gpus=dist.world_size(), gpu_gib=gpu_gib)
-        dist.together(lambda: say_if(check_room(plan, config, train), this))
+    if decisions.hardware.has_gpu:
+        plan = make_plan(config, train, outline, decisions)
+        dist.together(lambda: say_if(check_room(plan, config, train, outline), this))
 
 
 def say_if(text: str | None, this: Run) -> None:
@@ -110,24 +108,17 @@ def say_if(text: str | None, this: Run) -> None:
         this.say(text)
 
 
-def memory_of(device: torch.device) -> float | None:
-    """GiB of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
-
-
-def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
-    rows = data.micro_batch_size_per_gpu
-    token_budget = data.max_tokens_per_micro_batch or rows * data.max_length
+def build_loader(data: DataConfig, train: Documents, seed: int, hardware: Hardware) -> Loader:
     return Loader(
         documents=train,
-        packing=Packing(rows, token_budget if data.packing else None, multiple_of_tokens=TILE if pin else 1),
-        rows_per_step=data.train_batch_size or rows * dist.data_size(),
+        packing=packing_of(data, hardware),
+        rows_per_step=data.train_batch_size or data.micro_batch_size_per_gpu * dist.data_size(),
         seed=seed,
         rank=dist.data_rank(),
         world_size=dist.data_size(),
         part=dist.context_rank(),
         parts=dist.context_size(),
-        pin=pin,
+        pin=hardware.has_gpu,
     )
 
 

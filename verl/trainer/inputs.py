@@ -13,12 +13,13 @@ from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents, load_documents
 from verl.data.report import show_first_row
 from verl.engine.build import check_context
+from verl.engine.outline import Outline
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
 from verl.run import Run
 
 
-def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig, outline: Outline) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter that training goes on from, once it is seen that the model can be what is asked for.
 
     Raises:
@@ -31,11 +32,11 @@ def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig) -> PreTr
     )  # with the template that it was trained with
     path = adapter if adapter is not None and own else model.partial_pretrain
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
-    if model.lora_rank > 0 or model.lora_adapter_path is not None:
+    if outline.has_adapters:
         from verl.models.adapters.lora import check_adapters
 
-        check_adapters(model, tokenizer)
-    check_context(model)
+        check_adapters(outline.model, model, tokenizer)
+    check_context(outline)
     return tokenizer
 
 

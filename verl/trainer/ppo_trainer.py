@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from verl import dist
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
-from verl.data.pack import TILE
 from verl.data.prompts import Prompts, load_prompts
 from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
+from verl.engine.decisions import token_budget_of_answers
+from verl.engine.hardware import measure
+from verl.engine.outline import Outline
 from verl.errors import UserError, exit_on_user_error
 from verl.libraries import quiet_libraries
 from verl.rewards._scoring import Scored
@@ -30,7 +32,7 @@ from verl.rl.mapping import Layout, choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.remote_rollout import Bridge, serve
-from verl.rl.roles import Roles, build_roles, check_names, describe_plan, rollout_options, token_budget
+from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_plan, rollout_options
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
 from verl.rollout import load_rollout
@@ -59,7 +61,8 @@ def run(config: PPOConfig) -> Path | None:
         return None
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
-        tokenizer = read_tokenizer(config)
+        outline = Outline(config.model)
+        tokenizer = read_tokenizer(config, outline)
         prompts, validation = load_data(config, tokenizer, this)
         fresh = Position(0, 0, 0, len(prompts), config.data.prompts_per_step, config.trainer.seed, prompts.fingerprint)
         start = start_position(fresh, resume_from)
@@ -68,7 +71,8 @@ def run(config: PPOConfig) -> Path | None:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
-        roles = build_roles(config, method, tokenizer, prompts, bridge, total_steps=total_steps, device=device, this=this)
+        decisions = decide_roles(config, method, outline, measure(device), total_steps)
+        roles = build_roles(config, method, tokenizer, prompts, bridge, decisions, this)
         this.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
         this.say(f"{describe_plan(config, total_steps)}; into {this.directory}")
         if resume_from is not None:
@@ -93,7 +97,8 @@ def dry_run(config: PPOConfig) -> None:
     quiet_libraries()
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
     check_names(config, method)
-    prompts = load_prompts(config.data, config.data.train_files, read_tokenizer(config), max_samples=config.data.train_max_samples)
+    tokenizer = read_tokenizer(config, Outline(config.model))
+    prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
     if dist.is_main():
         plan = describe_plan(config, steps_of(config, prompts))
         print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\n{plan}", flush=True)
@@ -118,8 +123,8 @@ def train_loop(
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, clock)
-        fill, apart = fill_of(actor.device), updates.leaves_out
-        experience = in_micro_batches(collected, updates.per_step, token_budget(config), fill=fill, apart=apart)
+        budget, fill, apart = token_budget_of_answers(config), roles.actor.decisions.multiple_of_tokens, updates.leaves_out
+        experience = in_micro_batches(collected, updates.per_step, budget, fill=fill, apart=apart)
         with clock.phase("logprobs"):
             experience.old_logprobs = experience.logprobs_before(actor, method.shared) if method.needs_old_logprobs else None
             experience.ref_logprobs = experience.scored(reference, "logprob_M") if reference is not None else None
@@ -230,10 +235,6 @@ def steps_of(config: PPOConfig, prompts: Prompts) -> int:
     return max(1, len(prompts) * config.trainer.total_epochs // per_step)
 
 
-def fill_of(device: torch.device) -> int:
-    return TILE if device.type == "cuda" else 1
-
-
 def divide(layout: Layout, device: torch.device) -> Bridge | None:
     """Let the processes work in two parts where the rollout has ranks of its own. Every process calls it."""
     if not layout.is_split:
@@ -246,7 +247,7 @@ def divide(layout: Layout, device: torch.device) -> Bridge | None:
 def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
     """What a process does that only generates."""
     quiet_libraries()
-    path, tokenizer = config.model.partial_pretrain, read_tokenizer(config)
+    path, tokenizer = config.model.partial_pretrain, read_tokenizer(config, Outline(config.model))
     stop_ids, options = Renderer(tokenizer).stop_ids, rollout_options(config)
     ignore_first_signals()  # those that train end their step with these answers, and then this process
     serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))

@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
-from verl.data.loader import Loader, Packing
-from verl.data.pack import TILE
+from verl.data.loader import Loader
 from verl.engine import checkpoint
-from verl.engine.build import Built, build, build_reward_model, choose_spread
+from verl.engine.build import Built, build, build_reward_model
 from verl.engine.checkpoint import Position
+from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of_pairs
 from verl.engine.engine import Engine
+from verl.engine.hardware import Hardware, measure
+from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
 from verl.libraries import quiet_libraries
-from verl.models.attention import flash
 from verl.run import Run
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
@@ -47,10 +47,11 @@ def run(config: RewardTrainerConfig) -> Path:
     method = load_preference(config)
     with Run(config) as this:
         resume_from = find_checkpoint(config.trainer, this)
-        tokenizer = read_tokenizer(config)
-        choose_spread(config.model, device)  # here for its errors, before the data is read
+        outline, hardware = Outline(config.model), measure(device)
+        tokenizer = read_tokenizer(config, outline)
+        spread = choose_spread(outline, hardware)  # raises before the data is read
         train, validation = load_data(config.data, tokenizer, this)
-        loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
+        loader = build_loader(config.data, train, config.trainer.seed, hardware)
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
@@ -58,7 +59,9 @@ def run(config: RewardTrainerConfig) -> Path:
             this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
         this.start_logging(start.step, total_steps)
-        built = build_for(config, method, tokenizer, train, loader, total_steps, device)
+        workload = Workload.of(train.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        decisions = decide(outline, hardware, workload, spread, scores=method.scorer == "score")
+        built = build_for(config, method, tokenizer, train, decisions)
         this.say(f"{built.describe()}\n{describe_plan(method, loader, total_steps)}; into {this.directory}")
         if method.needs_reference:
             # The weights are still those that the run starts from, also where it goes on from a checkpoint: the reference's.
@@ -77,56 +80,40 @@ def dry_run(config: RewardTrainerConfig) -> None:
     Raises:
         UserError: as `run`.
     """
-    dist.start()
+    device = dist.start()
     quiet_libraries()
     method = load_preference(config)
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
-    loader = build_loader(config.data, train, config.trainer.seed, pin=False)
+    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config, Outline(config.model)))
+    loader = build_loader(config.data, train, config.trainer.seed, measure(device))
     total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
     if dist.is_main():
         print(f"data.train_files: {train.report}\n{describe_plan(method, loader, total_steps)}", flush=True)
 
 
-def build_loader(data: PairsConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
-    pairs = data.micro_batch_size_per_gpu
-    budget = data.max_tokens_per_micro_batch or pairs * 2 * data.max_length
+def build_loader(data: PairsConfig, train: Documents, seed: int, hardware: Hardware) -> Loader:
     return Loader(
         documents=train,
-        packing=Packing(pairs, budget, multiple_of_tokens=TILE if pin else 1),
-        rows_per_step=data.train_batch_size or pairs * dist.world_size(),
+        packing=packing_of_pairs(data, hardware),
+        rows_per_step=data.train_batch_size or data.micro_batch_size_per_gpu * dist.world_size(),
         seed=seed,
         rank=dist.rank(),
         world_size=dist.world_size(),
-        pin=pin,
+        pin=hardware.has_gpu,
     )
 
 
 def build_for(
-    config: RewardTrainerConfig,
-    method: Preference,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Documents,
-    loader: Loader,
-    total_steps: int,
-    device: torch.device,
+    config: RewardTrainerConfig, method: Preference, tokenizer: PreTrainedTokenizerBase, train: Documents, decisions: Decisions
 ) -> Built:
     """A language model, or a reward model.
 
     Raises:
         UserError: no such model, or one that cannot be trained this way.
     """
-    tokens = int(train.lengths_N.sum())
-    options: dict[str, Any] = {
-        "stop_ids": train.stop_ids,
-        "total_steps": total_steps,
-        "total_tokens": tokens * total_steps // loader.steps_per_epoch,
-        "documents": flash.Documents(float((train.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),
-        "device": device,
-        "seed": config.trainer.seed,
-    }
+    options: dict[str, Any] = {"stop_ids": train.stop_ids, "seed": config.trainer.seed}
     if method.scorer == "token_logprobs":
-        return build(config.model, config.optim, tokenizer, **options)
-    return build_reward_model(config.model, config.optim, tokenizer, padding=padding_of(tokenizer, train), **options)
+        return build(config.model, config.optim, tokenizer, decisions, **options)
+    return build_reward_model(config.model, config.optim, tokenizer, decisions, padding=padding_of(tokenizer, train), **options)
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, train: Documents) -> int | None:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from verl.config.shared import ModelConfig
 from verl.errors import UserError
 from verl.models.adapters import files, trained_tokens
 from verl.models.adapters.files import ALL_LINEAR
-from verl.models.load import resolve
 from verl.models.quantize import four_bit, is_quantized, set_compute_dtype
 
 ADAPTED = (nn.Linear, Conv1D, nn.Embedding)  # modules that peft has adapters for; 4-bit layers are subclasses of nn.Linear
@@ -72,20 +71,15 @@ def _on_cpu(model: PreTrainedModel) -> Iterator[None]:
             module._parameters[name] = p
 
 
-def check_adapters(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_adapters(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check before loading that the configured adapters fit the model, from its shapes alone.
 
+    Args:
+        model: without values.
     Raises:
         UserError: they do not.
     """
     four_bit(config, torch.float32)
-    source = resolve(config.partial_pretrain)
-    try:
-        shape = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return  # loading the model will report what is wrong with it
     lora_config(model, config, tokenizer, ())
 
 

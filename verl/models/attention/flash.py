@@ -47,31 +47,8 @@ PACKAGES: dict[Kernel, Package] = {
     "fa4": Package("FlashAttention-4", "flash-attn-4", "flash_attn.cute.interface", 'pip install "verl[fa4]"'),
 }
 
-# Kernels in order of preference, by the major version of the compute capability. FlashAttention-3 is written for Hopper (9).
-# FlashAttention-4 is written for Blackwell (10); its Hopper kernels are those of FlashAttention-3, in Python.
-PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
-
-# Longest document for the short kernels, in tokens, by the same version. Up to this length they are at least 1.2 times as fast as
-# FlashAttention-2 (benchmarks/README.md).
-SHORT_TOKENS = {9: 1024}
-# Smaller micro-batches are bound by the host, which launches Triton kernels more slowly than PyTorch's own.
-SHORT_BATCH_TOKENS = 16_384
-
 NOT_INSTALLED = "not installed"
 TOLERANCE = 0.02  # relative error of bfloat16 sums; a wrong mask or head gives 0.1 and more
-
-
-@dataclass(frozen=True)
-class Documents:
-    """What a run puts through attention.
-
-    Attributes:
-        tokens: of the document that an average token lies in.
-        batch_tokens: of a micro-batch, at most.
-    """
-
-    tokens: float
-    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,27 +58,6 @@ class Heads:
     query: int
     key_value: int
     size: int
-
-
-def refusals(device: torch.device, dtype: torch.dtype, *heads: Heads, documents: Documents | None = None) -> dict[Kernel, str | None]:
-    """For each kernel that this GPU prefers to FlashAttention-2, best first, return why it cannot be used, or None if it can.
-
-    Args:
-        heads: the heads of each model that will use the kernel.
-        documents: of the run; None: nothing is known of them.
-    """
-    major, _ = torch.cuda.get_device_capability(device)
-    found: dict[Kernel, str | None] = {}
-    if documents is not None and documents.tokens <= SHORT_TOKENS.get(major, 0) and documents.batch_tokens >= SHORT_BATCH_TOKENS:
-        found["short"] = refusal("short", device, dtype, *heads)
-        if found["short"] is None:
-            return found  # skip the trials of the others
-    return found | {kernel: refusal(kernel, device, dtype, *heads) for kernel in PREFERRED.get(major, ())}
-
-
-def preferred(refusals: dict[Kernel, str | None]) -> Kernel:
-    """Return the first usable kernel, or else PyTorch's FlashAttention-2."""
-    return next((kernel for kernel, refusal in refusals.items() if refusal is None), "fa2")
 
 
 def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:

@@ -6,13 +6,12 @@ document, and `packed_kwargs(batch)`. No token sees another document. Two exact 
 - CUDA in half precision: FlashAttention with variable lengths, the one inside PyTorch or an installed newer one;
 - anything else: PyTorch's scaled dot product, one document at a time.
 
-`choose_attention` says once for the process which FlashAttention is called.
+`use_attention` says for the process which FlashAttention is called.
 
 Dimensions: T tokens of the packed batch, or of this process's part of it; N query heads, K key-value heads, D head size; a
 leading 1 is transformers' batch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ USE_ANOTHER = "this architecture cannot read packed batches yet; choose a model 
 
 
 @dataclass(frozen=True)
-class Choice:
+class AttentionChoice:
     """What a process calls on CUDA in half precision.
 
     Attributes:
@@ -44,7 +43,15 @@ class Choice:
     refused: dict[flash.Kernel, str] = field(default_factory=dict)
 
 
-_choice = Choice()
+_kernel: flash.Kernel | Literal["sdpa"] = "fa2"  # transformers' models call attention by its name alone
+
+
+def use_attention(choice: AttentionChoice) -> None:
+    """Let this process call what was chosen from now on."""
+    global _kernel
+    _kernel = choice.kernel
+    if choice.kernel != "sdpa":
+        flash.activate(choice.kernel)
 
 
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
@@ -58,47 +65,6 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
     }
 
 
-def choose_attention(
-    wanted: str, device: torch.device, dtype: torch.dtype, *heads: flash.Heads, documents: flash.Documents | None = None
-) -> None:
-    """Set which attention this process calls from now on.
-
-    Args:
-        wanted: "auto" (the best that runs here), "fa2", "fa3", "fa4", "short" or "sdpa".
-        heads: of each model of this process, all of which it serves: inside PyTorch one FlashAttention takes the place of another.
-        documents: of the run; None: nothing is known of them.
-    Raises:
-        UserError: what is wanted does not run here, and why.
-    """
-    global _choice
-    _choice = _choose(wanted, device, dtype, heads, documents)
-    if _choice.kernel != "sdpa" and has_flash(device.type, dtype):
-        flash.activate(_choice.kernel)
-
-
-def _choose(
-    wanted: str, device: torch.device, dtype: torch.dtype, heads: Sequence[flash.Heads], documents: flash.Documents | None
-) -> Choice:
-    if wanted == "sdpa":
-        return Choice("sdpa")
-    if not has_flash(device.type, dtype):
-        if wanted != "auto":
-            raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
-        return Choice()
-    if wanted == "auto":
-        found = flash.refusals(device, dtype, *heads, documents=documents)
-        return Choice(flash.preferred(found), {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
-    kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
-    if kernel is None:
-        return Choice()
-    refusal = flash.refusal(kernel, device, dtype, *heads)
-    if refusal is not None:
-        package = flash.PACKAGES[kernel]
-        fix = package.install if refusal == flash.NOT_INSTALLED else "leave it at auto"
-        raise UserError(f"{package.name}: {refusal}", where="model.attn_implementation", fix=fix)
-    return Choice(kernel)
-
-
 def heads_of(config: PretrainedConfig) -> flash.Heads:
     """The attention heads of a causal language model."""
     text = config.get_text_config()
@@ -107,15 +73,15 @@ def heads_of(config: PretrainedConfig) -> flash.Heads:
     return flash.Heads(query, getattr(text, "num_key_value_heads", None) or query, size)
 
 
-def describe_attention(device_type: str, dtype: torch.dtype) -> str:
+def describe_attention(choice: AttentionChoice, device_type: str, dtype: torch.dtype) -> str:
     """Which path a run on this device takes, and why."""
     if not has_flash(device_type, dtype):
         reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
         return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
-    if _choice.kernel == "sdpa":
+    if choice.kernel == "sdpa":
         return "PyTorch's scaled dot product, one document at a time (model.attn_implementation=sdpa)"
-    refused = "; ".join(f"{flash.PACKAGES[kernel].name}: {reason}" for kernel, reason in _choice.refused.items())
-    return flash.version(_choice.kernel) + (f" ({refused})" if refused else "")
+    refused = "; ".join(f"{flash.PACKAGES[kernel].name}: {reason}" for kernel, reason in choice.refused.items())
+    return flash.version(choice.kernel) + (f" ({refused})" if refused else "")
 
 
 def has_flash(device_type: str, dtype: torch.dtype) -> bool:
@@ -156,7 +122,7 @@ def packed_attention(
     query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
     if context:
         query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
-    if _choice.kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
+    if _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
         output_TND = flash.flash_attention(
             query_TND,
             key_TKD,
@@ -165,7 +131,7 @@ def packed_attention(
             max_length_q,
             scale=scaling,
             sliding_window=sliding_window,
-            kernel=_choice.kernel,
+            kernel=_kernel,
         )
     else:
         output_TND = _per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, scaling, sliding_window)

@@ -1,0 +1,111 @@
+"""The model of a run without its weights: sizes and arithmetic from its config alone."""
+
+import copy
+from functools import cached_property
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from verl.config.shared import ModelConfig
+from verl.engine.flops import training_flops
+from verl.engine.fsdp import decoder_layers
+from verl.models.attention.flash import Heads
+from verl.models.attention.packed import heads_of
+from verl.models.load import outline, read_config
+
+
+class Outline:
+    """The model that `model` of a config names. It is made on the meta device when it is first asked for, and once.
+
+    Args:
+        settings: of the run.
+        model: where it is made already, as `outline` makes it.
+    Raises:
+        UserError: from everything that looks at it: no such model, or adapters that it cannot have.
+    """
+
+    def __init__(self, settings: ModelConfig, model: PreTrainedModel | None = None):
+        self.settings, self._model = settings, model
+
+    def with_settings(self, settings: ModelConfig) -> "Outline":
+        """The same model under other settings."""
+        return Outline(settings, self.model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """All shapes, as the config alone has them."""
+        if self._model is None:
+            self._model = outline(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
+        return self._model
+
+    @cached_property
+    def adapted(self) -> PreTrainedModel:
+        """The same with the adapters that the settings ask for, as a run trains it."""
+        if not self.has_adapters:
+            return self.model
+        from peft import get_peft_model  # it takes its time
+
+        from verl.models.adapters.lora import lora_config
+        from verl.models.adapters.operators import use_operators
+
+        model = copy.deepcopy(self.model)
+        with torch.device("meta"):
+            use_operators(get_peft_model(model, lora_config(model, self.settings, None, ()), autocast_adapter_dtype=False))
+        return model
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.settings.lora_rank > 0 or self.settings.lora_adapter_path is not None
+
+    @cached_property
+    def heads(self) -> Heads:
+        """Its attention heads."""
+        return heads_of(self.config)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        if self._model is not None:
+            return self._model.config
+        return read_config(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Weights without adapters."""
+        return count(self.model)
+
+    @property
+    def layers(self) -> int:
+        return len(decoder_layers(self.model))
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers in memory, adapters among them: one for each weight, but one for four weights in 4 bits, kept in pairs of bytes."""
+        return count(self.adapted) - self.quantized + self.quantized // 4
+
+    @property
+    def quantized(self) -> int:
+        """Weights that are kept in 4 bits: those of the linear modules inside the layers."""
+        if not self.settings.load_in_4bit:
+            return 0
+        linear = (m for layer in decoder_layers(self.model) for m in layer.modules() if isinstance(m, nn.Linear))
+        return sum(m.weight.numel() for m in linear)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Weights that the optimizer updates."""
+        return sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
+
+    def flops(self, tokens: int, *, scores: bool = False) -> float:
+        """FLOP of so many trained tokens, forward and backward, as `training_flops` counts them.
+
+        Args:
+            scores: of a model that gives one number for a token in place of a distribution. It has no adapters.
+        """
+        if scores:
+            return training_flops(self.model)(tokens, 0) + 6.0 * self.model.config.get_text_config().hidden_size * tokens
+        return training_flops(self.adapted)(tokens, tokens)
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
