@@ -15,6 +15,7 @@ from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
 from verl.engine.cuda_graphs import CapturedBackward, Size, fill_up
+from verl.engine.decisions import LARGEST_TOKENS
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
@@ -40,7 +41,7 @@ def engine_of(path: Path, device: torch.device, *, record: bool | None, compiled
         compile_layers(model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = Engine(TokenScorer(model), OptimConfig(lr=1e-3, warmup_steps_ratio=0.0), total_steps=50, device=device, compute_dtype=dtype)
-    engine.captured = None if record is None else CapturedBackward(engine.scorer, device, record=record)
+    engine.captured = None if record is None else CapturedBackward(engine.scorer, device, LARGEST_TOKENS, record=record)
     return engine
 
 
@@ -90,9 +91,9 @@ def test_several_micro_batches_and_large_ones_are_left_as_they_are(model_path: P
     engine = engine_of(model_path, device, record=False)
     assert engine.captured is not None
     train(engine, rows=100, steps=1)
-    assert engine.cuda_graphs._steps == 0
-    engine.cuda_graphs._largest_tokens = 10
-    assert engine.cuda_graphs.backward(a_batch(), sft, torch.tensor(1.0)) is None
+    assert engine.captured._steps == 0
+    engine.captured._largest_tokens = 10
+    assert engine.captured.backward(a_batch(), sft, torch.tensor(1.0)) is None
 
 
 @pytest.mark.gpu
@@ -101,7 +102,7 @@ def test_recorded_steps_are_those_that_run_as_they_are_written(model_path: Path,
     written = train(engine_of(model_path, device, record=False, compiled=True))
     engine = engine_of(model_path, device, record=True, compiled=True)
     recorded = train(engine)
-    assert engine.captured is not None and engine.cuda_graphs._recordings
+    assert engine.captured is not None and engine.captured._recordings
     np.testing.assert_allclose(recorded[0], written[0], rtol=1e-3)
     np.testing.assert_allclose(recorded[1], written[1], rtol=1e-2)
     plain = train(engine_of(model_path, device, record=None, compiled=True))
