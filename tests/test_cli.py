@@ -262,6 +262,7 @@ def test_doctor_lists_each_gpu_and_its_attention(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (139 * 2**30, 140 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=140 * 2**30))
     found = {finding.name: finding.found for finding in doctor._devices()}
     assert found["GPU 0"] == found["GPU 1"] == "H200, 139 of 140 GiB free"
     assert "FlashAttention" in found["attention"]

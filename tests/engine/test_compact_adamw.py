@@ -3,11 +3,13 @@
 import builtins
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from decided import SHORT_RUN, decided
 from places import torchrun
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import nn
@@ -22,7 +24,6 @@ from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.optim import build_optimizer, optimizer_state, set_learning_rate
 from verl.errors import UserError
-from verl.models.attention import flash
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -51,8 +52,8 @@ def wide_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built_of(path: Path, name: str = "adamw", param_dtype: str = "float32", *, lr: float = 1e-3, **model: object) -> Built:
     settings = ModelConfig(partial_pretrain=str(path), param_dtype=param_dtype, enable_gradient_checkpointing=False, **model)  # type: ignore[arg-type]
     optim = OptimConfig(name=name, lr=lr, warmup_steps_ratio=0.0, lr_scheduler="constant")
-    size = {"total_steps": 100, "total_tokens": 0, "documents": flash.Documents(0.0, 0)}
-    return build(settings, optim, FakeTokenizer(), stop_ids=[1], **size, device=torch.device("cpu"), seed=1)  # type: ignore[arg-type]
+    decisions = decided(settings, replace(SHORT_RUN, total_steps=100))
+    return build(settings, optim, FakeTokenizer(), decisions, stop_ids=[1], seed=1)  # type: ignore[arg-type]
 
 
 class FakeTokenizer:

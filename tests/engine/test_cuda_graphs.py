@@ -14,6 +14,7 @@ from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
 from verl.engine.cuda_graphs import CapturedBackward, Size, fill_up
+from verl.engine.decisions import LARGEST_TOKENS
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
@@ -35,7 +36,7 @@ def engine_of(path: Path, device: torch.device, *, record: bool | None, compiled
         compile_layers(model)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     engine = Engine(TokenScorer(model), OptimConfig(lr=1e-3, warmup_steps_ratio=0.0), total_steps=50, device=device, compute_dtype=dtype)
-    engine.captured = None if record is None else CapturedBackward(engine.scorer, device, record=record)
+    engine.captured = None if record is None else CapturedBackward(engine.scorer, device, LARGEST_TOKENS, record=record)
     return engine
 
 

@@ -30,7 +30,7 @@ from verl.engine.scorers import TokenScorer, check_scorer
 from verl.engine.softmax import logprobs_with_gradient_
 from verl.engine.weights import Spread
 from verl.models.adapters.lora import add_adapters
-from verl.models.attention.packed import describe_attention
+from verl.models.attention.packed import AttentionChoice, describe_attention
 from verl.models.liger import use_liger
 from verl.models.load import load_for_training
 from verl.models.saved import export_model
@@ -86,7 +86,7 @@ def plain_curve(model_path: Path) -> np.ndarray:
 
 
 def test_flash_attention_is_taken_in_half_precision() -> None:
-    assert "FlashAttention" in describe_attention("cuda", torch.bfloat16)
+    assert "FlashAttention" in describe_attention(AttentionChoice(), "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.25)])

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decided import decided
 from places import ROOT, torchrun
 from tiny import qwen2_config, write_model
 from torch.distributed.fsdp import FSDPModule
@@ -17,12 +19,14 @@ from verl import dist
 from verl.config import checks
 from verl.config.shared import FsdpConfig, ModelConfig
 from verl.engine import build as building
-from verl.engine.build import choose_spread
+from verl.engine.decisions import choose_spread
 from verl.engine.fsdp import Sharding, decoder_layers, shard
+from verl.engine.hardware import Hardware
+from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer, check_scorer
 from verl.errors import UserError
 from verl.models.attention.packed import packed_attention
-from verl.models.load import count_parameters, load_for_training
+from verl.models.load import load_for_training
 from verl.models.shards import load_without_values, small_twin
 
 SPREADS = [
@@ -135,27 +139,12 @@ def test_the_small_twin_stands_for_its_architecture(model_path: Path, tmp_path: 
         AttentionInterface.register(PACKED, packed_attention)
 
 
-@pytest.mark.parametrize(
-    ("changes", "memory", "strategy"),
-    [({}, 10**9, "ddp"), ({}, 10**6, "fsdp2"), ({"lora_rank": 8}, 10**6 * 2, "ddp"), ({"strategy": "fsdp"}, 10**9, "fsdp2")],
-)
-def test_auto_keeps_small_models_whole_on_each_gpu(
-    changes: dict[str, Any], memory: int, strategy: str, model_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    properties = type("Properties", (), {"total_memory": memory})
-    monkeypatch.setattr(building.torch.cuda, "get_device_properties", lambda device: properties)
-    assert 90_000 < count_parameters(str(model_path)) < 140_000
-    settings = ModelConfig(partial_pretrain=str(model_path), **changes)
-    assert choose_spread(settings, torch.device("cuda", 0)).strategy == strategy
-    assert choose_spread(settings, torch.device("cpu")).strategy == "fsdp2"
-
-
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("size", [None, 2])
-def test_the_keys_of_sharding_reach_fsdp2(reshard: bool, size: int | None, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "world_size", lambda: 4)
+def test_the_keys_of_sharding_reach_fsdp2(reshard: bool, size: int | None, model_path: Path) -> None:
     keys = FsdpConfig(reshard_after_forward=reshard, shard_size=size)
-    spread = choose_spread(ModelConfig(partial_pretrain=str(model_path), fsdp_config=keys), torch.device("cpu"))
+    outline = Outline(ModelConfig(partial_pretrain=str(model_path), fsdp_config=keys))
+    spread = choose_spread(outline, Hardware(torch.device("cpu"), processes=4))
     assert spread.strategy == "fsdp2"
     assert (spread.sharding.reshard_after_forward, spread.sharding.size) == (reshard, size)
 
@@ -175,8 +164,8 @@ def test_a_model_that_will_be_sharded_is_never_whole_on_a_process(
     processes: int, changes: dict[str, Any], read_later: bool, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: processes)
-    settings, cpu = ModelConfig(partial_pretrain=str(model_path), **changes), torch.device("cpu")
-    loaded, scorer = building._load(settings, choose_spread(settings, cpu), cpu, torch.float32)
+    settings = ModelConfig(partial_pretrain=str(model_path), **changes)
+    loaded, scorer = building._load(settings, decided(settings))
     assert (loaded.fill is not None) == read_later
     assert {parameter.is_meta for parameter in scorer.parameters()} == {read_later}
 
@@ -192,32 +181,28 @@ def test_while_a_layer_computes_the_weights_of_the_next_are_on_their_way(model_p
     assert asked == {"forward": [(first, second)], "backward": [(second, first)]}
 
 
-def test_groups_must_divide_the_processes(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "world_size", lambda: 6)
-    settings = ModelConfig(partial_pretrain=str(model_path), fsdp_config=FsdpConfig(shard_size=4))
+def test_groups_must_divide_the_processes(model_path: Path) -> None:
+    outline = Outline(ModelConfig(partial_pretrain=str(model_path), fsdp_config=FsdpConfig(shard_size=4)))
     with pytest.raises(UserError, match="6 processes are not a multiple of 4") as error:
-        choose_spread(settings, torch.device("cpu"))
-    assert "1, 2, 3, 6" in str(error.value)
+        choose_spread(outline, Hardware(torch.device("cpu"), processes=6))
+    assert "1, 2, 3, 6" in str(error.value) and error.value.where == "model.fsdp_config.shard_size=4"
 
 
 @pytest.mark.parametrize(
     ("memory", "local", "fits", "pins"),
     [(2.1, 1, True, False), (3.1, 1, True, True), (1.9, 1, False, False), (2.1, 2, False, False), (4.2, 2, True, False)],
 )
-def test_offloading_without_room_is_an_error_with_the_numbers(
-    memory: float, local: int, fits: bool, pins: bool, model_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dist, "host_memory", lambda: int(memory * count_parameters(str(model_path))))
-    monkeypatch.setattr(dist, "world_size", lambda: 8)  # 2 bytes a parameter and process
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    settings = ModelConfig(partial_pretrain=str(model_path), fsdp_config=FsdpConfig(cpu_offload=True))
+def test_offloading_without_room_is_an_error_with_the_numbers(memory: float, local: int, fits: bool, pins: bool, model_path: Path) -> None:
+    outline = Outline(ModelConfig(partial_pretrain=str(model_path), fsdp_config=FsdpConfig(cpu_offload=True)))
+    there = int(memory * outline.parameters)  # bytes; 8 processes have 2 a parameter each
+    hardware = Hardware(torch.device("cuda", 0), processes=8, local_processes=local, gpu_bytes=10**9, host_bytes=there)
     if fits:
-        sharding = choose_spread(settings, torch.device("cuda", 0)).sharding
+        sharding = choose_spread(outline, hardware).sharding
         assert sharding.cpu_offload and sharding.pin == pins  # pinned, tensors may take twice their size
         return
     with pytest.raises(UserError, match=r"take .* GiB of this machine's memory, which has"):
-        choose_spread(settings, torch.device("cuda", 0))
-    choose_spread(settings, torch.device("cpu"))
+        choose_spread(outline, hardware)
+    choose_spread(outline, replace(hardware, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize("changes", [{"fsdp_config": FsdpConfig(cpu_offload=True)}, {"param_dtype": "bfloat16"}])

@@ -4,6 +4,7 @@ Dimensions: T tokens, N query heads, K key-value heads, D head size.
 """
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from verl import doctor
+from verl.engine.decisions import Workload, choose_attention, refusals
+from verl.engine.hardware import measure
 from verl.errors import UserError
 from verl.models.attention import flash, packed
-from verl.models.attention.packed import choose_attention, describe_attention, heads_of, packed_attention
+from verl.models.attention.packed import AttentionChoice, describe_attention, heads_of, packed_attention, use_attention
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -97,7 +100,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(flash, "_results", lambda kernel, device, dtype, heads: on_cpu(kernel, CPU, dtype, heads))
     monkeypatch.setattr(flash, "_inside_pytorch", lambda q, k, v, cu, _, scale, window: exact(q, k, v, cu, scale=scale, window=window))
-    monkeypatch.setattr(packed, "_choice", packed.Choice())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    monkeypatch.setattr(packed, "_kernel", "fa2")
     for package in flash.PACKAGES.values():
         monkeypatch.setitem(sys.modules, package.module, None)  # importing it fails as if it were not there
 
@@ -112,9 +117,24 @@ def flash4(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+LONG = Workload(total_steps=1, total_tokens=10**6, document_tokens=5000.0, token_budget=32_768)
+
+
+def chosen(
+    wanted: str = "auto",
+    device: torch.device = GPU,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    heads: tuple[flash.Heads, ...] = (HEADS,),
+    workload: Workload = LONG,
+) -> AttentionChoice:
+    choice = choose_attention(wanted, measure(device), dtype, heads, workload)
+    use_attention(choice)
+    return choice
+
+
 def described(wanted: str = "auto", device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16) -> str:
-    choose_attention(wanted, device, dtype, HEADS)
-    return describe_attention(device.type, dtype)
+    return describe_attention(chosen(wanted, device, dtype), device.type, dtype)
 
 
 def test_without_packages_a_gpu_runs_what_is_inside_pytorch_and_says_what_could_be_installed(gpu: None) -> None:
@@ -123,47 +143,50 @@ def test_without_packages_a_gpu_runs_what_is_inside_pytorch_and_says_what_could_
 
 def test_an_installed_package_that_passes_its_trial_is_taken(gpu: None, flash4: Any) -> None:
     assert described() == "FlashAttention-4 (FlashAttention-3: not installed)"
-    assert packed._choice.kernel == "fa4"
+    assert packed._kernel == "fa4"
 
 
 def test_the_one_inside_pytorch_can_be_asked_for(gpu: None, flash4: Any) -> None:
     assert described("fa2") == "PyTorch's FlashAttention-2"
 
 
-SHORT = flash.Documents(tokens=300.0, batch_tokens=32_768)
+SHORT = replace(LONG, document_tokens=300.0)
 
 
-@pytest.mark.parametrize(
-    ("documents", "taken"),
-    [(SHORT, "short"), (flash.Documents(5000.0, 32_768), "fa4"), (flash.Documents(300.0, 4096), "fa4"), (None, "fa4")],
-)
+@pytest.mark.parametrize(("workload", "taken"), [(SHORT, "short"), (LONG, "fa4"), (replace(SHORT, token_budget=4096), "fa4")])
 def test_short_documents_in_large_batches_get_the_kernels_for_them(
-    gpu: None, flash4: Any, documents: flash.Documents | None, taken: str, monkeypatch: pytest.MonkeyPatch
+    gpu: None, flash4: Any, workload: Workload, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "verl.models.attention.short_triton", ModuleType("short"))
     monkeypatch.setattr(flash, "_trial", lambda *_: None)
-    choose_attention("auto", GPU, torch.bfloat16, HEADS, documents=documents)
-    assert packed._choice.kernel == taken
+    assert chosen(workload=workload).kernel == taken == packed._kernel
 
 
 def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: None, flash4: Any) -> None:
-    choose_attention("auto", GPU, torch.bfloat16, HEADS, documents=SHORT)
-    assert packed._choice.kernel == "fa4"
-    assert "short" in packed._choice.refused
+    choice = chosen(workload=SHORT)
+    assert choice.kernel == "fa4" and "short" in choice.refused
 
 
 @pytest.mark.parametrize("wanted", ["auto", "fa4"])
 def test_a_package_has_to_serve_every_model_of_the_process(gpu: None, flash4: Any, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "_trial", lambda kernel, device, dtype, heads: "too wide" if heads.size > 128 else None)
-    choose_attention(wanted, GPU, torch.bfloat16, HEADS, flash.Heads(4, 2, 128))
-    assert packed._choice.kernel == "fa4"
+    assert chosen(wanted, heads=(HEADS, flash.Heads(4, 2, 128))).kernel == "fa4"
     wide = flash.Heads(4, 2, 256)
     if wanted == "fa4":
         with pytest.raises(UserError, match="FlashAttention-4: too wide"):
-            choose_attention(wanted, GPU, torch.bfloat16, HEADS, wide)
+            chosen(wanted, heads=(HEADS, wide))
     else:
-        choose_attention(wanted, GPU, torch.bfloat16, HEADS, wide)
-        assert packed._choice.kernel == "fa2" and packed._choice.refused["fa4"] == "too wide"
+        choice = chosen(wanted, heads=(HEADS, wide))
+        assert choice.kernel == "fa2" and choice.refused["fa4"] == "too wide"
+
+
+def test_a_kernel_is_tried_once_however_often_it_is_asked_for(gpu: None, flash4: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(flash, "_trial", lambda kernel, *_: tried.append(kernel))
+    hardware = measure(GPU)
+    for _ in range(2):
+        assert choose_attention("auto", hardware, torch.bfloat16, (HEADS,), LONG).kernel == "fa4"
+    assert tried == ["fa4"]
 
 
 def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: Any) -> None:
@@ -172,7 +195,7 @@ def test_a_package_that_computes_something_else_is_not_taken(gpu: None, flash4: 
 
     flash4.flash_attn_varlen_func = ignore_bounds
     assert "FlashAttention-4: differs from FlashAttention-2 by" in described()
-    assert packed._choice.kernel == "fa2"
+    assert packed._kernel == "fa2"
 
 
 def test_a_package_with_wrong_gradients_is_not_taken(gpu: None, flash4: Any) -> None:
@@ -292,7 +315,7 @@ def test_without_a_gpu_each_document_is_computed_alone(gpu: None) -> None:
 
 
 def test_the_doctor_names_the_kernel_and_what_could_be_installed(gpu: None) -> None:
-    found = list(doctor._attention(flash.refusals(GPU, torch.bfloat16, HEADS)))
+    found = list(doctor._attention(refusals(measure(GPU), torch.bfloat16, [HEADS])))
     assert [(f.name, f.found, f.state) for f in found] == [
         ("attention", "PyTorch's FlashAttention-2", "ok"),
         ("FlashAttention-3", "not installed", "absent"),

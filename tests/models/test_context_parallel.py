@@ -20,6 +20,8 @@ from verl.config.shared import ModelConfig
 from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
 from verl.engine.build import check_context
+from verl.engine.hardware import measure
+from verl.engine.outline import Outline
 from verl.errors import UserError, exit_on_user_error
 from verl.models.attention.flash import Heads
 from verl.models.attention.packed import packed_attention
@@ -156,7 +158,8 @@ def test_without_a_batch_size_processes_that_share_a_micro_batch_count_once(monk
     monkeypatch.setattr(dist, "world_size", lambda: 4)
     monkeypatch.setattr(dist, "rank", lambda: 3)
     monkeypatch.setattr(dist, "_context_size", 2)
-    loader = fsdp_sft_trainer.build_loader(DataConfig(micro_batch_size_per_gpu=3), RandomDocuments(), 1, pin=False)  # type: ignore[arg-type]
+    hardware = measure(torch.device("cpu"))
+    loader = fsdp_sft_trainer.build_loader(DataConfig(micro_batch_size_per_gpu=3), RandomDocuments(), 1, hardware)  # type: ignore[arg-type]
     assert (loader.rows_per_step, loader.rank, loader.world_size, loader.part, loader.parts) == (6, 1, 2, 1, 2)
 
 
@@ -186,9 +189,9 @@ def test_an_architecture_that_keeps_what_it_is_given_from_its_attention_is_a_use
 
 def test_heads_that_cannot_be_shared_out_are_a_users_error_with_the_sizes_that_do(tmp_path: Path) -> None:
     model = str(write_model(tmp_path, qwen2_config(num_attention_heads=4)))
-    check_context(ModelConfig(partial_pretrain=model, context_parallel_size=4))
+    check_context(Outline(ModelConfig(partial_pretrain=model, context_parallel_size=4)))
     with pytest.raises(UserError) as error:
-        check_context(ModelConfig(partial_pretrain=model, context_parallel_size=3))
+        check_context(Outline(ModelConfig(partial_pretrain=model, context_parallel_size=3)))
     assert "the 4 attention heads" in error.value.what and error.value.where == "model.context_parallel_size=3"
     assert error.value.fix == "set one of 1, 2, 4"
 

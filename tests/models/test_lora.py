@@ -32,11 +32,11 @@ from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
-from verl.models.adapters import files
-from verl.models.adapters.lora import add_adapters, check_adapters
+from verl.models.adapters import files, lora
+from verl.models.adapters.lora import add_adapters
 from verl.models.adapters.operators import use_operators
 from verl.models.adapters.trained_tokens import token_ids, untrained_stop_tokens
-from verl.models.load import Loaded, load_for_inference, load_for_training
+from verl.models.load import Loaded, load_for_inference, load_for_training, outline
 from verl.models.saved import export_adapter
 from verl.models.tiny import tiny_tokenizer
 from verl.trainer import fsdp_sft_trainer
@@ -261,6 +261,10 @@ def test_a_run_goes_on_from_an_adapter(adapter: Path, tied: Path, tokenizer: Qwe
     assert new.trainable_token_indices == [STOP] and new.base_model_name_or_path == str(tied)
     assert {p.dtype for p in run.engine.trained} == {torch.float32}
     run.train(3, 4)
+
+
+def check_adapters(config: ModelConfig, tokenizer: Qwen2Tokenizer) -> None:
+    lora.check_adapters(outline(config.partial_pretrain), config, tokenizer)
 
 
 @pytest.mark.parametrize(

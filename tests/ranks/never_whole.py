@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decided import decided
 from tiny import RandomDocuments
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,10 +19,8 @@ from verl.config.shared import FsdpConfig, ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
 from verl.engine import build as building
 from verl.engine.engine import Engine
-from verl.models.attention.flash import Documents
 from verl.models.load import load_tokenizer
 
-CPU = torch.device("cpu")
 ADAPTERS: dict[str, dict[str, object]] = {
     "all": {},
     "adapters": {"lora_rank": 4, "target_modules": "all-linear"},
@@ -37,7 +36,7 @@ def losses(built: building.Built, *, scores: bool) -> list[float]:
     loader = Loader(RandomDocuments(), Packing(1, 240), rows_per_step=8, seed=1, rank=dist.rank(), world_size=dist.world_size())
     steps = list(loader.steps(0, 3))
     if scores:
-        building.Base(built).score(steps[0].micro_batches)
+        building.AdapterOffReference(built).score(steps[0].micro_batches)
     return [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in steps]
 
 
@@ -48,8 +47,7 @@ def whole(model: torch.nn.Module) -> dict[str, Tensor]:
 def main(model: str, folder: str) -> None:
     dist.start()
     tokenizer, optim, found = load_tokenizer(model), OptimConfig(lr=1e-2), dict[str, Any]()
-    common: dict[str, Any] = {"total_steps": 9, "total_tokens": 1000, "device": CPU, "seed": 1}
-    chosen: dict[str, Any] = {"stop_ids": [7], "documents": Documents(30, 240), **common}
+    options: dict[str, Any] = {"stop_ids": [7], "seed": 1}
     fsdp = FsdpConfig(shard_size=2 if dist.world_size() > 1 else None)
     if dist.world_size() > 1:
         PreTrainedModel.from_pretrained = None
@@ -59,7 +57,7 @@ def main(model: str, folder: str) -> None:
         if "lora_adapter_path" in changes:
             changes = {"lora_adapter_path": str(adapter)}
         settings = ModelConfig(partial_pretrain=model, strategy="fsdp", fsdp_config=fsdp, use_liger=False, **changes)  # type: ignore[arg-type]
-        built = building.build(settings, optim, tokenizer, **chosen)
+        built = building.build(settings, optim, tokenizer, decided(settings), **options)
         with built.engine.weights.in_model():
             start = whole(built.loaded.model)
         found[name] = {"start": start, "losses": losses(built, scores="scored" in name)}
@@ -68,9 +66,9 @@ def main(model: str, folder: str) -> None:
             built.export(adapter)
         actors.append(built)
     settings = ModelConfig(partial_pretrain=model, strategy="fsdp", fsdp_config=fsdp)
-    reference = building.build_reference(settings, actors[0], CPU)
-    critic = building.build_critic(settings, optim, model, actors[0], **common)
-    reward = building.build_reward_model(settings, optim, tokenizer, padding=None, **chosen)
+    reference = building.build_reference(settings, actors[0])
+    critic = building.build_critic(settings, optim, model, actors[0], decided(settings, scores=True), seed=1)
+    reward = building.build_reward_model(settings, optim, tokenizer, decided(settings, scores=True), padding=None, **options)
     assert isinstance(reference, Engine)
     for name, scorer in (("reference", reference.scorer), ("critic", critic.engine.scorer), ("reward model", reward.engine.scorer)):
         found[name] = {"start": whole(scorer.model), "losses": []}

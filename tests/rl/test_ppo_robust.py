@@ -91,15 +91,18 @@ def other_critic(folder: Path, name: str, **changes: int) -> Path:
     return write_model(folder / name, LlamaConfig(**{"vocab_size": vocabulary, **shape, **changes}), kind=LlamaForCausalLM)
 
 
-def heads_served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+def heads_served(monkeypatch: pytest.MonkeyPatch) -> list[set[object]]:
     """The heads that attention is chosen for, each time that it is."""
-    from verl.engine import build
-    from verl.rl import roles
+    from verl.engine import decisions
 
-    served: list[tuple[object, ...]] = []
-    choose = build.choose_attention
-    for module in (build, roles):
-        monkeypatch.setattr(module, "choose_attention", lambda *words, **documents: (served.append(words[3:]), choose(*words, **documents)))
+    served: list[set[object]] = []
+    choose = decisions.choose_attention
+
+    def record(wanted: Any, hardware: Any, dtype: Any, heads: Any, workload: Any) -> Any:
+        served.append(set(heads))
+        return choose(wanted, hardware, dtype, heads, workload)
+
+    monkeypatch.setattr(decisions, "choose_attention", record)
     return served
 
 
@@ -114,12 +117,13 @@ def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monk
     path = other_critic(folder, "llama")
     train(folder, "other_critic", algorithm__name="ppo", critic__partial_pretrain=path, trainer__total_training_steps=1)
     assert looked_at == [LlamaForTokenClassification]
-    assert served[1] == (*served[0], Heads(query=2, key_value=1, size=32)) and served[0] != served[1][1:]
+    assert len(served) == 2 and served[0] == served[1]
+    assert len(served[0]) == 2 and Heads(query=2, key_value=1, size=32) in served[0]
     assert metrics_of(folder / "other_critic")[0]["critic/grad_norm"] > 0
 
     served.clear()
     train(folder, "own_critic", algorithm__name="ppo", trainer__total_training_steps=1)
-    assert len(served) == 1, "a critic like its actor asks for nothing else"
+    assert all(len(heads) == 1 for heads in served), "a critic like its actor asks for nothing else"
 
 
 def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +138,7 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     served = heads_served(monkeypatch)
     judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
     (line,) = train(folder, "judged", **judged)
-    assert served[1] == (*served[0], Heads(query=8, key_value=4, size=8)) and served[0] != served[1][1:]
+    assert [len(heads) for heads in served] == [2] and Heads(query=8, key_value=4, size=8) in served[0]
     assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
 
     monkeypatch.setattr("verl.engine.scorers.TOLERANCE", 0)

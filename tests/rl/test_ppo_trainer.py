@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decided import decided
 from rl_runs import train, words, write_folder
 from runs import Metrics, lines_of, metrics_of, timeless
 from safetensors.torch import load_file
@@ -327,16 +328,14 @@ class Lora:
 
     def __init__(self, folder: Path):
         from verl.engine.build import build
-        from verl.models.attention import flash
         from verl.rl.roles import draw_as
         from verl.rollout import Options, load_rollout
 
         config = load_config(PPOConfig, words(folder, "lora", model__lora_rank=4))
         self.tokenizer = load_tokenizer(str(folder / "model"))
         self.stop_ids = Renderer(self.tokenizer).stop_ids
-        documents = flash.Documents(100.0, 4096)
-        sizes = {"total_steps": 1, "total_tokens": 1, "documents": documents, "device": dist.start(), "seed": 1}
-        self.actor = build(config.model, config.optim, self.tokenizer, stop_ids=self.stop_ids, **sizes)  # type: ignore[arg-type]
+        dist.start()
+        self.actor = build(config.model, config.optim, self.tokenizer, decided(config.model), stop_ids=self.stop_ids, seed=1)
         draw_as(self.actor.engine, 1.0)
         for name, parameter in self.actor.engine.weights.trained.items():
             if "lora_B" in name:
@@ -365,18 +364,18 @@ def test_merged_weights_of_an_adapter_are_those_that_generate(folder: Path) -> N
 
 
 def test_the_reference_of_an_adapter_is_its_actor_without_it(folder: Path) -> None:
-    from verl.engine.build import Base, build_reference
+    from verl.engine.build import AdapterOffReference, build_reference
 
     try:
         lora = Lora(folder)
         lora.actor.engine.scorer.entropy = True  # type: ignore[assignment]
         settings = load_config(PPOConfig, words(folder, "lora", model__lora_rank=4)).model
-        base, device = build_reference(settings, lora.actor, lora.actor.engine.device), lora.actor.engine.device
-        assert isinstance(base, Base)
+        base = build_reference(settings, lora.actor)
+        assert isinstance(base, AdapterOffReference)
         prompt = Renderer(lora.tokenizer).prompt([{"role": "user", "content": "How many?"}])
         sample = Sample(Prompt("", "", [], prompt, {}), 0, prompt, prompt[:9], [True] * 9, [0.0] * 9, "", "stop", 0)
         batches = pack_samples([sample], [0], 1000).batches
-        second = build_reference(replace(settings, lora_rank=0), replace(lora.actor, adapted=None), device)
+        second = build_reference(replace(settings, lora_rank=0), replace(lora.actor, adapted=None))
         (found,), (expected,), (adapted,) = (engine.score(batches) for engine in (base, second, lora.actor.engine))
         torch.testing.assert_close(found.logprob_M, expected.logprob_M, atol=1e-6, rtol=0)
         assert (adapted.logprob_M - expected.logprob_M).abs().max() > 1e-2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decided import decided
 from engines import engine_of
 from reward_models import scores_of_transformers
 from runs import REWARD, as_words, command, metrics_of, timeless
@@ -26,7 +27,6 @@ from verl.data.loader import Loader, Packing
 from verl.demo.problems import Problem, make_problems
 from verl.engine.build import build
 from verl.errors import UserError
-from verl.models.attention import flash
 from verl.models.load import load_tokenizer
 from verl.models.tiny import tiny_tokenizer
 from verl.rewards._model import RewardModel
@@ -240,12 +240,10 @@ def test_dpo_of_an_adapter_has_the_loss_and_the_gradient_of_trl_whose_reference_
         peft_config=peft.LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     theirs = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    device = dist.start()
+    dist.start()
     try:
         model = ModelConfig(str(folder / "model"), lora_rank=4)
-        sizes: dict[str, int] = {"total_steps": 10, "total_tokens": 1000, "seed": 1}
-        of_run = {"stop_ids": pairs.stop_ids, "documents": flash.Documents(100, 512), "device": device}
-        built = build(model, OptimConfig(clip_grad=1e9), tokenizer, **sizes, **of_run)  # type: ignore[arg-type]
+        built = build(model, OptimConfig(clip_grad=1e9), tokenizer, decided(model), stop_ids=pairs.stop_ids, seed=1)
         loader = Loader(pairs, Packing(1, 512), rows_per_step=len(pairs), seed=1)
         loader = replace(loader, documents=reward_trainer.with_reference(built.engine, pairs, loader))
         mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}

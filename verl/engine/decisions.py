@@ -143,7 +143,7 @@ def decide(
         compiled=compiled,
         why=why,
         graph_tokens=_largest_recorded(outline, hardware, spread, dtype) if compiled and not scores else 0,
-        attention=_choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
+        attention=choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
         multiple_of_tokens=multiple_of_tokens(hardware),
     )
 
@@ -282,7 +282,7 @@ def _largest_recorded(outline: Outline, hardware: Hardware, spread: Spread, dtyp
 # Which attention.
 
 
-def _choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload) -> AttentionChoice:
+def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload) -> AttentionChoice:
     """What this process calls in half precision.
 
     Raises:

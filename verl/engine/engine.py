@@ -55,7 +55,7 @@ class Engine:
         if config is None:
             scorer.requires_grad_(False)
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
-        self.cuda_graphs = CapturedBackward(scorer, device, graph_tokens) if graph_tokens else None
+        self.captured = CapturedBackward(scorer, device, graph_tokens) if graph_tokens else None
         self.trained = list(self.weights.trained.values())
         if config is not None:
             self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
@@ -100,8 +100,8 @@ class Engine:
         for number, batch in enumerate(micro_batches):
             self.weights.begin(last=number == len(micro_batches) - 1)
             found = None
-            if self.cuda_graphs is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
-                found = self.cuda_graphs.backward(batch, algorithm, scale)
+            if self.captured is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
+                found = self.captured.backward(batch, algorithm, scale)
             results.append(found if found is not None else self._backward(batch, algorithm, scale))
             self.weights.collect()
         return self._metrics(results, totals)

@@ -103,7 +103,8 @@ class Outline:
             scores: of a model that gives one number for a token in place of a distribution. It has no adapters.
         """
         if scores:
-            return training_flops(self.model)(tokens, 0) + 6.0 * self.model.config.get_text_config().hidden_size * tokens
+            hidden_size: int = self.model.config.get_text_config().hidden_size
+            return training_flops(self.model)(tokens, 0) + 6.0 * hidden_size * tokens
         return training_flops(self.adapted)(tokens, tokens)
 
 

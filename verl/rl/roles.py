@@ -95,7 +95,7 @@ def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: 
     """
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     workload = Workload(
-        total_steps=total_steps * method.settings.updates_per_step,
+        total_steps=total_steps * method.shared.updates_per_step,
         total_tokens=total_steps * tokens_per_step,
         document_tokens=float(longest_sample(config)),
         token_budget=token_budget_of_answers(config),
