@@ -120,8 +120,8 @@ def test_a_prompt_of_one_token_needs_no_prefill() -> None:
 def test_prompts_are_prefilled_in_batches_of_so_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 7)
     long = tuple(range(20))
-    admission = admitted(scheduler_of(A, C, B, long, (5, 5), slots=5))
-    assert [[prefill.prompt for prefill in batch] for batch in admission.prefills] == [[A, C], [B], [long], [(5, 5)]]
+    admission = admitted(scheduler_of(A, C, B, long, (5, 5), (6, 6), slots=6))
+    assert [[prefill.prompt for prefill in batch] for batch in admission.prefills] == [[A, C], [B], [long], [(5, 5), (6, 6)]]
 
 
 def test_no_step_is_taken_that_no_answer_can_need() -> None:

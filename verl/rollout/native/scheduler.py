@@ -109,7 +109,7 @@ class Scheduler:
         if not self._queue:
             return None
         free = [slot for slot in range(self._slots) if slot >= len(self._running) or self._running[slot] is None]
-        if len(free) < self._enough() and any(self._running):
+        if len(free) < self._enough():
             return None
         seated = self._seat(free, [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))])
         self._running += [None] * (max(slot for slot, _ in seated) + 1 - len(self._running))
@@ -118,7 +118,7 @@ class Scheduler:
         return self._plan(seated)
 
     def _enough(self) -> int:
-        """Free slots that are worth a prefill."""
+        """Free slots that are worth a prefill; all slots are always enough."""
         return max(1, min(self._slots // ADMISSION_SHARE, len(self._queue))) if self._on_gpu else 1
 
     def _seat(self, free: list[int], requests: list[Request]) -> list[tuple[int, Request]]:
@@ -135,7 +135,7 @@ class Scheduler:
         """How the prompts' keys and values get into the slots: they are there, another slot has them, or the model computes them."""
         missing = [(slot, request.prompt) for slot, request in seated if self._prompts.get(slot) != request.prompt]
         for slot, _ in missing:
-            self._prompts.pop(slot, None)
+            self._prompts.pop(slot, None)  # it is overwritten
         holder = {prompt: slot for slot, prompt in self._prompts.items()}
         copies: list[tuple[int, int]] = []
         targets: dict[Prompt, list[int]] = {}
