@@ -42,7 +42,7 @@ def fine_tune(folder: Path, steps: int) -> Path:
         "data.train_batch_size=16 data.max_length=256 data.max_tokens_per_micro_batch=4096 model.enable_gradient_checkpointing=false "
         "optim.lr=2e-3 optim.lr_scheduler=linear trainer.save_freq=-1"
     )
-    return run(lambda: fsdp_sft_trainer.run(load_config(SFTConfig, words.split())))
+    return run(lambda: fsdp_sft_trainer.train(load_config(SFTConfig, words.split())))
 
 
 def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
@@ -53,7 +53,7 @@ def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
         "rollout.temperature=0.7 algorithm.name=grpo algorithm.keep_reference=false optim.lr=1e-4 optim.betas=[0.9,0.99] "
         "model.enable_gradient_checkpointing=false"
     )
-    return run(lambda: ppo_trainer.run(load_config(PPOConfig, words.split())))
+    return run(lambda: ppo_trainer.train(load_config(PPOConfig, words.split())))
 
 
 def run(train: Callable[[], Path | None]) -> Path:

@@ -118,7 +118,7 @@ def fine_tune(config: DemoConfig) -> Path:
     ]
     show_command("verl.trainer.fsdp_sft_trainer", words)
     try:
-        return fsdp_sft_trainer.run(load_config(SFTConfig, words))
+        return fsdp_sft_trainer.train(load_config(SFTConfig, words))
     finally:
         dist.stop()
 
@@ -149,7 +149,7 @@ def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
     ]
     show_command("verl.trainer.ppo_trainer", words)
     try:
-        last = ppo_trainer.run(load_config(PPOConfig, words))
+        last = ppo_trainer.train(load_config(PPOConfig, words))
     finally:
         dist.stop()
     assert last is not None  # this process trains

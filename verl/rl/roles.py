@@ -84,7 +84,7 @@ def build_roles(
     *,
     total_steps: int,
     device: torch.device,
-    this: Run,
+    run: Run,
 ) -> Roles:
     """Load every model of the run.
 
@@ -93,12 +93,12 @@ def build_roles(
     Raises:
         UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
     """
-    say_of_dropout(config, this)
+    say_of_dropout(config, run)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     trained = config.model.lora_adapter_path or config.model.partial_pretrain
     check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
-    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=this.say)
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=device, say=run.say)
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     documents = flash.Documents(float(longest_sample(config)), token_budget(config))
     options: dict[str, Any] = {
@@ -148,12 +148,12 @@ def serve_all(config: PPOConfig, actor: Built, critic: Critic | None, scorer: Sc
         choose_attention(config.model.attn_implementation, engine.device, engine.compute_dtype, *heads, documents=documents)
 
 
-def say_of_dropout(config: PPOConfig, this: Run) -> None:
+def say_of_dropout(config: PPOConfig, run: Run) -> None:
     """Say it where the actor goes on from an adapter that was tuned with dropout."""
     path = config.model.lora_adapter_path
     share = 0.0 if path is None else (read_adapter_config(path) or {}).get("lora_dropout") or 0.0
     if share > 0:
-        this.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
+        run.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
 
 
 def without_dropout(engine: Engine) -> None:

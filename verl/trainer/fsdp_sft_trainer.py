@@ -2,7 +2,7 @@
 
     python -m verl.trainer.fsdp_sft_trainer data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
 
-The same command under `torchrun` uses several processes. `run` and `train_loop` are the whole way; read them first.
+The same command under `torchrun` uses several processes. `train` and `train_loop` are the whole way; read them first.
 """
 
 import sys
@@ -32,7 +32,7 @@ from verl.trainer.loop import train_loop
 from verl.trainer.resume import find_checkpoint, start_position
 
 
-def run(config: SFTConfig) -> Path:
+def train(config: SFTConfig) -> Path:
     """Train as the config says.
 
     Returns:
@@ -42,21 +42,21 @@ def run(config: SFTConfig) -> Path:
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     dist.share_micro_batches(config.model.context_parallel_size)
-    with Run(config) as this:
-        resume_from = find_checkpoint(config.trainer, this)
+    with Run(config) as run:
+        resume_from = find_checkpoint(config.trainer, run)
         model = config.model
         tokenizer = read_tokenizer(config)
         choose_spread(model, device)  # here for its errors, before the data is read
-        train, validation = load_data(config.data, tokenizer, this)
+        train, validation = load_data(config.data, tokenizer, run)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
         if resume_from is not None and start.step >= total_steps:
-            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
+            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
-        this.start_logging(start.step, total_steps)
-        warn_of_memory(config, train, device, this)
+        run.start_logging(start.step, total_steps)
+        warn_of_memory(config, train, device, run)
         tokens = int(train.lengths_N.sum())
         built = build(
             model,
@@ -70,10 +70,10 @@ def run(config: SFTConfig) -> Path:
             device=device,
             seed=config.trainer.seed,
         )
-        this.say(f"{built.describe()}\n{describe_plan(loader, total_steps)}; into {this.directory}")
+        run.say(f"{built.describe()}\n{describe_plan(loader, total_steps)}; into {run.directory}")
         if resume_from is not None:
             checkpoint.load(resume_from, built.engine)
-        return train_loop(config, sft, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+        return train_loop(config, sft, loader, validation, built, start, total_steps, run) or resume_from or run.directory
 
 
 def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
@@ -82,7 +82,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     Args:
         gpus: of the run, which need not be here; None: as many as there are processes.
     Raises:
-        UserError: as `run`.
+        UserError: as `train`.
     """
     device = dist.start()
     quiet_libraries()
@@ -92,7 +92,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
         print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
 
 
-def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, this: Run) -> None:
+def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, run: Run) -> None:
     """Say it before anything is loaded if the GPU is likely to be too small.
 
     Raises:
@@ -101,12 +101,12 @@ def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, th
     gpu_gib = memory_of(device)
     if gpu_gib is not None:
         plan = make_plan(config, train, gpus=dist.world_size(), gpu_gib=gpu_gib)
-        dist.together(lambda: say_if(check_room(plan, config, train), this))
+        dist.together(lambda: say_if(check_room(plan, config, train), run))
 
 
-def say_if(text: str | None, this: Run) -> None:
+def say_if(text: str | None, run: Run) -> None:
     if text is not None:
-        this.say(text)
+        run.say(text)
 
 
 def memory_of(device: torch.device) -> float | None:
@@ -144,7 +144,7 @@ def describe_plan(loader: Loader, total_steps: int) -> str:
 def main(argv: list[str]) -> None:
     try:
         config = load_config(SFTConfig, argv)
-        dry_run(config) if config.trainer.dry_run else run(config)
+        dry_run(config) if config.trainer.dry_run else train(config)
     finally:
         dist.stop()
 

@@ -39,19 +39,19 @@ def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig) -> PreTr
     return tokenizer
 
 
-def load_data(data: DataConfig | PairsConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Documents, Documents | None]:
+def load_data(data: DataConfig | PairsConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Documents, Documents | None]:
     """Tokenized training and validation rows; each node's first process makes the cache, the others read it."""
 
     def load(kind: str, max_samples: int | None) -> Documents:
         documents, key = load_rows(data, kind, max_samples, tokenizer), f"data.{kind}_files"
         first = dist.from_main(documents.fingerprint)
         dist.together(lambda: check_same_rows(documents.fingerprint, first, key))
-        this.say(f"{key}: {documents.report}")
+        run.say(f"{key}: {documents.report}")
         return documents
 
     train = load("train", data.train_max_samples)
     validation = None if data.val_files is None else load("val", data.val_max_samples)
-    this.show(partial(show_first_row, tokenizer, *train.document(0)))
+    run.show(partial(show_first_row, tokenizer, *train.document(0)))
     return train, validation
 
 

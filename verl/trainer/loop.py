@@ -31,34 +31,34 @@ def train_loop(
     built: Built,
     start: Position,
     total_steps: int,
-    this: Run,
+    run: Run,
 ) -> Path | None:
     """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
     engine, meter, saved = built.engine, Meter(built.engine, start), None
-    for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, this):
+    for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, run):
         meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
-        ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, this.should_stop()
+        ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, run.should_stop()
         validates = not stop and due(config.trainer.test_freq, done, ends_epoch, last)
         saves = due(config.trainer.save_freq, done, ends_epoch, last or stop)
         if note := built.compiler.note():
-            this.say(f"step {done}: {note}")
+            run.say(f"step {done}: {note}")
         # Between pauses a step's metrics are read while the next one runs, so that the GPU never waits for the host.
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
                 metrics |= validate(engine, algorithm, validation, loader)
-            this.log(number, metrics)
+            run.log(number, metrics)
         if ends_epoch:
-            this.say(meter.end_epoch(step.epoch))
+            run.say(meter.end_epoch(step.epoch))
         if saves:
             here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
-            saved = checkpoint.save(this.directory, engine, here, built.export)
-            checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
-            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
-            this.say(f"saved {saved}")
+            saved = checkpoint.save(run.directory, engine, here, built.export)
+            checkpoint.prune(run.directory, config.trainer.max_ckpt_to_keep)
+            run.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
+            run.say(f"saved {saved}")
         if stop:
-            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
+            run.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
         if pause:
             meter.start()
     return saved

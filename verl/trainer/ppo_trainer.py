@@ -2,7 +2,7 @@
 
     python -m verl.trainer.ppo_trainer data.train_files=train.jsonl model.partial_pretrain=checkpoints/verl-sft/run/global_step_100
 
-The same command under `torchrun` uses several processes. `run` and `train_loop` are the whole way; read them first.
+The same command under `torchrun` uses several processes. `train` and `train_loop` are the whole way; read them first.
 """
 
 import sys
@@ -40,7 +40,7 @@ from verl.trainer.profile import profiled
 from verl.trainer.resume import find_checkpoint, start_position
 
 
-def run(config: PPOConfig) -> Path | None:
+def train(config: PPOConfig) -> Path | None:
     """Train as the config says.
 
     Returns:
@@ -56,37 +56,37 @@ def run(config: PPOConfig) -> Path | None:
     if bridge is not None and not bridge.trains:
         generate_for_others(config, bridge)
         return None
-    with Run(config) as this:
-        resume_from = find_checkpoint(config.trainer, this)
+    with Run(config) as run:
+        resume_from = find_checkpoint(config.trainer, run)
         tokenizer = read_tokenizer(config)
-        prompts, validation = load_data(config, tokenizer, this)
+        prompts, validation = load_data(config, tokenizer, run)
         fresh = Position(0, 0, 0, len(prompts), config.data.prompts_per_step, config.trainer.seed, prompts.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = steps_of(config, prompts)
         if resume_from is not None and start.step >= total_steps:
-            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
+            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
-        this.start_logging(start.step, total_steps)
-        roles = build_roles(config, method, tokenizer, prompts, bridge, total_steps=total_steps, device=device, this=this)
-        this.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
-        this.say(f"{describe_plan(config, total_steps)}; into {this.directory}")
+        run.start_logging(start.step, total_steps)
+        roles = build_roles(config, method, tokenizer, prompts, bridge, total_steps=total_steps, device=device, run=run)
+        run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
+        run.say(f"{describe_plan(config, total_steps)}; into {run.directory}")
         if resume_from is not None:
             checkpoint.load(resume_from, roles.actor.engine, roles.critic)
         roles.publish(start.step)
         try:
-            saved = train_loop(config, method, prompts, validation, roles, start, total_steps, this)
+            saved = train_loop(config, method, prompts, validation, roles, start, total_steps, run)
         except SystemExit:  # of a signal: every process has left the loop after the same step
             roles.answerer.rollout.close()
             raise
         roles.answerer.rollout.close()
-        return saved or resume_from or this.directory
+        return saved or resume_from or run.directory
 
 
 def dry_run(config: PPOConfig) -> None:
     """Print what the run would do. Nothing is written, and no weights are read.
 
     Raises:
-        UserError: as `run`, as far as it can be known before.
+        UserError: as `train`, as far as it can be known before.
     """
     dist.start()
     quiet_libraries()
@@ -106,14 +106,14 @@ def train_loop(
     roles: Roles,
     start: Position,
     total_steps: int,
-    this: Run,
+    run: Run,
 ) -> Path | None:
     """Every step: answer, score, learn, update; log; when due, validate and save. Returns the last checkpoint that it wrote, if any."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
-    clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, this), start, None
+    clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, run), start, None
     if validation is not None and start.step == 0:
-        this.log(0, validate(roles, validation, 0, this))
-    for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, this, number=int):
+        run.log(0, validate(roles, validation, 0, run))
+    for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, method.settings, clock)
@@ -135,27 +135,27 @@ def train_loop(
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
         here = replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef)
-        last, stop = done == total_steps, this.should_stop()
+        last, stop = done == total_steps, run.should_stop()
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
-                metrics |= validate(roles, validation, done, this)
-        tell(collected, method, done, this)
+                metrics |= validate(roles, validation, done, run)
+        tell(collected, method, done, run)
         written = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             with clock.phase("save"):
-                written = saved = checkpoint.save(this.directory, actor, here, roles.actor.export, critic)
+                written = saved = checkpoint.save(run.directory, actor, here, roles.actor.export, critic)
         lr = actor.learning_rate(step * updates.per_step)
-        this.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
+        run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
         if written is not None:
-            checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
-            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": written.name, "metrics": metrics})
-            this.say(f"saved {written}")
+            checkpoint.prune(run.directory, config.trainer.max_ckpt_to_keep)
+            run.keep_state({"step": done, "total_steps": total_steps, "checkpoint": written.name, "metrics": metrics})
+            run.say(f"saved {written}")
         if stop:
-            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
+            run.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
     return saved
 
 
-def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[str, float]:
+def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str, float]:
     """Greedy answers to the validation prompts, scored as in training: the mean of the whole reward, and of each grader.
 
     That of the first grader which compares answers with right ones is `val/exact_match`, as the evaluator has it.
@@ -168,8 +168,8 @@ def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[st
     for place, sample in enumerate(samples):
         sample.group = dist.rank() + place * dist.world_size()
     scored = roles.answerer.score(samples)
-    write_samples(this.directory, f"validation_{step}", samples)
-    say_errors(scored, f"validation after step {step}", this)
+    write_samples(run.directory, f"validation_{step}", samples)
+    say_errors(scored, f"validation after step {step}", run)
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
@@ -177,27 +177,27 @@ def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[st
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
-def tell(collected: Collected, method: Method, step: int, this: Run) -> None:
+def tell(collected: Collected, method: Method, step: int, run: Run) -> None:
     """Write the step's answers out, and say what is odd about them. Every rank calls it."""
-    write_samples(this.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
+    write_samples(run.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
-        say_errors(scored, f"step {step}", this)
+        say_errors(scored, f"step {step}", run)
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
-        this.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
+        run.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
     elif collected.groups == collected.without_spread and method.needs_groups:
-        this.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
+        run.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
     elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
-        this.say(f"warning: step {step}: all answers earned the same")
+        run.say(f"warning: step {step}: all answers earned the same")
 
 
-def say_errors(scored: Scored, place: str, this: Run) -> None:
+def say_errors(scored: Scored, place: str, run: Run) -> None:
     """Say which rewards failed, on all ranks, and count as 0. Every rank calls it."""
     everywhere = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank])
     if (errors := everywhere.describe_errors()) is not None:
-        this.say(f"{place}: {errors}")
+        run.say(f"{place}: {errors}")
 
 
-def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Prompts, Prompts | None]:
+def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Prompts, Prompts | None]:
     """Training and validation prompts, the same on every rank."""
 
     def load(kind: str, max_samples: int | None) -> Prompts:
@@ -207,7 +207,7 @@ def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, this: Run) 
         dist.together(lambda: found.append(load_prompts(config.data, files, tokenizer, key=key, max_samples=max_samples)))
         first = dist.from_main(found[0].fingerprint)
         dist.together(lambda: check_same_rows(found[0].fingerprint, first, key))
-        this.say(f"{key}: {found[0]}")
+        run.say(f"{key}: {found[0]}")
         return found[0]
 
     train = load("train", config.data.train_max_samples)
@@ -254,7 +254,7 @@ def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
 def main(argv: list[str]) -> None:
     try:
         config = load_config(PPOConfig, argv)
-        dry_run(config) if config.trainer.dry_run else run(config)
+        dry_run(config) if config.trainer.dry_run else train(config)
     finally:
         dist.stop()
 

@@ -10,26 +10,26 @@ from verl.errors import UserError
 from verl.run import Run
 
 
-def find_checkpoint(config: TrainerConfig, this: Run) -> Path | None:
+def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
     """The checkpoint to go on from; says so, as the run's first line.
 
     Raises:
         UserError: the named one is damaged, or all in the run's directory are.
     """
-    root = this.directory
+    root = run.directory
     checkpoint.remove_unfinished(root)
     if config.resume_mode == "disable":
-        this.say("starting anew (trainer.resume_mode=disable)")
+        run.say("starting anew (trainer.resume_mode=disable)")
         return None
     if config.resume_mode == "auto":
-        found = checkpoint.newest(root, this.say)
-        this.say(f"going on from {found}" if found else f"starting anew: no checkpoint in {root} (trainer.resume_mode=auto)")
+        found = checkpoint.newest(root, run.say)
+        run.say(f"going on from {found}" if found else f"starting anew: no checkpoint in {root} (trainer.resume_mode=auto)")
         return found
     named = Path(str(config.resume_from_path)).expanduser()
     damage = dist.from_main(checkpoint.find_damage(named) if dist.is_main() else None)
     if damage is not None:
         raise UserError(damage, where=f"trainer.resume_from_path={named}", fix="give a whole global_step_N directory")
-    this.say(f"going on from {named} (trainer.resume_mode=resume_path)")
+    run.say(f"going on from {named} (trainer.resume_mode=resume_path)")
     return named
 
 

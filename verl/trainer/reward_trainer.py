@@ -3,7 +3,7 @@
     python -m verl.trainer.reward_trainer data.train_files=pairs.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
     python -m verl.trainer.reward_trainer algorithm.name=dpo data.train_files=pairs.jsonl model.partial_pretrain=checkpoints/…/global_step_N
 
-The same command under `torchrun` uses several processes. `run` is the whole way; its steps are those of fine-tuning.
+The same command under `torchrun` uses several processes. `train` is the whole way; its steps are those of fine-tuning.
 """
 
 import sys
@@ -35,7 +35,7 @@ from verl.trainer.loop import VALIDATION_ROWS, train_loop
 from verl.trainer.resume import find_checkpoint, start_position
 
 
-def run(config: RewardTrainerConfig) -> Path:
+def train(config: RewardTrainerConfig) -> Path:
     """Train as the config says.
 
     Returns:
@@ -44,38 +44,38 @@ def run(config: RewardTrainerConfig) -> Path:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
-    with Run(config) as this:
-        resume_from = find_checkpoint(config.trainer, this)
+    with Run(config) as run:
+        resume_from = find_checkpoint(config.trainer, run)
         tokenizer = read_tokenizer(config)
         choose_spread(config.model, device)  # here for its errors, before the data is read
-        train, validation = load_data(config.data, tokenizer, this)
+        train, validation = load_data(config.data, tokenizer, run)
         loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
         fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
         start = start_position(fresh, resume_from)
         total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
         if resume_from is not None and start.step >= total_steps:
-            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
+            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
             return resume_from
-        this.start_logging(start.step, total_steps)
+        run.start_logging(start.step, total_steps)
         built = build_for(config, tokenizer, train, loader, total_steps, device)
-        this.say(f"{built.describe()}\n{describe_plan(config, loader, total_steps)}; into {this.directory}")
+        run.say(f"{built.describe()}\n{describe_plan(config, loader, total_steps)}; into {run.directory}")
         algorithm: Algorithm = bradley_terry
         if config.algorithm.name == "dpo":
             # The weights are still those that the run starts from, also where it goes on from a checkpoint: the reference's.
-            this.say("reference: the model that this run starts from; computing what it says of all pairs")
+            run.say("reference: the model that this run starts from; computing what it says of all pairs")
             algorithm, engine = dpo.Loss(config.algorithm.beta, config.algorithm.label_smoothing), built.engine
             loader = replace(loader, documents=with_reference(engine, train, loader, steps=min(total_steps, loader.steps_per_epoch)))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
         if resume_from is not None:
             checkpoint.load(resume_from, built.engine)
-        return train_loop(config, algorithm, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+        return train_loop(config, algorithm, loader, validation, built, start, total_steps, run) or resume_from or run.directory
 
 
 def dry_run(config: RewardTrainerConfig) -> None:
     """Print what the run would do. Nothing is written but the cache of tokenized rows, and no weights are read.
 
     Raises:
-        UserError: as `run`.
+        UserError: as `train`.
     """
     dist.start()
     quiet_libraries()
@@ -169,7 +169,7 @@ def describe_plan(config: RewardTrainerConfig, loader: Loader, total_steps: int)
 def main(argv: list[str]) -> None:
     try:
         config = load_config(RewardTrainerConfig, argv)
-        dry_run(config) if config.trainer.dry_run else run(config)
+        dry_run(config) if config.trainer.dry_run else train(config)
     finally:
         dist.stop()
 
