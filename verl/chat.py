@@ -15,7 +15,7 @@ from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
 from verl.models.load import load_tokenizer
 from verl.rollout import Options, Rollout, Sampling, generate_aloud, load_rollout
-from verl.run import quiet_libraries
+from verl.session import quiet_libraries
 
 HELP = "/reset forgets the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
 # What a model writes must not steer the terminal: of the control characters only the tab and the line end are shown.
@@ -132,13 +132,13 @@ def prepare_terminal() -> None:
 
 def main(argv: list[str]) -> None:
     """`DIR key=value …`; the directory may also be written as model_path=DIR."""
-    quiet_libraries()
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
         argv = [f"model_path={argv[0]}", *argv[1:]]
     config = load_config(ChatConfig, argv)
     prepare_terminal()
     try:
-        talk(open_chat(config))
+        with quiet_libraries():
+            talk(open_chat(config))
     except KeyboardInterrupt:  # while it was loading
         raise SystemExit(130) from None
 

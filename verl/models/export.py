@@ -24,7 +24,7 @@ from verl.models.adapters import files
 from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
 from verl.models.prompt_format import read_format
 from verl.models.saved import export_model
-from verl.run import quiet_libraries
+from verl.session import session
 
 PROBE = [
     {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
@@ -38,6 +38,7 @@ LOST = 0.7
 ROUNDING_SHARE = {torch.float32: SAME_SHARE, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
+@session()
 def export(config: ExportConfig) -> Path:
     """Write the checkpoint as the config says; nothing is left behind if that cannot be done.
 
@@ -262,7 +263,6 @@ def keyed(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """`SRC DIR key=value …`; they may also be written as source=SRC directory=DIR."""
-    quiet_libraries()
     try:
         export(load_config(ExportConfig, keyed(argv)))
     except KeyboardInterrupt:

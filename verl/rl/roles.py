@@ -26,8 +26,8 @@ from verl.rewards._model import check_scores
 from verl.rewards._scoring import Scorer, load_graders
 from verl.rl.answering import Answerer
 from verl.rl.method import Method
-from verl.rl.remote_rollout import Bridge, RemoteRollout
-from verl.rollout import Options, Rollout, load_rollout, share
+from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
+from verl.rollout import Rollout, load_rollout, share
 from verl.run import Run
 
 
@@ -181,17 +181,6 @@ def build_rollout(
     return load_rollout(name, path, tokenizer, stop_ids, options)
 
 
-def rollout_options(config: PPOConfig) -> Options:
-    return Options(
-        max_sequences=config.rollout.max_sequences,
-        max_positions=longest_sample(config),
-        url=config.rollout.url,
-        weights_folder=config.rollout.weights_folder,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-
-
 def token_budget(config: PPOConfig) -> int:
     """Tokens of a micro-batch, at most."""
     return config.data.max_tokens_per_micro_batch or max(16384, longest_sample(config))
@@ -236,12 +225,12 @@ def check_positions(config: PPOConfig, rollout: Rollout) -> None:
         )
 
 
-def describe_plan(config: PPOConfig, total_steps: int) -> str:
+def describe_steps(config: PPOConfig, total_steps: int) -> str:
     """The arithmetic of a step, for the run's first lines."""
     prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
     many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
     return (
-        f"plan: {total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
+        f"{total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
         f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
         f"in micro-batches of up to {token_budget(config):,} on each of {many}"

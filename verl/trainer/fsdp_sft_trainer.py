@@ -6,7 +6,6 @@ The same command under `torchrun` uses several processes. `train` and `train_loo
 """
 
 import sys
-from pathlib import Path
 
 import torch
 
@@ -17,65 +16,64 @@ from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, Packing
 from verl.data.pack import TILE
+from verl.data.tables import Columns
 from verl.engine import checkpoint
 from verl.engine.build import build, choose_spread
-from verl.engine.checkpoint import Position
 from verl.errors import exit_on_user_error
 from verl.models.attention import flash
 from verl.models.prompt_format import system_prompts
 from verl.plan.memory import GIB
 from verl.plan.plan import make_plan
 from verl.plan.report import check_room, describe
-from verl.run import Run, quiet_libraries
+from verl.run import Run, TrainResult
+from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import train_loop
-from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.resume import begin, find_checkpoint
 
 
-def train(config: SFTConfig) -> Path:
+@session()
+def train(config: SFTConfig) -> TrainResult:
     """Train as the config says.
 
-    Returns:
-        the last checkpoint's directory.
     Raises:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
+        Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     dist.share_micro_batches(config.model.context_parallel_size)
     with Run(config) as run:
-        resume_from = find_checkpoint(config.trainer, run)
-        model = config.model
-        tokenizer = read_tokenizer(config)
-        choose_spread(model, device)  # here for its errors, before the data is read
-        train, validation = load_data(config.data, tokenizer, run)
-        loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
-        fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
-        start = start_position(fresh, resume_from)
-        total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
-        if resume_from is not None and start.step >= total_steps:
-            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
-            return resume_from
-        run.start_logging(start.step, total_steps)
-        warn_of_memory(config, train, device, run)
-        tokens = int(train.lengths_N.sum())
+        run.checkpoint = find_checkpoint(config.trainer, run)
+        tokenizer = read_tokenizer(config.model, config.data.chat_template)
+        choose_spread(config.model, device)  # here for its errors, before the data is read
+        documents, validation = load_data(config.data, Columns.of(config.data), tokenizer, run)
+        loader = build_loader(config.data, documents, config.trainer.seed, pin=device.type == "cuda")
+        total_steps = loader.total_steps(config.trainer)
+        start = begin(config.trainer, run, documents, loader.rows_per_step, total_steps)
+        if start is None:
+            return run.result()
+        warn_of_memory(config, documents, device, run)
+        tokens = int(documents.lengths_N.sum())
         built = build(
-            model,
+            config.model,
             config.optim,
             tokenizer,
-            stop_ids=train.stop_ids,
+            stop_ids=documents.stop_ids,
             system_prompts=system_prompts(config.data),
             total_steps=total_steps,
             total_tokens=tokens * total_steps // loader.steps_per_epoch,
-            documents=flash.Documents(float((train.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),
+            documents=flash.Documents(float((documents.lengths_N.astype(float) ** 2).sum() / tokens), loader.packing.token_budget or 0),
             device=device,
             seed=config.trainer.seed,
         )
-        run.say(f"{built.describe()}\n{describe_plan(loader, total_steps)}; into {run.directory}")
-        if resume_from is not None:
-            checkpoint.load(resume_from, built.engine)
-        return train_loop(config, sft, loader, validation, built, start, total_steps, run) or resume_from or run.directory
+        run.say(f"{built.describe()}\nplan: {loader.describe(total_steps)}; into {run.directory}")
+        if run.checkpoint is not None:
+            checkpoint.load(run.checkpoint, built.engine)
+        train_loop(config.trainer, sft, loader, validation, built, start, run)
+        return run.result()
 
 
+@session()
 def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     """Print what the run would take. Nothing is written but the cache of tokenized rows, and no weights are read.
 
@@ -85,11 +83,10 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
         UserError: as `train`.
     """
     device = dist.start()
-    quiet_libraries()
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
-    plan = make_plan(config, train, gpus=gpus or dist.world_size(), gpu_gib=memory_of(device))
+    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(config.model, config.data.chat_template))
+    plan = make_plan(config, documents, gpus=gpus or dist.world_size(), gpu_gib=memory_of(device))
     if dist.is_main():
-        print(f"data.train_files: {train.report}\n{describe(plan, config, train)}", flush=True)
+        print(f"data.train_files: {documents.report}\n{describe(plan, config, documents)}", flush=True)
 
 
 def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, run: Run) -> None:
@@ -130,23 +127,9 @@ def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) ->
     )
 
 
-def describe_plan(loader: Loader, total_steps: int) -> str:
-    packing = loader.packing
-    many = loader.world_size > 1
-    owners = ("processes" if many else "process") if loader.parts == 1 else f"group{'s' if many else ''} of {loader.parts} processes"
-    budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
-    return (
-        f"plan: {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} rows, "
-        f"in micro-batches of {budget} on each of {loader.world_size} {owners}"
-    )
-
-
 def main(argv: list[str]) -> None:
-    try:
-        config = load_config(SFTConfig, argv)
-        dry_run(config) if config.trainer.dry_run else train(config)
-    finally:
-        dist.stop()
+    config = load_config(SFTConfig, argv)
+    dry_run(config) if config.trainer.dry_run else train(config)
 
 
 if __name__ == "__main__":

@@ -10,43 +10,42 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
 from verl.data.pack import TILE
 from verl.data.prompts import Prompts, load_prompts
-from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
-from verl.errors import UserError, exit_on_user_error
+from verl.errors import Stopped, UserError, exit_on_user_error
 from verl.rewards._scoring import Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
 from verl.rl.experience import in_micro_batches
-from verl.rl.mapping import Layout, choose_layout
+from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
-from verl.rl.remote_rollout import Bridge, serve
-from verl.rl.roles import Roles, build_roles, check_names, describe_plan, rollout_options, token_budget
+from verl.rl.prompts import read_prompts
+from verl.rl.remote_rollout import divide, generate_for_others
+from verl.rl.roles import Roles, build_roles, check_names, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
-from verl.rollout import load_rollout
-from verl.run import Run, ignore_first_signals, quiet_libraries
-from verl.trainer.inputs import check_same_rows, read_tokenizer
-from verl.trainer.loop import due
+from verl.run import Run, TrainResult
+from verl.session import session
+from verl.trainer.inputs import read_tokenizer
+from verl.trainer.loop import due, keep
 from verl.trainer.profile import profiled
-from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.resume import begin, find_checkpoint
 
 
-def train(config: PPOConfig) -> Path | None:
-    """Train as the config says.
+@session()
+def train(config: PPOConfig) -> TrainResult:
+    """Train as the config says. Of processes that only generate, the result is empty.
 
-    Returns:
-        the last checkpoint's directory; None on processes that only generate.
     Raises:
         UserError: anything in the config, the data, the models, the rewards or the checkpoint that is not right.
+        Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     method = load_method(config)
@@ -54,34 +53,32 @@ def train(config: PPOConfig) -> Path | None:
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
-        generate_for_others(config, bridge)
-        return None
+        generate_for_others(config, bridge, read_tokenizer(config.model, config.data.chat_template))
+        return TrainResult(None, Path(config.trainer.default_local_dir).expanduser(), [])
     with Run(config) as run:
-        resume_from = find_checkpoint(config.trainer, run)
-        tokenizer = read_tokenizer(config)
-        prompts, validation = load_data(config, tokenizer, run)
-        fresh = Position(0, 0, 0, len(prompts), config.data.prompts_per_step, config.trainer.seed, prompts.fingerprint)
-        start = start_position(fresh, resume_from)
+        run.checkpoint = find_checkpoint(config.trainer, run)
+        tokenizer = read_tokenizer(config.model, config.data.chat_template)
+        prompts, validation = read_prompts(config.data, tokenizer, run)
         total_steps = steps_of(config, prompts)
-        if resume_from is not None and start.step >= total_steps:
-            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
-            return resume_from
-        run.start_logging(start.step, total_steps)
+        start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
+        if start is None:
+            return run.result()
         roles = build_roles(config, method, tokenizer, prompts, bridge, total_steps=total_steps, device=device, run=run)
         run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
-        run.say(f"{describe_plan(config, total_steps)}; into {run.directory}")
-        if resume_from is not None:
-            checkpoint.load(resume_from, roles.actor.engine, roles.critic)
+        run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}")
+        if run.checkpoint is not None:
+            checkpoint.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
         try:
-            saved = train_loop(config, method, prompts, validation, roles, start, total_steps, run)
-        except SystemExit:  # of a signal: every process has left the loop after the same step
+            train_loop(config, method, prompts, validation, roles, start, run)
+        except Stopped:  # every process has left the loop after the same step
             roles.answerer.rollout.close()
             raise
         roles.answerer.rollout.close()
-        return saved or resume_from or run.directory
+        return run.result()
 
 
+@session()
 def dry_run(config: PPOConfig) -> None:
     """Print what the run would do. Nothing is written, and no weights are read.
 
@@ -89,13 +86,13 @@ def dry_run(config: PPOConfig) -> None:
         UserError: as `train`, as far as it can be known before.
     """
     dist.start()
-    quiet_libraries()
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
     check_names(config, method)
-    prompts = load_prompts(config.data, config.data.train_files, read_tokenizer(config), max_samples=config.data.train_max_samples)
+    tokenizer = read_tokenizer(config.model, config.data.chat_template)
+    prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
     if dist.is_main():
-        plan = describe_plan(config, steps_of(config, prompts))
-        print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\n{plan}", flush=True)
+        plan = describe_steps(config, steps_of(config, prompts))
+        print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\nplan: {plan}", flush=True)
 
 
 def train_loop(
@@ -105,15 +102,14 @@ def train_loop(
     validation: Prompts | None,
     roles: Roles,
     start: Position,
-    total_steps: int,
     run: Run,
-) -> Path | None:
-    """Every step: answer, score, learn, update; log; when due, validate and save. Returns the last checkpoint that it wrote, if any."""
+) -> None:
+    """Every step: answer, score, learn, update; log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
-    clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, run), start, None
+    clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
     if validation is not None and start.step == 0:
         run.log(0, validate(roles, validation, 0, run))
-    for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, run, number=int):
+    for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, method.settings, clock)
@@ -135,24 +131,21 @@ def train_loop(
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
         here = replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef)
-        last, stop = done == total_steps, run.should_stop()
+        last, stop = done == run.total_steps, run.should_stop()
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, done, run)
         tell(collected, method, done, run)
-        written = None
+        saved = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             with clock.phase("save"):
-                written = saved = checkpoint.save(run.directory, actor, here, roles.actor.export, critic)
+                saved = checkpoint.save(run.directory, actor, here, roles.actor.export, critic)
         lr = actor.learning_rate(step * updates.per_step)
         run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
-        if written is not None:
-            checkpoint.prune(run.directory, config.trainer.max_ckpt_to_keep)
-            run.keep_state({"step": done, "total_steps": total_steps, "checkpoint": written.name, "metrics": metrics})
-            run.say(f"saved {written}")
+        if saved is not None:
+            keep(saved, config.trainer, run, done, metrics)
         if stop:
-            run.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
-    return saved
+            run.leave(done)
 
 
 def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str, float]:
@@ -197,23 +190,6 @@ def say_errors(scored: Scored, place: str, run: Run) -> None:
         run.say(f"{place}: {errors}")
 
 
-def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Prompts, Prompts | None]:
-    """Training and validation prompts, the same on every rank."""
-
-    def load(kind: str, max_samples: int | None) -> Prompts:
-        key = f"data.{kind}_files"
-        found: list[Prompts] = []
-        files = getattr(config.data, f"{kind}_files")
-        dist.together(lambda: found.append(load_prompts(config.data, files, tokenizer, key=key, max_samples=max_samples)))
-        first = dist.from_main(found[0].fingerprint)
-        dist.together(lambda: check_same_rows(found[0].fingerprint, first, key))
-        run.say(f"{key}: {found[0]}")
-        return found[0]
-
-    train = load("train", config.data.train_max_samples)
-    return train, None if config.data.val_files is None else load("val", config.data.val_max_samples)
-
-
 def steps_of(config: PPOConfig, prompts: Prompts) -> int:
     """Steps of the whole run.
 
@@ -233,30 +209,9 @@ def fill_of(device: torch.device) -> int:
     return TILE if device.type == "cuda" else 1
 
 
-def divide(layout: Layout, device: torch.device) -> Bridge | None:
-    """Let the processes work in two parts where the rollout has ranks of its own. Every process calls it."""
-    if not layout.is_split:
-        return None
-    bridge = Bridge(layout, device)
-    dist.divide([layout.training, layout.rollout])
-    return bridge
-
-
-def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
-    """What a process does that only generates."""
-    quiet_libraries()
-    path, tokenizer = config.model.partial_pretrain, read_tokenizer(config)
-    stop_ids, options = Renderer(tokenizer).stop_ids, rollout_options(config)
-    ignore_first_signals()  # those that train end their step with these answers, and then this process
-    serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
-
-
 def main(argv: list[str]) -> None:
-    try:
-        config = load_config(PPOConfig, argv)
-        dry_run(config) if config.trainer.dry_run else train(config)
-    finally:
-        dist.stop()
+    config = load_config(PPOConfig, argv)
+    dry_run(config) if config.trainer.dry_run else train(config)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The same command under `torchrun` uses several processes. `train` is the whole w
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,55 +21,55 @@ from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, Packing
 from verl.data.pack import TILE
+from verl.data.pairs import PairColumns
 from verl.engine import checkpoint
 from verl.engine.build import Built, build, build_reward_model, choose_spread
-from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.errors import exit_on_user_error
 from verl.models.attention import flash
-from verl.run import Run, quiet_libraries
+from verl.run import Run, TrainResult
+from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
-from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.resume import begin, find_checkpoint
 
 
-def train(config: RewardTrainerConfig) -> Path:
+@session()
+def train(config: RewardTrainerConfig) -> TrainResult:
     """Train as the config says.
 
-    Returns:
-        the last checkpoint's directory.
     Raises:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
+        Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     with Run(config) as run:
-        resume_from = find_checkpoint(config.trainer, run)
-        tokenizer = read_tokenizer(config)
+        run.checkpoint = find_checkpoint(config.trainer, run)
+        tokenizer = read_tokenizer(config.model, config.data.chat_template)
         choose_spread(config.model, device)  # here for its errors, before the data is read
-        train, validation = load_data(config.data, tokenizer, run)
-        loader = build_loader(config.data, train, config.trainer.seed, pin=device.type == "cuda")
-        fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
-        start = start_position(fresh, resume_from)
-        total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
-        if resume_from is not None and start.step >= total_steps:
-            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
-            return resume_from
-        run.start_logging(start.step, total_steps)
-        built = build_for(config, tokenizer, train, loader, total_steps, device)
-        run.say(f"{built.describe()}\n{describe_plan(config, loader, total_steps)}; into {run.directory}")
+        pairs, validation = load_data(config.data, PairColumns.of(config.data), tokenizer, run)
+        loader = build_loader(config.data, pairs, config.trainer.seed, pin=device.type == "cuda")
+        total_steps = loader.total_steps(config.trainer)
+        start = begin(config.trainer, run, pairs, loader.rows_per_step, total_steps)
+        if start is None:
+            return run.result()
+        built = build_for(config, tokenizer, pairs, loader, total_steps, device)
+        run.say(f"{built.describe()}\nplan: {describe(config, loader, total_steps)}; into {run.directory}")
         algorithm: Algorithm = bradley_terry
         if config.algorithm.name == "dpo":
             # The weights are still those that the run starts from, also where it goes on from a checkpoint: the reference's.
             run.say("reference: the model that this run starts from; computing what it says of all pairs")
             algorithm, engine = dpo.Loss(config.algorithm.beta, config.algorithm.label_smoothing), built.engine
-            loader = replace(loader, documents=with_reference(engine, train, loader, steps=min(total_steps, loader.steps_per_epoch)))
+            loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=min(total_steps, loader.steps_per_epoch)))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
-        if resume_from is not None:
-            checkpoint.load(resume_from, built.engine)
-        return train_loop(config, algorithm, loader, validation, built, start, total_steps, run) or resume_from or run.directory
+        if run.checkpoint is not None:
+            checkpoint.load(run.checkpoint, built.engine)
+        train_loop(config.trainer, algorithm, loader, validation, built, start, run)
+        return run.result()
 
 
+@session()
 def dry_run(config: RewardTrainerConfig) -> None:
     """Print what the run would do. Nothing is written but the cache of tokenized rows, and no weights are read.
 
@@ -78,12 +77,15 @@ def dry_run(config: RewardTrainerConfig) -> None:
         UserError: as `train`.
     """
     dist.start()
-    quiet_libraries()
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config))
-    loader = build_loader(config.data, train, config.trainer.seed, pin=False)
-    total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
+    pairs = load_rows(config.data, PairColumns.of(config.data), "train", read_tokenizer(config.model, config.data.chat_template))
+    loader = build_loader(config.data, pairs, config.trainer.seed, pin=False)
     if dist.is_main():
-        print(f"data.train_files: {train.report}\n{describe_plan(config, loader, total_steps)}", flush=True)
+        print(f"data.train_files: {pairs.report}\nplan: {describe(config, loader, loader.total_steps(config.trainer))}", flush=True)
+
+
+def describe(config: RewardTrainerConfig, loader: Loader, total_steps: int) -> str:
+    """What is trained, in which steps."""
+    return f"{'a policy by DPO' if config.algorithm.name == 'dpo' else 'a reward model'}, {loader.describe(total_steps)}"
 
 
 def build_loader(data: PairsConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
@@ -157,21 +159,9 @@ def with_reference(engine: Engine, documents: Documents, loader: Loader, *, step
     return replace(documents, values={"ref_logprob_M": [everywhere.get(number, missing) for number in range(len(documents.lengths_N))]})
 
 
-def describe_plan(config: RewardTrainerConfig, loader: Loader, total_steps: int) -> str:
-    what = "a policy by DPO" if config.algorithm.name == "dpo" else "a reward model"
-    many = f"{loader.world_size} processes" if loader.world_size > 1 else "1 process"
-    return (
-        f"plan: {what}, {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} pairs, "
-        f"in micro-batches of up to {loader.packing.token_budget:,} packed tokens on each of {many}"
-    )
-
-
 def main(argv: list[str]) -> None:
-    try:
-        config = load_config(RewardTrainerConfig, argv)
-        dry_run(config) if config.trainer.dry_run else train(config)
-    finally:
-        dist.stop()
+    config = load_config(RewardTrainerConfig, argv)
+    dry_run(config) if config.trainer.dry_run else train(config)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Dimensions: T tokens of the packed batch, or of this process's part of it; N que
 leading 1 is transformers' batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -74,6 +75,18 @@ def choose_attention(
     _choice = _choose(wanted, device, dtype, heads, documents)
     if _choice.kernel != "sdpa" and has_flash(device.type, dtype):
         flash.activate(_choice.kernel)
+
+
+@contextmanager
+def attention_kept() -> Iterator[None]:
+    """At the end, this process calls the attention that it called before."""
+    global _choice
+    before, had_fa3 = _choice, flash.is_fa3_active()
+    try:
+        yield
+    finally:
+        _choice = before
+        flash.activate("fa3" if had_fa3 else "fa2")
 
 
 def _choose(
