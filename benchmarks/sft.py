@@ -42,6 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2C
 from verl.config.sft import DataConfig  # noqa: E402
 from verl.config.shared import ModelConfig  # noqa: E402
 from verl.data.documents import load_documents  # noqa: E402
+from verl.data.tables import Columns  # noqa: E402
 from verl.engine.flops import training_flops  # noqa: E402
 from verl.errors import UserError, exit_on_user_error  # noqa: E402
 from verl.models.adapters.lora import add_adapters  # noqa: E402
@@ -256,7 +257,7 @@ def qwen2_config(shape: str) -> Qwen2Config:
 def prepare_work(options: argparse.Namespace, model: Path, folder: Path, on_gpu: bool) -> Work:
     """Rows a step, the budget that holds them, and a file of as many rows as all steps take."""
     data = DataConfig(max_length=options.max_length, cache_dir=str(folder / "cache-of-lengths"))
-    lengths_N = load_documents(data, options.data, load_tokenizer(str(model)), key="--data").lengths_N
+    lengths_N = load_documents(data, Columns.of(data), options.data, load_tokenizer(str(model)), key="--data").lengths_N
     mean, deviation = float(np.mean(lengths_N)), float(np.std(lengths_N))
     rows = options.rows or max(1, round(options.tokens / mean))
     budget = max(options.max_length, mean * rows + SPREAD * deviation * math.sqrt(rows))

@@ -207,7 +207,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="found 2 GPUs"):
-        cli.launch(4, ["data.train_files=train.jsonl", "model.partial_pretrain=model"], cli.SFT, "SFTConfig")
+        cli.launch(4, ["data.train_files=train.jsonl", "model.partial_pretrain=model"], cli.SFT)
 
 
 # Doctor

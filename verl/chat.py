@@ -132,13 +132,13 @@ def prepare_terminal() -> None:
 
 def main(argv: list[str]) -> None:
     """Run the command: `DIR key=value …`, or `model_path=DIR key=value …`."""
-    quiet_libraries()
     if argv and not argv[0].startswith("-") and "=" not in argv[0]:
         argv = [f"model_path={argv[0]}", *argv[1:]]
     config = load_config(ChatConfig, argv)
     prepare_terminal()
     try:
-        talk(open_chat(config))
+        with quiet_libraries():
+            talk(open_chat(config))
     except KeyboardInterrupt:  # while the model was loading
         raise SystemExit(130) from None
 

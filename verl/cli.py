@@ -1,6 +1,5 @@
 """The `verl` command: each subcommand hands its words to the module that does the work. Light to import: no torch."""
 
-import importlib
 import logging
 import os
 import signal
@@ -10,9 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from verl import __version__
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
 from verl.errors import UserError, exit_on_user_error
-
-SFT, PPO, REWARD = "verl.trainer.fsdp_sft_trainer", "verl.trainer.ppo_trainer", "verl.trainer.reward_trainer"
 
 app = typer.Typer(
     name="verl",
@@ -49,7 +47,7 @@ def sft(
     gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
 ) -> None:
     """Fine-tune a model on a file of questions and answers: key=value …"""
-    train(gpus, context.args, SFT, "SFTConfig", "verl sft [--gpus N] key=value …")
+    train(gpus, context.args, SFT)
 
 
 @app.command(context_settings=PASS_ON)
@@ -58,7 +56,7 @@ def ppo(
     gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
 ) -> None:
     """Go on from a fine-tuned checkpoint with reinforcement learning: key=value …"""
-    train(gpus, context.args, PPO, "PPOConfig", "verl ppo [--gpus N] key=value …")
+    train(gpus, context.args, PPO)
 
 
 @app.command(context_settings=PASS_ON)
@@ -67,7 +65,7 @@ def reward(
     gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
 ) -> None:
     """Train a reward model, or with algorithm.name=dpo a policy, on pairs of answers: key=value …"""
-    train(gpus, context.args, REWARD, "RewardTrainerConfig", "verl reward [--gpus N] key=value …")
+    train(gpus, context.args, REWARD)
 
 
 @app.command(context_settings=PASS_ON)
@@ -77,7 +75,7 @@ def plan(
 ) -> None:
     """Show what fine-tuning would take, without a GPU: steps, tokens, memory, and what to change where it does not fit: key=value …"""
     if asks_for_help(context.args):
-        exit_on_user_error(print_keys, context.args, "SFTConfig", "verl plan [--gpus N] key=value …")
+        exit_on_user_error(print_keys, context.args, SFT._replace(usage="verl plan [--gpus N] key=value …"))
     else:
         exit_on_user_error(show_plan, gpus, context.args)
 
@@ -85,25 +83,25 @@ def plan(
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Exact match of a checkpoint on a file of questions and answers: key=value …"""
-    hand_on(context.args, "verl.eval.sft_evaluator", "EvalConfig", "verl eval key=value …")
+    hand_on(context.args, EVALUATE)
 
 
 @app.command(context_settings=PASS_ON)
 def chat(context: typer.Context) -> None:
     """Talk with a checkpoint in the terminal: DIR"""
-    hand_on(context.args, "verl.chat", "ChatConfig", "verl chat DIR key=value …")
+    hand_on(context.args, CHAT)
 
 
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
     """Merge an adapter into its base, cast, split into files, and check the result: SRC DIR"""
-    hand_on(context.args, "verl.models.export", "ExportConfig", "verl export SRC DIR key=value …")
+    hand_on(context.args, EXPORT)
 
 
 @app.command(context_settings=PASS_ON)
 def demo(context: typer.Context) -> None:
     """Train a small model from nothing and prove that it learned, offline."""
-    hand_on(context.args, "verl.demo.run", "DemoConfig", "verl demo key=value …")
+    hand_on(context.args, DEMO)
 
 
 @app.command(context_settings=PASS_ON)
@@ -112,53 +110,40 @@ def doctor(context: typer.Context) -> None:
     run_module("verl.doctor", context.args)
 
 
-def train(gpus: int | None, words: list[str], module: str, schema: str, usage: str) -> None:
+def train(gpus: int | None, words: list[str], trainer: Command) -> None:
     """Run a trainer in this process, or on so many GPUs under torchrun."""
     if gpus is None or asks_for_help(words):
-        hand_on(words, module, schema, usage)
+        hand_on(words, trainer)
     else:
-        exit_on_user_error(launch, gpus, words, module, schema)
+        exit_on_user_error(launch, gpus, words, trainer)
 
 
-def hand_on(words: list[str], module: str, schema: str, usage: str) -> None:
-    """Run a module's main on the words, or, for --help, print what it reads without loading it."""
+def hand_on(words: list[str], command: Command) -> None:
+    """Run a command's module on the words, or, for --help, print what it reads without loading it."""
     if asks_for_help(words):
-        exit_on_user_error(print_keys, words, schema, usage)
+        exit_on_user_error(print_keys, words, command)
     else:
-        run_module(module, words)
+        run_module(command.module, words)
 
 
 def asks_for_help(words: list[str]) -> bool:
     return "--help" in words or "-h" in words
 
 
-def print_keys(words: list[str], schema: str, usage: str) -> None:
-    """Every key of a config of verl.config, with its default and what it means; also the own keys of what the words name.
+def print_keys(words: list[str], command: Command) -> None:
+    """Print every key of a command's config with its default and comment, and the keys of the plugins that the words name.
 
     Raises:
-        UserError: there is nothing of such a name.
+        UserError: no such plugin.
     """
-    import verl
     from verl.config.load import describe
 
-    print(f"{usage}\n\n{describe(getattr(verl, schema), words)}")
+    print(f"{command.usage}\n\n{describe(command.schema(), words)}")
 
 
 def run_module(name: str, words: list[str]) -> NoReturn:
     """Run `main(words)` of a module as this command."""
-
-    def run() -> None:
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("verl."):
-                raise
-            raise UserError(
-                f"{error.name} is not installed", fix='pip install -c constraints.txt -e "."; verl doctor shows the rest'
-            ) from error
-        module.main(words)
-
-    exit_on_user_error(run)
+    exit_on_user_error(lambda: load_module(name).main(words))
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:
@@ -168,51 +153,41 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
         UserError: a wrong config, wrong data, no such model, or the words of another trainer.
     """
     from verl.config.load import load_config
-    from verl.config.sft import SFTConfig
 
     try:
-        config = load_config(SFTConfig, words)
+        config = load_config(SFT.schema(), words)
     except UserError as error:
         command = trainer_of(words)
         if command is None:
             raise
         fix = f"verl {command} trainer.dry_run=true with the same words shows its steps and tokens; as words of fine-tuning: {error}"
         raise UserError(f"is for fine-tuning, and these are words of verl {command}", where="verl plan", fix=fix) from error
-    from verl.trainer.fsdp_sft_trainer import dry_run
-
-    dry_run(config, gpus)
+    SFT.load().dry_run(config, gpus)
 
 
 def trainer_of(words: list[str]) -> str | None:
     """The command beside `verl sft` that takes these words; None: none does."""
     from verl.config.load import load_config
-    from verl.config.pairs import RewardTrainerConfig
-    from verl.config.ppo import PPOConfig
 
-    for command, schema in (("reward", RewardTrainerConfig), ("ppo", PPOConfig)):
+    for name, command in (("reward", REWARD), ("ppo", PPO)):
         try:
-            load_config(schema, words)
+            load_config(command.schema(), words)
         except UserError:
             continue
-        return command
+        return name
     return None
 
 
-def launch(processes: int, words: list[str], trainer: str, schema: str) -> None:
+def launch(processes: int, words: list[str], trainer: Command) -> None:
     """Run a trainer under torchrun, on this machine.
-
-    Args:
-        trainer: its module.
-        schema: its config's name in verl.
 
     Raises:
         UserError: a wrong config, before any process starts; or more processes than GPUs.
         SystemExit: with the exit code of the first process that failed, or 128 and the number of the signal that ended it.
     """
-    import verl
     from verl.config.load import load_config
 
-    load_config(getattr(verl, schema), words)
+    load_config(trainer.schema(), words)
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -224,7 +199,7 @@ def launch(processes: int, words: list[str], trainer: str, schema: str) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for the checkpoint after a signal, in place of 30
     logging.disable()  # of torchrun: a process that fails says why by itself
     try:
-        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", trainer, *words])
+        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", trainer.module, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # this one could not say it

@@ -1,6 +1,7 @@
 """Processes and devices: one process on a laptop and many under torchrun run the same code."""
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from verl.errors import UserError
 
 Result = TypeVar("Result")
 TIMEOUT = timedelta(minutes=10)
 
+_store: dist.Store | None = None  # torchrun's, through which processes find each other
+_joined = 0  # how often this process has joined a group
 _group: dist.ProcessGroup | None = None  # the group of this process; None: all processes
 _context_size = 1  # ranks that share a micro-batch
 _context_groups: dict[str, dist.ProcessGroup] = {}  # this process's context-parallel groups by name
@@ -31,21 +35,37 @@ def start(*, large_pages: bool = False) -> torch.device:
         large_pages: allocate host memory in pages of 2 MiB, for offloaded gradients, which are new tensors in each step: allocation is
             four times as fast as with pages of 4 KiB (12 GB/s, not 3).
     Raises:
-        UserError: torchrun's variables are incomplete, or this node has more processes than GPUs.
+        UserError: torchrun's variables are incomplete, this node has more processes than GPUs, or this process is in a group that another
+            program made, and it lacks gloo.
     """
     if large_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first allocation, which is in init_process_group
     device = _device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-            if missing:
-                raise UserError(f"RANK is set but {', '.join(missing)} is not", fix="start with torchrun, or unset RANK")
-            dist.init_process_group(backend, timeout=TIMEOUT)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        store, rank, processes = _rendezvous()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
+    elif "cpu" not in (backend := dist.get_backend_config()):
+        fix = 'make it with init_process_group("cpu:gloo,cuda:nccl"), or leave it to verl'
+        raise UserError(f"this process has a process group of {backend!r}, which carries nothing in host memory", fix=fix)
     return device
+
+
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Where the processes find each other, this one's rank, and their number.
+
+    Each time under names of its own: a process that joins its second group must not find the addresses of the first.
+    """
+    global _store, _joined
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set but {', '.join(missing)} is not", fix="start with torchrun, or unset RANK")
+    if _store is None:
+        _store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    _joined += 1
+    return dist.PrefixStore(f"verl {_joined}", _store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def _device() -> torch.device:
@@ -75,13 +95,23 @@ def host_memory() -> int:
 
 def stop() -> None:
     """Leave the process group, and wait until gloo's threads are idle."""
+    forget_parts()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        _wait_until_idle()
+
+
+def forget_parts() -> None:
+    """Let all processes work together again, each on micro-batches of its own."""
     global _group
     _group = None
     share_micro_batches(1)
     _context_groups.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        _wait_until_idle()
+
+
+def is_started() -> bool:
+    """Return whether this process is in a process group."""
+    return dist.is_initialized()
 
 
 def _wait_until_idle() -> None:
@@ -260,6 +290,25 @@ def together(work: Callable[[], object]) -> None:
     """
     _, error = _attempt(work)
     _raise_together(error)
+
+
+def check_same(value: object, *, what: str, where: str) -> None:
+    """Whether all ranks have the same, where each goes by its own.
+
+    Args:
+        what: the value is, such as "the rows".
+        where: the key that it comes from.
+    Raises:
+        UserError: on all ranks: a node has another value than the first.
+    """
+    first = from_main(value)
+
+    def compare() -> None:
+        if value != first:
+            fix = "give all nodes the same files under the same names"
+            raise UserError(f"{what} that {socket.gethostname()} finds are not those of the first node", where=where, fix=fix)
+
+    together(compare)
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, UserError | None]:

@@ -1,9 +1,14 @@
-"""The error that a user can fix: what is wrong, where, and what to do. It ends a command with exit code 2, without a traceback."""
+"""How a run ends early: by an error that the user can fix, which says what is wrong, where, and what to do; or by a signal.
+
+A command ends with exit code 2 and no traceback after the first, and with 128 plus the signal's number after the second.
+"""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 EXIT_CODE = 2
@@ -32,6 +37,22 @@ class UserError(Exception):
         return f"{place}{self.what}{fix}"
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked a run to end, and it did: after its step, with its files whole.
+
+    It is a KeyboardInterrupt, so that, as after Ctrl-C, the program or notebook that called the run ends too unless it catches this.
+
+    Attributes:
+        signal: that asked.
+        checkpoint: the newest, from which the same call goes on; None: nothing was saved.
+    """
+
+    def __init__(self, by: signal.Signals, checkpoint: Path | None):
+        self.signal, self.checkpoint = by, checkpoint
+        where = "nothing was saved" if checkpoint is None else f"the same call goes on from {checkpoint}"
+        super().__init__(f"stopped by {by.name}; {where}")
+
+
 def print_error(error: UserError) -> None:
     """Print to standard error, on rank 0 only: under torchrun, every process raises the same error."""
     if os.environ.get("RANK", "0") != "0":
@@ -40,10 +61,12 @@ def print_error(error: UserError) -> None:
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
-    """Run `main(*args)` as a command: a UserError is printed and becomes exit code 2."""
+    """Run `main(*args)` as a command: a UserError is printed and becomes exit code 2, a signal that ended a run that of a shell."""
     try:
         main(*args)
     except UserError as error:
         print_error(error)
         raise SystemExit(EXIT_CODE) from None
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.signal) from None
     raise SystemExit(0)

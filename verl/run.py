@@ -4,24 +4,24 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable
-from dataclasses import asdict
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Protocol
 from uuid import uuid4
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from verl import dist, plugin
 from verl.config.load import to_yaml
-from verl.config.pairs import RewardTrainerConfig
-from verl.config.ppo import PPOConfig
-from verl.config.sft import SFTConfig
+from verl.config.shared import RunConfig
 from verl.durable import replace_text
-from verl.errors import UserError
-from verl.libraries import quiet_libraries
+from verl.errors import Stopped, UserError
+from verl.progress import Bar, open_console
 
 # A scheduler's end, Ctrl-C, and what SLURM sends ahead of a time limit where it is asked to (`sbatch --signal`).
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -38,6 +38,27 @@ class Logger(Protocol):
     def finish(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run leaves.
+
+    Attributes:
+        checkpoint: its newest checkpoint, a Hugging Face directory, or the one that it went on from where it wrote none; None: neither.
+        directory: of the run (trainer.default_local_dir).
+        metrics: an object a step, as metrics.jsonl has them, those of the steps before it went on among them.
+    """
+
+    checkpoint: Path | None
+    directory: Path
+    metrics: list[dict[str, float]]
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """The content of a run's metrics.jsonl; nothing where there is none."""
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 class Run:
     """A training run, entered with `with`. Only rank 0 prints, logs and writes.
 
@@ -48,26 +69,30 @@ class Run:
         config: the configuration as plain nested values.
         stopped_by: name of the signal that asked the run to end, or None.
         total_steps: optimizer steps of the whole run; 0 until it is known.
+        checkpoint: the newest, or the one that the run goes on from; None: there is none yet.
     """
 
-    def __init__(self, config: SFTConfig | PPOConfig | RewardTrainerConfig):
+    def __init__(self, config: RunConfig):
         self.config: dict[str, Any] = asdict(config)
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
         self.stopped_by: str | None = None
         self.total_steps = 0
+        self.checkpoint: Path | None = None
         self._config = config
-        self._console = Console()
+        self._console = open_console()
         names = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
         self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
         self._loggers: list[Logger] = []
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._bar: Bar | None = None
 
     def __enter__(self) -> "Run":
-        quiet_libraries()
         self._open_directory()
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in ENDING}
+        if threading.current_thread() is threading.main_thread():  # signals of a program whose run is in another thread are its own
+            self._handlers = {number: handler for number in ENDING if (handler := signal.getsignal(number)) is not None}
+        for number in self._handlers:
+            signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -76,8 +101,8 @@ class Run:
             signal.signal(number, handler)
 
     def _finish(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.stop()
         while self._loggers:
             self._loggers.pop(0).finish()
 
@@ -125,11 +150,9 @@ class Run:
         (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
         self._forget_metrics_after(start_step)
         self._loggers = [module.start(self) for module in self._modules]
-        if self._console.is_terminal:
-            numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
-            self._progress = Progress(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
-            self._task = self._progress.add_task("training", total=total_steps, completed=start_step, state="")
-            self._progress.start()
+        numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
+        self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
+        self._bar.start(total_steps, completed=start_step, description="training", state="")
 
     def say(self, text: str) -> None:
         """Lines for the person at the terminal and for train.log."""
@@ -147,7 +170,7 @@ class Run:
     def line(self, text: str) -> None:
         """A line a step: to train.log, and to a plain terminal; where there is a progress bar it would only push it along."""
         if dist.is_main():
-            if self._progress is None:
+            if self._bar is None or not self._bar.is_drawn:
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._append("train.log", text)
 
@@ -162,9 +185,9 @@ class Run:
         self._append("metrics.jsonl", json.dumps({"step": step, **metrics}))
         for logger in self._loggers:
             logger.log(step, metrics)
-        if self._progress is not None and self._task is not None:
+        if self._bar is not None:
             state = [text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics]
-            self._progress.update(self._task, completed=step, state=" · ".join(state))
+            self._bar.update(step, state=" · ".join(state))
 
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: how far the run is and its last numbers, for a person or a script to look at."""
@@ -175,12 +198,22 @@ class Run:
         """Whether a signal asked any rank to end; the same answer on every rank."""
         return dist.any_rank(self.stopped_by is not None)
 
-    def leave(self, text: str) -> NoReturn:
-        """End the process as the signal asks, saying where the run stands."""
-        self.say(f"stopped by {self.stopped_by or 'a signal to another process'} {text}")
+    def leave(self, step: int) -> NoReturn:
+        """End after a step, as the signal asks, saying where the run stands. Every rank calls it.
+
+        Raises:
+            Stopped: always.
+        """
+        how = "nothing was saved" if self.checkpoint is None else f"the same command goes on from {self.checkpoint}"
+        self.say(f"stopped by {self.stopped_by or 'a signal to another process'} after step {step}; {how}")
         self._finish()
         dist.barrier()  # torchrun ends all as soon as one has left, and the first may still have loggers to finish
-        raise SystemExit(128 + signal.Signals[self.stopped_by or "SIGTERM"])
+        raise Stopped(signal.Signals[self.stopped_by or "SIGTERM"], self.checkpoint)
+
+    def result(self) -> "TrainResult":
+        """What the run leaves. Every rank calls it."""
+        metrics = read_metrics(self.directory) if dist.is_main() else []
+        return TrainResult(self.checkpoint, self.directory, dist.from_main(metrics))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
@@ -209,12 +242,21 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def ignore_first_signals() -> None:
-    """Let the first signal of each kind that ends a run pass, in a process that works for others which have the run."""
-    handlers = {number: signal.getsignal(number) for number in ENDING}
+@contextmanager
+def first_signals_ignored() -> Iterator[None]:
+    """While this lasts, the first signal of each kind that ends a run passes: in a process that works for others which have the run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: handler for number in ENDING if (handler := signal.getsignal(number)) is not None}
 
     def restore(number: int, frame: FrameType | None) -> None:
         signal.signal(number, handlers[signal.Signals(number)])  # a second one ends the process at once
 
-    for number in ENDING:
+    for number in handlers:
         signal.signal(number, restore)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -11,16 +11,11 @@ import argparse
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-from verl import dist
-from verl.config.load import load_config
-from verl.config.ppo import PPOConfig
-from verl.config.sft import SFTConfig
+import verl
 from verl.demo.problems import Problem, make_problems, tool_chat
 from verl.models.tiny import write_tiny_model
-from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 UNREAD = 0.7  # of the chats in two steps
 
@@ -35,17 +30,17 @@ def write_rows(path: Path, problems: list[Problem]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def fine_tune(folder: Path, steps: int) -> Path:
+def fine_tune(folder: Path, steps: int) -> verl.TrainResult:
     words = (
         f"data.train_files={folder / 'train.jsonl'} data.messages_key=messages data.cache_dir={folder / 'cache'} "
         f"model.partial_pretrain={folder / 'model'} trainer.default_local_dir={folder / 'sft'} trainer.total_training_steps={steps} "
         "data.train_batch_size=16 data.max_length=256 data.max_tokens_per_micro_batch=4096 model.enable_gradient_checkpointing=false "
         "optim.lr=2e-3 optim.lr_scheduler=linear trainer.save_freq=-1"
     )
-    return run(lambda: fsdp_sft_trainer.run(load_config(SFTConfig, words.split())))
+    return verl.sft(*words.split())
 
 
-def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
+def reinforce(folder: Path, checkpoint: Path | None, steps: int) -> verl.TrainResult:
     words = (
         f"data.train_files={folder / 'train.jsonl'} data.val_files={folder / 'test.jsonl'} model.partial_pretrain={checkpoint} "
         f"trainer.default_local_dir={folder / 'rl'} trainer.total_training_steps={steps} "
@@ -53,14 +48,7 @@ def reinforce(folder: Path, checkpoint: Path, steps: int) -> Path:
         "rollout.temperature=0.7 algorithm.name=grpo algorithm.keep_reference=false optim.lr=1e-4 optim.betas=[0.9,0.99] "
         "model.enable_gradient_checkpointing=false"
     )
-    return run(lambda: ppo_trainer.run(load_config(PPOConfig, words.split())))
-
-
-def run(train: Callable[[], Path | None]) -> Path:
-    try:
-        return train() or Path()
-    finally:
-        dist.stop()
+    return verl.ppo(*words.split())
 
 
 def main() -> None:
@@ -77,9 +65,9 @@ def main() -> None:
     write_rows(asked.folder / "test.jsonl", test)
     texts = [message["content"] for problem in train for message in tool_chat(problem)] + ["The answer is 0."]
     write_tiny_model(asked.folder / "model", texts)
-    after = reinforce(asked.folder, fine_tune(asked.folder, asked.sft_steps), asked.rl_steps)
-    lines = [json.loads(line) for line in (after.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [line["val/exact_match"] for line in lines if "val/exact_match" in line]
+    fine_tuned = fine_tune(asked.folder, asked.sft_steps)
+    reinforced = reinforce(asked.folder, fine_tuned.checkpoint, asked.rl_steps)
+    found = [line["val/exact_match"] for line in reinforced.metrics if "val/exact_match" in line]
     print(f"exact match with the calculator: {found[0]:.1%} before reinforcement learning, {found[-1]:.1%} after")
 
 

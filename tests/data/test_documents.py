@@ -35,7 +35,7 @@ def load(
     tmp_path: Path, files: object, tokenizer: PreTrainedTokenizerFast | None = None, samples: int | None = None, **keys: Any
 ) -> Documents:
     config = DataConfig(train_files=files, **{"cache_dir": str(tmp_path / "cache"), **keys})
-    return load_documents(config, files, tokenizer or families.chatml(), max_samples=samples)
+    return load_documents(config, tables.Columns.of(config), files, tokenizer or families.chatml(), max_samples=samples)
 
 
 def error_of(tmp_path: Path, files: object, **keys: Any) -> UserError:

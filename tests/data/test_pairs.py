@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from verl.config.pairs import PairsConfig
 from verl.data.documents import NOTHING_TRAINED, SAME_ANSWERS, Documents, load_documents
 from verl.data.loader import Packing, micro_batches
+from verl.data.pairs import PairColumns
 from verl.data.render import Renderer
 from verl.errors import UserError
 
@@ -38,7 +39,7 @@ def load(tmp_path: Path, rows: list[dict[str, Any]], *, tokenizer: Any = None, *
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PairsConfig(train_files=str(file), cache_dir=str(tmp_path / "cache"), **keys)
-    return load_documents(config, config.train_files, tokenizer or families.chatml())
+    return load_documents(config, PairColumns.of(config), config.train_files, tokenizer or families.chatml())
 
 
 def trained(documents: Documents, index: int) -> str:

@@ -199,8 +199,8 @@ def test_a_wrong_word_is_answered() -> None:
 
 def test_before_the_first_step_the_demos_logger_says_nothing() -> None:
     said: list[str] = []
-    this: Any = SimpleNamespace(total_steps=60, say=said.append)
-    logger = milestones.start(this)
+    training: Any = SimpleNamespace(total_steps=60, say=said.append)
+    logger = milestones.start(training)
     logger.log(0, {"val/exact_match": 0.25})
     assert said == []
     logger.log(1, {"rl/reward": 0.5, "perf/tokens_per_second": 1000.0})

@@ -80,9 +80,8 @@ def test_a_shape_has_the_published_number_of_parameters(shape: str, parameters: 
 
 def test_a_step_has_about_the_tokens_asked_for_and_fits_one_micro_batch(folder: Path) -> None:
     made = work(folder, "--tokens", "4096", "--max-length", "256", "--steps", "20")
-    lengths = sft.load_documents(
-        sft.DataConfig(max_length=256, cache_dir=str(folder / "c")), folder / "train.jsonl", sft.load_tokenizer(str(made.model))
-    )
+    data = sft.DataConfig(max_length=256, cache_dir=str(folder / "c"))
+    lengths = sft.load_documents(data, sft.Columns.of(data), folder / "train.jsonl", sft.load_tokenizer(str(made.model)))
     order = [row_order(len(lengths), 1, epoch)[: made.rows] for epoch in range(200)]
     tokens = np.array([lengths.lengths_N[rows].sum() for rows in order])
     assert tokens.mean() == pytest.approx(4096, rel=0.02)

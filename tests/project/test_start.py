@@ -14,13 +14,13 @@ START = """
 import sys
 from transformers import AutoTokenizer
 import verl.trainer.fsdp_sft_trainer
-from verl.config import DataConfig
+from verl.config.sft import DataConfig
 from verl.data.documents import load_documents
-from verl.libraries import quiet_libraries
-quiet_libraries()
+from verl.data.tables import Columns
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 for _ in range(2):  # written to the cache, and read from it
-    load_documents(DataConfig(cache_dir=sys.argv[3]), sys.argv[2], tokenizer)
+    data = DataConfig(cache_dir=sys.argv[3])
+    load_documents(data, Columns.of(data), sys.argv[2], tokenizer)
 print(*sys.modules)
 """
 

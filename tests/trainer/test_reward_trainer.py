@@ -24,6 +24,7 @@ from verl.config.ppo import RewardModelConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
+from verl.data.pairs import PairColumns
 from verl.demo.problems import Problem, make_problems
 from verl.engine.build import build
 from verl.errors import UserError
@@ -176,7 +177,7 @@ def test_dpo_begins_at_log_2_and_moves_the_policy_towards_the_chosen_answers(fol
 @pytest.fixture
 def pairs(folder: Path) -> Documents:
     config = PairsConfig(cache_dir=str(folder / "cache"), max_length=256)
-    return load_documents(config, str(folder / "train.jsonl"), load_tokenizer(str(folder / "model")), max_samples=6)
+    return load_documents(config, PairColumns.of(config), str(folder / "train.jsonl"), load_tokenizer(str(folder / "model")), max_samples=6)
 
 
 def gradient_of_trl(trainer: object, model: torch.nn.Module, pairs: Documents) -> tuple[float, Tensor]:

@@ -23,6 +23,7 @@ from verl.config.sft import DataConfig, SFTConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
+from verl.data.tables import Columns
 from verl.engine.contract import LossOut, TokenOut
 from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_for_inference, load_tokenizer
@@ -43,7 +44,7 @@ def plain_run(folder: Path) -> Metrics:
 def documents(folder: Path) -> Documents:
     tokenizer = load_tokenizer(str(folder / "model"))
     config = DataConfig(max_length=256, cache_dir=str(folder / "cache"))
-    return load_documents(config, str(folder / "train.jsonl"), tokenizer, key="data.train_files", max_samples=None)
+    return load_documents(config, Columns.of(config), str(folder / "train.jsonl"), tokenizer, key="data.train_files", max_samples=None)
 
 
 def rows_of_steps(documents: Documents, seed: int = 1) -> list[list[int]]:
@@ -209,7 +210,7 @@ def test_validation_loss_is_that_of_every_trained_token(folder: Path) -> None:
     assert [line["step"] for line in metrics if "val/loss" in line] == [2, 4, 5]
     tokenizer = load_tokenizer(str(folder / "model"))
     config = DataConfig(max_length=256, cache_dir=str(folder / "cache"))
-    rows = load_documents(config, str(folder / "test.jsonl"), tokenizer, key="data.val_files", max_samples=None)
+    rows = load_documents(config, Columns.of(config), str(folder / "test.jsonl"), tokenizer, key="data.val_files", max_samples=None)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     total, tokens = 0.0, 0
     with torch.no_grad():

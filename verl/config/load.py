@@ -1,8 +1,11 @@
 """From a command line to a typed config: `--config FILE.yaml` (repeatable, later wins) and then `key=value` (wins over files)."""
 
 import difflib
+import math
+import numbers
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from verl.config.spellings import ANSWERED, ELSEWHERE, SAME
 from verl.errors import UserError
 
 Config = TypeVar("Config")
+Given = Mapping[str, Any] | str  # what a program may give in place of a config, or beside it
 
 
 def load_config(schema: type[Config], argv: list[str]) -> Config:
@@ -124,6 +128,60 @@ def _structured(defaults: object) -> DictConfig:
         fix = "give the fields of Settings types that a config may have: bool, int, float, str, lists of them, or Any"
         raise UserError(_first_line(error), where=error.full_key, fix=fix) from error
     return config
+
+
+def config_of(schema: type[Config], given: Sequence[object]) -> Config:
+    """The config that a program asks for, checked as a command line is: what it gives is written as the words that say the same.
+
+    Args:
+        schema: a dataclass of `verl.config`.
+        given: dataclasses of this schema, mappings and words, of which later ones win. Of a dataclass, what differs from its defaults.
+    Raises:
+        UserError: something that is none of these, or a key, type or value that is not right.
+    """
+    return load_config(schema, [word for part in given for word in _words_of(part, schema)])
+
+
+def _words_of(part: object, schema: type) -> list[str]:
+    if isinstance(part, str):
+        if part in ("-h", "--help", "--version"):
+            raise UserError(f"found {part!r}", fix="docs/keys.md lists all keys, and verl.__version__ is the version")
+        return [part]
+    if isinstance(part, schema):
+        defaults = dict(_leaves(_tree(schema())))
+        return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part)) if key not in defaults or defaults[key] != value]
+    if isinstance(part, Mapping):
+        return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part))]
+    what = f"the class {part.__name__}" if isinstance(part, type) else f"{type(part).__name__}"
+    raise UserError(f"found {what}, expected {schema.__name__}, a dict or key=value", fix=f"{schema.__name__}() makes one of the defaults")
+
+
+def _tree(part: object) -> dict[str, Any]:
+    """A dataclass or mapping as nested dicts, with attributes that a dataclass was given and does not have."""
+    values = dict(part) if isinstance(part, Mapping) else vars(part)
+    return {str(key): _tree(value) if isinstance(value, Mapping) or _is_group(value) else value for key, value in values.items()}
+
+
+def _is_group(value: object) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
+
+
+def _word(key: str, value: object) -> str:
+    """A value as `_parse` reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    if isinstance(value, numbers.Real):
+        return repr(float(value)) if math.isfinite(value) else str(float(value)).replace("inf", ".inf").replace("nan", ".nan")
+    if isinstance(value, (str, os.PathLike)):
+        text = str(os.fspath(value))
+        return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_word(key, item) for item in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_word(key, str(name))}: {_word(key, item)}" for name, item in value.items()) + "}"
+    raise UserError(f"found {type(value).__name__}", where=key, fix="give text, a path, a number, true, false, null, or a list of these")
 
 
 def to_yaml(config: object) -> str:

@@ -1,7 +1,7 @@
 """Settings that several trainers share: the model, the optimizer, and the run itself."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from omegaconf import MISSING
 
@@ -118,3 +118,10 @@ class TrainerConfig:
     dry_run: bool = False
     # Seed of row order, adapters and dropout.
     seed: int = 1
+
+
+class RunConfig(Protocol):
+    """The config of any trainer."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    trainer: TrainerConfig

@@ -10,21 +10,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from verl.config.pairs import PairsConfig
-from verl.config.sft import DataConfig
 from verl.data import cache
-from verl.data.pairs import PairColumns
 from verl.data.render import Renderer
 from verl.data.report import Report
 from verl.data.source import content_hash, resolve_files
-from verl.data.tables import ROWS_PER_TABLE, Columns, tokenized
+from verl.data.tables import ROWS_PER_TABLE, RowReader, tokenized
 from verl.errors import UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
@@ -107,8 +104,18 @@ class Documents:
         return _place(self._tables, int(self.row_numbers_N[index]))
 
 
+class DocumentsConfig(Protocol):
+    """Settings of rows that become documents, as in DataConfig of verl.config.sft."""
+
+    max_length: int
+    truncation: str
+    num_workers: int | None
+    cache_dir: str | None
+
+
 def load_documents(
-    config: DataConfig | PairsConfig,
+    config: DocumentsConfig,
+    columns: RowReader,
     files: object,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -121,7 +128,8 @@ def load_documents(
     Processes may load the same files at the same time: each finds a complete cache, or writes its own.
 
     Args:
-        config: column names, maximum length, truncation and cache directory.
+        config: maximum length, truncation and cache directory.
+        columns: mapping from a row's columns to its documents.
         files: a path, a glob, a Hub data set id, or a list of these.
         key: the config key that names the files, for errors.
         max_samples: number of rows to use, from the start; None or -1 uses all.
@@ -130,7 +138,6 @@ def load_documents(
         UserError: a file, a row or the chat template is invalid, or a row is too long.
     """
     sources = resolve_files(files, key)
-    columns = _columns(config)
     limit = None if max_samples == -1 else max_samples
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
@@ -146,13 +153,7 @@ def load_documents(
     return _cut([_Table.mapped(table) for table in tables], config, key, name, columns.documents_per_row)
 
 
-def _columns(config: DataConfig | PairsConfig) -> Columns | PairColumns:
-    if isinstance(config, PairsConfig):
-        return PairColumns(config.prompt_key, config.chosen_key, config.rejected_key)
-    return Columns(config.prompt_key, config.response_key, config.messages_key, config.tools_key, config.text_key)
-
-
-def _cache_folder(config: DataConfig | PairsConfig) -> Path:
+def _cache_folder(config: DocumentsConfig) -> Path:
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser() / "documents"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "verl" / "documents"
@@ -167,7 +168,7 @@ def _code_hash() -> str:
     return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
-def _cut(tables: list[_Table], config: DataConfig | PairsConfig, key: str, name: str, per_row: int) -> Documents:
+def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per_row: int) -> Documents:
     """Cut the documents to `data.max_length` tokens, and drop the rows that then have no trained token.
 
     Raises:
@@ -228,7 +229,7 @@ def _numbers(column: pa.Array, dtype: type) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
 
 
-def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DataConfig | PairsConfig, key: str, per_row: int) -> UserError:
+def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DocumentsConfig, key: str, per_row: int) -> UserError:
     count, longest = int((lengths_R > config.max_length).reshape(-1, per_row).any(1).sum()), int(lengths_R.argmax())
     what = (
         f"{count:,} of {len(lengths_R) // per_row:,} rows are longer than data.max_length={config.max_length}; "

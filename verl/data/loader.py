@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from verl.config.shared import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.pack import Document, collate, pack, pad_groups
 
@@ -138,6 +139,21 @@ class Loader:
             tokens=int(self._of_rows(self.documents.lengths_N)[rows].sum()),
             trained_tokens=int(self._of_rows(self.documents.trained_N)[rows].sum()),
             micro_batches=[batch.pin() for batch in batches] if self.pin else batches,
+        )
+
+    def total_steps(self, config: TrainerConfig) -> int:
+        """Optimizer steps of the whole run."""
+        return config.total_training_steps or self.steps_per_epoch * config.total_epochs
+
+    def describe(self, total_steps: int) -> str:
+        """Its steps and their micro-batches, for a run's first lines."""
+        many, packing = self.world_size > 1, self.packing
+        rows = "rows" if self.documents.documents_per_row == 1 else "pairs"
+        budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
+        owners = ("processes" if many else "process") if self.parts == 1 else f"group{'s' if many else ''} of {self.parts} processes"
+        return (
+            f"{total_steps:,} steps ({self.steps_per_epoch:,} an epoch) of {self.rows_per_step} {rows}, "
+            f"in micro-batches of {budget} on each of {self.world_size} {owners}"
         )
 
     def _of_rows(self, values_N: np.ndarray) -> np.ndarray:

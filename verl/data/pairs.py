@@ -4,6 +4,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
+from verl.config.pairs import PairsConfig
 from verl.data.chat import Message
 from verl.data.formats import Row, describe
 from verl.data.tables import ChatInput
@@ -26,6 +27,10 @@ class PairColumns:
     chosen_key: str
     rejected_key: str
     documents_per_row: int = 2
+
+    @staticmethod
+    def of(data: PairsConfig) -> "PairColumns":
+        return PairColumns(data.prompt_key, data.chosen_key, data.rejected_key)
 
     def read(self, row: Row) -> list[ChatInput] | list[str]:
         """Return the two chats, or two whole texts. Their common beginning is context and not trained.

@@ -4,23 +4,28 @@ import functools
 import itertools
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from types import ModuleType
+from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from verl.config.sft import DataConfig
 from verl.data.cache import table_of
 from verl.data.formats import ReadProgress, Row
 from verl.data.render import Rendered, Renderer, or_error
 from verl.data.source import Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
+from verl.progress import Bar, open_console
 
 ROWS_PER_TABLE = 1024
 BYTES_FOR_PROCESSES = 32 * 2**20  # smaller files are finished before other processes have started
@@ -47,7 +52,9 @@ class ChatInput:
 
 
 class RowReader(Protocol):
-    """The mapping from a row's columns to its documents."""
+    """The mapping from a row's columns to its documents. It is a dataclass, because its fields are part of the cache's name."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def documents_per_row(self) -> int: ...
@@ -67,6 +74,10 @@ class Columns:
     tools_key: str | None
     text_key: str | None
     documents_per_row: int = 1
+
+    @staticmethod
+    def of(data: DataConfig) -> "Columns":
+        return Columns(data.prompt_key, data.response_key, data.messages_key, data.tools_key, data.text_key)
 
     def read(self, row: Row) -> "list[str | ChatInput]":
         """Return a plain text or a chat. Raises UserError if a column is invalid."""
@@ -165,7 +176,8 @@ def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks
     waiting: deque[Future[Done]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_render_in_worker, chunk))
+            with _callers_script_hidden():
+                waiting.append(pool.submit(_render_in_worker, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -175,6 +187,17 @@ def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks
         raise UserError("a tokenizing process died", where="data.num_workers", fix=fix) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _callers_script_hidden() -> Iterator[None]:
+    """While this lasts, new interpreters do not run the program's script first, as multiprocessing has them do: it may call a trainer."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 _worker: Callable[[Chunk], Done]
@@ -191,12 +214,15 @@ def _render_in_worker(chunk: Chunk) -> Done:
 
 
 def _with_progress(done: Iterator[Done], progress: ReadProgress, console: Console | None) -> Iterator[Done]:
-    console = console or Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal or os.environ.get("RANK", "0") != "0") as bar:
-        task = bar.add_task("tokenizing", total=1.0)
+    hidden = os.environ.get("RANK", "0") != "0"
+    bar = Bar(*Progress.get_default_columns(), console=console or open_console(stderr=True), transient=True, hidden=hidden)
+    bar.start(1.0, description="tokenizing")
+    try:
         for item in done:
-            bar.update(task, completed=progress.share)
+            bar.update(progress.share)
             yield item
+    finally:
+        bar.stop()
 
 
 def _valid(done: Iterator[Done], key: str) -> Iterator[pa.RecordBatch]:

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 
-from verl import dist
 from verl.config.commands import DemoConfig, EvalConfig
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
@@ -117,10 +116,9 @@ def fine_tune(config: DemoConfig) -> Path:
         *RECIPE,
     ]
     show_command("verl.trainer.fsdp_sft_trainer", words)
-    try:
-        return fsdp_sft_trainer.run(load_config(SFTConfig, words))
-    finally:
-        dist.stop()
+    last = fsdp_sft_trainer.train(load_config(SFTConfig, words)).checkpoint
+    assert last is not None
+    return last
 
 
 def find_early(last: Path) -> tuple[Path, dict[str, Any]]:
@@ -152,11 +150,8 @@ def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
         *RL_RECIPE,
     ]
     show_command("verl.trainer.ppo_trainer", words)
-    try:
-        last = ppo_trainer.run(load_config(PPOConfig, words))
-    finally:
-        dist.stop()
-    assert last is not None  # this process trains
+    last = ppo_trainer.train(load_config(PPOConfig, words)).checkpoint
+    assert last is not None
     return last
 
 
@@ -245,8 +240,8 @@ def say(text: str) -> None:
 
 def main(argv: list[str]) -> None:
     config = load_config(DemoConfig, argv)
-    quiet_libraries()
-    demo(config)
+    with quiet_libraries():
+        demo(config)
 
 
 if __name__ == "__main__":

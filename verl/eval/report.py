@@ -15,7 +15,7 @@ import torch
 import transformers
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from verl import __version__
@@ -23,6 +23,7 @@ from verl.config.commands import EvalConfig
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction
+from verl.progress import Bar
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 Z_95 = 1.959964  # 97.5th percentile of the normal distribution
@@ -47,15 +48,14 @@ class AnswerProgress:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", total=total)
+        self._bar = Bar(*columns, console=console)
 
     def __enter__(self) -> "AnswerProgress":
-        self._progress.start()
+        self._bar.start(self._total)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._progress.stop()
+        self._bar.stop()
 
     def add(self, predictions: Sequence[Prediction]) -> None:
         """Count finished answers, and show the mean score so far."""
@@ -64,9 +64,9 @@ class AnswerProgress:
         self._score += sum(p.score for p in predictions)
         rate = self._tokens / (time.perf_counter() - self._since)
         state = f"{rate:,.0f} tokens/s, {self._measure} {self._score / self._answers:.1%}"
-        self._progress.update(self._task, completed=self._answers, description=state)
+        self._bar.update(self._answers, description=state)
         tenths = 10 * self._answers // self._total
-        if tenths > self._tenths and not self._console.is_terminal:
+        if tenths > self._tenths and not self._bar.is_drawn:
             self._console.print(f"{self._answers:,}/{self._total:,} answers, {state}")
         self._tenths = tenths
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
@@ -25,12 +24,14 @@ from verl.data.source import read_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Grader, Prediction, Question
-from verl.libraries import quiet_libraries
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import check_format, system_of
+from verl.progress import open_console
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
+from verl.session import session
 
 
+@session()
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Answer every question, grade the answers, and write results.json and predictions.jsonl.
 
@@ -39,7 +40,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: the config, a row, the checkpoint or the grader is invalid.
     """
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = open_console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
     grader = Grader(config)
     directory = report.open_directory(config.output_dir)
@@ -55,7 +56,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p, logprobs=False)
 
     def grade(number: int, completion: Completion) -> Prediction:
-        return grader.grade(questions[number // config.n], decode(tokenizer, completion), completion)
+        return grader.grade(questions[number // config.n], completion.text(tokenizer), completion)
 
     device = rollout.describe()
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
@@ -168,14 +169,7 @@ def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Questio
     return positions - tokens
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
-    """Decode an answer, without its stop token."""
-    ids = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
 def main(argv: list[str]) -> None:
-    quiet_libraries()
     try:
         evaluate(load_config(EvalConfig, argv))
     except KeyboardInterrupt:

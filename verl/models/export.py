@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from verl.config.commands import ExportConfig
 from verl.config.load import load_config
 from verl.errors import UserError, exit_on_user_error
-from verl.libraries import quiet_libraries
 from verl.models.adapters import files
 from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
 from verl.models.prompt_format import read_format
@@ -278,9 +277,9 @@ def keyed(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Run the command: `SRC DIR key=value …`, or `source=SRC directory=DIR key=value …`."""
-    quiet_libraries()
     try:
-        export(load_config(ExportConfig, keyed(argv)))
+        with quiet_libraries():
+            export(load_config(ExportConfig, keyed(argv)))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -122,7 +122,7 @@ class Answerer:
 
     def _begun(self, number: int, prompt: Prompt, done: Completion) -> Sample:
         mask, logprobs = [True] * len(done.token_ids), None if done.logprobs is None else list(done.logprobs)
-        text = decode(self._tokenizer, done)
+        text = done.text(self._tokenizer)
         return Sample(prompt, number, prompt.token_ids, list(done.token_ids), mask, logprobs, text, done.finish_reason, done.version)
 
     def _take_turns(self, samples: list[Sample], tool: ModuleType, sampling: Sampling) -> None:
@@ -187,7 +187,7 @@ class Answerer:
         sample.answer_mask += [True] * len(done.token_ids)
         if sample.logprobs is not None:
             sample.logprobs += done.logprobs or [0.0] * len(done.token_ids)
-        sample.text, sample.finish_reason = decode(self._tokenizer, done), done.finish_reason
+        sample.text, sample.finish_reason = done.text(self._tokenizer), done.finish_reason
         sample.turns += 1
 
 
@@ -230,12 +230,6 @@ def groups_with_spread(samples: Sequence[Sample]) -> list[int]:
         rewards.setdefault(sample.group, set()).add(sample.reward)
     mine = [number for number, found in rewards.items() if len(found) > 1]
     return sorted(number for numbers in dist.gathered(mine) for number in numbers)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
-    """The answer as text, without its stop token."""
-    ids = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _called(tool: ModuleType, sample: Sample) -> str | None:

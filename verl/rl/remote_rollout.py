@@ -13,11 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from verl import dist as processes
+from verl.config.ppo import PPOConfig, longest_sample
+from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.rl.mapping import Layout
-from verl.rollout import Completion, Rollout, Sampling
+from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
+from verl.run import first_signals_ignored
 
 BUCKET_BYTES = 2**28  # of weights in one message
 
@@ -139,6 +143,37 @@ class RemoteRollout:
 
     def describe(self) -> str:
         return f"{self._device} × {len(self._bridge.layout.rollout)}"
+
+
+def divide(layout: Layout, device: torch.device) -> Bridge | None:
+    """Let the processes work in two parts where the rollout has ranks of its own. Every process calls it."""
+    if not layout.is_split:
+        return None
+    bridge = Bridge(layout, device)
+    processes.divide([layout.training, layout.rollout])
+    return bridge
+
+
+def generate_for_others(config: PPOConfig, bridge: Bridge, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a process does that only generates.
+
+    Raises:
+        UserError: the model cannot be loaded, or another process says what is wrong.
+    """
+    path, stop_ids, options = config.model.partial_pretrain, Renderer(tokenizer).stop_ids, rollout_options(config)
+    with first_signals_ignored():  # those that train end their step with these answers, and then this process
+        serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
+
+
+def rollout_options(config: PPOConfig) -> Options:
+    return Options(
+        max_sequences=config.rollout.max_sequences,
+        max_positions=longest_sample(config),
+        url=config.rollout.url,
+        weights_folder=config.rollout.weights_folder,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def serve(bridge: Bridge, load: Callable[[], Rollout]) -> None:

@@ -27,8 +27,8 @@ from verl.rewards._model import check_scores
 from verl.rewards._scoring import Scorer, load_graders
 from verl.rl.answering import Answerer
 from verl.rl.method import Method
-from verl.rl.remote_rollout import Bridge, RemoteRollout
-from verl.rollout import Options, Rollout, load_rollout, share
+from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
+from verl.rollout import Rollout, load_rollout, share
 from verl.run import Run
 
 
@@ -128,7 +128,7 @@ def build_roles(
     prompts: Prompts,
     bridge: Bridge | None,
     decisions: RoleDecisions,
-    this: Run,
+    run: Run,
 ) -> Roles:
     """Load every model of the run.
 
@@ -137,12 +137,12 @@ def build_roles(
     Raises:
         UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
     """
-    say_of_dropout(config, this)
+    say_of_dropout(config, run)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     trained = config.model.lora_adapter_path or config.model.partial_pretrain
     check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
-    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=this.say)
+    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=run.say)
     seed = config.trainer.seed
     actor = build(
         config.model, config.optim, tokenizer, decisions.actor, stop_ids=stop_ids, system_prompts=systems, seed=seed, dropout=False
@@ -161,12 +161,12 @@ def build_roles(
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
 
 
-def say_of_dropout(config: PPOConfig, this: Run) -> None:
+def say_of_dropout(config: PPOConfig, run: Run) -> None:
     """Say it where the actor goes on from an adapter that was tuned with dropout."""
     path = config.model.lora_adapter_path
     share = 0.0 if path is None else (read_adapter_config(path) or {}).get("lora_dropout") or 0.0
     if share > 0:
-        this.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
+        run.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
 
 
 def without_dropout(engine: Engine) -> None:
@@ -192,17 +192,6 @@ def build_rollout(
     if actor.is_whole:
         return share(name, actor.loaded.model, path, tokenizer, stop_ids, options)
     return load_rollout(name, path, tokenizer, stop_ids, options)
-
-
-def rollout_options(config: PPOConfig) -> Options:
-    return Options(
-        max_sequences=config.rollout.max_sequences,
-        max_positions=longest_sample(config),
-        url=config.rollout.url,
-        weights_folder=config.rollout.weights_folder,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        trust_remote_code=config.model.trust_remote_code,
-    )
 
 
 def check_names(config: PPOConfig, method: Method) -> None:
@@ -246,12 +235,12 @@ def check_positions(config: PPOConfig, rollout: Rollout) -> None:
         )
 
 
-def describe_plan(config: PPOConfig, total_steps: int) -> str:
+def describe_steps(config: PPOConfig, total_steps: int) -> str:
     """The arithmetic of a step, for the run's first lines."""
     prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
     many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
     return (
-        f"plan: {total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
+        f"{total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
         f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
         f"in micro-batches of up to {token_budget_of_answers(config):,} on each of {many}"

@@ -37,8 +37,8 @@ class Updates:
         leaves_out: whether the actor need not see answers without an advantage once more to learn from the others.
     """
 
-    def __init__(self, config: PPOConfig, method: Method, start: Position, this: Run):
-        self._module, self._this = method.module, this
+    def __init__(self, config: PPOConfig, method: Method, start: Position, run: Run):
+        self._module, self._run = method.module, run
         self.per_step = config.algorithm.updates_per_step
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
@@ -106,12 +106,12 @@ class Updates:
             self._skipped[role] = 0
             return
         self._skipped[role] += 1
-        folder = self._this.directory / "skipped"
+        folder = self._run.directory / "skipped"
         path = folder / f"{place.replace(' ', '_')}_{role}_{number + 1}_rank_{dist.rank()}.safetensors"
         folder.mkdir(exist_ok=True)
         save_file(_tensors(batches), path)
         numbers = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
-        self._this.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
+        self._run.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
         if self._skipped[role] == MOST_SKIPPED:
             raise UserError(
                 f"{numbers}, and so {MOST_SKIPPED} times in a row",

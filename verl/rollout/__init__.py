@@ -63,6 +63,11 @@ class Completion:
     logprobs: list[float] | None = None
     version: int = 0
 
+    def text(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """The answer as text, without its stop token."""
+        ids = self.token_ids[:-1] if self.finish_reason == "stop" else self.token_ids
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
 
 class Rollout(Protocol):
     """A generation engine.

@@ -2,11 +2,10 @@
 
     python -m verl.trainer.fsdp_sft_trainer data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
 
-The same command under `torchrun` uses several processes. `run` and `train_loop` are the whole way; read them first.
+The same command under `torchrun` uses several processes. `train` and `train_loop` are the whole way; read them first.
 """
 
 import sys
-from pathlib import Path
 
 from verl import dist
 from verl.algorithms import sft
@@ -14,85 +13,82 @@ from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader
+from verl.data.tables import Columns
 from verl.engine import checkpoint
 from verl.engine.build import build
-from verl.engine.checkpoint import Position
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of
 from verl.engine.hardware import ASSUMED, Hardware, measure
 from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
-from verl.libraries import quiet_libraries
 from verl.models.prompt_format import system_prompts
 from verl.plan.plan import make_plan, plan_run
 from verl.plan.report import check_room, describe
-from verl.run import Run
+from verl.run import Run, TrainResult
+from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import train_loop
-from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.resume import begin, find_checkpoint
 
 
-def run(config: SFTConfig) -> Path:
+@session()
+def train(config: SFTConfig) -> TrainResult:
     """Train as the config says.
 
-    Returns:
-        the last checkpoint's directory.
     Raises:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
+        Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     dist.share_micro_batches(config.model.context_parallel_size)
-    with Run(config) as this:
-        resume_from = find_checkpoint(config.trainer, this)
-        model = config.model
-        outline, hardware = Outline(model), measure(device)
-        tokenizer = read_tokenizer(config, outline)
+    with Run(config) as run:
+        run.checkpoint = find_checkpoint(config.trainer, run)
+        outline, hardware = Outline(config.model), measure(device)
+        tokenizer = read_tokenizer(outline, config.data.chat_template)
         spread = choose_spread(outline, hardware)  # raises before the data is read
-        train, validation = load_data(config.data, tokenizer, this)
-        loader = build_loader(config.data, train, config.trainer.seed, hardware)
-        fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
-        start = start_position(fresh, resume_from)
-        total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
-        if resume_from is not None and start.step >= total_steps:
-            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
-            return resume_from
-        this.start_logging(start.step, total_steps)
-        workload = Workload.of(train.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        documents, validation = load_data(config.data, Columns.of(config.data), tokenizer, run)
+        loader = build_loader(config.data, documents, config.trainer.seed, hardware)
+        total_steps = loader.total_steps(config.trainer)
+        start = begin(config.trainer, run, documents, loader.rows_per_step, total_steps)
+        if start is None:
+            return run.result()
+        workload = Workload.of(documents.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
         decisions = decide(outline, hardware, workload, spread)
-        warn_of_memory(config, train, outline, decisions, this)
+        warn_of_memory(config, documents, outline, decisions, run)
         built = build(
-            model,
+            config.model,
             config.optim,
             tokenizer,
             decisions,
-            stop_ids=train.stop_ids,
+            stop_ids=documents.stop_ids,
             system_prompts=system_prompts(config.data),
             seed=config.trainer.seed,
         )
-        this.say(f"{built.describe()}\n{describe_plan(loader, total_steps)}; into {this.directory}")
-        if resume_from is not None:
-            checkpoint.load(resume_from, built.engine)
-        return train_loop(config, sft, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+        run.say(f"{built.describe()}\nplan: {loader.describe(total_steps)}; into {run.directory}")
+        if run.checkpoint is not None:
+            checkpoint.load(run.checkpoint, built.engine)
+        train_loop(config.trainer, sft, loader, validation, built, start, run)
+        return run.result()
 
 
+@session()
 def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     """Print what the run would take. Nothing is written but the cache of tokenized rows, and no weights are read.
 
     Args:
         gpus: of the run, which need not be here; None: as many as there are processes.
     Raises:
-        UserError: as `run`.
+        UserError: as `train`.
     """
     device = dist.start()
-    quiet_libraries()
     outline = Outline(config.model)
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config, outline))
+    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data.chat_template))
     hardware = measure(device) if device.type == "cuda" else ASSUMED
-    plan = plan_run(config, train, outline, hardware.planned(gpus or dist.world_size()))
+    plan = plan_run(config, documents, outline, hardware.planned(gpus or dist.world_size()))
     if dist.is_main():
-        print(f"data.train_files: {train.report}\n{describe(plan, config, train, outline)}", flush=True)
+        print(f"data.train_files: {documents.report}\n{describe(plan, config, documents, outline)}", flush=True)
 
 
-def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisions: Decisions, this: Run) -> None:
+def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisions: Decisions, run: Run) -> None:
     """Say it before anything is loaded if the GPU is likely to be too small.
 
     Raises:
@@ -100,12 +96,12 @@ def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisi
     """
     if decisions.hardware.has_gpu:
         plan = make_plan(config, train, outline, decisions)
-        dist.together(lambda: say_if(check_room(plan, config, train, outline), this))
+        dist.together(lambda: say_if(check_room(plan, config, train, outline), run))
 
 
-def say_if(text: str | None, this: Run) -> None:
+def say_if(text: str | None, run: Run) -> None:
     if text is not None:
-        this.say(text)
+        run.say(text)
 
 
 def build_loader(data: DataConfig, train: Documents, seed: int, hardware: Hardware) -> Loader:
@@ -122,23 +118,9 @@ def build_loader(data: DataConfig, train: Documents, seed: int, hardware: Hardwa
     )
 
 
-def describe_plan(loader: Loader, total_steps: int) -> str:
-    packing = loader.packing
-    many = loader.world_size > 1
-    owners = ("processes" if many else "process") if loader.parts == 1 else f"group{'s' if many else ''} of {loader.parts} processes"
-    budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
-    return (
-        f"plan: {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} rows, "
-        f"in micro-batches of {budget} on each of {loader.world_size} {owners}"
-    )
-
-
 def main(argv: list[str]) -> None:
-    try:
-        config = load_config(SFTConfig, argv)
-        dry_run(config) if config.trainer.dry_run else run(config)
-    finally:
-        dist.stop()
+    config = load_config(SFTConfig, argv)
+    dry_run(config) if config.trainer.dry_run else train(config)
 
 
 if __name__ == "__main__":

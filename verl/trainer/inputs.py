@@ -1,37 +1,45 @@
 """What a trainer reads before it starts: the tokenizer and the tokenized rows, the same on every rank."""
 
-import socket
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
-from verl.config.pairs import PairsConfig, RewardTrainerConfig
-from verl.config.ppo import PPOConfig
-from verl.config.sft import DataConfig, SFTConfig
-from verl.data.documents import Documents, load_documents
+from verl.data.documents import Documents, DocumentsConfig, load_documents
 from verl.data.report import show_first_row
+from verl.data.tables import RowReader
 from verl.engine.build import check_context
 from verl.engine.outline import Outline
-from verl.errors import UserError
 from verl.models.load import load_tokenizer
 from verl.run import Run
 
 
-def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig, outline: Outline) -> PreTrainedTokenizerBase:
+class DataConfig(DocumentsConfig, Protocol):
+    """Settings of training and validation rows."""
+
+    train_files: Any
+    val_files: Any
+    train_max_samples: int | None
+    val_max_samples: int | None
+
+
+def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter that training goes on from, once it is seen that the model can be what is asked for.
 
+    Args:
+        chat_template: a file that takes the place of the tokenizer's own (data.chat_template).
     Raises:
         UserError: no such model, or adapters or parts of heads that it cannot have.
     """
-    model = config.model
+    model = outline.settings
     adapter = model.lora_adapter_path
     own = (
         adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     )  # with the template that it was trained with
     path = adapter if adapter is not None and own else model.partial_pretrain
-    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=config.data.chat_template)
+    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=chat_template)
     if outline.has_adapters:
         from verl.models.adapters.lora import check_adapters
 
@@ -40,30 +48,21 @@ def read_tokenizer(config: SFTConfig | PPOConfig | RewardTrainerConfig, outline:
     return tokenizer
 
 
-def load_data(data: DataConfig | PairsConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Documents, Documents | None]:
+def load_data(data: DataConfig, columns: RowReader, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Documents, Documents | None]:
     """Tokenized training and validation rows; each node's first process makes the cache, the others read it."""
 
-    def load(kind: str, max_samples: int | None) -> Documents:
-        documents, key = load_rows(data, kind, max_samples, tokenizer), f"data.{kind}_files"
-        first = dist.from_main(documents.fingerprint)
-        dist.together(lambda: check_same_rows(documents.fingerprint, first, key))
-        this.say(f"{key}: {documents.report}")
+    def load(kind: str) -> Documents:
+        documents, key = load_rows(data, columns, kind, tokenizer), f"data.{kind}_files"
+        dist.check_same(documents.fingerprint, what="the rows", where=key)  # each process plans every step by itself
+        run.say(f"{key}: {documents.report}")
         return documents
 
-    train = load("train", data.train_max_samples)
-    validation = None if data.val_files is None else load("val", data.val_max_samples)
-    this.show(partial(show_first_row, tokenizer, *train.document(0)))
+    train, validation = load("train"), None if data.val_files is None else load("val")
+    run.show(partial(show_first_row, tokenizer, *train.document(0)))
     return train, validation
 
 
-def load_rows(data: DataConfig | PairsConfig, kind: str, max_samples: int | None, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def load_rows(data: DataConfig, columns: RowReader, kind: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
-    files = getattr(data, f"{kind}_files")
-    return dist.main_first(lambda: load_documents(data, files, tokenizer, key=f"data.{kind}_files", max_samples=max_samples))
-
-
-def check_same_rows(fingerprint: str, of_first: str, key: str) -> None:
-    """Each process plans every step by itself, so all must have the same rows."""
-    if fingerprint != of_first:
-        fix = "give all nodes the same files under the same names"
-        raise UserError(f"the rows that {socket.gethostname()} finds are not those of the first node", where=key, fix=fix)
+    files, samples = getattr(data, f"{kind}_files"), getattr(data, f"{kind}_max_samples")
+    return dist.main_first(lambda: load_documents(data, columns, files, tokenizer, key=f"data.{kind}_files", max_samples=samples))

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from verl.config.pairs import RewardTrainerConfig
-from verl.config.sft import SFTConfig
+from verl.config.shared import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents
 from verl.data.loader import Loader
@@ -24,44 +23,47 @@ VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
 
 
 def train_loop(
-    config: SFTConfig | RewardTrainerConfig,
+    config: TrainerConfig,
     algorithm: Algorithm,
     loader: Loader,
     validation: Documents | None,
     built: Built,
     start: Position,
-    total_steps: int,
-    this: Run,
-) -> Path | None:
-    """Every step: train and log; when due: validate and save. Returns the last checkpoint that it wrote, if any."""
-    engine, meter, saved = built.engine, Meter(built.engine, start), None
-    for step in profiled(loader.steps(start.step, total_steps), config.trainer.profile_step, engine.device, this):
+    run: Run,
+) -> None:
+    """Every step: train and log; when due: validate and save."""
+    engine, meter = built.engine, Meter(built.engine, start)
+    for step in profiled(loader.steps(start.step, run.total_steps), config.profile_step, engine.device, run):
         meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
-        ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == total_steps, this.should_stop()
-        validates = not stop and due(config.trainer.test_freq, done, ends_epoch, last)
-        saves = due(config.trainer.save_freq, done, ends_epoch, last or stop)
+        ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == run.total_steps, run.should_stop()
+        validates = not stop and due(config.test_freq, done, ends_epoch, last)
+        saves = due(config.save_freq, done, ends_epoch, last or stop)
         if note := built.compiler.note():
-            this.say(f"step {done}: {note}")
+            run.say(f"step {done}: {note}")
         # Between pauses a step's metrics are read while the next one runs, so that the GPU never waits for the host.
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
                 metrics |= validate(engine, algorithm, validation, loader)
-            this.log(number, metrics)
+            run.log(number, metrics)
         if ends_epoch:
-            this.say(meter.end_epoch(step.epoch))
+            run.say(meter.end_epoch(step.epoch))
         if saves:
             here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
-            saved = checkpoint.save(this.directory, engine, here, built.export)
-            checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
-            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": saved.name, "metrics": metrics})
-            this.say(f"saved {saved}")
+            keep(checkpoint.save(run.directory, engine, here, built.export), config, run, done, metrics)
         if stop:
-            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
+            run.leave(done)
         if pause:
             meter.start()
-    return saved
+
+
+def keep(saved: Path, config: TrainerConfig, run: Run, step: int, metrics: dict[str, float]) -> None:
+    """Make a new checkpoint the run's newest, and remove those that are too many."""
+    run.checkpoint = saved
+    checkpoint.prune(run.directory, config.max_ckpt_to_keep)
+    run.keep_state({"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics})
+    run.say(f"saved {saved}")
 
 
 def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:

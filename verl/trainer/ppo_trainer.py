@@ -2,54 +2,50 @@
 
     python -m verl.trainer.ppo_trainer data.train_files=train.jsonl model.partial_pretrain=checkpoints/verl-sft/run/global_step_100
 
-The same command under `torchrun` uses several processes. `run` and `train_loop` are the whole way; read them first.
+The same command under `torchrun` uses several processes. `train` and `train_loop` are the whole way; read them first.
 """
 
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
 from verl import dist
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
 from verl.data.prompts import Prompts, load_prompts
-from verl.data.render import Renderer
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.decisions import token_budget_of_answers
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
-from verl.errors import UserError, exit_on_user_error
-from verl.libraries import quiet_libraries
+from verl.errors import Stopped, UserError, exit_on_user_error
 from verl.rewards._scoring import Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
 from verl.rl.experience import in_micro_batches
-from verl.rl.mapping import Layout, choose_layout
+from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
-from verl.rl.remote_rollout import Bridge, serve
-from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_plan, rollout_options
+from verl.rl.prompts import read_prompts
+from verl.rl.remote_rollout import divide, generate_for_others
+from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
-from verl.rollout import load_rollout
-from verl.run import Run, ignore_first_signals
-from verl.trainer.inputs import check_same_rows, read_tokenizer
-from verl.trainer.loop import due
+from verl.run import Run, TrainResult
+from verl.session import session
+from verl.trainer.inputs import read_tokenizer
+from verl.trainer.loop import due, keep
 from verl.trainer.profile import profiled
-from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.resume import begin, find_checkpoint
 
 
-def run(config: PPOConfig) -> Path | None:
-    """Train as the config says.
+@session()
+def train(config: PPOConfig) -> TrainResult:
+    """Train as the config says. Of processes that only generate, the result is empty.
 
-    Returns:
-        the last checkpoint's directory; None on processes that only generate.
     Raises:
         UserError: anything in the config, the data, the models, the rewards or the checkpoint that is not right.
+        Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     method = load_method(config)
@@ -57,51 +53,48 @@ def run(config: PPOConfig) -> Path | None:
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
-        generate_for_others(config, bridge)
-        return None
-    with Run(config) as this:
-        resume_from = find_checkpoint(config.trainer, this)
+        generate_for_others(config, bridge, read_tokenizer(Outline(config.model), config.data.chat_template))
+        return TrainResult(None, Path(config.trainer.default_local_dir).expanduser(), [])
+    with Run(config) as run:
+        run.checkpoint = find_checkpoint(config.trainer, run)
         outline = Outline(config.model)
-        tokenizer = read_tokenizer(config, outline)
-        prompts, validation = load_data(config, tokenizer, this)
-        fresh = Position(0, 0, 0, len(prompts), config.data.prompts_per_step, config.trainer.seed, prompts.fingerprint)
-        start = start_position(fresh, resume_from)
+        tokenizer = read_tokenizer(outline, config.data.chat_template)
+        prompts, validation = read_prompts(config.data, tokenizer, run)
         total_steps = steps_of(config, prompts)
-        if resume_from is not None and start.step >= total_steps:
-            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
-            return resume_from
-        this.start_logging(start.step, total_steps)
+        start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
+        if start is None:
+            return run.result()
         decisions = decide_roles(config, method, outline, measure(device), total_steps)
-        roles = build_roles(config, method, tokenizer, prompts, bridge, decisions, this)
-        this.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
-        this.say(f"{describe_plan(config, total_steps)}; into {this.directory}")
-        if resume_from is not None:
-            checkpoint.load(resume_from, roles.actor.engine, roles.critic)
+        roles = build_roles(config, method, tokenizer, prompts, bridge, decisions, run)
+        run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
+        run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}")
+        if run.checkpoint is not None:
+            checkpoint.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
         try:
-            saved = train_loop(config, method, prompts, validation, roles, start, total_steps, this)
-        except SystemExit:  # of a signal: every process has left the loop after the same step
+            train_loop(config, method, prompts, validation, roles, start, run)
+        except Stopped:  # every process has left the loop after the same step
             roles.answerer.rollout.close()
             raise
         roles.answerer.rollout.close()
-        return saved or resume_from or this.directory
+        return run.result()
 
 
+@session()
 def dry_run(config: PPOConfig) -> None:
     """Print what the run would do. Nothing is written, and no weights are read.
 
     Raises:
-        UserError: as `run`, as far as it can be known before.
+        UserError: as `train`, as far as it can be known before.
     """
     dist.start()
-    quiet_libraries()
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
     check_names(config, method)
-    tokenizer = read_tokenizer(config, Outline(config.model))
+    tokenizer = read_tokenizer(Outline(config.model), config.data.chat_template)
     prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
     if dist.is_main():
-        plan = describe_plan(config, steps_of(config, prompts))
-        print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\n{plan}", flush=True)
+        plan = describe_steps(config, steps_of(config, prompts))
+        print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\nplan: {plan}", flush=True)
 
 
 def train_loop(
@@ -111,15 +104,14 @@ def train_loop(
     validation: Prompts | None,
     roles: Roles,
     start: Position,
-    total_steps: int,
-    this: Run,
-) -> Path | None:
-    """Every step: answer, score, learn, update; log; when due, validate and save. Returns the last checkpoint that it wrote, if any."""
+    run: Run,
+) -> None:
+    """Every step: answer, score, learn, update; log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
-    clock, updates, here, saved = Clock(actor.device), Updates(config, method, start, this), start, None
+    clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
     if validation is not None and start.step == 0:
-        this.log(0, validate(roles, validation, 0, this))
-    for step in profiled(range(start.step, total_steps), config.trainer.profile_step, actor.device, this, number=int):
+        run.log(0, validate(roles, validation, 0, run))
+    for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, clock)
@@ -141,27 +133,24 @@ def train_loop(
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
         here = replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef)
-        last, stop = done == total_steps, this.should_stop()
+        last, stop = done == run.total_steps, run.should_stop()
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
-                metrics |= validate(roles, validation, done, this)
-        tell(collected, method, done, this)
-        written = None
+                metrics |= validate(roles, validation, done, run)
+        tell(collected, method, done, run)
+        saved = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             with clock.phase("save"):
-                written = saved = checkpoint.save(this.directory, actor, here, roles.actor.export, critic)
+                saved = checkpoint.save(run.directory, actor, here, roles.actor.export, critic)
         lr = actor.learning_rate(step * updates.per_step)
-        this.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
-        if written is not None:
-            checkpoint.prune(this.directory, config.trainer.max_ckpt_to_keep)
-            this.keep_state({"step": done, "total_steps": total_steps, "checkpoint": written.name, "metrics": metrics})
-            this.say(f"saved {written}")
+        run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
+        if saved is not None:
+            keep(saved, config.trainer, run, done, metrics)
         if stop:
-            this.leave(f"after step {done}; {f'the same command goes on from {saved}' if saved else 'nothing was saved'}")
-    return saved
+            run.leave(done)
 
 
-def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[str, float]:
+def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str, float]:
     """Greedy answers to the validation prompts, scored as in training: the mean of the whole reward, and of each grader.
 
     That of the first grader which compares answers with right ones is `val/exact_match`, as the evaluator has it.
@@ -174,8 +163,8 @@ def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[st
     for place, sample in enumerate(samples):
         sample.group = dist.rank() + place * dist.world_size()
     scored = roles.answerer.score(samples)
-    write_samples(this.directory, f"validation_{step}", samples)
-    say_errors(scored, f"validation after step {step}", this)
+    write_samples(run.directory, f"validation_{step}", samples)
+    say_errors(scored, f"validation after step {step}", run)
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
@@ -183,41 +172,24 @@ def validate(roles: Roles, validation: Prompts, step: int, this: Run) -> dict[st
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
-def tell(collected: Collected, method: Method, step: int, this: Run) -> None:
+def tell(collected: Collected, method: Method, step: int, run: Run) -> None:
     """Write the step's answers out, and say what is odd about them. Every rank calls it."""
-    write_samples(this.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
+    write_samples(run.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
-        say_errors(scored, f"step {step}", this)
+        say_errors(scored, f"step {step}", run)
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
-        this.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
+        run.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
     elif collected.groups == collected.without_spread and method.needs_groups:
-        this.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
+        run.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
     elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
-        this.say(f"warning: step {step}: all answers earned the same")
+        run.say(f"warning: step {step}: all answers earned the same")
 
 
-def say_errors(scored: Scored, place: str, this: Run) -> None:
+def say_errors(scored: Scored, place: str, run: Run) -> None:
     """Say which rewards failed, on all ranks, and count as 0. Every rank calls it."""
     everywhere = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank])
     if (errors := everywhere.describe_errors()) is not None:
-        this.say(f"{place}: {errors}")
-
-
-def load_data(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, this: Run) -> tuple[Prompts, Prompts | None]:
-    """Training and validation prompts, the same on every rank."""
-
-    def load(kind: str, max_samples: int | None) -> Prompts:
-        key = f"data.{kind}_files"
-        found: list[Prompts] = []
-        files = getattr(config.data, f"{kind}_files")
-        dist.together(lambda: found.append(load_prompts(config.data, files, tokenizer, key=key, max_samples=max_samples)))
-        first = dist.from_main(found[0].fingerprint)
-        dist.together(lambda: check_same_rows(found[0].fingerprint, first, key))
-        this.say(f"{key}: {found[0]}")
-        return found[0]
-
-    train = load("train", config.data.train_max_samples)
-    return train, None if config.data.val_files is None else load("val", config.data.val_max_samples)
+        run.say(f"{place}: {errors}")
 
 
 def steps_of(config: PPOConfig, prompts: Prompts) -> int:
@@ -235,30 +207,9 @@ def steps_of(config: PPOConfig, prompts: Prompts) -> int:
     return max(1, len(prompts) * config.trainer.total_epochs // per_step)
 
 
-def divide(layout: Layout, device: torch.device) -> Bridge | None:
-    """Let the processes work in two parts where the rollout has ranks of its own. Every process calls it."""
-    if not layout.is_split:
-        return None
-    bridge = Bridge(layout, device)
-    dist.divide([layout.training, layout.rollout])
-    return bridge
-
-
-def generate_for_others(config: PPOConfig, bridge: Bridge) -> None:
-    """What a process does that only generates."""
-    quiet_libraries()
-    path, tokenizer = config.model.partial_pretrain, read_tokenizer(config, Outline(config.model))
-    stop_ids, options = Renderer(tokenizer).stop_ids, rollout_options(config)
-    ignore_first_signals()  # those that train end their step with these answers, and then this process
-    serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
-
-
 def main(argv: list[str]) -> None:
-    try:
-        config = load_config(PPOConfig, argv)
-        dry_run(config) if config.trainer.dry_run else run(config)
-    finally:
-        dist.stop()
+    config = load_config(PPOConfig, argv)
+    dry_run(config) if config.trainer.dry_run else train(config)
 
 
 if __name__ == "__main__":

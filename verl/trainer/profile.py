@@ -117,7 +117,7 @@ def profiled(
     steps: Iterable[Step],
     first_step: int | None,
     device: torch.device,
-    this: Run,
+    run: Run,
     number: Callable[[Step], int] = attrgetter("number"),
 ) -> Iterator[Step]:
     """The same steps; while the loop works on `first_step` and those after it, a trace is recorded, and then written.
@@ -130,22 +130,22 @@ def profiled(
     for step in steps:
         if number(step) + 1 == first_step:
             reached = True
-            yield from _traced(chain([step], islice(steps, STEPS - 1)), first_step, device, this)
+            yield from _traced(chain([step], islice(steps, STEPS - 1)), first_step, device, run)
         else:
             yield step
     if not reached:
-        this.say(f"trainer.profile_step={first_step}: this run had no such step, so there is no profile")
+        run.say(f"trainer.profile_step={first_step}: this run had no such step, so there is no profile")
 
 
-def _traced(steps: Iterable[Step], first_step: int, device: torch.device, this: Run) -> Iterator[Step]:
+def _traced(steps: Iterable[Step], first_step: int, device: torch.device, run: Run) -> Iterator[Step]:
     trace, count = Trace(device), 0
     for count, step in enumerate(steps, 1):  # noqa: B007 - used after the loop
         yield step
-    stem = this.directory / "profile" / f"step_{first_step}_rank_{dist.rank()}"
+    stem = run.directory / "profile" / f"step_{first_step}_rank_{dist.rank()}"
     found = trace.finish(stem.with_suffix(".json.gz"))
     line = found.describe(first_step, count)
     stem.with_suffix(".txt").write_text(f"{line}\n{found.table()}\n", encoding="utf-8")
-    this.say(f"{line}; written to {stem.parent}")
+    run.say(f"{line}; written to {stem.parent}")
 
 
 def covered(intervals: list[tuple[float, float]]) -> float:

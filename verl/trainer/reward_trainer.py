@@ -3,12 +3,11 @@
     python -m verl.trainer.reward_trainer data.train_files=pairs.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
     python -m verl.trainer.reward_trainer algorithm.name=dpo data.train_files=pairs.jsonl model.partial_pretrain=checkpoints/…/global_step_N
 
-The same command under `torchrun` uses several processes. `run` is the whole way; its steps are those of fine-tuning.
+The same command under `torchrun` uses several processes. `train` is the whole way; its steps are those of fine-tuning.
 """
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,75 +18,74 @@ from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader
+from verl.data.pairs import PairColumns
 from verl.engine import checkpoint
 from verl.engine.build import Built, build, build_reward_model
-from verl.engine.checkpoint import Position
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of_pairs
 from verl.engine.engine import Engine
 from verl.engine.hardware import Hardware, measure
 from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
-from verl.libraries import quiet_libraries
-from verl.run import Run
+from verl.run import Run, TrainResult
+from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
 from verl.trainer.preference import Preference, load_preference
-from verl.trainer.resume import find_checkpoint, start_position
+from verl.trainer.resume import begin, find_checkpoint
 
 
-def run(config: RewardTrainerConfig) -> Path:
+@session()
+def train(config: RewardTrainerConfig) -> TrainResult:
     """Train as the config says.
 
-    Returns:
-        the last checkpoint's directory.
     Raises:
         UserError: anything in the config, the data, the model or the checkpoint that is not right.
+        Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
     method = load_preference(config)
-    with Run(config) as this:
-        resume_from = find_checkpoint(config.trainer, this)
+    with Run(config) as run:
+        run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
-        tokenizer = read_tokenizer(config, outline)
+        tokenizer = read_tokenizer(outline, config.data.chat_template)
         spread = choose_spread(outline, hardware)  # raises before the data is read
-        train, validation = load_data(config.data, tokenizer, this)
-        loader = build_loader(config.data, train, config.trainer.seed, hardware)
-        fresh = Position(0, 0, 0, len(train), loader.rows_per_step, loader.seed, train.fingerprint)
-        start = start_position(fresh, resume_from)
-        total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
-        if resume_from is not None and start.step >= total_steps:
-            this.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
-            return resume_from
-        this.start_logging(start.step, total_steps)
-        workload = Workload.of(train.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        pairs, validation = load_data(config.data, PairColumns.of(config.data), tokenizer, run)
+        loader = build_loader(config.data, pairs, config.trainer.seed, hardware)
+        total_steps = loader.total_steps(config.trainer)
+        start = begin(config.trainer, run, pairs, loader.rows_per_step, total_steps)
+        if start is None:
+            return run.result()
+        workload = Workload.of(pairs.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
         decisions = decide(outline, hardware, workload, spread, scores=method.scorer == "score")
-        built = build_for(config, method, tokenizer, train, decisions)
-        this.say(f"{built.describe()}\n{describe_plan(method, loader, total_steps)}; into {this.directory}")
+        built = build_for(config, method, tokenizer, pairs, decisions)
+        run.say(f"{built.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
         if method.needs_reference:
-            # The weights are still those that the run starts from, also where it goes on from a checkpoint: the reference's.
-            this.say("reference: the model that this run starts from; computing what it says of all pairs")
+            # Also where the run goes on from a checkpoint, the weights are still those that it started from: the reference's.
+            run.say("reference: the model that this run starts from; scoring all pairs with it")
             engine = built.engine
-            loader = replace(loader, documents=with_reference(engine, train, loader, steps=min(total_steps, loader.steps_per_epoch)))
+            loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=min(total_steps, loader.steps_per_epoch)))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
-        if resume_from is not None:
-            checkpoint.load(resume_from, built.engine)
-        return train_loop(config, method.loss, loader, validation, built, start, total_steps, this) or resume_from or this.directory
+        if run.checkpoint is not None:
+            checkpoint.load(run.checkpoint, built.engine)
+        train_loop(config.trainer, method.loss, loader, validation, built, start, run)
+        return run.result()
 
 
+@session()
 def dry_run(config: RewardTrainerConfig) -> None:
     """Print what the run would do. Nothing is written but the cache of tokenized rows, and no weights are read.
 
     Raises:
-        UserError: as `run`.
+        UserError: as `train`.
     """
     device = dist.start()
-    quiet_libraries()
     method = load_preference(config)
-    train = load_rows(config.data, "train", config.data.train_max_samples, read_tokenizer(config, Outline(config.model)))
-    loader = build_loader(config.data, train, config.trainer.seed, measure(device))
-    total_steps = config.trainer.total_training_steps or loader.steps_per_epoch * config.trainer.total_epochs
+    tokenizer = read_tokenizer(Outline(config.model), config.data.chat_template)
+    pairs = load_rows(config.data, PairColumns.of(config.data), "train", tokenizer)
+    loader = build_loader(config.data, pairs, config.trainer.seed, measure(device))
     if dist.is_main():
-        print(f"data.train_files: {train.report}\n{describe_plan(method, loader, total_steps)}", flush=True)
+        plan = f"{method.trains}, {loader.describe(loader.total_steps(config.trainer))}"
+        print(f"data.train_files: {pairs.report}\nplan: {plan}", flush=True)
 
 
 def build_loader(data: PairsConfig, train: Documents, seed: int, hardware: Hardware) -> Loader:
@@ -146,20 +144,9 @@ def with_reference(engine: Engine, documents: Documents, loader: Loader, *, step
     return replace(documents, values={"ref_logprob_M": [everywhere.get(number, missing) for number in range(len(documents.lengths_N))]})
 
 
-def describe_plan(method: Preference, loader: Loader, total_steps: int) -> str:
-    many = f"{loader.world_size} processes" if loader.world_size > 1 else "1 process"
-    return (
-        f"plan: {method.trains}, {total_steps:,} steps ({loader.steps_per_epoch:,} an epoch) of {loader.rows_per_step} pairs, "
-        f"in micro-batches of up to {loader.packing.token_budget:,} packed tokens on each of {many}"
-    )
-
-
 def main(argv: list[str]) -> None:
-    try:
-        config = load_config(RewardTrainerConfig, argv)
-        dry_run(config) if config.trainer.dry_run else run(config)
-    finally:
-        dist.stop()
+    config = load_config(RewardTrainerConfig, argv)
+    dry_run(config) if config.trainer.dry_run else train(config)
 
 
 if __name__ == "__main__":

@@ -86,12 +86,16 @@ def version(kernel: Kernel) -> str:
         return package.name
 
 
+def is_fa3_active() -> bool:
+    """Whether FlashAttention-3 takes the place of 2 behind PyTorch's own calls."""
+    return bool(getattr(torch_attention, "current_flash_attention_impl", lambda: None)() == "FA3")
+
+
 def activate(kernel: Kernel) -> None:
     """Prepare this process for `flash_attention(kernel=…)`. FlashAttention-3 replaces version 2 inside PyTorch's own functions."""
-    active = getattr(torch_attention, "current_flash_attention_impl", lambda: None)()
-    if kernel == "fa3" and active != "FA3":
+    if kernel == "fa3" and not is_fa3_active():
         torch_attention.activate_flash_attention_impl("FA3")
-    elif kernel != "fa3" and active == "FA3":
+    elif kernel != "fa3" and is_fa3_active():
         torch_attention.restore_flash_attention_impl()
     if kernel == "fa4":  # raised for each kernel that it compiles, and harmless
         warnings.filterwarnings("ignore", message="Argument .* cannot be converted to a JitArgument", category=UserWarning)

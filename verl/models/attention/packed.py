@@ -12,6 +12,8 @@ Dimensions: T tokens of the packed batch, or of this process's part of it; N que
 leading 1 is transformers' batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +65,18 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
     }
+
+
+@contextmanager
+def attention_kept() -> Iterator[None]:
+    """Restore at the end which attention this process calls."""
+    global _kernel
+    before, had_fa3 = _kernel, flash.is_fa3_active()
+    try:
+        yield
+    finally:
+        _kernel = before
+        flash.activate("fa3" if had_fa3 else "fa2")
 
 
 def heads_of(config: PretrainedConfig) -> flash.Heads:

@@ -1,0 +1,57 @@
+"""What verl can be asked to do, from a command line and from Python: the module that does it and the config that it reads.
+
+Light: nothing of either is loaded until it is asked for.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from verl.errors import UserError
+
+
+class Command(NamedTuple):
+    """
+    Attributes:
+        module: has `main(words)`, which a command line calls.
+        config: place and name of the config's class.
+        usage: of the command line.
+    """
+
+    module: str
+    config: tuple[str, str]
+    usage: str
+
+    def schema(self) -> type[Any]:
+        """The config's class."""
+        place, name = self.config
+        schema: type[Any] = getattr(importlib.import_module(place), name)
+        return schema
+
+    def load(self) -> ModuleType:
+        """The module that does it.
+
+        Raises:
+            UserError: a package that it needs is not installed.
+        """
+        return load_module(self.module)
+
+
+def load_module(name: str) -> ModuleType:
+    """A module of verl. Raises UserError: a package that it needs is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("verl."):
+            raise
+        fix = 'pip install -c constraints.txt -e "."; verl doctor shows the rest'
+        raise UserError(f"{error.name} is not installed", fix=fix) from error
+
+
+SFT = Command("verl.trainer.fsdp_sft_trainer", ("verl.config.sft", "SFTConfig"), "verl sft [--gpus N] key=value …")
+PPO = Command("verl.trainer.ppo_trainer", ("verl.config.ppo", "PPOConfig"), "verl ppo [--gpus N] key=value …")
+REWARD = Command("verl.trainer.reward_trainer", ("verl.config.pairs", "RewardTrainerConfig"), "verl reward [--gpus N] key=value …")
+EVALUATE = Command("verl.eval.sft_evaluator", ("verl.config.commands", "EvalConfig"), "verl eval key=value …")
+CHAT = Command("verl.chat", ("verl.config.commands", "ChatConfig"), "verl chat DIR key=value …")
+EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"), "verl export SRC DIR key=value …")
+DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")

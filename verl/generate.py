@@ -1,0 +1,130 @@
+"""Questions in, answers out: a checkpoint that is asked in text, from Python."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.data.render import Renderer
+from verl.errors import UserError
+from verl.models.load import load_tokenizer
+from verl.models.prompt_format import check_format, system_of
+from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
+from verl.session import quiet_libraries
+
+Message = Mapping[str, Any]  # {"role": …, "content": …}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. As text, `str(answer)`, it is what the model wrote.
+
+    Attributes:
+        finish_reason: "stop", or "length" when it was cut at max_new_tokens or at the end of the model's positions.
+        token_ids: the generated tokens, with the stop token that ended them.
+    """
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    token_ids: list[int]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class TextRollout:
+    """A checkpoint that answers. With `with`, or by `close`, it gives its memory back.
+
+    Attributes:
+        rollout: the engine, for token ids and log-probabilities (`verl.rollout`).
+        tokenizer: of the checkpoint.
+    """
+
+    def __init__(self, path: str, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, renderer: Renderer):
+        self.rollout, self.tokenizer = rollout, tokenizer
+        self._path, self._renderer = path, renderer
+
+    def generate(
+        self,
+        prompts: "str | Sequence[str | Sequence[Message]] | Sequence[Message]",
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        n: int = 1,
+        seed: int = 1,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> list[Answer]:
+        """Answer questions, each written in the checkpoint's own chat format.
+
+        Args:
+            prompts: one question or several, each a text or a chat, a list of {"role": …, "content": …} that ends with the user.
+            max_new_tokens: longest answer; less where the model's positions leave less.
+            temperature: 0 takes the most likely token each time; above, tokens are drawn.
+            n: answers to each.
+            seed, top_k, top_p: of the draws, as `verl.rollout.Sampling` has them.
+        Returns:
+            the answers in the order of the questions, `n` to each side by side.
+        Raises:
+            UserError: a chat that the template does not take, one that is longer than the model's positions, or a checkpoint that
+                was trained with another system prompt.
+        """
+        chats = [_chat(prompt) for prompt in _several(prompts)]
+        if not chats:
+            return []
+        key = "the chat's system message"
+        check_format(self._path, self.tokenizer, self._renderer.stop_ids, [system_of(chat) for chat in chats], key=key)
+        tokens = [self._renderer.prompt(chat) for chat in chats]
+        sampling = Sampling(self._longest_answer(tokens, max_new_tokens), temperature, n, seed, top_k, top_p, logprobs=False)
+        with quiet_libraries():
+            return [self._answer(completion) for completion in self.rollout.generate(tokens, sampling)]
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.rollout.close()
+
+    def __enter__(self) -> "TextRollout":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _longest_answer(self, prompts: list[list[int]], wanted: int) -> int:
+        positions, longest = self.rollout.positions, max(map(len, prompts))
+        if positions is not None and longest >= positions:
+            what = f"{longest:,} tokens of prompt do not fit into the model's {positions:,} positions"
+            raise UserError(what, where=self._path, fix="shorten the question")
+        return wanted if positions is None else min(wanted, positions - longest)
+
+    def _answer(self, completion: Completion) -> Answer:
+        return Answer(completion.text(self.tokenizer), completion.finish_reason, completion.token_ids)
+
+
+def open_rollout(path: str, name: str, options: Options) -> TextRollout:
+    """Load a checkpoint with its tokenizer and chat template.
+
+    Raises:
+        UserError: no such engine, or a checkpoint that it cannot load.
+    """
+    with quiet_libraries():
+        tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
+        renderer = Renderer(tokenizer)
+        return TextRollout(path, load_rollout(name, path, tokenizer, renderer.stop_ids, options), tokenizer, renderer)
+
+
+def _several(prompts: object) -> Sequence[object]:
+    """A list of questions, also of one alone: a text, or a chat, which is a list of messages."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise UserError(f"found {type(prompts).__name__}, expected a question or a list of questions", where="prompts")
+    return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
+
+
+def _chat(prompt: object) -> list[dict[str, Any]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt):
+        return [dict(message) for message in prompt]
+    raise UserError(f"found {prompt!r:.80}", where="prompts", fix='give each question as text, or as [{"role": …, "content": …}, …]')

@@ -1,0 +1,107 @@
+"""A progress bar where somebody is looking: on a terminal, or in a notebook; elsewhere nothing is drawn."""
+
+import io
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn
+
+SECONDS_BETWEEN_DRAWINGS = 0.2  # in a notebook, where each is a message to the browser
+
+
+def open_console(**options: Any) -> Console:
+    """A console for lines of text. In a notebook they are text as well, where rich would make a block of HTML of each.
+
+    Args:
+        options: of `rich.console.Console`.
+    """
+    return Console(force_jupyter=False, **options)
+
+
+def in_notebook() -> bool:
+    return Console().is_jupyter
+
+
+class Bar:
+    """A progress bar, from `start` to `stop`.
+
+    Args:
+        columns: what it shows.
+        console: of the terminal that it is drawn on, if it is one.
+        transient: whether it goes when it is done.
+        hidden: whether it is not to be drawn anywhere.
+    Attributes:
+        is_drawn: whether anybody sees it.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console, transient: bool = False, hidden: bool = False):
+        on_terminal = console.is_terminal and not hidden
+        self._transient = transient
+        self._progress = Progress(*columns, console=console, transient=transient, disable=not on_terminal)
+        self._drawing = _Drawing() if in_notebook() and not on_terminal and not hidden else None
+        self.is_drawn = on_terminal or self._drawing is not None
+
+    def start(self, total: float, *, completed: float = 0, description: str = "", **fields: str) -> None:
+        """Draw it.
+
+        Args:
+            total: what `completed` comes to at the end.
+            fields: of the columns, such as `task.fields[state]`.
+        """
+        self._task = self._progress.add_task(description, total=total, completed=completed, **fields)  # type: ignore[arg-type]
+        self._progress.start()
+        if self._drawing is not None and not self._transient:  # what soon goes away again is worth no flicker
+            self._drawing.show(self._progress)
+
+    def update(self, completed: float, **fields: str) -> None:
+        """Move it.
+
+        Args:
+            fields: new values of the columns' fields, `description` among them.
+        """
+        self._progress.update(self._task, completed=completed, **fields)  # type: ignore[arg-type]
+        if self._drawing is not None:
+            self._drawing.show(self._progress)
+
+    def stop(self) -> None:
+        """Leave it as it stands, or take it away where it is transient."""
+        self._progress.stop()
+        if self._drawing is not None:
+            self._drawing.finish(None if self._transient else self._progress)
+
+
+class _Drawing:
+    """One output of a notebook's cell, drawn over and over. `rich` by itself would need ipywidgets."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._last = float("-inf")
+
+    def show(self, progress: Progress) -> None:
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_DRAWINGS:
+            self._draw(_rendered(progress))
+
+    def finish(self, progress: Progress | None) -> None:
+        """Draw it a last time; None: take it away, if it was ever seen."""
+        if progress is not None:
+            self._draw(_rendered(progress))
+        elif self._handle is not None:
+            self._draw({"text/plain": ""})
+
+    def _draw(self, output: dict[str, str]) -> None:
+        from IPython.display import display
+
+        self._last = time.monotonic()
+        if self._handle is None:
+            self._handle = display(output, raw=True, display_id=True)
+        else:
+            self._handle.update(output, raw=True)
+
+
+def _rendered(progress: Progress) -> dict[str, str]:
+    """The bar as a notebook shows it, by MIME type."""
+    paper = Console(file=io.StringIO(), record=True, force_terminal=True, force_jupyter=False, color_system="standard", width=100)
+    paper.print(progress.get_renderable())
+    html = paper.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>', clear=False)
+    return {"text/plain": paper.export_text().rstrip("\n"), "text/html": html}
