@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import verl
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.load import describe, shown
 from verl.config.own_keys import comment_on, completed, fields_of, groups_of, settings_class
@@ -15,13 +15,13 @@ from verl.config.spellings import ANSWERED, SAME
 
 PAGE = Path(__file__).with_name("keys.md")
 COMMANDS: dict[str, Any] = {
-    "verl sft": verl.SFTConfig,
-    "verl ppo": verl.PPOConfig,
-    "verl reward": verl.RewardTrainerConfig,
-    "verl eval": verl.EvalConfig,
-    "verl chat DIR": verl.ChatConfig,
-    "verl export SRC DIR": verl.ExportConfig,
-    "verl demo": verl.DemoConfig,
+    "verl sft": SFT.schema(),
+    "verl ppo": PPO.schema(),
+    "verl reward": REWARD.schema(),
+    "verl eval": EVALUATE.schema(),
+    "verl chat DIR": CHAT.schema(),
+    "verl export SRC DIR": EXPORT.schema(),
+    "verl demo": DEMO.schema(),
 }
 # Groups whose keys depend on what is named, with the command and the key that names it.
 GROUPS = {
