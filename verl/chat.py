@@ -14,8 +14,8 @@ from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
 from verl.models.load import load_tokenizer
+from verl.quiet import quiet_libraries
 from verl.rollout import Options, Rollout, Sampling, generate_aloud, load_rollout
-from verl.session import quiet_libraries
 
 HELP = "/reset forgets the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"
 # What a model writes must not steer the terminal: of the control characters only the tab and the line end are shown.

@@ -1,10 +1,9 @@
 """What a run changes of its process, put back when it ends: programs and notebooks make several, one after another."""
 
 import gc
-import logging
+import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 from verl import dist
 from verl.errors import Stopped, UserError
 from verl.models.attention.packed import attention_kept
+from verl.quiet import quiet_libraries
 
-_LIBRARIES = ("torch.distributed", "torch._higher_order_ops.wrap")  # the second tells of a checkpoint in compiled code
 _running = threading.Lock()
 
 
@@ -52,10 +51,12 @@ def _initialized_gpus() -> list[int]:
 @contextmanager
 def _group_kept() -> Iterator[None]:
     """Leave the process group at the end, if this process was not in one before."""
-    started = dist.is_started()
+    started, hook = dist.is_started(), sys.excepthook
     try:
         yield
     finally:
+        if dist.world_size() == 1:
+            sys.excepthook = hook  # in place of PyTorch's, which writes the rank before each line of an error
         dist.forget_parts() if started else dist.stop()
 
 
@@ -67,28 +68,3 @@ def _compiler_kept() -> Iterator[None]:
         yield
     finally:
         settings.specialize_float = before
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """While this lasts, the libraries' own progress bars and advice stay out of what a run says."""
-    import transformers
-
-    talk = transformers.utils.logging
-    verbosity, has_bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
-    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
-    with warnings.catch_warnings():
-        try:
-            talk.set_verbosity_error()
-            talk.disable_progress_bar()
-            for name in _LIBRARIES:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
-            talk.set_verbosity(verbosity)
-            if has_bars:
-                talk.enable_progress_bar()

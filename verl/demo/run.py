@@ -24,7 +24,7 @@ from verl.durable import replace_text
 from verl.errors import exit_on_user_error
 from verl.eval import sft_evaluator
 from verl.models.tiny import write_tiny_model
-from verl.session import quiet_libraries
+from verl.quiet import quiet_libraries
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 FOLDER = Path("demo-run")

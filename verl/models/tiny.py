@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from verl.quiet import quiet_libraries
+
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 POSITIONS = 2048
 # One message after the other, each between START and END, and the opening of the assistant's when its answer is wanted.
@@ -19,6 +21,7 @@ CHAT_TEMPLATE = """\
 """
 
 
+@quiet_libraries()
 def write_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 1) -> int:
     """Write a Hugging Face model directory: random weights, a tokenizer whose words come from the texts, a generation config.
 

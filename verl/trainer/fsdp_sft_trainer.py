@@ -22,9 +22,6 @@ from verl.engine.build import build, choose_spread
 from verl.errors import exit_on_user_error
 from verl.models.attention import flash
 from verl.models.prompt_format import system_prompts
-from verl.plan.memory import GIB
-from verl.plan.plan import make_plan
-from verl.plan.report import check_room, describe
 from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
@@ -82,6 +79,9 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     Raises:
         UserError: as `train`.
     """
+    from verl.plan.plan import make_plan  # verl.plan is another command's, and a GPU's below
+    from verl.plan.report import describe
+
     device = dist.start()
     documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(config.model, config.data.chat_template))
     plan = make_plan(config, documents, gpus=gpus or dist.world_size(), gpu_gib=memory_of(device))
@@ -97,6 +97,9 @@ def warn_of_memory(config: SFTConfig, train: Documents, device: torch.device, ru
     """
     gpu_gib = memory_of(device)
     if gpu_gib is not None:
+        from verl.plan.plan import make_plan
+        from verl.plan.report import check_room
+
         plan = make_plan(config, train, gpus=dist.world_size(), gpu_gib=gpu_gib)
         dist.together(lambda: say_if(check_room(plan, config, train), run))
 
@@ -108,7 +111,7 @@ def say_if(text: str | None, run: Run) -> None:
 
 def memory_of(device: torch.device) -> float | None:
     """GiB of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
 
 
 def build_loader(data: DataConfig, train: Documents, seed: int, *, pin: bool) -> Loader:
