@@ -11,6 +11,7 @@
 
 import importlib
 import logging
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, `__getattr__` below imports a name as it is asked for
@@ -63,6 +64,7 @@ __all__ = sorted(_PLACES)
 # Where torchao is installed transformers imports it, and it tells of kernels that it cannot load; so does bitsandbytes. None is used here.
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's in a notebook without ipywidgets, which nothing here needs
 
 
 def __getattr__(name: str) -> object:

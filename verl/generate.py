@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.data.render import Renderer
 from verl.errors import UserError
+from verl.libraries import quiet_libraries
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import check_format, system_of
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
-from verl.session import quiet_libraries
 
 Message = Mapping[str, Any]  # {"role": …, "content": …}
 

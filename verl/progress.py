@@ -7,15 +7,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
-SECONDS_BETWEEN_DRAWINGS = 0.2  # in a notebook, where each is a message to the browser
+# In a notebook, where each drawing is a message to the browser, and one that is taken away leaves an empty line.
+SECONDS_BETWEEN_DRAWINGS, SECONDS_BEFORE_TRANSIENT = 0.2, 1.0
 
 
 def open_console(**options: Any) -> Console:
-    """A console for lines of text. In a notebook they are text as well, where rich would make a block of HTML of each.
+    """A console for lines of text. In a notebook they are plain text as well, where rich would make a block of HTML of each.
 
     Args:
         options: of `rich.console.Console`.
     """
+    if in_notebook():  # which takes itself for a terminal, without a cursor that could be moved
+        options = {"force_terminal": False, **options}
     return Console(force_jupyter=False, **options)
 
 
@@ -39,7 +42,8 @@ class Bar:
         on_terminal = console.is_terminal and not hidden
         self._transient = transient
         self._progress = Progress(*columns, console=console, transient=transient, disable=not on_terminal)
-        self._drawing = _Drawing() if in_notebook() and not on_terminal and not hidden else None
+        in_cell = in_notebook() and not on_terminal and not hidden
+        self._drawing = _Drawing(SECONDS_BEFORE_TRANSIENT if transient else 0.0) if in_cell else None
         self.is_drawn = on_terminal or self._drawing is not None
 
     def start(self, total: float, *, completed: float = 0, description: str = "", **fields: str) -> None:
@@ -51,7 +55,7 @@ class Bar:
         """
         self._task = self._progress.add_task(description, total=total, completed=completed, **fields)  # type: ignore[arg-type]
         self._progress.start()
-        if self._drawing is not None and not self._transient:  # what soon goes away again is worth no flicker
+        if self._drawing is not None and not self._transient:
             self._drawing.show(self._progress)
 
     def update(self, completed: float, **fields: str) -> None:
@@ -74,12 +78,13 @@ class Bar:
 class _Drawing:
     """One output of a notebook's cell, drawn over and over. `rich` by itself would need ipywidgets."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds_before_first: float):
         self._handle: Any = None
-        self._last = float("-inf")
+        self._next = time.monotonic() + seconds_before_first
 
     def show(self, progress: Progress) -> None:
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_DRAWINGS:
+        """Draw it as it stands, if that is due."""
+        if time.monotonic() >= self._next:
             self._draw(_rendered(progress))
 
     def finish(self, progress: Progress | None) -> None:
@@ -92,7 +97,7 @@ class _Drawing:
     def _draw(self, output: dict[str, str]) -> None:
         from IPython.display import display
 
-        self._last = time.monotonic()
+        self._next = time.monotonic() + SECONDS_BETWEEN_DRAWINGS
         if self._handle is None:
             self._handle = display(output, raw=True, display_id=True)
         else:

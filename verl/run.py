@@ -165,7 +165,7 @@ class Run:
         if dist.is_main():
             write(self._console)
             with (self.directory / "train.log").open("a", encoding="utf-8") as file:
-                write(Console(file=file, width=200))
+                write(open_console(file=file, width=200))
 
     def line(self, text: str) -> None:
         """A line a step: to train.log, and to a plain terminal; where there is a progress bar it would only push it along."""

@@ -1,6 +1,7 @@
 """What a run changes of its process, put back when it ends: programs and notebooks make several, one after another."""
 
 import gc
+import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -50,10 +51,12 @@ def _initialized_gpus() -> list[int]:
 @contextmanager
 def _group_kept() -> Iterator[None]:
     """Leave the process group at the end, if this process was not in one before."""
-    started = dist.is_started()
+    started, hook = dist.is_started(), sys.excepthook
     try:
         yield
     finally:
+        if dist.world_size() == 1:
+            sys.excepthook = hook  # in place of PyTorch's, which writes the rank before each line of an error
         dist.forget_parts() if started else dist.stop()
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from verl.libraries import quiet_libraries
+
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 POSITIONS = 2048
 # Messages between START and END, followed by the generation prompt if requested.
@@ -19,6 +21,7 @@ CHAT_TEMPLATE = """\
 """
 
 
+@quiet_libraries()
 def write_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 1) -> int:
     """Write a Hugging Face model directory: random weights, a tokenizer trained on the texts, and a generation config.
 

@@ -21,8 +21,6 @@ from verl.engine.hardware import ASSUMED, Hardware, measure
 from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
 from verl.models.prompt_format import system_prompts
-from verl.plan.plan import make_plan, plan_run
-from verl.plan.report import check_room, describe
 from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
@@ -79,6 +77,9 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     Raises:
         UserError: as `train`.
     """
+    from verl.plan.plan import plan_run  # training itself has no need of it
+    from verl.plan.report import describe
+
     device = dist.start()
     outline = Outline(config.model)
     documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data.chat_template))
@@ -95,6 +96,9 @@ def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisi
         UserError: on all ranks: it is too small for certain.
     """
     if decisions.hardware.has_gpu:
+        from verl.plan.plan import make_plan
+        from verl.plan.report import check_room
+
         plan = make_plan(config, train, outline, decisions)
         dist.together(lambda: say_if(check_room(plan, config, train, outline), run))
 
