@@ -94,4 +94,22 @@ def test_rows_without_a_right_answer_are_fine_where_nobody_asks_for_it(folder: P
     assert "reference" not in prompt.row
     with pytest.raises(UserError) as caught:
         load(folder, [{"question": "2+2?"}])
-    assert "or to null if no reward needs them" in str(caught.value.fix)
+    assert "or to null where no reward needs them" in str(caught.value.fix)
+
+
+def test_a_prompt_that_is_too_long_ends_the_run_or_is_left_out_and_counted(folder: Path) -> None:
+    rows = [{"question": "2 + 3 = ?", "answer": "5"}, {"question": "2 + 3 = ? " * 30, "answer": "5"}]
+    with pytest.raises(UserError) as caught:
+        load(folder, rows, max_prompt_length=64)
+    assert "rows.jsonl:2" in str(caught.value) and caught.value.where == "data.train_files"
+    prompts = load(folder, rows, max_prompt_length=64, overlong_prompts="drop")
+    assert (len(prompts), prompts.dropped) == (1, 1) and "1 dropped" in str(prompts)
+    with pytest.raises(UserError, match="1 of 1 prompts"):  # nothing would be left
+        load(folder, rows[1:], max_prompt_length=64, overlong_prompts="drop")
+
+
+def test_text_without_questions_is_refused(folder: Path) -> None:
+    (folder / "book.txt").write_text("Once upon a time.\n")
+    config = PromptConfig(train_files=str(folder / "book.txt"))
+    with pytest.raises(UserError, match=r"book\.txt"):
+        load_prompts(config, config.train_files, load_tokenizer(str(folder / "model")))
