@@ -94,7 +94,7 @@ def test_rows_without_a_right_answer_are_fine_where_nobody_asks_for_it(folder: P
     assert "reference" not in prompt.row
     with pytest.raises(UserError) as caught:
         load(folder, [{"question": "2+2?"}])
-    assert "or to null where no reward needs them" in str(caught.value.fix)
+    assert "or to null if no reward needs them" in str(caught.value.fix)
 
 
 def test_a_prompt_that_is_too_long_ends_the_run_or_is_left_out_and_counted(folder: Path) -> None:
