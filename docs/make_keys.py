@@ -7,11 +7,11 @@ from typing import Any
 import verl
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.load import describe, shown
-from verl.config.own_keys import comment_on, completed, fields_of, groups_of, settings_class
 from verl.config.pairs import PreferenceConfig
+from verl.config.plugin_settings import comment_on, completed, fields_of, groups_of, settings_class
 from verl.config.ppo import RewardConfig
 from verl.config.shared import OptimConfig
-from verl.config.spellings import ANSWERED, SAME
+from verl.config.spellings import ALIASES, REJECTED
 
 PAGE = Path(__file__).with_name("keys.md")
 COMMANDS: dict[str, Any] = {
@@ -53,9 +53,9 @@ def page() -> str:
     for command, (prefix, named_by, group) in GROUPS.items():
         parts += [f"### `{command}`, by `{named_by}`\n", *own_keys(prefix, group), ""]
     parts += ["## Other spellings that are read\n", "| written | read as |", "|---|---|"]
-    parts += [f"| `{written}` | `{read}` |" for written, read in SAME.items()]
-    parts += ["", "## Keys of other trainers that are answered with an error\n", "| key | what to do |", "|---|---|"]
-    parts += [f"| `{key}` | {_cell(answer)} |" for key, answer in ANSWERED.items()]
+    parts += [f"| `{written}` | `{read}` |" for written, read in ALIASES.items()]
+    parts += ["", "## Keys of other trainers that are rejected\n", "| key | what to do |", "|---|---|"]
+    parts += [f"| `{key}` | {_cell(fix)} |" for key, fix in REJECTED.items()]
     return "\n".join(parts) + "\n"
 
 
