@@ -33,13 +33,12 @@ GROUPS = {
 HEAD = """\
 # Keys
 
-Every key of every command, made from `verl/config/`, and from the `Settings` of methods, rewards and optimizers, by
-`python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file that `--config FILE.yaml` names (repeatable; later files win,
-and `key=value` wins over all files). Lists are written `[a,b]`, nothing is `null`, and `~` is your home folder. A key that is not here is
-an error that names the nearest one.
+All keys of all commands. `python docs/make_keys.py` generates this page from `verl/config/` and from the `Settings` of methods, rewards and
+optimizers. Give a value as `key=value`, or in a YAML file with `--config FILE.yaml` (repeatable; later files win, and `key=value` wins over
+all files). Write lists as `[a,b]`, no value as `null`, and your home folder as `~`. An unknown key is an error that names the closest key.
 
-Methods, rewards and optimizers have keys of their own beside those in the tables of the commands: they follow these tables.
-`verl ppo algorithm.name=path/to/file.py --help` shows those of a file of your own.
+Methods, rewards and optimizers have more keys, in tables after those of the commands. `verl ppo algorithm.name=path/to/file.py --help`
+shows the keys of a file of your own.
 """
 
 

@@ -39,9 +39,11 @@ class PolicySettings(AlgorithmConfig):
     # Importance weights that correct for differences between the rollout's and the trainer's probabilities: "truncate" (weights are at most
     # importance_cap), "mask" (weights outside [1 / importance_cap, importance_cap] are 0), or null (none).
     importance_weights: str | None = None
+    # Upper bound of the importance weights.
     importance_cap: float = 2.0
     # Answers that end within this many tokens of max_new_tokens lose up to overlong_penalty of their reward; 0: no penalty.
     overlong_buffer_tokens: int = 0
+    # Penalty of an answer that reaches max_new_tokens.
     overlong_penalty: float = 1.0
 
     @property
