@@ -292,8 +292,11 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),
         ({"model__lora_rank": 8}, "model.lora_rank: a reward model is trained whole"),
         ({"model__lora_adapter_path": "adapter"}, "model.lora_adapter_path: a reward model is trained whole"),
-        ({"model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
-        ({"algorithm__name": "dpo", "model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
+        ({"model__context_parallel_size": 2}, "model.context_parallel_size: context parallelism is not supported"),
+        (
+            {"algorithm__name": "dpo", "model__context_parallel_size": 2},
+            "model.context_parallel_size: context parallelism is not supported",
+        ),
         ({"algorithm__name": "dpo", "model__lora_rank": 8, "model__target_modules": "[foo]"}, "no module matches 'foo'"),
         ({"data__prompt_key": "question"}, "column 'question' is missing"),
         ({"data__max_length": 40}, "rows are longer than data.max_length=40"),
