@@ -37,9 +37,9 @@ class RewardModel:
     """Scores answers in packed micro-batches.
 
     Args:
-        config: path of the model, and its token budget per micro-batch.
+        config: which model, and how many tokens it reads at a time.
         device: where it lives: in bfloat16 on a GPU, else in float32. `attention_heads` must be served there (`choose_attention`).
-        tokenizer: the policy's; if the reward model's differs, the log says so.
+        tokenizer: of the model that answers; it is said where this one has another.
         say: writes a line for the user.
     Attributes:
         attention_heads: what a kernel must be able to do for it.
