@@ -25,10 +25,10 @@ class PolicyLoss:
     If a batch has no `old_logprob_M`, the current policy is the old policy; such a batch may be trained on only once.
 
     Attributes:
-        ratio: whether ratios are of tokens or of answers.
+        ratio: kind of the ratio, see `Ratio`.
         kl_coef: weight of the KL penalty in the loss; 0 if the penalty is in the reward. With `kl_target`, the trainer adapts it.
-        skips_zero_advantage: whether a token with advantage 0 adds nothing to the loss and its gradient. False if a subclass overrides
-            `loss`; such a subclass may set it.
+        skips_zero_advantage: whether a token with advantage 0 adds nothing to the loss and its gradient. It is False if a subclass
+            overrides `loss`; the subclass may set it.
         entropy_gradient: whether the loss has an entropy term, and needs the gradient of the entropy.
     """
 
@@ -48,9 +48,9 @@ class PolicyLoss:
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
         """Compute the loss of one micro-batch, which must have advantages.
 
-        Metrics that are means over trained tokens: `clip_fraction`; `kl_k1` and `kl_k3`, with a reference; `entropy`, if it was computed;
-        `rollout_difference`, the mean absolute difference between the rollout's and the trainer's log-probabilities, with the rollout's;
-        `importance_weight`, with importance weights. Maxima: `largest_ratio` and `largest_rollout_difference`.
+        Means over trained tokens: `clip_fraction`; `kl_k1` and `kl_k3`, if there is a reference; `entropy`, if it was computed;
+        `rollout_difference`, the absolute difference between the rollout's and the trainer's log-probabilities, if the batch has the
+        rollout's; `importance_weight`, if it is used. Maxima: `largest_ratio` and `largest_rollout_difference`.
         """
         tokens = self._tokens(out.logprob_M, batch)
         loss_M = tokens.loss_M
