@@ -7,11 +7,11 @@ from typing import Any
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.load import describe, shown
-from verl.config.own_keys import comment_on, completed, fields_of, groups_of, settings_class
 from verl.config.pairs import PreferenceConfig
+from verl.config.plugin_settings import comment_on, completed, fields_of, groups_of, settings_class
 from verl.config.ppo import RewardConfig
 from verl.config.shared import OptimConfig
-from verl.config.spellings import ANSWERED, SAME
+from verl.config.spellings import ALIASES, REJECTED
 
 PAGE = Path(__file__).with_name("keys.md")
 COMMANDS: dict[str, Any] = {
@@ -33,13 +33,12 @@ GROUPS = {
 HEAD = """\
 # Keys
 
-Every key of every command, made from `verl/config/`, and from the `Settings` of methods, rewards and optimizers, by
-`python docs/make_keys.py`. A value is given as `key=value`, or in a YAML file that `--config FILE.yaml` names (repeatable; later files win,
-and `key=value` wins over all files). Lists are written `[a,b]`, nothing is `null`, and `~` is your home folder. A key that is not here is
-an error that names the nearest one.
+All keys of all commands. `python docs/make_keys.py` generates this page from `verl/config/` and from the `Settings` of methods, rewards and
+optimizers. Give a value as `key=value`, or in a YAML file with `--config FILE.yaml` (repeatable; later files win, and `key=value` wins over
+all files). Write lists as `[a,b]`, no value as `null`, and your home folder as `~`. An unknown key is an error that names the closest key.
 
-Methods, rewards and optimizers have keys of their own beside those in the tables of the commands: they follow these tables.
-`verl ppo algorithm.name=path/to/file.py --help` shows those of a file of your own.
+Methods, rewards and optimizers have more keys, in tables after those of the commands. `verl ppo algorithm.name=path/to/file.py --help`
+shows the keys of a file of your own.
 """
 
 
@@ -53,9 +52,9 @@ def page() -> str:
     for command, (prefix, named_by, group) in GROUPS.items():
         parts += [f"### `{command}`, by `{named_by}`\n", *own_keys(prefix, group), ""]
     parts += ["## Other spellings that are read\n", "| written | read as |", "|---|---|"]
-    parts += [f"| `{written}` | `{read}` |" for written, read in SAME.items()]
-    parts += ["", "## Keys of other trainers that are answered with an error\n", "| key | what to do |", "|---|---|"]
-    parts += [f"| `{key}` | {_cell(answer)} |" for key, answer in ANSWERED.items()]
+    parts += [f"| `{written}` | `{read}` |" for written, read in ALIASES.items()]
+    parts += ["", "## Keys of other trainers that are rejected\n", "| key | what to do |", "|---|---|"]
+    parts += [f"| `{key}` | {_cell(fix)} |" for key, fix in REJECTED.items()]
     return "\n".join(parts) + "\n"
 
 

@@ -57,13 +57,13 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
 
 @dataclass(frozen=True)
 class Plugins:
-    """What the plugins of a group of keys are, such as those of `algorithm`.
+    """The plugins of a config group, such as `algorithm`.
 
     Attributes:
-        package: the folder that bare names are looked up in.
-        kind: what one of them is called in errors.
-        needs: what its module must have.
-        named_by: the key that names one of them, or a list; None: the group's own `name`.
+        package: package for bare names.
+        kind: name of such a plugin in error messages.
+        needs: attributes that a plugin's module must have.
+        named_by: the key that names a plugin or a list of plugins; None: the group's own `name`.
     """
 
     package: str
@@ -72,10 +72,10 @@ class Plugins:
     named_by: str | None = None
 
     def load(self, key: str, name: str) -> ModuleType:
-        """The module that the key `key` names.
+        """Load the plugin `name`, which the user gave for `key`.
 
         Raises:
-            UserError: no such module, or one of another kind.
+            UserError: no such module, or it is not a plugin of this kind.
         """
         module = load(self.package, name)
         if not self._is_one(module):
@@ -85,7 +85,7 @@ class Plugins:
         return module
 
     def built_in(self) -> dict[str, ModuleType]:
-        """Those of the package, by name."""
+        """Return the built-in plugins, by name."""
         modules = {name: load(self.package, name) for name in names(self.package)}
         return {name: module for name, module in modules.items() if self._is_one(module)}
 

@@ -2,11 +2,11 @@
 
     verl ppo … algorithm.name=examples/algorithms/asymre.py algorithm.baseline_shift=-0.2
 
-Answers are compared with V + baseline_shift, where V is the mean reward of their group. A negative shift gives good answers more weight
-than bad ones, which helps where the answers come from older weights, such as in the later ones of several updates.
+The baseline is V + baseline_shift, where V is the mean reward of the group. A negative shift gives good answers more weight than bad ones.
+This helps if the answers come from older weights, as in the later of several updates per step.
 
-A method is a module with `advantages(answers, settings)` and `Loss(settings, max_new_tokens)`, see verl/rl/method.py. This one takes over
-the keys and the loss of a clipped policy, and adds a key by one field.
+A method is a module with `advantages(answers, settings)` and `Loss(settings, max_new_tokens)`, see verl/rl/method.py. This one reuses the
+keys and the clipped loss of the built-in methods, and adds one key as a field of `Settings`.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ needs_groups = True
 
 @dataclass
 class Settings(GroupSettings):
-    # Is added to the mean reward of a group, with which its answers are compared (δV of the paper).
+    # Added to the mean reward of a group to form the baseline (δV in the paper).
     baseline_shift: float = -0.1
 
     def check(self) -> None:
@@ -31,10 +31,10 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward less the shifted mean of its group: r - (V + δV)."""
+    """The reward minus the shifted mean of its group: r - (V + δV)."""
     learned = group_advantages(answers, settings)
     return replace(learned, advantages=[tokens - settings.baseline_shift for tokens in learned.advantages])
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens; each token counts the same."""
+    """Clipped ratios of tokens; each token has the same weight."""

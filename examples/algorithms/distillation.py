@@ -1,10 +1,10 @@
-"""On-policy distillation: a teacher scores the student's own answers (GKD, arXiv:2306.13649, with λ = 1 and the reverse KL divergence).
+"""On-policy distillation: a teacher scores the student's own answers (GKD, arXiv:2306.13649, with λ = 1 and the reverse KL).
 
     verl ppo … algorithm.name=examples/algorithms/distillation.py algorithm.teacher=Qwen/Qwen2.5-7B-Instruct
 
-`reference` names the model that scores the answers in place of the one that the run starts from; it needs the student's vocabulary.
-Rewards are logged and not learned from. The gradient of KL(student || teacher) at a token is, on average over the tokens that the student
-draws, that of -(log teacher - log student) × log student with the first factor held fixed.
+`reference` names the teacher, which replaces the model that the run starts from as the reference; it needs the student's vocabulary.
+Rewards are logged but not trained on. The gradient of KL(student || teacher) at a token is the expectation, over tokens sampled from the
+student, of the gradient of -(log teacher - log student) × log student, with the first factor detached.
 
 Dimensions: M trained positions.
 """
@@ -25,7 +25,7 @@ from verl.engine.contract import LossOut, Slope, TokenOut
 class Settings:
     # The teacher: a model directory or Hub name, with the student's vocabulary.
     teacher: str = MISSING
-    # Differences of the log-probabilities of one token are cut off at this.
+    # The log-probability difference of a token is clipped to ± this.
     largest_gap: float = 10.0
 
     def check(self) -> None:
@@ -38,21 +38,21 @@ def reference(settings: Settings, model: ModelConfig) -> str:
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """None: what is learned is in the loss."""
+    """Return zeros: the loss does not use advantages."""
     return Advantages([np.zeros(length, dtype=np.float32) for length in answers.lengths_A], None, {})
 
 
 class Loss:
-    """-(log teacher - log student) × the ratio of new to old probability, a sum over tokens, with the first factor held fixed.
+    """-(log teacher - log student) × ratio of new to old probability, a sum over tokens, with the first factor detached.
 
-    Where a step has one update, the ratio is 1 and has the gradient of log student.
+    With one update per step, the ratio is 1 and its gradient is that of log student.
     """
 
     def __init__(self, settings: Settings, max_new_tokens: int):
         self._largest = settings.largest_gap
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """Metrics are means over tokens: `teacher_gap`, the divergence from the teacher, and `entropy`."""
+        """Metrics are means over tokens: `teacher_gap`, the KL divergence from the teacher, and `entropy`."""
         assert batch.ref_logprob_M is not None
         gap_M = batch.ref_logprob_M - out.logprob_M.detach()
         old_M = out.logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
@@ -63,7 +63,7 @@ class Loss:
         return LossOut(loss_M.sum(), metrics)
 
     def slope(self, batch: Batch) -> Slope | None:
-        """The derivative by each log-probability, a function of that log-probability alone."""
+        """Return the derivative by each log-probability, as a function of that log-probability."""
         ref_M, old_M, largest = batch.ref_logprob_M, batch.old_logprob_M, self._largest
         assert ref_M is not None
 

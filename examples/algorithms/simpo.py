@@ -2,8 +2,8 @@
 
     verl reward … algorithm.name=examples/algorithms/simpo.py algorithm.beta=2.5 algorithm.margin=1.0 optim.lr=1e-6
 
-A method for pairs is a module with `scorer` and `Loss(settings)`, see verl/trainer/preference.py. Documents are pairs: 2k is a chosen
-answer, 2k + 1 the rejected one.
+A method for pairs is a module with `scorer` and `Loss(settings)`, see verl/trainer/preference.py. Documents are pairs: document 2k is a
+chosen answer, 2k + 1 the rejected one.
 
 Dimensions: P pairs.
 """
@@ -23,9 +23,9 @@ scorer, trains = "token_logprobs", "a policy by SimPO"
 
 @dataclass
 class Settings:
-    # Scale of an answer's reward, its mean log-probability.
+    # Scale of the reward, which is beta × the mean log-probability of the answer.
     beta: float = 2.0
-    # By how much the chosen answer's reward is to exceed the rejected one's (γ of the paper).
+    # Target margin between the rewards of the chosen and the rejected answer (γ in the paper).
     margin: float = 1.0
 
     def check(self) -> None:

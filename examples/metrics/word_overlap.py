@@ -1,8 +1,8 @@
-"""A metric of your own: how many words an answer shares with the reference, for answers that have no single right form.
+"""A metric of your own: the word overlap of an answer with the reference, for questions without a single right answer.
 
     verl eval … metric=examples/metrics/word_overlap.py
 
-A metric is a module with `score(prompt, response, row)`; the row's `reference` is the right answer, whatever its column is called.
+A metric is a module with `score(prompt, response, row)`. `row["reference"]` is the right answer, whatever the name of its column.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def score(prompt: str, response: str, row: dict[str, Any]) -> float:
-    """F1 of the words, 0 to 1: 1 if both have the same words, each as often, in any order and case."""
+    """Return the F1 score of the words, from 0 to 1. Order and case do not matter; counts do."""
     found, expected = words(response), words(row["reference"])
     shared = (found & expected).total()
     return 2 * shared / max(1, found.total() + expected.total())

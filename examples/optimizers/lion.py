@@ -1,9 +1,9 @@
-"""An optimizer of your own: Lion (arXiv:2302.06675), whose every step has the sign of a momentum and one size.
+"""An optimizer of your own: Lion (arXiv:2302.06675), which steps along the sign of a momentum.
 
     verl sft … optim.name=examples/optimizers/lion.py optim.lr=3e-6 optim.weight_decay=0.1
 
 An optimizer is a module with `build(groups, settings, *, lr, copies)` and `state_bytes()`, see verl/engine/optimizers. It may return a
-torch.optim.Optimizer. The state of sharded weights is sharded like them.
+torch.optim.Optimizer. The state of a sharded weight is sharded like the weight.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Settings:
-    # Decay rates: of the momentum in the step's direction, and of the momentum that is kept.
+    # Decay rates of the momentum: for the direction of the step, and for the stored momentum.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
 
     def check(self) -> None:
@@ -38,7 +38,7 @@ class Lion(torch.optim.Optimizer):
         self._betas = betas
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["momentum"] = torch.zeros_like(p)  # here, so that a checkpoint can be read into it
+                self.state[p]["momentum"] = torch.zeros_like(p)  # created here, so that a checkpoint can be loaded into it
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

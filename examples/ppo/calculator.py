@@ -2,9 +2,9 @@
 
     python examples/ppo/calculator.py
 
-The chats are the demo's word problems. Most of those in two steps end otherwise than the grader reads, as data of several hands does; that
-and the calculations are what is left to learn. In reinforcement learning the calculator's replies are appended to what the model has drawn;
-they are not trained. It prints exact match on problems with other numbers, before and after.
+The chats are the demo's word problems. Most chats in two steps end in a format that the grader does not read, as in data from several
+sources. Reinforcement learning has to teach the format and the calculations. The calculator's replies are appended to the sampled tokens
+and are not trained. The script prints exact match on problems with other numbers, before and after reinforcement learning.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import verl
 from verl.demo.problems import Problem, make_problems, tool_chat
 from verl.models.tiny import write_tiny_model
 
-UNREAD = 0.7  # of the chats in two steps
+UNREAD = 0.7  # share of the chats in two steps with a format that the grader does not read
 
 
 def write_rows(path: Path, problems: list[Problem]) -> None:
-    """`messages` for fine-tuning, `question` and `answer` for reinforcement learning."""
+    """Write rows with `messages` for fine-tuning, and `question` and `answer` for reinforcement learning."""
     chats, draw = [tool_chat(problem) for problem in problems], random.Random(1)
     for problem, chat in zip(problems, chats, strict=True):
         if len(problem.steps) == 2 and draw.random() < UNREAD:

@@ -1,9 +1,9 @@
-"""A reward with keys of its own: the cosine length reward (arXiv:2502.03373), for answers that think no longer than they need to.
+"""A reward with keys of its own: the cosine length reward (arXiv:2502.03373), which favours short right answers.
 
     verl ppo … reward.name=examples/rewards/cosine_length.py reward.longest=400
     verl eval … metric=examples/rewards/cosine_length.py reward.longest=400
 
-Right answers earn more the shorter they are, wrong ones the longer they are. What counts as right is what `gsm8k` says.
+Short right answers get the highest rewards, short wrong answers the lowest. `gsm8k` decides which answers are right.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from verl.rewards import gsm8k
 
 @dataclass
 class Settings:
-    # Words of the longest answer; who has more earns too_long.
+    # Longest answer, in words; longer ones get too_long.
     longest: int = 400
-    # What a right answer earns, of no word and of the longest.
+    # Rewards of a right answer: at length 0 and at the longest length.
     right: list[float] = field(default_factory=lambda: [2.0, 1.0])
-    # What a wrong answer earns, of no word and of the longest.
+    # Rewards of a wrong answer: at length 0 and at the longest length.
     wrong: list[float] = field(default_factory=lambda: [-10.0, 0.0])
-    # What an answer earns that is too long, right or wrong.
+    # Reward of an answer that is too long, right or wrong.
     too_long: float = -10.0
 
     def check(self) -> None:
@@ -32,9 +32,9 @@ class Settings:
 
 
 def score(prompt: str, response: str, row: dict[str, Any], settings: Settings) -> float:
-    """A number between the two that stand for a right or a wrong answer, by the cosine of its length."""
+    """Interpolate between the two rewards of a right or a wrong answer, along a cosine of its length."""
     words = len(response.split())
     if words > settings.longest:
         return settings.too_long
-    of_none, of_longest = settings.right if gsm8k.exact_match(response, row["reference"]) else settings.wrong
-    return of_longest + 0.5 * (of_none - of_longest) * (1 + cos(pi * words / settings.longest))
+    at_zero, at_longest = settings.right if gsm8k.exact_match(response, row["reference"]) else settings.wrong
+    return at_longest + 0.5 * (at_zero - at_longest) * (1 + cos(pi * words / settings.longest))

@@ -127,7 +127,7 @@ def test_overlong_answers_lose_evenly_more_up_to_the_limit() -> None:
 
 
 def test_generalized_advantages_are_those_of_the_table() -> None:
-    """Rewards 0 0 1, values 0.5 0.4 0.2, gamma 0.9, lambda 0.8: surprises -0.14, -0.22 and 0.8."""
+    """Rewards 0 0 1, values 0.5 0.4 0.2, gamma 0.9, lambda 0.8: TD errors -0.14, -0.22 and 0.8."""
     (found,) = generalized_advantages([np.array([0.0, 0.0, 1.0])], [np.array([0.5, 0.4, 0.2])], 0.9, 0.8)
     assert found.tolist() == pytest.approx([-0.14 + 0.72 * 0.356, 0.356, 0.8])
 
@@ -147,7 +147,7 @@ def test_with_lambda_and_gamma_one_advantages_are_returns_less_values() -> None:
         assert returned == pytest.approx(np.full(len(value), reward), abs=1e-5)
 
 
-def test_with_lambda_zero_advantages_are_surprises_of_one_token() -> None:
+def test_with_lambda_zero_advantages_are_td_errors() -> None:
     (found,) = generalized_advantages([np.array([0.0, 1.0])], [np.array([0.5, 0.4])], 0.9, 0.0)
     assert found.tolist() == pytest.approx([0.9 * 0.4 - 0.5, 1 - 0.4])
 

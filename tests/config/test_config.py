@@ -9,9 +9,9 @@ import pytest
 
 import verl
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
-from verl.config.load import ANSWERED, SAME, describe, load_config, to_yaml
-from verl.config.own_keys import completed
+from verl.config.load import ALIASES, REJECTED, describe, load_config, to_yaml
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.plugin_settings import completed
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError
@@ -166,15 +166,15 @@ def test_a_missing_file_is_named() -> None:
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", "${oc.decode:x}"])
 def test_a_config_reads_nothing_from_the_environment(value: str) -> None:
-    assert "only ${key} is replaced" in (error_of(f"trainer.project_name={value}").fix or "")
+    assert "supports only ${key};" in (error_of(f"trainer.project_name={value}").fix or "")
 
 
 def test_a_reference_to_nothing_is_an_error() -> None:
     error = error_of("trainer.project_name=${nothing.here}")
-    assert (error.where, error.fix) == ("trainer.project_name", "mend the ${…} in the value")
+    assert (error.where, error.fix) == ("trainer.project_name", "correct the ${…} in the value")
 
 
-@pytest.mark.parametrize(("written", "read"), sorted(SAME.items()))
+@pytest.mark.parametrize(("written", "read"), sorted(ALIASES.items()))
 def test_upstream_spellings_are_read(written: str, read: str) -> None:
     assert read in leaves(SFTConfig)
     value = "0.5" if "ratio" in written else "x"
@@ -183,7 +183,7 @@ def test_upstream_spellings_are_read(written: str, read: str) -> None:
     assert str(getattr(getattr(load(*needed, f"{written}={value}"), group), name)) == value
 
 
-@pytest.mark.parametrize("key", sorted(ANSWERED))
+@pytest.mark.parametrize("key", sorted(REJECTED))
 def test_upstream_keys_without_a_place_here_are_answered_with_keys_that_exist(key: str) -> None:
     error = error_of(f"{key}=1")
     assert "is not supported here" in error.what

@@ -346,9 +346,9 @@ def test_what_fits_is_taken(change: dict[str, object], tied: Path, tokenizer: Qw
         ({"lora_alpha": -16}, "model.lora_alpha"),
         ({"lora_dropout": 1.0}, "model.lora_dropout: 1.0 is not a share"),
         ({"lora_dropout": -0.1}, "model.lora_dropout"),
-        ({"lora_rank": 0, "use_dora": True}, "model.use_dora: is for adapters, and model.lora_rank=0 trains all weights"),
+        ({"lora_rank": 0, "use_dora": True}, "model.use_dora: is only for adapters, but model.lora_rank=0 trains all weights"),
         ({"lora_rank": 0, "trainable_tokens": "stop"}, "model.trainable_tokens"),
-        ({"load_in_4bit": True, "fsdp_config": FsdpConfig(cpu_offload=True)}, "weights in 4 bits stay on the GPU"),
+        ({"load_in_4bit": True, "fsdp_config": FsdpConfig(cpu_offload=True)}, "4-bit weights cannot be offloaded"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict[str, object], message: str) -> None:

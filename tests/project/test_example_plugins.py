@@ -287,7 +287,7 @@ def test_an_optimizer_that_cannot_do_what_is_asked_for_is_refused(folder: Path, 
     assert "in __init__, as examples/optimizers/lion.py does" in str(caught.value.fix)
     for word, said in (
         ("model.param_dtype=bfloat16", "does not round stochastically"),
-        ("model.fsdp_config.cpu_offload=true", "the update in host memory is AdamW's"),
+        ("model.fsdp_config.cpu_offload=true", "with offloading, the optimizer is AdamW"),
         ("optim.name=lions", "no optimizers named 'lions'"),
         ("optim.beta=[0,0]", r"did you mean optim\.betas\?"),
     ):

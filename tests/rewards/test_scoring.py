@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from verl.config.own_keys import completed
+from verl.config.plugin_settings import completed
 from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig, check_rewards
 from verl.errors import UserError
 from verl.rewards import format as form

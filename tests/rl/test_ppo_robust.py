@@ -389,9 +389,12 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
     [
         (
             {"reward__name": "raises.py"},
-            r"train\.jsonl:\d+: reward raises raised ValueError: never \(raises\.py:2\)\n  fix: mend the reward or .*on_error=zero",
+            r"train\.jsonl:\d+: reward raises raised ValueError: never \(raises\.py:2\)\n  fix: correct the reward or .*on_error=zero",
         ),
-        ({"reward__name": "nan.py"}, r"train\.jsonl:\d+: reward nan gave nan, expected a finite number\n  fix: mend the reward or the row"),
+        (
+            {"reward__name": "nan.py"},
+            r"train\.jsonl:\d+: reward nan gave nan, expected a finite number\n  fix: correct the reward or the row",
+        ),
         (
             {"data__max_prompt_length": 33},
             r"data\.train_files: \d+ of 80 prompts are longer .* the longest has 39 tokens \(.*train\.jsonl:\d+\)\n"

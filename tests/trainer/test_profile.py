@@ -109,7 +109,7 @@ def test_only_what_ran_on_the_gpu_makes_it_busy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["0"], "found 0"), (["7", "trainer.total_training_steps=6"], "step 7 is behind the last one, 6")]
+    ("words", "message"), [(["0"], "found 0"), (["7", "trainer.total_training_steps=6"], "step 7 is after the last one, 6")]
 )
 def test_a_step_that_cannot_be_is_an_error(words: list[str], message: str) -> None:
     step, *more = words

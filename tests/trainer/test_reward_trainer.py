@@ -65,9 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    config = Qwen2Config(
-        **shape, num_key_value_heads=4, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125
-    )
+    config = Qwen2Config(**shape, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125)
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
@@ -291,8 +289,11 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),
         ({"model__lora_rank": 8}, "model.lora_rank: a reward model is trained whole"),
         ({"model__lora_adapter_path": "adapter"}, "model.lora_adapter_path: a reward model is trained whole"),
-        ({"model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
-        ({"algorithm__name": "dpo", "model__context_parallel_size": 2}, "model.context_parallel_size: pairs are not spread"),
+        ({"model__context_parallel_size": 2}, "model.context_parallel_size: context parallelism is not supported"),
+        (
+            {"algorithm__name": "dpo", "model__context_parallel_size": 2},
+            "model.context_parallel_size: context parallelism is not supported",
+        ),
         ({"algorithm__name": "dpo", "model__lora_rank": 8, "model__target_modules": "[foo]"}, "no module matches 'foo'"),
         ({"data__prompt_key": "question"}, "column 'question' is missing"),
         ({"data__max_length": 40}, "rows are longer than data.max_length=40"),

@@ -1,1 +1,1 @@
-"""One file an algorithm: its loss over a Batch, as sums that the engine divides."""
+"""One file per algorithm: its loss over a Batch, as sums that the engine divides."""

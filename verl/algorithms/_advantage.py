@@ -1,8 +1,8 @@
-"""What an answer, or a token of it, was worth more than expected: rewards with their deductions, groups, GAE and whitening.
+"""From rewards to advantages: reward deductions, group baselines, GAE and whitening.
 
-Arithmetic in float64, results in float32.
+Computed in float64; results are float32.
 
-Dimensions: A answers of this rank; L tokens of the longest.
+Dimensions: A answers on this rank; L tokens of the longest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ from verl.algorithms._settings import GroupSettings, PolicySettings
 from verl.algorithms.answers import Advantages, Answers
 from verl.errors import UserError
 
-LEAST_STD = 1e-4  # is added to standard deviations of rewards
-LEAST_VARIANCE = 1e-8  # likewise to that of advantages
+LEAST_STD = 1e-4  # added to the standard deviation of rewards
+LEAST_VARIANCE = 1e-8  # added to the variance of advantages
 
 
 def shaped_rewards(answers: Answers, settings: PolicySettings) -> np.ndarray:
-    """Rewards less what overlong answers lose, reward_A.
+    """Return the rewards minus the penalty for overlong answers, reward_A.
 
-    An answer loses nothing up to `overlong_buffer_tokens` before the limit, from there on evenly more, and at the limit, or where it
-    was cut off, `overlong_penalty` (DAPO, arXiv:2503.14476).
+    The penalty starts `overlong_buffer_tokens` before the limit and rises linearly to `overlong_penalty` at the limit. A truncated answer
+    gets the full penalty (DAPO, arXiv:2503.14476).
     """
     reward_A = answers.reward_A.astype(np.float64)
     if settings.overlong_buffer_tokens == 0:
@@ -34,7 +34,7 @@ def shaped_rewards(answers: Answers, settings: PolicySettings) -> np.ndarray:
 
 
 def kl_deductions(answers: Answers, settings: PolicySettings) -> list[np.ndarray] | None:
-    """What each token loses for its divergence from the reference, where that counts in the reward."""
+    """Return the KL penalty of each token if the penalty is part of the reward, else None."""
     if settings.kl_coef == 0 or settings.kl_in != "reward":
         return None
     assert answers.old_logprobs is not None and answers.ref_logprobs is not None
@@ -43,28 +43,28 @@ def kl_deductions(answers: Answers, settings: PolicySettings) -> list[np.ndarray
 
 
 def token_rewards(answers: Answers, settings: PolicySettings) -> list[np.ndarray]:
-    """The reward on each answer's last token, truncated ones' too, less the divergence on every token."""
+    """Return each token's reward: minus the KL penalty, plus the answer's reward at its last token, also if the answer is truncated."""
     rewards = [np.zeros(length) for length in answers.lengths_A]
     for tokens, reward in zip(rewards, shaped_rewards(answers, settings), strict=True):
-        tokens[-1:] = reward  # none, where the answer has no token
+        tokens[-1:] = reward  # changes nothing if the answer is empty
     deductions = kl_deductions(answers, settings)
     return rewards if deductions is None else [tokens - lost for tokens, lost in zip(rewards, deductions, strict=True)]
 
 
 def answer_rewards(answers: Answers, settings: PolicySettings) -> np.ndarray:
-    """The reward of each answer less the divergence on all of its tokens, reward_A."""
+    """Return each answer's reward minus the KL penalties of its tokens, reward_A."""
     reward_A, deductions = shaped_rewards(answers, settings), kl_deductions(answers, settings)
     return reward_A if deductions is None else reward_A - np.array([lost.sum() for lost in deductions])
 
 
 def group_advantages(answers: Answers, settings: GroupSettings, *, leave_one_out: bool = False) -> Advantages:
-    """Each token's advantage is its answer's: the reward less the mean of its group.
+    """Return advantages that are equal for all tokens of an answer: its reward minus the mean reward of its group.
 
     Args:
         settings: `norm_by_std` divides by the group's standard deviation (with n - 1).
-        leave_one_out: compare with the mean of the *other* answers of the group.
+        leave_one_out: use the mean of the *other* answers in the group.
     Raises:
-        UserError: an answer is alone in its group.
+        UserError: a group has only one answer.
     """
     reward_A = answer_rewards(answers, settings)
     number_A, size_A, mean_A, std_A = _groups(reward_A, answers.group_A)
@@ -82,11 +82,11 @@ def group_advantages(answers: Answers, settings: GroupSettings, *, leave_one_out
 def _check_sizes(size_A: np.ndarray) -> None:
     if (size_A < 2).any():
         fix = "set it to at least 2, or algorithm.name=reinforce"
-        raise UserError("an answer is alone in its group, and has none to be compared with", where="rollout.samples_per_prompt", fix=fix)
+        raise UserError("an answer is alone in its group, with no other to compare it with", where="rollout.samples_per_prompt", fix=fix)
 
 
 def _groups(reward_A: np.ndarray, group_A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each answer the number of its group, counted from 0, and the group's size, mean and standard deviation."""
+    """Return the index of each answer's group, counted from 0, and the group's size, mean and standard deviation."""
     _, number_A, size = np.unique(group_A, return_inverse=True, return_counts=True)
     mean = np.bincount(number_A, reward_A, len(size)) / size
     squares = np.bincount(number_A, (reward_A - mean[number_A]) ** 2, len(size))
@@ -95,7 +95,7 @@ def _groups(reward_A: np.ndarray, group_A: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _has_spread(reward_A: np.ndarray, number_A: np.ndarray) -> np.ndarray:
-    """Whether some answer of the same group earned another reward, before any deduction."""
+    """Return whether the rewards in each answer's group differ, before any deduction."""
     groups = int(number_A.max(initial=-1)) + 1
     low, high = np.full(groups, np.inf), np.full(groups, -np.inf)
     np.minimum.at(low, number_A, reward_A)
@@ -105,7 +105,7 @@ def _has_spread(reward_A: np.ndarray, number_A: np.ndarray) -> np.ndarray:
 
 
 def discounted_sums(rewards: Sequence[np.ndarray], discount: float) -> list[np.ndarray]:
-    """For each token, the rewards from it to the answer's end, each further one counting `discount` times as much as the one before."""
+    """Return for each token the discounted sum of the rewards from this token to the end of the answer."""
     if not rewards:
         return []
     rewards_AL = np.zeros((len(rewards), max(map(len, rewards))))
@@ -118,16 +118,16 @@ def discounted_sums(rewards: Sequence[np.ndarray], discount: float) -> list[np.n
 
 
 def generalized_advantages(rewards: Sequence[np.ndarray], values: Sequence[np.ndarray], gamma: float, lam: float) -> list[np.ndarray]:
-    """GAE (arXiv:1506.02438). Behind an answer's last token nothing is expected, also where it was cut off."""
-    surprises = [
+    """GAE (arXiv:1506.02438). The value after the last token is 0, also if the answer is truncated."""
+    td_errors = [
         tokens + gamma * np.append(value[1:], 0.0) - value
         for tokens, value in zip(rewards, (v.astype(np.float64) for v in values), strict=True)
     ]
-    return discounted_sums(surprises, gamma * lam)
+    return discounted_sums(td_errors, gamma * lam)
 
 
 def of_tokens(value_A: np.ndarray, answers: Answers) -> list[np.ndarray]:
-    """Each answer's value at each of its tokens."""
+    """Repeat each answer's value for each of its tokens."""
     return [np.full(length, value) for value, length in zip(value_A, answers.lengths_A, strict=True)]
 
 
@@ -139,7 +139,7 @@ def finished(
     returns: list[np.ndarray] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Advantages:
-    """Advantages, whitened where asked for, in float32, with the metrics that all methods have."""
+    """Whiten the advantages if `whiten_advantages` is set, convert them to float32, and add the metrics that all methods share."""
     metrics = dict(metrics or {})
     deductions = kl_deductions(answers, settings)
     if deductions is not None:
@@ -153,13 +153,13 @@ def finished(
 
 
 def whitened(advantages: list[np.ndarray]) -> list[np.ndarray]:
-    """Shifted and scaled to mean 0 and variance 1 over the tokens of all ranks' answers."""
+    """Shift and scale to mean 0 and variance 1 over the tokens of all ranks."""
     mean, variance = moments(_joined(advantages))
     return [(tokens - mean) / np.sqrt(variance + LEAST_VARIANCE) for tokens in advantages]
 
 
 def moments(values: np.ndarray) -> tuple[float, float]:
-    """Mean and variance over all ranks; 0 and 0 of nothing. In two passes, since squares of large numbers lose small differences."""
+    """Return mean and variance over all ranks, 0 and 0 if there are no values. Two passes: one pass loses precision for large values."""
     (count, total) = dist.total([len(values), values.sum()])
     mean = total / max(count, 1.0)
     (squares,) = dist.total([((values - mean) ** 2).sum()])
@@ -167,7 +167,7 @@ def moments(values: np.ndarray) -> tuple[float, float]:
 
 
 def means(values: Mapping[str, np.ndarray], *, over: float) -> dict[str, float]:
-    """Sums over all ranks, divided by the ranks' sum of `over`."""
+    """Return sums over all ranks, divided by the sum of `over` over all ranks."""
     *sums, count = dist.total([*(float(value.sum()) for value in values.values()), float(over)])
     return {name: total / max(count, 1.0) for name, total in zip(values, sums, strict=True)}
 

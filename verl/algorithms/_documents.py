@@ -1,4 +1,4 @@
-"""Sums over the trained tokens of each document of a batch, also of one whose tokens lie on several processes.
+"""Sums over the trained tokens of each document in a batch, also if the document is split over several processes.
 
 Dimensions: M trained positions; S documents of the batch, filler included.
 """
@@ -11,21 +11,24 @@ from verl.dist import sum_over_parts
 
 
 def document_of_token(batch: Batch) -> Tensor:
-    """The number of the document that each trained position lies in, document_M."""
+    """Return the index of each trained position's document, document_M."""
     return torch.searchsorted(batch.cu_seqlens[1:].long(), batch.trained_M + batch.first_token, right=True)
 
 
 def sum_by_document(values_M: Tensor, batch: Batch) -> Tensor:
-    """values_S, with a gradient; the same on each process that shares the batch. Added up in one order, so that it repeats."""
+    """Return the sum over each document, values_S, differentiable. All processes that share the batch get the same sums.
+
+    The order of summation is fixed, so that results are reproducible.
+    """
     sums_S = torch.segment_reduce(values_M, "sum", offsets=_offsets(batch), unsafe=True, initial=0)
     return sum_over_parts(sums_S, batch.parts)
 
 
 def trained_tokens(batch: Batch) -> Tensor:
-    """How many each document has, tokens_S in float32."""
+    """Return the number of trained tokens of each document, tokens_S in float32."""
     return sum_over_parts(_offsets(batch).diff().float(), batch.parts)
 
 
 def _offsets(batch: Batch) -> Tensor:
-    """S + 1 places in trained_M where documents begin."""
+    """Return the S + 1 offsets into trained_M at which documents begin and end."""
     return torch.searchsorted(batch.trained_M + batch.first_token, batch.cu_seqlens.long())

@@ -1,6 +1,6 @@
-"""The loss of a policy on its own answers: clipped ratios (PPO, arXiv:1707.06347), KL divergence, entropy, and their sum.
+"""The policy loss on sampled answers: clipped ratios (PPO, arXiv:1707.06347), KL penalty, entropy bonus, and loss aggregation.
 
-Dimensions: M trained positions; S documents, one for each answer, and filler.
+Dimensions: M trained positions; C positions of a chunk; S documents, one per answer, and filler.
 """
 
 from dataclasses import dataclass, replace
@@ -15,21 +15,21 @@ from verl.algorithms._settings import PolicySettings
 from verl.data.batch import VALUES, Batch
 from verl.engine.contract import LossOut, Slope, TokenOut
 
-# What is compared of new and old policy: each token's probability, the answer's, or the geometric mean of its tokens'.
+# Ratio of new to old probability: of each token, of the whole answer, or the geometric mean over the answer's tokens.
 Ratio: TypeAlias = Literal["token", "answer", "mean of answer"]
 
 
 class PolicyLoss:
-    """Minus the advantage-weighted ratio of new to old probability, which counts within bounds alone.
+    """The clipped surrogate: minus advantage × ratio of new to old probability, with the ratio clipped.
 
-    Without `old_logprob_M` the old policy is that of the batch itself, which then must be trained on once only.
+    If a batch has no `old_logprob_M`, the current policy is the old policy; such a batch may be trained on only once.
 
     Attributes:
-        ratio: what is compared of new and old policy.
-        kl_coef: weight of the KL divergence where it is a part of the loss; a trainer that adapts it sets it.
-        by_advantage_alone: whether a token whose advantage is 0 adds nothing to the loss, nor to its gradient. Of a loss of one's own
-            that is not known, and it may say so.
-        entropy_gradient: whether the loss has a term for the entropy, which then comes with a gradient.
+        ratio: kind of the ratio, see `Ratio`.
+        kl_coef: weight of the KL penalty in the loss; 0 if the penalty is in the reward. With `kl_target`, the trainer adapts it.
+        skips_zero_advantage: whether a token with advantage 0 adds nothing to the loss and its gradient. It is False if a subclass
+            overrides `loss`; the subclass may set it.
+        entropy_gradient: whether the loss has an entropy term, and needs the gradient of the entropy.
     """
 
     ratio: ClassVar[Ratio] = "token"
@@ -37,27 +37,27 @@ class PolicyLoss:
     def __init__(self, settings: PolicySettings, max_new_tokens: int):
         """
         Args:
-            max_new_tokens: of an answer; what `loss_aggregation=constant` divides by.
+            max_new_tokens: limit of an answer's length; `loss_aggregation=constant` divides by it.
         """
         self.settings = settings
         self.kl_coef = settings.kl_coef if settings.kl_in == "loss" else 0.0
         self.entropy_gradient = settings.entropy_coef > 0
-        self.by_advantage_alone = self.kl_coef == 0 and not self.entropy_gradient and type(self).loss is PolicyLoss.loss
+        self.skips_zero_advantage = self.kl_coef == 0 and not self.entropy_gradient and type(self).loss is PolicyLoss.loss
         self._max_new_tokens = max_new_tokens
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """The loss of one micro-batch, whose advantages must be there.
+        """Compute the loss of one micro-batch, which must have advantages.
 
-        Metrics are means over trained tokens: `clip_fraction`; with a reference `kl_k1` and `kl_k3`; with entropies `entropy`; with the
-        rollout's log-probabilities `rollout_difference`, their mean distance from the trainer's, and with importance weights
-        `importance_weight`. And the largest `largest_ratio` and `largest_rollout_difference`.
+        Means over trained tokens: `clip_fraction`; `kl_k1` and `kl_k3`, if there is a reference; `entropy`, if it was computed;
+        `rollout_difference`, the absolute difference between the rollout's and the trainer's log-probabilities, if the batch has the
+        rollout's; `importance_weight`, if it is used. Maxima: `largest_ratio` and `largest_rollout_difference`.
         """
         tokens = self._tokens(out.logprob_M, batch)
         loss_M = tokens.loss_M
         metrics = {"clip_fraction": tokens.is_clipped_M.float().sum()}
         maxima = {"largest_ratio": _largest(tokens.ratio_M)}
         if batch.rollout_logprob_M is not None:
-            # Where the old ones are the rollout's own, they say nothing of it.
+            # With old_logprobs=rollout, old_M is the rollout's own: the difference would be 0.
             trainer_M = out.logprob_M.detach() if self.settings.old_logprobs == "rollout" else tokens.old_M
             difference_M = (trainer_M - batch.rollout_logprob_M).abs()
             metrics["rollout_difference"] = difference_M.sum()
@@ -74,9 +74,10 @@ class PolicyLoss:
         return LossOut((loss_M * self._share(batch)).sum(), metrics, metric_maxima=maxima)
 
     def slope(self, batch: Batch) -> Slope | None:
-        """Known where the batch is its own old policy and nothing else counts: the ratios are 1. Else, of ratios of tokens, a function.
+        """Return the slope as a tensor if the ratios are 1, as a function for ratios of tokens, else None.
 
-        An entropy bonus has a slope by the logits, not by the log-probabilities alone; and a loss of one's own has its own.
+        The ratios are 1 if the current policy is the old policy; the tensor also needs a loss without KL penalty and importance weights.
+        None too with an entropy bonus, whose gradient depends on all logits, and for a subclass that overrides `loss`.
         """
         if self.settings.entropy_coef > 0 or type(self).loss is not PolicyLoss.loss:
             return None
@@ -103,11 +104,11 @@ class PolicyLoss:
         return slope
 
     def count(self, batch: Batch) -> float:
-        """Trained tokens, or answers."""
+        """Return the number of trained tokens, or of answers, by `loss_aggregation`."""
         return len(batch.trained_M) if self.settings.loss_aggregation == "token-mean" else batch.documents / batch.parts
 
     def _tokens(self, logprob_M: Tensor, batch: Batch) -> "_Tokens":
-        """What each token adds to the loss, but for an entropy bonus. For ratios of tokens only the batch's values matter."""
+        """Return each token's loss, without the entropy bonus. For ratios of tokens, only the per-token values of the batch are read."""
         assert batch.advantage_M is not None
         old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
         ratio_M, weight_M = self._ratios(logprob_M - old_M, batch), None
@@ -120,7 +121,7 @@ class PolicyLoss:
         return _Tokens(loss_M, old_M, ratio_M, is_clipped_M, weight_M)
 
     def _share(self, batch: Batch) -> Tensor | float:
-        """How much a token's loss counts; with `count` this is all that distinguishes the kinds of aggregation."""
+        """Return each token's weight in the loss. This and `count` implement `loss_aggregation`."""
         if self.settings.loss_aggregation == "token-mean":
             return 1.0
         if self.settings.loss_aggregation == "constant":
@@ -139,14 +140,14 @@ class PolicyLoss:
         low, high, dual = self.settings.clip_ratio_low, self.settings.clip_ratio_high, self.settings.dual_clip
         plain_M, bounded_M = -advantage_M * ratio_M, -advantage_M * ratio_M.clamp(1 - low, 1 + high)
         loss_M, is_clipped_M = torch.maximum(plain_M, bounded_M), bounded_M > plain_M
-        if dual is not None:  # arXiv:1912.09729: a large ratio makes a bad token no worse than so many times
+        if dual is not None:  # dual clip (arXiv:1912.09729): bounds the ratio of tokens with a negative advantage
             is_bad_M = advantage_M < 0
             is_clipped_M = is_clipped_M | (is_bad_M & (ratio_M > dual))
             loss_M = torch.where(is_bad_M, torch.minimum(loss_M, -dual * advantage_M), loss_M)
         return loss_M, is_clipped_M
 
     def _importance(self, log_weight_M: Tensor) -> Tensor:
-        """Weights of tokens that other arithmetic or other weights drew: cut off at the cap, or 0 outside of 1 / cap to cap."""
+        """Return importance weights of trainer to rollout: truncated at the cap, or 0 outside [1 / cap, cap]."""
         weight_M, cap = log_weight_M.exp(), self.settings.importance_cap
         if self.settings.importance_weights == "truncate":
             return weight_M.clamp(max=cap)
@@ -155,7 +156,7 @@ class PolicyLoss:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Of trained tokens: their loss with its gradient, old log-probability, ratio, whether that is clipped, and importance weight."""
+    """Values per trained token: differentiable loss, old log-probability, ratio, whether the ratio is clipped, importance weight."""
 
     loss_M: Tensor
     old_M: Tensor
@@ -165,11 +166,11 @@ class _Tokens:
 
 
 def _with_values_of(batch: Batch, rows: slice) -> Batch:
-    """The batch with the values of some of its trained positions alone."""
+    """Return the batch with only some rows of its per-token values."""
     values: dict[str, Any] = {name: value[rows] for name in VALUES if (value := getattr(batch, name)) is not None}
     return replace(batch, **values)
 
 
 def _largest(values_M: Tensor) -> Tensor:
-    """0 of none, as a rank without answers has them."""
+    """Return the maximum; 0 if there are no values, as on a rank without answers."""
     return torch.cat([values_M.detach(), values_M.new_zeros(1)]).amax()

@@ -1,6 +1,6 @@
-"""What a method sees of a batch of answers, and what it makes of it. Host memory, numpy.
+"""Input and output of a method's `advantages`: answers with rewards, and their advantages. numpy arrays in host memory.
 
-Dimensions: A answers of this rank; the groups of a prompt's answers are whole on a rank.
+Dimensions: A answers on this rank. All answers to a prompt, its group, are on the same rank.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers with their rewards. A list holds an array for each answer, with one float32 value for each trained token.
+    """Answers with their rewards. Each list holds one float32 array per answer, with one value per trained token.
 
     Attributes:
         reward_A: float32.
-        group_A: number of the prompt, int.
-        lengths_A: trained tokens of each answer, int; 0 of an empty answer, which has nothing to learn, but with which others are compared.
-        truncated_A: whether the answer was cut off at the limit, bool.
-        max_new_tokens: that limit.
+        group_A: number of the answer's prompt, int.
+        lengths_A: number of trained tokens, int. It is 0 for an empty answer, which is not trained but counts in the baseline.
+        truncated_A: whether the answer was cut off at the length limit, bool.
+        max_new_tokens: the length limit.
         old_logprobs: log-probabilities under the policy before the update.
-        ref_logprobs: under the reference model.
+        ref_logprobs: log-probabilities under the reference model.
         values: the critic's value before each token.
     """
 
@@ -35,11 +35,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What the update is to learn of a batch of answers.
+    """Training targets of a batch of answers.
 
     Attributes:
-        advantages: an array for each answer, with one float32 value for each trained token.
-        returns: likewise what the critic is to learn; None without a critic.
+        advantages: one float32 array per answer, with one value per trained token; for the actor.
+        returns: the same for the critic; None without a critic.
         metrics: means over all ranks.
     """
 

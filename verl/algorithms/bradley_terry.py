@@ -1,4 +1,4 @@
-"""Bradley-Terry: a reward model is to score the chosen answer of a pair above the rejected one.
+"""Bradley-Terry: a reward model learns to score the chosen answer of a pair above the rejected one.
 
 Documents are pairs, as in `verl.algorithms.dpo`; the scorer is a RewardScorer.
 
@@ -19,7 +19,7 @@ class Loss:
     """-log sigmoid(chosen - rejected), a sum over pairs."""
 
     def __init__(self, settings: object):
-        """There are no keys."""
+        """`settings` is empty: this method has no keys."""
 
     def loss(self, out: ScoreOut, batch: Batch) -> LossOut:
         """Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`."""

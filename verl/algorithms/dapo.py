@@ -1,4 +1,4 @@
-"""DAPO (arXiv:2503.14476): GRPO whose ratios may rise further than fall, and that learns from groups with spread alone."""
+"""DAPO (arXiv:2503.14476): GRPO with a higher upper clip bound, and with new prompts in place of groups with equal rewards."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """As GRPO; groups whose answers all earned the same are left out, and overlong answers lose what `overlong_buffer_tokens` says."""
+    """As in GRPO. `dynamic_sampling` excludes groups with equal rewards, and `overlong_buffer_tokens` penalizes overlong answers."""
     return group_advantages(answers, settings)
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens; each token counts the same."""
+    """Clipped ratios of tokens; each token has the same weight."""

@@ -1,6 +1,6 @@
-"""DPO (arXiv:2305.18290): of two answers, the chosen one is to gain more probability over the reference than the rejected one.
+"""DPO (arXiv:2305.18290): raise the log-ratio of policy to reference for the chosen answer above that for the rejected one.
 
-Documents are pairs: 2k is a chosen answer, 2k + 1 the rejected one, and filler comes last.
+Documents are pairs: document 2k is a chosen answer, 2k + 1 the rejected one. Filler comes last.
 
 Dimensions: M trained positions; S documents; P pairs.
 """
@@ -21,9 +21,9 @@ needs_reference, scorer, trains = True, "token_logprobs", "a policy by DPO"
 
 @dataclass
 class Settings:
-    # How close the model is held to the one that it starts from; the larger the closer.
+    # Scale of the implicit reward: the larger, the closer the policy stays to the reference, the model that the run starts from.
     beta: float = 0.1
-    # The share of pairs that are thought to be the wrong way round (arXiv:2305.18290, appendix; cDPO).
+    # Assumed share of pairs with swapped labels (conservative DPO; arXiv:2305.18290, appendix).
     label_smoothing: float = 0.0
 
     def check(self) -> None:
@@ -36,16 +36,16 @@ class Settings:
 
 
 class Loss:
-    """-log sigmoid(beta × margin), a sum over pairs."""
+    """-log sigmoid(beta × difference of the log-ratios), a sum over pairs."""
 
     def __init__(self, settings: Settings):
         self._beta, self._smoothing = settings.beta, settings.label_smoothing
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """The loss of one micro-batch, which has the reference's log-probabilities.
+        """Compute the loss of one micro-batch, which must have the reference's log-probabilities.
 
-        Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`, a reward being beta times an answer's
-        gain over the reference, and the answers' log-probabilities `chosen_logprob` and `rejected_logprob`.
+        Metrics are means over pairs: `accuracy`; `margin`; `chosen_reward` and `rejected_reward`, beta × the log-ratio of policy to
+        reference; `chosen_logprob` and `rejected_logprob`, the answers' log-probabilities.
         """
         assert batch.ref_logprob_M is not None
         chosen_P, rejected_P = pairs(self._beta * sum_by_document(out.logprob_M - batch.ref_logprob_M, batch))
@@ -72,12 +72,12 @@ class Loss:
 
 
 def pairs(values_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Of documents in pairs, the values of the chosen and of the rejected ones; what may follow, filler, is left out."""
+    """Split values of documents in pairs into those of the chosen and of the rejected answers, without filler."""
     values_P2 = values_S[: len(values_S) // 2 * 2].view(-1, 2)
     return values_P2[:, 0], values_P2[:, 1]
 
 
 def count_pairs(batch: Batch) -> float:
-    """How many pairs a batch has; of one that several processes share, this one's part of them."""
-    assert batch.documents % 2 == 0, f"{batch.documents} documents are no pairs"
+    """Return the number of pairs in a batch, divided by the number of processes that share the batch."""
+    assert batch.documents % 2 == 0, f"{batch.documents} documents do not form pairs"
     return batch.documents / 2 / batch.parts

@@ -1,4 +1,6 @@
-"""Dr. GRPO (arXiv:2503.20783): GRPO without its two divisions, which favour long wrong answers and questions of even difficulty."""
+"""Dr. GRPO (arXiv:2503.20783): GRPO without dividing by the length, which favours long wrong answers, or by the standard deviation,
+which favours questions whose rewards differ little.
+"""
 
 from dataclasses import dataclass
 
@@ -16,9 +18,9 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward less the mean of its group."""
+    """The reward minus the mean of its group."""
     return group_advantages(answers, settings)
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens; each token counts the same."""
+    """Clipped ratios of tokens; each token has the same weight."""

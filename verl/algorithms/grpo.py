@@ -1,4 +1,4 @@
-"""GRPO (DeepSeekMath, arXiv:2402.03300): an answer is compared with the others to its prompt; there is no critic."""
+"""GRPO (DeepSeekMath, arXiv:2402.03300): the baseline is the mean reward of the answers to the same prompt; there is no critic."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward less the mean of its group, divided by the group's standard deviation."""
+    """The reward minus the mean of its group, divided by the group's standard deviation."""
     return group_advantages(answers, settings)
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens; each answer counts the same, however long."""
+    """Clipped ratios of tokens; each answer has the same weight, whatever its length."""

@@ -1,4 +1,4 @@
-"""GSPO (arXiv:2507.18071): GRPO with one ratio for an answer, the geometric mean of its tokens'."""
+"""GSPO (arXiv:2507.18071): GRPO with one ratio per answer, the geometric mean of its tokens' ratios."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,11 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """As GRPO."""
+    """As in GRPO."""
     return group_advantages(answers, settings)
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of answers; each answer counts the same."""
+    """Clipped ratios of answers; each answer has the same weight."""
 
     ratio = "mean of answer"

@@ -1,4 +1,4 @@
-"""PPO (arXiv:1707.06347) for language models: a critic says what to expect at each token.
+"""PPO (arXiv:1707.06347) for language models: a critic predicts the return at each token.
 
 Dimensions: M trained positions.
 """
@@ -23,11 +23,11 @@ needs_critic, needs_groups = True, False
 @dataclass
 class Settings(PolicySettings):
     whiten_advantages: bool = True
-    # Discount of a reward for each token that it lies ahead.
+    # Discount factor of rewards, per token.
     gamma: float = 1.0
-    # GAE λ: how far the advantage looks ahead before it trusts the critic, 0 one token, 1 to the end.
+    # GAE λ, from 0 (one-token TD error) to 1 (return to the end of the answer minus the value).
     lam: float = 1.0
-    # A new value is clipped to this far from the old one in the critic's loss; null: it is not.
+    # Clip range of the critic's loss: new values are clipped to ± this around the old ones; null: no clipping.
     value_clip: float | None = 0.2
 
     def check(self) -> None:
@@ -38,17 +38,17 @@ class Settings(PolicySettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """GAE over the critic's values, whitened over all ranks; returns are the advantages before that, plus the values.
+    """GAE with the critic's values, whitened over all ranks. Returns are the advantages before whitening plus the values.
 
-    Metrics: `explained_variance`, the share of the returns' variance that the values foresaw, and the means `value` and `return`.
+    Metrics: `explained_variance`, the share of the returns' variance that the values explain, and the means `value` and `return`.
     """
     assert answers.values is not None
     raw = generalized_advantages(token_rewards(answers, settings), answers.values, settings.gamma, settings.lam)
     returns = [tokens + value for tokens, value in zip(raw, answers.values, strict=True)]
-    return finished(answers, settings, raw, returns=returns, metrics=_foresight(returns, answers.values))
+    return finished(answers, settings, raw, returns=returns, metrics=_value_metrics(returns, answers.values))
 
 
-def _foresight(returns: list[np.ndarray], values: list[np.ndarray]) -> dict[str, float]:
+def _value_metrics(returns: list[np.ndarray], values: list[np.ndarray]) -> dict[str, float]:
     returned, valued = (np.concatenate([np.zeros(0), *arrays]) for arrays in (returns, values))
     mean, variance = moments(returned)
     value, _ = moments(valued)
@@ -57,13 +57,14 @@ def _foresight(returns: list[np.ndarray], values: list[np.ndarray]) -> dict[str,
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens; each token counts the same."""
+    """Clipped ratios of tokens; each token has the same weight."""
 
 
 class ValueLoss:
-    """What the critic minimizes, over a ValueScorer: half the squared distance from the returns.
+    """The critic's loss, with a ValueScorer: half the squared error to the returns.
 
-    A value that has moved further than `value_clip` from the one of the scoring gains nothing more by it.
+    With `value_clip` it is the larger of the errors of the value and of the value clipped around the old one: a value gains nothing by
+    moving further than that.
     """
 
     def __init__(self, settings: Settings):

@@ -1,4 +1,4 @@
-"""REINFORCE with a baseline: an answer is compared with all answers of the step, whatever their prompt."""
+"""REINFORCE with a baseline: the mean reward of all answers of the step, whatever their prompt."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ needs_critic, needs_groups = False, False
 
 @dataclass
 class Settings(PolicySettings):
-    # Divide the advantages by the standard deviation of the rewards that they are compared with.
+    # Divide the advantages by the standard deviation of the rewards of the step.
     norm_by_std: bool = True
-    # Discount of a reward for each token that it lies ahead.
+    # Discount factor of rewards, per token.
     gamma: float = 1.0
 
     def check(self) -> None:
@@ -26,16 +26,16 @@ class Settings(PolicySettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The rewards from a token to the end of its answer, less the mean of the answers' over all ranks.
+    """The discounted rewards from a token to the end of its answer, minus the mean over the answers of all ranks.
 
-    With `norm_by_std` they are divided by the standard deviation of the answers'.
+    With `norm_by_std` they are divided by the standard deviation over the answers.
     """
     sums = discounted_sums(token_rewards(answers, settings), settings.gamma)
-    earned = zip(sums, shaped_rewards(answers, settings), strict=True)
-    baseline, variance = moments(np.array([tokens[0] if len(tokens) else reward for tokens, reward in earned]))
+    with_reward = zip(sums, shaped_rewards(answers, settings), strict=True)
+    baseline, variance = moments(np.array([tokens[0] if len(tokens) else reward for tokens, reward in with_reward]))
     scale = np.sqrt(variance) + LEAST_STD if settings.norm_by_std else 1.0
     return finished(answers, settings, [(tokens - baseline) / scale for tokens in sums])
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens, all of them 1 where there is one update a step; each token counts the same."""
+    """Clipped ratios of tokens, which are all 1 with one update per step; each token has the same weight."""

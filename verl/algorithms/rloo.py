@@ -1,4 +1,4 @@
-"""RLOO (arXiv:2402.14740): REINFORCE, the baseline of an answer being the mean of the others to its prompt."""
+"""RLOO (arXiv:2402.14740): REINFORCE with a baseline, the mean reward of the other answers to the prompt."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward less the mean of the others in its group."""
+    """The reward minus the mean of the other answers in its group."""
     return group_advantages(answers, settings, leave_one_out=True)
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of whole answers, that is of the products over their tokens; each answer counts the same."""
+    """Clipped ratios of whole answers, the products of their tokens' ratios; each answer has the same weight."""
 
     ratio = "answer"

@@ -11,10 +11,10 @@ from verl.engine.contract import LossOut, TokenOut
 
 
 def loss(out: TokenOut, batch: Batch) -> LossOut:
-    """The sum of -log p(token) over the trained tokens, in nats; the engine divides it by their number over all ranks."""
+    """Sum -log p(token) over the trained tokens, in nats. The engine divides by their number over all ranks."""
     return LossOut(-out.logprob_M.sum(), {})
 
 
 def slope(batch: Batch) -> Tensor:
-    """Derivative of that sum by each log-probability, slope_M in float32: known before the model has run."""
+    """Return the derivative of the sum by each log-probability, slope_M in float32. It is known before the forward pass."""
     return torch.full((len(batch.trained_M),), -1.0, device=batch.trained_M.device)

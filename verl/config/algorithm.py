@@ -1,4 +1,4 @@
-"""Keys of `algorithm` that every method of reinforcement learning has: the trainer reads them, whatever the method."""
+"""Keys of `algorithm` that all methods of reinforcement learning share; the trainer reads them."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,15 +10,16 @@ from verl.plugin import Plugins
 class AlgorithmConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of reinforcement learning", ("advantages", "Loss"))
 
-    # The method: a name in verl/algorithms (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo) or path/to/file.py. It has keys of its own.
+    # The method: a name in verl/algorithms (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo) or path/to/file.py. Methods have more keys.
     name: str = "grpo"
-    # Optimizer steps on the answers of one step, each on as many prompts.
+    # Optimizer updates per step; each takes an equal share of the step's prompts.
     updates_per_step: int = 1
-    # Keep the reference, the model that the run starts from, to log the actor's divergence from it; false saves its memory and time.
+    # Keep the reference model, to log the KL divergence of the actor from it; false saves memory and a forward pass. The reference is the
+    # model that the run starts from, unless the method names another.
     keep_reference: bool = True
-    # Log-probabilities before the update: of the "trainer", or of the "rollout" as it drew the answers.
+    # Old log-probabilities: computed by the "trainer", or those of the "rollout" at sampling time.
     old_logprobs: str = "trainer"
-    # Leave out groups whose answers all have the same reward, and draw further prompts in their place.
+    # Exclude groups whose answers all have the same reward, and sample answers to more prompts in their place.
     dynamic_sampling: bool = False
-    # Times that further prompts are drawn in one step.
+    # Maximum number of times that dynamic sampling takes more prompts in one step.
     max_refills: int = 3

@@ -8,7 +8,7 @@ from verl.errors import UserError
 
 
 def check_model(model: ModelConfig) -> None:
-    """The keys of a model that is trained. Raises UserError naming the key."""
+    """Check the keys of a trained model. Raises UserError naming the key."""
     one_of("model.enable_gradient_checkpointing", model.enable_gradient_checkpointing, (True, "selective", False))
     one_of("model.compile", model.compile, ("auto", True, False))
     one_of("model.cuda_graphs", model.cuda_graphs, ("auto", False))
@@ -22,7 +22,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_optim(optim: OptimConfig, key: str = "optim") -> None:
-    """An optimizer and its schedule. Raises UserError naming the key, which begins with `key`."""
+    """Check the optimizer and its schedule. Raises UserError naming the key, which begins with `key`."""
     one_of(f"{key}.lr_scheduler", optim.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
     at_least(f"{key}.lr", optim.lr, 0.0)
     at_least(f"{key}.weight_decay", optim.weight_decay, 0.0)
@@ -33,18 +33,18 @@ def check_optim(optim: OptimConfig, key: str = "optim") -> None:
 
 
 def check_offload(model: ModelConfig, optim: OptimConfig, key: str = "optim") -> None:
-    """What offloading cannot be together with."""
+    """Check that offloading fits the optimizer and dtype. Raises UserError naming the keys."""
     for name, value, with_offload in ((f"{key}.name", optim.name, "adamw"), ("model.param_dtype", model.param_dtype, "float32")):
         if model.fsdp_config.cpu_offload and value != with_offload:
             raise UserError(
-                "the update in host memory is AdamW's, in float32",
+                "with offloading, the optimizer is AdamW in float32",
                 where=f"{name}={value} with model.fsdp_config.cpu_offload=true",
                 fix=f"set {name}={with_offload}, or model.fsdp_config.cpu_offload=false",
             )
 
 
 def check_trainer(trainer: TrainerConfig) -> None:
-    """Length, files and checkpoints of a run. Raises UserError naming the key."""
+    """Check the keys of a run: length, loggers, checkpoints. Raises UserError naming the key."""
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     if not all(isinstance(name, str) and name for name in loggers):
         fix = "give a name such as console, or a list such as [console,wandb]"
@@ -65,30 +65,30 @@ def check_trainer(trainer: TrainerConfig) -> None:
             raise UserError(f"found {every!r}", where=f"trainer.{key}", fix='give a number of steps, "epoch", or -1 for only at the end')
     if trainer.total_training_steps is not None and (trainer.profile_step or 0) > trainer.total_training_steps:
         raise UserError(
-            f"step {trainer.profile_step} is behind the last one, {trainer.total_training_steps}",
+            f"step {trainer.profile_step} is after the last one, {trainer.total_training_steps}",
             where="trainer.profile_step",
-            fix="give a smaller step, or more in trainer.total_training_steps",
+            fix="give an earlier step, or raise trainer.total_training_steps",
         )
     if trainer.max_ckpt_to_keep is not None and trainer.max_ckpt_to_keep != -1:
         at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
 
 
 class Limited(Protocol):
-    """Settings of rows with limits on their number."""
+    """Keys of data with limits on the number of rows."""
 
     train_max_samples: int | None
     val_max_samples: int | None
 
 
 def check_samples(data: Limited) -> None:
-    """Limits on the number of rows. Raises UserError naming the key."""
+    """Check the limits on the number of rows. Raises UserError naming the key."""
     for key, samples in (("train", data.train_max_samples), ("val", data.val_max_samples)):
         if samples is not None and samples != -1:
             at_least(f"data.{key}_max_samples", samples, 1)
 
 
 def check_strategy(model: ModelConfig) -> None:
-    """What "ddp" cannot be together with."""
+    """Check that "ddp" fits the other keys. Raises UserError naming the keys."""
     if model.strategy != "ddp":
         return
     for key, value, needed in (
@@ -97,12 +97,12 @@ def check_strategy(model: ModelConfig) -> None:
         ("model.param_dtype", model.param_dtype, "float32"),
     ):
         if value != needed:
-            why = "copies that are rounded at random would part ways" if key == "model.param_dtype" else "ddp keeps all weights on each GPU"
+            why = "stochastic rounding makes the copies differ" if key == "model.param_dtype" else "ddp keeps all weights on each GPU"
             raise UserError(why, where=f"{key}={value} with model.strategy=ddp", fix="set model.strategy=fsdp2")
 
 
 def check_lora(model: ModelConfig) -> None:
-    """The adapter's keys. Raises UserError naming the key."""
+    """Check the keys of adapters. Raises UserError naming the key."""
     if model.lora_rank < 0:
         fix = "give a positive rank, such as 32, or 0 to train all weights without an adapter"
         raise UserError(f"found {model.lora_rank}", where="model.lora_rank", fix=fix)
@@ -113,11 +113,11 @@ def check_lora(model: ModelConfig) -> None:
     if model.lora_rank == 0 and model.lora_adapter_path is None:
         for key in ("lora_dropout", "use_rslora", "use_dora", "trainable_tokens", "load_in_4bit"):
             if getattr(model, key):
-                fix = "set model.lora_rank, such as 32, or leave this key out"
-                raise UserError("is for adapters, and model.lora_rank=0 trains all weights", where=f"model.{key}", fix=fix)
+                fix = "set model.lora_rank, such as 32, or remove this key"
+                raise UserError("is only for adapters, but model.lora_rank=0 trains all weights", where=f"model.{key}", fix=fix)
     if model.load_in_4bit and model.fsdp_config.cpu_offload:
         raise UserError(
-            "weights in 4 bits stay on the GPU",
+            "4-bit weights cannot be offloaded",
             where="model.load_in_4bit=true with model.fsdp_config.cpu_offload=true",
             fix="set one of them to false",
         )

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl import __version__
-from verl.config.own_keys import check_own_keys, comment_on, completed, fields_of, groups_of, settings_class
-from verl.config.spellings import ANSWERED, ELSEWHERE, SAME
+from verl.config.plugin_settings import check_settings, comment_on, completed, fields_of, groups_of, settings_class
+from verl.config.spellings import ALIASES, HINTS, REJECTED
 from verl.errors import UserError
 
 Config = TypeVar("Config")
@@ -25,13 +25,13 @@ Given = Mapping[str, Any] | str  # what a program may give in place of a config,
 
 
 def load_config(schema: type[Config], argv: list[str]) -> Config:
-    """The config that a command line asks for, checked.
+    """Build the config of a command line, and check it.
 
     Args:
         schema: a dataclass of `verl.config`.
         argv: words after the command: `--config FILE`, `key=value`, `--help`.
     Raises:
-        UserError: a word, key, type or value that is not right.
+        UserError: an invalid argument, key, type or value.
         SystemExit: after `--help`.
     """
     if {"-h", "--help"} & set(argv):
@@ -50,10 +50,10 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
 
 
 def checked(config: Config) -> Config:
-    """A config that was made in Python as a command line would give it: with the own keys of what it names, references resolved.
+    """Complete and check a config that was made in Python: add the keys of its plugins, and resolve references.
 
     Raises:
-        UserError: a value that is not right, or missing.
+        UserError: a value is invalid or missing.
     """
     found: Config = _checked(_structured(completed(config)))
     return found
@@ -67,15 +67,15 @@ def _checked(config: DictConfig) -> Any:
             raise UserError(f"{' and '.join(missing)} must be given", fix=fix)
         result: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error), where=error.full_key, fix="mend the ${…} in the value") from error
+        raise UserError(_first_line(error), where=error.full_key, fix="correct the ${…} in the value") from error
     result.check()
-    check_own_keys(result)
+    check_settings(result)
     return result
 
 
 @dataclass(frozen=True)
 class _Given:
-    """A value that somebody gives a key; `where` is the file's name, or the key's where it is a word."""
+    """A value that the user gives for a key; `where` is the name of the file, or the key itself for an argument."""
 
     key: str
     value: Any
@@ -87,14 +87,14 @@ class _Given:
 
 
 def _given(argv: list[str]) -> list[_Given]:
-    """What files and words give, in the order in which it counts."""
+    """Return the values from files and arguments; later ones win."""
     files, pairs = _split(argv)
     in_files = [_Given(key, value, str(file)) for file in files for key, value in _leaves(_read_yaml(file))]
     return in_files + [_Given(key, _parse(key, text), key) for key, text in pairs]
 
 
 def _defaults(schema: type[Config], given: list[_Given]) -> Config:
-    """The config before anything is given but the names of plugins, whose own keys are in it.
+    """Return the defaults, with the names of the plugins that the user gives, and the keys of these plugins.
 
     Raises:
         UserError: no such plugin.
@@ -102,9 +102,9 @@ def _defaults(schema: type[Config], given: list[_Given]) -> Config:
     defaults: Config = schema()
     config = OmegaConf.structured(defaults)
     for one in given:
-        if SAME.get(one.key, one.key) in _keys(config) and not _asks_resolver(one.value):
-            with suppress(OmegaConfBaseException):  # a value of the wrong type, which `_assign` answers
-                OmegaConf.update(config, SAME.get(one.key, one.key), one.value)
+        if ALIASES.get(one.key, one.key) in _keys(config) and not _asks_resolver(one.value):
+            with suppress(OmegaConfBaseException):  # a value of the wrong type, which `_assign` refuses
+                OmegaConf.update(config, ALIASES.get(one.key, one.key), one.value)
     for key in (group.named_by for group in groups_of(defaults)):
         try:
             name = OmegaConf.select(config, key)
@@ -125,7 +125,7 @@ def _structured(defaults: object) -> DictConfig:
     try:
         config: DictConfig = OmegaConf.structured(defaults)
     except OmegaConfBaseException as error:
-        fix = "give the fields of Settings types that a config may have: bool, int, float, str, lists of them, or Any"
+        fix = "in Settings, use only types that a config supports: bool, int, float, str, lists of these, or Any"
         raise UserError(_first_line(error), where=error.full_key, fix=fix) from error
     return config
 
@@ -185,15 +185,15 @@ def _word(key: str, value: object) -> str:
 
 
 def to_yaml(config: object) -> str:
-    """A config as a YAML file that `--config` reads back."""
+    """Return a config as YAML that `--config` reads."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
 def describe(schema: type, argv: Sequence[str] = ()) -> str:
-    """Each key with its default and the comment above it, for `--help`.
+    """Return the text of `--help`: each key with its default and the comment above it.
 
     Args:
-        argv: words beside `--help`; the plugins that they name have their own keys shown.
+        argv: the other arguments; the keys of the plugins that they name are included.
     Raises:
         UserError: no such plugin.
     """
@@ -221,7 +221,7 @@ def _describe(defaults: Any, prefix: str = "") -> list[str]:
 
 
 def shown(default: object) -> object:
-    """A default as it is printed."""
+    """Return a default as it is printed."""
     if default == "???":
         return "required"
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else default
@@ -244,7 +244,7 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML as people write configs: a key given twice is an error, and 1e-5 is a number."""
+    """YAML for configs: a duplicate key is an error, and 1e-5 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -290,7 +290,7 @@ def _parse(key: str, text: str) -> Any:
         return text
     if text[0] in "[{\"'":
         return value
-    # Else a number, true, false or null, or the text as typed: in `system=End with #### N` YAML would see a comment.
+    # Otherwise a number, true, false, null, or the text as typed: YAML would read `#### N` in `system=End with #### N` as a comment.
     is_word = len(text.split()) == 1 and not text.startswith("#")
     return value if is_word and isinstance(value, (bool, int, float, type(None))) else text
 
@@ -305,11 +305,11 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _assign(config: DictConfig, given: _Given, defaults: object) -> None:
     known, key = _keys(config), given.key
-    key_now = SAME.get(key, key)
-    if key_now not in known or SAME.get(key) not in (None, *known):
+    key_now = ALIASES.get(key, key)
+    if key_now not in known or ALIASES.get(key) not in (None, *known):
         _refuse(given, known, defaults)
     if _asks_resolver(given.value):
-        raise UserError(f"found {given.value!r}", where=given.where, fix="only ${key} is replaced in a config; write the value itself")
+        raise UserError(f"found {given.value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
     try:
         OmegaConf.update(config, key_now, given.value)
     except OmegaConfBaseException as error:
@@ -322,26 +322,26 @@ def _asks_resolver(value: Any) -> bool:
 
 def _refuse(given: _Given, known: list[str], defaults: object) -> None:
     key, place = given.key, None if given.where == given.key else given.where
-    for answered, fix in ANSWERED.items():
-        if key == answered or key.startswith(f"{answered}."):
+    for rejected, fix in REJECTED.items():
+        if key == rejected or key.startswith(f"{rejected}."):
             raise UserError(f"{key} is not supported here", where=place, fix=fix)
     if any(name.startswith(f"{key}.") for name in known):
         raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
     _refuse_key_of_another(given, defaults)
     last = key.rpartition(".")[2]
-    near = [name for name in known if name == ELSEWHERE.get(last) or name.rpartition(".")[2] == last]
+    near = [name for name in known if name == HINTS.get(last) or name.rpartition(".")[2] == last]
     near = near[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     raise UserError(f"unknown key {key!r}", where=place, fix=f"did you mean {near[0]}?" if near else "--help lists all keys")
 
 
 def _refuse_key_of_another(given: _Given, defaults: object) -> None:
-    """Raises UserError if the key is one of another plugin."""
+    """Raises UserError: the key belongs to another plugin."""
     path, _, name = given.key.rpartition(".")
     for group in groups_of(defaults):
         others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
         if path == group.path and others:
-            has_not = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
-            what = f"{given.key} is a key of {', '.join(others)}; {has_not}"
+            others_lack = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
+            what = f"{given.key} is a key of {', '.join(others)}; {others_lack}"
             raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")
 
 

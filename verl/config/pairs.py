@@ -18,24 +18,24 @@ class PairsConfig:
     train_files: Any = MISSING
     # Pairs to validate with, named the same way; null: none.
     val_files: Any = None
-    # Column of what was asked, as text or as a list of {role, content}. Rows whose answers are whole chats need none. null: there is none,
-    # and answers that are texts are whole texts: without a chat template, and what both begin with is what was asked.
+    # Column of the prompt, a text or a list of {role, content}. Rows whose answers are whole chats need no prompt. null: there is no such
+    # column; answers that are texts are then read whole and without a chat template, and the beginning that both share is the prompt.
     prompt_key: str | None = "prompt"
-    # Columns of the better and the worse answer: each a text, a list of {role, content} behind the prompt, or a whole chat, which without
-    # a column of prompts may be text with "Human:" and "Assistant:" before its turns.
+    # Columns of the better and the worse answer. Each is a text, a list of {role, content} that continues the prompt, or a whole chat.
+    # Without a prompt column, a chat may also be text with "Human:" and "Assistant:" before its turns.
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
-    # A Jinja file that takes the place of the tokenizer's chat template.
+    # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
     # Pairs per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
     train_batch_size: int | None = None
-    # Pairs of twice max_length that one GPU holds at a time; their product is a budget of tokens.
+    # Pairs per micro-batch: the token budget is micro_batch_size_per_gpu × 2 × max_length.
     micro_batch_size_per_gpu: int = 4
-    # Tokens that it holds at a time; null: micro_batch_size_per_gpu × 2 × max_length.
+    # Token budget of a micro-batch on one GPU; null: micro_batch_size_per_gpu × 2 × max_length.
     max_tokens_per_micro_batch: int | None = None
-    # Longest answer with what was asked, in tokens.
+    # Longest prompt with an answer, in tokens.
     max_length: int = 1024
-    # A row with one over max_length: "error" stops before training, "left" cuts its beginning, "right" its end.
+    # Answers with prompts over max_length: "error" stops before training, "left" cuts off the beginning, "right" the end.
     truncation: str = "error"
     # Use only the first rows; null or -1: all.
     train_max_samples: int | None = None
@@ -50,8 +50,8 @@ class PairsConfig:
 class PreferenceConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of preferences", ("Loss", "scorer"))
 
-    # "bradley_terry" trains a reward model, a classifier with one score for a whole answer; "dpo" trains the answering model itself. Or
-    # path/to/file.py. The method has keys of its own.
+    # The method: "bradley_terry" trains a reward model, which scores whole answers; "dpo" trains a policy; or path/to/file.py. Methods have
+    # more keys.
     name: str = "bradley_terry"
 
 
@@ -80,9 +80,9 @@ class RewardTrainerConfig:
         at_least("data.num_workers", data.num_workers, 1)
         if data.max_tokens_per_micro_batch is not None and data.max_tokens_per_micro_batch < 2 * data.max_length:
             raise UserError(
-                f"{data.max_tokens_per_micro_batch} tokens cannot hold a pair of data.max_length={data.max_length} each",
+                f"{data.max_tokens_per_micro_batch} tokens cannot hold a pair of answers of data.max_length={data.max_length} each",
                 where="data.max_tokens_per_micro_batch",
                 fix=f"give at least {2 * data.max_length}, or a smaller data.max_length",
             )
         if self.model.context_parallel_size != 1:
-            raise UserError("pairs are not spread over several GPUs", where="model.context_parallel_size", fix="set it to 1")
+            raise UserError("context parallelism is not supported for pairs", where="model.context_parallel_size", fix="set it to 1")

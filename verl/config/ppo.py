@@ -18,29 +18,29 @@ from verl.plugin import Plugins
 class RewardConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score",))
 
-    # What an answer earns: a module of verl/rewards (gsm8k, math, format), a dotted module, path/to/file.py, or a list of these;
-    # null: nothing but reward_model. Those named may have keys of their own.
+    # Reward: a name in verl/rewards (gsm8k, math, format), a dotted module, path/to/file.py, or a list of these; null: only the reward
+    # model. Rewards may have more keys.
     name: Any = "gsm8k"
-    # What each of them counts, in their order; null: 1 each.
+    # Weights of the rewards, in the order of their names; null: 1 each.
     weights: list[float] | None = None
-    # A reward that fails, or is not a number: "stop" ends the run with the row's place, "zero" counts it as 0.
+    # If a reward fails or is not a finite number: "stop" ends the run with an error that names the row, "zero" counts it as 0.
     on_error: str = "stop"
 
 
 @dataclass
 class RewardModelConfig:
-    # A model that scores answers, a sequence classifier with one label: a directory or Hub name; null: none.
+    # Reward model, a sequence classifier with one label: a directory or Hub name; null: none.
     path: str | None = None
-    # What its score counts beside the rewards of reward.name.
+    # Weight of its score in the sum with the rewards of reward.name.
     weight: float = 1.0
-    # Tokens of questions and answers that it reads at a time.
+    # Token budget of its micro-batches, for questions and answers together.
     max_tokens_per_micro_batch: int = 16384
-    # Run Python code that comes with it. Only for sources that you trust.
+    # Run Python code that comes with the reward model. Set it only for sources that you trust.
     trust_remote_code: bool = False
 
 
 def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
-    """What answers earn. Raises UserError naming the key."""
+    """Check the keys of rewards. Raises UserError naming the key."""
     one_of("reward.on_error", reward.on_error, ("stop", "zero"))
     names = reward_names(reward)
     if not names and model.path is None:
@@ -50,7 +50,7 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
         raise UserError(f"found {reward.name!r}", where="reward.name", fix="give a name such as gsm8k, or a list such as [gsm8k,format]")
     if reward.weights is not None and len(reward.weights) != len(names):
         what = f"{len(reward.weights)} weights for {len(names)} rewards"
-        raise UserError(what, where="reward.weights", fix="give one number for each name in reward.name, or leave it out")
+        raise UserError(what, where="reward.weights", fix="give one number for each name in reward.name, or remove this key")
     for key, weight in (("reward_model.weight", model.weight), *(("reward.weights", weight) for weight in reward.weights or [])):
         if not math.isfinite(weight):
             raise UserError(f"found {weight}", where=key, fix="give a finite number, such as 1.0")
@@ -58,35 +58,36 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
 
 
 def reward_names(reward: RewardConfig) -> list[str]:
-    """The rewards of `reward.name`, one or several."""
+    """Return the names in `reward.name` as a list."""
     return [] if reward.name is None else list(reward.name) if isinstance(reward.name, list) else [reward.name]
 
 
 @dataclass
 class PromptConfig:
-    # Rows to answer: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    # Rows with prompts: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
     train_files: Any = MISSING
-    # Rows that are answered greedily to see how far the model is; null: none.
+    # Rows for validation, answered greedily; null: none.
     val_files: Any = None
     # Column of the question.
     prompt_key: str = "question"
-    # Column of the right answer, which graders read as row["reference"]; null: the rows have none.
+    # Column of the right answer, which graders read as row["reference"]; null: there is none.
     response_key: str | None = "answer"
-    # Column of a chat, a list of {role, content} that ends with the user; when set, it is used in place of prompt_key.
+    # Column of a chat, a list of {role, content} that ends with a user's message; if set, it replaces prompt_key.
     messages_key: str | None = None
-    # With messages_key: column of the tools that the chat template shows.
+    # With messages_key: column of the tools for the chat template.
     tools_key: str | None = None
-    # With prompt_key: what the model is told before each question; null: what its template says by itself.
+    # With prompt_key: system prompt before each question; null: the default of the chat template.
     system_prompt: str | None = None
-    # A Jinja file that takes the place of the tokenizer's chat template.
+    # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
-    # Prompts of one step over all GPUs.
+    # Prompts per step, over all GPUs.
     prompts_per_step: int = 64
     # Longest prompt, in tokens.
     max_prompt_length: int = 512
-    # A prompt over max_prompt_length: "error" stops before training, "drop" leaves its row out.
+    # Prompts over max_prompt_length: "error" stops before training, "drop" removes their rows.
     overlong_prompts: str = "error"
-    # Tokens that one GPU trains on at a time, whole answers with their prompts side by side; null: 16384, or the longest that may occur.
+    # Tokens per micro-batch on one GPU, packed from whole answers with their prompts; null: 16384, or max_prompt_length + max_new_tokens
+    # if that is more.
     max_tokens_per_micro_batch: int | None = None
     # Use only the first rows; null or -1: all.
     train_max_samples: int | None = None
@@ -95,45 +96,45 @@ class PromptConfig:
 
 @dataclass
 class RolloutConfig:
-    # What generates: "native", "hf" (transformers) or "vllm".
+    # Generation engine: "native", "hf" (transformers) or "vllm".
     name: str = "native"
     # Answers to each prompt.
     samples_per_prompt: int = 8
-    # Of the distribution that answers are drawn from.
+    # Sampling temperature.
     temperature: float = 1.0
-    # Longest answer, in tokens; with a tool, of all turns together.
+    # Longest answer, in tokens; with a tool, the total of all turns.
     max_new_tokens: int = 512
-    # Answers side by side; null: what memory allows.
+    # Maximum number of answers generated at the same time; null: as many as memory allows.
     max_sequences: int | None = None
     # Address of a vLLM server; null: generate in this process.
     url: str | None = None
-    # Where new weights are put for a server to read, a folder that it sees under the same path; null: the memory of this machine,
-    # if the server is on it.
+    # Folder for passing new weights to a server, which must see it under the same path; null: pass them in memory, if the server is on this
+    # machine.
     weights_folder: str | None = None
-    # vllm in this process: the share of a GPU's memory that it may take while it generates.
+    # vllm in this process: share of the GPU's memory that it may use while it generates.
     gpu_memory_utilization: float = 0.5
-    # Let the engine give memory back while the model trains, where it is worth the time of taking it again; false: never.
+    # Free the engine's memory during training if that is worth the time to allocate it again; false: never.
     sleep: bool = True
-    # What replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
+    # Tool that replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
     tool: str | None = None
-    # Most turns of the model in one answer.
+    # Maximum number of the model's turns in one answer.
     max_turns: int = 4
 
 
 @dataclass
 class CriticConfig:
-    # What the critic of ppo starts from; null: model.partial_pretrain.
+    # Model that the critic of ppo starts from; null: model.partial_pretrain.
     partial_pretrain: str | None = None
-    # Its optimizer.
+    # The critic's optimizer.
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5, lr_scheduler="constant", warmup_steps_ratio=0.0))
-    # First steps in which the critic learns alone.
+    # Number of first steps in which only the critic is trained.
     warmup_steps: int = 0
 
 
 @dataclass
 class MappingConfig:
-    # Processes of each role: "all", or a list of ranks such as [0,1]. The roles that train share theirs; those of the rollout are the
-    # same, or others.
+    # Ranks of each role: "all", or a list such as [0,1]. All roles but the rollout have the same ranks; the rollout has the same ranks, or
+    # all others.
     actor: Any = "all"
     critic: Any = "all"
     reference: Any = "all"
@@ -177,18 +178,18 @@ class PPOConfig:
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
         at_least("critic.warmup_steps", self.critic.warmup_steps, 0)
         if not 0.0 < self.rollout.temperature < float("inf"):
-            what = f"{self.rollout.temperature} is not positive, and answers that are all the same teach nothing"
+            what = f"{self.rollout.temperature} is not positive: equal answers have no advantages to learn from"
             raise UserError(what, where="rollout.temperature", fix="give a number above 0, such as 1.0")
         if self.model.lora_dropout > 0:
-            what = "answers are learned under the probabilities that they were drawn with, and nothing is dropped there"
-            raise UserError(what, where="model.lora_dropout", fix="leave it out")
+            what = "dropout is off in reinforcement learning: it would make new log-probabilities differ from old ones"
+            raise UserError(what, where="model.lora_dropout", fix="remove this key")
         if self.model.context_parallel_size != 1:
-            what = "answers are not spread over several GPUs in reinforcement learning"
+            what = "context parallelism is not supported in reinforcement learning"
             raise UserError(what, where="model.context_parallel_size", fix="set it to 1")
 
 
 def check_batches(config: PPOConfig) -> None:
-    """How prompts, answers and updates of a step fit together. Raises UserError naming the key."""
+    """Check the batch sizes of a step. Raises UserError naming the key."""
     data, rollout, updates = config.data, config.rollout, config.algorithm.updates_per_step
     at_least("data.prompts_per_step", data.prompts_per_step, 1)
     at_least("data.max_prompt_length", data.max_prompt_length, 1)
@@ -198,7 +199,7 @@ def check_batches(config: PPOConfig) -> None:
     if data.prompts_per_step % updates:
         fits = [str(n) for n in range(1, data.prompts_per_step + 1) if data.prompts_per_step % n == 0]
         raise UserError(
-            f"{data.prompts_per_step} prompts cannot be cut into {updates} equal updates",
+            f"{data.prompts_per_step} prompts cannot be split into {updates} equal updates",
             where="algorithm.updates_per_step",
             fix=f"give one of {', '.join(fits)}, or another data.prompts_per_step",
         )
@@ -207,17 +208,17 @@ def check_batches(config: PPOConfig) -> None:
         raise UserError(
             f"{budget} tokens cannot hold a prompt of {data.max_prompt_length} with an answer of {longest - data.max_prompt_length}",
             where="data.max_tokens_per_micro_batch",
-            fix=f"give at least {longest}, or less in data.max_prompt_length or rollout.max_new_tokens",
+            fix=f"give at least {longest}, or lower data.max_prompt_length or rollout.max_new_tokens",
         )
 
 
 def longest_sample(config: PPOConfig) -> int:
-    """Tokens of the longest prompt with the longest answer."""
+    """Return the number of tokens of the longest prompt with the longest answer."""
     return config.data.max_prompt_length + config.rollout.max_new_tokens
 
 
 def check_mapping(mapping: MappingConfig) -> None:
-    """Whether each role has a list of ranks. Raises UserError naming the key."""
+    """Check that each role has "all" or a list of ranks. Raises UserError naming the key."""
     for role in ("actor", "critic", "reference", "reward", "rollout"):
         ranks = getattr(mapping, role)
         if ranks != "all" and not (isinstance(ranks, list) and ranks and all(isinstance(r, int) and r >= 0 for r in ranks)):
@@ -225,9 +226,9 @@ def check_mapping(mapping: MappingConfig) -> None:
 
 
 def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:
-    """Whether what generates can do so where it is to. Raises UserError naming the key."""
+    """Check that the generation engine can run on its ranks. Raises UserError naming the key."""
     if rollout.url is not None:
         return
     if rollout.name == "vllm" and mapping.rollout != mapping.actor:
         fix = "give mapping.rollout the ranks of mapping.actor, or start a server and set rollout.url"
-        raise UserError("vllm in this process generates on the ranks that train, all of them", where="mapping.rollout", fix=fix)
+        raise UserError("vllm in this process generates on all ranks that train, and on no others", where="mapping.rollout", fix=fix)

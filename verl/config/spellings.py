@@ -1,7 +1,7 @@
-"""Other spellings of keys: those that are read, and those that are answered with what to use instead."""
+"""Other spellings of keys: aliases that are accepted, and keys of other trainers, with hints on what to use instead."""
 
-# Upstream's spellings that mean the same.
-SAME = {
+# Upstream's spellings with the same meaning.
+ALIASES = {
     "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
     "model.path": "model.partial_pretrain",
     "data.multiturn.messages_key": "data.messages_key",
@@ -9,10 +9,10 @@ SAME = {
 }
 
 
-# Upstream's keys that are not supported: why, and what to use.
-ANSWERED = {
+# Upstream's keys that are rejected, with what to use instead.
+REJECTED = {
     "data.micro_batch_size": "use data.micro_batch_size_per_gpu",
-    "data.multiturn.enable": "set data.messages_key to the column of the chat; it turns multi-turn on",
+    "data.multiturn.enable": "set data.messages_key to the column of the chat; this turns multi-turn on",
     "data.prompt_dict_keys": "flatten the column first; data.prompt_key names a column of text",
     "data.response_dict_keys": "flatten the column first; data.response_key names a column of text",
     "data.balance_dp_token": "leave it out; the loss is always divided by the tokens of all GPUs",
@@ -24,8 +24,8 @@ ANSWERED = {
     "model.fsdp_config.model_dtype": "use model.param_dtype; model.compute_dtype sets the arithmetic",
     "model.fsdp_config.fsdp_size": "use model.fsdp_config.shard_size",
     "model.fsdp_config.offload_params": "use model.fsdp_config.cpu_offload",
-    "model.fsdp_config.wrap_policy": "leave it out; every decoder layer is sharded by itself",
-    "model.external_lib": "install the model's package; transformers finds it",
+    "model.fsdp_config.wrap_policy": "leave it out; every decoder layer is an FSDP unit",
+    "model.external_lib": "install the package of the model; transformers finds it",
     "model.use_shm": "leave it out; safetensors are mapped, not copied",
     "model.use_remove_padding": "leave it out; there is no padding (data.packing)",
     "use_remove_padding": "leave it out; there is no padding (data.packing)",
@@ -37,13 +37,13 @@ ANSWERED = {
     "trainer.default_hdfs_dir": "set trainer.default_local_dir to a mounted path",
     "trainer.nnodes": "torchrun sets it: torchrun --nnodes=N",
     "trainer.n_gpus_per_node": "torchrun sets it: torchrun --nproc_per_node=N",
-    "trainer.device": "leave it out; the device is CUDA where there is one, else the CPU",
+    "trainer.device": "leave it out; the device is CUDA if available, else the CPU",
     "trainer.checkpoint": "leave it out; a checkpoint always holds the model, the optimizer and the data position",
 }
 
 
-# What other trainers call a key; for the hint alone.
-ELSEWHERE = {
+# Names of keys in other trainers; only for the hint "did you mean …?".
+HINTS = {
     "learning_rate": "optim.lr",
     "num_train_epochs": "trainer.total_epochs",
     "epochs": "trainer.total_epochs",

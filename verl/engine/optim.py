@@ -1,4 +1,4 @@
-"""The optimizer of `optim.name`, its learning-rate schedule, and its step along gradients that are clipped by their global norm."""
+"""The optimizer of `optim.name`, its learning-rate schedule, and the update step with gradient clipping by global norm."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from verl.config.own_keys import settings_of
+from verl.config.plugin_settings import settings_of
 from verl.config.shared import OptimConfig
 from verl.engine.fused_adamw import FusedAdamW
 from verl.errors import UserError
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Protocol):
-    """What the engine needs of an optimizer: what `torch.optim.Optimizer` has.
+    """The part of `torch.optim.Optimizer` that the engine uses.
 
-    `state` by parameter, tensors alone, is there from the beginning, so that a checkpoint can be read into it; or it is what
-    `state_of(parameter)` gives. Its tensors are the parameter's alike, sharded as it is, or scalars.
+    The optimizer also has `state`, a dict of tensors per parameter, or a method `state_of(parameter)` that returns one. The state exists
+    right after construction, so that a checkpoint can be loaded into it. Its tensors have the shape and sharding of the parameter, or are
+    scalars.
 
     Attributes:
-        param_groups: of each, "lr" is set before each step.
+        param_groups: parameter groups; the engine sets their "lr" before each step.
     """
 
     param_groups: list[dict[str, Any]]
@@ -37,15 +38,14 @@ class Optimizer(Protocol):
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, copies: Mapping[nn.Parameter, Tensor] | None = None
 ) -> Optimizer | FusedAdamW:
-    """The optimizer over the trained parameters; biases and norms (one dimension) are not decayed.
+    """Build the optimizer of the trained parameters. Biases and norms (one dimension) get no weight decay.
 
-    Weights in bfloat16 need one that rounds stochastically, since nearly every step of theirs is smaller than what lies between two
-    of its numbers.
+    bfloat16 weights need stochastic rounding, because nearly every update is smaller than the spacing of bfloat16 numbers.
 
     Args:
-        copies: of some parameters in another dtype, which an optimizer that can writes along with them.
+        copies: copies of some parameters in another dtype; an optimizer may update them together with the parameters.
     Raises:
-        UserError: no such optimizer, or one that cannot update these parameters.
+        UserError: no such optimizer, or it cannot update these parameters.
     """
     module = config.plugins.load("optim.name", config.name)
     trained = [p for p in parameters if p.requires_grad]
@@ -63,7 +63,7 @@ def build_optimizer(
 
 
 def _check_state(optimizer: Any, trained: Sequence[nn.Parameter], name: str) -> None:
-    """Raises UserError: a checkpoint could not hold the state of an optimizer."""
+    """Raises UserError: the optimizer's state cannot be saved in a checkpoint."""
     states = [] if hasattr(optimizer, "state_of") else [optimizer_state(optimizer, p) for p in trained]
     if not all(state and all(isinstance(value, Tensor) for value in state.values()) for state in states):
         fix = "fill self.state[parameter] with tensors in __init__, as examples/optimizers/lion.py does"
@@ -71,12 +71,12 @@ def _check_state(optimizer: Any, trained: Sequence[nn.Parameter], name: str) -> 
 
 
 def state_bytes(config: OptimConfig) -> float:
-    """Memory of the optimizer's state for one weight. Raises UserError: no such optimizer."""
+    """Return the memory of the optimizer state per weight, in bytes. Raises UserError: no such optimizer."""
     return float(config.plugins.load("optim.name", config.name).state_bytes())
 
 
 def optimizer_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """One parameter's part of the optimizer's state, in plain tensors that are the optimizer's own."""
+    """Return the optimizer's state of one parameter; the tensors are not copied."""
     if hasattr(optimizer, "state_of"):
         state: dict[str, Tensor] = optimizer.state_of(parameter)
         return state
@@ -84,10 +84,10 @@ def optimizer_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """The learning rate of each optimizer step, counted from 0.
+    """Return the learning rate as a function of the optimizer step, counted from 0.
 
-    The curves are those of transformers' schedules over one step more, without their first point: neither the first nor
-    the last step is taken at a rate of zero.
+    The curves are those of transformers' schedules for one more step, without their first point, so that neither the first nor the last
+    step has a learning rate of zero.
     """
     warmup = int(total_steps * config.warmup_steps_ratio)
     after = _AFTER_WARMUP[config.lr_scheduler]
@@ -114,7 +114,7 @@ def _constant(progress: float, config: OptimConfig) -> float:
 
 
 def _wsd(progress: float, config: OptimConfig) -> float:
-    """Warm-up, stable, decay: full rate for `stable_ratio` of the steps, then a cosine down."""
+    """Warmup-stable-decay: the full rate for `stable_ratio` of the steps after warmup, then cosine decay."""
     if progress <= config.stable_ratio:
         return 1.0
     return _cosine((progress - config.stable_ratio) / (1 - config.stable_ratio), config)
@@ -134,43 +134,44 @@ def set_learning_rate(optimizer: Optimizer | FusedAdamW, rate: float) -> None:
             group["lr"] = rate
 
 
-def update(optimizer: Optimizer | FusedAdamW, weights: "Weights", largest: float, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Step along the gradients, scaled so that their norm over all parameters and ranks is at most `largest`, and drop them.
+def update(optimizer: Optimizer | FusedAdamW, weights: "Weights", max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Clip the gradients, take an optimizer step, and free the gradients.
 
-    Where the norm or the loss is not finite, weights, moments and their count of steps stay as they are.
+    If the gradient norm or the loss is not finite, the step is skipped: weights, moments and step count do not change.
 
     Args:
+        max_norm: limit for the norm of the gradient over all parameters and ranks.
         loss: a scalar on the device, the same on all ranks.
     Returns:
-        that norm before clipping, and whether the step was taken; scalars where the gradients are.
+        the norm before clipping, and whether the step was taken; scalars on the device of the gradients.
     """
     trained = list(weights.trained.values())
     if isinstance(optimizer, FusedAdamW):
         norm = _whole(_gradient_norm(trained))
         finite = (norm + loss).isfinite()
-        optimizer.step((largest / (norm + 1e-6)).clamp(max=1.0), finite)
+        optimizer.step((max_norm / (norm + 1e-6)).clamp(max=1.0), finite)
     else:
-        norm = _whole(clip_gradients(trained, largest))
+        norm = _whole(clip_gradients(trained, max_norm))
         finite = (norm + loss.to(norm.device)).isfinite()
-        if finite:  # on a CPU asking costs nothing
+        if finite:  # no synchronization on a CPU
             optimizer.step()
             weights.publish()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-    """The same by itself: gradients in the dtype of their parameters, scaled in place, and the norm they had."""
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Cast gradients to the dtype of their parameters, clip them in place, and return their norm before clipping."""
     for p in parameters:
         p.grad = None if p.grad is None else p.grad.to(p.dtype)
     norm = _gradient_norm(parameters)
-    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
 def _gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # Not torch's clip_grad_norm_: of bfloat16 gradients it would give a norm of three digits.
+    # Not torch's clip_grad_norm_: for bfloat16 gradients it computes the norm in bfloat16, to three digits.
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
     return norm
 

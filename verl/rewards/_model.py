@@ -1,8 +1,8 @@
 """A reward model: a sequence classifier with one label, which scores an answer at the last token of its chat.
 
-It reads text through its own chat template and tokenizer, so that it may be of another family than the model that answers.
+It has its own chat template and tokenizer, so it may be of another model family than the policy.
 
-Dimensions: A answers, S documents of a micro-batch.
+Dimensions: A answers; S documents of a micro-batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ WHERE = "reward_model.path"
 
 
 def check_scores(config: RewardModelConfig) -> None:
-    """Raises UserError: no such model, or one without a head that scores; its weights are not read."""
+    """Raises UserError: no such model, or it has no scoring head. Does not read the weights."""
     assert config.path is not None
     if not has_head(config.path, trust_remote_code=config.trust_remote_code):
         fix = "train one with python -m verl.trainer.reward_trainer, or name a sequence classifier with one label"
-        raise UserError(f"{config.path} is a language model, without a head that scores", where=WHERE, fix=fix)
+        raise UserError(f"{config.path} is a language model, without a head for scores", where=WHERE, fix=fix)
 
 
 class RewardModel:
@@ -41,7 +41,7 @@ class RewardModel:
         tokenizer: of the model that answers; it is said where this one has another.
         say: writes a line for the user.
     Raises:
-        UserError: no such model, not one that scores chats, or an architecture that packed batches are not for.
+        UserError: no such model; it cannot score chats; or its architecture does not support packed batches.
     """
 
     def __init__(
@@ -59,24 +59,24 @@ class RewardModel:
         model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
         own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         check_vocabulary(model, own, path)
-        # In bfloat16 a difference means little: there a small model of the same architecture is looked at in its place.
+        # In bfloat16, rounding hides errors of packing: check a small float32 model of the same architecture instead.
         check_hidden(RewardScorer(model if dtype == torch.float32 else small_twin(model, device)), where=WHERE)
         self._scorer = RewardScorer(model.requires_grad_(False)).eval()
         self._renderer, self._padding = Renderer(own), model.config.pad_token_id
         self._device, self._budget = device, config.max_tokens_per_micro_batch
         self._longest = getattr(model.config, "max_position_embeddings", None)
         if tokenizer is not None and Renderer(tokenizer).fingerprint() != self._renderer.fingerprint():
-            say(f"reward model {path} has another tokenizer or chat template than the policy: answers are written anew with its own")
+            say(f"reward model {path} has another tokenizer or chat template than the policy: answers are tokenized again with its own")
 
     @torch.no_grad()
     def score(self, chats: Sequence[Sequence[Message]], responses: Sequence[str]) -> np.ndarray:
-        """A score for each answer, float32 [A]; not finite where the model's is not.
+        """Score each answer, float32 [A]. A score may be NaN or infinite, if the model's output is.
 
         Args:
             chats: the messages before each answer.
             responses: the answers, without their stop tokens.
         Raises:
-            UserError: the model's chat template does not take a chat, or a chat is longer than the model can read.
+            UserError: the model's chat template rejects a chat, or a chat is longer than the model's context.
         """
         documents = self._documents([[*chat, {"role": "assistant", "content": r}] for chat, r in zip(chats, responses, strict=True)])
         scores_A = np.zeros(len(documents), dtype=np.float32)
@@ -87,7 +87,7 @@ class RewardModel:
         return scores_A
 
     def _documents(self, chats: list[list[Message]]) -> list[np.ndarray]:
-        """Token ids of each chat, int32: of the whole of it as its template writes it, as transformers encodes it."""
+        """Return the token ids of each chat, int32: the whole chat, rendered with the template and encoded as by transformers."""
         documents = [np.array(self._without_padding(self._renderer.whole(chat)), dtype=np.int32) for chat in chats]
         longest = max(map(len, documents), default=0)
         if self._longest is not None and longest > self._longest:
@@ -96,7 +96,7 @@ class RewardModel:
         return documents
 
     def _without_padding(self, ids: list[int]) -> list[int]:
-        """Up to the last token that is not padding, where transformers reads the score."""
+        """Return the tokens up to the last one that is not padding, where transformers reads the score."""
         end = len(ids)
         while end > 1 and ids[end - 1] == self._padding:
             end -= 1

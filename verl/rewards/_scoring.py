@@ -1,4 +1,4 @@
-"""What answers earn: the graders of `reward.name` and the model of `reward_model.path`, each with its weight.
+"""Rewards: the weighted sum of the graders of `reward.name` and the model of `reward_model.path`.
 
 Dimensions: A answers.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from verl.config.commands import GraderConfig
-from verl.config.own_keys import settings_of
+from verl.config.plugin_settings import settings_of
 from verl.config.ppo import RewardConfig, RewardModelConfig, reward_names
 from verl.errors import UserError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from verl.rewards._model import RewardModel
 
 MODEL = "model"  # the reward model's name among the rewards
-Functions = dict[str, Callable[..., Any]]  # of a grader, by their names in its module
+Functions = dict[str, Callable[..., Any]]  # a grader's functions, by name
 GRADER = ("score", "extract_answer", "reference_answer", "exact_match")
 ERRORS_SHOWN = 3
 LARGEST = float(np.finfo(np.float32).max)
@@ -34,12 +34,12 @@ LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Scored:
-    """What answers have earned.
+    """Rewards of answers.
 
     Attributes:
-        reward_A: the weighted sum of the rewards of each, float32, finite.
-        each: by reward, what it gave by itself, without its weight, float32 [A]; 0 where it failed.
-        errors: of rewards that failed (`reward.on_error=zero`), each with its row's place.
+        reward_A: weighted sum of the rewards, float32, finite.
+        each: unweighted rewards by name, float32 [A]; 0 where the reward failed.
+        errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
     """
 
     reward_A: np.ndarray
@@ -47,7 +47,7 @@ class Scored:
     errors: list[UserError]
 
     def describe_errors(self) -> str | None:
-        """How many rewards failed and the first of them, for the log; None if none did."""
+        """Return the number of failures and the first of them, for the log; None if there are none."""
         if not self.errors:
             return None
         times = Counter(f"{error.where}: {error.what}" for error in self.errors)
@@ -59,19 +59,19 @@ class Scored:
 
 
 class Scorer:
-    """Gives answers their rewards.
+    """Scores answers.
 
     Args:
-        reward: the graders and what happens where one fails.
+        reward: the graders, their weights, and what to do if one fails.
         model: the reward model, if there is one.
-        tokenizer: of the model that answers; it is said where the reward model has another.
-        device: where the reward model lives.
+        tokenizer: the policy's; if the reward model's differs, the log says so.
+        device: device of the reward model.
         say: writes a line for the user.
     Attributes:
-        exact: the first grader that compares answers with right ones, as the evaluator's exact match does; None: none does.
-        model: the reward model; None: there is none.
+        exact: name of the first grader with `exact_match`; None if there is none.
+        model: the reward model, or None.
     Raises:
-        UserError: no such grader or model, or one that cannot be used.
+        UserError: no such grader or model, or it cannot be used.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Scorer:
         self._stops = reward.on_error == "stop"
         self.model: RewardModel | None = None
         if model.path is not None:
-            from verl.rewards import _model  # a model takes its time
+            from verl.rewards import _model  # torch and transformers are slow to import
 
             self.model = _model.RewardModel(model, device=device, tokenizer=tokenizer, say=say)
             self._weights[MODEL] = model.weight
@@ -103,14 +103,14 @@ class Scorer:
         places: Sequence[str] | None = None,
         chats: "Sequence[Sequence[Message]] | None" = None,
     ) -> Scored:
-        """Score answers. Ranks may have different numbers of them; an error of one must be made known to the others (`dist.together`).
+        """Score answers. Ranks may have different numbers of them. Call it in `dist.together`, so that all ranks learn of an error.
 
         Args:
-            questions: of each answer, as text.
+            questions: the question of each answer, as text.
             responses: the answers, without their stop tokens.
-            rows: the data row of each, with `reference` where there is a right answer.
-            places: where each row stands, such as `train.jsonl:17`, for errors.
-            chats: the messages before each answer, which the reward model reads; None: the question alone.
+            rows: the data row of each answer, with `reference` if it has a right answer.
+            places: the place of each row, such as `train.jsonl:17`, for errors.
+            chats: the messages before each answer, for the reward model; None: only the question.
         Raises:
             UserError: a reward failed or is not a number, and `reward.on_error=stop`.
         """
@@ -128,7 +128,7 @@ class Scorer:
         return Scored(np.asarray(total, dtype=np.float32), each, errors)
 
     def _kept(self, results: Sequence[float | UserError], where: Sequence[str], errors: list[UserError]) -> np.ndarray:
-        """The numbers, 0 in the place of an error, which gets its row's place. Raises the first one where the run is to stop."""
+        """Replace errors by 0 and add them to `errors`, with the place of their row. Raises the first one if `on_error=stop`."""
         failed = [UserError(r.what, where=at, fix=r.fix) for r, at in zip(results, where, strict=True) if isinstance(r, UserError)]
         if failed and self._stops:
             raise failed[0]
@@ -137,22 +137,23 @@ class Scorer:
 
 
 def load_graders(reward: RewardConfig) -> dict[str, Functions]:
-    """The graders of `reward.name` by their names in the log, once it is seen that they can be used.
+    """Load the graders of `reward.name`, by their names in the log.
 
     Raises:
-        UserError: no such grader, or one that lacks a function or a package.
+        UserError: no such grader, or it lacks a function or a package.
     """
     names = reward_names(reward)
     return dict(zip(_distinct(names), [functions_of(reward, name) for name in names], strict=True))
 
 
 def functions_of(keys: RewardConfig | GraderConfig, name: str) -> Functions:
-    """The functions of a grader (see verl.rewards), which have its settings already.
+    """Load the functions of a grader (see verl.rewards), with its settings already bound.
 
     Args:
-        keys: the group with its own keys.
+        keys: the config group that has the grader's keys.
+        name: the grader's name in the config.
     Raises:
-        UserError: no such grader, or one that lacks a function or a package.
+        UserError: no such grader, or it lacks a function or a package.
     """
     module = keys.plugins.load(keys.plugins.named_by or "reward.name", name)
     getattr(module, "check_installed", lambda: None)()
@@ -161,11 +162,11 @@ def functions_of(keys: RewardConfig | GraderConfig, name: str) -> Functions:
 
 
 def _with_settings(function: Callable[..., Any], settings: object) -> Callable[..., Any]:
-    return wraps(function)(lambda *words: function(*words, settings))
+    return wraps(function)(lambda *arguments: function(*arguments, settings))
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names for the log, each once: of `a/mine.py` it is `mine`, of a second one `mine_2`, or the next that no other has."""
+    """Return unique names for the log: `mine` for `a/mine.py`, and `mine_2` or the next free number for a second one."""
     short = [name.removesuffix(".py").replace("\\", "/").rpartition("/")[2].rpartition(".")[2] for name in names]
     found: list[str] = []
     for name in short:
@@ -181,7 +182,7 @@ def _graded(
         return _checked(name, score(question, response, row))
     except UserError:  # the reward cannot be used at all
         raise
-    except Exception as error:  # a user's own program, which fails as it likes
+    except Exception as error:  # a user's file may raise anything
         if isinstance(error, KeyError) and error.args == ("reference",):
             return UserError(f"reward {name} needs a right answer, and the row has none", fix="set data.response_key to its column")
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -189,9 +190,9 @@ def _graded(
 
 
 def _checked(name: str, value: object) -> float | UserError:
-    if isinstance(value, (int, float, np.number, np.bool_)) and abs(float(value)) <= LARGEST:  # what is no number is not less than any
+    if isinstance(value, (int, float, np.number, np.bool_)) and abs(float(value)) <= LARGEST:  # NaN compares false
         return float(value)
     return UserError(f"reward {name} gave {value!r}, expected a finite number", fix=FIX)
 
 
-FIX = "mend the reward or the row, or set reward.on_error=zero, which counts it as 0"
+FIX = "correct the reward or the row, or set reward.on_error=zero, which counts it as 0"

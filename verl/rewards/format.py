@@ -1,4 +1,4 @@
-"""Whether an answer has the required form: the share of its parts that are there, one behind the other."""
+"""Checks the format of an answer: the share of the required parts that it has, in order."""
 
 import re
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from typing import Any
 
 from verl.errors import UserError
 
-PARTS = (r"\S", r"####[ \t]*[^\s#][^\n]*\Z")  # something, and then `#### answer` as the last line
+PARTS = (r"\S", r"####[ \t]*[^\s#][^\n]*\Z")  # some text, then `#### answer` as the last line
 
 
 @dataclass
 class Settings:
-    # Regular expressions that an answer must match one after the other, in which `.` matches line ends too; null: the answer has to say
-    # something and end in a line `#### …`.
+    # Regular expressions that an answer must match one after the other; `.` also matches line ends. null: the answer must have some text
+    # and end in a line `#### …`.
     format: list[str] | None = None
 
     def check(self) -> None:
@@ -22,12 +22,12 @@ class Settings:
 
 
 def score(prompt: str, response: str, row: dict[str, Any], settings: Settings) -> float:
-    """The share of the required parts, from 0 to 1: each is looked for behind the one that was found before it.
+    """Return the share of the required parts that the answer has, from 0 to 1. Each is searched for after the last one that was found.
 
     Args:
         prompt: the question, as text.
         response: the model's answer, as text, without its stop token.
-        row: the data row, of which nothing is read.
+        row: the data row; it is not used.
     """
     parts = settings.format or PARTS
     text, done, found = response.rstrip(), 0, 0
@@ -39,7 +39,7 @@ def score(prompt: str, response: str, row: dict[str, Any], settings: Settings) -
 
 
 def compiled(parts: Sequence[str]) -> list[re.Pattern[str]]:
-    """Raises UserError: a part is not a regular expression."""
+    """Compile the parts. Raises UserError: a part is not a regular expression."""
     return [_compiled(part) for part in parts]
 
 

@@ -1,7 +1,6 @@
 """Exact match of the final number, as GSM8K writes it: a worked answer that ends in `#### 1,000`.
 
-Numbers are compared as text in one canonical form, so nothing is rounded and nothing is evaluated, and a response of any length takes
-time in proportion to its length.
+Numbers are compared as text in a canonical form: nothing is rounded or evaluated, and the time is linear in the length of the response.
 """
 
 import re
@@ -13,20 +12,20 @@ Method = Literal["strict", "flexible"]
 MINUS = "-\N{MINUS SIGN}"
 # Digits with or without commas between thousands; `1,0000` is not read as 10000.
 INTEGER = r"[0-9]+(?:,[0-9]{3})*(?![0-9])"
-# `12`, `1,234.50`, `12.`, `.5`; the dot in `...5` is no decimal point.
+# `12`, `1,234.50`, `12.`, `.5`; the dot in `...5` is not a decimal point.
 DECIMAL = rf"{INTEGER}(?:\.[0-9]*)?|(?<![.0-9])\.[0-9]+"
-# A fraction, or a whole number with one (`1 1/2`), before a decimal: the longest reading wins.
+# A fraction or mixed number (`1 1/2`) is tried before a decimal, so that the longest reading wins.
 NUMBER = rf"(?:[0-9]+ )?[0-9]+/[0-9]+|{DECIMAL}"
-# The sign of `-5`, `-$5` and `$-5`, but not of `8-5` or `mid-5`, where it joins.
+# The sign of `-5`, `-$5` and `$-5`, but not the operator or hyphen of `8-5` and `mid-5`.
 SIGNED = rf"(?:(?<![\w.)%])(?P<sign>[{MINUS}+]))?\$?(?P<sign_after>(?<=\$)[{MINUS}+])?(?P<number>{NUMBER})"
 
 ANY_NUMBER = re.compile(SIGNED)
-# Four hashes and a number that ends there: of `#### 1.000,50` or `#### 3/4/2024` no part is taken for the whole.
+# Four hashes and a whole number: a part of `#### 1.000,50` or `#### 3/4/2024` does not match.
 MARKED_NUMBER = re.compile(rf"(?<!\#)\#{{4}}[ \t]*{SIGNED}(?![0-9]|[.,/][0-9])")
 
 
 def score(prompt: str, response: str, row: dict[str, Any]) -> float:
-    """1.0 if the response's `#### number` is the reference's, else 0.0: the contract of every grader in this folder.
+    """Return 1.0 if the response's `#### number` equals the reference's, else 0.0. All graders in this folder have this signature.
 
     Args:
         prompt: the question, as text.
@@ -37,7 +36,7 @@ def score(prompt: str, response: str, row: dict[str, Any]) -> float:
 
 
 def exact_match(response: str, reference: str, method: Method = "strict") -> bool:
-    """Whether the response ends in the same number as the reference: `1,000`, `1000`, `$1000.00` and `1000.` are the same.
+    """Return whether the response ends in the same number as the reference: `1,000`, `1000`, `$1000.00` and `1000.` are equal.
 
     Args:
         method: how the response is read, see `extract_answer`.
@@ -48,18 +47,18 @@ def exact_match(response: str, reference: str, method: Method = "strict") -> boo
 
 
 def reference_answer(reference: str) -> str | None:
-    """The right number: that of the last `#### number`, or, in a reference without one, the last number."""
+    """Return the right number: the last `#### number`, or the last number of a reference without one."""
     return extract_answer(reference, "strict") or extract_answer(reference, "flexible")
 
 
 def extract_answer(text: str, method: Method = "strict") -> str | None:
-    """The final number of a text in canonical form, or None.
+    """Return the final number of a text in canonical form, or None.
 
     Args:
         method: "strict" takes the last `#### number`, "flexible" the last number of any kind.
     Returns:
-        digits without commas, currency or percent sign, without zeros that change nothing, and `-` before a negative one:
-        `-1234.5`. A fraction stays as it is written: `3/4`, `1 1/2`.
+        digits without commas, currency or percent sign or redundant zeros, with `-` if negative: `-1234.5`. Fractions are not
+        reduced: `3/4`, `1 1/2`.
     Raises:
         ValueError: no such method.
     """

@@ -1,8 +1,8 @@
 r"""Equality of mathematical answers: `\frac{1}{2}`, `0.5` and `1/2` are the same (pip install "verl[math]").
 
-A response gives its answer in its last `\boxed{…}`, behind its last `####`, or behind its last "the answer is". What is not the same as
-text is read and compared by math-verify and SymPy, in a process of its own: the time and memory that an expression such as `9^{9^{9^9}}`
-asks for cannot be bounded in this one. An expression that takes too much of either is not equal to anything.
+The answer is in the last `\boxed{…}`, after the last `####`, or after the last "the answer is". Answers that differ as text are compared by
+math-verify and SymPy in a separate process, because an expression such as `9^{9^{9^9}}` could take unbounded time and memory. An expression
+that exceeds the limits is not equal to anything.
 """
 
 import atexit
@@ -22,8 +22,8 @@ from verl.errors import UserError
 Method = Literal["strict", "flexible"]
 
 SECONDS = 5  # for one comparison
-MEMORY_BYTES = 4 * 2**30  # address space of the process that compares, SymPy itself among it
-LONGEST_ANSWER = 1000  # characters; longer ones are no answers but texts, and are compared as such
+MEMORY_BYTES = 4 * 2**30  # address space of the comparing process, including SymPy
+LONGEST_ANSWER = 1000  # characters; longer answers are compared only as text
 
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
 MARKED = re.compile(r"(?<!#)####[ \t]*(?P<answer>[^\n]+)")
@@ -33,7 +33,7 @@ FORMULA = re.compile(
 )
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-# What changes how an answer looks and nothing else.
+# LaTeX that changes only the appearance of an answer.
 SPELLINGS = (
     (r"\dfrac", r"\frac"),
     (r"\tfrac", r"\frac"),
@@ -47,7 +47,7 @@ SPELLINGS = (
 
 
 def score(prompt: str, response: str, row: dict[str, Any]) -> float:
-    """1.0 if the response's marked answer equals the reference's, else 0.0.
+    """Return 1.0 if the response's marked answer equals the reference's, else 0.0.
 
     Args:
         prompt: the question, as text.
@@ -60,7 +60,7 @@ def score(prompt: str, response: str, row: dict[str, Any]) -> float:
 
 
 def exact_match(response: str, reference: str, method: Method = "strict") -> bool:
-    """Whether the response's answer equals the reference's.
+    """Return whether the response's answer equals the reference's.
 
     Args:
         method: how the response is read, see `extract_answer`.
@@ -75,17 +75,17 @@ def exact_match(response: str, reference: str, method: Method = "strict") -> boo
 
 
 def reference_answer(reference: str) -> str | None:
-    """The right answer: the marked one; in a reference without one, the whole of a line, or the last answer of a longer text."""
+    """Return the marked answer of a reference; without one, the whole text if it is one line, else its last answer."""
     line = reference.strip()
     return extract_answer(line, "strict") or (extract_answer(line, "flexible") if "\n" in line else _undelimited(line) or None)
 
 
 def extract_answer(text: str, method: Method = "strict") -> str | None:
-    r"""The answer of a text as it is written, or None.
+    r"""Return the answer of a text as it is written, or None.
 
     Args:
-        method: "strict" takes the last `\boxed{…}`, else what stands behind the last `####`, else behind the last "answer is";
-            "flexible" goes on to the last formula between dollar signs or `\( \)`, and to the last number.
+        method: "strict" takes the last `\boxed{…}`, else the text after the last `####`, else the text after the last "answer is";
+            "flexible" then tries the last formula between dollar signs or `\( \)`, and the last number.
     Raises:
         ValueError: no such method.
     """
@@ -98,9 +98,9 @@ def extract_answer(text: str, method: Method = "strict") -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What stands in the last box that is closed, the innermost one of nested; in one pass, whatever braces a model repeats."""
-    begin, end = 0, None  # of the content that is found
-    opened = list[int | None]()  # where the content of each open brace begins, if the brace is a box's
+    """Return the content of the last closed box, the innermost if nested. One pass, so that repeated braces take linear time."""
+    begin, end = 0, None  # span of the content found so far
+    opened = list[int | None]()  # start of the content of each open brace if it belongs to a box, else None
     for match in BOX_OR_BRACE.finditer(text):
         if match["short"]:
             begin, end = match.span("short")
@@ -119,12 +119,12 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 
 def _sentence(rest: str | None) -> str | None:
-    """Up to the full stop that ends a sentence: `12.5. I hope it is correct.` is `12.5`."""
+    """Return the text up to the end of its first sentence: `12.5` for `12.5. I hope it is correct.`"""
     return re.split(r"\.(?=\s|$)", rest)[0] if rest else None
 
 
 def _undelimited(text: str) -> str:
-    """Without the signs that make a formula of it, and a full stop behind."""
+    """Remove the delimiters of a formula and a full stop at the end."""
     text = text.strip().rstrip(".").strip()
     for begin, end in DELIMITERS:
         if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end):
@@ -142,41 +142,41 @@ def _plain(answer: str) -> str:
 
 @lru_cache(maxsize=1)
 def check_installed() -> None:
-    """Raises UserError if math-verify is not installed."""
+    """Raises UserError: math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("math-verify is not installed", where="reward math", fix='pip install "verl[math]"')
 
 
 class _Judge:
-    """The process that compares. It ends itself where a comparison takes too long, and is started again for the next one."""
+    """The comparing process. It exits if a comparison takes too long, and is started again for the next one."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._one_at_a_time = threading.Lock()
 
     def equal(self, expected: str, answer: str) -> bool:
-        """Whether two answers are equal. Raises UserError if the process cannot be started."""
+        """Return whether two answers are equal. Raises UserError: the process cannot be started."""
         with self._one_at_a_time:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._started()
-            said = self._say(self._process, json.dumps([expected, answer]))
-            if said is None:
+            reply = self._ask(self._process, json.dumps([expected, answer]))
+            if reply is None:
                 self._end(self._process)
-            return said == "true"
+            return reply == "true"
 
     def _started(self) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", __name__]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)  # noqa: S603
-        if self._say(process, json.dumps(["1", "1"])) != "true":
+        if self._ask(process, json.dumps(["1", "1"])) != "true":
             self._end(process)
-            fix = f"see what `{' '.join(command)}` says; it needs math-verify and what belongs to it"
+            fix = f"run `{' '.join(command)}` to see why; it needs math-verify and its dependencies"
             raise UserError("the process that compares answers does not start", where="reward math", fix=fix)
         atexit.register(self._end, process)
         return process
 
     @staticmethod
-    def _say(process: "subprocess.Popen[str]", question: str) -> str | None:
-        """What the process answers; None if it has ended."""
+    def _ask(process: "subprocess.Popen[str]", question: str) -> str | None:
+        """Return the reply of the process; None if it has ended."""
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(question + "\n")
@@ -195,18 +195,18 @@ _judge = _Judge()
 
 
 def _answer_questions() -> None:
-    """The comparing process: a line with two answers in, a line `true` or `false` out, until the input ends."""
+    """Run the comparing process: for each input line with two answers, print `true` or `false`, until the input ends."""
     import logging
 
     from math_verify import parse, verify
 
     logging.disable()
     _limit_memory()
-    # As a formula: what the library looks for in prose has been found already.
+    # Parsed as a formula, because the answer has already been extracted from the text.
     read: Any = lru_cache(maxsize=256)(lambda answer: parse(f"${answer}$", parsing_timeout=None))
     for line in sys.stdin:
         expected, answer = json.loads(line)
-        signal.alarm(SECONDS)  # by default it ends the process, even inside one long multiplication
+        signal.alarm(SECONDS)  # SIGALRM ends the process, even inside one long multiplication
         try:
             equal = bool(verify(read(expected), read(answer), timeout_seconds=None))
         except (MemoryError, RecursionError):

@@ -1,19 +1,19 @@
-"""The method of `algorithm.name`: its settings, and what it makes of a step's answers.
+"""Loads the method of `algorithm.name` with its settings.
 
-A method is a module of verl/algorithms, or a file of one's own, with
+A method is a module of verl/algorithms, or a user's own file, with
 
     advantages(answers: Answers, settings: Settings) -> Advantages
     Loss(settings: Settings, max_new_tokens: int)                 an `Algorithm` of verl.engine.contract
 
-and, where it needs them,
+and optionally
 
-    Settings                                                      a dataclass: its keys in `algorithm`, see verl.config.own_keys
-    needs_groups: bool                                            an answer is compared with others to its prompt
-    needs_critic: bool                                            values are estimated, by a critic that learns along
-    ValueLoss(settings: Settings)                                 an `Algorithm`, such as that of verl.algorithms.ppo
-    reference(settings: Settings, model: ModelConfig) -> path     the reference model; None: the one that the run starts from
+    Settings                                                      a dataclass of its keys in `algorithm`, see verl.config.plugin_settings
+    needs_groups: bool                                            compares the answers to a prompt with each other
+    needs_critic: bool                                            reads values; a critic is trained along with the actor
+    ValueLoss(settings: Settings)                                 the critic's loss, an `Algorithm`, such as that of verl.algorithms.ppo
+    reference(settings: Settings, model: ModelConfig) -> path     the reference model; None: the model that the run starts from
 
-An instance of `Loss` may say `by_advantage_alone` and `entropy_gradient`, as `verl.algorithms._policy.PolicyLoss` explains.
+An instance of `Loss` may set `skips_zero_advantage` and `entropy_gradient`, see `verl.algorithms._policy.PolicyLoss`.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from typing import Any
 
 from verl.algorithms._settings import PolicySettings
 from verl.config.algorithm import AlgorithmConfig
-from verl.config.own_keys import fields_of, settings_class, settings_of
+from verl.config.plugin_settings import fields_of, settings_class, settings_of
 from verl.config.ppo import PPOConfig
 from verl.errors import UserError
 
@@ -32,10 +32,10 @@ class Method:
     """A method with its settings.
 
     Attributes:
-        shared: the keys that every method has.
-        settings: its own `Settings`.
-        reference: path of the reference model; None: the one that the run starts from.
-        by_advantage_alone, entropy_gradient: see `verl.algorithms._policy.PolicyLoss`.
+        shared: the keys that all methods share.
+        settings: the method's own `Settings`.
+        reference: path of the reference model; None: the model that the run starts from.
+        skips_zero_advantage, entropy_gradient: see `verl.algorithms._policy.PolicyLoss`.
     """
 
     module: ModuleType
@@ -44,34 +44,34 @@ class Method:
     needs_critic: bool
     needs_groups: bool
     reference: str | None
-    by_advantage_alone: bool
+    skips_zero_advantage: bool
     entropy_gradient: bool
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether log-probabilities before the update must be known before it; else they are the update's own, from its one pass."""
+        """Whether old log-probabilities must be computed before the update; if not, the update's own forward pass gives them."""
         s = self.settings
         in_reward = isinstance(s, PolicySettings) and s.kl_coef > 0 and s.kl_in == "reward"
         return self.shared.updates_per_step > 1 or self.shared.old_logprobs == "rollout" or in_reward
 
     def describe(self) -> str:
-        """Its settings, for the run's first lines."""
+        """Return the method's name and settings, for the first lines of the log."""
         everything = {**vars(self.shared), **vars(self.settings)}
         named = {name: value for name, value in everything.items() if name != "name" and value is not None}
         return f"method: {self.shared.name} ({', '.join(f'{name}={value}' for name, value in named.items())})"
 
 
 def load_method(config: PPOConfig) -> Method:
-    """The method that the config names.
+    """Load the method that the config names.
 
     Raises:
-        UserError: no such method, one for other data, one that needs several answers to a prompt and has one, or that lacks a part.
+        UserError: no such method; it is for other data, or incomplete; or it needs several answers to a prompt, and there is one.
     """
     shared, samples = config.algorithm, config.rollout.samples_per_prompt
     module = shared.plugins.load("algorithm.name", shared.name)
     if not all(hasattr(shared, key) for key in fields_of(settings_class(module))):
         raise UserError(
-            f"has not the keys of {shared.name}", where="algorithm", fix="complete the config: verl.config.load.checked(config)"
+            f"the keys of {shared.name} are missing", where="algorithm", fix="complete the config: verl.config.load.checked(config)"
         )
     settings = settings_of(shared, module)
     needs_critic, needs_groups = (bool(getattr(module, name, False)) for name in ("needs_critic", "needs_groups"))
@@ -83,23 +83,23 @@ def load_method(config: PPOConfig) -> Method:
         )
     if shared.dynamic_sampling and samples < 2:
         raise UserError(
-            "a prompt's only answer never differs from the others, so that every prompt would be left out",
+            "with one answer to a prompt, rewards never differ, and every prompt would be excluded",
             where=f"algorithm.dynamic_sampling=true with rollout.samples_per_prompt={samples}",
             fix="give at least 2 answers to a prompt, or algorithm.dynamic_sampling=false",
         )
     if needs_critic and not hasattr(module, "ValueLoss"):
         fix = "write one, or: from verl.algorithms.ppo import ValueLoss"
-        raise UserError("needs a critic, and has no ValueLoss for it", where=f"algorithm.name={shared.name}", fix=fix)
+        raise UserError("it needs a critic, and has no ValueLoss to train it", where=f"algorithm.name={shared.name}", fix=fix)
     loss = module.Loss(settings, config.rollout.max_new_tokens)
-    of_loss = (bool(getattr(loss, name, False)) for name in ("by_advantage_alone", "entropy_gradient"))
-    return Method(module, shared, settings, needs_critic, needs_groups, _reference(config, module, settings), *of_loss)
+    flags = (bool(getattr(loss, name, False)) for name in ("skips_zero_advantage", "entropy_gradient"))
+    return Method(module, shared, settings, needs_critic, needs_groups, _reference(config, module, settings), *flags)
 
 
 def _reference(config: PPOConfig, module: ModuleType, settings: Any) -> str | None:
-    """Raises UserError: the method has a reference of its own, and none is to be kept."""
+    """Return the method's own reference. Raises UserError: it has one, and `keep_reference` is false."""
     choose = getattr(module, "reference", None)
     path: str | None = None if choose is None else choose(settings, config.model)
     if path is not None and not config.algorithm.keep_reference:
         where = f"algorithm.keep_reference=false with algorithm.name={config.algorithm.name}"
-        raise UserError(f"the method reads what {path} says", where=where, fix="set algorithm.keep_reference=true")
+        raise UserError(f"the method needs log-probabilities under {path}", where=where, fix="set algorithm.keep_reference=true")
     return path

@@ -43,7 +43,7 @@ class Updates:
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
         self.settings: Any = method.settings
-        self.leaves_out = method.needs_groups and method.by_advantage_alone
+        self.leaves_out = method.needs_groups and method.skips_zero_advantage
         self._kl: AdaptiveKL | None = None
         if isinstance(self.settings, PolicySettings) and self.settings.kl_target is not None:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef

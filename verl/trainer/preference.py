@@ -1,22 +1,22 @@
-"""The method of `algorithm.name` for pairs of answers: what it is given, and what it minimizes.
+"""Loads the method of `algorithm.name` for pairs of answers.
 
-A method is a module of verl/algorithms, or a file of one's own, with
+A method is a module of verl/algorithms, or a user's own file, with
 
-    scorer: "token_logprobs" or "score"       what it learns from: each token's log-probability, or one score for a whole answer
-    Loss(settings: Settings)                  an `Algorithm` of verl.engine.contract, over documents that are pairs
+    scorer: "token_logprobs" or "score"       input of the loss: a log-probability per token, or one score per answer
+    Loss(settings: Settings)                  an `Algorithm` of verl.engine.contract; documents are pairs
 
-and, where it needs them,
+and optionally
 
-    Settings                                  a dataclass: its keys in `algorithm`, see verl.config.own_keys
-    needs_reference: bool                     `batch.ref_logprob_M` is there: log-probabilities under the model that the run starts from
-    trains: str                               what comes of it, in words, such as "a policy by DPO"
+    Settings                                  a dataclass of its keys in `algorithm`, see verl.config.plugin_settings
+    needs_reference: bool                     reads `batch.ref_logprob_M`, log-probabilities under the model that the run starts from
+    trains: str                               what it trains, in words, such as "a policy by DPO"
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from verl.config.own_keys import settings_of
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.plugin_settings import settings_of
 from verl.engine.contract import Algorithm
 from verl.errors import UserError
 
@@ -28,10 +28,10 @@ class Preference:
     """A method for pairs of answers.
 
     Attributes:
-        loss: what it minimizes.
-        scorer: what the engine's scorer gives: token_logprobs of a language model, or score of a reward model.
-        needs_reference: whether it reads log-probabilities under the model that the run starts from.
-        trains: what comes of it, in words.
+        loss: the loss to minimize.
+        scorer: input of the loss: token_logprobs of a language model, or score of a reward model.
+        needs_reference: whether the loss reads log-probabilities under the model that the run starts from.
+        trains: what the method trains, in words.
     """
 
     loss: Algorithm
@@ -41,17 +41,18 @@ class Preference:
 
 
 def load_preference(config: RewardTrainerConfig) -> Preference:
-    """The method that the config names.
+    """Load the method that the config names.
 
     Raises:
-        UserError: no such method, one for other data, or one that cannot train what the config says.
+        UserError: no such method; it is for other data; or it cannot train the configured model.
     """
     name, model = config.algorithm.name, config.model
     module = config.algorithm.plugins.load("algorithm.name", name)
     needs_reference = bool(getattr(module, "needs_reference", False))
     if module.scorer not in SCORERS or (needs_reference and module.scorer == "score"):
         what = f"scorer={module.scorer!r} with needs_reference={needs_reference}"
-        raise UserError(what, where=f"algorithm.name={name}", fix=f"give one of {', '.join(SCORERS)}; a reference has token_logprobs")
+        fix = f"set scorer to {' or '.join(SCORERS)}; a reference needs token_logprobs"
+        raise UserError(what, where=f"algorithm.name={name}", fix=fix)
     if module.scorer == "score" and (model.lora_rank > 0 or model.lora_adapter_path is not None):
         fix = "leave model.lora_rank and model.lora_adapter_path out, or set algorithm.name=dpo"
         key = "model.lora_rank" if model.lora_rank > 0 else "model.lora_adapter_path"

@@ -1,6 +1,6 @@
 """AdamW (arXiv:1711.05101), with moments in float32.
 
-On a GPU it is one kernel. On a CPU it is PyTorch's, or, for weights in bfloat16, torchao's.
+On a GPU it is our own fused kernel. On a CPU it is PyTorch's, or torchao's for bfloat16 weights.
 """
 
 from collections.abc import Mapping
@@ -36,11 +36,12 @@ def state_bytes() -> float:
 def build(
     groups: list[dict[str, Any]], settings: Settings, *, lr: float, copies: "Mapping[nn.Parameter, Tensor]", eight_bit: bool = False
 ) -> "Optimizer | FusedAdamW":
-    """
+    """Build AdamW with the implementation for the device and dtypes.
+
     Args:
-        eight_bit: the moments; otherwise they are float32.
+        eight_bit: whether moments have 8 bits; otherwise they are float32.
     Raises:
-        UserError: 8-bit moments or bfloat16 weights on a CPU, and torchao is missing.
+        UserError: 8-bit moments or bfloat16 weights on a CPU, without torchao.
     """
     import torch
 
@@ -62,7 +63,7 @@ def build(
 
 
 def with_zero_moments(optimizer: Any) -> "Optimizer":
-    """The state that PyTorch's AdamW would make in its first step, so that a checkpoint can be read into it before."""
+    """Create the state that PyTorch's AdamW creates in its first step, so that a checkpoint can be loaded into it before."""
     import torch
 
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""AdamW with moments of 8 bits, in blocks that share a scale (arXiv:2110.02861)."""
+"""AdamW with 8-bit moments, quantized in blocks with one scale each (arXiv:2110.02861)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -24,5 +24,5 @@ def state_bytes() -> float:
 def build(
     groups: list[dict[str, Any]], settings: Settings, *, lr: float, copies: "Mapping[nn.Parameter, Tensor]"
 ) -> "Optimizer | FusedAdamW":
-    """Raises UserError: on a CPU, and torchao is missing."""
+    """Build AdamW with 8-bit moments. Raises UserError: on a CPU without torchao."""
     return adamw.build(groups, settings, lr=lr, copies=copies, eight_bit=True)

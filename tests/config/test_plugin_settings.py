@@ -7,8 +7,8 @@ import pytest
 
 from verl.config.commands import EvalConfig
 from verl.config.load import checked, describe, load_config, to_yaml
-from verl.config.own_keys import completed, settings_of
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.plugin_settings import completed, settings_of
 from verl.config.ppo import AlgorithmConfig, PPOConfig, RewardConfig
 from verl.config.sft import SFTConfig
 from verl.config.shared import OptimConfig

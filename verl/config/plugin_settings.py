@@ -1,10 +1,11 @@
-"""Keys that stand beside their reader: the `Settings` of a method, a reward or an optimizer, in the file that reads them.
+"""Keys of plugins: a method, a reward or an optimizer declares its keys as a dataclass `Settings` in its own file.
 
-A group of keys such as `algorithm` is a dataclass of the keys that all of its plugins share; its `plugins` says where their modules are.
-Once the plugin's name is known the group is completed with the fields of the module's `Settings`, also a dataclass: their types, their
-defaults and the comments above them. A field of `Settings` with the name of a shared key gives that key another default.
+A config group such as `algorithm` is a dataclass of the keys that all of its plugins share; its `plugins` says where to find them. When the
+plugin's name is known, the fields of the module's `Settings` are added to the group, with their types, defaults and comments. A field with
+the name of a shared key changes the default of that key.
 
-`Settings` may have `check(self) -> None`, which raises an error for a wrong value. In a UserError, `where` is the key's own name.
+`Settings` may have `check(self) -> None`, which raises an error for a wrong value. If it raises a UserError, `where` is the key's name
+without the group.
 """
 
 import dataclasses
@@ -27,17 +28,18 @@ Config = TypeVar("Config")
 
 @dataclass
 class NoSettings:
-    """Of a module without keys of its own."""
+    """The `Settings` of a module that has none."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of a config that has plugins.
+    """A config group that has plugins.
 
     Attributes:
-        path: its key, such as `critic.optim`.
-        keys: the dataclass with its values.
-        names: of its plugins, as the config has them.
+        path: key of the group, such as `critic.optim`.
+        keys: the dataclass with the group's values.
+        plugins: where its plugins are found.
+        names: names of its plugins, as in the config.
     """
 
     path: str
@@ -47,19 +49,19 @@ class Group:
 
     @property
     def named_by(self) -> str:
-        """The key that names the plugins."""
+        """Return the key that names the plugins."""
         return self.plugins.named_by or f"{self.path}.name"
 
     @property
     def shared(self) -> type:
-        """The class of the keys that all of its plugins share."""
+        """Return the class of the keys that all plugins of the group share."""
         return next(kind for kind in type(self.keys).__mro__ if "plugins" in vars(kind))
 
     def settings(self) -> dict[str, type]:
-        """The `Settings` of each plugin, by its name, each class once.
+        """Return the `Settings` class of each plugin, by name, each class once.
 
         Raises:
-            UserError: no such plugin, or a `Settings` that cannot be one.
+            UserError: no such plugin, or an invalid `Settings`.
         """
         found: dict[str, type] = {}
         for name in self.names:
@@ -70,7 +72,7 @@ class Group:
 
 
 def groups_of(config: Any) -> list[Group]:
-    """The groups of a config that have plugins."""
+    """Return the groups of a config that have plugins."""
     return [_group(config, path, keys) for path, keys in _walk(config) if hasattr(keys, "plugins")]
 
 
@@ -96,10 +98,10 @@ def _at(config: Any, path: str) -> Any:
 
 
 def completed(config: Config) -> Config:
-    """A config whose groups have the keys of the plugins that it names, with their defaults. The one given stays as it is.
+    """Return a copy of the config with the keys of the plugins that it names added, at their defaults.
 
     Raises:
-        UserError: no such plugin; a key that two of them have; or a group with the keys of another plugin.
+        UserError: no such plugin; two plugins have the same key; or a group has the keys of another plugin.
     """
     for group in groups_of(config):
         config = _with(config, group.path, _completed(group))
@@ -127,7 +129,7 @@ def _completed(group: Group) -> Any:
 
 
 def _check_fields(group: Group, shared: type, settings: dict[str, type]) -> None:
-    """Raises UserError: two plugins have the same key, or one has a shared key in another type."""
+    """Raises UserError: two plugins have the same key, or a plugin redeclares a shared key with another type."""
     owners: dict[str, str] = {}
     for name, kind in settings.items():
         for key, hint in _own_hints(kind, shared).items():
@@ -136,12 +138,12 @@ def _check_fields(group: Group, shared: type, settings: dict[str, type]) -> None
                 raise UserError(what, where=group.named_by, fix=fix)
             owners[key] = name
             if key in fields_of(shared) and (key == "name" or hint != typing.get_type_hints(shared)[key]):
-                what = f"{key!r} in its Settings is a key that every {group.plugins.kind} has already"
+                what = f"{key!r} in its Settings is a key that every {group.plugins.kind} already has"
                 raise UserError(what, where=f"{group.named_by}={name}", fix="rename it")
 
 
 def _own_hints(kind: type, shared: type) -> dict[str, Any]:
-    """The types of the fields of `Settings`; of one that derives from the shared keys, those beside them."""
+    """Return the types of the fields of `Settings`, without shared keys that it inherits."""
     hints = typing.get_type_hints(kind)
     inherited = fields_of(shared) if issubclass(kind, shared) else {}
     return {name: hints[name] for name in fields_of(kind) if name not in inherited}
@@ -149,7 +151,7 @@ def _own_hints(kind: type, shared: type) -> dict[str, Any]:
 
 @cache
 def _joined(shared: type, kinds: tuple[type, ...]) -> type:
-    """A class with the shared keys and those of `kinds`; the same one for the same classes."""
+    """Return a class with the shared keys and those of `kinds`; the same class for the same arguments."""
     if not kinds or all(kind is NoSettings for kind in kinds):
         return shared
     if len(kinds) == 1 and issubclass(kinds[0], shared):
@@ -159,7 +161,7 @@ def _joined(shared: type, kinds: tuple[type, ...]) -> type:
 
 
 def _copied(field: Any) -> Any:
-    """A field without a default is one that must be given."""
+    """Copy a field. A field without a default must be given by the user."""
     if field.default_factory is not dataclasses.MISSING:
         return dataclasses.field(default_factory=field.default_factory)
     return dataclasses.field(default=MISSING if field.default is dataclasses.MISSING else field.default)
@@ -178,16 +180,16 @@ def settings_class(module: ModuleType) -> type:
 
 
 def settings_of(keys: Any, module: ModuleType) -> Any:
-    """A module's `Settings`, with the values of its group; keys that the group lacks have their defaults."""
+    """Return an instance of a module's `Settings` with the values of its group; keys that the group lacks have their defaults."""
     kind = settings_class(module)
     return kind(**{name: getattr(keys, name) for name in fields_of(kind) if hasattr(keys, name)})
 
 
-def check_own_keys(config: Any) -> None:
-    """Let the `Settings` of each plugin check their values.
+def check_settings(config: Any) -> None:
+    """Run the `check` of each plugin's `Settings`.
 
     Raises:
-        UserError: one of them is wrong.
+        UserError: a value is wrong.
     """
     for group in groups_of(config):
         for name in group.names:
@@ -196,13 +198,13 @@ def check_own_keys(config: Any) -> None:
                 getattr(settings, "check", lambda: None)()
             except UserError as error:
                 raise UserError(error.what, where=_placed(group.path, error.where, settings), fix=error.fix) from error
-            except Exception as error:  # a user's own program, which fails as it likes
+            except Exception as error:  # a user's file may raise anything
                 fix = f"give another value in {group.path}"
                 raise UserError(f"{type(error).__name__}: {error}", where=f"{group.named_by}={name}", fix=fix) from error
 
 
 def _placed(path: str, where: str | None, settings: Any) -> str:
-    """A key's own name with the group's before it."""
+    """Return the full name of a key of `Settings`; any other place as it is."""
     if where is None:
         return path
     return f"{path}.{where}" if re.split(r"\W", where, maxsplit=1)[0] in fields_of(type(settings)) else where
@@ -213,7 +215,7 @@ def fields_of(kind: type) -> dict[str, Any]:
 
 
 def comment_on(kind: type, name: str) -> list[str]:
-    """The lines of the comment above a field; where a class says nothing, those of the class that it has the field from."""
+    """Return the lines of the comment above a field, in the class itself or else in the base class that declares it."""
     for source in _sources(kind):
         found = re.search(rf"((?:^[ \t]+#.*\n)+)[ \t]+{name}:", source, re.MULTILINE)
         if found:
