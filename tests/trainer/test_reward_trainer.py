@@ -64,9 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    config = Qwen2Config(
-        **shape, num_key_value_heads=4, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125
-    )
+    config = Qwen2Config(**shape, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125)
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     return folder
 
