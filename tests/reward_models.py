@@ -39,7 +39,7 @@ def write_reward_model(path: Path, *, template: str | None = None, llama: bool =
         shape: dict[str, Any] = dict(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
         )
-        write_model(path, LlamaConfig(**shape, num_key_value_heads=2, **keys), kind=LlamaForSequenceClassification)
+        write_model(path, LlamaConfig(**shape, **keys), kind=LlamaForSequenceClassification)
     else:
         write_model(path, qwen2_config(**keys), kind=Qwen2ForSequenceClassification)
     tokenizer.save_pretrained(path)

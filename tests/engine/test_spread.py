@@ -114,7 +114,7 @@ def test_the_small_twin_stands_for_its_architecture(model_path: Path, tmp_path: 
         "head_dim": 16,
     }
     kinds = ["sliding_attention"] * 3 + ["full_attention"] + ["sliding_attention"] * 4
-    windowed = Gemma3TextConfig(**shape, head_dim=16, num_hidden_layers=8, layer_types=kinds, vocab_size=5000, sliding_window=3)
+    windowed = Gemma3TextConfig(**shape, num_hidden_layers=8, layer_types=kinds, vocab_size=5000, sliding_window=3)
     path = write_model(tmp_path, windowed, kind=Gemma3ForCausalLM)
     twin = small_twin(load_for_training(str(path)).model, torch.device("cpu"))
     assert (twin.config.num_hidden_layers, twin.config.vocab_size) == (4, 1024)

@@ -66,6 +66,16 @@ def test_a_circle_is_found_wherever_the_import_stands(tmp_path: Path, line: str,
     assert not any(details for row, details in circles.items() if row not in rows)
 
 
+def test_what_the_package_tells_type_checkers_of_its_own_names_is_no_circle(tmp_path: Path) -> None:
+    root = write(tmp_path, data_rows="import verl\n")
+    for line, circles in (
+        ("if TYPE_CHECKING:\n    from verl.data.rows import verl\n", []),
+        ("import verl.data.rows\n", ["verl <-> verl.data.rows"]),
+    ):
+        (root / "verl/__init__.py").write_text(line)
+        assert found(root)[FOR_TYPES] == circles
+
+
 def test_a_circle_of_three_is_one_circle(tmp_path: Path) -> None:
     assert found(write(tmp_path, data_rows="import verl.cli\n"))[CIRCLES] == ["verl.cli <-> verl.data.rows <-> verl.engine.step"]
 
