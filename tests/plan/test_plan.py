@@ -20,18 +20,22 @@ from verl.config.load import _parse
 from verl.config.sft import DataConfig, SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader
-from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
+from verl.engine.decisions import packing_of
 from verl.engine.engine import Engine
+from verl.engine.hardware import ASSUMED, CARDS, GIB
 from verl.engine.optim import optimizer_state
+from verl.engine.outline import Outline
 from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED, packed_attention
-from verl.plan import memory, plan, remedies, sizes
-from verl.plan.memory import GIB, WORKSPACE, Decoder, Work
-from verl.plan.plan import Plan, make_plan
-from verl.plan.report import CARDS, check_room, describe
+from verl.plan import memory
+from verl.plan.memory import WORKSPACE, Decoder, Work
+from verl.plan.plan import MicroBatch, Plan, plan_run, work_of
+from verl.plan.remedies import adviser, changed, hints
+from verl.plan.report import check_room, describe
+from verl.plan.sizes import decoder
 from verl.trainer import fsdp_sft_trainer
 
 # Of PyTorch's own making, while it traces and when its compiler is first imported.
@@ -88,7 +92,7 @@ MEASURED: dict[str, tuple[Qwen2Config, dict[str, Any], Work, float]] = {
 def sizes_of(config: PretrainedConfig, **settings: Any) -> Decoder:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sizes.decoder(model, ModelConfig(partial_pretrain="x", **settings))
+    return decoder(Outline(ModelConfig(partial_pretrain="x", **settings), model))
 
 
 @pytest.mark.parametrize("name", MEASURED)
@@ -168,17 +172,6 @@ def bytes_a_token(tensors: list[Tensor]) -> float:
     """Of those with a dimension of tokens, storages that several share counted once."""
     shapes = [[size if isinstance(size, int) else size.node.hint for size in x.shape] for x in tensors]
     return sum(x.element_size() * torch.Size(shape).numel() / TOKENS for x, shape in zip(tensors, shapes, strict=True) if TOKENS in shape)
-
-
-@pytest.mark.parametrize("settings", [{}, {"lora_rank": 8}])
-def test_the_plan_and_the_engine_agree_on_what_is_recorded(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "LARGEST_WORK", 1e8)
-    model, sizes = build(WIDE, **settings)
-    largest = cuda_graphs.CapturedBackward(TokenScorer(model), torch.device("cpu"))._largest_tokens
-    assert 0 < largest < cuda_graphs.LARGEST_TOKENS
-    assert plan.is_captured(sizes, Work(largest, 10)) and not plan.is_captured(sizes, Work(largest + 1, 10))
-    for change in ({"compiled": False}, {"gpus": 2}, {"offload": True}, {"micro_batches": 2}, {"compute_bytes": 4}):
-        assert not plan.is_captured(sizes, replace(Work(largest, 10), **change))
 
 
 @pytest.mark.usefixtures("opaque_attention")
@@ -266,7 +259,7 @@ def test_weights_gradients_and_moments_are_those_of_an_engine() -> None:
         documents = RandomDocuments(8)
         engine = Engine(TokenScorer(model), OptimConfig(), total_steps=1, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
         settings = SFTConfig(data=DataConfig(train_files="x", micro_batch_size_per_gpu=8, max_length=64))
-        loader = Loader(documents, plan.packing_of(settings), rows_per_step=8, seed=1)
+        loader = Loader(documents, packing_of(settings.data, ASSUMED), rows_per_step=8, seed=1)
         engine.backward(loader.step(0).micro_batches, sft)
     finally:
         dist.stop()
@@ -292,7 +285,7 @@ def test_shards_offloading_and_whole_copies_differ_as_they_should() -> None:
         assert part(sizes, whole) == part(sizes, one) > part(sizes, halves)
     assert memory.gradients_in_update(sizes, whole) == 2 * memory.gradients_in_update(sizes, halves)
     offloaded = replace(one, offload=True)
-    assert memory.weights(sizes, offloaded) == memory.optimizer(sizes, offloaded) == memory.certain(sizes, offloaded) == 0
+    assert memory.weights(sizes, offloaded) == memory.optimizer(sizes, offloaded) == memory.state_bytes(sizes, offloaded) == 0
     assert memory.gathered(sizes, replace(sharded, resharded=False)) > memory.gathered(sizes, sharded) > 0
 
 
@@ -312,7 +305,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_of(folder: Path, **changes: Any) -> SFTConfig:
     data = DataConfig(train_files="x", max_length=2048, micro_batch_size_per_gpu=16)
     config = SFTConfig(data=data, model=ModelConfig(partial_pretrain=str(folder / "large"), compile=True))
-    return remedies.changed(config, {key.replace("__", "."): value for key, value in changes.items()})
+    return changed(config, {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def plan_of(config: SFTConfig, gpus: int = 1) -> Plan:
+    return plan_run(config, DOCUMENTS, Outline(config.model), ASSUMED.planned(gpus))
 
 
 DOCUMENTS = RandomDocuments(200, longest=2000)
@@ -326,60 +323,119 @@ def test_the_largest_micro_batch_is_that_of_the_loader(packing: bool, groups: in
         "data.max_tokens_per_micro_batch": 4096 if packing else None,
         "model.context_parallel_size": context,
     }
-    config = remedies.changed(config_of(folder), settings)
-    planned = make_plan(remedies.changed(config, {"data.train_batch_size": 30}), DOCUMENTS, gpus=groups * context)
-    loaders = [
-        Loader(DOCUMENTS, replace(plan.packing_of(config), multiple_of_tokens=plan.TILE if packing else 1), 30, 1, rank, groups, 0, context)
-        for rank in range(groups)
-    ]
-    batches = [loader.step(number).micro_batches for loader in loaders for number in range(planned.steps)]
+    config = changed(config_of(folder), settings)
+    planned = plan_of(changed(config, {"data.train_batch_size": 30}), groups * context)
+    loaders = [Loader(DOCUMENTS, packing_of(config.data, ASSUMED), 30, 1, rank, groups, 0, context) for rank in range(groups)]
+    batches = [loader.step(number).micro_batches for loader in loaders for number in range(planned.steps.total)]
     assert planned.work.tokens == max(len(batch.input_ids_T) for step in batches for batch in step)
-    assert planned.steps == planned.steps_per_epoch == loaders[0].steps_per_epoch
+    assert planned.steps.total == planned.steps.per_epoch == loaders[0].steps_per_epoch
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__enable_gradient_checkpointing": False}, {"model__lora_rank": 16}])
-def test_what_the_plan_advises_makes_the_run_fit(changes: dict[str, Any], folder: Path) -> None:
+@pytest.mark.parametrize("tokens", [1024, 9000])
+def test_micro_batches_that_are_recorded_are_as_large_as_their_recording(tokens: int, folder: Path) -> None:
+    config = config_of(folder, data__train_batch_size=1)
+    decided = replace(plan_of(config).decisions, graph_tokens=2048)
+    sizes, largest = sizes_of(SMALL), MicroBatch(tokens, 700, 1)
+    work = work_of(config, sizes, decided, largest)
+    assert (work.captured, work.tokens, work.trained_tokens) == ((True, 1024, 768) if tokens == 1024 else (False, tokens, 700))
+    assert not work_of(config, sizes, decided, largest._replace(in_step=2)).captured
+    assert not work_of(config, sizes, replace(decided, graph_tokens=0), largest).captured
+
+
+CHANGES = [
+    {},
+    {"model__enable_gradient_checkpointing": False},
+    {"model__lora_rank": 16},
+    {"model__strategy": "ddp", "model__param_dtype": "float32"},
+    {"data__packing": False, "optim__name": "adamw_8bit", "model__param_dtype": "bfloat16"},
+    {"model__fsdp_config.cpu_offload": True},
+]
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("changes", CHANGES)
+def test_what_the_plan_advises_makes_the_run_fit(changes: dict[str, Any], gpus: int, folder: Path) -> None:
     config = config_of(folder, **changes)
-    planned = make_plan(config, DOCUMENTS, gpus=1)
-    lines = describe(planned, config, DOCUMENTS).splitlines()
+    planned = plan_of(config, gpus)
+    lines = describe(planned, config, DOCUMENTS, Outline(config.model)).splitlines()
     for size, gib in CARDS.items():
         (line,) = (line for line in lines if line.startswith(f"{size:>5} GB: "))
-        assert ("does not fit" not in line) == planned.fits(gib)
+        assert ("does not fit" not in line) == planned.fits(gib * GIB)
         if "does not fit" in line:
-            better, gpus = followed(line.partition("does not fit; ")[2], config)
-            assert better != config
+            better, gpus_then = followed(line.partition("does not fit; ")[2], config, gpus)
+            assert (better, gpus_then) != (config, gpus)
             better.check()
-            assert make_plan(better, DOCUMENTS, gpus=gpus).fits(gib)
+            assert plan_of(better, gpus_then).fits(gib * GIB)
 
 
-def followed(advice: str, config: SFTConfig) -> tuple[SFTConfig, int]:
+def followed(advice: str, config: SFTConfig, gpus: int) -> tuple[SFTConfig, int]:
     """The config as advised, and the number of GPUs."""
-    gpus = int(advice.split()[0]) if " GPUs with " in advice else 1
-    pairs = [word.split("=") for word in advice.split() if "=" in word]
-    return remedies.changed(config, {key: _parse(key, text) for key, text in pairs}), gpus
+    words = advice.partition(" (-")[0].split()
+    pairs = [word.split("=") for word in words if "=" in word]
+    return changed(config, {key: _parse(key, text) for key, text in pairs}), int(words[0]) if words[1:2] == ["GPUs"] else gpus
+
+
+def advice(gib: float, **changes: Any) -> str:
+    """For a full run of 7B without checkpointing, unless changed, on a GPU of so much memory."""
+    folder = changes.pop("folder")
+    config = config_of(folder, **{"model__enable_gradient_checkpointing": False, **changes})
+    return adviser(config, DOCUMENTS, Outline(config.model), plan_of(config))(gib * GIB).partition(" (-")[0]
+
+
+def test_the_mildest_change_that_fits_is_named(folder: Path) -> None:
+    found = {gib: advice(gib, folder=folder) for gib in (150, 139.7, 79.1, 39.4, 15.6, 8.0)}
+    assert found == {
+        150: "model.enable_gradient_checkpointing=selective",
+        139.7: "model.enable_gradient_checkpointing=true",
+        79.1: "optim.name=adamw_8bit model.enable_gradient_checkpointing=true",
+        39.4: "model.fsdp_config.cpu_offload=true model.enable_gradient_checkpointing=true",
+        15.6: "model.fsdp_config.cpu_offload=true model.enable_gradient_checkpointing=true data.max_tokens_per_micro_batch=16384",
+        8.0: "model.fsdp_config.cpu_offload=true model.lora_rank=32 model.enable_gradient_checkpointing=true "
+        "data.max_tokens_per_micro_batch=4096",
+    }
+    assert advice(2.0, folder=folder) == "a smaller model, or shorter rows"
+
+
+def test_hints_leave_alone_what_is_so_already_and_what_this_machine_cannot_do(folder: Path) -> None:
+    config = config_of(folder, optim__name="adamw_8bit", model__lora_rank=8)
+    for changes, gpus in hints(config, 1):
+        assert gpus >= 1 and changes.get("model.lora_rank") is None
+    planned = plan_of(config_of(folder))
+    small = replace(planned, decisions=replace(planned.decisions, hardware=replace(ASSUMED, host_bytes=10**9)))
+    config = config_of(folder)
+    assert "cpu_offload" in adviser(config, DOCUMENTS, Outline(config.model), planned)(22 * GIB)
+    assert "cpu_offload" not in adviser(config, DOCUMENTS, Outline(config.model), small)(22 * GIB)
 
 
 def on_a_gpu(gib: float, planned: Plan) -> Plan:
-    return replace(planned, gpu_gib=gib)
+    hardware = replace(planned.hardware, gpu_bytes=int(gib * GIB), is_here=True)
+    return replace(planned, decisions=replace(planned.decisions, hardware=hardware))
 
 
 def test_an_estimate_warns_and_only_what_is_certain_stops_a_run(folder: Path) -> None:
     config = config_of(folder, model__enable_gradient_checkpointing=False)
-    planned = make_plan(config, DOCUMENTS, gpus=1)
-    certain = memory.certain(planned.decoder, planned.work) / GIB
+    planned, outline = plan_of(config), Outline(config.model)
+    certain = memory.state_bytes(planned.decoder, planned.work) / GIB
     needed = planned.needed / GIB
     assert certain < needed
-    assert check_room(on_a_gpu(needed + 1, planned), config, DOCUMENTS) is None
-    warning = check_room(on_a_gpu(certain + 1, planned), config, DOCUMENTS)
+    assert check_room(on_a_gpu(needed + 1, planned), config, DOCUMENTS, outline) is None
+    warning = check_room(on_a_gpu(certain + 1, planned), config, DOCUMENTS, outline)
     assert warning is not None and f"{needed:.1f} GiB" in warning and "model.enable_gradient_checkpointing=" in warning
     with pytest.raises(UserError, match=f"take {certain:.1f} GiB") as found:
-        check_room(on_a_gpu(certain - 1, planned), config, DOCUMENTS)
+        check_room(on_a_gpu(certain - 1, planned), config, DOCUMENTS, outline)
     assert found.value.fix
 
 
+def test_the_gpu_that_is_here_has_a_line_of_its_own(folder: Path) -> None:
+    config = config_of(folder)
+    planned = on_a_gpu(500, plan_of(config))
+    assert describe(planned, config, DOCUMENTS, Outline(config.model)).endswith("this GPU: fits")
+    assert "this GPU" not in describe(plan_of(config), config, DOCUMENTS, Outline(config.model))
+
+
 def test_auto_keeps_small_models_whole_and_shards_large_ones(folder: Path) -> None:
-    assert make_plan(config_of(folder, model__partial_pretrain=str(folder / "model")), DOCUMENTS, gpus=4).work.strategy == "ddp"
-    large = make_plan(config_of(folder), DOCUMENTS, gpus=4).work
+    assert plan_of(config_of(folder, model__partial_pretrain=str(folder / "model")), 4).work.strategy == "ddp"
+    large = plan_of(config_of(folder), 4).work
     assert (large.strategy, large.shards) == ("fsdp2", 4)
 
 
@@ -430,8 +486,8 @@ def test_the_command_plans_for_gpus_that_are_not_here(
     ("changes", "what"),
     [
         ({"model__partial_pretrain": "/nowhere"}, "no such model directory"),
-        ({"model__fsdp_config__shard_size": 2}, "1 GPUs are not a multiple of 2"),
-        ({"model__context_parallel_size": 2}, "1 GPUs are not a multiple of 2"),
+        ({"model__fsdp_config__shard_size": 2}, "1 processes are not a multiple of 2"),
+        ({"model__context_parallel_size": 2}, "1 processes are not a multiple of 2"),
         ({"model__lora_rank": 10_000}, "10000 is above"),
         ({"data__max_length": 8}, "longer than data.max_length"),
     ],

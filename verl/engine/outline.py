@@ -14,6 +14,8 @@ from verl.models.attention.flash import Heads
 from verl.models.attention.packed import heads_of
 from verl.models.load import outline, read_config
 
+ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "lora_adapter_path")
+
 
 class Outline:
     """The model that `model` of a config names. It is made on the meta device when it is first asked for, and once.
@@ -26,33 +28,31 @@ class Outline:
     """
 
     def __init__(self, settings: ModelConfig, model: PreTrainedModel | None = None):
-        self.settings, self._model = settings, model
+        self.settings = settings
+        self._made: dict[str, PreTrainedModel] = {} if model is None else {"": model}  # by the adapters that are in it
 
     def with_settings(self, settings: ModelConfig) -> "Outline":
         """The same model under other settings."""
-        return Outline(settings, self.model)
+        other = Outline(settings)
+        other._made = self._made
+        return other
 
     @property
     def model(self) -> PreTrainedModel:
         """All shapes, as the config alone has them."""
-        if self._model is None:
-            self._model = outline(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
-        return self._model
+        if "" not in self._made:
+            self._made[""] = outline(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
+        return self._made[""]
 
-    @cached_property
+    @property
     def adapted(self) -> PreTrainedModel:
         """The same with the adapters that the settings ask for, as a run trains it."""
         if not self.has_adapters:
             return self.model
-        from peft import get_peft_model  # it takes its time
-
-        from verl.models.adapters.lora import lora_config
-        from verl.models.adapters.operators import use_operators
-
-        model = copy.deepcopy(self.model)
-        with torch.device("meta"):
-            use_operators(get_peft_model(model, lora_config(model, self.settings, None, ()), autocast_adapter_dtype=False))
-        return model
+        key = repr([getattr(self.settings, name) for name in ADAPTER_KEYS])
+        if key not in self._made:
+            self._made[key] = _with_adapters(self.model, self.settings)
+        return self._made[key]
 
     @property
     def has_adapters(self) -> bool:
@@ -65,8 +65,8 @@ class Outline:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        if self._model is not None:
-            return self._model.config
+        if "" in self._made:
+            return self._made[""].config
         return read_config(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
 
     @cached_property
@@ -106,6 +106,18 @@ class Outline:
             hidden_size: int = self.model.config.get_text_config().hidden_size
             return training_flops(self.model)(tokens, 0) + 6.0 * hidden_size * tokens
         return training_flops(self.adapted)(tokens, tokens)
+
+
+def _with_adapters(model: PreTrainedModel, settings: ModelConfig) -> PreTrainedModel:
+    from peft import get_peft_model  # it takes its time
+
+    from verl.models.adapters.lora import lora_config
+    from verl.models.adapters.operators import use_operators
+
+    model = copy.deepcopy(model)
+    with torch.device("meta"):
+        use_operators(get_peft_model(model, lora_config(model, settings, None, ()), autocast_adapter_dtype=False))
+    return model
 
 
 def count(model: nn.Module) -> int:

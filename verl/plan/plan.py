@@ -6,6 +6,7 @@ are those of `make_plan`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from verl.config.sft import SFTConfig
@@ -70,9 +71,10 @@ def plan_run(config: SFTConfig, documents: TokenizedRows, outline: Outline, hard
 
 def make_plan(config: SFTConfig, documents: TokenizedRows, outline: Outline, decisions: Decisions) -> Plan:
     """The plan of a run for which everything is decided."""
-    hardware, sizes = decisions.hardware, decoder(outline)
-    steps = steps_of(config, len(documents), hardware)
-    largest = largest_micro_batch(config, documents, steps, packing_of(config.data, hardware), groups_of(config, hardware))
+    hardware, sizes, context = decisions.hardware, decoder(outline), config.model.context_parallel_size
+    steps, packing = steps_of(config, len(documents), hardware), packing_of(config.data, hardware)
+    where = (hardware.processes // context, context, config.trainer.seed)
+    largest = largest_micro_batch(documents, steps, packing, *where)  # type: ignore[arg-type]  # documents are hashed by identity
     tokens_per_step = float(documents.lengths_N.sum()) / steps.per_epoch
     return Plan(type(outline.model).__name__, sizes, decisions, work_of(config, sizes, decisions, largest), steps, tokens_per_step)
 
@@ -92,14 +94,10 @@ class Steps(NamedTuple):
 
 def steps_of(config: SFTConfig, rows: int, hardware: Hardware) -> Steps:
     """How long a run over so many rows is."""
-    per_step = config.data.train_batch_size or config.data.micro_batch_size_per_gpu * groups_of(config, hardware)
+    groups = hardware.processes // config.model.context_parallel_size
+    per_step = config.data.train_batch_size or config.data.micro_batch_size_per_gpu * groups
     per_epoch = -(-rows // per_step)
     return Steps(per_step, per_epoch, config.trainer.total_training_steps or per_epoch * config.trainer.total_epochs)
-
-
-def groups_of(config: SFTConfig, hardware: Hardware) -> int:
-    """Groups of processes that take different rows."""
-    return hardware.processes // config.model.context_parallel_size
 
 
 class MicroBatch(NamedTuple):
@@ -115,18 +113,21 @@ class MicroBatch(NamedTuple):
     in_step: int
 
 
-def largest_micro_batch(config: SFTConfig, documents: TokenizedRows, steps: Steps, packing: Packing, groups: int) -> MicroBatch:
+@lru_cache(maxsize=32)  # what a plan advises mostly leaves micro-batches as they are
+def largest_micro_batch(documents: TokenizedRows, steps: Steps, packing: Packing, groups: int, context: int, seed: int) -> MicroBatch:
     """The micro-batch of the most tokens.
 
     Args:
-        groups: of processes that take different rows; those of a group share its micro-batches.
+        groups: of processes that take different rows.
+        context: processes of a group, which share its micro-batches.
+        seed: of the rows' order.
     """
     largest, epoch, order = MicroBatch(0, 0, 1), -1, row_order(0, 0, 0)
-    fill = config.model.context_parallel_size * (packing.multiple_of_tokens if packing.token_budget else 1)
+    fill = context * (packing.multiple_of_tokens if packing.token_budget else 1)
     for number in range(min(steps.total, STEPS_SCANNED)):
         if number // steps.per_epoch != epoch:
             epoch = number // steps.per_epoch
-            order = row_order(len(documents), config.trainer.seed, epoch)
+            order = row_order(len(documents), seed, epoch)
         first = number % steps.per_epoch * steps.rows
         rows = order[first : first + steps.rows]
         lengths, trained = documents.lengths_N[rows], documents.trained_N[rows]

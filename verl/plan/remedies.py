@@ -26,9 +26,11 @@ def hints(config: SFTConfig, gpus: int) -> Iterator[tuple[Changes, int]]:
         yield state, gpus
         for change in activations:
             yield state | change, gpus
+    sharded: Changes = {"model.strategy": "fsdp2", "model.fsdp_config.shard_size": None}
     while gpus < MOST_GPUS:
         gpus = max(2, 2 * gpus)
-        yield {"model.strategy": "fsdp2", "model.fsdp_config.shard_size": None, **(activations or [{}])[-1]}, gpus
+        for change in ({}, *activations):
+            yield sharded | change, gpus
 
 
 def lighter_activations(config: SFTConfig) -> Iterator[Changes]:
@@ -52,14 +54,16 @@ def lighter_state(config: SFTConfig, gpus: int) -> Iterator[Changes]:
     shared: Changes = {"model.strategy": "fsdp2"} if model.strategy == "ddp" else {}
     plain: Changes = {"optim.name": "adamw", "model.param_dtype": "float32", "model.load_in_4bit": False}
     offloaded: Changes = {**shared, **plain, "model.fsdp_config.cpu_offload": True}
-    adapters: Changes = {} if model.lora_rank or model.lora_adapter_path else {"model.lora_rank": 32}
+    adapters: Changes = {}
     yield {}
     if gpus > 1:
         yield shared
-    yield {**shared, "optim.name": "adamw_8bit"}
-    yield {**shared, "optim.name": "adamw_8bit", "model.param_dtype": "bfloat16"}
-    yield offloaded
-    yield {**shared, **adapters}
+    if model.lora_rank == 0 and model.lora_adapter_path is None:
+        adapters = {"model.lora_rank": 32}
+        yield {**shared, "optim.name": "adamw_8bit"}
+        yield {**shared, "optim.name": "adamw_8bit", "model.param_dtype": "bfloat16"}
+        yield offloaded
+        yield {**shared, **adapters}
     if gpus == 1:
         yield {**shared, **adapters, "model.load_in_4bit": True}
     yield {**offloaded, **adapters}
@@ -67,8 +71,8 @@ def lighter_state(config: SFTConfig, gpus: int) -> Iterator[Changes]:
 
 def adviser(config: SFTConfig, documents: TokenizedRows, outline: Outline, plan: Plan) -> Callable[[float], str]:
     """What to change, as a function of a GPU's memory in bytes. Each change is planned once, and only if those before it do not fit."""
-    # By what differs from the config, each once.
-    tried = list(dict.fromkeys((tuple(_new(config, changes).items()), gpus) for changes, gpus in hints(config, plan.hardware.processes)))
+    by_difference = ((tuple(_new(config, changes).items()), there) for changes, there in hints(config, plan.hardware.processes))
+    tried = list(dict.fromkeys(by_difference))[1:]  # each once; the first changes nothing
 
     @cache
     def planned(number: int) -> Plan | None:
