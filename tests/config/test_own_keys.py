@@ -208,6 +208,7 @@ def test_a_key_without_a_default_must_be_given(tmp_path: Path) -> None:
         ("beta: float = 0.2", "name: str = 'kto'", "'name' in its Settings is a key that every"),
         ("dynamic_sampling: bool = True", "dynamic_sampling: int = 1", "'dynamic_sampling' in its Settings is a key that every"),
         ("@dataclass\n", "", "Settings is no dataclass"),
+        ("beta: float = 0.2", "beta: 'Missing' = 0.2", "Settings: name 'Missing' is not defined"),
         ("beta: float = 0.2", "beta: complex = 1j", "Unexpected type annotation: complex"),
         ("from verl.algorithms.grpo import Loss, advantages", "from verl.algorithms.grpo import Loss", "is no method of reinforcement"),
     ],
@@ -257,10 +258,13 @@ def test_a_key_that_two_rewards_have_names_both(length: str, tmp_path: Path) -> 
     assert ppo(f"reward.name=[{length},{length}]").reward.longest == 10  # type: ignore[attr-defined]
 
 
-def test_the_evaluators_metric_has_the_keys_of_its_grader(length: str) -> None:
+def test_the_evaluators_metric_has_the_keys_of_its_grader(length: str, tmp_path: Path) -> None:
     words = ["model_path=m", "test_file=t", "output_dir=o"]
     config = load_config(EvalConfig, [*words, "reward.longest=3", f"metric={length}"])
     assert config.reward.longest == 3  # type: ignore[attr-defined]
+    plain = load_config(EvalConfig, words)
+    (tmp_path / "plain.yaml").write_text(to_yaml(plain))
+    assert load_config(EvalConfig, ["--config", f"{tmp_path}/plain.yaml"]) == plain, "without own keys too"
     with pytest.raises(UserError, match=r"reward\.format is a key of format; gsm8k has no such key"):
         load_config(EvalConfig, [*words, "reward.format=[a]"])
     with pytest.raises(UserError, match=r"did you mean reward\.longest\?"):

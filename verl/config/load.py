@@ -247,6 +247,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _assign(config: DictConfig, given: _Given, defaults: object) -> None:
     known, key = _keys(config), given.key
+    if given.value == {} and key in {group.path for group in groups_of(defaults)}:
+        return  # a group without keys, as `to_yaml` writes it
     key_now = SAME.get(key, key)
     if key_now not in known or SAME.get(key) not in (None, *known):
         _refuse(given, known, defaults)
