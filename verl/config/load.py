@@ -285,7 +285,7 @@ def _refuse_key_of_another(given: _Given, defaults: object) -> None:
         others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
         if path == group.path and others:
             has_not = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
-            what = f"{given.key} is a key of {', '.join(others)}; {has_not}"
+            what = f"is a key of {', '.join(others)}; {has_not}"
             raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")
 
 
