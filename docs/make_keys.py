@@ -23,12 +23,12 @@ COMMANDS: dict[str, Any] = {
     "verl export SRC DIR": EXPORT.schema(),
     "verl demo": DEMO.schema(),
 }
-# Groups whose keys depend on what is named, with the command and the key that names it.
+# Groups whose keys depend on what is named.
 GROUPS = {
-    "verl ppo": ("algorithm", "algorithm.name", AlgorithmConfig),
-    "verl reward": ("algorithm", "algorithm.name", PreferenceConfig),
-    "verl ppo` and `verl eval": ("reward", "reward.name", RewardConfig),
-    "verl sft`, `verl ppo` and `verl reward": ("optim", "optim.name", OptimConfig),
+    "Methods of `verl ppo`, named by `algorithm.name`": ("algorithm", AlgorithmConfig),
+    "Methods of `verl reward`, named by `algorithm.name`": ("algorithm", PreferenceConfig),
+    "Rewards, named by `reward.name` in `verl ppo` and by `metric` in `verl eval`": ("reward", RewardConfig),
+    "Optimizers, named by `optim.name`, and by `critic.optim.name` with keys in `critic.optim`": ("optim", OptimConfig),
 }
 HEAD = """\
 # Keys
@@ -49,8 +49,8 @@ def page() -> str:
         parts += [f"| `{key}` | {_code(default)} | {_cell(meaning)} |" for key, default, meaning in keys(schema)]
         parts.append("")
     parts += ["## Keys of methods, rewards and optimizers\n"]
-    for command, (prefix, named_by, group) in GROUPS.items():
-        parts += [f"### `{command}`, by `{named_by}`\n", *own_keys(prefix, group), ""]
+    for heading, (prefix, group) in GROUPS.items():
+        parts += [f"### {heading}\n", *own_keys(prefix, group), ""]
     parts += ["## Other spellings that are read\n", "| written | read as |", "|---|---|"]
     parts += [f"| `{written}` | `{read}` |" for written, read in ALIASES.items()]
     parts += ["", "## Keys of other trainers that are rejected\n", "| key | what to do |", "|---|---|"]

@@ -16,6 +16,12 @@ from verl.errors import UserError
 _files: dict[Path, tuple[bytes, ModuleType]] = {}  # users' files that have run: their content and module
 
 
+def _unknown(kind: str, name: str, existing: list[str]) -> UserError:
+    near = difflib.get_close_matches(name, existing, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"no {kind} named {name!r}", fix=f"{hint}{', '.join(existing)}, or path/to/file.py")
+
+
 def names(package: str) -> list[str]:
     """Return the names of the plugins in a package, as in `names("verl.loggers")`."""
     folder = importlib.import_module(package).__path__
@@ -45,9 +51,7 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
     else:
         existing = names(package)
         if name not in existing:
-            near = difflib.get_close_matches(name, existing, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(f"no {kind} named {name!r}", fix=f"{hint}{', '.join(existing)}, or path/to/file.py")
+            raise _unknown(kind, name, existing)
         module = importlib.import_module(f"{package}.{name}")
     for function in needs:
         if not callable(getattr(module, function, None)):
@@ -77,6 +81,8 @@ class Plugins:
         Raises:
             UserError: no such module, or it is not a plugin of this kind.
         """
+        if "." not in name and name not in names(self.package):
+            raise _unknown(self.package.rpartition(".")[2], name, list(self.built_in()))
         module = load(self.package, name)
         if not self._is_one(module):
             missing = next(attribute for attribute in self.needs if not hasattr(module, attribute))

@@ -175,15 +175,13 @@ def test_a_value_of_the_wrong_type_names_its_key(kto: str, word: str) -> None:
 
 def test_a_key_of_another_is_answered_with_those_that_have_it(kto: str, tmp_path: Path) -> None:
     error = error_of("algorithm.name=rloo", "algorithm.gamma=0.9")
-    assert (error.where, error.what) == ("algorithm.gamma", "algorithm.gamma is a key of ppo, reinforce; rloo has no such key")
+    assert (error.where, error.what) == ("algorithm.gamma", "is a key of ppo, reinforce; rloo has no such key")
     assert error.fix == "leave it out, or set algorithm.name=ppo"
     (tmp_path / "other.yaml").write_text("algorithm: {lam: 0.9}\n")
     assert error_of("--config", f"{tmp_path}/other.yaml").where == f"{tmp_path}/other.yaml: algorithm.lam"
     assert "is a key of adamw, adamw_8bit;" not in error_of("optim.beta=1").what, "betas is"
-    assert error_of("reward.format=[a]").what == "reward.format is a key of format; gsm8k has no such key"
-    assert (
-        error_of("algorithm.beta=0.1", schema=RewardTrainerConfig).what == "algorithm.beta is a key of dpo; bradley_terry has no such key"
-    )
+    assert error_of("reward.format=[a]").what == "is a key of format; gsm8k has no such key"
+    assert error_of("algorithm.beta=0.1", schema=RewardTrainerConfig).what == "is a key of dpo; bradley_terry has no such key"
 
 
 def test_a_wrong_value_is_found_by_the_file_itself(kto: str) -> None:
@@ -208,6 +206,7 @@ def test_a_key_without_a_default_must_be_given(tmp_path: Path) -> None:
         ("beta: float = 0.2", "name: str = 'kto'", "'name' in its Settings is a key that every"),
         ("dynamic_sampling: bool = True", "dynamic_sampling: int = 1", "'dynamic_sampling' in its Settings is a key that every"),
         ("@dataclass\n", "", "Settings is no dataclass"),
+        ("beta: float = 0.2", "beta: 'Missing' = 0.2", "Settings: name 'Missing' is not defined"),
         ("beta: float = 0.2", "beta: complex = 1j", "Unexpected type annotation: complex"),
         ("from verl.algorithms.grpo import Loss, advantages", "from verl.algorithms.grpo import Loss", "is no method of reinforcement"),
     ],
@@ -238,8 +237,9 @@ def test_help_shows_the_keys_of_what_is_named(kto: str, tmp_path: Path, capsys: 
 
 
 def test_help_of_what_does_not_exist_says_so() -> None:
-    with pytest.raises(UserError, match="no algorithms named 'gppo'"):
+    with pytest.raises(UserError, match="no algorithms named 'gppo'") as caught:
         load_config(PPOConfig, ["algorithm.name=gppo", "--help"])
+    assert caught.value.fix == "did you mean 'ppo'? dapo, dr_grpo, grpo, gspo, ppo, reinforce, rloo, or path/to/file.py"
 
 
 # Rewards
@@ -257,11 +257,14 @@ def test_a_key_that_two_rewards_have_names_both(length: str, tmp_path: Path) -> 
     assert ppo(f"reward.name=[{length},{length}]").reward.longest == 10  # type: ignore[attr-defined]
 
 
-def test_the_evaluators_metric_has_the_keys_of_its_grader(length: str) -> None:
+def test_the_evaluators_metric_has_the_keys_of_its_grader(length: str, tmp_path: Path) -> None:
     words = ["model_path=m", "test_file=t", "output_dir=o"]
     config = load_config(EvalConfig, [*words, "reward.longest=3", f"metric={length}"])
     assert config.reward.longest == 3  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"reward\.format is a key of format; gsm8k has no such key"):
+    plain = load_config(EvalConfig, words)
+    (tmp_path / "plain.yaml").write_text(to_yaml(plain))
+    assert load_config(EvalConfig, ["--config", f"{tmp_path}/plain.yaml"]) == plain, "without own keys too"
+    with pytest.raises(UserError, match=r"reward\.format: is a key of format; gsm8k has no such key"):
         load_config(EvalConfig, [*words, "reward.format=[a]"])
     with pytest.raises(UserError, match=r"did you mean reward\.longest\?"):
         load_config(EvalConfig, [*words, "metric.longest=3", f"metric={length}"])

@@ -89,7 +89,7 @@ def test_one_answer_to_a_prompt_is_enough_where_none_are_compared() -> None:
         assert load_method(load(f"algorithm.name={name}", "rollout.samples_per_prompt=1")).settings.name == name
 
 
-def test_what_is_null_is_the_methods_own() -> None:
+def test_a_method_has_defaults_of_its_own() -> None:
     grpo, dapo = load_method(load()).settings, load_method(load("algorithm.name=dapo", "algorithm.clip_ratio_high=0.4")).settings
     assert (grpo.loss_aggregation, grpo.clip_ratio_high, grpo.dynamic_sampling) == ("sequence-mean", 0.2, False)
     assert (dapo.loss_aggregation, dapo.clip_ratio_high, dapo.dynamic_sampling) == ("token-mean", 0.4, True)

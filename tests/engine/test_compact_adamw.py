@@ -15,6 +15,7 @@ from tiny import RandomDocuments, qwen2_config, write_model
 from torch import nn
 
 from verl.algorithms import sft
+from verl.config.load import load_config
 from verl.config.sft import SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
@@ -307,14 +308,14 @@ def test_offloading_to_the_host_goes_with_the_plain_optimizer_alone(key: str, va
     assert caught.value.where is not None and caught.value.where.startswith(f"{key}={value}")
 
 
-@pytest.mark.parametrize(("key", "value"), [("optim.name", "lion"), ("model.param_dtype", "float16")])
-def test_an_unknown_optimizer_or_dtype_names_those_there_are(key: str, value: str) -> None:
-    config = SFTConfig()
-    group, _, field = key.partition(".")
-    setattr(getattr(config, group), field, value)
+@pytest.mark.parametrize(
+    ("word", "there"),
+    [("optim.name=lion", "adamw, adamw_8bit, or path/to/file.py"), ("model.param_dtype=float16", "one of float32, bfloat16")],
+)
+def test_an_unknown_optimizer_or_dtype_names_those_there_are(word: str, there: str) -> None:
     with pytest.raises(UserError) as caught:
-        config.check()
-    assert caught.value.where == key and caught.value.fix is not None
+        load_config(SFTConfig, ["data.train_files=train.jsonl", "model.partial_pretrain=model", word])
+    assert caught.value.fix == there
 
 
 def test_a_checkpoint_of_two_processes_resumes_on_two_and_on_one(tmp_path: Path) -> None:

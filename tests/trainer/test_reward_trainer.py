@@ -283,7 +283,7 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
     [
         ({"algorithm__name": "dpoo"}, "no algorithms named 'dpoo'"),
         ({"algorithm__name": "grpo"}, "algorithm.name=grpo: is no method of preferences"),
-        ({"algorithm__beta": 0.1}, "algorithm.beta is a key of dpo; bradley_terry has no such key"),
+        ({"algorithm__beta": 0.1}, "algorithm.beta: is a key of dpo; bradley_terry has no such key"),
         ({"algorithm__name": "dpo", "algorithm__beta": 0}, "algorithm.beta: 0.0 is not positive"),
         ({"algorithm__name": "dpo", "algorithm__label_smoothing": 0.5}, "algorithm.label_smoothing: 0.5 is not below a half"),
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),

@@ -305,6 +305,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _assign(config: DictConfig, given: _Given, defaults: object) -> None:
     known, key = _keys(config), given.key
+    if given.value == {} and key in {group.path for group in groups_of(defaults)}:
+        return  # a group without keys, as `to_yaml` writes it
     key_now = ALIASES.get(key, key)
     if key_now not in known or ALIASES.get(key) not in (None, *known):
         _refuse(given, known, defaults)
@@ -341,7 +343,7 @@ def _refuse_key_of_another(given: _Given, defaults: object) -> None:
         others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
         if path == group.path and others:
             others_lack = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
-            what = f"{given.key} is a key of {', '.join(others)}; {others_lack}"
+            what = f"is a key of {', '.join(others)}; {others_lack}"
             raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")
 
 

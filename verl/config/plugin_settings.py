@@ -121,8 +121,8 @@ def _completed(group: Group) -> Any:
     if type(group.keys) is kind:
         return group.keys
     if type(group.keys) is not shared:
-        fix = f"give it a {shared.__name__}, or the Settings of that file"
-        raise UserError(f"{group.path} has the keys of another {group.plugins.kind}", where=f"{group.named_by}={group.names}", fix=fix)
+        fix, where = f"give it a {shared.__name__}, or the Settings of that file", f"{group.named_by}={', '.join(group.names)}"
+        raise UserError(f"{group.path} has the keys of another {group.plugins.kind}", where=where, fix=fix)
     plain = shared()
     values = {name: getattr(group.keys, name) for name in fields_of(shared)}
     return kind(**{name: value for name, value in values.items() if value != getattr(plain, name)})
@@ -171,11 +171,15 @@ def settings_class(module: ModuleType) -> type:
     """A module's `Settings`.
 
     Raises:
-        UserError: it is no dataclass.
+        UserError: it is no dataclass, or its types are not there.
     """
     kind: type = getattr(module, "Settings", NoSettings)
     if not dataclasses.is_dataclass(kind):
         raise UserError("Settings is no dataclass", where=module.__file__, fix="write @dataclass above it")
+    try:
+        typing.get_type_hints(kind)
+    except NameError as error:
+        raise UserError(f"Settings: {error}", where=module.__file__, fix="import the types of its fields") from error
     return kind
 
 
