@@ -17,9 +17,10 @@ from rich.console import Console
 
 import verl
 from verl import cli, doctor
-from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
+from verl.config.commands import ChatConfig, DemoConfig, EvalConfig, ExportConfig
 from verl.config.load import describe
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError
 
@@ -98,7 +99,15 @@ def test_the_installed_command_is_this_one() -> None:
 
 @pytest.mark.parametrize(
     ("name", "schema"),
-    [("sft", SFTConfig), ("reward", RewardTrainerConfig), ("eval", EvalConfig), ("chat", ChatConfig), ("demo", DemoConfig)],
+    [
+        ("sft", SFTConfig),
+        ("ppo", PPOConfig),
+        ("reward", RewardTrainerConfig),
+        ("eval", EvalConfig),
+        ("chat", ChatConfig),
+        ("export", ExportConfig),
+        ("demo", DemoConfig),
+    ],
 )
 def test_help_of_a_command_shows_its_keys(
     name: str, schema: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -111,9 +120,11 @@ def test_help_of_a_command_shows_its_keys(
 
 MODULES = {
     "sft": "verl.trainer.fsdp_sft_trainer",
-    "eval": "verl.eval.sft_evaluator",
+    "ppo": "verl.trainer.ppo_trainer",
     "reward": "verl.trainer.reward_trainer",
+    "eval": "verl.eval.sft_evaluator",
     "chat": "verl.chat",
+    "export": "verl.models.export",
     "demo": "verl.demo.run",
     "doctor": "verl.doctor",
 }
