@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -461,6 +462,19 @@ def test_a_script_that_guards_nothing_may_tokenize_in_many_processes(folder: Pat
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("3 steps\n") and done.stdout.count("starting anew") == 1
+
+
+def test_the_examples_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for name, rows in (("train.jsonl", 8), ("test.jsonl", 2)):
+        (tmp_path / name).write_text("".join((folder / name).read_text().splitlines(keepends=True)[:rows]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = "\n".join(blocks).replace("Qwen/Qwen2.5-0.5B-Instruct", str(folder / "model"))
+    assert "verl.evaluate" in program and "verl.load_rollout" in program
+    exec(program, {})
+    assert json.loads((tmp_path / "eval-run" / "results.json").read_text())["n"] == 2
+    assert list((tmp_path / "checkpoints" / "larger-rate").glob("global_step_*"))
 
 
 # Questions and answers

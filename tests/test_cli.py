@@ -19,7 +19,7 @@ from tiny import write_problems_and_model
 
 import verl
 from verl import cli, doctor
-from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
+from verl.config.commands import ChatConfig, DemoConfig, EvalConfig, ExportConfig
 from verl.config.load import describe
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.ppo import PPOConfig
@@ -107,6 +107,7 @@ def test_the_installed_command_is_this_one() -> None:
         ("reward", RewardTrainerConfig),
         ("eval", EvalConfig),
         ("chat", ChatConfig),
+        ("export", ExportConfig),
         ("demo", DemoConfig),
     ],
 )
@@ -121,9 +122,11 @@ def test_help_of_a_command_shows_its_keys(
 
 MODULES = {
     "sft": "verl.trainer.fsdp_sft_trainer",
-    "eval": "verl.eval.sft_evaluator",
+    "ppo": "verl.trainer.ppo_trainer",
     "reward": "verl.trainer.reward_trainer",
+    "eval": "verl.eval.sft_evaluator",
     "chat": "verl.chat",
+    "export": "verl.models.export",
     "demo": "verl.demo.run",
     "doctor": "verl.doctor",
 }

@@ -1,15 +1,20 @@
-"""Processes leave their group only when gloo's threads are at rest."""
+"""Processes join and leave their group: more than once, and only when gloo's threads are at rest."""
 
 import ctypes
 import hashlib
+import os
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
+import torch
+from places import ROOT
 
 from verl import dist
+from verl.errors import UserError
 
 PR_SET_NAME = 15
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -56,3 +61,47 @@ def test_threads_that_sleep_and_other_threads_are_not_waited_for() -> None:
     for thread in threads:
         thread.join()
     assert still_at_work and took < 1
+
+
+# One of the two comes late, once the first and once the other, so that it would find addresses of the group before.
+SEVERAL_GROUPS = """
+import time
+from verl import dist
+for number in range(3):
+    time.sleep(1.0 * (dist.os.environ["RANK"] == str(number % 2)))
+    dist.start()
+    assert dist.gathered((number, dist.rank())) == [(number, 0), (number, 1)]
+    dist.stop()
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "plain"])
+def test_processes_join_one_group_after_another(launcher: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-c", SEVERAL_GROUPS]
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+        commands = [([sys.executable, *torchrun, *program], environment)]
+    else:
+        common = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29471"}
+        commands = [(program, {**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    running = [subprocess.Popen(words, env=variables, stderr=subprocess.PIPE, text=True) for words, variables in commands]
+    said = [process.communicate(timeout=200)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), said
+
+
+def test_a_group_that_carries_nothing_in_host_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.start()
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
+    try:
+        with pytest.raises(UserError, match=r"a process group of 'cuda:nccl'.*\n  fix: make it with init_process_group"):
+            dist.start()
+    finally:
+        dist.stop()
+
+
+def test_ranks_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.check_same("abc", what="the rows", where="data.train_files")
+    monkeypatch.setattr(dist, "from_main", lambda value: "other")
+    with pytest.raises(UserError, match=r"data\.train_files: the rows that \S+ finds are not those of the first node"):
+        dist.check_same("abc", what="the rows", where="data.train_files")
