@@ -59,7 +59,7 @@ def run(config: RewardTrainerConfig) -> Path:
             return resume_from
         this.start_logging(start.step, total_steps)
         workload = Workload.of(train.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
-        decisions = decide(outline, hardware, workload, spread, scores=config.algorithm.name != "dpo")
+        decisions = decide(outline, hardware, workload, spread, scalar_head=config.algorithm.name != "dpo")
         built = build_for(config, tokenizer, train, decisions)
         this.say(f"{built.describe()}\n{describe_plan(config, loader, total_steps)}; into {this.directory}")
         algorithm: Algorithm = bradley_terry

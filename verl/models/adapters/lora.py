@@ -72,10 +72,10 @@ def _stand_ins(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_adapters(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether adapters as the config asks for them fit its model, seen from shapes alone, before anything is loaded.
+    """Check that the adapters of the config fit the model, before anything is loaded.
 
     Args:
-        model: without values.
+        model: result of `verl.models.load.outline`.
     Raises:
         UserError: they do not.
     """
