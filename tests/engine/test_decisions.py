@@ -90,13 +90,13 @@ class Case:
     model: str = "0.5B"
     hardware: Hardware = GPU
     run: Workload = RUN
-    scores: bool = False
+    scalar_head: bool = False
 
     def found(self) -> dict[str, Any] | type[UserError]:
         """Those fields, as they are decided now."""
         outline = outline_of(self.model, **self.settings)
         try:
-            found = decide(outline, self.hardware, self.run, choose_spread(outline, self.hardware), scores=self.scores)
+            found = decide(outline, self.hardware, self.run, choose_spread(outline, self.hardware), scalar_head=self.scalar_head)
         except UserError:
             return UserError
         looked_at = flat(found)
@@ -140,8 +140,8 @@ TABLE = {
     "too short, of two": Case({"compiled": False}, hardware=gpus(), run=run_of(total_tokens=10_123)),
     "adapters, long enough": Case({"compiled": True}, {"lora_rank": 8}, run=run_of(total_tokens=7492)),
     "adapters, too short": Case({"compiled": False}, {"lora_rank": 8}, run=run_of(total_tokens=7491)),
-    "a critic, long enough": Case({"compiled": True, "graph_tokens": 0}, run=run_of(total_tokens=6987), scores=True),
-    "a critic, too short": Case({"compiled": False}, run=run_of(total_tokens=6986), scores=True),
+    "a critic, long enough": Case({"compiled": True, "graph_tokens": 0}, run=run_of(total_tokens=6987), scalar_head=True),
+    "a critic, too short": Case({"compiled": False}, run=run_of(total_tokens=6986), scalar_head=True),
     "compiled because asked for": Case({"compiled": True}, {"compile": True}, run=run_of(total_tokens=1)),
     "not compiled because asked for": Case({"compiled": False, "graph_tokens": 0}, {"compile": False}),
     "a GPU of unknown speed": Case({"compiled": False}, hardware=replace(GPU, peak_flops=None)),
@@ -249,8 +249,8 @@ def test_the_outline_of_a_critic_counts_the_arithmetic_of_one(changes: dict[str,
 
     outline = Outline(ModelConfig(partial_pretrain="x"), model(AutoModelForCausalLM, config))
     critic = model(AutoModelForTokenClassification, qwen2_config(**changes, num_labels=1))
-    assert outline.flops(1000, scores=True) == training_flops(critic)(1000, 1000)
-    assert outline.flops(1000) == training_flops(outline.model)(1000, 1000) > outline.flops(1000, scores=True)
+    assert outline.flops(1000, scalar_head=True) == training_flops(critic)(1000, 1000)
+    assert outline.flops(1000) == training_flops(outline.model)(1000, 1000) > outline.flops(1000, scalar_head=True)
 
 
 def test_adapters_are_put_beside_a_copy_of_the_outline() -> None:
@@ -270,7 +270,7 @@ def test_one_attention_serves_all_models_of_a_process() -> None:
     asked: list[tuple[Heads, ...]] = []
     hardware = replace(GPU, refusal=lambda kernel, dtype, *heads: asked.append(heads))
     other = Heads(2, 1, 32)
-    decide(outline_of("tiny"), hardware, RUN, choose_spread(outline_of("tiny"), hardware), beside=[other, Heads(4, 2, 16), other])
+    decide(outline_of("tiny"), hardware, RUN, choose_spread(outline_of("tiny"), hardware), other_heads=[other, Heads(4, 2, 16), other])
     assert set(asked) == {(Heads(4, 2, 16), other)}
 
 
@@ -386,7 +386,7 @@ def test_an_engine_is_built_as_it_was_decided(folder: Path, monkeypatch: pytest.
         other = build(
             checkpointing="none",
             compiled=True,
-            why="because",
+            why_compiled="because",
             graph_tokens=1234,
             compute_dtype=torch.bfloat16,
             param_dtype=torch.bfloat16,
@@ -406,5 +406,5 @@ def test_a_critic_is_spread_as_its_actor_is(tmp_path: Path) -> None:
     path = write_model(tmp_path, qwen2_config(num_attention_heads=2, num_key_value_heads=1))
     outline = Outline(ModelConfig(partial_pretrain=str(path)))
     spread = choose_spread(outline_of("3B"), gpus())
-    found = decide(outline, gpus(), RUN, spread, scores=True)
+    found = decide(outline, gpus(), RUN, spread, scalar_head=True)
     assert found.spread == spread and found.is_sharded and found.shards == 2

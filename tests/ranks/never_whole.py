@@ -67,8 +67,8 @@ def main(model: str, folder: str) -> None:
         actors.append(built)
     settings = ModelConfig(partial_pretrain=model, strategy="fsdp", fsdp_config=fsdp)
     reference = building.build_reference(settings, actors[0])
-    critic = building.build_critic(settings, optim, model, actors[0], decided(settings, scores=True), seed=1)
-    reward = building.build_reward_model(settings, optim, tokenizer, decided(settings, scores=True), padding=None, **options)
+    critic = building.build_critic(settings, optim, model, actors[0], decided(settings, scalar_head=True), seed=1)
+    reward = building.build_reward_model(settings, optim, tokenizer, decided(settings, scalar_head=True), padding=None, **options)
     assert isinstance(reference, Engine)
     for name, scorer in (("reference", reference.scorer), ("critic", critic.engine.scorer), ("reward model", reward.engine.scorer)):
         found[name] = {"start": whole(scorer.model), "losses": []}

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+import torch
 from places import ROOT
 from reward_models import PLAIN, scores_of_transformers, write_reward_model
 from rl_runs import train, words, write_folder
@@ -24,7 +26,12 @@ from runs import PPO, command, lines_of, metrics_of, timeless
 from tiny import write_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
+from verl.engine import decisions
+from verl.engine.decisions import Workload
+from verl.engine.hardware import Hardware
 from verl.errors import UserError, exit_on_user_error
+from verl.models.attention.flash import Heads
+from verl.models.attention.packed import AttentionChoice, heads_of
 from verl.models.load import load_tokenizer
 from verl.rollout._http import RefusedError
 from verl.trainer import ppo_trainer
@@ -91,24 +98,21 @@ def other_critic(folder: Path, name: str, **changes: int) -> Path:
     return write_model(folder / name, LlamaConfig(**{"vocab_size": vocabulary, **shape, **changes}), kind=LlamaForCausalLM)
 
 
-def heads_served(monkeypatch: pytest.MonkeyPatch) -> list[set[object]]:
-    """The heads that attention is chosen for, each time that it is."""
-    from verl.engine import decisions
-
-    served: list[set[object]] = []
+def heads_served(monkeypatch: pytest.MonkeyPatch) -> list[set[Heads]]:
+    """The heads that attention is chosen for, each time that something is decided."""
+    served: list[set[Heads]] = []
     choose = decisions.choose_attention
 
-    def record(wanted: Any, hardware: Any, dtype: Any, heads: Any, workload: Any) -> Any:
+    def recorded(wanted: str, hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload) -> AttentionChoice:
         served.append(set(heads))
         return choose(wanted, hardware, dtype, heads, workload)
 
-    monkeypatch.setattr(decisions, "choose_attention", record)
+    monkeypatch.setattr(decisions, "choose_attention", recorded)
     return served
 
 
 def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.engine import build
-    from verl.models.attention.flash import Heads
 
     looked_at = []
     check = build.check_hidden
@@ -117,18 +121,16 @@ def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monk
     path = other_critic(folder, "llama")
     train(folder, "other_critic", algorithm__name="ppo", critic__partial_pretrain=path, trainer__total_training_steps=1)
     assert looked_at == [LlamaForTokenClassification]
-    assert len(served) == 2 and served[0] == served[1]
-    assert len(served[0]) == 2 and Heads(query=2, key_value=1, size=32) in served[0]
+    both = {heads_of(AutoConfig.from_pretrained(folder / "model")), Heads(query=2, key_value=1, size=32)}
+    assert len(both) == 2 and served == [both, both]  # for the actor and for the critic
     assert metrics_of(folder / "other_critic")[0]["critic/grad_norm"] > 0
 
     served.clear()
     train(folder, "own_critic", algorithm__name="ppo", trainer__total_training_steps=1)
-    assert all(len(heads) == 1 for heads in served), "a critic like its actor asks for nothing else"
+    assert [len(heads) for heads in served] == [1, 1], "a critic like its actor asks for nothing else"
 
 
 def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.models.attention.flash import Heads
-
     shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=4)
     head: dict[str, Any] = dict(num_labels=1, pad_token_id=0)
     vocabulary = AutoConfig.from_pretrained(folder / "model").vocab_size
@@ -138,7 +140,8 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     served = heads_served(monkeypatch)
     judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
     (line,) = train(folder, "judged", **judged)
-    assert [len(heads) for heads in served] == [2] and Heads(query=8, key_value=4, size=8) in served[0]
+    both = {heads_of(AutoConfig.from_pretrained(folder / "model")), Heads(query=8, key_value=4, size=8)}
+    assert len(both) == 2 and served == [both]
     assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
 
     monkeypatch.setattr("verl.engine.scorers.TOLERANCE", 0)

@@ -85,7 +85,7 @@ class Built:
             f"device: {dist.describe_device(engine.device)}; attention: {attention}\n"
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
             f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
-            f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why})"
+            f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})"
             + (f"\nwarning: {stop_token_warning(self.never_trained)}" if self.never_trained else "")
         )
 
@@ -135,7 +135,7 @@ def build(
     """Load the model, check that packed batches give its own log-probabilities, add adapters where asked for, and shard it.
 
     Args:
-        decisions: of this model in this run.
+        decisions: result of `decide` for this model.
         stop_ids: token ids that end a trained answer; generation from the written model stops at them.
         system_prompts: of the chats, None for those that leave it to the template; they are written down beside the weights.
         seed: of the adapters' first values and of dropout.
@@ -174,7 +174,7 @@ def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Bu
     Args:
         settings: of the actor; its adapter is not the critic's.
         path: a critic, or a causal language model that gets a head of zeros.
-        decisions: of the critic.
+        decisions: result of `decide` for the critic.
     Raises:
         UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
     """
@@ -202,7 +202,7 @@ def build_reward_model(
 
     Args:
         settings: its partial_pretrain is such a model, or a causal language model that gets a head of zeros.
-        decisions: of this model in this run.
+        decisions: result of `decide` for this model.
         padding: id of the token that transformers' own class takes for padding; None: it reads one document at a time.
         stop_ids: as for `build`.
     Raises:
@@ -282,7 +282,7 @@ def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_r
 
 
 def _begin(decisions: Decisions, seed: int) -> None:
-    """Prepare the process for the model that has its random numbers, and whose attention is the one that all models call."""
+    """Seed the random numbers, and activate the attention kernel that all models of the process use."""
     torch.manual_seed(seed)
     use_attention(decisions.attention)
 
@@ -301,7 +301,7 @@ def _engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions
 
 
 def _prepare_layers(model: PreTrainedModel, decisions: Decisions, *, liger: bool = False) -> Compiler:
-    """How the layers are computed, in place: by which kernels, what is computed again, and whether they are compiled."""
+    """Apply Liger's kernels, activation checkpointing and compiling to the layers, in place."""
     if liger:
         from verl.models.liger import use_liger
 
@@ -319,12 +319,12 @@ def _use_operators(adapted: "PeftModel", model: PreTrainedModel, decisions: Deci
 
 
 def _home(decisions: Decisions) -> torch.device:
-    """Where weights are loaded to."""
+    """The device that weights are loaded to."""
     return torch.device("cpu") if decisions.spread.sharding.cpu_offload else decisions.device
 
 
 def _checked(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:
-    """What is compared with the plain model: the model, or, where it has no values yet, a small one like it."""
+    """The model to check against its eager version: itself, or a small twin if it has no values yet."""
     return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device)
 
 

@@ -16,11 +16,7 @@ from verl.engine.fsdp import decoder_layers
 
 
 class Compiler:
-    """Compiles a model's layers where that was decided, and tells what it took.
-
-    Attributes:
-        on: whether layers are compiled.
-    """
+    """Compiles the layers of a model if `on`, and reports what that took."""
 
     def __init__(self, on: bool, model: PreTrainedModel):
         self.on = on

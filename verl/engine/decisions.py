@@ -1,7 +1,7 @@
-"""Every choice of a run, made once: how weights are spread, what is compiled and recorded, which attention, which dtypes.
+"""Every choice of a run, made once: how weights are spread, what is compiled or captured in CUDA graphs, which attention, which dtypes.
 
-`choose_spread` is called before the data is read, for its errors, and `decide` once the run's length is known. Engines are built from
-the `Decisions`, and a plan and what a run prints are read from it; nothing else chooses.
+`choose_spread` needs no data, and is called before it is read. `decide` makes the other choices once the length of the run is known.
+`build` builds from the resulting `Decisions`, `verl plan` plans with it, and the first lines of a run describe it. Nothing else chooses.
 """
 
 from collections.abc import Sequence
@@ -26,41 +26,45 @@ from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import AttentionChoice, has_flash
 from verl.models.attention.ulysses import heads_of_each
 
-# model.strategy=auto: bytes of a parameter with working copy, gradient and moments, or frozen; and the share of a GPU below which
-# whole weights on each GPU are faster than shards.
+# model.strategy=auto: bytes per parameter with working copy, gradient and moments, or frozen; and the share of a GPU's memory up to
+# which a full copy of the weights on each GPU is faster than shards.
 BYTES_TRAINED, BYTES_FROZEN, SMALL_SHARE = 18, 2, 0.25
-# Of a parameter in host memory: weight, gradient and two moments in float32, and what pinning weight and gradient may add.
+# Bytes of host memory per offloaded parameter: weight, gradient and two moments in float32, and what pinning weight and gradient may add.
 BYTES_OFFLOADED, BYTES_PINNED = 16, 8
-# Compiling takes about 10 seconds. A run that is not compiled reaches about a fifth of the data sheet's rate, so that this much
-# arithmetic lasts over a minute.
+# Compiling takes about 10 seconds. Without it a run reaches about a fifth of the peak rate, so this much arithmetic at the peak rate
+# lasts over a minute.
 WORTH_SECONDS = 15.0
-# CUDA graphs. A layer's launches take about 2.5 ms, forward and backward: micro-batches with more arithmetic keep a GPU busy anyway.
-LARGEST_WORK = 2e11  # tokens × parameters, for each layer
+# CUDA graphs. Launching the kernels of one layer takes about 2.5 ms, forward and backward. A micro-batch with more arithmetic than this
+# keeps the GPU busy without them.
+LARGEST_WORK = 2e11  # tokens × parameters per layer
 LARGEST_TOKENS = 16384
-LARGEST_GRADIENTS = 2**32  # bytes, which are kept from step to step
-# Attention, by the major number of the compute capability. Packages, the preferred first: FlashAttention-3 is written for Hopper (9);
-# 4 is written for Blackwell (10), and its kernels for Hopper are 3's, in Python.
+LARGEST_GRADIENTS = 2**32  # bytes; graphs keep the gradients from step to step
+# Attention packages by the major number of the compute capability, the preferred one first. FlashAttention-3 is written for Hopper (9),
+# FlashAttention-4 for Blackwell (10); its kernels for Hopper are those of 3 in Python.
 PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
-# Up to so many tokens a document the kernels for short ones are taken, being at least 1.2 times as fast as FlashAttention-2
+# Up to this mean document length the kernels for short documents are at least 1.2 times as fast as FlashAttention-2
 # (benchmarks/README.md).
 SHORT_TOKENS = {9: 1024}
-# Smaller micro-batches than this are bound by the host, which launches those kernels more slowly than what is inside PyTorch.
+# Smaller micro-batches are bound by the host, which launches those kernels more slowly than the ones inside PyTorch.
 SHORT_BATCH_TOKENS = 16_384
-# Tokens of a micro-batch of answers, where the config does not say and none is longer.
+# Default token budget of a micro-batch of answers. Longer answers raise it.
 ANSWER_TOKENS = 16_384
 
 Checkpointing = Literal["none", "selective", "full"]
 
 
+CHECKPOINTING: dict[Any, Checkpointing] = {False: "none", "selective": "selective", True: "full"}  # the least saving first
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What a run puts through its model.
+    """The length of a run and its documents.
 
     Attributes:
         total_steps: optimizer steps of the whole run.
-        total_tokens: about as many as the whole run sees, over all processes.
-        document_tokens: length of the document that an average token lies in.
-        token_budget: tokens of a micro-batch, at most; None: rows are padded.
+        total_tokens: approximate number of tokens of the whole run, over all processes.
+        document_tokens: mean document length, weighted by tokens.
+        token_budget: maximum tokens of a micro-batch; None: rows are padded.
     """
 
     total_steps: int
@@ -70,24 +74,25 @@ class Workload:
 
     @classmethod
     def of(cls, lengths_N: np.ndarray, total_steps: int, steps_per_epoch: int, packing: Packing) -> "Workload":
-        """Epochs over documents of these lengths."""
+        """The workload of `total_steps` over documents of these lengths."""
         tokens = int(lengths_N.sum())
-        of_token = float((lengths_N.astype(float) ** 2).sum() / tokens)
-        return cls(total_steps, tokens * total_steps // steps_per_epoch, of_token, packing.token_budget)
+        document_tokens = float((lengths_N.astype(float) ** 2).sum() / tokens)
+        return cls(total_steps, tokens * total_steps // steps_per_epoch, document_tokens, packing.token_budget)
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was chosen for one model of a run, and what for.
+    """The choices for one model of a run, with the hardware and the workload that they were made for.
 
     Attributes:
-        compute_dtype: of the forward and backward pass.
-        param_dtype: of the weights that the optimizer updates; an adapter's are float32.
-        checkpointing: what of a layer's activations is computed again: nothing, some, or all.
-        compiled: whether the layers are compiled, and `why`, in a few words.
-        graph_tokens: micro-batches of up to so many tokens run as CUDA graphs; 0: none.
-        attention: what the process calls in half precision.
-        multiple_of_tokens: micro-batches are filled up to a multiple of so many.
+        compute_dtype: dtype of the forward and backward pass.
+        param_dtype: dtype of the weights that the optimizer updates; adapters are always float32.
+        checkpointing: which activations of a layer are recomputed: none, some, or all.
+        compiled: whether the layers are compiled.
+        why_compiled: the reason for `compiled`, in a few words.
+        graph_tokens: largest micro-batch that is captured in a CUDA graph, in tokens; 0: none is.
+        attention: attention kernel of this process in half precision.
+        multiple_of_tokens: micro-batches are filled up to a multiple of this.
     """
 
     hardware: Hardware
@@ -97,7 +102,7 @@ class Decisions:
     param_dtype: torch.dtype
     checkpointing: Checkpointing
     compiled: bool
-    why: str
+    why_compiled: str
     graph_tokens: int
     attention: AttentionChoice
     multiple_of_tokens: int
@@ -108,31 +113,37 @@ class Decisions:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a process has a part of the weights, or has them in host memory."""
+        """Whether FSDP2 shards or offloads the weights."""
         return self.spread.strategy == "fsdp2" and (self.hardware.processes > 1 or self.spread.sharding.cpu_offload)
 
     @property
     def shards(self) -> int:
-        """Processes that share one copy of the weights."""
+        """Number of processes that share one copy of the weights."""
         return 1 if self.spread.strategy == "ddp" else self.spread.sharding.size or self.hardware.processes
 
 
 def decide(
-    outline: Outline, hardware: Hardware, workload: Workload, spread: Spread, *, beside: Sequence[Heads] = (), scores: bool = False
+    outline: Outline,
+    hardware: Hardware,
+    workload: Workload,
+    spread: Spread,
+    *,
+    other_heads: Sequence[Heads] = (),
+    scalar_head: bool = False,
 ) -> Decisions:
-    """Choose all the rest.
+    """Make all choices that `choose_spread` has not made.
 
     Args:
-        spread: as `choose_spread` chose it.
-        beside: attention heads of the process's other models. One attention serves all of them.
-        scores: the model gives one number for a token, or for a document, in place of a distribution: a critic, or a reward model.
+        spread: result of `choose_spread`.
+        other_heads: attention heads of the other models of this process; one attention kernel serves all of them.
+        scalar_head: whether the model gives one number per token or document, as a critic or a reward model does.
     Raises:
-        UserError: what the config asks for cannot run on this hardware.
+        UserError: the hardware cannot run what the config asks for.
     """
     settings = outline.settings
-    dtype = choose_compute_dtype(settings.compute_dtype, hardware)
-    compiled, why = _choose_compiling(outline, hardware, workload, scores=scores)
-    heads = tuple(dict.fromkeys([heads_of_each(outline.heads, settings.context_parallel_size), *beside]))
+    dtype = choose_compute_dtype(settings.compute_dtype, hardware.device)
+    compiled, why = _choose_compiling(outline, hardware, workload, scalar_head=scalar_head)
+    heads = tuple(dict.fromkeys([heads_of_each(outline.heads, settings.context_parallel_size), *other_heads]))
     return Decisions(
         hardware=hardware,
         workload=workload,
@@ -141,56 +152,54 @@ def decide(
         param_dtype=getattr(torch, settings.param_dtype),
         checkpointing=CHECKPOINTING[settings.enable_gradient_checkpointing],
         compiled=compiled,
-        why=why,
-        graph_tokens=_largest_recorded(outline, hardware, spread, dtype) if compiled and not scores else 0,
+        why_compiled=why,
+        graph_tokens=_graph_tokens(outline, hardware, spread, dtype) if compiled and not scalar_head else 0,
         attention=choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
         multiple_of_tokens=multiple_of_tokens(hardware),
     )
 
 
-CHECKPOINTING: dict[Any, Checkpointing] = {False: "none", "selective": "selective", True: "full"}
-
-
-def choose_compute_dtype(name: str, hardware: Hardware) -> torch.dtype:
+def choose_compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
-        return torch.bfloat16 if hardware.has_gpu else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-# How rows become micro-batches.
+# Token budgets.
 
 
 def multiple_of_tokens(hardware: Hardware) -> int:
-    """Tokens that micro-batches are filled up to a multiple of, which a GPU multiplies faster."""
+    """The multiple that micro-batches are filled up to; GPUs multiply whole tiles faster."""
     return TILE if hardware.has_gpu else 1
 
 
 def packing_of(data: DataConfig, hardware: Hardware) -> Packing:
-    """Of fine-tuning."""
+    """Packing of rows for fine-tuning."""
     budget = data.max_tokens_per_micro_batch or data.micro_batch_size_per_gpu * data.max_length
     return Packing(data.micro_batch_size_per_gpu, budget if data.packing else None, multiple_of_tokens(hardware))
 
 
 def packing_of_pairs(data: PairsConfig, hardware: Hardware) -> Packing:
-    """Of pairs of answers."""
+    """Packing of pairs of answers."""
     budget = data.max_tokens_per_micro_batch or data.micro_batch_size_per_gpu * 2 * data.max_length
     return Packing(data.micro_batch_size_per_gpu, budget, multiple_of_tokens(hardware))
 
 
 def token_budget_of_answers(config: PPOConfig) -> int:
-    """Tokens of a micro-batch of answers, at most."""
+    """Maximum tokens of a micro-batch of answers."""
     return config.data.max_tokens_per_micro_batch or max(ANSWER_TOKENS, longest_sample(config))
 
 
-# How weights are spread.
+# Sharding.
 
 
 def choose_spread(outline: Outline, hardware: Hardware) -> Spread:
-    """How the weights are to lie on the processes; "auto" puts all of them on each GPU where they take a small part of it.
+    """Choose between a full copy of the weights on each process and shards; "auto" copies models that take little of a GPU.
 
     Raises:
-        UserError: the number of processes is no multiple of the shards' number, or what is offloaded has no room.
+        UserError: the number of processes is not a multiple of the shard size, or host memory is too small to offload to.
     """
     settings, fsdp = outline.settings, outline.settings.fsdp_config
     check_multiple(hardware.processes, fsdp.shard_size or 1, key="model.fsdp_config.shard_size")
@@ -202,7 +211,7 @@ def choose_spread(outline: Outline, hardware: Hardware) -> Spread:
 
 
 def check_multiple(processes: int, size: int, *, key: str) -> None:
-    """Raises UserError if so many processes cannot be parted into groups of this size."""
+    """Raises UserError if the processes cannot be divided into groups of this size."""
     if processes % size:
         sizes = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
         what = f"{processes} processes are not a multiple of {size}"
@@ -218,10 +227,10 @@ def _is_small(outline: Outline, hardware: Hardware) -> bool:
 
 
 def _may_pin(outline: Outline, hardware: Hardware) -> bool:
-    """Whether this machine's memory has room for pinned shards of weights and gradients, which may take twice their size.
+    """Whether host memory is large enough to pin the shards of weights and gradients, which may double their size.
 
     Raises:
-        UserError: it has none for those of weights, gradients and moments that are not pinned either.
+        UserError: it is too small for the shards of weights, gradients and moments even without pinning.
     """
     if hardware.host_bytes is None:
         return True
@@ -237,20 +246,20 @@ def _may_pin(outline: Outline, hardware: Hardware) -> bool:
 
 
 def _bytes_offloaded(outline: Outline, hardware: Hardware, *, pinned: bool = False) -> int:
-    """What this machine's processes keep in host memory."""
+    """Host memory that the processes of this machine need."""
     each = (BYTES_FROZEN if outline.has_adapters else BYTES_OFFLOADED) + (BYTES_PINNED if pinned else 0)
     shards = outline.settings.fsdp_config.shard_size or hardware.processes
     return outline.parameters * each * hardware.local_processes // shards
 
 
-# What is compiled, and recorded.
+# Compiling and CUDA graphs.
 
 
-def _choose_compiling(outline: Outline, hardware: Hardware, workload: Workload, *, scores: bool) -> tuple[bool, str]:
-    """Whether layers are compiled, and why.
+def _choose_compiling(outline: Outline, hardware: Hardware, workload: Workload, *, scalar_head: bool) -> tuple[bool, str]:
+    """Whether to compile the layers, and the reason.
 
     Raises:
-        UserError: asked for on a machine without a C compiler.
+        UserError: the config asks for it, and there is no C compiler.
     """
     setting = outline.settings.compile
     if setting is False:
@@ -263,30 +272,33 @@ def _choose_compiling(outline: Outline, hardware: Hardware, workload: Workload, 
         return False, "auto: no GPU whose speed is known"
     if not hardware.has_compiler:
         return False, "auto: torch.compile needs a C compiler, such as gcc"
-    seconds = outline.flops(workload.total_tokens // hardware.processes, scores=scores) / hardware.peak_flops
+    seconds = outline.flops(workload.total_tokens // hardware.processes, scalar_head=scalar_head) / hardware.peak_flops
     if seconds < WORTH_SECONDS:
         return False, "auto: the run is too short to earn it back"
     return True, "auto"
 
 
-def _largest_recorded(outline: Outline, hardware: Hardware, spread: Spread, dtype: torch.dtype) -> int:
-    """The largest micro-batch of compiled layers that becomes a CUDA graph; 0: none does."""
+def _graph_tokens(outline: Outline, hardware: Hardware, spread: Spread, dtype: torch.dtype) -> int:
+    """Largest micro-batch to capture in a CUDA graph, in tokens, where layers are compiled; 0: none."""
     settings = outline.settings
     alone = hardware.processes == 1 and not spread.sharding.cpu_offload
-    flash_takes_it = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa"
-    if settings.cuda_graphs is False or not alone or not flash_takes_it or dtype.itemsize * outline.trained_parameters > LARGEST_GRADIENTS:
+    flash_attention = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa"
+    if settings.cuda_graphs is False or not alone or not flash_attention or dtype.itemsize * outline.trained_parameters > LARGEST_GRADIENTS:
         return 0
     return min(LARGEST_TOKENS, int(LARGEST_WORK * outline.layers / outline.stored_numbers))
 
 
-# Which attention.
+# Attention.
 
 
 def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload) -> AttentionChoice:
-    """What this process calls in half precision.
+    """Choose the attention kernel of this process in half precision.
 
+    Args:
+        wanted: `model.attn_implementation`.
+        heads: attention heads of every model that it serves.
     Raises:
-        UserError: what is wanted does not run here, and why.
+        UserError: the wanted kernel does not run here, and why.
     """
     if wanted == "sdpa":
         return AttentionChoice("sdpa")
@@ -310,11 +322,11 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
 
 
 def refusals(hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload | None = None) -> dict[Kernel, str | None]:
-    """For each kernel beside FlashAttention-2 that this GPU may prefer, the best first: why it cannot be used, or None where it can.
+    """Why each kernel that this GPU prefers to FlashAttention-2 cannot be used, or None where it can; the best kernel first.
 
     Args:
-        heads: of each model that it is to serve.
-        workload: None: nothing is known of the documents.
+        heads: attention heads of every model that it serves.
+        workload: None: unknown.
     """
     found: dict[Kernel, str | None] = {}
     if workload is not None and _are_short(workload, hardware):

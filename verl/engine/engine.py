@@ -35,7 +35,7 @@ class Engine:
         compute_dtype: of the forward and backward pass.
         spread: how the weights lie on the processes.
         fill: where the model has no values yet, reads them into its shards.
-        graph_tokens: micro-batches of up to so many tokens run as CUDA graphs, on one process that has all of the weights; 0: none.
+        graph_tokens: largest micro-batch to run as a CUDA graph, in tokens; 0: none. It needs one process with all of the weights.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The machine that a run is decided for: the one that is here, or one that a plan assumes."""
+"""The machine of a run: measured where it runs, or assumed by a plan."""
 
 import os
 from collections.abc import Callable
@@ -13,32 +13,32 @@ from verl.kernels import has_compiler
 from verl.models.attention import flash
 
 GIB = 2**30
-# GiB of memory that a card sold with so many GB has at least, but for a few of 16.
+# Minimum memory of a card in GiB, by the GB that it is sold with; a few cards of 16 GB have less.
 CARDS = {16: 15.6, 24: 22.0, 40: 39.4, 80: 79.1, 141: 139.7}
 
-Refusal = Callable[..., str | None]  # of (kernel, dtype, *heads): why the kernel cannot run here, or None
+Refusal = Callable[..., str | None]  # (kernel, dtype, *heads) → why the kernel cannot run here, or None
 
 
 def no_refusal(kernel: flash.Kernel, dtype: torch.dtype, *heads: flash.Heads) -> str | None:
-    """Every attention kernel runs: nothing is known to the contrary."""
+    """Assume that every attention kernel runs."""
     return None
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Processes and their devices.
+    """The processes of a run and the machine under them.
 
     Attributes:
-        device: of this process.
-        processes: of the run, each with a GPU of its own.
-        local_processes: those of them on this machine.
+        device: device of this process.
+        processes: number of processes, each with one GPU.
+        local_processes: number of processes on this machine.
         gpu_bytes: memory of one GPU; 0 on a CPU.
-        peak_flops: dense bfloat16 matrix rate of one GPU, FLOP/s; None: not known.
+        peak_flops: dense bfloat16 matmul rate of one GPU, FLOP/s; None: unknown.
         capability: major number of the GPU's compute capability; 0 on a CPU.
-        host_bytes: memory that the processes of this machine may take together; None: enough.
+        host_bytes: memory that the processes of this machine may use together; None: unlimited.
         has_compiler: whether there is a C compiler, which torch.compile needs.
-        is_here: whether it was measured, not assumed.
-        refusal: why an attention kernel cannot run here for models with such heads; None where it can.
+        is_here: whether it was measured, as opposed to assumed.
+        refusal: returns why an attention kernel cannot run here for models with the given heads, or None.
     """
 
     device: torch.device
@@ -57,22 +57,20 @@ class Hardware:
         return self.device.type == "cuda"
 
     def planned(self, gpus: int) -> "Hardware":
-        """So many of these GPUs, for a plan: no kernel is tried, and machines that are not here have host memory enough."""
+        """The same GPUs for a plan, `gpus` of them: no attention kernel is tried, and other machines have enough host memory."""
         there = self if gpus == self.processes else replace(self, processes=gpus, local_processes=gpus, host_bytes=None)
         return replace(there, refusal=no_refusal)
 
 
-# What a plan is made for where there is no GPU.
-ASSUMED = Hardware(
-    torch.device("cuda"), gpu_bytes=int(CARDS[80] * GIB), peak_flops=PEAKS["H100"], capability=9, has_compiler=True, is_here=False
-)
+# The GPU of a plan that is made on a machine without one.
+ASSUMED = Hardware(torch.device("cuda"), gpu_bytes=int(CARDS[80] * GIB), peak_flops=PEAKS["H100"], capability=9, is_here=False)
 
 
 def measure(device: torch.device) -> Hardware:
-    """The hardware of this process's group.
+    """Measure the hardware of this process and those that work with it.
 
     Args:
-        device: of this process, as `dist.start` chose it.
+        device: result of `dist.start`.
     """
     here = Hardware(
         device,

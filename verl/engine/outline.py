@@ -18,18 +18,18 @@ ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules", "lora_dropout", "us
 
 
 class Outline:
-    """The model that `model` of a config names. It is made on the meta device when it is first asked for, and once.
+    """The model named by the `model` section of a config, without weights. It is built on the meta device once, when first needed.
 
     Args:
-        settings: of the run.
-        model: where it is made already, as `outline` makes it.
+        settings: the `model` section.
+        model: result of `verl.models.load.outline`, if it is built already.
     Raises:
-        UserError: from everything that looks at it: no such model, or adapters that it cannot have.
+        UserError: on access: there is no such model, or it cannot have the adapters.
     """
 
     def __init__(self, settings: ModelConfig, model: PreTrainedModel | None = None):
         self.settings = settings
-        self._made: dict[str, PreTrainedModel] = {} if model is None else {"": model}  # by the adapters that are in it
+        self._made: dict[str, PreTrainedModel] = {} if model is None else {"": model}  # by adapter settings
 
     def with_settings(self, settings: ModelConfig) -> "Outline":
         """The same model under other settings."""
@@ -39,14 +39,14 @@ class Outline:
 
     @property
     def model(self) -> PreTrainedModel:
-        """All shapes, as the config alone has them."""
+        """The model without adapters."""
         if "" not in self._made:
             self._made[""] = outline(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
         return self._made[""]
 
     @property
     def adapted(self) -> PreTrainedModel:
-        """The same with the adapters that the settings ask for, as a run trains it."""
+        """The model with the adapters that the settings ask for, as it is trained."""
         if not self.has_adapters:
             return self.model
         key = repr([getattr(self.settings, name) for name in ADAPTER_KEYS])
@@ -60,7 +60,7 @@ class Outline:
 
     @cached_property
     def heads(self) -> Heads:
-        """Its attention heads."""
+        """Its attention heads; reads the config alone."""
         return heads_of(self.config)
 
     @cached_property
@@ -71,7 +71,7 @@ class Outline:
 
     @cached_property
     def parameters(self) -> int:
-        """Weights without adapters."""
+        """Number of weights, without adapters."""
         return count(self.model)
 
     @property
@@ -80,12 +80,12 @@ class Outline:
 
     @property
     def stored_numbers(self) -> int:
-        """Numbers in memory, adapters among them: one for each weight, but one for four weights in 4 bits, kept in pairs of bytes."""
+        """Number of elements of all parameter tensors, with adapters; one 16-bit element holds four 4-bit weights."""
         return count(self.adapted) - self.quantized + self.quantized // 4
 
     @property
     def quantized(self) -> int:
-        """Weights that are kept in 4 bits: those of the linear modules inside the layers."""
+        """Number of 4-bit weights: those of the linear modules inside the layers."""
         if not self.settings.load_in_4bit:
             return 0
         linear = (m for layer in decoder_layers(self.model) for m in layer.modules() if isinstance(m, nn.Linear))
@@ -93,23 +93,23 @@ class Outline:
 
     @property
     def trained_parameters(self) -> int:
-        """Weights that the optimizer updates."""
+        """Number of weights that the optimizer updates."""
         return sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
 
-    def flops(self, tokens: int, *, scores: bool = False) -> float:
-        """FLOP of so many trained tokens, forward and backward, as `training_flops` counts them.
+    def flops(self, tokens: int, *, scalar_head: bool = False) -> float:
+        """FLOP of the forward and backward pass over `tokens` trained tokens (see `training_flops`).
 
         Args:
-            scores: of a model that gives one number for a token in place of a distribution. It has no adapters.
+            scalar_head: count a head that gives one number per token in place of the output layer. Such a model has no adapters.
         """
-        if scores:
+        if scalar_head:
             hidden_size: int = self.model.config.get_text_config().hidden_size
             return training_flops(self.model)(tokens, 0) + 6.0 * hidden_size * tokens
         return training_flops(self.adapted)(tokens, tokens)
 
 
 def _with_adapters(model: PreTrainedModel, settings: ModelConfig) -> PreTrainedModel:
-    from peft import get_peft_model  # it takes its time
+    from peft import get_peft_model  # slow to import
 
     from verl.models.adapters.lora import lora_config
     from verl.models.adapters.operators import use_operators

@@ -127,7 +127,7 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
 
 
 def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model without values, on the meta device: its shapes, from its config alone.
+    """Build a causal language model on the meta device, from its config alone.
 
     Raises:
         UserError: no such model.

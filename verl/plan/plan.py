@@ -1,7 +1,6 @@
 """The plan before the run: steps, tokens and memory of a GPU, from the config, the rows and the model's config alone.
 
-It is for GPUs, whatever machine it is made on, and reads what was decided for them (`verl.engine.decisions`). The first lines to read
-are those of `make_plan`.
+It is made for GPUs, on any machine, from the same decisions as the run (`verl.engine.decisions`). Read `make_plan` first.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from verl.plan import memory
 from verl.plan.memory import FLOAT32, Decoder, MemoryUse, Work
 from verl.plan.sizes import decoder
 
-STEPS_SCANNED = 1000  # whose micro-batches are made up to find the largest; steps of one run are much alike
+STEPS_SCANNED = 1000  # steps that are packed to find the largest micro-batch; the steps of a run are much alike
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Plan:
     """What a run will take.
 
     Attributes:
-        name: of the model's class.
-        tokens_per_step: over all GPUs, on average.
+        name: class of the model.
+        tokens_per_step: mean number of tokens over all GPUs.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Plan:
 
     @property
     def needed(self) -> float:
-        """Bytes of a GPU that it needs, with an estimate of what CUDA and PyTorch take besides."""
+        """Memory needed per GPU, in bytes, including an estimate of the overhead of CUDA and PyTorch."""
         return self.peak.total + memory.overhead_bytes(self.work, self.peak.total)
 
     def fits(self, gpu_bytes: float) -> bool:
@@ -58,10 +57,10 @@ class Plan:
 
 
 def plan_run(config: SFTConfig, documents: TokenizedRows, outline: Outline, hardware: Hardware) -> Plan:
-    """The plan of a run on this hardware, which need not be here.
+    """Decide for this hardware, which need not be here, and plan the run.
 
     Raises:
-        UserError: no such model, or what cannot run there as the config asks for it.
+        UserError: there is no such model, or the hardware cannot run what the config asks for.
     """
     check_multiple(hardware.processes, config.model.context_parallel_size, key="model.context_parallel_size")
     spread, steps = choose_spread(outline, hardware), steps_of(config, len(documents), hardware)
@@ -70,7 +69,7 @@ def plan_run(config: SFTConfig, documents: TokenizedRows, outline: Outline, hard
 
 
 def make_plan(config: SFTConfig, documents: TokenizedRows, outline: Outline, decisions: Decisions) -> Plan:
-    """The plan of a run for which everything is decided."""
+    """Plan a run from its decisions."""
     hardware, sizes, context = decisions.hardware, decoder(outline), config.model.context_parallel_size
     steps, packing = steps_of(config, len(documents), hardware), packing_of(config.data, hardware)
     where = (hardware.processes // context, context, config.trainer.seed)
@@ -80,11 +79,12 @@ def make_plan(config: SFTConfig, documents: TokenizedRows, outline: Outline, dec
 
 
 class Steps(NamedTuple):
-    """How long a run is.
+    """Length of a run.
 
     Attributes:
-        rows: of a step, over all processes.
-        per_epoch, total: steps.
+        rows: rows per step, over all processes.
+        per_epoch: steps per epoch.
+        total: steps of the run.
     """
 
     rows: int
@@ -93,7 +93,7 @@ class Steps(NamedTuple):
 
 
 def steps_of(config: SFTConfig, rows: int, hardware: Hardware) -> Steps:
-    """How long a run over so many rows is."""
+    """Length of a run with `rows` rows per epoch."""
     groups = hardware.processes // config.model.context_parallel_size
     per_step = config.data.train_batch_size or config.data.micro_batch_size_per_gpu * groups
     per_epoch = -(-rows // per_step)
@@ -101,11 +101,11 @@ def steps_of(config: SFTConfig, rows: int, hardware: Hardware) -> Steps:
 
 
 class MicroBatch(NamedTuple):
-    """The largest of a run.
+    """Size of a micro-batch.
 
     Attributes:
-        tokens: with filler.
-        in_step: micro-batches of one process in its step.
+        tokens: number of tokens, filler included.
+        in_step: number of micro-batches per process in the same step.
     """
 
     tokens: int
@@ -113,14 +113,14 @@ class MicroBatch(NamedTuple):
     in_step: int
 
 
-@lru_cache(maxsize=32)  # what a plan advises mostly leaves micro-batches as they are
+@lru_cache(maxsize=32)  # most hints leave the micro-batches unchanged
 def largest_micro_batch(documents: TokenizedRows, steps: Steps, packing: Packing, groups: int, context: int, seed: int) -> MicroBatch:
-    """The micro-batch of the most tokens.
+    """Find the micro-batch with the most tokens.
 
     Args:
-        groups: of processes that take different rows.
-        context: processes of a group, which share its micro-batches.
-        seed: of the rows' order.
+        groups: data-parallel size.
+        context: context-parallel size.
+        seed: seed of the row order.
     """
     largest, epoch, order = MicroBatch(0, 0, 1), -1, row_order(0, 0, 0)
     fill = context * (packing.multiple_of_tokens if packing.token_budget else 1)
@@ -146,7 +146,7 @@ def cut(lengths: Sequence[int], packing: Packing, groups: int) -> list[list[int]
 
 
 def work_of(config: SFTConfig, sizes: Decoder, decisions: Decisions, largest: MicroBatch) -> Work:
-    """How the largest micro-batch's step is done."""
+    """The step of the largest micro-batch, as the memory formulas take it."""
     spread, context = decisions.spread, config.model.context_parallel_size
     tokens, trained_tokens = -(-largest.tokens // context), -(-largest.trained_tokens // context)
     captured = largest.in_step == 1 and 0 < tokens <= decisions.graph_tokens

@@ -1,4 +1,4 @@
-"""What to change where a run does not fit into a GPU: changes of its config, the mildest first, of which the first that fits is named."""
+"""Hints for a run that does not fit into a GPU: config changes to try in order, the mildest first."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ from verl.plan.plan import Plan, plan_run
 MOST_GPUS = 1024
 CHECKPOINTS, BUDGET = "model.enable_gradient_checkpointing", "data.max_tokens_per_micro_batch"
 
-Changes = dict[str, Any]  # of a config, by key
+Changes = dict[str, Any]  # new values by config key
 
 
 def hints(config: SFTConfig, gpus: int) -> Iterator[tuple[Changes, int]]:
-    """What to try, and on how many GPUs: less of weights and optimizer each time, and with it less and less of activations."""
+    """Changes to try and the number of GPUs: for each way to keep less state, every way to keep fewer activations; then more GPUs."""
     activations = list(lighter_activations(config))
     for state in lighter_state(config, gpus):
         yield state, gpus
@@ -34,7 +34,7 @@ def hints(config: SFTConfig, gpus: int) -> Iterator[tuple[Changes, int]]:
 
 
 def lighter_activations(config: SFTConfig) -> Iterator[Changes]:
-    """More of them computed again, then fewer at a time: halves of the budget down to data.max_length, or a row."""
+    """Recompute more activations; then halve the token budget, down to data.max_length, or to one row."""
     data, kinds = config.data, list(CHECKPOINTING)
     for value in kinds[kinds.index(config.model.enable_gradient_checkpointing) + 1 :]:
         yield {CHECKPOINTS: value}
@@ -49,7 +49,7 @@ def lighter_activations(config: SFTConfig) -> Iterator[Changes]:
 
 
 def lighter_state(config: SFTConfig, gpus: int) -> Iterator[Changes]:
-    """Weights, gradients and moments as they are; shared out; in fewer bytes; in host memory; and the same of adapters alone."""
+    """Ways to keep less of weights, gradients and moments on a GPU: shard, use fewer bytes, offload, or train adapters only."""
     model = config.model
     shared: Changes = {"model.strategy": "fsdp2"} if model.strategy == "ddp" else {}
     plain: Changes = {"optim.name": "adamw", "model.param_dtype": "float32", "model.load_in_4bit": False}
@@ -70,9 +70,9 @@ def lighter_state(config: SFTConfig, gpus: int) -> Iterator[Changes]:
 
 
 def adviser(config: SFTConfig, documents: TokenizedRows, outline: Outline, plan: Plan) -> Callable[[float], str]:
-    """What to change, as a function of a GPU's memory in bytes. Each change is planned once, and only if those before it do not fit."""
+    """A function from a GPU's memory in bytes to the first hint that fits. Each hint is planned at most once."""
     by_difference = ((tuple(_new(config, changes).items()), there) for changes, there in hints(config, plan.hardware.processes))
-    tried = list(dict.fromkeys(by_difference))[1:]  # each once; the first changes nothing
+    tried = list(dict.fromkeys(by_difference))[1:]  # without duplicates and without the first, which changes nothing
 
     @cache
     def planned(number: int) -> Plan | None:
@@ -81,7 +81,7 @@ def adviser(config: SFTConfig, documents: TokenizedRows, outline: Outline, plan:
         try:
             new.check()
             return plan_run(new, documents, outline.with_settings(new.model), plan.hardware.planned(gpus))
-        except UserError:  # keys that do not go together, or another limit of this machine
+        except UserError:  # keys that exclude each other, or another limit of this machine
             return None
 
     def advice(gpu_bytes: float) -> str:
@@ -99,7 +99,7 @@ def _new(config: SFTConfig, changes: Changes) -> Changes:
 
 
 def words(changes: Changes, plan: Plan, *, before: Plan) -> str:
-    """As a person types them, and what they save."""
+    """The changes as command-line words, and the memory that they save."""
     keys = " ".join(f"{key}={_typed(value)}" for key, value in changes.items())
     if plan.hardware.processes > before.hardware.processes:
         return f"{plan.hardware.processes} GPUs{f' with {keys}' if keys else ''}"
@@ -111,7 +111,7 @@ def _typed(value: object) -> str:
 
 
 def changed(config: SFTConfig, changes: Changes) -> SFTConfig:
-    """A copy with other values."""
+    """A copy of the config with the changes."""
     new = copy.deepcopy(config)
     for key, value in changes.items():
         *path, name = key.split(".")

@@ -11,7 +11,7 @@ from verl.plan.memory import Decoder
 
 
 def decoder(outline: Outline) -> Decoder:
-    """Sizes of the model as it is trained, with its adapters."""
+    """Sizes of the model as it is trained, adapters included."""
     model, heads = outline.model, outline.heads
     text, inner = model.config.get_text_config(), model.get_decoder()
     assert isinstance(inner, nn.Module)
@@ -35,7 +35,7 @@ def decoder(outline: Outline) -> Decoder:
 
 
 def with_adapters(sizes: Decoder, outline: Outline) -> Decoder:
-    """Sizes with everything frozen but adapters, which are in the layers, nearly always."""
+    """Sizes with frozen weights and trained adapters, which are taken to lie inside the layers."""
     kinds = {name: type(module) for name, module in outline.model.named_modules() if hasattr(module, "gate_proj")}
     adapted: dict[str, Any] = dict(outline.adapted.named_modules())
     adapters = {name: module.r["default"] for name, module in adapted.items() if "default" in getattr(module, "lora_A", ())}

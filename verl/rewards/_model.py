@@ -15,6 +15,7 @@ from verl.config.ppo import RewardModelConfig
 from verl.data.chat import Message
 from verl.data.pack import collate, pack
 from verl.data.render import Renderer
+from verl.engine.decisions import choose_compute_dtype
 from verl.engine.scorers import RewardScorer, check_hidden
 from verl.errors import UserError
 from verl.models.heads import has_head, load_reward_model
@@ -55,7 +56,7 @@ class RewardModel:
         assert config.path is not None
         path, device = config.path, torch.device(device)
         check_scores(config)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = choose_compute_dtype("auto", device)
         model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
         own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
         check_vocabulary(model, own, path)

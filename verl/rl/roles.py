@@ -78,20 +78,20 @@ class Roles:
 
 @dataclass(frozen=True)
 class RoleDecisions:
-    """What was chosen for the models that are trained; one attention serves them and the reward model."""
+    """Decisions for the trained models. One attention kernel serves them and the reward model."""
 
     actor: Decisions
     critic: Decisions | None
 
 
 def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: Hardware, total_steps: int) -> RoleDecisions:
-    """Choose how actor and critic are computed.
+    """Decide for actor and critic.
 
     Args:
-        outline: of the actor.
-        total_steps: of the whole run, each with as many updates as the method makes.
+        outline: outline of the actor.
+        total_steps: number of steps of the whole run; each has the method's number of updates.
     Raises:
-        UserError: what the config asks for cannot run on this hardware.
+        UserError: the hardware cannot run what the config asks for.
     """
     tokens_per_step = config.data.prompts_per_step * config.rollout.samples_per_prompt * longest_sample(config)
     workload = Workload(
@@ -102,21 +102,21 @@ def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: 
     )
     of_critic = outline_of_critic(config, outline) if method.needs_critic else None
     heads = [*([] if of_critic is None else [of_critic.heads]), *heads_of_reward_model(config)]
-    actor = decide(outline, hardware, workload, choose_spread(outline, hardware), beside=heads)
+    actor = decide(outline, hardware, workload, choose_spread(outline, hardware), other_heads=heads)
     if of_critic is None:
         return RoleDecisions(actor, None)
-    critic = decide(of_critic, hardware, workload, actor.spread, beside=[outline.heads, *heads], scores=True)
+    critic = decide(of_critic, hardware, workload, actor.spread, other_heads=[outline.heads, *heads], scalar_head=True)
     return RoleDecisions(actor, critic)
 
 
 def outline_of_critic(config: PPOConfig, actor: Outline) -> Outline:
-    """The critic is the actor's model, or one of its own."""
+    """The outline of the critic's model, which is the actor's unless the config names another."""
     path = config.critic.partial_pretrain
     return actor if path in (None, config.model.partial_pretrain) else Outline(replace(config.model, partial_pretrain=path))
 
 
 def heads_of_reward_model(config: PPOConfig) -> list[Heads]:
-    """Its attention heads, where there is one."""
+    """Attention heads of the reward model, if there is one."""
     model = config.reward_model
     return [] if model.path is None else [heads_of(read_config(model.path, trust_remote_code=model.trust_remote_code))]
 

@@ -56,7 +56,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         if start is None:
             return run.result()
         workload = Workload.of(pairs.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
-        decisions = decide(outline, hardware, workload, spread, scores=method.scorer == "score")
+        decisions = decide(outline, hardware, workload, spread, scalar_head=method.scorer == "score")
         built = build_for(config, method, tokenizer, pairs, decisions)
         run.say(f"{built.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
         if method.needs_reference:

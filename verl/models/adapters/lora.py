@@ -72,10 +72,10 @@ def _on_cpu(model: PreTrainedModel) -> Iterator[None]:
 
 
 def check_adapters(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check before loading that the configured adapters fit the model, from its shapes alone.
+    """Check that the adapters of the config fit the model, before anything is loaded.
 
     Args:
-        model: without values.
+        model: result of `verl.models.load.outline`.
     Raises:
         UserError: they do not.
     """

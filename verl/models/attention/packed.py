@@ -45,11 +45,11 @@ class AttentionChoice:
     refused: dict[flash.Kernel, str] = field(default_factory=dict)
 
 
-_kernel: flash.Kernel | Literal["sdpa"] = "fa2"  # transformers' models call attention by its name alone
+_kernel: flash.Kernel | Literal["sdpa"] = "fa2"  # global, since transformers' models call attention by its name
 
 
 def use_attention(choice: AttentionChoice) -> None:
-    """Let this process call what was chosen from now on."""
+    """Activate the chosen kernel for this process."""
     global _kernel
     _kernel = choice.kernel
     if choice.kernel != "sdpa":
