@@ -278,9 +278,9 @@ def reach_rows(modules: Mapping[str, Module]) -> list[Row]:
         for start in (f"{PACKAGE}.algorithms.sft", f"{PACKAGE}.algorithms.grpo", SFT_ENTRY)
     )
     return [
-        Row("modules that algorithms/sft.py reaches", len(sft), 10, _listed(sft)),
-        Row("modules that algorithms/grpo.py reaches", len(grpo), 14, _listed(grpo)),
-        Row("modules that the SFT entry reaches", len(entry), 50, _listed(entry)),
+        Row("modules that algorithms/sft.py reaches", len(sft) - 1, 10, _listed(sft)),  # not counting itself
+        Row("modules that algorithms/grpo.py reaches", len(grpo) - 1, 14, _listed(grpo)),
+        Row("modules that the SFT entry reaches", len(entry) - 1, 50, _listed(entry)),
         Row("lines that the SFT entry reaches", sum(module.lines for module in entry), 9000),
     ]
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from verl import dist
 from verl.config.pairs import PairsConfig
-from verl.config.ppo import PPOConfig
+from verl.config.ppo import PPOConfig, longest_sample
 from verl.config.sft import DataConfig, SFTConfig
 from verl.config.shared import FsdpConfig, ModelConfig, OptimConfig
 from verl.engine import build as building
@@ -182,7 +182,7 @@ PAIRS = PairsConfig(micro_batch_size_per_gpu=3, max_length=500)
 def answers(prompt: int, budget: int | None = None) -> int:
     config = PPOConfig()
     config.data.max_prompt_length, config.rollout.max_new_tokens, config.data.max_tokens_per_micro_batch = prompt, 24, budget
-    return token_budget_of_answers(config)
+    return token_budget_of_answers(config.data.max_tokens_per_micro_batch, longest_sample(config))
 
 
 BUDGETS = {

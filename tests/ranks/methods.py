@@ -24,7 +24,8 @@ from verl.data.pack import collate
 from verl.engine.contract import LossOut
 from verl.engine.engine import Engine
 from verl.engine.moments import local
-from verl.engine.scorers import RewardScorer, Scorer, TokenScorer, ValueScorer
+from verl.engine.scorers import Scorer, TokenScorer
+from verl.engine.value_scorers import RewardScorer, ValueScorer
 from verl.engine.weights import Spread
 from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import load_for_training

@@ -18,6 +18,7 @@ from verl.algorithms import sft
 from verl.config.shared import FsdpConfig, ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
 from verl.engine import build as building
+from verl.engine import build_heads, references
 from verl.engine.engine import Engine
 from verl.models.load import load_tokenizer
 
@@ -36,7 +37,7 @@ def losses(built: building.Built, *, scores: bool) -> list[float]:
     loader = Loader(RandomDocuments(), Packing(1, 240), rows_per_step=8, seed=1, rank=dist.rank(), world_size=dist.world_size())
     steps = list(loader.steps(0, 3))
     if scores:
-        building.AdapterOffReference(built).score(steps[0].micro_batches)
+        references.AdapterOffReference(built).score(steps[0].micro_batches)
     return [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in steps]
 
 
@@ -66,9 +67,9 @@ def main(model: str, folder: str) -> None:
             built.export(adapter)
         actors.append(built)
     settings = ModelConfig(partial_pretrain=model, strategy="fsdp", fsdp_config=fsdp)
-    reference = building.build_reference(settings, actors[0])
-    critic = building.build_critic(settings, optim, model, actors[0], decided(settings, scalar_head=True), seed=1)
-    reward = building.build_reward_model(settings, optim, tokenizer, decided(settings, scalar_head=True), padding=None, **options)
+    reference = references.build_reference(settings, actors[0])
+    critic = build_heads.build_critic(settings, optim, model, actors[0], decided(settings, scalar_head=True), seed=1)
+    reward = build_heads.build_reward_model(settings, optim, tokenizer, decided(settings, scalar_head=True), padding=None, **options)
     assert isinstance(reference, Engine)
     for name, scorer in (("reference", reference.scorer), ("critic", critic.engine.scorer), ("reward model", reward.engine.scorer)):
         found[name] = {"start": whole(scorer.model), "losses": []}

@@ -112,11 +112,11 @@ def heads_served(monkeypatch: pytest.MonkeyPatch) -> list[set[Heads]]:
 
 
 def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.engine import build
+    from verl.engine import build_heads
 
     looked_at = []
-    check = build.check_hidden
-    monkeypatch.setattr(build, "check_hidden", lambda scorer, **where: (looked_at.append(type(scorer.model)), check(scorer, **where)))
+    check = build_heads.check_hidden
+    monkeypatch.setattr(build_heads, "check_hidden", lambda scorer, **where: (looked_at.append(type(scorer.model)), check(scorer, **where)))
     served = heads_served(monkeypatch)
     path = other_critic(folder, "llama")
     train(folder, "other_critic", algorithm__name="ppo", critic__partial_pretrain=path, trainer__total_training_steps=1)

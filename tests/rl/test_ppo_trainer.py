@@ -364,7 +364,7 @@ def test_merged_weights_of_an_adapter_are_those_that_generate(folder: Path) -> N
 
 
 def test_the_reference_of_an_adapter_is_its_actor_without_it(folder: Path) -> None:
-    from verl.engine.build import AdapterOffReference, build_reference
+    from verl.engine.references import AdapterOffReference, build_reference
 
     try:
         lora = Lora(folder)

@@ -1,9 +1,9 @@
 """From a model's name and settings to an engine that trains it and can write it out again."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,24 +11,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config.shared import ModelConfig, OptimConfig
-from verl.data.batch import Batch
 from verl.engine.compile import Compiler
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.outline import Outline
 from verl.engine.recompute import recompute_activations
-from verl.engine.scorers import RewardScorer, Scorer, TokenScorer, ValueScorer, check_hidden, check_parts, check_scorer
+from verl.engine.scorers import Scorer, TokenScorer, check_parts, check_scorer
 from verl.engine.weights import MasterWeights
-from verl.errors import UserError
-from verl.models.adapters.trained_tokens import stop_token_warning, untrained_stop_tokens
 from verl.models.attention.packed import describe_attention, use_attention
 from verl.models.attention.ulysses import check_heads
-from verl.models.heads import load_critic, load_reward_model
-from verl.models.load import Loaded, check_vocabulary, load_for_training, load_tokenizer, read_adapter_config
+from verl.models.load import Loaded, check_vocabulary, load_for_training, read_adapter_config
 from verl.models.prompt_format import PromptFormat
 from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.saved import export_adapter, export_model, export_tokenizer
-from verl.models.shards import load_without_values, small_twin
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,7 +41,7 @@ class Built:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     system_prompts: list[str | None] | None  # of the chats that it is trained on; None: each has its own
-    never_trained: list[str]  # stop tokens whose embedding an adapter leaves as no text ever trained it
+    warning: str | None  # of stop tokens with an embedding that was never trained, and that the adapter does not train
 
     def export(self, directory: Path) -> None:
         """Write the Hugging Face files, of the adapter alone where there is one. Every rank calls it."""
@@ -86,22 +81,8 @@ class Built:
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
             f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
             f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})"
-            + (f"\nwarning: {stop_token_warning(self.never_trained)}" if self.never_trained else "")
+            + (f"\nwarning: {self.warning}" if self.warning else "")
         )
-
-
-@dataclass(frozen=True)
-class Critic:
-    """An engine with a value head, and what it takes to write it as a Hugging Face directory."""
-
-    engine: Engine
-    loaded: Loaded
-
-    def export(self, directory: Path) -> None:
-        """Write a token classification model with one label. Every rank calls it."""
-        directory.mkdir(exist_ok=True)
-        with self.engine.weights.in_model():
-            export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
 
 
 def whole_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -143,14 +124,16 @@ def build(
     Raises:
         UserError: no such model, or one that cannot be trained this way.
     """
-    _begin(decisions, seed)
+    prepare_process(decisions, seed)
     loaded, scorer = _load(settings, decisions)
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
-    adapted, never_trained = None, list[str]()
+    adapted, warning = None, None
     if _has_adapters(settings):
         from verl.models.adapters.lora import add_adapters
+        from verl.models.adapters.trained_tokens import stop_token_warning, untrained_stop_tokens
 
-        never_trained = untrained_stop_tokens(loaded.output_embeddings(), tokenizer, stop_ids)
+        untrained = untrained_stop_tokens(loaded.output_embeddings(), tokenizer, stop_ids)
+        warning = stop_token_warning(untrained) if untrained and settings.trainable_tokens is None else None
         adapted = add_adapters(
             loaded.model,
             settings,
@@ -161,133 +144,18 @@ def build(
             dropout=dropout,
         )
         _use_operators(adapted, loaded.model, decisions)
-    compiler = _prepare_layers(loaded.model, decisions, liger=settings.use_liger)
-    engine = _engine(scorer, optim, loaded, decisions)
-    if settings.trainable_tokens is not None:
-        never_trained = []
-    return Built(engine, decisions, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, never_trained)
+    compiler = prepare_layers(loaded.model, decisions, liger=settings.use_liger)
+    engine = make_engine(scorer, optim, loaded, decisions)
+    return Built(engine, decisions, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, warning)
 
 
-def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Built, decisions: Decisions, *, seed: int) -> Critic:
-    """A model with a value head, all of it trained, spread as the actor is.
-
-    Args:
-        settings: of the actor; its adapter is not the critic's.
-        path: a critic, or a causal language model that gets a head of zeros.
-        decisions: result of `decide` for the critic.
-    Raises:
-        UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
-    """
-    torch.manual_seed(seed)
-    home, values = _home(decisions), not decisions.is_sharded
-    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
-    check_vocabulary(loaded.model, actor.tokenizer, path)
-    check_hidden(ValueScorer(_checked(loaded, decisions)), where=path)
-    _cast(loaded.model, decisions.param_dtype)
-    _prepare_layers(loaded.model, decisions)
-    return Critic(_engine(ValueScorer(loaded.model), optim, loaded, decisions), loaded)
-
-
-def build_reward_model(
-    settings: ModelConfig,
-    optim: OptimConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    decisions: Decisions,
-    *,
-    stop_ids: list[int],
-    padding: int | None,
-    seed: int,
-) -> Built:
-    """A model with one score for a whole document, all of it trained.
-
-    Args:
-        settings: its partial_pretrain is such a model, or a causal language model that gets a head of zeros.
-        decisions: result of `decide` for this model.
-        padding: id of the token that transformers' own class takes for padding; None: it reads one document at a time.
-        stop_ids: as for `build`.
-    Raises:
-        UserError: no such model, or one that cannot have the head.
-    """
-    _begin(decisions, seed)
-    path, home, values = settings.partial_pretrain, _home(decisions), not decisions.is_sharded
-    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
-    check_vocabulary(loaded.model, tokenizer, path)
-    check_hidden(RewardScorer(_checked(loaded, decisions)), where=path)
-    loaded.model.config.pad_token_id = padding
-    _cast(loaded.model, decisions.param_dtype)
-    compiler = _prepare_layers(loaded.model, decisions, liger=settings.use_liger)
-    engine = _engine(RewardScorer(loaded.model), optim, loaded, decisions)
-    return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, [])
-
-
-class AdapterOffReference:
-    """What an actor with an adapter of its own starts from: the actor itself, its adapter switched off while it scores."""
-
-    def __init__(self, actor: Built):
-        assert actor.adapted is not None
-        self._adapted, self._engine = actor.adapted, actor.engine
-
-    def score(self, micro_batches: Iterable[Batch]) -> list[Any]:
-        """As `Engine.score`."""
-        scorer: Any = self._engine.scorer
-        entropy, scorer.entropy = scorer.entropy, False
-        try:
-            with self._adapted.disable_adapter():
-                for parameter in self._engine.trained:  # peft freezes them too, and FSDP2's first forward pass would take them for frozen
-                    parameter.requires_grad = True
-                return self._engine.score(micro_batches)
-        finally:
-            scorer.entropy = entropy
-
-
-def build_reference(settings: ModelConfig, actor: Built, path: str | None = None) -> Engine | AdapterOffReference:
-    """A frozen model in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
-
-    Args:
-        path: of another model with the actor's vocabulary; None: what the actor starts from.
-    Raises:
-        UserError: no such model, or one with another vocabulary.
-    """
-    adapter = settings.lora_adapter_path if path is None else None
-    if path is None and actor.adapted is not None and adapter is None and settings.trainable_tokens is None:
-        return AdapterOffReference(actor)
-    if path is not None:
-        _check_same_tokens(actor.tokenizer, path, trust_remote_code=settings.trust_remote_code)
-    decisions = replace(actor.decisions, graph_tokens=0)  # it has no backward pass
-    source, trusted, dtype, loaded = path or settings.partial_pretrain, settings.trust_remote_code, decisions.compute_dtype, None
-    if decisions.is_sharded and adapter is None:
-        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trusted)
-    if loaded is None:
-        loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted)
-    if adapter is not None:
-        from verl.models.adapters.files import put_on
-
-        put_on(loaded.model, adapter).merge_and_unload()
-    check_vocabulary(loaded.model, actor.tokenizer, source)
-    temperature = getattr(actor.engine.scorer, "temperature", 1.0)
-    return _engine(TokenScorer(loaded.model, temperature), None, loaded, decisions)
-
-
-def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:
-    """Raises UserError if a model's own tokenizer reads some token id of ours otherwise."""
-    mine, theirs = tokenizer.get_vocab(), load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
-    odd = [token for token, number in mine.items() if theirs.get(token) != number]
-    if odd:
-        found = theirs.get(odd[0], "no token")
-        raise UserError(
-            f"{len(odd):,} tokens of the actor are others there: {odd[0]!r} is {mine[odd[0]]} here and {found} there",
-            where=path,
-            fix="choose a model of the actor's family, with the same tokenizer",
-        )
-
-
-def _begin(decisions: Decisions, seed: int) -> None:
+def prepare_process(decisions: Decisions, seed: int) -> None:
     """Seed the random numbers, and activate the attention kernel that all models of the process use."""
     torch.manual_seed(seed)
     use_attention(decisions.attention)
 
 
-def _engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions: Decisions) -> Engine:
+def make_engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions: Decisions) -> Engine:
     return Engine(
         scorer,
         optim,
@@ -300,7 +168,7 @@ def _engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions
     )
 
 
-def _prepare_layers(model: PreTrainedModel, decisions: Decisions, *, liger: bool = False) -> Compiler:
+def prepare_layers(model: PreTrainedModel, decisions: Decisions, *, liger: bool = False) -> Compiler:
     """Apply Liger's kernels, activation checkpointing and compiling to the layers, in place."""
     if liger:
         from verl.models.liger import use_liger
@@ -318,27 +186,26 @@ def _use_operators(adapted: "PeftModel", model: PreTrainedModel, decisions: Deci
     model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
 
 
-def _home(decisions: Decisions) -> torch.device:
+def loading_device(decisions: Decisions) -> torch.device:
     """The device that weights are loaded to."""
     return torch.device("cpu") if decisions.spread.sharding.cpu_offload else decisions.device
-
-
-def _checked(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:
-    """The model to check against its eager version: itself, or a small twin if it has no values yet."""
-    return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device)
 
 
 def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenScorer]:
     """The model, in the dtype that the optimizer updates. Where it is to be sharded it has no values yet (`Loaded.fill`)."""
     source, trusted, adapters = settings.partial_pretrain, settings.trust_remote_code, _has_adapters(settings)
-    device, home, compute_dtype = decisions.device, _home(decisions), decisions.compute_dtype
+    device, home, compute_dtype = decisions.device, loading_device(decisions), decisions.compute_dtype
     if decisions.is_sharded and not _starts_from_values(settings):
+        from verl.models.shards import load_without_values, small_twin
+
         frozen = compute_dtype if adapters else decisions.param_dtype
         loaded = load_without_values(source, dtype=frozen, trust_remote_code=trusted)
         if loaded is not None:
             _check(TokenScorer(small_twin(loaded.model, device)))
             return loaded, TokenScorer(loaded.model)
     if adapters and compute_dtype != torch.float32 and not (settings.use_dora or settings.load_in_4bit):
+        from verl.models.shards import small_twin
+
         # What is frozen needs no float32; DoRA starts from the norms of its rows, which do.
         loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted)
         _check(TokenScorer(small_twin(loaded.model, device)))
@@ -346,7 +213,7 @@ def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenSco
     loaded = load_for_training(source, device=home, trust_remote_code=trusted, quantization=four_bit(settings, compute_dtype))
     scorer = TokenScorer(loaded.model)
     _check(scorer)
-    _cast(loaded.model, decisions.param_dtype)
+    cast_weights(loaded.model, decisions.param_dtype)
     return loaded, scorer
 
 
@@ -367,7 +234,7 @@ def _check(scorer: TokenScorer) -> None:
     check_parts(scorer)
 
 
-def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Weights to the dtype that the optimizer updates, one at a time; buffers, such as rotary frequencies, stay as they are.
 
     Not earlier: packed batches are compared with the model alone in float32, where a difference of 1e-3 means something.

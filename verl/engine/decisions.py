@@ -6,14 +6,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from verl.config.pairs import PairsConfig
-from verl.config.ppo import PPOConfig, longest_sample
-from verl.config.sft import DataConfig
 from verl.data.loader import Packing
 from verl.data.pack import TILE
 from verl.engine.fsdp import Sharding
@@ -25,6 +22,10 @@ from verl.models.attention import flash
 from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import AttentionChoice, has_flash
 from verl.models.attention.ulysses import heads_of_each
+
+if TYPE_CHECKING:
+    from verl.config.pairs import PairsConfig
+    from verl.config.sft import DataConfig
 
 # model.strategy=auto: bytes per parameter with working copy, gradient and moments, or frozen; and the share of a GPU's memory up to
 # which a full copy of the weights on each GPU is faster than shards.
@@ -175,21 +176,26 @@ def multiple_of_tokens(hardware: Hardware) -> int:
     return TILE if hardware.has_gpu else 1
 
 
-def packing_of(data: DataConfig, hardware: Hardware) -> Packing:
+def packing_of(data: "DataConfig", hardware: Hardware) -> Packing:
     """Packing of rows for fine-tuning."""
     budget = data.max_tokens_per_micro_batch or data.micro_batch_size_per_gpu * data.max_length
     return Packing(data.micro_batch_size_per_gpu, budget if data.packing else None, multiple_of_tokens(hardware))
 
 
-def packing_of_pairs(data: PairsConfig, hardware: Hardware) -> Packing:
+def packing_of_pairs(data: "PairsConfig", hardware: Hardware) -> Packing:
     """Packing of pairs of answers."""
     budget = data.max_tokens_per_micro_batch or data.micro_batch_size_per_gpu * 2 * data.max_length
     return Packing(data.micro_batch_size_per_gpu, budget, multiple_of_tokens(hardware))
 
 
-def token_budget_of_answers(config: PPOConfig) -> int:
-    """Maximum tokens of a micro-batch of answers."""
-    return config.data.max_tokens_per_micro_batch or max(ANSWER_TOKENS, longest_sample(config))
+def token_budget_of_answers(asked: int | None, longest: int) -> int:
+    """Maximum tokens of a micro-batch of answers.
+
+    Args:
+        asked: data.max_tokens_per_micro_batch.
+        longest: tokens of the longest prompt with the longest answer.
+    """
+    return asked or max(ANSWER_TOKENS, longest)
 
 
 # Sharding.

@@ -5,7 +5,7 @@ Dimensions: M trained positions.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,13 @@ from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
 from verl.engine.compile import uncompiled
 from verl.engine.contract import Algorithm, LossOut, Slope
-from verl.engine.cuda_graphs import CapturedBackward
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.scorers import Scorer
 from verl.engine.weights import SHARDED, Spread, spread_weights
 from verl.models.linear import use_whole_cpu
+
+if TYPE_CHECKING:
+    from verl.engine.cuda_graphs import CapturedBackward
 
 
 class Engine:
@@ -55,7 +57,7 @@ class Engine:
         if config is None:
             scorer.requires_grad_(False)
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
-        self.captured = CapturedBackward(scorer, device, graph_tokens) if graph_tokens else None
+        self.captured = _captured(scorer, device, graph_tokens) if graph_tokens else None
         self.trained = list(self.weights.trained.values())
         if config is not None:
             self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
@@ -176,6 +178,12 @@ class Engine:
         if processes.world_size() > 1:
             dist.all_reduce(values, group=processes.group())
         return values
+
+
+def _captured(scorer: Scorer, device: torch.device, graph_tokens: int) -> "CapturedBackward":
+    from verl.engine.cuda_graphs import CapturedBackward  # only a GPU needs it
+
+    return CapturedBackward(scorer, device, graph_tokens)
 
 
 def _counts(batch: Batch, algorithm: Algorithm) -> tuple[float, float]:

@@ -23,7 +23,10 @@ class FusedAdamW:
 
     Attributes:
         lr: learning rate of the next step.
+        is_fused: marks an optimizer that clips, skips non-finite steps and publishes the weights itself.
     """
+
+    is_fused = True
 
     def __init__(
         self,

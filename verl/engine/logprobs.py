@@ -126,7 +126,7 @@ class _Scores(torch.autograd.Function):
                 del logits_CV  # frees them before the next chunk's are computed
             ctx.save_for_backward(*arguments)
         else:
-            found = _gradients(*arguments, slope, factor, ctx.needs_input_grad, logprob_M, entropy_M if entropy else None)
+            found = _gradients(*arguments, slope, factor, ctx.needs_input_grad, TokenOut(logprob_M, entropy_M if entropy else None))
             ctx.save_for_backward(*found)
         ctx.mark_non_differentiable(entropy_M)
         return logprob_M, entropy_M
@@ -148,25 +148,24 @@ def _gradients(
     slope: Slope,
     factor: float,
     needed: Sequence[bool],
-    logprob_M: Tensor | None = None,
-    entropy_M: Tensor | None = None,
+    scores: TokenOut | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the needed gradients of the loss with respect to hidden states, weight and bias.
 
     Args:
         needed: which of the three gradients to compute.
-        logprob_M, entropy_M: output buffers, or None.
+        scores: output buffers, filled where they are given.
     """
     hidden_grad_MH = torch.empty_like(hidden_MH) if needed[0] else None
     weight_grad_VH = torch.zeros_like(weight_VH) if needed[1] else None
     bias_grad_V = torch.zeros_like(bias_V) if bias_V is not None and needed[2] else None
     for rows, logits_CV in _logits(hidden_MH, weight_VH, bias_V):
-        if entropy_M is not None:
-            _, entropy_M[rows] = logprobs_and_entropy(logits_CV, target_M[rows], factor)
+        if scores is not None and scores.entropy_M is not None:
+            _, scores.entropy_M[rows] = logprobs_and_entropy(logits_CV, target_M[rows], factor)
         logprob_C, scale_C = logprobs_with_gradient_(logits_CV, target_M[rows], factor)
         scale_C = scale_C * (slope[rows] if isinstance(slope, Tensor) else slope(logprob_C, rows))
-        if logprob_M is not None:
-            logprob_M[rows] = logprob_C
+        if scores is not None:
+            scores.logprob_M[rows] = logprob_C
         if hidden_grad_MH is not None:
             grad_CH = hidden_grad_MH[rows]
             torch.mul(multiply(logits_CV, weight_VH.T, out=grad_CH), scale_C[:, None], out=grad_CH)

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from verl.config.plugin_settings import settings_of
 from verl.config.shared import OptimConfig
-from verl.engine.fused_adamw import FusedAdamW
 from verl.errors import UserError
 
 if TYPE_CHECKING:
+    from verl.engine.fused_adamw import FusedAdamW
     from verl.engine.weights import Weights
 
 
@@ -37,7 +37,7 @@ class Optimizer(Protocol):
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimConfig, copies: Mapping[nn.Parameter, Tensor] | None = None
-) -> Optimizer | FusedAdamW:
+) -> "Optimizer | FusedAdamW":
     """Build the optimizer of the trained parameters. Biases and norms (one dimension) get no weight decay.
 
     bfloat16 weights need stochastic rounding, because nearly every update is smaller than the spacing of bfloat16 numbers.
@@ -123,8 +123,9 @@ def _wsd(progress: float, config: OptimConfig) -> float:
 _AFTER_WARMUP = {"cosine": _cosine, "linear": _linear, "constant": _constant, "wsd": _wsd}
 
 
-def set_learning_rate(optimizer: Optimizer | FusedAdamW, rate: float) -> None:
-    if isinstance(optimizer, FusedAdamW):
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Set the learning rate of the next step of an `Optimizer` or a `FusedAdamW`."""
+    if _is_fused(optimizer):
         optimizer.lr = rate
         return
     for group in optimizer.param_groups:
@@ -134,7 +135,7 @@ def set_learning_rate(optimizer: Optimizer | FusedAdamW, rate: float) -> None:
             group["lr"] = rate
 
 
-def update(optimizer: Optimizer | FusedAdamW, weights: "Weights", max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+def update(optimizer: Any, weights: "Weights", max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Clip the gradients, take an optimizer step, and free the gradients.
 
     If the gradient norm or the loss is not finite, the step is skipped: weights, moments and step count do not change.
@@ -146,7 +147,7 @@ def update(optimizer: Optimizer | FusedAdamW, weights: "Weights", max_norm: floa
         the norm before clipping, and whether the step was taken; scalars on the device of the gradients.
     """
     trained = list(weights.trained.values())
-    if isinstance(optimizer, FusedAdamW):
+    if _is_fused(optimizer):
         norm = _whole(_gradient_norm(trained))
         finite = (norm + loss).isfinite()
         optimizer.step((max_norm / (norm + 1e-6)).clamp(max=1.0), finite)
@@ -158,6 +159,11 @@ def update(optimizer: Optimizer | FusedAdamW, weights: "Weights", max_norm: floa
             weights.publish()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def _is_fused(optimizer: Any) -> bool:
+    """Whether the optimizer clips, skips non-finite steps and publishes the weights itself, as `FusedAdamW` does."""
+    return bool(getattr(optimizer, "is_fused", False))
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

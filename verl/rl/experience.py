@@ -11,8 +11,8 @@ import numpy as np
 
 from verl.algorithms.answers import Advantages, Answers
 from verl.config.algorithm import AlgorithmConfig
-from verl.engine.build import AdapterOffReference
 from verl.engine.engine import Engine
+from verl.engine.references import AdapterOffReference
 from verl.errors import UserError
 from verl.rl.answering import Collected, groups_with_spread
 from verl.rl.method import Method

@@ -11,12 +11,14 @@ from verl import dist, plugin
 from verl.config.ppo import PPOConfig, longest_sample
 from verl.data.prompts import Prompts
 from verl.data.render import Renderer
-from verl.engine.build import AdapterOffReference, Built, Critic, build, build_critic, build_reference
+from verl.engine.build import Built, build
+from verl.engine.build_heads import Critic, build_critic
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, token_budget_of_answers
 from verl.engine.engine import Engine
 from verl.engine.hardware import Hardware
 from verl.engine.logprobs import Entropy
 from verl.engine.outline import Outline
+from verl.engine.references import AdapterOffReference, build_reference
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
@@ -98,7 +100,7 @@ def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: 
         total_steps=total_steps * method.shared.updates_per_step,
         total_tokens=total_steps * tokens_per_step,
         document_tokens=float(longest_sample(config)),
-        token_budget=token_budget_of_answers(config),
+        token_budget=token_budget(config),
     )
     of_critic = outline_of_critic(config, outline) if method.needs_critic else None
     heads = [*([] if of_critic is None else [of_critic.heads]), *heads_of_reward_model(config)]
@@ -107,6 +109,11 @@ def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: 
         return RoleDecisions(actor, None)
     critic = decide(of_critic, hardware, workload, actor.spread, other_heads=[outline.heads, *heads], scalar_head=True)
     return RoleDecisions(actor, critic)
+
+
+def token_budget(config: PPOConfig) -> int:
+    """Maximum tokens of a micro-batch of answers."""
+    return token_budget_of_answers(config.data.max_tokens_per_micro_batch, longest_sample(config))
 
 
 def outline_of_critic(config: PPOConfig, actor: Outline) -> Outline:
@@ -243,5 +250,5 @@ def describe_steps(config: PPOConfig, total_steps: int) -> str:
         f"{total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
         f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
-        f"in micro-batches of up to {token_budget_of_answers(config):,} on each of {many}"
+        f"in micro-batches of up to {token_budget(config):,} on each of {many}"
     )

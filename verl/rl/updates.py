@@ -13,7 +13,7 @@ from verl.algorithms._kl import AdaptiveKL
 from verl.algorithms._settings import PolicySettings
 from verl.config.ppo import PPOConfig
 from verl.data.batch import Batch
-from verl.engine.build import Critic
+from verl.engine.build_heads import Critic
 from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine

@@ -17,7 +17,6 @@ from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.run import Run
 from verl.trainer.meter import Meter
-from verl.trainer.profile import profiled
 
 VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
 
@@ -33,7 +32,12 @@ def train_loop(
 ) -> None:
     """Every step: train and log; when due: validate and save."""
     engine, meter = built.engine, Meter(built.engine, start)
-    for step in profiled(loader.steps(start.step, run.total_steps), config.profile_step, engine.device, run):
+    steps = loader.steps(start.step, run.total_steps)
+    if config.profile_step is not None:
+        from verl.trainer.profile import profiled
+
+        steps = profiled(steps, config.profile_step, engine.device, run)
+    for step in steps:
         meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == run.total_steps, run.should_stop()

@@ -15,7 +15,6 @@ from verl.config.ppo import PPOConfig
 from verl.data.prompts import Prompts, load_prompts
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
-from verl.engine.decisions import token_budget_of_answers
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
 from verl.errors import Stopped, UserError, exit_on_user_error
@@ -28,7 +27,7 @@ from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
 from verl.rl.remote_rollout import divide, generate_for_others
-from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps
+from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
 from verl.run import Run, TrainResult
@@ -115,7 +114,7 @@ def train_loop(
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, clock)
-        budget, fill, apart = token_budget_of_answers(config), roles.actor.decisions.multiple_of_tokens, updates.leaves_out
+        budget, fill, apart = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.leaves_out
         experience = in_micro_batches(collected, updates.per_step, budget, fill=fill, apart=apart)
         with clock.phase("logprobs"):
             experience.old_logprobs = experience.logprobs_before(actor, method.shared) if method.needs_old_logprobs else None

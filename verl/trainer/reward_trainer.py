@@ -20,7 +20,8 @@ from verl.data.documents import Documents
 from verl.data.loader import Loader
 from verl.data.pairs import PairColumns
 from verl.engine import checkpoint
-from verl.engine.build import Built, build, build_reward_model
+from verl.engine.build import Built, build
+from verl.engine.build_heads import build_reward_model
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of_pairs
 from verl.engine.engine import Engine
 from verl.engine.hardware import Hardware, measure

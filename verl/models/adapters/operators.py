@@ -132,20 +132,17 @@ def _mlp(
 
 @torch.library.custom_op("verl::adapted_mlp_backward", mutates_args=())
 def _mlp_backward(
-    gradient_TI: Tensor,
-    x_TI: Tensor,
-    gate_TF: Tensor,
-    up_TF: Tensor,
-    hidden_TR: Tensor,
-    down_hidden_TR: Tensor,
-    gate_FI: Tensor,
-    up_FI: Tensor,
-    down_IF: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scale: float,
+    gradient_TI: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
-    """Return the gradients with respect to x, each A and each B."""
+    """Return the gradients with respect to x, each A and each B.
+
+    Args:
+        saved: x_TI and what `_mlp` returned after its output.
+        weights: of gate, up and down.
+        a, b: A and B of the adapters of gate, up and down.
+    """
+    x_TI, gate_TF, up_TF, hidden_TR, down_hidden_TR = saved
+    gate_FI, up_FI, down_IF = weights
     gate_rank, up_rank, inputs = len(a[0]), len(a[1]), x_TI.shape[1]
     down_gradient_TR = _product(gradient_TI, b[2], scale)
     product_gradient_TF = torch.cat([gradient_TI, down_gradient_TR], 1) @ torch.cat([down_IF, a[2]])
@@ -209,8 +206,8 @@ def _mlp_shapes(x_TI: Tensor, gate_FI: Tensor, up: Any, down: Any, a: Sequence[T
     return [x_TI.new_empty(x_TI.shape[0], n) for n in (x_TI.shape[1], width, width, len(a[0]) + len(a[1]), len(a[2]))]
 
 
-def _mlp_backward_shapes(gradient: Any, x_TI: Tensor, *others: Any) -> list[Tensor]:
-    *_, a, b, _ = others
+def _mlp_backward_shapes(gradient: Any, saved: Sequence[Tensor], weights: Any, a: Any, b: Any, scale: float) -> list[Tensor]:
+    x_TI = saved[0]
     tokens, inputs = x_TI.shape
     x_gradient_TI = x_TI.new_empty(tokens, len(a[1]) + inputs + len(a[0]))[:, len(a[1]) : len(a[1]) + inputs]  # strides as in memory
     return [x_gradient_TI, *(x.new_empty(x.shape) for x in (*a, *b))]
@@ -223,7 +220,7 @@ def _keep_for_mlp(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 def _mlp_gradients(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     *saved, a0, a1, a2, b0, b1, b2 = ctx.saved_tensors
-    found = _mlp_backward(gradients[0].contiguous(), *saved, [a0, a1, a2], [b0, b1, b2], ctx.scale)
+    found = _mlp_backward(gradients[0].contiguous(), saved[:5], saved[5:], [a0, a1, a2], [b0, b1, b2], ctx.scale)
     return found[0], None, None, None, found[1:4], found[4:], None
 
 

@@ -10,6 +10,7 @@ Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D he
 import importlib
 import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -194,19 +195,17 @@ def _flash4(
 @torch.library.custom_op("verl::flash4_backward", mutates_args=())
 def _flash4_backward(
     output_gradient_TND: Tensor,
-    query_TND: Tensor,
-    key_TKD: Tensor,
-    value_TKD: Tensor,
-    output_TND: Tensor,
-    logsumexp_NT: Tensor,
+    saved: Sequence[Tensor],
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value. `saved` are these, output_TND and logsumexp_NT."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    query_TND, key_TKD, value_TKD = query_TND.contiguous(), key_TKD.contiguous(), value_TKD.contiguous()
+    query_TND, key_TKD, value_TKD = (tensor.contiguous() for tensor in saved[:3])
+    output_TND, logsumexp_NT = saved[3:]
     gradients: tuple[Tensor, Tensor, Tensor] = _flash_attn_bwd(
         query_TND,
         key_TKD,
@@ -239,20 +238,14 @@ def _short(
 
 @torch.library.custom_op("verl::short_attention_backward", mutates_args=())
 def _short_backward(
-    output_gradient_TND: Tensor,
-    query_TND: Tensor,
-    key_TKD: Tensor,
-    value_TKD: Tensor,
-    output_TND: Tensor,
-    logsumexp_NT: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
+    output_gradient_TND: Tensor, saved: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value. `saved` are these, output_TND and logsumexp_NT."""
     from verl.models.attention import short_triton
 
-    saved = (query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT)
-    return short_triton.backward(output_gradient_TND.contiguous(), *saved, cu_seqlens, max_seqlen, scale)
+    query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT = saved
+    kept = query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT
+    return short_triton.backward(output_gradient_TND.contiguous(), *kept, cu_seqlens, max_seqlen, scale)
 
 
 def _shapes(query_TND: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -261,9 +254,8 @@ def _shapes(query_TND: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
 
 
-def _backward_shapes(
-    output_gradient_TND: Tensor, query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, *others: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_shapes(output_gradient_TND: Tensor, saved: Sequence[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query_TND, key_TKD, value_TKD = saved[:3]
     return query_TND.new_empty(query_TND.shape), key_TKD.new_empty(key_TKD.shape), value_TKD.new_empty(value_TKD.shape)
 
 
@@ -279,7 +271,8 @@ def _keep_short(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _short_gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_short_backward(output_gradient_TND, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale), None, None, None)
+    *saved, cu_seqlens = ctx.saved_tensors
+    return (*_short_backward(output_gradient_TND, saved, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None)
 
 
 _short.register_autograd(_short_gradients, setup_context=_keep_short)
@@ -292,7 +285,8 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients from the output alone, because nothing uses logsumexp_NT."""
-    gradients = _flash4_backward(output_gradient_TND, *ctx.saved_tensors, ctx.max_seqlen, ctx.scale, ctx.sliding_window)
+    *saved, cu_seqlens = ctx.saved_tensors
+    gradients = _flash4_backward(output_gradient_TND, saved, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.sliding_window)
     return (*gradients, None, None, None, None)
 
 

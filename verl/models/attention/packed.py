@@ -110,18 +110,15 @@ def packed_attention(
     value_1KTD: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    context: str | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document, in the form of transformers' attention functions.
 
     Args:
-        context: name of the group of processes over which the batch's tokens are spread; "": they are all here.
+        options: transformers' other arguments, such as `scaling` and `sliding_window`; and `context`, the name of the group of processes
+            over which the batch's tokens are spread ("": they are all here).
     Returns:
         output_1TND and None (no attention weights).
     Raises:
@@ -129,8 +126,9 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=USE_ANOTHER)
-    if dropout or kwargs.get("softcap") or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False:
+    if options.get("dropout") or options.get("softcap") or options.get("s_aux") is not None or options.get("is_causal") is False:
         raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=USE_ANOTHER)
+    scaling, sliding_window, context = options.get("scaling"), options.get("sliding_window"), options.get("context")
     if context is None and dist.context_size() > 1:
         raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=USE_ANOTHER)
     query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))

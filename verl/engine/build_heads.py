@@ -1,0 +1,88 @@
+"""Engines of critics and reward models: models with a head that gives one number."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from verl.config.shared import ModelConfig, OptimConfig
+from verl.engine.build import Built, cast_weights, loading_device, make_engine, prepare_layers, prepare_process
+from verl.engine.decisions import Decisions
+from verl.engine.engine import Engine
+from verl.engine.value_scorers import RewardScorer, ValueScorer, check_hidden
+from verl.models.heads import load_critic, load_reward_model
+from verl.models.load import Loaded, check_vocabulary
+from verl.models.saved import export_model
+from verl.models.shards import small_twin
+
+
+@dataclass(frozen=True)
+class Critic:
+    """An engine with a value head, and what it takes to write it as a Hugging Face directory."""
+
+    engine: Engine
+    loaded: Loaded
+
+    def export(self, directory: Path) -> None:
+        """Write a token classification model with one label. Every rank calls it."""
+        directory.mkdir(exist_ok=True)
+        with self.engine.weights.in_model():
+            export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
+
+
+def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Built, decisions: Decisions, *, seed: int) -> Critic:
+    """A model with a value head, all of it trained, spread as the actor is.
+
+    Args:
+        settings: of the actor; its adapter is not the critic's.
+        path: a critic, or a causal language model that gets a head of zeros.
+        decisions: result of `decide` for the critic.
+    Raises:
+        UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
+    """
+    torch.manual_seed(seed)
+    home, values = loading_device(decisions), not decisions.is_sharded
+    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
+    check_vocabulary(loaded.model, actor.tokenizer, path)
+    check_hidden(ValueScorer(_model_to_check(loaded, decisions)), where=path)
+    cast_weights(loaded.model, decisions.param_dtype)
+    prepare_layers(loaded.model, decisions)
+    return Critic(make_engine(ValueScorer(loaded.model), optim, loaded, decisions), loaded)
+
+
+def build_reward_model(
+    settings: ModelConfig,
+    optim: OptimConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    decisions: Decisions,
+    *,
+    stop_ids: list[int],
+    padding: int | None,
+    seed: int,
+) -> Built:
+    """A model with one score for a whole document, all of it trained.
+
+    Args:
+        settings: its partial_pretrain is such a model, or a causal language model that gets a head of zeros.
+        decisions: result of `decide` for this model.
+        padding: id of the token that transformers' own class takes for padding; None: it reads one document at a time.
+        stop_ids: as for `build`.
+    Raises:
+        UserError: no such model, or one that cannot have the head.
+    """
+    prepare_process(decisions, seed)
+    path, home, values = settings.partial_pretrain, loading_device(decisions), not decisions.is_sharded
+    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
+    check_vocabulary(loaded.model, tokenizer, path)
+    check_hidden(RewardScorer(_model_to_check(loaded, decisions)), where=path)
+    loaded.model.config.pad_token_id = padding
+    cast_weights(loaded.model, decisions.param_dtype)
+    compiler = prepare_layers(loaded.model, decisions, liger=settings.use_liger)
+    engine = make_engine(RewardScorer(loaded.model), optim, loaded, decisions)
+    return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, None)
+
+
+def _model_to_check(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:
+    """The model to check against its eager version: itself, or a small twin if it has no values yet."""
+    return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device)

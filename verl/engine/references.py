@@ -1,0 +1,77 @@
+"""Reference models: frozen engines that score what the actor is trained on."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from verl.config.shared import ModelConfig
+from verl.data.batch import Batch
+from verl.engine.build import Built, make_engine
+from verl.engine.engine import Engine
+from verl.engine.scorers import TokenScorer
+from verl.errors import UserError
+from verl.models.load import check_vocabulary, load_for_training, load_tokenizer
+from verl.models.shards import load_without_values
+
+
+class AdapterOffReference:
+    """What an actor with an adapter of its own starts from: the actor itself, its adapter switched off while it scores."""
+
+    def __init__(self, actor: Built):
+        assert actor.adapted is not None
+        self._adapted, self._engine = actor.adapted, actor.engine
+
+    def score(self, micro_batches: Iterable[Batch]) -> list[Any]:
+        """As `Engine.score`."""
+        scorer: Any = self._engine.scorer
+        entropy, scorer.entropy = scorer.entropy, False
+        try:
+            with self._adapted.disable_adapter():
+                for parameter in self._engine.trained:  # peft freezes them too, and FSDP2's first forward pass would take them for frozen
+                    parameter.requires_grad = True
+                return self._engine.score(micro_batches)
+        finally:
+            scorer.entropy = entropy
+
+
+def build_reference(settings: ModelConfig, actor: Built, path: str | None = None) -> Engine | AdapterOffReference:
+    """A frozen model in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
+
+    Args:
+        path: of another model with the actor's vocabulary; None: what the actor starts from.
+    Raises:
+        UserError: no such model, or one with another vocabulary.
+    """
+    adapter = settings.lora_adapter_path if path is None else None
+    if path is None and actor.adapted is not None and adapter is None and settings.trainable_tokens is None:
+        return AdapterOffReference(actor)
+    if path is not None:
+        _check_same_tokens(actor.tokenizer, path, trust_remote_code=settings.trust_remote_code)
+    decisions = replace(actor.decisions, graph_tokens=0)  # it has no backward pass
+    source, trusted, dtype, loaded = path or settings.partial_pretrain, settings.trust_remote_code, decisions.compute_dtype, None
+    if decisions.is_sharded and adapter is None:
+        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trusted)
+    if loaded is None:
+        loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted)
+    if adapter is not None:
+        from verl.models.adapters.files import put_on
+
+        put_on(loaded.model, adapter).merge_and_unload()
+    check_vocabulary(loaded.model, actor.tokenizer, source)
+    temperature = getattr(actor.engine.scorer, "temperature", 1.0)
+    return make_engine(TokenScorer(loaded.model, temperature), None, loaded, decisions)
+
+
+def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:
+    """Raises UserError if a model's own tokenizer reads some token id of ours otherwise."""
+    mine, theirs = tokenizer.get_vocab(), load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
+    odd = [token for token, number in mine.items() if theirs.get(token) != number]
+    if odd:
+        found = theirs.get(odd[0], "no token")
+        raise UserError(
+            f"{len(odd):,} tokens of the actor are others there: {odd[0]!r} is {mine[odd[0]]} here and {found} there",
+            where=path,
+            fix="choose a model of the actor's family, with the same tokenizer",
+        )
