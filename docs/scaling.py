@@ -68,7 +68,8 @@ def shape(name: str, layers: int, hidden: int, intermediate: int, heads: int, ke
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    flops = training_flops(model)(1000, round(1000 * TRAINED)) / 1000
+    tokens = 10**6
+    flops = training_flops(model)(tokens, round(TRAINED * tokens)) / tokens
     return Shape(name, decoder(Outline(ModelConfig(), model)), flops)
 
 
