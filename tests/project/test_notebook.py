@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from places import ROOT
 from tiny import write_problems_and_model
+
+nbformat = pytest.importorskip("nbformat", reason="needs nbclient and ipykernel, which the extra dev brings")
+NotebookClient = pytest.importorskip("nbclient").NotebookClient
 
 THREE_STEPS = ROOT / "examples" / "notebooks" / "three_steps.ipynb"
 
