@@ -182,7 +182,7 @@ def test_errors_of_rows_are_gathered_up_to_ten(tmp_path: Path) -> None:
     assert shown[1] == f"  {tmp_path}/train.jsonl:3: column 'answer' is missing (found: question)"
     assert [line.split(":")[1] for line in shown[:10]] == [str(number) for number in range(1, 20, 2)]
     assert shown[10:] == ["  and 1 more"]
-    assert "set data.response_key to the column" in error.fix and "one object per line" in error.fix
+    assert "set data.response_key to the right column" in error.fix and "one object per line" in error.fix
 
 
 def test_many_errors_end_the_reading_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
