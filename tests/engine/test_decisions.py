@@ -322,7 +322,7 @@ def decided_by_run(words: list[str], hardware: Hardware, monkeypatch: pytest.Mon
 def decided_by_plan(words: list[str], hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> Decisions:
     plans: list[Any] = []
     monkeypatch.setattr(fsdp_sft_trainer, "ASSUMED", hardware)
-    monkeypatch.setattr(fsdp_sft_trainer, "describe", lambda plan, *words: plans.append(plan))
+    monkeypatch.setattr("verl.plan.report.describe", lambda plan, *words: plans.append(plan))
     fsdp_sft_trainer.main([*words, "trainer.dry_run=true"])
     found: Decisions = plans[0].decisions
     return found

@@ -168,10 +168,11 @@ def test_an_adapter_answers_as_the_model_it_is_merged_into(tmp_path: Path, check
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     adapted.save_pretrained(str(tmp_path / "bare_adapter"))
-    parts: dict[str, tuple[Any, Any]] = {"adapter": (adapted, tokenizer), "merged": (adapted.merge_and_unload(), tokenizer)}
-    for name, both in parts.items():
-        for part in both:
-            part.save_pretrained(str(tmp_path / name))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    merged_model: Any = adapted.merge_and_unload()
+    merged_model.save_pretrained(tmp_path / "merged")
+    for name in ("adapter", "merged"):
+        tokenizer.save_pretrained(str(tmp_path / name))
 
     responses = {}
     for path in (checkpoint, tmp_path / "adapter", tmp_path / "bare_adapter", tmp_path / "merged"):
