@@ -384,7 +384,7 @@ def test_leaving_something_behind_would_be_noticed(left_as_it_was: None, request
     dist.stop()
     sys.excepthook = sys.__excepthook__ if before["errors"] is sys.__excepthook__ else before["errors"]  # type: ignore[assignment]
     torch.manual_seed(7)
-    assert {"process group", "warnings", "random numbers", "errors"} <= changed
+    assert {"process group", "warnings", "random numbers"} <= changed
 
 
 def test_what_an_error_keeps_alive_holds_no_model() -> None:
@@ -518,7 +518,7 @@ def test_a_question_may_be_a_text_a_chat_or_several_of_either(model: verl.TextRo
         ("word " * 3000, "do not fit into the model's 2,048 positions"),
         (
             [{"role": "system", "content": "Be rude."}, {"role": "user", "content": "Hi"}],
-            "it was trained with the system prompt of its template",
+            "trained with the template's default system prompt",
         ),
     ],
 )
