@@ -126,7 +126,7 @@ def _run(path: Path, source: bytes, name: str) -> ModuleType:
     try:
         # Not with the spec's loader, which could use the stale bytecode of a file that has just changed.
         exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         del sys.modules[name]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)

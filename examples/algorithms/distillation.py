@@ -2,7 +2,7 @@
 
     verl ppo … algorithm.name=examples/algorithms/distillation.py algorithm.teacher=Qwen/Qwen2.5-7B-Instruct
 
-`reference` names the teacher, which replaces the model that the run starts from as the reference; it needs the student's vocabulary.
+`algorithm.teacher` names the teacher, the reference in place of the model that the run starts from; it needs the student's vocabulary.
 Rewards are logged but not trained on. The gradient of KL(student || teacher) at a token is the expectation, over tokens sampled from the
 student, of the gradient of -(log teacher - log student) × log student, with the first factor detached.
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from verl.algorithms import dapo
 from verl.config.commands import EvalConfig
-from verl.config.load import checked, describe, load_config, to_yaml
+from verl.config.load import checked, config_of, describe, load_config, to_yaml
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.plugin_settings import completed, settings_of
 from verl.config.ppo import AlgorithmConfig, PPOConfig, RewardConfig
@@ -298,3 +299,36 @@ def test_keys_that_a_group_lacks_have_their_defaults() -> None:
     from verl.engine.optimizers import adamw
 
     assert settings_of(OptimConfig(), adamw) == adamw.Settings([0.9, 0.95])
+
+
+DERIVED = """
+from dataclasses import dataclass
+
+from verl.algorithms._settings import GroupSettings
+from verl.algorithms.grpo import Loss, advantages
+
+{decorator}
+class Settings(GroupSettings):
+    alpha: int
+"""
+
+
+def test_a_key_without_a_default_must_be_given_also_where_the_settings_derive_from_the_shared_ones(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(DERIVED.format(decorator="@dataclass(kw_only=True)"))
+    words = [*NEEDED, f"algorithm.name={tmp_path / 'own.py'}"]
+    with pytest.raises(UserError, match=r"algorithm\.alpha must be given"):
+        load_config(PPOConfig, words)
+    assert asdict(load_config(PPOConfig, [*words, "algorithm.alpha=3"]))["algorithm"]["alpha"] == 3
+
+
+def test_settings_that_only_derive_from_a_dataclass_would_lose_their_fields_and_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(DERIVED.format(decorator=""))
+    with pytest.raises(UserError, match=r"own\.py: Settings is no dataclass\n  fix: write @dataclass above it"):
+        load_config(PPOConfig, [*NEEDED, f"algorithm.name={tmp_path / 'own.py'}"])
+
+
+def test_a_config_with_the_settings_of_another_method_than_its_name_is_refused() -> None:
+    config = PPOConfig()
+    config.algorithm = dapo.Settings()
+    with pytest.raises(UserError, match="algorithm has the keys of another method"):
+        config_of(PPOConfig, (config,))

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from reward_models import write_reward_model
 from safetensors.torch import load_file, save_file
 from tiny import qwen2_config, write_model
 from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
@@ -137,14 +139,26 @@ def test_loading_to_a_gpu_needs_little_memory_of_the_host(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "cut", "lacks"),
-    [(Qwen2ForSequenceClassification, (), "lm_head.weight"), (Qwen2ForCausalLM, ("layers.1.mlp",), r"model\.layers\.1\.mlp\.")],
+    ("kind", "cut", "said"),
+    [
+        (Qwen2ForSequenceClassification, (), "is a reward model or a critic"),
+        (Qwen2ForCausalLM, ("layers.1.mlp",), r"lacks \d of the weights of a Qwen2ForCausalLM, such as model\.layers\.1\.mlp\."),
+    ],
 )
 def test_weights_that_the_file_lacks_are_not_drawn_at_random(
-    kind: type[PreTrainedModel], cut: tuple[str, ...], lacks: str, tmp_path: Path
+    kind: type[PreTrainedModel], cut: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     file = write_model(tmp_path, qwen2_config(tie_word_embeddings=False), kind=kind) / "model.safetensors"
     save_file({name: tensor for name, tensor in load_file(file).items() if not any(c in name for c in cut)}, file, {"format": "pt"})
     for load in (lambda: load_for_training(str(tmp_path)), lambda: load_for_inference(str(tmp_path), device="cpu")):
-        with pytest.raises(UserError, match=rf"lacks \d of the weights of a Qwen2ForCausalLM, such as {lacks}"):
+        with pytest.raises(UserError, match=said):
             load()
+
+
+def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path) -> None:
+    path = str(write_reward_model(tmp_path / "judge"))
+    for load in (load_for_training, partial(load_for_inference, device="cpu")):
+        with pytest.raises(
+            UserError, match=r"judge: is a reward model or a critic \(Qwen2ForSequenceClassification\), not a language model"
+        ):
+            load(path)

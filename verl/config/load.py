@@ -148,6 +148,7 @@ def _words_of(part: object, schema: type) -> list[str]:
             raise UserError(f"found {part!r}", fix="docs/keys.md lists all keys, and verl.__version__ is the version")
         return [part]
     if isinstance(part, schema):
+        completed(part)  # raises if a group has the keys of another plugin than the one that it names
         defaults = dict(_leaves(_tree(schema())))
         return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part)) if key not in defaults or defaults[key] != value]
     if isinstance(part, Mapping):

@@ -155,7 +155,9 @@ def _joined(shared: type, kinds: tuple[type, ...]) -> type:
     if not kinds or all(kind is NoSettings for kind in kinds):
         return shared
     if len(kinds) == 1 and issubclass(kinds[0], shared):
-        return kinds[0]
+        required = [f for f in fields_of(kinds[0]).values() if f.default is f.default_factory is dataclasses.MISSING]
+        given = [(f.name, typing.get_type_hints(kinds[0])[f.name], dataclasses.field(default=MISSING, kw_only=True)) for f in required]
+        return dataclasses.make_dataclass(shared.__name__, given, bases=kinds, namespace={"made_of": kinds}) if given else kinds[0]
     own = [(name, typing.get_type_hints(kind)[name], _copied(f)) for kind in kinds for name, f in fields_of(kind).items()]
     return dataclasses.make_dataclass(shared.__name__, own, bases=(shared,), namespace={"made_of": kinds})
 
@@ -174,7 +176,7 @@ def settings_class(module: ModuleType) -> type:
         UserError: it is no dataclass, or its types are not there.
     """
     kind: type = getattr(module, "Settings", NoSettings)
-    if not dataclasses.is_dataclass(kind):
+    if "__dataclass_fields__" not in vars(kind):  # a class that only inherits them would lose its own fields
         raise UserError("Settings is no dataclass", where=module.__file__, fix="write @dataclass above it")
     try:
         typing.get_type_hints(kind)

@@ -220,12 +220,22 @@ def newest_step(folder: Path) -> Path | None:
     return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
 
 
+def check_language_model(config: PretrainedConfig, path: str) -> None:
+    """Raises UserError if the config is that of a reward model or a critic, whose head a language model would lose."""
+    if any(name.endswith("Classification") for name in config.architectures or []):
+        what = f"is a reward model or a critic ({', '.join(config.architectures or [])}), not a language model"
+        raise UserError(
+            what, where=path, fix="give a language model; reward_model.path and critic.partial_pretrain take models with a head"
+        )
+
+
 def _from_pretrained(
     path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str, **options: Any
 ) -> PreTrainedModel:
     source = resolve(path)
     try:
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_language_model(config, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
