@@ -107,6 +107,7 @@ def process() -> dict[str, object]:
 @pytest.fixture
 def left_as_it_was() -> Iterator[None]:
     """Everything a run may change, set otherwise than it sets it, and looked at afterwards."""
+    dist.stop()  # a group that another test may have left
     torch.manual_seed(7)
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.enable_progress_bar()
