@@ -110,7 +110,7 @@ def export(*config: "ExportConfig | Given") -> Path:
 
 
 def load_rollout(path: "str | Path", name: str = "native", options: Options = DEFAULTS) -> "TextRollout":
-    """Load a checkpoint to ask it.
+    """Load a checkpoint for generation.
 
         model = verl.load_rollout("checkpoints/verl-sft/run/global_step_100")
         for answer in model.generate(["What is 17 + 25?", "What is 60 - 18?"]):
@@ -118,7 +118,7 @@ def load_rollout(path: "str | Path", name: str = "native", options: Options = DE
 
     Args:
         path: a checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
-        name: the engine: native, hf, vllm, sglang, or path/to/file.py.
+        name: generation engine: native, hf, vllm, or path/to/file.py.
         options: of the engine (`verl.rollout.Options`).
     Raises:
         UserError: no such engine, or a checkpoint that it cannot load.

@@ -38,7 +38,7 @@ def print_version(asked: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """What stands before the subcommand."""
+    """Options before the subcommand."""
 
 
 @app.command(context_settings=PASS_ON)
@@ -106,7 +106,7 @@ def demo(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def doctor(context: typer.Context) -> None:
-    """Show versions, devices, optional packages and disk space, and what is off."""
+    """Show versions, devices, optional packages and disk space, and report problems."""
     run_module("verl.doctor", context.args)
 
 

@@ -1,6 +1,6 @@
-"""What verl can be asked to do, from a command line and from Python: the module that does it and the config that it reads.
+"""The table of commands, for the command line and for Python: each with its module and its config.
 
-Light: nothing of either is loaded until it is asked for.
+Neither is imported before it is used.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What a run changes of its process, put back when it ends: programs and notebooks make several, one after another."""
+"""Restores the process state that a run changes, so that programs and notebooks can start several runs, one after another."""
 
 import gc
 import sys

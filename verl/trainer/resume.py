@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at the checkpoint that it goes on from."""
+"""Where a run starts: from scratch, or from a checkpoint."""
 
 from pathlib import Path
 from typing import Protocol
