@@ -1,6 +1,8 @@
 """What each command refuses before it loads anything: the error names the key, and says what to do."""
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig, ExportConfig
 from verl.config.load import load_config
@@ -89,7 +91,10 @@ def test_a_wrong_setting_names_its_key(schema: type, words: str, where: str) -> 
 
 @pytest.mark.parametrize(("schema", "words"), [(schema, words) for schema, accepted in RIGHT.items() for words in accepted])
 def test_what_is_at_the_edge_of_what_is_right_is_taken(schema: type, words: str) -> None:
-    load_config(schema, [*NEEDED[schema], *words.split()])
+    loaded = OmegaConf.structured(load_config(schema, [*NEEDED[schema], *words.split()]))
+    for key, _, text in (word.partition("=") for word in words.split()):
+        value = OmegaConf.select(loaded, key)
+        assert value == type(value)(yaml.safe_load(text)), f"{key} was not taken as given"
 
 
 @pytest.mark.parametrize("word", ["--help", "--version"])

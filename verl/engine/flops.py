@@ -1,5 +1,6 @@
 """FLOP of a training step and peak FLOP/s of the GPU, for the model FLOPs utilization (MFU)."""
 
+import re
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,5 +46,5 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak bfloat16 FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # whole words: an L40 is no L4
+    return next((peak for part, peak in PEAKS.items() if part in words), None)
