@@ -528,6 +528,16 @@ def test_a_question_that_cannot_be_asked_is_a_users_error(prompts: Any, said: st
         model.generate(prompts, max_new_tokens=4)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [({"max_new_tokens": -1}, "max_new_tokens"), ({"temperature": "hot"}, "temperature"), ({"n": 2}, "n"), ({"top_p": 0.0}, "top_p")],
+)
+def test_a_wrong_argument_of_generate_is_named(wrong: dict[str, Any], where: str, model: verl.TextRollout) -> None:
+    with pytest.raises(verl.UserError) as caught:
+        model.generate("How many?", **wrong)
+    assert caught.value.where == where and caught.value.fix
+
+
 def test_an_answer_ends_at_the_models_positions(model: verl.TextRollout) -> None:
     question = "word " * 670
     rendered: Any = model.tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)

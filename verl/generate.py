@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from verl.config.commands import check_sampling
 from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.libraries import quiet_libraries
@@ -67,9 +68,10 @@ class TextRollout:
         Returns:
             the answers in the order of the questions, `n` to each side by side.
         Raises:
-            UserError: a chat that the template does not take, one that is longer than the model's positions, or a checkpoint that
-                was trained with another system prompt.
+            UserError: a wrong argument, a chat that the template refuses or that is longer than the model's positions, or a checkpoint
+                that was trained with another system prompt.
         """
+        check_sampling(max_new_tokens, temperature, n, top_k, top_p)
         chats = [_chat(prompt) for prompt in _several(prompts)]
         if not chats:
             return []

@@ -79,17 +79,23 @@ class EvalConfig:
         if self.system_prompt is not None and self.messages_key:
             what = "messages_key and system_prompt are both set"
             raise UserError(what, where="system_prompt", fix="remove it: each chat has its own system prompt")
-        at_least("max_new_tokens", self.max_new_tokens, 1)
-        at_least("n", self.n, 1)
+        check_sampling(self.max_new_tokens, self.temperature, self.n, self.top_k, self.top_p)
         at_least("batch_size", self.batch_size, 1)
-        at_least("temperature", self.temperature, 0.0)
-        at_least("top_k", self.top_k, 0)
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"found {self.top_p}", where="top_p", fix="give a number above 0, up to 1")
         if self.max_samples is not None and self.max_samples != -1:
             at_least("max_samples", self.max_samples, 1)
-        if self.n > 1 and self.temperature == 0:
-            raise UserError(f"n={self.n} answers at temperature=0 are all equal", where="n", fix="set temperature=1, or n=1")
+
+
+def check_sampling(max_new_tokens: int, temperature: float, n: int, top_k: int, top_p: float) -> None:
+    """Check how answers are to be sampled. Raises UserError that names the argument."""
+    at_least("max_new_tokens", max_new_tokens, 1)
+    at_least("temperature", temperature, 0.0)
+    at_least("n", n, 1)
+    at_least("top_k", top_k, 0)
+    at_least("top_p", top_p, 0.0)
+    if not 0.0 < top_p <= 1.0:
+        raise UserError(f"found {top_p}", where="top_p", fix="give a number above 0, up to 1")
+    if n > 1 and temperature == 0:
+        raise UserError(f"n={n} answers at temperature=0 are all equal", where="n", fix="set temperature=1, or n=1")
 
 
 @dataclass

@@ -9,8 +9,8 @@ def one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 def at_least(key: str, value: float | None, least: float) -> None:
-    if value is not None and not (least <= value < float("inf")):
-        raise UserError(f"found {value}", where=key, fix=f"give a number of at least {least}")
+    if value is not None and not (isinstance(value, (int, float)) and least <= value < float("inf")):
+        raise UserError(f"found {value!r}", where=key, fix=f"give a number of at least {least}")
 
 
 def is_share(key: str, value: float) -> None:
