@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from verl.commands import EVALUATE, EXPORT, PPO, REWARD, SFT, Command
+from verl.config.commands import keyed
 from verl.config.load import Given, config_of
 from verl.rollout import DEFAULTS, Options
 
@@ -93,15 +94,17 @@ def evaluate(*config: "EvalConfig | Given") -> EvalResult:
     return EvalResult(directory, scores, [json.loads(line) for line in lines])
 
 
-def export(*config: "ExportConfig | Given") -> Path:
+def export(*config: "ExportConfig | Given | Path") -> Path:
     """Write a checkpoint as one Hugging Face directory, an adapter merged into its base, as `verl export` does.
+
+        verl.export(run.checkpoint, "my-model", "dtype=bfloat16")
 
     Returns:
         the directory.
     Raises:
         UserError: no such checkpoint, or a directory that holds something.
     """
-    settings = config_of(EXPORT.schema(), config)
+    settings = config_of(EXPORT.schema(), keyed(config))
     from verl.session import session  # loads torch, of which a wrong config has no need
 
     with session():

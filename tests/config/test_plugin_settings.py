@@ -204,7 +204,7 @@ def test_a_key_without_a_default_must_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "found"),
     [
-        ("beta: float = 0.2", "name: str = 'kto'", "'name' in its Settings is a key that every"),
+        ("beta: float = 0.2", "name: str = 'kto'", "'name' cannot be a key of its Settings: every"),
         ("dynamic_sampling: bool = True", "dynamic_sampling: int = 1", "'dynamic_sampling' in its Settings is a key that every"),
         ("@dataclass\n", "", "Settings is no dataclass"),
         ("beta: float = 0.2", "beta: 'Missing' = 0.2", "Settings: name 'Missing' is not defined"),
@@ -332,3 +332,34 @@ def test_a_config_with_the_settings_of_another_method_than_its_name_is_refused()
     config.algorithm = dapo.Settings()
     with pytest.raises(UserError, match="algorithm has the keys of another method"):
         config_of(PPOConfig, (config,))
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ('alpha: float = "abc"', r"own\.py: algorithm\.alpha: .*abc.*\n  fix: in its Settings, use the types"),
+        ("alpha: complex = 1j", r"own\.py: algorithm\.alpha: "),
+        ("check: int = 1", "'check' cannot be a key of its Settings"),
+        ('name: str = "x"', "'name' cannot be a key of its Settings"),
+    ],
+)
+def test_a_key_that_a_config_cannot_hold_is_named_with_its_file(field: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(DERIVED.format(decorator="@dataclass").replace("alpha: int", field))
+    with pytest.raises(UserError, match=said):
+        load_config(PPOConfig, [*NEEDED, f"algorithm.name={tmp_path / 'own.py'}"])
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("algorithm.alpha=1", None),  # as like algorithm.dual_clip as any other key of the group
+        ("algorithm.dual_clp=3", "algorithm.dual_clip"),
+        ("data.lora_rnk=8", "model.lora_rank"),
+        ("optin.lr=1", "optim.lr"),
+        ("reward.bonus=2", None),
+    ],
+)
+def test_only_a_key_that_looks_alike_is_proposed(word: str, near: str | None) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(PPOConfig, [*NEEDED, word])
+    assert caught.value.fix == (f"did you mean {near}?" if near else "--help lists all keys")

@@ -1,6 +1,8 @@
 """Settings of the evaluator, chat, export and demo commands."""
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -161,3 +163,13 @@ class DemoConfig:
         at_least("rl_steps", self.rl_steps, 1)
         at_least("test_rows", self.test_rows, 1)
         at_least("seed", self.seed, 0)
+
+
+def keyed(given: Sequence[Any]) -> list[Any]:
+    """Rewrite the positional arguments SRC and DIR of an export, texts or paths, as `source=SRC` and `directory=DIR`."""
+    words = list(given)
+    for number, name in enumerate(("source", "directory")):
+        word = words[number] if len(words) > number else None
+        if isinstance(word, os.PathLike) or (isinstance(word, str) and "=" not in word and not word.startswith("-")):
+            words[number] = f"{name}={os.fspath(word)}"
+    return words

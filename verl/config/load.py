@@ -125,9 +125,23 @@ def _structured(defaults: object) -> DictConfig:
     try:
         config: DictConfig = OmegaConf.structured(defaults)
     except OmegaConfBaseException as error:
-        fix = "in Settings, use only types that a config supports: bool, int, float, str, lists of these, or Any"
-        raise UserError(_first_line(error), where=error.full_key, fix=fix) from error
+        fix = "in its Settings, use the types that a config supports (bool, int, float, str, lists of these, Any), with defaults to match"
+        raise UserError(_first_line(error), where=_owner(defaults, error.full_key), fix=fix) from error
     return config
+
+
+def _owner(defaults: object, key: str | None) -> str | None:
+    """Return the plugin whose `Settings` have the key that a config cannot hold, as the config names it."""
+    group = next((group for group in groups_of(defaults) if not _is_supported(group.keys)), None)
+    return key if group is None else f"{group.named_by}={','.join(group.names)}: {group.path}.{str(key or '').rpartition('.')[2]}"
+
+
+def _is_supported(keys: object) -> bool:
+    try:
+        OmegaConf.structured(keys)
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def config_of(schema: type[Config], given: Sequence[object]) -> Config:
@@ -333,8 +347,22 @@ def _refuse(given: _Given, known: list[str], defaults: object) -> None:
     _refuse_key_of_another(given, defaults)
     last = key.rpartition(".")[2]
     near = [name for name in known if name == HINTS.get(last) or name.rpartition(".")[2] == last]
-    near = near[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near[:1] or _nearest(key, known)
     raise UserError(f"unknown key {key!r}", where=place, fix=f"did you mean {near[0]}?" if near else "--help lists all keys")
+
+
+def _nearest(key: str, known: list[str]) -> list[str]:
+    """Return the key that this one is a misspelling of: in its own group, in another group, or of the group's name; else nothing.
+
+    Keys are compared without what they share, the name of their group, which would make all of a group's keys look alike.
+    """
+    path, _, last = key.rpartition(".")
+    last_parts = {name.rpartition(".")[2]: name for name in known}
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == path}
+    for names, cutoff in ((beside, 0.6), (last_parts, 0.75)):
+        if found := difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
+            return [names[found[0]]]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.8)
 
 
 def _refuse_key_of_another(given: _Given, defaults: object) -> None:

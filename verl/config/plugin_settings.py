@@ -132,12 +132,15 @@ def _check_fields(group: Group, shared: type, settings: dict[str, type]) -> None
     """Raises UserError: two plugins have the same key, or a plugin redeclares a shared key with another type."""
     owners: dict[str, str] = {}
     for name, kind in settings.items():
+        if reserved := {"name", "check"} & set(inspect.get_annotations(kind)):
+            what = f"{reserved.pop()!r} cannot be a key of its Settings: every {group.plugins.kind} has one of this name"
+            raise UserError(what, where=f"{group.named_by}={name}", fix="rename it")
         for key, hint in _own_hints(kind, shared).items():
             if key in owners:
                 what, fix = f"both {owners[key]} and {name} have a key {key!r}", "rename it in one of them"
                 raise UserError(what, where=group.named_by, fix=fix)
             owners[key] = name
-            if key in fields_of(shared) and (key == "name" or hint != typing.get_type_hints(shared)[key]):
+            if key in fields_of(shared) and hint != typing.get_type_hints(shared)[key]:
                 what = f"{key!r} in its Settings is a key that every {group.plugins.kind} already has"
                 raise UserError(what, where=f"{group.named_by}={name}", fix="rename it")
 

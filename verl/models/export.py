@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from verl.config.commands import ExportConfig
+from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
 from verl.errors import UserError, exit_on_user_error
 from verl.libraries import quiet_libraries
@@ -265,15 +265,6 @@ def describe(target: Path) -> str:
     files = weight_files(str(target))
     size = sum(path.stat().st_size for path in files)
     return f"{size / 1e9:,.2f} GB of weights in {len(files)} file{'s' if len(files) > 1 else ''}"
-
-
-def keyed(argv: list[str]) -> list[str]:
-    """Rewrite the positional arguments SRC and DIR as `source=SRC directory=DIR`."""
-    words = list(argv)
-    for number, name in enumerate(("source", "directory")):
-        if len(words) > number and "=" not in words[number] and not words[number].startswith("-"):
-            words[number] = f"{name}={words[number]}"
-    return words
 
 
 def main(argv: list[str]) -> None:
