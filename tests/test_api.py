@@ -335,7 +335,7 @@ def test_export_returns_the_directory(folder: Path, plain: verl.TrainResult) -> 
     directory = verl.export({"source": plain.checkpoint, "directory": folder / "exported", "dtype": "bfloat16"})
     assert directory == folder / "exported" and (directory / "model.safetensors").is_file()
     with pytest.raises(verl.UserError, match="the directory is not empty"):
-        verl.export({"source": plain.checkpoint, "directory": folder / "exported"})
+        verl.export(plain.checkpoint, folder / "exported")  # type: ignore[arg-type]
 
 
 # What ends a run
