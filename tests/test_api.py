@@ -28,6 +28,7 @@ import verl
 from verl import dist
 from verl.config.load import config_of
 from verl.models.attention import packed
+from verl.models.attention.packed import AttentionChoice, use_attention
 from verl.session import session
 
 STEPS = 3
@@ -105,9 +106,10 @@ def process() -> dict[str, object]:
 
 
 @pytest.fixture
-def left_as_it_was() -> Iterator[None]:
+def left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything a run may change, set otherwise than it sets it, and looked at afterwards."""
     dist.stop()  # a group that another test may have left
+    monkeypatch.setattr(packed, "_kernel", "sdpa")
     torch.manual_seed(7)
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.enable_progress_bar()
@@ -386,6 +388,17 @@ def test_leaving_something_behind_would_be_noticed(left_as_it_was: None, request
     sys.excepthook = sys.__excepthook__ if before["errors"] is sys.__excepthook__ else before["errors"]  # type: ignore[assignment]
     torch.manual_seed(7)
     assert {"process group", "warnings", "random numbers"} <= changed
+
+
+def test_a_session_restores_what_a_compiled_run_on_a_gpu_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on a CPU sets neither."""
+    settings: Any = torch._dynamo.config
+    monkeypatch.setattr(packed, "_kernel", "sdpa")
+    monkeypatch.setattr(settings, "specialize_float", False)
+    with session():
+        use_attention(AttentionChoice("fa2"))
+        settings.specialize_float = True
+    assert (packed._kernel, settings.specialize_float) == ("sdpa", False)
 
 
 def test_what_an_error_keeps_alive_holds_no_model() -> None:
