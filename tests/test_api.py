@@ -394,11 +394,11 @@ def test_a_session_restores_what_a_compiled_run_on_a_gpu_sets(monkeypatch: pytes
     """A run on a CPU sets neither."""
     settings: Any = torch._dynamo.config
     monkeypatch.setattr(packed, "_kernel", "sdpa")
-    monkeypatch.setattr(settings, "specialize_float", False)
-    with session():
-        use_attention(AttentionChoice("fa2"))
-        settings.specialize_float = True
-    assert (packed._kernel, settings.specialize_float) == ("sdpa", False)
+    with settings.patch(specialize_float=False):
+        with session():
+            use_attention(AttentionChoice("fa2"))
+            settings.specialize_float = True
+        assert (packed._kernel, settings.specialize_float) == ("sdpa", False)
 
 
 def test_what_an_error_keeps_alive_holds_no_model() -> None:
