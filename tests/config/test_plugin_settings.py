@@ -7,7 +7,7 @@ import pytest
 
 from verl.algorithms import dapo
 from verl.config.commands import EvalConfig
-from verl.config.load import checked, config_of, describe, load_config, to_yaml
+from verl.config.load import config_of, describe, load_config, to_yaml
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.plugin_settings import completed, settings_of
 from verl.config.ppo import AlgorithmConfig, PPOConfig, RewardConfig
@@ -277,7 +277,7 @@ def test_the_evaluators_metric_has_the_keys_of_its_grader(length: str, tmp_path:
 def test_a_config_that_is_made_in_python_is_completed(kto: str) -> None:
     config = PPOConfig(algorithm=AlgorithmConfig(kto, updates_per_step=2), reward=RewardConfig(["format"]), optim=OptimConfig(lr=1e-3))
     config.data.train_files, config.model.partial_pretrain = "train.jsonl", "model"
-    whole = checked(config)
+    whole = config_of(PPOConfig, [config])
     assert whole == ppo(f"algorithm.name={kto}", "algorithm.updates_per_step=2", "reward.name=[format]", "optim.lr=1e-3", *SCHEDULE)
     assert completed(whole).algorithm is whole.algorithm and type(config.algorithm) is AlgorithmConfig
 

@@ -49,16 +49,6 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     return found
 
 
-def checked(config: Config) -> Config:
-    """Complete and check a config that was made in Python: add the keys of its plugins, and resolve references.
-
-    Raises:
-        UserError: a value is invalid or missing.
-    """
-    found: Config = _checked(_structured(completed(config)))
-    return found
-
-
 def _checked(config: DictConfig) -> Any:
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))

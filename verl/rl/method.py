@@ -71,7 +71,9 @@ def load_method(config: PPOConfig) -> Method:
     module = shared.plugins.load("algorithm.name", shared.name)
     if not all(hasattr(shared, key) for key in fields_of(settings_class(module))):
         raise UserError(
-            f"the keys of {shared.name} are missing", where="algorithm", fix="complete the config: verl.config.load.checked(config)"
+            f"the keys of {shared.name} are missing",
+            where="algorithm",
+            fix="complete the config: verl.config.load.config_of(PPOConfig, [config])",
         )
     settings = settings_of(shared, module)
     needs_critic, needs_groups = (bool(getattr(module, name, False)) for name in ("needs_critic", "needs_groups"))
