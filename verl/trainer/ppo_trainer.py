@@ -21,12 +21,12 @@ from verl.errors import Stopped, UserError, exit_on_user_error
 from verl.rewards._scoring import Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
-from verl.rl.experience import in_micro_batches
+from verl.rl.experience import pack_experience
 from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
-from verl.rl.remote_rollout import divide, generate_for_others
+from verl.rl.remote_rollout import divide, serve_rollout
 from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
@@ -52,7 +52,7 @@ def train(config: PPOConfig) -> TrainResult:
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
-        generate_for_others(config, bridge, read_tokenizer(Outline(config.model), config.data.chat_template))
+        serve_rollout(config, bridge, read_tokenizer(Outline(config.model), config.data.chat_template))
         return TrainResult(None, Path(config.trainer.default_local_dir).expanduser(), [])
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
@@ -114,13 +114,13 @@ def train_loop(
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, clock)
-        budget, fill, apart = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.leaves_out
-        experience = in_micro_batches(collected, updates.per_step, budget, fill=fill, apart=apart)
+        budget, multiple, separate = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.skips_zero_advantage
+        experience = pack_experience(collected, updates.per_step, budget, multiple_of_tokens=multiple, separate=separate)
         with clock.phase("logprobs"):
             experience.old_logprobs = experience.logprobs_before(actor, method.shared) if method.needs_old_logprobs else None
-            experience.ref_logprobs = experience.scored(reference, "logprob_M") if reference is not None else None
+            experience.ref_logprobs = experience.score(reference, "logprob_M") if reference is not None else None
         with clock.phase("values"):
-            experience.values = experience.scored(critic.engine, "value_M") if critic is not None else None
+            experience.values = experience.score(critic.engine, "value_M") if critic is not None else None
         experience.learned = experience.advantages(method, updates.settings, config.rollout.max_new_tokens)
         with clock.phase("update_critic"):
             of_critic = updates.critic(critic, experience, step)
