@@ -248,7 +248,7 @@ def test_rewards_that_are_all_equal_are_said_and_nothing_is_learned_of_them(fold
     (folder / "one.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     (line,) = train(folder, "one", reward__name=folder / "one.py", trainer__total_training_steps=1)
     assert (line["rl/groups_without_spread"], line["train/grad_norm"]) == (1.0, 0.0)
-    assert "all answers to each prompt earned the same" in capsys.readouterr().out
+    assert "the answers to each prompt have equal rewards" in capsys.readouterr().out
 
 
 SOMETIMES = (
