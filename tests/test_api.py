@@ -349,7 +349,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_call_goes_on(
     logger: str, number: signal.Signals, folder: Path, plain: verl.TrainResult
 ) -> None:
     output = logger.partition(".")[0]
-    with pytest.raises(verl.Stopped, match=f"stopped by {number.name}; the same call goes on from ") as stopped:
+    with pytest.raises(verl.Stopped, match=f"stopped by {number.name}; the same call resumes from ") as stopped:
         verl.sft(settings(folder, output, trainer__logger=folder / logger))
     assert isinstance(stopped.value, KeyboardInterrupt) and stopped.value.signal == number
     step = int(str(stopped.value.checkpoint).rpartition("_")[2])
@@ -475,7 +475,7 @@ def test_a_script_that_guards_nothing_may_tokenize_in_many_processes(folder: Pat
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.endswith("3 steps\n") and done.stdout.count("starting anew") == 1
+    assert done.stdout.endswith("3 steps\n") and done.stdout.count("starting a new run") == 1
 
 
 def test_the_examples_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

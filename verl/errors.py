@@ -44,12 +44,12 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         signal: that asked.
-        checkpoint: the newest, from which the same call goes on; None: nothing was saved.
+        checkpoint: the newest checkpoint, from which the same call resumes; None: nothing was saved.
     """
 
     def __init__(self, by: signal.Signals, checkpoint: Path | None):
         self.signal, self.checkpoint = by, checkpoint
-        where = "nothing was saved" if checkpoint is None else f"the same call goes on from {checkpoint}"
+        where = "nothing was saved" if checkpoint is None else f"the same call resumes from {checkpoint}"
         super().__init__(f"stopped by {by.name}; {where}")
 
 

@@ -204,7 +204,7 @@ class Run:
         Raises:
             Stopped: always.
         """
-        how = "nothing was saved" if self.checkpoint is None else f"the same command goes on from {self.checkpoint}"
+        how = "nothing was saved" if self.checkpoint is None else f"the same command resumes from {self.checkpoint}"
         self.say(f"stopped by {self.stopped_by or 'a signal to another process'} after step {step}; {how}")
         self._finish()
         dist.barrier()  # torchrun ends all as soon as one has left, and the first may still have loggers to finish

@@ -120,21 +120,21 @@ def test_the_rollout_may_have_ranks_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("processes", "roles", "where", "found"),
     [
-        (2, {"actor": [0]}, "mapping.critic", "critic on ranks 0-1, and actor on rank 0"),
+        (2, {"actor": [0]}, "mapping.critic", "critic is on ranks 0-1, but actor on rank 0"),
         (2, {"rollout": [2]}, "mapping.rollout", "there is no rank 2"),
         (2, {"rollout": [1, 1]}, "mapping.rollout", "named twice"),
         (
             2,
             {"actor": [1], "critic": [1], "reference": [1], "reward": [1], "rollout": [0]},
             "mapping.rollout",
-            "rank 0, which speaks for all",
+            "rank 0, which logs and saves, would only generate",
         ),
         (2, {"rollout": [1]}, "mapping.rollout", "rank 1 would both train and generate"),
         (
             3,
             {"actor": [0], "critic": [0], "reference": [0], "reward": [0], "rollout": [1]},
             "mapping",
-            "rank 2 would have nothing to do",
+            "rank 2 would have no role",
         ),
     ],
 )

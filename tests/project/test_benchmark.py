@@ -107,7 +107,7 @@ def test_only_the_timed_steps_count(folder: Path, tmp_path: Path) -> None:
     lines = [{"train/tokens": t, "train/supervised_tokens": s, "perf/step_seconds": seconds} for t, s, seconds in steps]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in lines))
     (tmp_path / "profile").mkdir()
-    (tmp_path / "profile" / "step_6_rank_0.txt").write_text("profile of steps 6-8: 391 ms a step, GPU busy 97.6%\n")
+    (tmp_path / "profile" / "step_6_rank_0.txt").write_text("profile of steps 6-8: 391 ms per step, GPU busy 97.6%\n")
     (tmp_path / "train.log").write_text("step 1: compiled the layers in 12.5 s; kept in ~/.cache for the next run\n")
     assert sft.read_verl(tmp_path, made) == sft.Measured([100, 300], [70, 100], [0.5, 1.5], None, 0.976, compile_seconds=12.5)
 

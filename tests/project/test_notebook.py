@@ -79,7 +79,7 @@ def test_interrupting_the_kernel_ends_the_run_with_a_checkpoint_and_the_kernel_g
     (error,) = [output for output in first["outputs"] if output["output_type"] == "error"]
     (checkpoint,) = (tmp_path / "run").glob("global_step_*")
     assert error["ename"] == "Stopped"
-    assert error["evalue"] == f"stopped by SIGINT; the same call goes on from run/{checkpoint.name}"
+    assert error["evalue"] == f"stopped by SIGINT; the same call resumes from run/{checkpoint.name}"
     (bar,) = bars(first)
     assert "2/20" in bar["text/plain"] or "3/20" in bar["text/plain"]
     assert texts(second) == "default_int_handler\n"

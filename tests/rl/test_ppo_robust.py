@@ -217,18 +217,18 @@ def test_the_learning_rate_falls_from_update_to_update_and_that_of_a_steps_first
 def test_one_answer_to_a_prompt_is_not_said_to_be_like_all_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone: dict[str, object] = {"algorithm__name": "reinforce", "rollout__samples_per_prompt": 1, "trainer__total_training_steps": 1}
     train(folder, "alone", **alone)
-    assert "earned the same" not in capsys.readouterr().out
+    assert "equal rewards" not in capsys.readouterr().out
     (folder / "one.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     train(folder, "alone_same", reward__name=folder / "one.py", **alone)
-    assert "all answers earned the same" in capsys.readouterr().out
+    assert "all answers have equal rewards" in capsys.readouterr().out
 
 
 def test_answers_that_all_earn_the_same_are_said_as_the_method_sees_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "half.py").write_text("def score(prompt, response, row):\n    return 0.5\n")
     said = {
-        "grpo": "all answers to each prompt earned the same, so that a group says nothing of which was better",
-        "reinforce": "all answers earned the same",
-        "dapo": "all answers to each prompt earned the same, also to 3 further draws; no update",
+        "grpo": "the answers to each prompt have equal rewards, so a group does not tell which is better",
+        "reinforce": "all answers have equal rewards",
+        "dapo": "the answers to each prompt have equal rewards, even after 3 refills; no update",
     }
     for method, warning in said.items():
         changes: dict[str, object] = {"algorithm__name": method, "trainer__total_training_steps": 1}
@@ -589,5 +589,5 @@ def test_a_signal_to_all_ends_a_split_run_after_its_step_with_a_checkpoint(folde
         process.send_signal(signal.SIGTERM)
     trains, generates = pair.ends()
     assert (trains[0], generates[0]) == (128 + signal.SIGTERM, 0), trains[2] + generates[2]
-    assert "the same command goes on from" in trains[1]
+    assert "the same command resumes from" in trains[1]
     assert "Traceback" not in trains[2] + generates[2]

@@ -96,7 +96,7 @@ def test_dual_clip_leaves_out_bad_answers_of_large_ratios(folder: Path) -> None:
 
 def test_a_rollout_that_tells_no_log_probabilities_cannot_be_the_old_policy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_answers(monkeypatch, lambda _, done: replace(done, logprobs=None))
-    with pytest.raises(UserError, match="does not tell its log-probabilities") as caught:
+    with pytest.raises(UserError, match="does not return log-probabilities") as caught:
         step(folder, "silent", **FROM_ROLLOUT)
     assert caught.value.where == "algorithm.old_logprobs=rollout"
     found = step(folder, "of_trainer")

@@ -248,7 +248,7 @@ def test_rewards_that_are_all_equal_are_said_and_nothing_is_learned_of_them(fold
     (folder / "one.py").write_text("def score(prompt, response, row):\n    return 1.0\n")
     (line,) = train(folder, "one", reward__name=folder / "one.py", trainer__total_training_steps=1)
     assert (line["rl/groups_without_spread"], line["train/grad_norm"]) == (1.0, 0.0)
-    assert "all answers to each prompt earned the same" in capsys.readouterr().out
+    assert "the answers to each prompt have equal rewards" in capsys.readouterr().out
 
 
 SOMETIMES = (
@@ -294,7 +294,7 @@ def test_prompts_and_answers_beyond_the_models_positions_are_refused(folder: Pat
 def test_the_run_prints_its_arithmetic(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(folder, "says", trainer__total_training_steps=1, algorithm__updates_per_step=2)
     said = capsys.readouterr().out
-    assert "plan: 1 steps of 4 prompts × 4 answers = 16 answers; 2 updates a step of 8 answers each" in said
+    assert "plan: 1 steps of 4 prompts × 4 answers = 16 answers; 2 updates per step with 8 answers each" in said
     assert "mapping: actor, critic, reference, reward and rollout on rank 0" in said
 
 
@@ -328,7 +328,7 @@ class Lora:
 
     def __init__(self, folder: Path):
         from verl.engine.build import build
-        from verl.rl.roles import draw_as
+        from verl.rl.roles import score_at
         from verl.rollout import Options, load_rollout
 
         config = load_config(PPOConfig, words(folder, "lora", model__lora_rank=4))
@@ -336,7 +336,7 @@ class Lora:
         self.stop_ids = Renderer(self.tokenizer).stop_ids
         dist.start()
         self.actor = build(config.model, config.optim, self.tokenizer, decided(config.model), stop_ids=self.stop_ids, seed=1)
-        draw_as(self.actor.engine, 1.0)
+        score_at(self.actor.engine, 1.0)
         for name, parameter in self.actor.engine.weights.trained.items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)

@@ -163,7 +163,7 @@ def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_pr
     assert sorted(re.findall(r"exitcode  : (-?\d+) ", said)) == [str(128 + signal.SIGUSR1), str(128 + signal.SIGTERM)]
     (checkpoint,) = output.glob("global_step_*")
     done = len(losses(metrics_of(output)))
-    assert checkpoint.name == f"global_step_{done}" and 2 <= done < STEPS and f"the same command goes on from {checkpoint}" in said
+    assert checkpoint.name == f"global_step_{done}" and 2 <= done < STEPS and f"the same command resumes from {checkpoint}" in said
     fsdp_sft_trainer.main(words(folder, output))
     assert losses(metrics_of(output)) == pytest.approx(one_process, rel=1e-5)
 
@@ -222,7 +222,7 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
         said = job.communicate(timeout=60)[0]
     first = len(losses(metrics_of(output)))
     assert (output / "logger-finished").exists()
-    assert job.returncode == 143 and f"the same command goes on from {output}/global_step_{first}" in said
+    assert job.returncode == 143 and f"the same command resumes from {output}/global_step_{first}" in said
     assert requeued.read_text().split()[0] == "requeue" and len(requeued.read_text().splitlines()) == 1
 
     with slurm_job(folder, output, paced, restarts=1) as job:  # preemption: TERM to a node's task, and the batch shell hears nothing
@@ -230,7 +230,7 @@ def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(fold
         os.killpg(int((tmp_path / "tasks").read_text().split()[1]), signal.SIGTERM)
         said = job.communicate(timeout=60)[0]
     second = len(losses(metrics_of(output)))
-    assert first < second < STEPS and f"going on from {output}/global_step_{first}" in said
+    assert first < second < STEPS and f"resuming from {output}/global_step_{first}" in said
     assert len(requeued.read_text().splitlines()) == 2
 
     fsdp_sft_trainer.main(words(folder, output))  # what is left, without SLURM

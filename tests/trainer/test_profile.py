@@ -19,7 +19,7 @@ from verl.data.loader import Step
 from verl.errors import UserError
 from verl.run import Run
 from verl.trainer import fsdp_sft_trainer
-from verl.trainer.profile import Trace, covered, of_gpu, profiled
+from verl.trainer.profile import Trace, covered, profiled, read_gpu_trace
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_run_traces_the_step_it_was_told_and_the_two_after_it(folder: Path) ->
     run = train(folder, "traced", "trainer.profile_step=3")
     assert {path.name for path in (run / "profile").iterdir()} == {"step_3_rank_0.json.gz", "step_3_rank_0.txt"}
     first, head, *rows = (run / "profile" / "step_3_rank_0.txt").read_text().splitlines()
-    assert re.fullmatch(r"profile of steps 3-5: [\d,]+ ms a step", first)
+    assert re.fullmatch(r"profile of steps 3-5: [\d,]+ ms per step", first)
     assert head.split() == ["ms", "count", "name"]
     times = [float(row.split()[0]) for row in rows]
     assert len(rows) == 30 and times == sorted(times, reverse=True) and times[0] > 0
@@ -75,7 +75,7 @@ def test_the_loop_gets_every_step_and_the_trace_ends_with_the_run(first_step: in
 def test_a_step_that_the_run_does_not_have_is_told(tmp_path: Path) -> None:
     told = Told(tmp_path)
     assert len(list(profiled(steps(5, 6), 3, torch.device("cpu"), cast(Run, told)))) == 2
-    assert told.said == "trainer.profile_step=3: this run had no such step, so there is no profile"
+    assert told.said == "trainer.profile_step=3: this run had no such step; no profile was written"
 
 
 def test_the_time_of_a_step_is_that_of_the_loops_work_on_it(tmp_path: Path) -> None:
@@ -102,10 +102,10 @@ def test_only_what_ran_on_the_gpu_makes_it_busy(tmp_path: Path) -> None:
     events += [event("cuda_runtime", 0, 1_000_000, "launch"), {"ph": "M", "name": "process_name"}]
     with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
-    found = of_gpu(tmp_path / "trace.json.gz", seconds=1.2)
+    found = read_gpu_trace(tmp_path / "trace.json.gz", seconds=1.2)
     assert found.busy_share == pytest.approx(0.5)
     assert [(item.name, item.milliseconds, item.count) for item in found.items] == [("gemm", 500, 2), ("copy", 200, 1)]
-    assert found.describe(20, 3) == "profile of steps 20-22: 400 ms a step, GPU busy 50.0%"
+    assert found.describe(20, 3) == "profile of steps 20-22: 400 ms per step, GPU busy 50.0%"
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: Metrics) 
     assert [line["train/grad_norm"] for line in metrics_of(folder / "two")] == pytest.approx(
         [m["train/grad_norm"] for m in plain_run], rel=1e-4
     )
-    assert done.stdout.count("starting anew") == 1, "only rank 0 speaks"
+    assert done.stdout.count("starting a new run") == 1, "only rank 0 speaks"
 
 
 def test_what_a_run_leaves_on_disk(folder: Path, plain_run: Metrics) -> None:
@@ -239,7 +239,7 @@ def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run
     dist.stop()
     capsys.readouterr()
     resumed = train(folder, "resumed", trainer__save_freq=5)
-    assert capsys.readouterr().out.startswith("going on from")
+    assert capsys.readouterr().out.startswith("resuming from")
     assert losses(resumed) == losses(plain_run)
     final = [Path(folder / name / f"global_step_{STEPS}" / "model.safetensors").read_bytes() for name in ("plain", "resumed")]
     assert final[0] == final[1]
@@ -260,9 +260,9 @@ def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(fold
     wait_for(lambda: (folder / "term" / "metrics.jsonl").exists() and len(metrics_of(folder / "term")) >= 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on from" in output
+    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes from" in output
     done = command(*SFT, *words(folder, "term"))
-    assert done.returncode == 0 and done.stdout.startswith("going on from")
+    assert done.returncode == 0 and done.stdout.startswith("resuming from")
     assert losses(metrics_of(folder / "term")) == losses(plain_run)
 
 

@@ -1,1 +1,1 @@
-"""Reinforcement learning: prompts to answers to experience to updates."""
+"""Reinforcement learning: from prompts to answers, to experience, to updates."""

@@ -1,11 +1,11 @@
-"""From prompts to answers with their rewards: generate, let a tool reply where there is one, and score.
+"""Sample answers to prompts and score them. A tool may reply between the turns of an answer.
 
 A tool is a module with one function,
 
     reply(response: str, prompt: str, row: dict) -> str | None
 
-which reads a turn of the model, as text, and gives what the tool says to it, or None where the answer is complete. What it says is
-appended to the answer's token ids as the chat template writes such a turn; no token of the model's is ever made again from text.
+It gets the text of the model's turn and returns the tool's reply, or None if the answer is complete. The reply is rendered with the chat
+template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized again from text.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from verl.rl.clock import Clock
 from verl.rl.samples import Sample
 from verl.rollout import Completion, Rollout, Sampling
 
-SEEDS_OF_A_TURN = 1_000_003  # turns of one answer are drawn from seeds that lie so far apart
+SEED_STRIDE = 1_000_003  # distance between the seeds of an answer's turns
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Collected:
     """The answers of one step on this rank.
 
     Attributes:
-        answered: all of this rank, also those of prompts that are left out.
-        samples: those to train on; groups are whole.
-        drawn: prompts drawn since the run began, over all ranks, with those of this step.
-        refills: times that further prompts were drawn in this step.
-        without_spread: groups among all that were answered, over all ranks, whose answers earned the same.
-        groups: that were answered, over all ranks.
+        answered: all answers of this rank, including those of excluded prompts.
+        samples: the answers to train on, in whole groups.
+        drawn: number of prompts drawn since the run began, this step included, over all ranks.
+        refills: number of times that more prompts were drawn in this step.
+        without_spread: number of answered groups with equal rewards, over all ranks.
+        groups: number of answered groups, over all ranks.
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
-        scored: what this rank's graders said.
+        scored: results of this rank's graders.
     """
 
     answered: list[Sample]
@@ -53,7 +53,7 @@ class Collected:
 
     @property
     def answers(self) -> int:
-        """Those to train on, over all ranks. Every rank calls it."""
+        """Number of answers to train on, over all ranks. Every rank calls it."""
         return int(dist.total([float(len(self.samples))])[0])
 
 
@@ -61,11 +61,11 @@ class Answerer:
     """Answers prompts with a rollout.
 
     Args:
-        seed: of the draws; an answer depends on it, its prompt's number and its own number alone.
+        seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
-        exact_grader: the first grader that compares answers with right ones; None: none does.
+        exact_grader: the first grader that compares answers with reference answers, or None.
     Raises:
-        UserError: no such tool.
+        UserError: there is no such tool.
     """
 
     def __init__(self, rollout: Rollout, config: RolloutConfig, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, seed: int):
@@ -76,19 +76,19 @@ class Answerer:
         self._renderer = Renderer(tokenizer)
 
     def sampled(self, prompts: Sequence[tuple[int, Prompt]]) -> list[Sample]:
-        """`samples_per_prompt` answers to each of the numbered prompts, those to one prompt side by side."""
+        """Sample `samples_per_prompt` answers to each numbered prompt. Answers to one prompt are adjacent."""
         sampling = Sampling(self._config.max_new_tokens, self._config.temperature, self._config.samples_per_prompt, self._seed)
         return self._answered(prompts, sampling)
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        """One answer to each, of the most likely tokens."""
+        """Decode one answer to each prompt greedily."""
         return self._answered(list(enumerate(prompts)), Sampling(self._config.max_new_tokens, logprobs=False))
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Give the answers their rewards. Ranks may have different numbers of them.
+        """Set the rewards of the answers. Ranks may have different numbers of answers.
 
         Raises:
-            UserError: on all ranks: a reward failed and reward.on_error=stop.
+            UserError: on all ranks, if a reward failed and reward.on_error=stop.
         """
         found: list[Scored] = []
         dist.together(lambda: found.append(self._scored(samples)))
@@ -107,39 +107,40 @@ class Answerer:
         )
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
-        completions = self._generated([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
+        completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
         owners = [owner for owner in prompts for _ in range(sampling.n)]
-        samples = [self._begun(number, prompt, done) for (number, prompt), done in zip(owners, completions, strict=True)]
+        samples = [self._sample_of(number, prompt, done) for (number, prompt), done in zip(owners, completions, strict=True)]
         if self._tool is not None:
             self._take_turns(samples, self._tool, sampling)
         return samples
 
-    def _generated(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """What the rollout answers. Every rank calls it, so that what goes wrong on one of them ends all."""
+    def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
+        """Generate with the rollout. Every rank calls it; an error on one rank is raised on all."""
         found: list[Completion] = []
         dist.together(lambda: found.extend(self.rollout.generate(prompts, sampling, seeds)))
         return found
 
-    def _begun(self, number: int, prompt: Prompt, done: Completion) -> Sample:
+    def _sample_of(self, number: int, prompt: Prompt, done: Completion) -> Sample:
         mask, logprobs = [True] * len(done.token_ids), None if done.logprobs is None else list(done.logprobs)
         text = done.text(self._tokenizer)
         return Sample(prompt, number, prompt.token_ids, list(done.token_ids), mask, logprobs, text, done.finish_reason, done.version)
 
     def _take_turns(self, samples: list[Sample], tool: ModuleType, sampling: Sampling) -> None:
-        """Until no answer waits for the tool: its reply to each that does, and the model's next turn."""
+        """Append tool replies and the model's next turns until no answer calls the tool."""
         for turn in range(1, self._config.max_turns):
             waiting: list[int] = []
             dist.together(lambda: waiting.extend(number for number, sample in enumerate(samples) if self._reply(sample, tool)))  # noqa: B023
             if dist.most(len(waiting)) == 0:
                 return
-            seed, calls = sampling.seed + turn * SEEDS_OF_A_TURN, self._calls(samples, waiting)
+            seed, calls = sampling.seed + turn * SEED_STRIDE, self._calls(samples, waiting)
             for place in range(dist.most(len(calls))):
                 self._next_turns(samples, calls[place] if place < len(calls) else [], sampling, seed)
 
     def _calls(self, samples: list[Sample], waiting: list[int]) -> list[list[int]]:
-        """Numbers of the answers that go on, cut into those that the rollout is asked for at once.
+        """Split the numbers of unfinished answers into calls of the rollout.
 
-        It is asked for as many tokens as the one with the most room may have, and beside that one the others must not be too long.
+        All answers of a call share one token limit, that of the answer with the most room. No answer of a call may exceed the model's
+        positions with this limit.
         """
         calls: list[list[int]] = []
         positions = self.rollout.positions
@@ -152,37 +153,37 @@ class Answerer:
 
     def _next_turns(self, samples: list[Sample], numbers: list[int], sampling: Sampling, seed: int) -> None:
         room = [self._room(samples[number]) for number in numbers]
-        turns = self._generated(
+        turns = self._generate(
             [samples[number].prompt_ids + samples[number].answer_ids for number in numbers],
             replace(sampling, n=1, max_new_tokens=max(room, default=1), seed=seed),
             [samples[number].group * sampling.n + number % sampling.n for number in numbers],
         )
         for number, most, done in zip(numbers, room, turns, strict=True):
-            self._go_on(samples[number], done if len(done.token_ids) <= most else _cut(done, most))
+            self._append_turn(samples[number], done if len(done.token_ids) <= most else _cut(done, most))
 
     def _room(self, sample: Sample) -> int:
-        """Tokens that an answer may still have."""
+        """Return the number of tokens left for an answer."""
         return self._config.max_new_tokens - len(sample.answer_ids)
 
     def _reply(self, sample: Sample, tool: ModuleType) -> bool:
-        """Append the tool's reply to the model's last turn, and say whether the model goes on."""
+        """Append the tool's reply. Return whether the model gets another turn."""
         if sample.finish_reason != "stop":
             return False
-        said = _called(tool, sample)
-        if said is None:
+        reply = _call_tool(tool, sample)
+        if reply is None:
             return False
-        ids = self._renderer.turn_after({"role": getattr(tool, "ROLE", "tool"), "content": said})
+        ids = self._renderer.turn_after({"role": getattr(tool, "ROLE", "tool"), "content": reply})
         if len(sample.answer_ids) + len(ids) >= self._config.max_new_tokens:
             sample.finish_reason = "length"
             return False
-        sample.earlier += [sample.text, said]
+        sample.earlier += [sample.text, reply]
         sample.answer_ids += ids
         sample.answer_mask += [False] * len(ids)
         if sample.logprobs is not None:
             sample.logprobs += [0.0] * len(ids)
         return True
 
-    def _go_on(self, sample: Sample, done: Completion) -> None:
+    def _append_turn(self, sample: Sample, done: Completion) -> None:
         sample.answer_ids += done.token_ids
         sample.answer_mask += [True] * len(done.token_ids)
         if sample.logprobs is not None:
@@ -192,12 +193,12 @@ class Answerer:
 
 
 def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig, clock: Clock) -> Collected:
-    """The answers of one step. Every rank calls it, and answers its share of the prompts.
+    """Sample and score the answers of one step. Every rank calls it and answers its share of the prompts.
 
-    With dynamic sampling, groups without spread are left out, and further prompts are drawn for them up to `max_refills` times.
+    With dynamic sampling, groups with equal rewards are excluded, and new prompts replace them, up to `max_refills` times.
 
     Args:
-        drawn: prompts drawn before this step.
+        drawn: number of prompts drawn before this step.
     """
     answered: list[Sample] = []
     scored: list[Scored] = []
@@ -224,7 +225,7 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
 
 
 def groups_with_spread(samples: Sequence[Sample]) -> list[int]:
-    """Numbers of the prompts, over all ranks, whose answers did not all earn the same."""
+    """Return the numbers of the prompts, over all ranks, whose answers have different rewards."""
     rewards: dict[int, set[float]] = {}
     for sample in samples:
         rewards.setdefault(sample.group, set()).add(sample.reward)
@@ -232,17 +233,16 @@ def groups_with_spread(samples: Sequence[Sample]) -> list[int]:
     return sorted(number for numbers in dist.gathered(mine) for number in numbers)
 
 
-def _called(tool: ModuleType, sample: Sample) -> str | None:
+def _call_tool(tool: ModuleType, sample: Sample) -> str | None:
     try:
-        said: str | None = tool.reply(sample.text, sample.prompt.text, sample.prompt.row)
-    except Exception as error:  # a user's own program, which fails as it likes
+        reply: str | None = tool.reply(sample.text, sample.prompt.text, sample.prompt.row)
+    except Exception as error:  # a user's own program may raise anything
         what = f"the tool raised {type(error).__name__}: {error}"
-        raise UserError(
-            what, where=sample.prompt.where, fix="mend rollout.tool; what a tool cannot do it should say in its reply"
-        ) from error
-    if said is not None and not isinstance(said, str):
-        raise UserError(f"the tool gave {said!r}, expected text or None", where=sample.prompt.where, fix="mend rollout.tool")
-    return said
+        fix = "correct rollout.tool; if a call cannot be answered, let the tool reply so"
+        raise UserError(what, where=sample.prompt.where, fix=fix) from error
+    if reply is not None and not isinstance(reply, str):
+        raise UserError(f"the tool returned {reply!r}, expected text or None", where=sample.prompt.where, fix="correct rollout.tool")
+    return reply
 
 
 def _cut(done: Completion, most: int) -> Completion:

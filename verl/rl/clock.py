@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time of each phase of a step."""
 
 import time
 from collections.abc import Iterator
@@ -10,26 +10,26 @@ PHASES = ("generate", "score", "logprobs", "values", "update_critic", "update_ac
 
 
 class Clock:
-    """Seconds of each phase of a step."""
+    """Measures the seconds of each phase of a step. On a GPU, it synchronizes at both ends of a phase."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self.start()
 
     def start(self) -> None:
-        """A step begins here."""
+        """Start a step."""
         self.seconds: dict[str, float] = {}
         self._since = self._now()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The time that is spent in here is the phase's, one of PHASES."""
+        """Add the time spent in this context to a phase, one of PHASES."""
         since = self._now()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - since
 
     def total(self) -> float:
-        """Seconds since the step began, without validating and saving."""
+        """Return the seconds since the step began, without validation and saving."""
         return self._now() - self._since - self.seconds.get("validate", 0.0) - self.seconds.get("save", 0.0)
 
     def _now(self) -> float:

@@ -1,4 +1,4 @@
-"""What a step learns from: its answers in micro-batches, with log-probabilities, values and advantages.
+"""The training data of a step: answers in micro-batches, with log-probabilities, values and advantages.
 
 Dimensions: A answers of this rank, M trained positions of a micro-batch.
 """
@@ -18,19 +18,19 @@ from verl.rl.answering import Collected, groups_with_spread
 from verl.rl.method import Method
 from verl.rl.samples import PackedSamples, Sample, pack_samples
 
-Values = list[np.ndarray]  # for each answer, one float32 value for each of its trained tokens
+Values = list[np.ndarray]  # one float32 array per answer, with one value per trained token
 
 
 @dataclass
 class Experience:
-    """The answers of a step on this rank. Lists hold an array for each answer, with a value for each trained token.
+    """The answers of a step on this rank.
 
     Attributes:
         updates: micro-batches of each update.
-        old_logprobs: before the updates, as the trainer has them; None where the one update has them itself.
-        ref_logprobs: of the reference, if there is one.
-        values: of the critic, if there is one.
-        learned: advantages and returns.
+        old_logprobs: log-probabilities before the updates; None if the forward pass of the only update computes them.
+        ref_logprobs: log-probabilities under the reference model, if there is one.
+        values: values of the critic, if there is one.
+        learned: advantages and returns, set before the updates.
     """
 
     samples: list[Sample]
@@ -42,21 +42,21 @@ class Experience:
 
     @property
     def rollout_logprobs(self) -> Values | None:
-        """As they were when the tokens were drawn; None where the rollout does not tell."""
+        """Log-probabilities at sampling time; None if the rollout does not return them."""
         found = [sample.trained_logprobs for sample in self.samples]
         return None if any(logprobs is None for logprobs in found) else found  # type: ignore[return-value]
 
     def logprobs_before(self, actor: Engine, shared: AlgorithmConfig) -> Values:
-        """Of the trainer, or as the rollout drew the tokens, whichever the method takes for the old policy's."""
+        """Return log-probabilities under the old policy, from the trainer or from the rollout as `algorithm.old_logprobs` says."""
         if shared.old_logprobs == "trainer":
-            return self.scored(actor, "logprob_M")
+            return self.score(actor, "logprob_M")
         if self.rollout_logprobs is None:
             fix = "set algorithm.old_logprobs=trainer, or another rollout.name"
-            raise UserError("the rollout does not tell its log-probabilities", where="algorithm.old_logprobs=rollout", fix=fix)
+            raise UserError("the rollout does not return log-probabilities", where="algorithm.old_logprobs=rollout", fix=fix)
         return self.rollout_logprobs
 
-    def scored(self, engine: Engine | AdapterOffReference, name: str) -> Values:
-        """What an engine says of all trained tokens: `logprob_M` or `value_M`. Every rank calls it."""
+    def score(self, engine: Engine | AdapterOffReference, name: str) -> Values:
+        """Compute `logprob_M` or `value_M` of all trained tokens with an engine. Every rank calls it."""
         outs = iter(engine.score([batch for packed in self.updates for batch in packed.batches]))
         found: dict[int, np.ndarray] = {}
         for packed in self.updates:
@@ -64,7 +64,11 @@ class Experience:
         return [found[number] for number in range(len(self.samples))]
 
     def advantages(self, method: Method, settings: Any, max_new_tokens: int) -> Advantages:
-        """What the method makes of the answers, with settings that may have changed since the run began. Every rank calls it."""
+        """Compute the method's advantages. Every rank calls it.
+
+        Args:
+            settings: the method's settings, with the current KL coefficient.
+        """
         answers = Answers(
             reward_A=np.array([sample.reward for sample in self.samples], dtype=np.float32),
             group_A=np.array([sample.group for sample in self.samples], dtype=np.int64),
@@ -79,7 +83,7 @@ class Experience:
         return learned
 
     def packed(self) -> list[PackedSamples]:
-        """The micro-batches of each update, with all that a loss may ask for."""
+        """Return the micro-batches of each update, with all fields that a loss may read."""
         assert self.learned is not None
         fields = {
             "advantage_M": self.learned.advantages,
@@ -92,18 +96,18 @@ class Experience:
         return [packed.with_fields(**fields) for packed in self.updates]
 
 
-def in_micro_batches(collected: Collected, updates: int, token_budget: int, *, fill: int, apart: bool) -> Experience:
-    """Answers cut into the step's updates, as many prompts in each, whatever rank answered them. Every rank calls it.
+def pack_experience(collected: Collected, updates: int, token_budget: int, *, multiple_of_tokens: int, separate: bool) -> Experience:
+    """Split the answers into updates of equally many prompts over all ranks, and pack them. Every rank calls it.
 
     Args:
-        token_budget: of a micro-batch, at most.
-        fill: micro-batches are filled up to a multiple of so many tokens, which GPUs multiply faster.
-        apart: answers of groups without spread, which may have no advantage, share no micro-batch with others.
+        token_budget: maximum number of tokens of a micro-batch.
+        multiple_of_tokens: micro-batches are filled to a multiple of this, which makes matmuls faster.
+        separate: whether groups with equal rewards, whose advantages may be 0, get micro-batches of their own.
     """
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
     samples = collected.samples
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]
-    spread = set(groups_with_spread(samples)) if apart else place.keys()
-    alone = {i for i, s in enumerate(samples) if s.group not in spread}
-    packed = [pack_samples(samples, numbers, token_budget, multiple_of_tokens=fill, apart=alone) for numbers in chosen]
+    spread = set(groups_with_spread(samples)) if separate else place.keys()
+    flat = {i for i, s in enumerate(samples) if s.group not in spread}
+    packed = [pack_samples(samples, numbers, token_budget, multiple_of_tokens=multiple_of_tokens, separate=flat) for numbers in chosen]
     return Experience(samples, packed)

@@ -1,7 +1,7 @@
-"""Which processes do what: the roles of `mapping` on named sets of ranks.
+"""Assignment of ranks to roles, from the config's `mapping`.
 
-Two layouts are there. All roles on all ranks is the default, and the best one up to some 64 GPUs. Or the rollout has ranks of its own:
-there the roles that train share the other ranks, prompts and answers are exchanged, and new weights are sent after each step.
+There are two layouts. By default, all roles share all ranks, which is best up to about 64 GPUs. Otherwise the rollout has its own ranks,
+and actor, critic, reference and reward share the other ranks: prompts and answers are exchanged, and new weights are sent after each step.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Layout:
     """The ranks of a run.
 
     Attributes:
-        training: of actor, critic, reference and reward.
-        rollout: of what generates; the same, or others.
+        training: ranks of actor, critic, reference and reward.
+        rollout: ranks of the rollout: the same as `training`, or none of them.
     """
 
     training: list[int]
@@ -26,51 +26,51 @@ class Layout:
 
     @property
     def is_split(self) -> bool:
-        """Whether the rollout has ranks of its own."""
+        """Whether the rollout has its own ranks."""
         return self.training != self.rollout
 
     def describe(self) -> str:
-        """For the run's first lines."""
+        """Return the layout as one line for the log."""
         if not self.is_split:
             return f"mapping: {', '.join(TRAINING)} and rollout on {_ranks(self.training)}"
         return f"mapping: {', '.join(TRAINING)} on {_ranks(self.training)}; rollout on {_ranks(self.rollout)}"
 
 
 def choose_layout(mapping: MappingConfig, processes: int) -> Layout:
-    """The layout that the config asks for.
+    """Read and check the layout of the config.
 
     Args:
-        processes: that were started.
+        processes: number of started processes.
     Raises:
-        UserError: ranks that do not exist, twice or idle, or a layout that is not one of the two.
+        UserError: a rank does not exist, is named twice or has no role, or the layout is neither of the two.
     """
     roles = {role: _ranks_of(role, getattr(mapping, role), processes) for role in (*TRAINING, "rollout")}
     for role in TRAINING[1:]:
         if roles[role] != roles["actor"]:
             raise UserError(
-                f"{role} on {_ranks(roles[role])}, and actor on {_ranks(roles['actor'])}: the roles that train share their ranks",
+                f"{role} is on {_ranks(roles[role])}, but actor on {_ranks(roles['actor'])}; the roles that train must share their ranks",
                 where=f"mapping.{role}",
                 fix=f"give {', '.join(f'mapping.{name}' for name in TRAINING)} the same ranks",
             )
     layout = Layout(roles["actor"], roles["rollout"])
     shared = set(layout.training) & set(layout.rollout)
     if layout.is_split and shared:
-        what = f"{_ranks(sorted(shared))} would both train and generate, and others not"
-        fix = 'give mapping.rollout the ranks of mapping.actor, or ranks of its own; "all" for both is the default'
+        what = f"{_ranks(sorted(shared))} would both train and generate, but other ranks would not"
+        fix = 'give mapping.rollout the same ranks as mapping.actor, or only others; the default is "all" for both'
         raise UserError(what, where="mapping.rollout", fix=fix)
     if layout.is_split and 0 in layout.rollout:
-        fix = "let rank 0 train, and name others, such as the last ones"
-        raise UserError("rank 0, which speaks for all, would only generate", where="mapping.rollout", fix=fix)
+        fix = "let rank 0 train, and give mapping.rollout other ranks, such as the last ones"
+        raise UserError("rank 0, which logs and saves, would only generate", where="mapping.rollout", fix=fix)
     idle = sorted(set(range(processes)) - set(layout.training) - set(layout.rollout))
     if idle:
-        raise UserError(f"{_ranks(idle)} would have nothing to do", where="mapping", fix="start fewer processes, or name them in a role")
+        raise UserError(f"{_ranks(idle)} would have no role", where="mapping", fix="start fewer processes, or give these ranks a role")
     return layout
 
 
 def _ranks_of(role: str, value: object, processes: int) -> list[int]:
     if value == "all":
         return list(range(processes))
-    assert isinstance(value, list)  # PPOConfig.check has seen to that
+    assert isinstance(value, list)  # PPOConfig.check checks this
     beyond = [rank for rank in value if rank >= processes]
     if beyond or len(set(value)) < len(value):
         what = f"there is no {_ranks(beyond)}: {processes} processes were started" if beyond else f"a rank is named twice in {value}"

@@ -1,4 +1,4 @@
-"""The numbers of a step: what its answers earned, what its updates did, and where its time went."""
+"""Metrics of a step: rewards, updates, and time of each phase."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,10 +17,10 @@ from verl.rl.experience import Experience
 def step_metrics(
     collected: Collected, experience: Experience, critic: Sequence[Mapping[str, Tensor]], actor: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, float]:
-    """What is logged of a step but its time. Every rank calls it.
+    """Return all metrics of a step except its time. Every rank calls it.
 
     Args:
-        critic, actor: what `Engine.train_step` returned for each update.
+        critic, actor: results of `Engine.train_step` for each update.
     """
     learned = experience.learned
     metrics = {f"rl/{name}": value for name, value in learned.metrics.items()} if learned is not None else {}
@@ -31,7 +31,7 @@ def step_metrics(
 
 
 def _of_answers(collected: Collected) -> dict[str, float]:
-    """Over all ranks; where groups without spread are drawn anew, of those too: what is left of them says less of the actor."""
+    """Return metrics of all answers of all ranks. Excluded groups count too: without them, the numbers would not describe the actor."""
     samples = collected.answered
     rewards, lengths = np.array([s.reward for s in samples]), np.array([s.trained_tokens for s in samples])
     counts = [len(samples), rewards.sum(), (rewards**2).sum(), lengths.sum(), sum(s.finish_reason == "length" for s in samples)]
@@ -52,7 +52,7 @@ def _of_answers(collected: Collected) -> dict[str, float]:
 
 
 def _of_graders(collected: Collected) -> dict[str, float]:
-    """Means of each grader by itself over all answers of all ranks, and errors an answer."""
+    """Return each grader's mean over all answers of all ranks, and the number of reward errors."""
     names = sorted(collected.scored[0].each)
     answers = float(sum(len(scored.reward_A) for scored in collected.scored))
     sums = [float(sum(scored.each[name].sum() for scored in collected.scored)) for name in names]
@@ -63,7 +63,7 @@ def _of_graders(collected: Collected) -> dict[str, float]:
 
 
 def _over_updates(outs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The mean over a step's updates, of maxima the largest, of updates that were not taken their number."""
+    """Return the mean of each metric over a step's updates; for maxima, the maximum; for `skipped`, the sum."""
     names = {name for out in outs for name in out}
     found = {name: [float(out[name]) for out in outs if name in out] for name in sorted(names)}
     return {name: _joined(name, values) for name, values in found.items()}
@@ -76,7 +76,7 @@ def _joined(name: str, values: list[float]) -> float:
 
 
 def time_metrics(clock: Clock, collected: Collected, start: Position, device: torch.device) -> tuple[dict[str, float], Position]:
-    """Tokens of a step and how fast they were, and how far the run is with it. Every rank calls it, before validating and saving."""
+    """Return a step's tokens and throughput, and the position after it. Every rank calls it, before validation and saving."""
     tokens = sum(len(s.prompt_ids) + len(s.answer_ids) for s in collected.samples)
     trained, generated = (sum(s.trained_tokens for s in samples) for samples in (collected.samples, collected.answered))
     whole, learned, drawn = dist.total([float(tokens), float(trained), float(generated)])
@@ -97,5 +97,5 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
 
 
 def phase_seconds(clock: Clock) -> dict[str, float]:
-    """Of each phase that the step had."""
+    """Return the seconds of each phase of the step."""
     return {f"perf/seconds_{name}": clock.seconds[name] for name in PHASES if name in clock.seconds}

@@ -9,10 +9,10 @@ from verl.run import Run
 
 
 def read_prompts(data: PromptConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Prompts, Prompts | None]:
-    """Training and validation prompts, which it tells of.
+    """Read training and validation prompts, and log what was read.
 
     Raises:
-        UserError: on all ranks: a file or a row is not right, or a node has other rows than the first.
+        UserError: on all ranks, if a file or a row is invalid, or a node has other rows than the first node.
     """
 
     def load(kind: str) -> Prompts:

@@ -1,7 +1,7 @@
-"""A rollout on processes of its own: prompts go there and answers come back, and new weights are sent by name in buckets.
+"""A rollout on its own processes: it receives prompts, returns answers, and receives new weights by name, in buckets.
 
-The processes that train have a `RemoteRollout`; the others `serve` it. Messages go through torch.distributed: prompts and answers as
-objects among all processes, weights from the first process that trains to those that generate.
+Training processes use a `RemoteRollout`; the others `serve` it. Messages go through torch.distributed. Prompts and answers are exchanged as
+objects among all processes; the first training process broadcasts weights to the rollout processes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,12 +23,12 @@ from verl.rl.mapping import Layout
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.run import first_signals_ignored
 
-BUCKET_BYTES = 2**28  # of weights in one message
+BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
 
 
 @dataclass(frozen=True)
-class _Questions:
-    """What one process that trains wants answered."""
+class _Request:
+    """The prompts that one training process wants answered."""
 
     prompts: list[list[int]]
     sampling: Sampling
@@ -42,7 +42,7 @@ class _NewWeights:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of a bucket: the next elements of its bytes."""
+    """Name, shape and dtype of a tensor in a bucket. The bucket's bytes hold the tensors in the order of the entries."""
 
     name: str
     shape: torch.Size
@@ -50,7 +50,7 @@ class _Entry:
 
 
 class Bridge:
-    """The way between the processes that train and those that generate. Every process makes it, at the same time."""
+    """Communication between training and rollout processes. Every process makes one, at the same time."""
 
     def __init__(self, layout: Layout, device: torch.device):
         self.layout, self.device = layout, device
@@ -59,27 +59,27 @@ class Bridge:
 
     @property
     def trains(self) -> bool:
-        """Whether this process is one of those that train."""
+        """Whether this is a training process."""
         return dist.get_rank() in self.layout.training
 
     def exchange(self, value: object) -> list[Any]:
-        """Every process's value, by rank.
+        """Return every process's value, by rank.
 
         Raises:
-            UserError: on all processes, one that a process gave for its value.
+            UserError: on all processes, if a process passed it as its value, or has ended.
         """
         values: list[Any] = [None] * dist.get_world_size()
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
-            raise UserError("another process has ended", where="mapping", fix=f"look at what it said; {error}") from error
+            raise UserError("another process has ended", where="mapping", fix=f"read its output; {error}") from error
         for found in values:
             if isinstance(found, UserError):
                 raise found
         return values
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Weights, from the process that sends; the others that train only help to gather them."""
+        """Broadcast weights from the first training process. The other training processes take part in gathering sharded weights."""
         for bucket in _buckets(named_tensors):
             if dist.get_rank() == self.sender:
                 self._broadcast([_Entry(name, tensor.shape, tensor.dtype) for name, tensor in bucket])
@@ -87,8 +87,8 @@ class Bridge:
         if dist.get_rank() == self.sender:
             self._broadcast(None)
 
-    def received(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that are sent, on this process's device."""
+    def receive(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that `send` broadcasts, on this process's device."""
         while (entries := self._broadcast(None)) is not None:
             sizes = [entry.shape.numel() * entry.dtype.itemsize for entry in entries]
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
@@ -103,7 +103,7 @@ class Bridge:
 
 
 class RemoteRollout:
-    """The `Rollout` of a process that trains. Every such process makes the same calls in the same order."""
+    """The `Rollout` of a training process. All training processes make the same calls in the same order."""
 
     def __init__(self, bridge: Bridge):
         self._bridge = bridge
@@ -113,7 +113,7 @@ class RemoteRollout:
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
         numbers = None if seeds is None else list(seeds)
-        self._bridge.exchange(_Questions([list(prompt) for prompt in prompts], sampling, numbers))
+        self._bridge.exchange(_Request([list(prompt) for prompt in prompts], sampling, numbers))
         answers = self._bridge.exchange(None)
         mine: dict[int, list[Completion]] = {}
         for rank in self._bridge.layout.rollout:
@@ -123,7 +123,7 @@ class RemoteRollout:
     def stream(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Completion]]]:
-        """See `Rollout.stream`; all of them come at once."""
+        """See `Rollout.stream`; yields all answers at once."""
         yield list(enumerate(self.generate(prompts, sampling, seeds)))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -132,13 +132,13 @@ class RemoteRollout:
         self._bridge.send(named_tensors)
 
     def sleep(self) -> None:
-        """Nothing: the others have their memory to themselves."""
+        """Do nothing: the rollout processes have GPUs of their own."""
 
     def wake(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Let the others end."""
+        """Let the rollout processes end."""
         self._bridge.exchange(None)
 
     def describe(self) -> str:
@@ -146,7 +146,7 @@ class RemoteRollout:
 
 
 def divide(layout: Layout, device: torch.device) -> Bridge | None:
-    """Let the processes work in two parts where the rollout has ranks of its own. Every process calls it."""
+    """Split the processes into training and rollout processes if the rollout has its own ranks. Every process calls it."""
     if not layout.is_split:
         return None
     bridge = Bridge(layout, device)
@@ -154,14 +154,14 @@ def divide(layout: Layout, device: torch.device) -> Bridge | None:
     return bridge
 
 
-def generate_for_others(config: PPOConfig, bridge: Bridge, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What a process does that only generates.
+def serve_rollout(config: PPOConfig, bridge: Bridge, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Load the rollout and serve it: all that a rollout process does.
 
     Raises:
-        UserError: the model cannot be loaded, or another process says what is wrong.
+        UserError: the model cannot be loaded, or another process raised an error.
     """
     path, stop_ids, options = config.model.partial_pretrain, Renderer(tokenizer).stop_ids, rollout_options(config)
-    with first_signals_ignored():  # those that train end their step with these answers, and then this process
+    with first_signals_ignored():  # training processes need the answers to finish their step, and then end this process
         serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
 
 
@@ -177,19 +177,19 @@ def rollout_options(config: PPOConfig) -> Options:
 
 
 def serve(bridge: Bridge, load: Callable[[], Rollout]) -> None:
-    """What a process that generates does until those that train are done."""
-    rollout: Rollout = _told(bridge, load)
+    """Answer requests and take new weights until the training processes are done."""
+    rollout: Rollout = _or_raise_everywhere(bridge, load)
     bridge.exchange((rollout.stop_ids, rollout.positions, rollout.describe()))
-    while (order := bridge.exchange(None))[bridge.sender] is not None:
-        if isinstance(order[bridge.sender], _NewWeights):
-            rollout.update_weights(bridge.received(), order[bridge.sender].version)
+    while (requests := bridge.exchange(None))[bridge.sender] is not None:
+        if isinstance(requests[bridge.sender], _NewWeights):
+            rollout.update_weights(bridge.receive(), requests[bridge.sender].version)
         else:
-            bridge.exchange(_told(bridge, partial(_answers, rollout, bridge, order)))
+            bridge.exchange(_or_raise_everywhere(bridge, partial(_answer, rollout, bridge, requests)))
     rollout.close()
 
 
-def _told(bridge: Bridge, work: Callable[[], Any]) -> Any:
-    """What the work gives. An error of it is handed to all processes in the place of what they wait for."""
+def _or_raise_everywhere(bridge: Bridge, work: Callable[[], Any]) -> Any:
+    """Return the result of `work`. If it raises UserError, all processes get the error in place of the message they wait for."""
     try:
         return work()
     except UserError as error:
@@ -197,16 +197,16 @@ def _told(bridge: Bridge, work: Callable[[], Any]) -> Any:
         raise
 
 
-def _answers(rollout: Rollout, bridge: Bridge, orders: list[Any]) -> dict[int, dict[int, list[Completion]]]:
-    """This process's share of all prompts, answered: by rank that asked and number of its prompt."""
+def _answer(rollout: Rollout, bridge: Bridge, requests: list[Any]) -> dict[int, dict[int, list[Completion]]]:
+    """Answer this process's share of all prompts. Return completions by requesting rank and number of the prompt in its request."""
     place, ranks = bridge.layout.rollout.index(dist.get_rank()), bridge.layout.training
-    asked = [(rank, number) for rank in ranks for number in range(len(orders[rank].prompts))][place :: len(bridge.layout.rollout)]
+    share = [(rank, number) for rank in ranks for number in range(len(requests[rank].prompts))][place :: len(bridge.layout.rollout)]
     found: dict[int, dict[int, list[Completion]]] = {}
-    for rank, entries in groupby(asked, key=lambda entry: entry[0]):
-        numbers, order = [number for _, number in entries], orders[rank]
-        seeds = numbers if order.seeds is None else [order.seeds[number] for number in numbers]
-        done = rollout.generate([order.prompts[number] for number in numbers], order.sampling, seeds)
-        n = order.sampling.n
+    for rank, entries in groupby(share, key=lambda entry: entry[0]):
+        numbers, request = [number for _, number in entries], requests[rank]
+        seeds = numbers if request.seeds is None else [request.seeds[number] for number in numbers]
+        done = rollout.generate([request.prompts[number] for number in numbers], request.sampling, seeds)
+        n = request.sampling.n
         found[rank] = {number: done[i * n : (i + 1) * n] for i, number in enumerate(numbers)}
     return found
 

@@ -1,4 +1,4 @@
-"""The models of a run, built for their roles: actor, critic, reference, reward, rollout."""
+"""Builds the models of a run for their roles: actor, critic, reference, reward, rollout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,13 +36,13 @@ from verl.run import Run
 
 @dataclass(frozen=True)
 class Roles:
-    """What works on a step.
+    """The models of a run.
 
     Attributes:
-        critic: where the method needs one.
-        reference: the model that the run starts from, or the method's own choice; None where nobody asks for it.
+        critic: the critic; None if the method needs none.
+        reference: the initial model, or the method's own choice; None with `algorithm.keep_reference=false`.
         answerer: rollout and rewards.
-        sleeps: whether the rollout may give memory back while the others work.
+        sleeps: whether the rollout frees memory while the other models work.
     """
 
     actor: Built
@@ -52,7 +52,7 @@ class Roles:
     sleeps: bool
 
     def describe(self) -> str:
-        """What they are and where, for the run's first lines."""
+        """Return the models as lines for the log."""
         lines = [self.actor.describe()]
         if self.critic is not None:
             lines.append(
@@ -63,7 +63,7 @@ class Roles:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """While this lasts, the actor is not in training, and the rollout may take the memory that it needs."""
+        """Set the actor to evaluation mode in this context. After it, the rollout frees memory if it `sleeps`."""
         scorer = self.actor.engine.scorer
         scorer.eval()
         try:
@@ -74,7 +74,7 @@ class Roles:
             self.answerer.rollout.sleep()
 
     def publish(self, version: int) -> None:
-        """Let the rollout generate with the actor's weights of now."""
+        """Copy the actor's current weights to the rollout."""
         self.answerer.rollout.update_weights(self.actor.named_weights(), version)
 
 
@@ -117,13 +117,13 @@ def token_budget(config: PPOConfig) -> int:
 
 
 def outline_of_critic(config: PPOConfig, actor: Outline) -> Outline:
-    """The outline of the critic's model, which is the actor's unless the config names another."""
+    """Return the outline of the critic's model: the actor's, unless the config names another model."""
     path = config.critic.partial_pretrain
     return actor if path in (None, config.model.partial_pretrain) else Outline(replace(config.model, partial_pretrain=path))
 
 
 def heads_of_reward_model(config: PPOConfig) -> list[Heads]:
-    """Attention heads of the reward model, if there is one."""
+    """Return the attention heads of the reward model, if there is one."""
     model = config.reward_model
     return [] if model.path is None else [heads_of(read_config(model.path, trust_remote_code=model.trust_remote_code))]
 
@@ -140,11 +140,11 @@ def build_roles(
     """Load every model of the run.
 
     Args:
-        bridge: to the rollout's own processes; None: it shares this one.
+        bridge: communication with the rollout's processes; None: the rollout is in this process.
     Raises:
-        UserError: a model or a grader that cannot be used, or prompts and answers that do not fit into the model's positions.
+        UserError: a model or a grader cannot be used, or prompts and answers exceed the model's positions.
     """
-    say_of_dropout(config, run)
+    warn_of_dropout(config, run)
     stop_ids = Renderer(tokenizer).stop_ids
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     trained = config.model.lora_adapter_path or config.model.partial_pretrain
@@ -154,13 +154,13 @@ def build_roles(
     actor = build(
         config.model, config.optim, tokenizer, decisions.actor, stop_ids=stop_ids, system_prompts=systems, seed=seed, dropout=False
     )
-    without_dropout(actor.engine)
-    draw_as(actor.engine, config.rollout.temperature, entropy="gradient" if method.entropy_gradient else True)
+    disable_dropout(actor.engine)
+    score_at(actor.engine, config.rollout.temperature, entropy="gradient" if method.entropy_gradient else True)
     critic = None
     if decisions.critic is not None:
         path = config.critic.partial_pretrain or config.model.partial_pretrain
         critic = build_critic(config.model, config.critic.optim, path, actor, decisions.critic, seed=seed)
-        without_dropout(critic.engine)
+        disable_dropout(critic.engine)
     reference = build_reference(config.model, actor, method.reference) if method.shared.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
@@ -168,23 +168,23 @@ def build_roles(
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
 
 
-def say_of_dropout(config: PPOConfig, run: Run) -> None:
-    """Say it where the actor goes on from an adapter that was tuned with dropout."""
+def warn_of_dropout(config: PPOConfig, run: Run) -> None:
+    """Log that dropout is off if the actor starts from an adapter that was trained with dropout."""
     path = config.model.lora_adapter_path
     share = 0.0 if path is None else (read_adapter_config(path) or {}).get("lora_dropout") or 0.0
     if share > 0:
-        run.say(f"model.lora_adapter_path={path}: its dropout of {share} is off, or old and new log-probabilities would differ by it")
+        run.say(f"model.lora_adapter_path={path}: its dropout of {share} is off; it would change ratios of new to old probability")
 
 
-def without_dropout(engine: Engine) -> None:
-    """Let an engine train on what it says of answers when it scores them: a ratio is not to differ from 1 for what was dropped."""
+def disable_dropout(engine: Engine) -> None:
+    """Set dropout to 0, so that training and scoring give the same log-probabilities, and ratios are 1 before an update."""
     for module in engine.scorer.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
-def draw_as(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
-    """Let an engine score tokens under the distribution that they are drawn from."""
+def score_at(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
+    """Let an engine score tokens at the temperature that they are sampled at."""
     assert isinstance(engine.scorer, TokenScorer)
     engine.scorer.temperature, engine.scorer.entropy = temperature, entropy
 
@@ -192,7 +192,7 @@ def draw_as(engine: Engine, temperature: float, *, entropy: Entropy = False) -> 
 def build_rollout(
     config: PPOConfig, actor: Built, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], bridge: Bridge | None
 ) -> Rollout:
-    """What generates: the actor itself where this process has all of its weights, else a copy that is filled from it."""
+    """Build the rollout. It shares the actor's weights if this process has all of them; otherwise it is a copy, updated after each step."""
     if bridge is not None:
         return RemoteRollout(bridge)
     name, path, options = config.rollout.name, config.model.partial_pretrain, rollout_options(config)
@@ -202,10 +202,10 @@ def build_rollout(
 
 
 def check_names(config: PPOConfig, method: Method) -> None:
-    """Whether all that the config names is there, before data is read or a model loaded.
+    """Check everything that the config names, before data is read or a model loaded.
 
     Raises:
-        UserError: no such engine, tool, grader or model, or one that is not of its kind.
+        UserError: a rollout engine, tool, grader or model does not exist, or is of the wrong kind.
     """
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
@@ -221,17 +221,17 @@ def check_names(config: PPOConfig, method: Method) -> None:
 
 
 def check_checkpoint(config: PPOConfig) -> None:
-    """Raises UserError if the actor is to start from an adapter directory, which is not a whole model."""
+    """Raise UserError if the actor is to start from an adapter directory, which is not a whole model."""
     path = config.model.partial_pretrain
     adapter = read_adapter_config(path)
     if adapter is not None:
         base = adapter.get("base_model_name_or_path")
-        fix = f"merge it: verl export {path} DIR; or go on training it: model.partial_pretrain={base} model.lora_adapter_path={path}"
-        raise UserError("is an adapter, and not a whole model", where=f"model.partial_pretrain={path}", fix=fix)
+        fix = f"merge it: verl export {path} DIR; or continue training it: model.partial_pretrain={base} model.lora_adapter_path={path}"
+        raise UserError("is an adapter, not a whole model", where=f"model.partial_pretrain={path}", fix=fix)
 
 
 def check_positions(config: PPOConfig, rollout: Rollout) -> None:
-    """Raises UserError if the longest prompt and answer together are more than the model can read."""
+    """Raise UserError if the longest prompt with the longest answer exceeds the model's positions."""
     longest = longest_sample(config)
     if rollout.positions is not None and longest > rollout.positions:
         raise UserError(
@@ -243,12 +243,12 @@ def check_positions(config: PPOConfig, rollout: Rollout) -> None:
 
 
 def describe_steps(config: PPOConfig, total_steps: int) -> str:
-    """The arithmetic of a step, for the run's first lines."""
+    """Return the numbers of prompts, answers, updates and tokens of a step, as one line for the log."""
     prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
     many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
     return (
         f"{total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
-        f"{updates} update{'s' if updates > 1 else ''} a step of {prompts // updates * samples:,} answers each; "
+        f"{updates} update{'s' if updates > 1 else ''} per step with {prompts // updates * samples:,} answers each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
-        f"in micro-batches of up to {token_budget(config):,} on each of {many}"
+        f"in micro-batches of up to {token_budget(config):,} tokens on each of {many}"
     )

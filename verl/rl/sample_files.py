@@ -1,4 +1,4 @@
-"""Files of a step: rollouts/step_N.jsonl with every answer and what it earned."""
+"""Files of a step: rollouts/step_N.jsonl with every answer and its reward."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -11,19 +11,19 @@ from verl.rl.samples import Sample
 
 
 def write_samples(directory: Path, name: str, samples: Sequence[Sample], trained: Collection[int] | None = None) -> None:
-    """Write all ranks' answers into `rollouts/NAME.jsonl`, one an object a line, in the order of their prompts' numbers.
+    """Write the answers of all ranks into `rollouts/NAME.jsonl`, one JSON object per line, in the order of the prompts' numbers.
 
     Every rank calls it; rank 0 writes.
 
     Args:
-        trained: numbers of the prompts whose answers are trained on, so that each line says it; None: not a matter of training.
+        trained: numbers of the prompts to train on, for the field `trained` of each line; None: the lines have no such field.
     """
     mine = [_line(sample) | ({} if trained is None else {"trained": sample.group in trained}) for sample in samples]
     lines = [line for of_rank in dist.gathered(mine) for line in of_rank]
     if dist.is_main():
         folder = directory / "rollouts"
         folder.mkdir(exist_ok=True)
-        lines.sort(key=lambda line: line["number"])  # stable: answers to one prompt stay in order
+        lines.sort(key=lambda line: line["number"])  # stable: keeps the order of the answers to one prompt
         replace_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
 
 

@@ -1,4 +1,4 @@
-"""Answers, and the packed batches that they become.
+"""Answers, and packed batches of them.
 
 Dimensions: A answers, M trained positions of a micro-batch.
 """
@@ -19,23 +19,21 @@ from verl.data.prompts import Prompt
 
 @dataclass
 class Sample:
-    """One answer to a prompt: the token ids of a chat as the model saw and drew them, appended and never made again from text.
+    """One answer to a prompt. Its token ids are those that the model read and sampled, never tokenized again from text.
 
     Attributes:
-        prompt: what was answered.
-        group: number of the prompt among all that were drawn since the run began; its answers have the same.
+        group: number of the prompt among all drawn since the run began. Answers to one prompt have the same number.
         prompt_ids: tokens before the answer.
-        answer_ids: tokens of the answer; with tools, of all turns, the others' too.
-        answer_mask: whether each of them was drawn by the model, and is trained.
-        logprobs: of each of them, natural log, as the rollout drew it at its temperature; 0 where it was not drawn.
-            None where the rollout does not tell.
-        text: the answer without its stop token; with tools, of the last turn.
-        earlier: the turns before the last, the model's and the tool's by turns.
-        finish_reason: "stop", or "length" where the answer was cut.
-        version: of the weights that drew it.
-        reward: what it earned.
-        parts: what each grader gave, by name.
-        turns: that the model took.
+        answer_ids: tokens of the answer; with a tool, all turns, including the tool's replies.
+        answer_mask: whether each answer token was sampled, and so is trained.
+        logprobs: log-probability of each answer token at the rollout's temperature, natural log; 0 for tokens that were not sampled.
+            None if the rollout does not return them.
+        text: the answer without its stop token; with a tool, the model's last turn.
+        earlier: texts of the turns before the last, model and tool in turn.
+        finish_reason: "stop", or "length" if the answer was cut off.
+        version: version of the weights that sampled the answer.
+        parts: reward of each grader, by name.
+        turns: number of the model's turns.
     """
 
     prompt: Prompt
@@ -54,7 +52,7 @@ class Sample:
 
     @property
     def document(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and whether each is trained."""
+        """Token ids, and whether each is trained."""
         ids = np.array(self.prompt_ids + self.answer_ids, dtype=np.int32)
         return ids, np.array([False] * len(self.prompt_ids) + self.answer_mask, dtype=bool)
 
@@ -64,7 +62,7 @@ class Sample:
 
     @property
     def trained_logprobs(self) -> np.ndarray | None:
-        """The rollout's log-probabilities of the trained tokens, float32; of no token they are always known."""
+        """The rollout's log-probabilities of the trained tokens, float32; None if it returns none. Empty if no token is trained."""
         if self.trained_tokens == 0:
             return np.zeros(0, dtype=np.float32)
         if self.logprobs is None:
@@ -75,12 +73,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedSamples:
-    """The micro-batches of one update on this rank, and which answers lie in each.
+    """The micro-batches of one update on this rank.
 
     Attributes:
         samples: all answers of the step on this rank.
-        members: for each micro-batch the numbers of its answers in `samples`, in the order of its documents.
-        multiple_of_tokens: what each micro-batch is filled up to.
+        members: for each micro-batch, the numbers of its answers in `samples`, in the order of its documents.
+        multiple_of_tokens: micro-batches are filled to a multiple of this.
     """
 
     samples: list[Sample]
@@ -89,7 +87,7 @@ class PackedSamples:
     multiple_of_tokens: int = 1
 
     def per_answer(self, values: Sequence[Tensor]) -> dict[int, np.ndarray]:
-        """Values of the trained positions of each micro-batch, cut into those of each answer, by its number."""
+        """Split values per trained position of each micro-batch into arrays per answer, by the answer's number."""
         found: dict[int, np.ndarray] = {}
         for numbers, values_M in zip(self.members, values, strict=True):
             ends = np.cumsum([self.samples[number].trained_tokens for number in numbers])
@@ -98,7 +96,11 @@ class PackedSamples:
         return found
 
     def with_fields(self, **fields: list[np.ndarray] | None) -> "PackedSamples":
-        """The same with a value for each trained position, given as one array for each answer of `samples`; None: the field stays away."""
+        """Return a copy with fields of values per trained position.
+
+        Args:
+            fields: by name, one array per answer of `samples`; None: the field is not set.
+        """
         given = {name: arrays for name, arrays in fields.items() if arrays is not None}
         batches = []
         for numbers, batch in zip(self.members, self.batches, strict=True):
@@ -107,9 +109,9 @@ class PackedSamples:
         return replace(self, batches=batches)
 
     def by_advantage(self) -> tuple[list[Batch], list[Batch]]:
-        """Micro-batches in which a token has an advantage, as many on every rank, and those in which none has.
+        """Split micro-batches into those with a non-zero advantage and those without any. Every rank calls it.
 
-        Where no rank has an advantage, all and none. Every rank calls it.
+        Filler makes the first list equally long on all ranks. If no rank has a non-zero advantage, all micro-batches are in the first list.
         """
         has_some = [bool(batch.advantage_M.any()) for batch in self.batches if batch.advantage_M is not None]
         some = [batch for batch, has in zip(self.batches, has_some, strict=True) if has]
@@ -121,7 +123,7 @@ class PackedSamples:
 
 
 def _filler(like: Batch, tokens: int) -> Batch:
-    """A micro-batch without answers, with the fields of another."""
+    """Return a micro-batch without answers, with the fields of another."""
     fields: dict[str, Any] = {name: value[:0] for name in VALUES if (value := getattr(like, name)) is not None}
     return replace(collate([], [], multiple_of_tokens=tokens), **fields)
 
@@ -131,24 +133,25 @@ def _joined(arrays: list[np.ndarray]) -> Tensor:
 
 
 def pack_samples(
-    samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1, apart: Container[int] = ()
+    samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1, separate: Container[int] = ()
 ) -> PackedSamples:
-    """Micro-batches of whole answers with their prompts; as many on every rank, filler where one has fewer. Every rank calls it.
+    """Pack whole answers with their prompts into micro-batches; filler makes their number equal on all ranks. Every rank calls it.
 
     Args:
         samples: all answers of the step on this rank.
-        chosen: numbers of those that are packed.
-        token_budget: most tokens of a micro-batch.
-        apart: numbers of those that share no micro-batch with the others.
+        chosen: numbers of the answers to pack.
+        token_budget: maximum number of tokens of a micro-batch.
+        multiple_of_tokens: micro-batches are filled to a multiple of this.
+        separate: numbers of answers that get micro-batches of their own.
     """
-    kinds = ([number for number in chosen if number not in apart], [number for number in chosen if number in apart])
+    kinds = ([number for number in chosen if number not in separate], [number for number in chosen if number in separate])
     members = [numbers for kind in kinds for numbers in _members(samples, kind, token_budget)] or [[]]
     batches = [collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members]
     return PackedSamples(samples, members, batches, multiple_of_tokens)
 
 
 def _members(samples: list[Sample], chosen: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Which of the chosen answers share a micro-batch. As many lists on every rank, none where no rank has any answer."""
+    """Return the numbers of the answers in each micro-batch: equally many lists on all ranks, none if no rank has answers."""
     if dist.most(len(chosen)) == 0:
         return []
     lengths = [len(samples[number].prompt_ids) + len(samples[number].answer_ids) for number in chosen]

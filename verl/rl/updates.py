@@ -1,4 +1,4 @@
-"""The updates of a step: critic and actor along their losses, and what happens where a loss or a gradient is not finite."""
+"""The updates of critic and actor in a step. An update with a non-finite loss or gradient is skipped and reported."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -23,18 +23,18 @@ from verl.rl.experience import Experience
 from verl.rl.method import Method
 from verl.run import Run
 
-MOST_SKIPPED = 3  # updates in a row that are not taken before the run stops
+MOST_SKIPPED = 3  # skipped updates in a row that end the run
 
-Out = list[dict[str, Tensor]]  # what `Engine.train_step` returned for each update
+Out = list[dict[str, Tensor]]  # results of `Engine.train_step`, one per update
 
 
 class Updates:
-    """Takes the updates of each step.
+    """Runs the updates of each step.
 
     Attributes:
-        per_step: how many.
-        settings: of the method; where `kl_target` is set, with the weight of the divergence as it is now.
-        leaves_out: whether the actor need not see answers without an advantage once more to learn from the others.
+        per_step: number of updates per step.
+        settings: the method's settings; with `kl_target`, they hold the current KL coefficient.
+        skips_zero_advantage: whether the actor's forward and backward passes leave out micro-batches without a non-zero advantage.
     """
 
     def __init__(self, config: PPOConfig, method: Method, start: Position, run: Run):
@@ -43,17 +43,17 @@ class Updates:
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
         self.settings: Any = method.settings
-        self.leaves_out = method.needs_groups and method.skips_zero_advantage
+        self.skips_zero_advantage = method.needs_groups and method.skips_zero_advantage
         self._kl: AdaptiveKL | None = None
         if isinstance(self.settings, PolicySettings) and self.settings.kl_target is not None:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
             self._kl = AdaptiveKL(coef, self.settings.kl_target, self.settings.kl_horizon)
             self.settings = replace(self.settings, kl_coef=coef)
-        self._skipped = {"critic": 0, "actor": 0}  # in a row
+        self._skipped = {"critic": 0, "actor": 0}  # number of skipped updates in a row
 
     @property
     def kl_coef(self) -> float | None:
-        """The weight of the divergence now, where it adapts."""
+        """The current KL coefficient; None if it is not adapted."""
         return None if self._kl is None else self._kl.coef
 
     def critic(self, critic: Critic | None, experience: Experience, step: int) -> Out:
@@ -63,20 +63,21 @@ class Updates:
         return self._take(critic.engine, self._module.ValueLoss(self.settings), experience, step, "critic")
 
     def actor(self, engine: Engine, experience: Experience, step: int) -> Out:
-        """Train the actor, but for the first `critic.warmup_steps`. Every rank calls it."""
+        """Train the actor, except in the first `critic.warmup_steps` steps. Every rank calls it."""
         if step < self._warmup:
             return []
         loss = self._module.Loss(self.settings, self._max_new_tokens)
         return self._take(engine, loss, experience, step, "actor")
 
     def adapt(self, outs: Out, collected: Collected) -> dict[str, float]:
-        """Let the divergence of a step change its own weight, where it does. Of updates that were not taken it may be no number.
+        """Adapt the KL coefficient to the step's KL divergence, if `kl_target` is set.
 
         Args:
-            outs: of the actor's updates.
+            outs: results of the actor's updates.
         Returns:
-            the weight now, to be logged.
+            the KL coefficient as a metric, if it is positive.
         """
+        # A skipped update's divergence may be NaN.
         found = [float(out["kl_k3"]) for out in outs if "kl_k3" in out and not float(out["skipped"])]
         if self._kl is not None and found:
             self.settings = replace(self.settings, kl_coef=self._kl.update(sum(found) / len(found), collected.answers))
@@ -86,21 +87,22 @@ class Updates:
     def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
         outs = []
         for number, packed in enumerate(experience.packed()):
-            batches, left_out = packed.by_advantage() if self.leaves_out and role == "actor" else (packed.batches, [])
+            skips = self.skips_zero_advantage and role == "actor"
+            batches, left_out = packed.by_advantage() if skips else (packed.batches, [])
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
-                continue  # of a step in which no group had spread
+                continue  # no answers: with dynamic sampling, every group of the step was excluded
             out = engine.train_step(batches, loss, step * self.per_step + number, left_out=left_out)
-            self._look_at(out, batches, f"step {step + 1}", number, role)
+            self._report_skipped(out, batches, f"step {step + 1}", number, role)
             outs.append(out)
         return outs
 
-    def _look_at(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, number: int, role: str) -> None:
-        """Write out the batch of an update that was not taken.
+    def _report_skipped(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, number: int, role: str) -> None:
+        """If the update was skipped, save its batch and log a warning.
 
         Args:
-            number: of the update in its step.
+            number: number of the update in its step.
         Raises:
-            UserError: on all ranks: it is the role's third in a row.
+            UserError: on all ranks, at the role's third skipped update in a row.
         """
         if not float(out["skipped"]):
             self._skipped[role] = 0
@@ -114,14 +116,14 @@ class Updates:
         self._run.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
         if self._skipped[role] == MOST_SKIPPED:
             raise UserError(
-                f"{numbers}, and so {MOST_SKIPPED} times in a row",
+                f"{numbers}, {MOST_SKIPPED} times in a row",
                 where=place,
-                fix="lower optim.lr or critic.optim.lr, or look at the batches in skipped/; the last checkpoint is whole",
+                fix="lower optim.lr or critic.optim.lr, or inspect the batches in skipped/; the last checkpoint is complete",
             )
 
 
 def _tensors(batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """All tensors of the micro-batches, such as `0.input_ids_T`."""
+    """Return all tensors of the micro-batches by name, such as `0.input_ids_T`."""
     return {
         f"{number}.{f.name}": value.contiguous()
         for number, batch in enumerate(batches)

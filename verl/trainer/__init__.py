@@ -1,1 +1,1 @@
-"""The trainers: one file a method, each a loop that reads like the method in words."""
+"""Trainers, one file each, and the parts that they share."""

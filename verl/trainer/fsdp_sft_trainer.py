@@ -2,7 +2,7 @@
 
     python -m verl.trainer.fsdp_sft_trainer data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
 
-The same command under `torchrun` uses several processes. `train` and `train_loop` are the whole way; read them first.
+Start it with `torchrun` to use several processes. To read the code, start at `train` and `verl.trainer.loop.train_loop`.
 """
 
 import sys
@@ -30,10 +30,10 @@ from verl.trainer.resume import begin, find_checkpoint
 
 @session()
 def train(config: SFTConfig) -> TrainResult:
-    """Train as the config says.
+    """Train with a config.
 
     Raises:
-        UserError: anything in the config, the data, the model or the checkpoint that is not right.
+        UserError: the config, the data, the model or the checkpoint is invalid.
         Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
@@ -70,14 +70,14 @@ def train(config: SFTConfig) -> TrainResult:
 
 @session()
 def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
-    """Print what the run would take. Nothing is written but the cache of tokenized rows, and no weights are read.
+    """Print the steps and the memory of a run. It reads no weights, and writes only the cache of tokenized rows.
 
     Args:
-        gpus: of the run, which need not be here; None: as many as there are processes.
+        gpus: number of GPUs to plan for, which need not exist here; None: the number of processes.
     Raises:
         UserError: as `train`.
     """
-    from verl.plan.plan import plan_run  # training itself has no need of it
+    from verl.plan.plan import plan_run  # not needed for training
     from verl.plan.report import describe
 
     device = dist.start()
@@ -90,10 +90,10 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
 
 
 def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisions: Decisions, run: Run) -> None:
-    """Say it before anything is loaded if the GPU is likely to be too small.
+    """Log a warning, before weights are loaded, if the run is likely to exceed the GPU's memory.
 
     Raises:
-        UserError: on all ranks: it is too small for certain.
+        UserError: on all ranks, if weights, gradients and optimizer state alone exceed it.
     """
     if decisions.hardware.has_gpu:
         from verl.plan.plan import make_plan

@@ -1,4 +1,4 @@
-"""What a trainer reads before it starts: the tokenizer and the tokenized rows, the same on every rank."""
+"""The inputs of a trainer: the tokenizer and the tokenized rows, the same on every rank."""
 
 from functools import partial
 from pathlib import Path
@@ -26,18 +26,18 @@ class DataConfig(DocumentsConfig, Protocol):
 
 
 def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or of the adapter that training goes on from, once it is seen that the model can be what is asked for.
+    """Load the tokenizer, and check that the model supports the configured adapters and context parallelism.
+
+    The tokenizer is the initial adapter's own, if it has one, with the chat template of its training; otherwise the model's.
 
     Args:
-        chat_template: a file that takes the place of the tokenizer's own (data.chat_template).
+        chat_template: path of a template that replaces the tokenizer's (data.chat_template).
     Raises:
-        UserError: no such model, or adapters or parts of heads that it cannot have.
+        UserError: there is no such model, or it does not support the adapters or context parallelism.
     """
     model = outline.settings
     adapter = model.lora_adapter_path
-    own = (
-        adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
-    )  # with the template that it was trained with
+    own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     path = adapter if adapter is not None and own else model.partial_pretrain
     tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=chat_template)
     if outline.has_adapters:
@@ -49,11 +49,11 @@ def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTok
 
 
 def load_data(data: DataConfig, columns: RowReader, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Documents, Documents | None]:
-    """Tokenized training and validation rows; each node's first process makes the cache, the others read it."""
+    """Load tokenized training and validation rows. The first process of each node writes the cache; the others read it."""
 
     def load(kind: str) -> Documents:
         documents, key = load_rows(data, columns, kind, tokenizer), f"data.{kind}_files"
-        dist.check_same(documents.fingerprint, what="the rows", where=key)  # each process plans every step by itself
+        dist.check_same(documents.fingerprint, what="the rows", where=key)  # each process packs every step by itself
         run.say(f"{key}: {documents.report}")
         return documents
 
@@ -63,6 +63,6 @@ def load_data(data: DataConfig, columns: RowReader, tokenizer: PreTrainedTokeniz
 
 
 def load_rows(data: DataConfig, columns: RowReader, kind: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """Tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
+    """Load tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
     files, samples = getattr(data, f"{kind}_files"), getattr(data, f"{kind}_max_samples")
     return dist.main_first(lambda: load_documents(data, columns, files, tokenizer, key=f"data.{kind}_files", max_samples=samples))

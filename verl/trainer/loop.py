@@ -18,7 +18,7 @@ from verl.engine.engine import Engine
 from verl.run import Run
 from verl.trainer.meter import Meter
 
-VALIDATION_ROWS = 1024  # rows of validation that are in memory at a time
+VALIDATION_ROWS = 1024  # validation rows that are packed at a time
 
 
 def train_loop(
@@ -30,7 +30,7 @@ def train_loop(
     start: Position,
     run: Run,
 ) -> None:
-    """Every step: train and log; when due: validate and save."""
+    """In each step, train and log; when due, validate and save."""
     engine, meter = built.engine, Meter(built.engine, start)
     steps = loader.steps(start.step, run.total_steps)
     if config.profile_step is not None:
@@ -45,7 +45,7 @@ def train_loop(
         saves = due(config.save_freq, done, ends_epoch, last or stop)
         if note := built.compiler.note():
             run.say(f"step {done}: {note}")
-        # Between pauses a step's metrics are read while the next one runs, so that the GPU never waits for the host.
+        # Unless the loop pauses, a step's metrics are read while the next step runs, so that the GPU never waits for the host.
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
@@ -63,7 +63,7 @@ def train_loop(
 
 
 def keep(saved: Path, config: TrainerConfig, run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Make a new checkpoint the run's newest, and remove those that are too many."""
+    """Record a new checkpoint as the run's newest, and remove old ones beyond `trainer.max_ckpt_to_keep`."""
     run.checkpoint = saved
     checkpoint.prune(run.directory, config.max_ckpt_to_keep)
     run.keep_state({"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics})
@@ -71,14 +71,18 @@ def keep(saved: Path, config: TrainerConfig, run: Run, step: int, metrics: dict[
 
 
 def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
-    """Whether what happens `every` so many steps, each "epoch", (-1) only at the end, or "never", happens after step `done`."""
+    """Return whether a periodic action is due after step `done`.
+
+    Args:
+        every: number of steps, "epoch" for each epoch, -1 for the end of the run only, or "never".
+    """
     if every == "never":
         return False
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
 
 
 def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader) -> dict[str, float]:
-    """Mean loss and metrics over all of the validation rows, cut up as the loader does with its own."""
+    """Compute the mean loss and metrics over all validation rows, packed like training rows."""
 
     def batches() -> Iterator[Batch]:
         for first in range(0, len(validation), VALIDATION_ROWS):

@@ -1,4 +1,4 @@
-"""From what a step returns to the numbers that are logged."""
+"""Turns the results of training steps into logged metrics."""
 
 import math
 import time
@@ -16,24 +16,30 @@ from verl.engine.engine import Engine
 from verl.engine.flops import peak_flops, training_flops
 from verl.errors import UserError
 
-Moment: TypeAlias = float | torch.cuda.Event  # seconds of the host's clock, or a place in the GPU's work
+Moment: TypeAlias = float | torch.cuda.Event  # seconds of the host's clock, or an event in the GPU's stream
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A step that the device may still be working on, and where its numbers will be."""
+    """A step that may still be running on the device.
+
+    Attributes:
+        names: names of the results.
+        values: the results, in host memory; valid once `done` is reached.
+        done: end of the step.
+    """
 
     step: Step
     names: list[str]
-    values: Tensor  # of the names, in host memory from `done` on
+    values: Tensor
     done: Moment
 
 
 class Meter:
-    """Counts tokens and time of a run. A step is added as soon as its work is queued, and read when it is done.
+    """Measures tokens and time of a run. A step is added when its work is queued, and read when the work is done.
 
     Args:
-        start: where the run that this one goes on from has left off.
+        start: position of the checkpoint that the run resumes from.
     """
 
     def __init__(self, engine: Engine, start: Position):
@@ -43,38 +49,38 @@ class Meter:
         self._peak = peak_flops(engine.device)
         self._epoch_tokens, self._epoch_seconds = 0, 0.0
         self._running: list[_Running] = []
-        self._in_hand = 1 if engine.trained[0].is_cuda else 0  # the host waits for what it updates itself: a CPU, or offloading
+        self._queued = 1 if engine.trained[0].is_cuda else 0  # weights in host memory: the step has ended when it is added
         self.start()
 
     def start(self) -> None:
-        """A step begins here: what came before, such as saving, is not its time."""
+        """Start the time of the next step. Call it after pauses, such as saving."""
         self._since = self._now()
 
     def _now(self) -> Moment:
-        """On a GPU the host may be ahead or behind: what the GPU has reached is the time that counts."""
+        """Return the current time of the device. On a GPU, it is an event in the stream, since the host runs ahead."""
         if self._engine.device.type != "cuda":
             return time.perf_counter()
-        reached = torch.cuda.Event(enable_timing=True)
-        reached.record()
-        return reached
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def add(self, step: Step, out: dict[str, Tensor]) -> None:
-        """A step's work is queued; `out` is what `Engine.train_step` returned."""
-        names = [name for name in out if name != "skipped"]  # a loss that is not finite ends the run
+        """Add a step whose work is queued, with the result of `Engine.train_step`."""
+        names = [name for name in out if name != "skipped"]  # a non-finite loss ends the run
         values = torch.stack([out[name].float() for name in names])
         if values.is_cuda:
             values = torch.empty(len(names), pin_memory=True).copy_(values, non_blocking=True)
         self._running.append(_Running(step, names, values, self._now()))
 
     def finished(self, *, wait: bool) -> Iterator[tuple[int, dict[str, float]]]:
-        """Numbers (counted from 1) and metrics, under the names of metrics.jsonl, of the steps that are done.
+        """Yield the number (from 1) and the metrics of each finished step, with the names of metrics.jsonl.
 
         Args:
-            wait: for the newest one too; else a GPU keeps it as work in hand while the host goes on to the next.
+            wait: wait for the newest step too; otherwise it may still run on the GPU.
         Raises:
-            UserError: the loss or the gradient of a step is not finite.
+            UserError: the loss or the gradient norm of a step is not finite.
         """
-        keep = 0 if wait else self._in_hand
+        keep = 0 if wait else self._queued
         while len(self._running) > keep:
             done = self._running.pop(0)
             if isinstance(done.done, torch.cuda.Event):
@@ -88,7 +94,7 @@ class Meter:
             raise UserError(
                 f"loss {loss}, gradient norm {norm}",
                 where=f"step {step.number + 1}",
-                fix="lower optim.lr, or look at the rows of this step; the last checkpoint is whole",
+                fix="lower optim.lr, or inspect the rows of this step; the last checkpoint is complete",
             )
         self.tokens += step.tokens
         self.supervised_tokens += step.trained_tokens
@@ -111,7 +117,7 @@ class Meter:
         return metrics
 
     def end_epoch(self, epoch: int) -> str:
-        """The line that closes an epoch, counted from 0."""
+        """Return the log line for the end of an epoch (from 0), and start counting the next one."""
         rate = self._epoch_tokens / self._epoch_seconds
         line = f"epoch {epoch + 1}: {self._epoch_tokens:,} tokens, {rate:,.0f} tokens/s"
         self._epoch_tokens, self._epoch_seconds = 0, 0.0

@@ -1,8 +1,8 @@
-"""Reinforcement learning: from a fine-tuned checkpoint and questions to a model whose answers earn more.
+"""Reinforcement learning: from a fine-tuned checkpoint and questions to a model with higher rewards.
 
     python -m verl.trainer.ppo_trainer data.train_files=train.jsonl model.partial_pretrain=checkpoints/verl-sft/run/global_step_100
 
-The same command under `torchrun` uses several processes. `train` and `train_loop` are the whole way; read them first.
+Start it with `torchrun` to use several processes. To read the code, start at `train` and `train_loop`.
 """
 
 import sys
@@ -21,12 +21,12 @@ from verl.errors import Stopped, UserError, exit_on_user_error
 from verl.rewards._scoring import Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
-from verl.rl.experience import in_micro_batches
+from verl.rl.experience import pack_experience
 from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
-from verl.rl.remote_rollout import divide, generate_for_others
+from verl.rl.remote_rollout import divide, serve_rollout
 from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
 from verl.rl.updates import Updates
@@ -40,10 +40,10 @@ from verl.trainer.resume import begin, find_checkpoint
 
 @session()
 def train(config: PPOConfig) -> TrainResult:
-    """Train as the config says. Of processes that only generate, the result is empty.
+    """Train with a config. A process that only generates returns an empty result.
 
     Raises:
-        UserError: anything in the config, the data, the models, the rewards or the checkpoint that is not right.
+        UserError: the config, the data, a model, a reward or the checkpoint is invalid.
         Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
@@ -52,7 +52,7 @@ def train(config: PPOConfig) -> TrainResult:
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
-        generate_for_others(config, bridge, read_tokenizer(Outline(config.model), config.data.chat_template))
+        serve_rollout(config, bridge, read_tokenizer(Outline(config.model), config.data.chat_template))
         return TrainResult(None, Path(config.trainer.default_local_dir).expanduser(), [])
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
@@ -72,7 +72,7 @@ def train(config: PPOConfig) -> TrainResult:
         roles.publish(start.step)
         try:
             train_loop(config, method, prompts, validation, roles, start, run)
-        except Stopped:  # every process has left the loop after the same step
+        except Stopped:  # on every training process, after the same step
             roles.answerer.rollout.close()
             raise
         roles.answerer.rollout.close()
@@ -81,10 +81,10 @@ def train(config: PPOConfig) -> TrainResult:
 
 @session()
 def dry_run(config: PPOConfig) -> None:
-    """Print what the run would do. Nothing is written, and no weights are read.
+    """Print the steps of a run. It writes nothing and reads no weights.
 
     Raises:
-        UserError: as `train`, as far as it can be known before.
+        UserError: as `train`, except for errors that only show when weights are loaded.
     """
     dist.start()
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
@@ -105,7 +105,7 @@ def train_loop(
     start: Position,
     run: Run,
 ) -> None:
-    """Every step: answer, score, learn, update; log; when due, validate and save."""
+    """In each step, sample answers, score them, compute advantages, update and log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
     clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
     if validation is not None and start.step == 0:
@@ -114,13 +114,13 @@ def train_loop(
         clock.start()
         with roles.generating():
             collected = collect(roles.answerer, prompts, here.drawn, config, clock)
-        budget, fill, apart = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.leaves_out
-        experience = in_micro_batches(collected, updates.per_step, budget, fill=fill, apart=apart)
+        budget, multiple, separate = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.skips_zero_advantage
+        experience = pack_experience(collected, updates.per_step, budget, multiple_of_tokens=multiple, separate=separate)
         with clock.phase("logprobs"):
             experience.old_logprobs = experience.logprobs_before(actor, method.shared) if method.needs_old_logprobs else None
-            experience.ref_logprobs = experience.scored(reference, "logprob_M") if reference is not None else None
+            experience.ref_logprobs = experience.score(reference, "logprob_M") if reference is not None else None
         with clock.phase("values"):
-            experience.values = experience.scored(critic.engine, "value_M") if critic is not None else None
+            experience.values = experience.score(critic.engine, "value_M") if critic is not None else None
         experience.learned = experience.advantages(method, updates.settings, config.rollout.max_new_tokens)
         with clock.phase("update_critic"):
             of_critic = updates.critic(critic, experience, step)
@@ -136,7 +136,7 @@ def train_loop(
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, done, run)
-        tell(collected, method, done, run)
+        report_answers(collected, method, done, run)
         saved = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             with clock.phase("save"):
@@ -150,11 +150,10 @@ def train_loop(
 
 
 def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str, float]:
-    """Greedy answers to the validation prompts, scored as in training: the mean of the whole reward, and of each grader.
+    """Answer the validation prompts greedily, and return the mean reward, total and per grader.
 
-    That of the first grader which compares answers with right ones is `val/exact_match`, as the evaluator has it.
-
-    Every rank calls it, and answers its share. The answers go to rollouts/validation_N.jsonl.
+    The first grader that compares answers with reference answers is reported as `val/exact_match`, as in the evaluator. The answers are
+    written to rollouts/validation_N.jsonl. Every rank calls it and answers its share.
     """
     mine = validation.prompts[dist.rank() :: dist.world_size()]
     with roles.generating():
@@ -171,35 +170,35 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
-def tell(collected: Collected, method: Method, step: int, run: Run) -> None:
-    """Write the step's answers out, and say what is odd about them. Every rank calls it."""
+def report_answers(collected: Collected, method: Method, step: int, run: Run) -> None:
+    """Write the step's answers to a file, and warn of rewards without differences. Every rank calls it."""
     write_samples(run.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
         say_errors(scored, f"step {step}", run)
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
-        run.say(f"warning: step {step}: all answers to each prompt earned the same, also to {collected.refills} further draws; no update")
+        run.say(f"warning: step {step}: the answers to each prompt have equal rewards, even after {collected.refills} refills; no update")
     elif collected.groups == collected.without_spread and method.needs_groups:
-        run.say(f"warning: step {step}: all answers to each prompt earned the same, so that a group says nothing of which was better")
+        run.say(f"warning: step {step}: the answers to each prompt have equal rewards, so a group does not tell which is better")
     elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
-        run.say(f"warning: step {step}: all answers earned the same")
+        run.say(f"warning: step {step}: all answers have equal rewards")
 
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:
-    """Say which rewards failed, on all ranks, and count as 0. Every rank calls it."""
+    """Log failed rewards of all ranks, which count as 0. Every rank calls it."""
     everywhere = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank])
     if (errors := everywhere.describe_errors()) is not None:
         run.say(f"{place}: {errors}")
 
 
 def steps_of(config: PPOConfig, prompts: Prompts) -> int:
-    """Steps of the whole run.
+    """Return the number of steps of the whole run.
 
     Raises:
-        UserError: fewer prompts than processes would leave some without work, or an epoch has not enough for a step.
+        UserError: a step has fewer prompts than there are processes.
     """
     per_step = config.data.prompts_per_step
     if per_step < dist.world_size():
-        what = f"{per_step} prompts a step leave some of {dist.world_size()} processes without any"
+        what = f"{per_step} prompts per step are too few for {dist.world_size()} processes"
         raise UserError(what, where="data.prompts_per_step", fix=f"give at least {dist.world_size()}")
     if config.trainer.total_training_steps is not None:
         return config.trainer.total_training_steps

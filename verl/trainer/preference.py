@@ -9,7 +9,7 @@ and optionally
 
     Settings                                  a dataclass of its keys in `algorithm`, see verl.config.plugin_settings
     needs_reference: bool                     reads `batch.ref_logprob_M`, log-probabilities under the model that the run starts from
-    trains: str                               what it trains, in words, such as "a policy by DPO"
+    trains: str                               the trained model, for the log, such as "a policy by DPO"
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Preference:
         loss: the loss to minimize.
         scorer: input of the loss: token_logprobs of a language model, or score of a reward model.
         needs_reference: whether the loss reads log-probabilities under the model that the run starts from.
-        trains: what the method trains, in words.
+        trains: the trained model, for the log.
     """
 
     loss: Algorithm
@@ -44,7 +44,7 @@ def load_preference(config: RewardTrainerConfig) -> Preference:
     """Load the method that the config names.
 
     Raises:
-        UserError: no such method; it is for other data; or it cannot train the configured model.
+        UserError: there is no such method, it is for other data, or it cannot train the configured model.
     """
     name, model = config.algorithm.name, config.model
     module = config.algorithm.plugins.load("algorithm.name", name)

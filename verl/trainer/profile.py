@@ -1,9 +1,9 @@
-"""Where the time of a step goes: a trace of a few steps, and the share of them in which the GPU was busy.
+"""Profiling: a trace of a few steps, and the share of their time in which the GPU was busy.
 
     verl sft … trainer.profile_step=20
 
-traces steps 20 to 22 into `profile/` of the run's directory: `step_20_rank_R.json.gz`, which Perfetto and chrome://tracing
-open, and `step_20_rank_R.txt`, with what took the most time.
+traces steps 20 to 22 and writes two files per rank into `profile/` of the run's directory: `step_20_rank_R.json.gz`, for Perfetto and
+chrome://tracing, and `step_20_rank_R.txt`, a table of the kernels that took the most time.
 """
 
 import gzip
@@ -25,17 +25,18 @@ from verl.run import Run
 
 Step = TypeVar("Step")
 
-STEPS = 3  # of one trace: several, so that what happens between two of them is in it
-ROWS = 30  # of the table
-DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # a trace's categories of what runs on the GPU
+STEPS = 3  # traced steps: several, so that the trace shows the gaps between them
+ROWS = 30  # rows of the table
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # trace categories of work on the GPU
 
 
 @dataclass(frozen=True)
 class Item:
-    """What took time under one name: a kernel on the GPU, or an operator on the CPU.
+    """A kernel on the GPU, or an operator on the CPU.
 
     Attributes:
-        milliseconds: of all calls together; an operator's without those that it calls.
+        milliseconds: total time of all calls; for an operator, without the operators that it calls.
+        count: number of calls.
     """
 
     name: str
@@ -45,12 +46,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Profile:
-    """What a trace shows.
+    """Summary of a trace.
 
     Attributes:
-        seconds: from the first step's beginning to the last one's end, by the host's clock.
+        seconds: time from the start of the first step to the end of the last one, by the host's clock.
         busy_share: share of that time in which at least one kernel, copy or fill ran on the GPU; None without a GPU.
-        items: the longest first.
+        items: kernels or operators, in descending order of time.
     """
 
     seconds: float
@@ -58,17 +59,17 @@ class Profile:
     items: list[Item]
 
     def describe(self, first_step: int, steps: int) -> str:
-        """One line, such as `profile of steps 20-22: 391 ms a step, GPU busy 97.6%`."""
+        """Return one line, such as `profile of steps 20-22: 391 ms per step, GPU busy 97.6%`."""
         busy = "" if self.busy_share is None else f", GPU busy {self.busy_share:.1%}"
-        return f"profile of steps {first_step}-{first_step + steps - 1}: {1e3 * self.seconds / steps:,.0f} ms a step{busy}"
+        return f"profile of steps {first_step}-{first_step + steps - 1}: {1e3 * self.seconds / steps:,.0f} ms per step{busy}"
 
     def table(self) -> str:
-        """The longest items, a line each: milliseconds in the whole trace, calls, name."""
+        """Return the items with the most time, one line each: milliseconds, calls, name."""
         return "\n".join(["        ms   count  name", *(f"{i.milliseconds:10.2f} {i.count:7d}  {i.name}" for i in self.items[:ROWS])])
 
 
 class Trace:
-    """Records from here to `finish`. On a GPU only what the GPU does, so that the host is not slowed by being watched."""
+    """Records from its creation to `finish`. On a GPU, it records only GPU work, because tracing the host would slow it down."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -77,10 +78,10 @@ class Trace:
         self._since = self._now()
 
     def finish(self, path: Path) -> Profile:
-        """End the recording.
+        """End the recording and write the trace.
 
         Args:
-            path: the trace's file, ending in `.json.gz`; its folder is made.
+            path: file of the trace, ending in `.json.gz`; its folder is created.
         """
         seconds = self._now() - self._since
         self._profiler.stop()
@@ -88,7 +89,7 @@ class Trace:
         self._profiler.export_chrome_trace(str(path))
         if self._device.type != "cuda":
             return Profile(seconds, None, self._operators())
-        return of_gpu(path, seconds)
+        return read_gpu_trace(path, seconds)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -100,12 +101,12 @@ class Trace:
         return sorted(found, key=lambda item: -item.milliseconds)
 
 
-def of_gpu(path: Path, seconds: float) -> Profile:
-    """What a trace's file says of the GPU.
+def read_gpu_trace(path: Path, seconds: float) -> Profile:
+    """Summarize the GPU work of a trace.
 
     Args:
-        path: as `torch.profiler` writes it, gzipped.
-        seconds: that the trace took.
+        path: file written by `torch.profiler`, gzipped.
+        seconds: duration of the trace.
     """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         work = [event for event in json.load(file)["traceEvents"] if event.get("cat") in DEVICE_WORK]
@@ -120,11 +121,11 @@ def profiled(
     run: Run,
     number: Callable[[Step], int] = attrgetter("number"),
 ) -> Iterator[Step]:
-    """The same steps; while the loop works on `first_step` and those after it, a trace is recorded, and then written.
+    """Yield the given steps, and trace the caller's work on STEPS of them.
 
     Args:
-        first_step: counted from 1, as steps are logged; None: nothing is recorded.
-        number: of a step, counted from 0.
+        first_step: first traced step, counted from 1 as in the log; None: no trace.
+        number: returns the number of a step, counted from 0.
     """
     steps, reached = iter(steps), first_step is None
     for step in steps:
@@ -134,7 +135,7 @@ def profiled(
         else:
             yield step
     if not reached:
-        run.say(f"trainer.profile_step={first_step}: this run had no such step, so there is no profile")
+        run.say(f"trainer.profile_step={first_step}: this run had no such step; no profile was written")
 
 
 def _traced(steps: Iterable[Step], first_step: int, device: torch.device, run: Run) -> Iterator[Step]:
@@ -149,7 +150,7 @@ def _traced(steps: Iterable[Step], first_step: int, device: torch.device, run: R
 
 
 def covered(intervals: list[tuple[float, float]]) -> float:
-    """Length of what at least one of the (start, stop) intervals covers, so that work side by side counts once."""
+    """Return the length of the union of (start, stop) intervals: concurrent work counts once."""
     total, reach = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         total += max(0.0, stop - max(start, reach))

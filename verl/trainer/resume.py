@@ -1,4 +1,4 @@
-"""Where a run starts: from scratch, or from a checkpoint."""
+"""Resuming: finds the checkpoint and the position that a run starts from."""
 
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ from verl.run import Run
 
 
 class Rows(Protocol):
-    """What a run is trained on: documents, or prompts."""
+    """Training rows: documents, or prompts."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -21,38 +21,38 @@ class Rows(Protocol):
 
 
 def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
-    """The checkpoint to go on from; says so, as the run's first line.
+    """Find the checkpoint to resume from, and log it as the run's first line.
 
     Raises:
-        UserError: the named one is damaged, or all in the run's directory are.
+        UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are.
     """
     root = run.directory
     checkpoint.remove_unfinished(root)
     if config.resume_mode == "disable":
-        run.say("starting anew (trainer.resume_mode=disable)")
+        run.say("starting a new run (trainer.resume_mode=disable)")
         return None
     if config.resume_mode == "auto":
         found = checkpoint.newest(root, run.say)
-        run.say(f"going on from {found}" if found else f"starting anew: no checkpoint in {root} (trainer.resume_mode=auto)")
+        run.say(f"resuming from {found}" if found else f"starting a new run: no checkpoint in {root} (trainer.resume_mode=auto)")
         return found
     named = Path(str(config.resume_from_path)).expanduser()
     damage = dist.from_main(checkpoint.find_damage(named) if dist.is_main() else None)
     if damage is not None:
-        raise UserError(damage, where=f"trainer.resume_from_path={named}", fix="give a whole global_step_N directory")
-    run.say(f"going on from {named} (trainer.resume_mode=resume_path)")
+        raise UserError(damage, where=f"trainer.resume_from_path={named}", fix="give a complete global_step_N directory")
+    run.say(f"resuming from {named} (trainer.resume_mode=resume_path)")
     return named
 
 
 def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total_steps: int) -> Position | None:
-    """Where the run's first step stands: at the beginning of the rows, or where `run.checkpoint` left off. Opens the loggers.
+    """Return the position of the run's first step: that of `run.checkpoint`, or step 0. Opens the loggers.
 
     Args:
-        rows_per_step: over all ranks.
-        total_steps: of the whole run.
+        rows_per_step: number of rows per step, over all ranks.
+        total_steps: number of steps of the whole run.
     Returns:
-        None: all steps are done already, and it says so.
+        None if all steps are already done, which is logged.
     Raises:
-        UserError: the rows or their order are not those of the checkpoint, or a logger cannot be opened.
+        UserError: the rows or their order differ from the checkpoint's, or a logger cannot be opened.
     """
     start = Position(
         step=0,
@@ -64,25 +64,25 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
         data_fingerprint=rows.fingerprint,
     )
     if run.checkpoint is not None:
-        start = _same_rows(start, checkpoint.read_position(run.checkpoint), run.checkpoint)
+        start = _checked_position(start, checkpoint.read_position(run.checkpoint), run.checkpoint)
         if start.step >= total_steps:
-            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done (more with trainer.total_epochs)")
+            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done; to train longer, raise trainer.total_epochs")
             return None
     run.start_logging(start.step, total_steps)
     return start
 
 
-def _same_rows(fresh: Position, then: Position, path: Path) -> Position:
-    """The checkpoint's position, if it takes its rows from the data at hand in the same order."""
+def _checked_position(fresh: Position, saved: Position, path: Path) -> Position:
+    """Return the checkpoint's position. Raises UserError: the rows or their order have changed since."""
     for what, before, now in (
-        ("the training rows", then.data_fingerprint, fresh.data_fingerprint),
-        ("rows per step (data.train_batch_size, data.prompts_per_step)", then.rows_per_step, fresh.rows_per_step),
-        ("trainer.seed", then.seed, fresh.seed),
+        ("the training rows", saved.data_fingerprint, fresh.data_fingerprint),
+        ("rows per step (data.train_batch_size, data.prompts_per_step)", saved.rows_per_step, fresh.rows_per_step),
+        ("trainer.seed", saved.seed, fresh.seed),
     ):
         if before != now:
             raise UserError(
                 f"{what} changed from {before} to {now} since this checkpoint",
                 where=str(path),
-                fix="set it back, or start anew with trainer.resume_mode=disable or another trainer.default_local_dir",
+                fix="undo the change, or start a new run with trainer.resume_mode=disable or another trainer.default_local_dir",
             )
-    return then
+    return saved

@@ -1,9 +1,9 @@
-"""Training on pairs of answers, the better one chosen: a reward model, or, by DPO, the answering model itself.
+"""Training on pairs of a chosen and a rejected answer: a reward model, or the answering model itself with DPO.
 
     python -m verl.trainer.reward_trainer data.train_files=pairs.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
     python -m verl.trainer.reward_trainer algorithm.name=dpo data.train_files=pairs.jsonl model.partial_pretrain=checkpoints/…/global_step_N
 
-The same command under `torchrun` uses several processes. `train` is the whole way; its steps are those of fine-tuning.
+Start it with `torchrun` to use several processes. To read the code, start at `train`; the loop is that of fine-tuning.
 """
 
 import sys
@@ -37,10 +37,10 @@ from verl.trainer.resume import begin, find_checkpoint
 
 @session()
 def train(config: RewardTrainerConfig) -> TrainResult:
-    """Train as the config says.
+    """Train with a config.
 
     Raises:
-        UserError: anything in the config, the data, the model or the checkpoint that is not right.
+        UserError: the config, the data, the model or the checkpoint is invalid.
         Stopped: a signal ended the run after a step.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
@@ -61,8 +61,8 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         built = build_for(config, method, tokenizer, pairs, decisions)
         run.say(f"{built.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
         if method.needs_reference:
-            # Also where the run goes on from a checkpoint, the weights are still those that it started from: the reference's.
-            run.say("reference: the model that this run starts from; scoring all pairs with it")
+            # The checkpoint is loaded afterwards, so the reference is the initial model even if the run resumes.
+            run.say("reference: the initial model; computing its log-probabilities of all pairs")
             engine = built.engine
             loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=min(total_steps, loader.steps_per_epoch)))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
@@ -74,7 +74,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
 
 @session()
 def dry_run(config: RewardTrainerConfig) -> None:
-    """Print what the run would do. Nothing is written but the cache of tokenized rows, and no weights are read.
+    """Print the steps of a run. It reads no weights, and writes only the cache of tokenized rows.
 
     Raises:
         UserError: as `train`.
@@ -104,10 +104,10 @@ def build_loader(data: PairsConfig, train: Documents, seed: int, hardware: Hardw
 def build_for(
     config: RewardTrainerConfig, method: Preference, tokenizer: PreTrainedTokenizerBase, train: Documents, decisions: Decisions
 ) -> Built:
-    """A language model, or a reward model.
+    """Build a language model or a reward model, as the method needs.
 
     Raises:
-        UserError: no such model, or one that cannot be trained this way.
+        UserError: there is no such model, or the method cannot train it.
     """
     options: dict[str, Any] = {"stop_ids": train.stop_ids, "seed": config.trainer.seed}
     if method.scorer == "token_logprobs":
@@ -116,18 +116,21 @@ def build_for(
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, train: Documents) -> int | None:
-    """The token that may stand for padding beside a reward model: not one that ends documents, or their score would be read before it."""
+    """Return the padding token to save with a reward model; None if it is also the last token of documents.
+
+    transformers reads the score at the last token that is not padding, which would then be one token too early.
+    """
     ids, _ = train.document(0)
     padding: int | None = tokenizer.pad_token_id
     return None if padding == ids[-1] else padding
 
 
 def with_reference(engine: Engine, documents: Documents, loader: Loader, *, steps: int | None = None) -> Documents:
-    """The documents with the log-probabilities of their trained tokens under the engine's weights of now. Every rank calls it.
+    """Add the log-probabilities of trained tokens under the engine's current weights to the documents. Every rank calls it.
 
     Args:
-        loader: of these documents; its micro-batches are those of training, so that the first step's margin is exactly 0.
-        steps: of the first epoch, whose rows are needed; None: all rows.
+        loader: loader of these documents. Its micro-batches are those of training, so that the first step's margin is exactly 0.
+        steps: score only the rows of so many steps of the first epoch; None: all rows.
     """
     found: dict[int, np.ndarray] = {}
     if steps is None:
@@ -141,7 +144,7 @@ def with_reference(engine: Engine, documents: Documents, loader: Loader, *, step
             ends = np.cumsum(documents.trained_N[numbers])
             found |= dict(zip(numbers, np.split(out.logprob_M.float().cpu().numpy(), ends), strict=False))
     everywhere = {number: values for of_rank in dist.gathered(found) for number, values in of_rank.items()}
-    missing = np.zeros(0, dtype=np.float32)  # of rows that no step takes
+    missing = np.zeros(0, dtype=np.float32)  # for rows that are in no step
     return replace(documents, values={"ref_logprob_M": [everywhere.get(number, missing) for number in range(len(documents.lengths_N))]})
 
 
