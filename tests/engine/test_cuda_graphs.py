@@ -13,7 +13,7 @@ from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import cuda_graphs
 from verl.engine.compile import compile_layers
-from verl.engine.cuda_graphs import CapturedBackward, Size, fill_up
+from verl.engine.cuda_graphs import CapturedBackward, GraphSize, fill_up
 from verl.engine.decisions import LARGEST_TOKENS
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -53,7 +53,7 @@ def a_batch(rows: int = 5) -> Batch:
 
 def test_what_is_filled_in_is_untrained_and_a_document_of_its_own() -> None:
     batch = a_batch()
-    size = Size.of(batch)
+    size = GraphSize.of(batch)
     filled, real_M = fill_up(batch, size)
     tokens, trained, documents = len(batch.input_ids_T), len(batch.trained_M), len(batch.sample_ids_S)
     assert (len(filled.input_ids_T), len(filled.trained_M), len(filled.cu_seqlens)) == (size.tokens, size.trained, size.documents + 1)

@@ -22,7 +22,7 @@ from verl.models.shards import small_twin
 from verl.models.tiny import tiny_tokenizer
 from verl.plugin import load
 from verl.rewards._model import RewardModel
-from verl.rewards._scoring import Scorer
+from verl.rewards._scoring import Rewards
 
 CHATS = [[{"role": "user", "content": problem.question}] for problem in PROBLEMS]
 ANSWERS = [problem.answer for problem in PROBLEMS]
@@ -57,11 +57,11 @@ def test_a_reward_model_and_a_grader_add_up(tmp_path: Path) -> None:
     config = RewardModelConfig(str(write_reward_model(tmp_path)), weight=0.5)
     rows = [{"reference": answer} for answer in ANSWERS[:3]]
     questions = [problem.question for problem in PROBLEMS[:3]]
-    scored = Scorer(RewardConfig("gsm8k", weights=[2.0]), config, say=print).score(questions, ANSWERS[:3], rows)
+    scored = Rewards(RewardConfig("gsm8k", weights=[2.0]), config, say=print).score(questions, ANSWERS[:3], rows)
     alone = model_of(tmp_path).score(CHATS[:3], ANSWERS[:3])
     np.testing.assert_allclose(scored.reward_A, 2 + 0.5 * alone, rtol=1e-5)
     assert scored.each["gsm8k"].tolist() == [1, 1, 1] and set(scored.each) == {"gsm8k", "model"}
-    only = Scorer(RewardConfig(None), config, say=print).score(questions, ANSWERS[:3], rows)
+    only = Rewards(RewardConfig(None), config, say=print).score(questions, ANSWERS[:3], rows)
     np.testing.assert_allclose(only.reward_A, 0.5 * alone, rtol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_a_long_answer_has_a_micro_batch_of_its_own_up_to_the_models_positions(t
 
 def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> None:
     path = write_reward_model(tmp_path)
-    scorer = Scorer(RewardConfig(None), RewardModelConfig(str(path)), say=print)
+    scorer = Rewards(RewardConfig(None), RewardModelConfig(str(path)), say=print)
     judge: Any = scorer.model._scorer.model
     with torch.no_grad():
         judge.score.weight.fill_(float("nan"))

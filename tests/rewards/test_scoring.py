@@ -10,7 +10,7 @@ from verl.config.plugin_settings import completed
 from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig, check_rewards
 from verl.errors import UserError
 from verl.rewards import format as form
-from verl.rewards._scoring import Scored, Scorer
+from verl.rewards._scoring import Rewards, Scored
 
 QUESTIONS = ["What is 2 + 3?"] * 3
 RESPONSES = ["2 + 3 = 5\n#### 5", "2 + 3 = 6\n#### 6", "It is 5."]
@@ -24,10 +24,10 @@ def score(prompt, response, row):
 """
 
 
-def scorer(**keys: Any) -> Scorer:
+def scorer(**keys: Any) -> Rewards:
     reward = RewardConfig(**keys)
     check_rewards(reward, RewardModelConfig())
-    return Scorer(reward, RewardModelConfig())
+    return Rewards(reward, RewardModelConfig())
 
 
 def test_rewards_add_up_by_their_weights() -> None:
@@ -126,7 +126,7 @@ def test_the_usual_form_is_a_line_with_the_answer_at_the_end(response: str, shar
 def test_the_form_that_is_asked_for_is_graded_part_by_part_in_order(response: str, share: float) -> None:
     reward = completed(PPOConfig(reward=RewardConfig("format"))).reward
     reward.format = ["^<think>", "</think>", r"\S"]  # type: ignore[attr-defined]
-    scored = Scorer(reward, RewardModelConfig()).score(["?"], [response], [{}])
+    scored = Rewards(reward, RewardModelConfig()).score(["?"], [response], [{}])
     assert scored.reward_A[0] == pytest.approx(share)
 
 

@@ -20,7 +20,7 @@ from verl.data.render import Renderer
 from verl.demo.problems import make_problems, tool_chat
 from verl.models.load import load_tokenizer
 from verl.models.tiny import write_tiny_model
-from verl.rewards._scoring import Scorer
+from verl.rewards._scoring import Rewards
 from verl.rl.answering import Answerer
 from verl.rollout import Options, load_rollout
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
@@ -87,7 +87,7 @@ def exact_match(checkpoint: Path, folder: Path) -> float:
     config = load_config(PPOConfig, words)
     tokenizer = load_tokenizer(str(checkpoint))
     rollout = load_rollout("native", str(checkpoint), tokenizer, Renderer(tokenizer).stop_ids, Options())
-    answerer = Answerer(rollout, config.rollout, Scorer(RewardConfig(), RewardModelConfig()), tokenizer, seed=1)
+    answerer = Answerer(rollout, config.rollout, Rewards(RewardConfig(), RewardModelConfig()), tokenizer, seed=1)
     samples = answerer.greedy(load_prompts(config.data, config.data.train_files, tokenizer).prompts)
     answerer.score(samples)
     dist.stop()

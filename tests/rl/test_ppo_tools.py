@@ -18,7 +18,7 @@ from verl.data.render import Renderer
 from verl.demo.problems import make_problems, tool_chat
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
-from verl.rewards._scoring import Scorer
+from verl.rewards._scoring import Rewards
 from verl.rl.answering import Answerer
 from verl.rl.samples import Sample, pack_samples
 from verl.rollout import Completion, Sampling
@@ -95,7 +95,7 @@ class Desk:
         return turns
 
     def answered(self, rollout: Scripted) -> Sample:
-        scorer = Scorer(RewardConfig(), RewardModelConfig())
+        scorer = Rewards(RewardConfig(), RewardModelConfig())
         answerer = Answerer(rollout, self.config, scorer, self.tokenizer, seed=1)  # type: ignore[arg-type]
         (sample,) = answerer.sampled([(0, self.prompt)])
         answerer.score([sample])
@@ -197,7 +197,7 @@ def test_answers_with_different_room_go_on_within_the_models_positions(folder: P
     desk = Desk(folder)
     config = RolloutConfig(tool=str(path), samples_per_prompt=1, max_new_tokens=100, max_turns=3)
     positions = len(desk.prompt.token_ids) + 100
-    answerer = Answerer(Short(positions, {0: 1, 1: 60}), config, Scorer(RewardConfig(), RewardModelConfig()), desk.tokenizer, seed=1)  # type: ignore[arg-type]
+    answerer = Answerer(Short(positions, {0: 1, 1: 60}), config, Rewards(RewardConfig(), RewardModelConfig()), desk.tokenizer, seed=1)  # type: ignore[arg-type]
     short, long = answerer.sampled([(0, desk.prompt), (1, desk.prompt)])
     assert (short.turns, short.finish_reason) == (3, "stop")
     assert (len(long.answer_ids), long.finish_reason) == (100, "length")

@@ -11,7 +11,7 @@ from verl.rollout import Options
 from verl.rollout.native import slots as module
 from verl.rollout.native.attention import KVShape
 from verl.rollout.native.scheduler import Compaction, Request
-from verl.rollout.native.slots import Size, Slots, bytes_per_position
+from verl.rollout.native.slots import Slots, SlotSize, bytes_per_position
 
 SHAPES = [KVShape(2, 4, 4), KVShape(2, 4, 6)]
 
@@ -22,25 +22,25 @@ def slots_of(**options: Any) -> Slots:
 
 def test_slots_that_serve_are_kept_and_others_grow() -> None:
     slots = slots_of()
-    assert slots.size_for(5, 30, 10) == Size(5, 30, 10)
-    slots.make(Size(5, 30, 10))
-    assert slots.size_for(4, 20, 10) == slots.size == Size(5, 30, 10)
-    assert slots.size_for(8, 20, 10) == Size(8, 30, 10)
-    assert slots.size_for(2, 40, 12) == Size(5, 40, 12)
+    assert slots.size_for(5, 30, 10) == SlotSize(5, 30, 10)
+    slots.make(SlotSize(5, 30, 10))
+    assert slots.size_for(4, 20, 10) == slots.size == SlotSize(5, 30, 10)
+    assert slots.size_for(8, 20, 10) == SlotSize(8, 30, 10)
+    assert slots.size_for(2, 40, 12) == SlotSize(5, 40, 12)
     slots.free()
-    assert slots.size_for(2, 40, 12) == Size(2, 40, 12)
+    assert slots.size_for(2, 40, 12) == SlotSize(2, 40, 12)
 
 
 def test_options_bound_the_slots() -> None:
-    assert slots_of(max_sequences=3, max_positions=64).size_for(1000, 30, 10) == Size(3, 64, 10)
-    assert slots_of().size_for(1000, 30, 10) == Size(module.MOST_SLOTS["cpu"], 30, 10)
+    assert slots_of(max_sequences=3, max_positions=64).size_for(1000, 30, 10) == SlotSize(3, 64, 10)
+    assert slots_of().size_for(1000, 30, 10) == SlotSize(module.MOST_SLOTS["cpu"], 30, 10)
 
 
 def test_no_larger_slots_are_tried_than_those_that_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = slots_of()
     monkeypatch.setattr(Slots, "_slots_that_fit", lambda self, positions: 3)
-    slots.make(Size(8, 30, 10))
-    assert slots.size == Size(3, 30, 10) == slots.size_for(8, 30, 10)
+    slots.make(SlotSize(8, 30, 10))
+    assert slots.size == SlotSize(3, 30, 10) == slots.size_for(8, 30, 10)
 
 
 def test_without_memory_for_them_there_are_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,20 +50,20 @@ def test_without_memory_for_them_there_are_no_slots(monkeypatch: pytest.MonkeyPa
     slots = slots_of()
     monkeypatch.setattr(module.State, "empty", run_out)
     with pytest.raises(UserError, match="8 answers at a time do not fit"):
-        slots.make(Size(8, 30, 10))
+        slots.make(SlotSize(8, 30, 10))
     assert slots.size is None and slots.layers == []
 
 
 def test_the_bytes_of_a_slot_are_those_of_its_tensors() -> None:
     slots = slots_of()
-    slots.make(Size(3, 7, 10))
+    slots.make(SlotSize(3, 7, 10))
     held = sum(tensor.nbytes for layer in slots.layers for tensor in layer)
     assert held == 3 * 7 * bytes_per_position(SHAPES, torch.float32)
 
 
 def test_a_moved_answer_goes_on_where_it_was() -> None:
     slots = slots_of()
-    slots.make(Size(3, 8, 4))
+    slots.make(SlotSize(3, 8, 4))
     slots.reset()
     numbers = np.linspace(0, 0.9, 4, dtype=np.float32)
     slots.state.begin([(0, Request(0, (5, 6), 4, numbers)), (2, Request(1, (7, 8, 9), 3, numbers + 0.05))])

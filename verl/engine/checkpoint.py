@@ -38,7 +38,7 @@ MANIFEST = "manifest.json"
 _STEP = re.compile(r"global_step_(\d+)")
 
 
-class Critic(Protocol):
+class SavedCritic(Protocol):
     """A second engine of a run, with a function that writes its Hugging Face files."""
 
     @property
@@ -74,7 +74,7 @@ class Position:
     kl_coef: float | None = None
 
 
-def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None], critic: Critic | None = None) -> Path:
+def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None], critic: SavedCritic | None = None) -> Path:
     """Write and commit `global_step_N`. Every rank calls it.
 
     Args:
@@ -106,7 +106,7 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
     return final
 
 
-def load(directory: Path, engine: Engine, critic: Critic | None = None) -> None:
+def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> None:
     """Load trained weights, optimizer and random states of a checkpoint into an engine, at any world size.
 
     Raises:

@@ -28,7 +28,7 @@ TOKENS, DOCUMENTS, SHARE_TRAINED = 1024, 64, 8
 
 
 @dataclass(frozen=True)
-class Size:
+class GraphSize:
     """The padded size of a recording's batch."""
 
     tokens: int
@@ -37,7 +37,7 @@ class Size:
     max_seqlen: int
 
     @classmethod
-    def of(cls, batch: Batch) -> "Size":
+    def of(cls, batch: Batch) -> "GraphSize":
         """Return the smallest size that holds the batch and one document of padding."""
         tokens, trained = filled_up(len(batch.input_ids_T), len(batch.trained_M))
         return cls(tokens, _up(len(batch.cu_seqlens), DOCUMENTS), trained, 1 << (max(batch.max_seqlen, TOKENS) - 1).bit_length())
@@ -53,7 +53,7 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def fill_up(batch: Batch, size: Size) -> tuple[Batch, Tensor]:
+def fill_up(batch: Batch, size: GraphSize) -> tuple[Batch, Tensor]:
     """Pad a batch with a document of untrained tokens, and with empty documents.
 
     Returns:
@@ -103,8 +103,8 @@ class CapturedBackward:
         self._largest_tokens = largest_tokens
         self._scale = torch.zeros((), device=device)
         self._gradients: dict[torch.nn.Parameter, Tensor] = {}
-        self._recordings: dict[Size, _Recording] = {}
-        self._ran: set[Size] = set()
+        self._recordings: dict[GraphSize, _Recording] = {}
+        self._ran: set[GraphSize] = set()
         self._steps = 0
         self._pool: Any = None
 
@@ -120,7 +120,7 @@ class CapturedBackward:
         self._steps += 1
         self._attach_gradients()
         self._scale.copy_(scale)
-        size = Size.of(batch)
+        size = GraphSize.of(batch)
         filled, real_M = fill_up(batch, size)
         if not self._uses_recording(size):
             return self._run(filled.to(self.device), real_M.to(self.device), algorithm)
@@ -133,7 +133,7 @@ class CapturedBackward:
         recording.real_M.copy_(real_M, non_blocking=True)
         return recording.replay()
 
-    def _uses_recording(self, size: Size) -> bool:
+    def _uses_recording(self, size: GraphSize) -> bool:
         """Return whether there is a recording of this size, or it should be made now."""
         if size in self._recordings:
             return True

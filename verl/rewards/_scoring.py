@@ -58,7 +58,7 @@ class Scored:
         return f"warning: {len(self.errors):,} rewards failed and count as 0 (reward.on_error=zero):{shown}{more}"
 
 
-class Scorer:
+class Rewards:
     """Scores answers.
 
     Args:

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from typing import Any, Literal
 
-Method = Literal["strict", "flexible"]
+ExtractionMethod = Literal["strict", "flexible"]
 
 MINUS = "-\N{MINUS SIGN}"
 # Digits with or without commas between thousands; `1,0000` is not read as 10000.
@@ -35,7 +35,7 @@ def score(prompt: str, response: str, row: dict[str, Any]) -> float:
     return float(exact_match(response, row["reference"]))
 
 
-def exact_match(response: str, reference: str, method: Method = "strict") -> bool:
+def exact_match(response: str, reference: str, method: ExtractionMethod = "strict") -> bool:
     """Return whether the response ends in the same number as the reference: `1,000`, `1000`, `$1000.00` and `1000.` are equal.
 
     Args:
@@ -51,7 +51,7 @@ def reference_answer(reference: str) -> str | None:
     return extract_answer(reference, "strict") or extract_answer(reference, "flexible")
 
 
-def extract_answer(text: str, method: Method = "strict") -> str | None:
+def extract_answer(text: str, method: ExtractionMethod = "strict") -> str | None:
     """Return the final number of a text in canonical form, or None.
 
     Args:

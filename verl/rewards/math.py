@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from verl.errors import UserError
 
-Method = Literal["strict", "flexible"]
+ExtractionMethod = Literal["strict", "flexible"]
 
 SECONDS = 5  # for one comparison
 MEMORY_BYTES = 4 * 2**30  # address space of the comparing process, including SymPy
@@ -59,7 +59,7 @@ def score(prompt: str, response: str, row: dict[str, Any]) -> float:
     return float(exact_match(response, row["reference"]))
 
 
-def exact_match(response: str, reference: str, method: Method = "strict") -> bool:
+def exact_match(response: str, reference: str, method: ExtractionMethod = "strict") -> bool:
     """Return whether the response's answer equals the reference's.
 
     Args:
@@ -80,7 +80,7 @@ def reference_answer(reference: str) -> str | None:
     return extract_answer(line, "strict") or (extract_answer(line, "flexible") if "\n" in line else _undelimited(line) or None)
 
 
-def extract_answer(text: str, method: Method = "strict") -> str | None:
+def extract_answer(text: str, method: ExtractionMethod = "strict") -> str | None:
     r"""Return the answer of a text as it is written, or None.
 
     Args:

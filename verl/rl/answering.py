@@ -19,7 +19,7 @@ from verl.config.ppo import PPOConfig, RolloutConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.errors import UserError
-from verl.rewards._scoring import Scored, Scorer
+from verl.rewards._scoring import Rewards, Scored
 from verl.rl.clock import Clock
 from verl.rl.samples import Sample
 from verl.rollout import Completion, Rollout, Sampling
@@ -68,7 +68,7 @@ class Answerer:
         UserError: there is no such tool.
     """
 
-    def __init__(self, rollout: Rollout, config: RolloutConfig, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(self, rollout: Rollout, config: RolloutConfig, scorer: Rewards, tokenizer: PreTrainedTokenizerBase, seed: int):
         self.rollout = rollout
         self._config, self._scorer, self._tokenizer, self._seed = config, scorer, tokenizer, seed
         self.exact_grader = scorer.exact

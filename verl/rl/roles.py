@@ -26,7 +26,7 @@ from verl.models.attention.packed import heads_of
 from verl.models.load import read_adapter_config, read_config, resolve
 from verl.models.prompt_format import check_format, system_of
 from verl.rewards._model import check_scores
-from verl.rewards._scoring import Scorer, load_graders
+from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.answering import Answerer
 from verl.rl.method import Method
 from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
@@ -149,7 +149,7 @@ def build_roles(
     systems = [system_of(prompt.messages) for prompt in prompts.prompts]
     trained = config.model.lora_adapter_path or config.model.partial_pretrain
     check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
-    scorer = Scorer(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=run.say)
+    scorer = Rewards(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=run.say)
     seed = config.trainer.seed
     actor = build(
         config.model, config.optim, tokenizer, decisions.actor, stop_ids=stop_ids, system_prompts=systems, seed=seed, dropout=False

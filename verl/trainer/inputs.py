@@ -16,7 +16,7 @@ from verl.models.load import load_tokenizer
 from verl.run import Run
 
 
-class DataConfig(DocumentsConfig, Protocol):
+class RowsConfig(DocumentsConfig, Protocol):
     """Settings of training and validation rows."""
 
     train_files: Any
@@ -48,7 +48,7 @@ def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTok
     return tokenizer
 
 
-def load_data(data: DataConfig, columns: RowReader, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Documents, Documents | None]:
+def load_data(data: RowsConfig, columns: RowReader, tokenizer: PreTrainedTokenizerBase, run: Run) -> tuple[Documents, Documents | None]:
     """Load tokenized training and validation rows. The first process of each node writes the cache; the others read it."""
 
     def load(kind: str) -> Documents:
@@ -62,7 +62,7 @@ def load_data(data: DataConfig, columns: RowReader, tokenizer: PreTrainedTokeniz
     return train, validation
 
 
-def load_rows(data: DataConfig, columns: RowReader, kind: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
+def load_rows(data: RowsConfig, columns: RowReader, kind: str, tokenizer: PreTrainedTokenizerBase) -> Documents:
     """Load tokenized rows of `data.train_files` or `data.val_files`; `kind` is "train" or "val"."""
     files, samples = getattr(data, f"{kind}_files"), getattr(data, f"{kind}_max_samples")
     return dist.main_first(lambda: load_documents(data, columns, files, tokenizer, key=f"data.{kind}_files", max_samples=samples))

@@ -107,7 +107,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Size:
+class SlotSize:
     """How many slots there are, positions of each (prompt and answer together), and tokens of the longest answer."""
 
     slots: int
@@ -144,14 +144,14 @@ class Slots:
         self._shapes, self._vocabulary, self._dtype, self._device = shapes, vocabulary, dtype, device
         self._stop_ids, self._options = stop_ids, options
         self._most = sys.maxsize  # slots that fit into memory, as far as we know
-        self.size: Size | None = None
+        self.size: SlotSize | None = None
         self.layers: list[LayerCache] = []
 
     @property
     def number(self) -> int:
         return 0 if self.size is None else self.size.slots
 
-    def size_for(self, answers: int, positions: int, longest_answer: int) -> Size:
+    def size_for(self, answers: int, positions: int, longest_answer: int) -> SlotSize:
         """The size to make for a call; the present one if it serves.
 
         Args:
@@ -162,12 +162,12 @@ class Slots:
         positions = max(positions, self._options.max_positions or 0)
         now = self.size
         if now is None:
-            return Size(slots, positions, longest_answer)
+            return SlotSize(slots, positions, longest_answer)
         if now.slots >= min(slots, self._most) and now.positions >= positions and now.longest_answer >= longest_answer:
             return now
-        return Size(max(slots, now.slots), max(positions, now.positions), longest_answer)
+        return SlotSize(max(slots, now.slots), max(positions, now.positions), longest_answer)
 
-    def make(self, size: Size) -> None:
+    def make(self, size: SlotSize) -> None:
         """Allocate slots of this size, or as many as fit into memory.
 
         Raises:
@@ -182,7 +182,7 @@ class Slots:
         except torch.OutOfMemoryError as error:
             self.free()
             raise out_of_memory(slots, self._options) from error
-        self.size = Size(slots, positions, size.longest_answer)
+        self.size = SlotSize(slots, positions, size.longest_answer)
 
     def _layer_cache(self, shape: KVShape, slots: int, positions: int) -> LayerCache:
         # Zeros: positions that were never written are masked, but a mask does not hide NaN.
