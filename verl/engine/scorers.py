@@ -23,15 +23,14 @@ TOLERANCE = 1e-3  # of float32 log-probabilities, and of hidden states relative 
 
 
 class Scorer(nn.Module):
-    """A transformers model that takes packed batches."""
+    """A transformers model that takes packed batches.
+
+    The scorers' `forward(batch, slope)` returns the model's outputs for a batch; for `slope` see `verl.engine.contract.Algorithm`.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-
-    def forward(self, batch: Batch, slope: Slope | None = None) -> Any:
-        """Return the model's outputs for a batch; for `slope` see `verl.engine.contract.Algorithm`."""
-        raise NotImplementedError
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states, hidden_TH."""
