@@ -43,7 +43,7 @@ from verl.config.sft import DataConfig  # noqa: E402
 from verl.config.shared import ModelConfig  # noqa: E402
 from verl.data.documents import load_documents  # noqa: E402
 from verl.data.tables import Columns  # noqa: E402
-from verl.engine.flops import training_flops  # noqa: E402
+from verl.engine.outline import training_flops  # noqa: E402
 from verl.errors import UserError, exit_on_user_error  # noqa: E402
 from verl.models.adapters.lora import add_adapters  # noqa: E402
 from verl.models.load import load_tokenizer  # noqa: E402
@@ -130,7 +130,7 @@ class Result:
     Attributes:
         tokens_per_second: all tokens of the timed steps over all their seconds.
         median_tokens_per_second: of the single steps.
-        mfu: against the matrix rate measured in this run, with the FLOP that verl/engine/flops.py counts.
+        mfu: against the matrix rate measured in this run, with the FLOP that verl/engine/outline.py counts.
         peak_gib: on a GPU the allocator's, else resident memory.
         waiting_share: share of a step in which nothing ran on the GPU.
         seconds_to_first_step: from the command until its first step is done (verl: logged); caches of compiled code are as found.

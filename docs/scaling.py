@@ -1,6 +1,6 @@
 """Writes the tables of docs/scaling.md: python docs/scaling.py
 
-Memory is that of verl/plan/memory.py, arithmetic that of verl/engine/flops.py; the formulas of the links are here, and the rates are
+Memory is that of verl/plan/memory.py, arithmetic that of verl/engine/outline.py; the formulas of the links are here, and the rates are
 measured. Bytes on links are those that one GPU receives in an optimizer step; it sends as many. GB is 10^9 bytes, Ki 1,024.
 """
 
@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from verl.config.shared import ModelConfig
-from verl.engine.flops import training_flops
-from verl.engine.outline import Outline
+from verl.engine.outline import Outline, training_flops
 from verl.plan import memory
 from verl.plan.memory import Decoder, Work
 from verl.plan.sizes import decoder

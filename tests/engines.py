@@ -12,7 +12,7 @@ from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
 from verl.data.pack import collate
 from verl.engine.engine import Engine
-from verl.engine.recompute import recompute_activations
+from verl.engine.layers import recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
 

@@ -13,8 +13,8 @@ from verl.config.commands import ChatConfig
 from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
-from verl.libraries import quiet_libraries
 from verl.models.load import load_tokenizer
+from verl.progress import quiet_libraries
 from verl.rollout import Options, Rollout, Sampling, load_rollout, stream_tokens
 
 HELP = "/reset clears the chat, /exit or Ctrl+D ends it, Ctrl+C stops an answer"

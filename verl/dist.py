@@ -1,12 +1,14 @@
 """Processes and devices: one process on a laptop and many under torchrun run the same code."""
 
 import os
+import shutil
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,6 +68,14 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
         _store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     _joined += 1
     return dist.PrefixStore(f"verl {_joined}", _store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def has_compiler() -> bool:
+    """Return whether there is a C compiler, which torch.compile and Triton need."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+
+
+HAS_TRITON = find_spec("triton") is not None and has_compiler()  # CPU builds of PyTorch come without Triton
 
 
 def _device() -> torch.device:

@@ -1,7 +1,11 @@
-"""A progress bar where somebody is looking: on a terminal, or in a notebook; elsewhere nothing is drawn."""
+"""Progress bars on a terminal or in a notebook: those of verl are drawn, those of libraries are hidden."""
 
 import io
+import logging
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +13,7 @@ from rich.progress import Progress, ProgressColumn
 
 # In a notebook, where each drawing is a message to the browser, and one that is taken away leaves an empty line.
 SECONDS_BETWEEN_DRAWINGS, SECONDS_BEFORE_TRANSIENT = 0.2, 1.0
+_LIBRARIES = ("torch.distributed", "torch._higher_order_ops.wrap")  # the second one warns about activation checkpointing in compiled code
 
 
 def open_console(**options: Any) -> Console:
@@ -110,3 +115,28 @@ def _rendered(progress: Progress) -> dict[str, str]:
     paper.print(progress.get_renderable())
     html = paper.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>', clear=False)
     return {"text/plain": paper.export_text().rstrip("\n"), "text/html": html}
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the libraries' own progress bars and advice in the block, so that a run's output is its own."""
+    import transformers
+
+    talk = transformers.utils.logging
+    verbosity, has_bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    levels = {name: logging.getLogger(name).level for name in _LIBRARIES}
+    with warnings.catch_warnings():
+        try:
+            talk.set_verbosity_error()
+            talk.disable_progress_bar()
+            for name in _LIBRARIES:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            talk.set_verbosity(verbosity)
+            if has_bars:
+                talk.enable_progress_bar()

@@ -12,8 +12,8 @@ import torch
 
 from verl import dist
 from verl.errors import Stopped, UserError
-from verl.libraries import quiet_libraries
 from verl.models.attention.packed import attention_kept
+from verl.progress import quiet_libraries
 
 _running = threading.Lock()
 

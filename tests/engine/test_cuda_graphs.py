@@ -12,10 +12,10 @@ from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import cuda_graphs
-from verl.engine.compile import compile_layers
 from verl.engine.cuda_graphs import CapturedBackward, GraphSize, fill_up
 from verl.engine.decisions import LARGEST_TOKENS
 from verl.engine.engine import Engine
+from verl.engine.layers import compile_layers
 from verl.engine.scorers import TokenScorer
 from verl.models.load import load_for_training
 

@@ -26,10 +26,9 @@ from verl.engine.decisions import (
     packing_of_pairs,
     token_budget_of_answers,
 )
-from verl.engine.flops import training_flops
-from verl.engine.fsdp import decoder_layers
 from verl.engine.hardware import ASSUMED, Hardware, measure
-from verl.engine.outline import Outline
+from verl.engine.layers import decoder_layers
+from verl.engine.outline import Outline, training_flops
 from verl.errors import UserError
 from verl.models.attention import packed
 from verl.models.attention.flash import NOT_INSTALLED, Heads
@@ -278,7 +277,7 @@ def test_what_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 6)
     monkeypatch.setattr(dist, "host_memory", lambda: 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr("verl.kernels.shutil.which", lambda name: None)
+    monkeypatch.setattr("verl.dist.shutil.which", lambda name: None)
     assert measure(CPU) == Hardware(CPU, processes=6, local_processes=3, host_bytes=10**9, has_compiler=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("", (), {"total_memory": 7}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")

@@ -43,10 +43,9 @@ from verl.data.loader import Packing, micro_batches
 from verl.data.pack import collate
 from verl.engine.contract import LossOut, Slope, TokenOut
 from verl.engine.engine import Engine
-from verl.engine.logprobs import LogitRule, token_scores
+from verl.engine.logprobs import LogitRule, logprobs_and_entropy, token_scores
 from verl.engine.optim import learning_rate, optimizer_state
 from verl.engine.scorers import TokenScorer, check_scorer
-from verl.engine.softmax import logprobs_and_entropy
 from verl.errors import UserError
 from verl.models.load import load_for_training
 

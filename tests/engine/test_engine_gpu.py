@@ -21,14 +21,12 @@ from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
-from verl.engine.compile import compile_layers
 from verl.engine.contract import TokenOut
 from verl.engine.engine import Engine
-from verl.engine.fsdp import Sharding
-from verl.engine.recompute import recompute_activations
+from verl.engine.layers import compile_layers, recompute_activations
+from verl.engine.logprobs import logprobs_with_gradient_
 from verl.engine.scorers import TokenScorer, check_scorer
-from verl.engine.softmax import logprobs_with_gradient_
-from verl.engine.weights import Spread
+from verl.engine.weights import Sharding, Spread
 from verl.models.adapters.lora import add_adapters
 from verl.models.attention.packed import AttentionChoice, describe_attention
 from verl.models.liger import use_liger

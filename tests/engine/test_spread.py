@@ -20,10 +20,11 @@ from verl.config import checks
 from verl.config.shared import FsdpConfig, ModelConfig
 from verl.engine import build as building
 from verl.engine.decisions import choose_spread
-from verl.engine.fsdp import Sharding, decoder_layers, shard
 from verl.engine.hardware import Hardware
+from verl.engine.layers import decoder_layers
 from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer, check_scorer
+from verl.engine.weights import Sharding, shard
 from verl.errors import UserError
 from verl.models.attention.packed import packed_attention
 from verl.models.load import load_for_training

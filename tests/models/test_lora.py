@@ -439,12 +439,13 @@ def test_an_adapter_of_peft_on_a_tied_output_layer_is_merged_into_that_side_alon
 
 def test_adapters_train_beside_weights_in_4_bits(tied: Path, tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason='needs the extra "4bit"')
-    from verl.models.quantize import four_bit, is_quantized, numel
+    from verl.models.load import is_quantized, numel
+    from verl.models.quantize import load_in_4bit
 
     config = settings(tied, load_in_4bit=True)
     losses, sizes = [], []
     for compute_dtype in (torch.float32, torch.bfloat16):
-        loaded = load_for_training(str(tied), quantization=four_bit(config, compute_dtype))
+        loaded = load_in_4bit(config, compute_dtype=compute_dtype)
         adapted = add_adapters(loaded.model, config, compute_dtype=compute_dtype, seed=1)
         codes = [p for p in adapted.parameters() if is_quantized(p)]
         assert len(codes) == 14 and sum(map(numel, codes)) == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)

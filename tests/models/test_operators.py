@@ -11,8 +11,7 @@ from tiny import qwen2_config, write_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from verl.engine.compile import compile_layers
-from verl.engine.recompute import recompute_activations
+from verl.engine.layers import compile_layers, recompute_activations
 from verl.models.adapters.operators import AdaptedLinear, use_operators
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]

@@ -20,13 +20,12 @@ from verl.config.load import _parse
 from verl.config.sft import DataConfig, SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader
-from verl.engine.compile import compile_layers
 from verl.engine.decisions import packing_of
 from verl.engine.engine import Engine
 from verl.engine.hardware import ASSUMED, CARDS, GIB
+from verl.engine.layers import compile_layers, recompute_activations
 from verl.engine.optim import optimizer_state
 from verl.engine.outline import Outline
-from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED, packed_attention

@@ -20,9 +20,8 @@ from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing
-from verl.engine.compile import compile_layers
 from verl.engine.engine import Engine
-from verl.engine.recompute import recompute_activations
+from verl.engine.layers import compile_layers, recompute_activations
 from verl.engine.scorers import TokenScorer, check_parts, check_scorer
 from verl.engine.weights import SHARDED, Spread
 from verl.errors import UserError

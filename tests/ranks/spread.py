@@ -19,9 +19,8 @@ from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import checkpoint, weights
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
-from verl.engine.fsdp import Sharding
 from verl.engine.scorers import TokenScorer
-from verl.engine.weights import ReplicatedWeights, Spread
+from verl.engine.weights import ReplicatedWeights, Sharding, Spread
 from verl.models.load import load_for_training
 from verl.models.saved import export_model
 from verl.models.shards import load_without_values

@@ -34,8 +34,7 @@ from transformers import (
 )
 
 from verl.data.pack import collate
-from verl.engine.compile import compile_layers
-from verl.engine.recompute import recompute_activations
+from verl.engine.layers import compile_layers, recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.adapters.operators import use_operators

@@ -6,8 +6,7 @@ A method's `Settings` derives from one of these and redeclares the keys for whic
 from dataclasses import dataclass
 
 from verl.config.algorithm import AlgorithmConfig
-from verl.config.values import at_least, one_of
-from verl.errors import UserError
+from verl.errors import UserError, at_least, one_of
 
 
 @dataclass

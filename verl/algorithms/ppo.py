@@ -13,9 +13,9 @@ from verl.algorithms._advantage import finished, generalized_advantages, moments
 from verl.algorithms._policy import PolicyLoss
 from verl.algorithms._settings import PolicySettings
 from verl.algorithms.answers import Advantages, Answers
-from verl.config.values import at_least, is_share
 from verl.data.batch import Batch
 from verl.engine.contract import LossOut, ValueOut
+from verl.errors import at_least, is_share
 
 needs_critic, needs_groups = True, False
 

@@ -8,7 +8,7 @@ from verl.algorithms._advantage import LEAST_STD, discounted_sums, finished, mom
 from verl.algorithms._policy import PolicyLoss
 from verl.algorithms._settings import PolicySettings
 from verl.algorithms.answers import Advantages, Answers
-from verl.config.values import is_share
+from verl.errors import is_share
 
 needs_critic, needs_groups = False, False
 

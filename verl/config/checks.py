@@ -3,8 +3,7 @@
 from typing import Protocol
 
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
-from verl.config.values import at_least, is_share, one_of
-from verl.errors import UserError
+from verl.errors import UserError, at_least, is_share, one_of
 
 
 def check_model(model: ModelConfig) -> None:

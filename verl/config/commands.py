@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.values import at_least, one_of
-from verl.errors import UserError
+from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
 
 

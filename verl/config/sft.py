@@ -7,8 +7,7 @@ from omegaconf import MISSING
 
 from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
-from verl.config.values import at_least, one_of
-from verl.errors import UserError
+from verl.errors import UserError, at_least, one_of
 
 
 @dataclass

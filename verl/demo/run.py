@@ -23,8 +23,8 @@ from verl.demo.problems import Problem, write_problems
 from verl.durable import replace_text
 from verl.errors import exit_on_user_error
 from verl.eval import sft_evaluator
-from verl.libraries import quiet_libraries
 from verl.models.tiny import write_tiny_model
+from verl.progress import quiet_libraries
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 FOLDER = Path("demo-run")

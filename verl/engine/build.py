@@ -11,18 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.config.shared import ModelConfig, OptimConfig
-from verl.engine.compile import Compiler
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
+from verl.engine.layers import Compiler, recompute_activations
 from verl.engine.outline import Outline
-from verl.engine.recompute import recompute_activations
 from verl.engine.scorers import Scorer, TokenScorer, check_parts, check_scorer
 from verl.engine.weights import MasterWeights
 from verl.models.attention.packed import describe_attention, use_attention
-from verl.models.attention.ulysses import check_heads
-from verl.models.load import Loaded, check_vocabulary, load_for_training, read_adapter_config
+from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, numel, read_adapter_config
 from verl.models.prompt_format import PromptFormat
-from verl.models.quantize import four_bit, is_quantized, numel
 from verl.models.saved import export_adapter, export_model, export_tokenizer
 
 if TYPE_CHECKING:
@@ -99,6 +96,8 @@ def _name(dtype: torch.dtype) -> str:
 def check_context(outline: Outline) -> None:
     """Raises UserError if the model's heads cannot be shared out as asked for; its weights are not read."""
     if outline.settings.context_parallel_size > 1:
+        from verl.models.attention.ulysses import check_heads
+
         check_heads(outline.config, outline.heads, outline.settings.context_parallel_size)
 
 
@@ -210,7 +209,12 @@ def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenSco
         loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted)
         _check(TokenScorer(small_twin(loaded.model, device)))
         return loaded, TokenScorer(loaded.model)
-    loaded = load_for_training(source, device=home, trust_remote_code=trusted, quantization=four_bit(settings, compute_dtype))
+    if settings.load_in_4bit:
+        from verl.models.quantize import load_in_4bit
+
+        loaded = load_in_4bit(settings, device=home, compute_dtype=compute_dtype)
+    else:
+        loaded = load_for_training(source, device=home, trust_remote_code=trusted)
     scorer = TokenScorer(loaded.model)
     _check(scorer)
     cast_weights(loaded.model, decisions.param_dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchao.optim import AdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit, get_qmap_signed, get_qmap_unsigned
 
-from verl.engine.compile import uncompiled
+from verl.engine.layers import uncompiled
 from verl.engine.moments import BLOCK, MOMENTS, fits_blocks, local, sharded_like, zeros
 
 

@@ -13,10 +13,9 @@ import torch
 
 from verl.data.loader import Packing
 from verl.data.pack import TILE
-from verl.engine.fsdp import Sharding
 from verl.engine.hardware import GIB, Hardware
 from verl.engine.outline import Outline
-from verl.engine.weights import Spread
+from verl.engine.weights import Sharding, Spread
 from verl.errors import UserError
 from verl.models.attention import flash
 from verl.models.attention.flash import Heads, Kernel

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from verl import dist as processes
 from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
-from verl.engine.compile import uncompiled
 from verl.engine.contract import Algorithm, LossOut, Slope
+from verl.engine.layers import uncompiled
 from verl.engine.optim import build_optimizer, learning_rate, set_learning_rate, update
 from verl.engine.scorers import Scorer
 from verl.engine.weights import SHARDED, Spread, spread_weights

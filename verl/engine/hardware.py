@@ -1,6 +1,7 @@
 """The machine of a run: measured where it runs, or assumed by a plan."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -8,13 +9,24 @@ from functools import cache, partial
 import torch
 
 from verl import dist
-from verl.engine.flops import PEAKS, peak_flops
-from verl.kernels import has_compiler
+from verl.dist import has_compiler
 from verl.models.attention import flash
 
 GIB = 2**30
 # Minimum memory of a card in GiB, by the GB that it is sold with; a few cards of 16 GB have less.
 CARDS = {16: 15.6, 24: 22.0, 40: 39.4, 80: 79.1, 141: 139.7}
+# Dense bfloat16 peak from the data sheets, FLOP/s.
+PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+}
 
 Refusal = Callable[..., str | None]  # (kernel, dtype, *heads) → why the kernel cannot run here, or None
 
@@ -88,6 +100,14 @@ def measure(device: torch.device) -> Hardware:
         capability=torch.cuda.get_device_capability(device)[0],
         refusal=cache(partial(_refusal, device)),
     )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's peak bfloat16 FLOP/s; None if unknown."""
+    if device.type != "cuda":
+        return None
+    words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # whole words: an L40 is no L4
+    return next((peak for part, peak in PEAKS.items() if part in words), None)
 
 
 def _refusal(device: torch.device, kernel: flash.Kernel, dtype: torch.dtype, *heads: flash.Heads) -> str | None:

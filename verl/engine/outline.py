@@ -1,6 +1,7 @@
 """The model of a run without its weights: sizes and arithmetic from its config alone."""
 
 import copy
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import torch
@@ -8,11 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.config.shared import ModelConfig
-from verl.engine.flops import training_flops
-from verl.engine.fsdp import decoder_layers
+from verl.engine.layers import decoder_layers
 from verl.models.attention.flash import Heads
 from verl.models.attention.packed import heads_of
-from verl.models.load import outline, read_config
+from verl.models.load import numel, outline, read_config
 
 ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "lora_adapter_path")
 
@@ -122,3 +122,22 @@ def _with_adapters(model: PreTrainedModel, settings: ModelConfig) -> PreTrainedM
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
+    """Return a function of (tokens, trained tokens) that gives the FLOP of forward and backward pass.
+
+    Each token costs 6 FLOP per trained weight, and 4 per frozen weight, which has no gradient of its own but passes one on. The output
+    layer sees the trained tokens only. Attention scores and recomputed activations are not counted.
+    """
+    output = model.get_output_embeddings()  # None for a model with a scalar head
+    head = 0.0 if output is None else _flops(output.parameters())
+    parts = [model.get_input_embeddings(), *([output] if output is not None else [])]
+    embeddings = {id(p) for part in parts for p in part.parameters()}
+    inner = _flops(p for p in model.parameters() if id(p) not in embeddings)
+    return lambda tokens, trained_tokens: inner * tokens + head * trained_tokens
+
+
+def _flops(parameters: Iterable[nn.Parameter]) -> float:
+    matrices = (p for p in parameters if p.ndim > 1)
+    return sum((6.0 if p.requires_grad else 4.0) * numel(p) for p in matrices)

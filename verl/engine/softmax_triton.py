@@ -1,4 +1,4 @@
-"""Triton kernels of `verl.engine.softmax`, which read and write every logit once.
+"""Triton kernels of `verl.engine.logprobs`, which read and write every logit once.
 
 A softmax needs the row's maximum and sum before its first result, so it usually takes one pass that reads, and one that reads again and
 writes. Here, the kernel writes 2 ** (x - base), where `base` is an integer close to the row's maximum, and returns the sum for the caller
@@ -19,7 +19,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Same as `verl.engine.softmax.logprobs_with_gradient_`, on CUDA in bfloat16 or float32."""
+    """Same as `verl.engine.logprobs.logprobs_with_gradient_`, on CUDA in bfloat16 or float32."""
     rows, vocabulary = logits_CV.shape
     logprob_C, scale_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     if rows > 0:
@@ -29,7 +29,7 @@ def logprobs_with_gradient_(logits_CV: Tensor, target_C: Tensor, factor: float) 
 
 
 def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Same as `verl.engine.softmax.logprobs_and_entropy`, on CUDA; the logits are read once."""
+    """Same as `verl.engine.logprobs.logprobs_and_entropy`, on CUDA; the logits are read once."""
     rows, vocabulary = logits_CV.shape
     logprob_C, entropy_C = (torch.empty(rows, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     if rows > 0:

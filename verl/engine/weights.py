@@ -8,17 +8,42 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from verl import dist as processes
-from verl.engine.fsdp import Sharding, shard
+from verl.engine.layers import decoder_layers
 from verl.engine.scorers import Scorer
 
 BUCKET = 2**25  # gradients per all-reduce, in float32: 128 MiB
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Settings of FSDP2.
+
+    Attributes:
+        size: consecutive ranks that share one copy of the weights; the groups hold replicas of each other (HSDP). None: all ranks.
+        reshard_after_forward: free a layer's gathered weights after its forward pass, and gather them again for the backward pass.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory.
+        pin: pin the offloaded parameters and gradients, which makes copies to a GPU faster; PyTorch then rounds each tensor up to a
+            power of two.
+    """
+
+    size: int | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    pin: bool = True
+
+    def describe(self) -> str:
+        size, everyone = self.size or processes.world_size(), processes.world_size()
+        groups = f", in {everyone // size} groups" if size < everyone else ""
+        return f"sharded over {size}{groups}" + (" in host memory" if self.cpu_offload else "") if everyone > 1 else "in host memory"
 
 
 @dataclass(frozen=True)
@@ -255,3 +280,28 @@ def spread_weights(
             return ShardedWeights(scorer, device, spread.sharding, compute_dtype=compute_dtype, fill=fill)
         return ReplicatedWeights(scorer.to(device), compute_dtype)
     return MasterWeights(scorer.to(device), compute_dtype)
+
+
+def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
+    """Shard each decoder layer separately, and the rest (embeddings, last norm, output layer) together.
+
+    While a layer computes, the weights of the next one are prefetched.
+
+    Returns:
+        the same module, sharded.
+    """
+    mesh = processes.mesh(device, sharding.size)
+    # With one rank, resharding would only cost copies.
+    alone = mesh.size() == 1 and not sharding.cpu_offload
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=sharding.pin) if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
+        "reshard_after_forward": sharding.reshard_after_forward and not alone,
+    }
+    layers: list[Any] = [fully_shard(layer, **options) for layer in decoder_layers(scorer.model)]
+    for layer, following in pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
+    sharded: FSDPModule = fully_shard(scorer, **{**options, "reshard_after_forward": False})
+    return sharded

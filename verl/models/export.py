@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
 from verl.errors import UserError, exit_on_user_error
-from verl.libraries import quiet_libraries
 from verl.models.adapters import files
 from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
 from verl.models.prompt_format import read_format
 from verl.models.saved import export_model
+from verl.progress import quiet_libraries
 
 PROBE = [
     {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},

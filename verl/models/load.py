@@ -27,7 +27,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-from verl.models.quantize import keep_layout
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
 
@@ -106,7 +105,6 @@ def load_for_training(
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options)
-    keep_layout(model)
     saved_dtypes = find_saved_dtypes(model, resolve(path))
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
@@ -331,3 +329,14 @@ def cannot_load(what: str, path: str, error: Exception) -> UserError:
         where=path,
         fix="give a local model directory, or a Hub name with the network and, where needed, a login",
     )
+
+
+def is_quantized(parameter: Tensor | None) -> bool:
+    """Return whether a parameter holds quantized codes, which must not be cast."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def numel(parameter: Tensor) -> int:
+    """Return the number of weights of a parameter, also if it is quantized."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

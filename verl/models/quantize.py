@@ -4,12 +4,12 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from verl import dist
 from verl.config.shared import ModelConfig
 from verl.errors import UserError
+from verl.models.load import Loaded, is_quantized, load_for_training
 
 
 def four_bit(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -37,6 +37,19 @@ def four_bit(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def load_in_4bit(config: ModelConfig, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype) -> Loaded:
+    """Load the model of `config` for training; each linear layer is quantized when it is read.
+
+    Raises:
+        UserError: the model cannot be loaded or quantized.
+    """
+    quantization = four_bit(config, compute_dtype)
+    path, trusted = config.partial_pretrain, config.trust_remote_code
+    loaded = load_for_training(path, device=device, trust_remote_code=trusted, quantization=quantization)
+    keep_layout(loaded.model)
+    return loaded
+
+
 def keep_layout(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking the codes for inference on a CPU, after which it could not train with them."""
     module: Any
@@ -51,14 +64,3 @@ def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if is_quantized(getattr(module, "weight", None)) and hasattr(module, "compute_dtype"):
             module.compute_dtype, module.compute_type_is_set = dtype, True
-
-
-def is_quantized(parameter: Tensor | None) -> bool:
-    """Return whether a parameter holds quantized codes, which must not be cast."""
-    return getattr(parameter, "quant_state", None) is not None
-
-
-def numel(parameter: Tensor) -> int:
-    """Return the number of weights of a parameter, also if it is quantized."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

@@ -1,6 +1,6 @@
 """Loading of sharded models: created on the meta device, sharded, and then filled from safetensors, so that no rank holds a whole model.
 
-Adapters are small and are not on the meta device. As in `verl.engine.fsdp`, weights are sharded along their first dimension.
+Adapters are small and are not on the meta device. As in `verl.engine.weights`, weights are sharded along their first dimension.
 """
 
 import copy

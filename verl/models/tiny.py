@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from verl.libraries import quiet_libraries
+from verl.progress import quiet_libraries
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 POSITIONS = 2048

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
-from verl.engine.fsdp import decoder_layers
+from verl.engine.layers import decoder_layers
 from verl.errors import UserError
 from verl.models.load import check_vocabulary, load_for_inference
 from verl.rollout import Options, Sampling

@@ -45,8 +45,8 @@ def build(
     """
     import torch
 
+    from verl.dist import HAS_TRITON
     from verl.engine.fused_adamw import FusedAdamW
-    from verl.kernels import HAS_TRITON
 
     parameters = [p for group in groups for p in group["params"]]
     betas = (settings.betas[0], settings.betas[1])

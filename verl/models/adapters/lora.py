@@ -15,7 +15,8 @@ from verl.config.shared import ModelConfig
 from verl.errors import UserError
 from verl.models.adapters import files, trained_tokens
 from verl.models.adapters.files import ALL_LINEAR
-from verl.models.quantize import four_bit, is_quantized, set_compute_dtype
+from verl.models.load import is_quantized
+from verl.models.quantize import four_bit, set_compute_dtype
 
 ADAPTED = (nn.Linear, Conv1D, nn.Embedding)  # modules that peft has adapters for; 4-bit layers are subclasses of nn.Linear
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from verl.kernels import HAS_TRITON
+from verl.dist import HAS_TRITON
 
 # --- linear layers with the same input: one, or query, key and value
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from verl.kernels import HAS_TRITON
+from verl.dist import HAS_TRITON
 from verl.models.attention.packed import packed_attention
 
 SLOTS = "verl_slots"

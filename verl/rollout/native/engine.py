@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from verl.kernels import has_compiler
+from verl.dist import has_compiler
 from verl.rollout import DEFAULTS, Completion, Options, Sampling
 from verl.rollout._model import check_positions, copy_weights, describe_model, merge_stop_ids, out_of_memory
 from verl.rollout._sampler import uniform_numbers

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from verl.engine.fsdp import decoder_layers
+from verl.engine.layers import decoder_layers
 from verl.engine.logprobs import LogitRule
 from verl.errors import UserError
 from verl.models.linear import multiply, use_whole_cpu

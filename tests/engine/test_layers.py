@@ -19,10 +19,8 @@ from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine.compile import Compiler, compile_layers
 from verl.engine.engine import Engine
-from verl.engine.fsdp import decoder_layers
-from verl.engine.recompute import recompute_activations
+from verl.engine.layers import Compiler, compile_layers, decoder_layers, recompute_activations
 from verl.engine.scorers import TokenScorer
 from verl.models.attention.packed import PACKED, packed_attention
 from verl.models.load import load_for_training
