@@ -230,7 +230,9 @@ class Run:
         signal.signal(received, self._handlers[received])  # a second signal ends the process at once
         if dist.is_main():
             checkpoint = "without" if self._config.trainer.save_freq == "never" else "with"
-            os.write(2, f"\n{self.stopped_by}: stopping after this step, {checkpoint} a checkpoint; send it again to stop at once\n".encode())
+            os.write(
+                2, f"\n{self.stopped_by}: stopping after this step, {checkpoint} a checkpoint; send it again to stop at once\n".encode()
+            )
 
     def _append(self, name: str, text: str) -> None:
         with (self.directory / name).open("a", encoding="utf-8") as file:
