@@ -328,7 +328,7 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
 
 
 def refusals(hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload | None = None) -> dict[Kernel, str | None]:
-    """Return, for each kernel that is faster than FlashAttention-2 on this GPU, why it cannot be used, or None if it can.
+    """Return, for each kernel that is preferred to FlashAttention-2 on this GPU, why it cannot be used, or None if it can.
 
     The best kernel comes first.
 

@@ -58,9 +58,9 @@ def build_reference(settings: ModelConfig, actor: Built, path: str | None = None
     if loaded is None:
         loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted)
     if adapter is not None:
-        from verl.models.adapters.files import put_on
+        from verl.models.adapters.files import attach
 
-        put_on(loaded.model, adapter).merge_and_unload()
+        attach(loaded.model, adapter).merge_and_unload()
     check_vocabulary(loaded.model, actor.tokenizer, source)
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)
     return make_engine(TokenScorer(loaded.model, temperature), None, loaded, decisions)
