@@ -102,7 +102,7 @@ def test_a_server_answers_as_transformers_do_and_takes_new_weights(path: Path, t
         rollout.sleep()  # it was not started with sleep mode
         assert rollout.generate(PROMPTS, WARM) == found
 
-        with pytest.raises(UserError, match=f"serves {path}, wanted {tmp_path}"):
+        with pytest.raises(UserError, match=f"serves {path}, expected {tmp_path}"):
             connect(write_served_model(tmp_path / "other"), url)
 
 
@@ -196,7 +196,7 @@ def test_an_aborted_answer_is_an_error(path: Path) -> None:
     def answer(place: str, body: Any) -> tuple[int, Any]:
         return 200, served(path) if place == "/v1/models" else {"choices": [aborted]}
 
-    with server(answer) as url, pytest.raises(UserError, match="aborted an answer: abort"):
+    with server(answer) as url, pytest.raises(UserError, match="aborted a response: abort"):
         connect(path, url).generate(PROMPTS, GREEDY)
 
 
@@ -229,7 +229,7 @@ def test_new_weights_of_a_server_elsewhere_need_a_folder(tmp_path: Path, monkeyp
         http.find_weights_folder(elsewhere, None)
     assert http.find_weights_folder(elsewhere, str(tmp_path / "new")).is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         http.find_weights_folder(here, str(tmp_path / "file"))
 
 
