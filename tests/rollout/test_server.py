@@ -139,7 +139,7 @@ def test_a_server_that_is_not_there_or_something_else_is_said(path: Path) -> Non
 
 
 def test_a_server_of_another_model_is_refused(path: Path, tmp_path: Path) -> None:
-    with server(lambda place, body: (200, served(tmp_path))) as url, pytest.raises(UserError, match=r"(?s)wanted .*served-model-name"):
+    with server(lambda place, body: (200, served(tmp_path))) as url, pytest.raises(UserError, match=r"(?s)expected .*served-model-name"):
         connect(path, url)
     renamed = {"data": [{"id": str(path), "root": "/elsewhere"}]}
     with server(lambda place, body: (200, renamed)) as url:
@@ -173,7 +173,7 @@ def test_without_token_ids_or_with_an_error_an_answer_is_no_answer(path: Path) -
 
     with server(answer) as url:
         rollout = connect(path, url)
-        with pytest.raises(UserError, match="without token ids"):
+        with pytest.raises(UserError, match="does not return token ids"):
             rollout.generate(PROMPTS, GREEDY)
         with pytest.raises(UserError, match="400: too hot"):
             rollout.generate(PROMPTS, Sampling(2, temperature=1.0))

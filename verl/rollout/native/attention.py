@@ -1,8 +1,8 @@
 """Attention during generation, over a KV cache in slots. Each sequence has one slot, with space for its prompt and longest response.
 
 It is registered with transformers, like the packed attention of training, so that models need no changes. Prefill runs packed attention
-over the prompts, without padding, and stores their keys and values in the slots. In a decode step, the newest token of each sequence attends to
-its slot.
+over the prompts, without padding, and stores their keys and values in the slots. In a decode step, the newest token of each
+sequence attends to its slot.
 
 Dimensions: S slots, L positions of a slot, B slots in use, T packed tokens, R stored tokens (a prompt with several responses is stored in
 several slots), N query heads, K key-value heads, G = N / K, D head size.
