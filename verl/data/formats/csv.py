@@ -20,7 +20,7 @@ class _Records:
     Attributes:
         where: location of the newest record.
         bad: the first byte of the newest record that is not UTF-8, as in Line.
-        text: the newest record.
+        begins_with_mark, has_mark: where the newest record has a byte order mark.
     """
 
     def __init__(self, file: File):
@@ -58,8 +58,12 @@ class _Records:
         return next((line.bad for line in self._taken if line.bad), None)
 
     @property
-    def text(self) -> str:
-        return "\n".join(line.text for line in self._taken)
+    def begins_with_mark(self) -> bool:
+        return self._taken[0].text.startswith(MARK)
+
+    @property
+    def has_mark(self) -> bool:
+        return any(MARK in line.text for line in self._taken)
 
     def _error(self, what: str) -> UserError:
         fix = 'enclose a field that contains quotes in quotes, and double the quotes inside it: ""'
@@ -90,17 +94,17 @@ def _header(records: _Records, names: list[str]) -> list[str]:
     find = finder(records.path, records.bad)
     if fault := next((fault for name in names if (fault := find(name))), None):
         raise UserError(f"a column's name: {fault.what}", where=records.where, fix=fault.fix)
-    return names
+    return names[: _last(names)]
 
 
 def _row(records: _Records, header: list[str], fields: list[str]) -> Row | UserError:
-    if records.text.startswith(MARK):
+    if records.begins_with_mark:
         return UserError(MARK_INSIDE, where=records.where, fix=f"{REMOVE_MARKS}, and the header that follows one")
-    if fields == header:
+    if fields[: len(header)] == header and len(header) > 1:
         return UserError("the header again, as joining files leaves it", where=records.where, fix="remove this line")
-    named = _last(header)
-    if len(fields) < named or _last(fields) > named:
-        mark = f"; the record has {MARK_INSIDE}" if MARK in records.text else ""
+    named = len(header)
+    if len(fields) != named and (len(fields) < named or _last(fields) > named):
+        mark = f"; the record has {MARK_INSIDE}" if records.has_mark else ""
         found = f"{len(fields)} fields, the header has {named}{mark}"
         return UserError(
             found,
@@ -108,7 +112,7 @@ def _row(records: _Records, header: list[str], fields: list[str]) -> Row | UserE
             fix=f"enclose fields that contain {DELIMITERS.get(records.delimiter, records.delimiter)} or line ends in quotes",
         )
     values: dict[str, str | Fault] = {}
-    for name, text in zip(header[:named], fields, strict=False):
+    for name, text in zip(header, fields, strict=False):
         values[name] = TWICE if name in values else text
     return checked_row(records.where, values, finder(records.path, records.bad))
 

@@ -11,7 +11,7 @@ BOM = codecs.BOM_UTF8
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 # Encodings that files are written in, each with those that it contains: GB18030 has GBK and GB2312, CP932 has Shift-JIS, CP949 has EUC-KR,
-# CP1252 has Latin-1. A file in the smaller one is read right by the larger one.
+# CP1252 has Latin-1. A file in the smaller one is read right by the larger one. Of two that fit equally well, the earlier one comes first.
 LEGACY = (
     *("cp1252", "gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r"),
     *("cp1250", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "iso8859_2", "mac_roman", "cp850"),
@@ -63,10 +63,12 @@ def likely(path: Path) -> list[tuple[str, str]]:
 
     sample, first = _sample(path)
     found: dict[str, str] = {}
-    for match in from_bytes(sample, cp_isolation=list(LEGACY)):
-        for name in sorted({match.encoding, *match.could_be_from_charset} & set(LEGACY), key=LEGACY.index)[:1]:
-            text = _around(sample, first, name)
-            found.setdefault(text, name)
+    matches = [
+        (match.chaos, -match.coherence, min(LEGACY.index(name) for name in match.could_be_from_charset if name in LEGACY))
+        for match in from_bytes(sample, cp_isolation=list(LEGACY))
+    ]
+    for *_, number in sorted(matches):
+        found.setdefault(_around(sample, first, LEGACY[number]), LEGACY[number])
     return [(name.upper().replace("_", "-"), text) for text, name in found.items()][:MOST_SHOWN]
 
 

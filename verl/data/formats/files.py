@@ -45,7 +45,8 @@ def file_rows(path: Path, progress: ReadProgress) -> Rows:
     size = path.stat().st_size
     with path.open("rb") as raw:
         try:
-            file = File(path, _decompressed(raw), lambda: raw.tell() / size)
+            stream = _decompressed(raw)  # stays open while the reader takes another one, decoded from it
+            file = File(path, stream, lambda: raw.tell() / size)
             for row in _reader(file)(file):
                 progress.share = file.share()
                 yield row
