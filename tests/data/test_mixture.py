@@ -102,7 +102,7 @@ def test_files_without_shares_are_no_mixture() -> None:
 def test_a_share_that_cannot_be_had_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(UserError, match=r"a should give 50 rows an epoch, but has 4 \(6 read, 2 left out\)"):
         shares([entry("a", rows=50), entry("b")], [6, 2], kept=[0, 1, 2, 3, 6, 7])
-    with pytest.raises(UserError, match="b would give no row: a has 10 rows for its weight 1000, which makes 0.01 for the weight 1"):
+    with pytest.raises(UserError, match=r"b would give no row: a has 10 rows for its weight 1000, which makes 0\.01 for the weight 1"):
         shares([entry("a", weight=1000.0), entry("b")], [10, 10])
     with pytest.raises(UserError, match="b should give some rows an epoch, but has 0"):
         shares([entry("a", rows=2), entry("b")], [6, 2], kept=[0, 1, 2])

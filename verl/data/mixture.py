@@ -113,13 +113,10 @@ def mixture_of(entries: Sequence[Entry], rows_by_source: Sequence[int], kept: np
         if not rows or (entry.rows or 0) > rows:
             left = f" ({of_file:,} read, {of_file - rows:,} left out)" if of_file > rows else ""
             what = f"{entry.name} should give {entry.rows or 'some'} rows an epoch, but has {rows:,}{left}"
-            raise UserError(
-                what,
-                where=key,
-                fix=f"give rows: {rows}, or leave the number out to use all"
-                if rows
-                else "remove the entry; data.train_max_samples cuts its rows too",
-            )
+            fix = f"give rows: {rows}, or leave the number out to use all"
+            if not rows:
+                fix = "remove the entry; if data.train_max_samples is set, it cuts the rows of all files together"
+            raise UserError(what, where=key, fix=fix)
     per_epoch = [entry.rows or rows for entry, rows in zip(entries, used, strict=True)]
     if any(entry.weight is not None for entry in entries):
         per_epoch = _by_weight([1.0 if entry.weight is None else entry.weight for entry in entries], used, entries, key)
