@@ -329,6 +329,26 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
             resolve_files(value)
 
 
+@pytest.mark.parametrize("separator", [",", ", ", ";", " "])
+def test_several_files_in_one_text_are_answered_with_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, jsonl())
+    error = error_of(f"a.jsonl{separator}b.jsonl")
+    assert error.what == f"'a.jsonl{separator}b.jsonl' is one text with 2 files"
+    assert error.fix == "write a list: 'data.train_files=[a.jsonl,b.jsonl]'"
+    write(tmp_path / f"a.jsonl{separator}b.jsonl", jsonl())
+    assert values(f"a.jsonl{separator}b.jsonl") == ROWS  # a file of that name
+
+
+def test_a_directory_is_answered_with_a_glob_that_finds_its_files(tmp_path: Path) -> None:
+    (tmp_path / "data" / "part").mkdir(parents=True)
+    assert "put data files into it" in error_of(tmp_path / "data").fix
+    write(tmp_path / "data" / "part" / "a.jsonl.gz", gzip.compress(jsonl().encode()))
+    assert f"'{tmp_path}/data/**/*.jsonl.gz'" in error_of(tmp_path / "data").fix
+    assert values(f"{tmp_path}/data/**/*.jsonl.gz") == ROWS
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_without_permission_shows_its_mode(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", jsonl())

@@ -13,8 +13,8 @@ from verl.errors import UserError, at_least, one_of
 @dataclass
 class DataConfig:
     # Training data: a path, a glob, a Hub data set (org/name, org/name:config or org/name:config:split), or a list of these. JSONL, JSON,
-    # CSV, text, Parquet or Arrow, optionally gzipped. An entry of a list may be {path: a.jsonl, weight: 2.0}, its relative number of rows in
-    # an epoch, or {path: a.jsonl, rows: 5000}, its number of rows in each epoch.
+    # CSV, text, Parquet or Arrow, optionally gzipped. An entry of a list may have a share: {path: a.jsonl, weight: 2.0} is its relative
+    # number of rows in an epoch, {path: a.jsonl, rows: 5000} the number itself.
     train_files: Any = MISSING
     # Validation data, in the same forms without shares; null: none. Of a Hub data set, the split test, or else validation.
     val_files: Any = None

@@ -110,23 +110,22 @@ def epoch_lengths(documents: TokenizedRows, seed: int) -> np.ndarray:
     return lengths
 
 
-def describe_steps(rows: int, rows_per_step: int, total_steps: int, kind: str = "rows") -> str:
-    """Say how the rows of an epoch fill its steps.
+def describe_steps(rows: int, rows_per_step: int, kind: str = "rows") -> str:
+    """Say how many rows a step has, such as `256 rows, the last of an epoch of 49 (7,473 = 29 × 256 + 49)`.
 
     Args:
         rows: rows of an epoch.
         kind: what rows are called.
     """
-    per_epoch, rest = -(-rows // rows_per_step), rows % rows_per_step
-    many = f"{total_steps:,} step{'s' if total_steps > 1 else ''} ({per_epoch:,} an epoch) of"
-    if rows < rows_per_step:
-        return f"{many} {rows:,} {kind if rows > 1 else kind[:-1]}, all that there are ({rows_per_step:,} would fit)"
-    last = f", the last of an epoch of {rest:,} ({rows:,} = {per_epoch - 1:,} × {rows_per_step:,} + {rest:,})" if rest else ""
-    return f"{many} {rows_per_step:,} {kind}{last}"
+    steps, rest = divmod(rows, rows_per_step)
+    if not steps:
+        return f"{rows:,} {kind if rows > 1 else kind[:-1]}, all that there are ({rows_per_step:,} would fit)"
+    last = f", the last of an epoch of {rest:,} ({rows:,} = {steps:,} × {rows_per_step:,} + {rest:,})" if rest else ""
+    return f"{rows_per_step:,} {kind}{last}"
 
 
 def describe_untrained(rows: int, rows_per_step: int, total_steps: int, kind: str = "rows") -> str:
-    """Say how many rows are not trained where the run ends within an epoch; empty if it does not. Arguments as in `describe_steps`."""
+    """Say how many rows are not trained where the run ends within an epoch; empty if it does not."""
     epochs, steps = divmod(total_steps, -(-rows // rows_per_step))
     left = rows - steps * rows_per_step
     return f"the run ends within epoch {epochs + 1}: {left:,} of its {rows:,} {kind} are not trained" if steps else ""
@@ -207,10 +206,11 @@ class Loader:
         rows = "rows" if self.documents.documents_per_row == 1 else "pairs"
         budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
         owners = ("processes" if many else "process") if self.parts == 1 else f"group{'s' if many else ''} of {self.parts} processes"
-        sizes = (epoch_rows(self.documents), self.rows_per_step, total_steps, rows)
-        untrained = describe_untrained(*sizes)
+        in_epoch = epoch_rows(self.documents)
+        untrained = describe_untrained(in_epoch, self.rows_per_step, total_steps, rows)
         return (
-            f"{describe_steps(*sizes)}, in micro-batches of {budget} on each of {self.world_size} {owners}"
+            f"{total_steps:,} step{'s' if total_steps > 1 else ''} ({self.steps_per_epoch:,} an epoch) of "
+            f"{describe_steps(in_epoch, self.rows_per_step, rows)}, in micro-batches of {budget} on each of {self.world_size} {owners}"
             f"{f'; {untrained}' if untrained else ''}"
         )
 

@@ -216,8 +216,8 @@ def _files_in(folder: Path) -> str:
     from verl.data.formats.files import FORMATS, SUFFIXES, suffix_of
 
     for pattern, files in (("*", folder.glob("*")), ("**/*", folder.rglob("*"))):
-        if inside := sorted({file.name.removesuffix(".gz").rpartition(".")[2] for file in files if suffix_of(file) in SUFFIXES}):
-            return f"name its files with a glob, such as '{folder}/{pattern}.{inside[0]}'"
+        if inside := sorted({file.name[file.name.lower().rindex(suffix_of(file)) :] for file in files if suffix_of(file) in SUFFIXES}):
+            return f"name its files with a glob, such as '{folder}/{pattern}{inside[0]}'"
     return f"put data files into it ({FORMATS})"
 
 
