@@ -112,7 +112,11 @@ class Row:
         last = [path for path in paths if path.rpartition(".")[2] == column.rpartition(".")[2]]
         near = difflib.get_close_matches(column, beside or list(self.values), n=1) or last or difflib.get_close_matches(column, paths, n=1)
         fix = f"did you mean {key}={near[0]}?" if near else f"set {key} to the right column"
-        return UserError(f"column {column!r} is missing (found: {found})", where=self.where, fix=fix)
+        what = f"column {column!r} is missing (found: {found})"
+        if self.faults and not near:  # it may be the column whose name cannot be read
+            path, fault = next(iter(self.faults.items()))
+            what, fix = f"{what}; column {path!r} cannot be read: {fault.what}", fault.fix
+        return UserError(what, where=self.where, fix=fix)
 
 
 def _inside(values: dict[str, Any], path: str) -> Iterator[Any]:

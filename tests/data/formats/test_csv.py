@@ -42,6 +42,8 @@ def test_lines_that_end_with_carriage_returns_are_counted(tmp_path: Path) -> Non
         "question,answer,,\nq1,a1\n",
         "question,answer\nq1,a1,,\n",
         'question;answer;"a, b, c"\nq1;a1;\n',
+        "question;answer;a, b, c\nq1;a1;\n",
+        "answer;question, in full;question\na1;q;q1\n",
     ],
 )
 def test_what_spreadsheets_write_is_read(tmp_path: Path, content: str) -> None:
@@ -77,3 +79,12 @@ def test_a_fault_in_a_column_that_is_not_read_stops_nothing(tmp_path: Path) -> N
         with pytest.raises(UserError, match=what) as caught:
             rows[row].text(column, "prompt_key")
         assert caught.value.where == f"{tmp_path}/a.csv:{row + 2}"
+
+
+def test_a_name_that_is_not_utf8_is_an_error_only_if_a_column_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("question,été\nq1,a1\n".encode("latin-1"))
+    (row,) = read_rows(str(tmp_path / "a.csv"))
+    assert row.text("question", "prompt_key") == "q1" and row.values == {"question": "q1"}
+    with pytest.raises(UserError, match="not UTF-8: byte 0xe9") as caught:
+        row.text("zzz", "prompt_key")
+    assert "CP1252 reads 'question,été'" in caught.value.fix

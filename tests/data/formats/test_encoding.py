@@ -80,3 +80,16 @@ def test_a_mark_at_the_start_of_a_line_is_not_part_of_a_row(tmp_path: Path) -> N
     assert caught.value.where == f"{tmp_path}/a.txt:3"
     (tmp_path / "b.txt").write_text("one \ufeff two\n")
     assert [row.values for row in read_rows(str(tmp_path / "b.txt"))] == [{"text": "one \ufeff two"}]
+
+
+def test_a_file_of_utf8_with_a_damaged_line_is_not_given_another_encoding(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": text}, ensure_ascii=False).encode() for text in TEXTS.values()]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, b'{"question": "caf\xe9"}']))
+    error = error_of(tmp_path / "a.jsonl")
+    assert error.where == f"{tmp_path}/a.jsonl:{len(lines) + 1}"
+    assert error.fix == "the other lines of the file are UTF-8: write this one again, or remove it"
+
+
+def test_a_long_line_is_judged_by_its_beginning(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(("[" + ",".join(['{"question": "' + TEXTS["gbk"] + '"}'] * 3000) + "]").encode("gbk"))
+    assert "GB18030 reads" in error_of(tmp_path / "a.json").fix

@@ -1,6 +1,7 @@
 """CSV and TSV: the first line names the columns."""
 
 import csv
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -29,8 +30,9 @@ class _Records:
         separator = SEPARATOR_LINE.fullmatch(first.text)
         if separator:
             first = next(self._lines, Line(2, ""))
-        self._first, is_tsv = first, file.path.name.lower().removesuffix(".gz").endswith(".tsv")
-        self.delimiter = separator[1] if separator else "\t" if is_tsv else _delimiter(first.text)
+        self._first = [first, *itertools.islice(self._lines, 1)]
+        is_tsv = file.path.name.lower().removesuffix(".gz").endswith(".tsv")
+        self.delimiter = separator[1] if separator else "\t" if is_tsv else _delimiter([line.text for line in self._first])
 
     def __iter__(self) -> Iterator[list[str]]:
         reader = csv.reader(self._taken_lines(), delimiter=self.delimiter, strict=True)
@@ -42,9 +44,7 @@ class _Records:
             raise self._error(str(error)) from None
 
     def _taken_lines(self) -> Iterable[str]:
-        self._taken.append(self._first)
-        yield f"{self._first.text}\n"
-        for line in self._lines:
+        for line in itertools.chain(self._first, self._lines):
             self._taken.append(line)
             yield f"{line.text}\n"
 
@@ -79,25 +79,31 @@ def csv_rows(file: File) -> Rows:
     for fields in records:
         if header is None:
             header = _header(records, fields)
+            unreadable = _unreadable(records, header)
         elif fields:
-            yield _row(records, header, fields)
+            yield _row(records, header, fields, unreadable)
 
 
-def _delimiter(line: str) -> str:
-    outside = QUOTED.sub("", line)
-    return max(",;\t", key=outside.count)
+def _delimiter(lines: list[str]) -> str:
+    """Return what separates the fields: what the first line has most of outside quotes, of those that the second has as many of, if any."""
+    header, second = (QUOTED.sub("", line) for line in (*lines, "", "")[:2])
+    agreeing = [one for one in DELIMITERS if 0 < header.count(one) == second.count(one)]
+    return max(agreeing or DELIMITERS, key=header.count)
 
 
 def _header(records: _Records, names: list[str]) -> list[str]:
     if not names or not any(name.strip() for name in names):
         raise UserError("the first line is blank, expected column names", where=records.where, fix="begin with a header")
-    find = finder(records.path, records.bad)
-    if fault := next((fault for name in names if (fault := find(name))), None):
-        raise UserError(f"a column's name: {fault.what}", where=records.where, fix=fault.fix)
     return names[: _last(names)]
 
 
-def _row(records: _Records, header: list[str], fields: list[str]) -> Row | UserError:
+def _unreadable(records: _Records, header: list[str]) -> dict[str, Fault]:
+    """Return the columns whose names cannot be used."""
+    find = finder(records.path, records.bad)
+    return {name: fault for name in header if (fault := find(name))}
+
+
+def _row(records: _Records, header: list[str], fields: list[str], unreadable: dict[str, Fault]) -> Row | UserError:
     if records.begins_with_mark:
         return UserError(MARK_INSIDE, where=records.where, fix=f"{REMOVE_MARKS}, and the header that follows one")
     if fields[: len(header)] == header and len(header) > 1:
@@ -114,6 +120,9 @@ def _row(records: _Records, header: list[str], fields: list[str]) -> Row | UserE
     values: dict[str, str | Fault] = {}
     for name, text in zip(header, fields, strict=False):
         values[name] = TWICE if name in values else text
+    for name, fault in unreadable.items():
+        del values[name]
+        values[name.encode(errors="surrogateescape").decode(errors="backslashreplace")] = fault
     return checked_row(records.where, values, finder(records.path, records.bad))
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ LEGACY = (
     *("cp1252", "gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r"),
     *("cp1250", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "iso8859_2", "mac_roman", "cp850"),
 )
+CUT_CHARACTER = re.compile(rb"[\x80-\xff]+\Z")  # what may be half of a character, at the end of a cut line
 SAMPLE_BYTES = 2**16
 SHOWN_BYTES = 24  # of the text around the first byte that is not UTF-8
 MOST_SHOWN = 4
@@ -49,19 +51,31 @@ def not_utf8(path: Path, byte: int, offset: int) -> Fault:
         byte, offset: the first byte that is not, and where it is in the file's text.
     """
     names = likely(path)
-    fix = "convert the file to UTF-8 with the program that wrote it, or find out its encoding and use iconv"
-    if names:
+    if names is None:
+        fix = "the other lines of the file are UTF-8: write this one again, or remove it"
+    elif names:
         listed = "; ".join(f"{name} reads {text!r}" for name, text in names)
         fix = f"convert the file to UTF-8 from the encoding that gives the right text ({listed}), with `iconv -t UTF-8 -f` and its name"
+    else:
+        fix = "convert the file to UTF-8 with the program that wrote it"
     return Fault(f"not UTF-8: byte 0x{byte:02x} at offset {offset:,}", fix)
 
 
 @lru_cache(maxsize=16)
-def likely(path: Path) -> list[tuple[str, str]]:
-    """Return the likely encodings of a file, best first, each with the text around the first byte that is not UTF-8; may be empty."""
+def likely(path: Path) -> list[tuple[str, str]] | None:
+    """Return the likely encodings of a file, best first, each with the text around the first byte that is not UTF-8; may be empty.
+
+    Returns:
+        None if the file is UTF-8, apart from some of its lines.
+    """
     from charset_normalizer import from_bytes  # only a file that is not UTF-8 needs it
 
-    sample, first = _sample(path)
+    lines = _sample(path)
+    wrong = [line for line in lines if _bad_byte(line) is not None]
+    if len(wrong) * 2 <= len(lines):
+        return None
+    sample = b"".join(wrong)
+    first = _bad_byte(sample) or 0
     found: dict[str, str] = {}
     matches = [
         (match.chaos, -match.coherence, min(LEGACY.index(name) for name in match.could_be_from_charset if name in LEGACY))
@@ -72,20 +86,27 @@ def likely(path: Path) -> list[tuple[str, str]]:
     return [(name.upper().replace("_", "-"), text) for text, name in found.items()][:MOST_SHOWN]
 
 
-def _sample(path: Path) -> tuple[bytes, int]:
-    """Return the lines of a file that are not ASCII, and the offset in them of the first byte that is not UTF-8."""
+def _sample(path: Path) -> list[bytes]:
+    """Return the first lines of a file that are not ASCII; a long one without its end."""
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"
     lines: list[bytes] = []
     with gzip.open(path) if is_gzip else path.open("rb") as file:
         for line in file:
-            if not line.isascii() and sum(map(len, lines)) < SAMPLE_BYTES:
-                lines.append(line[:SAMPLE_BYTES])
-    sample = b"".join(lines)
+            if sum(map(len, lines)) > SAMPLE_BYTES:
+                break
+            if not line.isascii():
+                lines.append(line if len(line) <= SAMPLE_BYTES else CUT_CHARACTER.sub(b"", line[:SAMPLE_BYTES]))
+    return lines
+
+
+def _bad_byte(line: bytes) -> int | None:
+    """Return the offset of the first byte that is not UTF-8."""
     try:
-        return sample, len(sample.decode("utf-8"))
+        line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return sample, error.start
+        return error.start
+    return None
 
 
 def _around(sample: bytes, first: int, name: str) -> str:
