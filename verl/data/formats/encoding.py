@@ -50,7 +50,7 @@ def not_utf8(path: Path, byte: int, offset: int) -> Fault:
     Args:
         byte, offset: the first byte that is not, and where it is in the file's text.
     """
-    names = likely(path)
+    names = likely(path, path.stat().st_mtime_ns)
     if names is None:
         fix = "the other lines of the file are UTF-8: write this one again, or remove it"
     elif names:
@@ -62,9 +62,11 @@ def not_utf8(path: Path, byte: int, offset: int) -> Fault:
 
 
 @lru_cache(maxsize=16)
-def likely(path: Path) -> list[tuple[str, str]] | None:
+def likely(path: Path, changed_ns: int) -> list[tuple[str, str]] | None:
     """Return the likely encodings of a file, best first, each with the text around the first byte that is not UTF-8; may be empty.
 
+    Args:
+        changed_ns: when the file was changed; another time asks anew.
     Returns:
         None if the file is UTF-8, apart from some of its lines.
     """
