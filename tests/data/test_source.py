@@ -189,7 +189,7 @@ def test_a_fault_inside_an_object_is_charged_to_its_key(tmp_path: Path) -> None:
     assert row.text("reward_model.ground_truth", "data.response_key") == "74"
     assert row.values == {"reward_model": {"ground_truth": "74"}}  # what a reward gets
     assert list(row.faults) == ["reward_model.score", "tags"]
-    for column in ("reward_model.score", "reward_model", "tags"):
+    for column in ("reward_model.score", "reward_model", "tags", "tags.first"):
         with pytest.raises(UserError, match="is not a JSON number"):
             row.value(column, "data.response_key")
     lines = notes_of([row, row])

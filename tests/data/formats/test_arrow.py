@@ -52,6 +52,16 @@ def test_a_value_that_cannot_be_decoded_stops_only_who_reads_it(tmp_path: Path, 
     assert caught.value.where == f"{tmp_path}/a{suffix} row 2" and "'answer'" in caught.value.what and caught.value.fix
 
 
+def test_a_fault_inside_an_object_is_charged_to_its_key(tmp_path: Path) -> None:
+    parts = {"ground_truth": pa.array(["3", "4"]), "source": BAD["latin-1"], "day": BAD["a date beyond 9999"]}
+    objects = pa.StructArray.from_arrays(list(parts.values()), list(parts))
+    _, row = rows_of(tmp_path / "a.parquet", pa.table({"reward_model": objects}))
+    assert row.text("reward_model.ground_truth", "data.response_key") == "4"
+    assert row.values == {"reward_model": {"ground_truth": "4"}}
+    with pytest.raises(UserError, match=r"'reward_model\.source': not UTF-8: byte 0xc9"):
+        row.text("reward_model.source", "data.response_key")
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_column_that_a_join_leaves_twice_is_refused(tmp_path: Path, suffix: str) -> None:
     left, right = pa.table({"question": ["q"], "answer": ["good"]}), pa.table({"question": ["q"], "answer": ["bad"]})

@@ -116,15 +116,18 @@ def decoded(column: pa.Array) -> list[Any]:
 
 
 def _value_or_fault(value: pa.Scalar) -> Any:
+    """Return a value as Python has it, with a Fault in place of what cannot be decoded: of an object, the single keys."""
     try:
         return value.as_py()
     except UnicodeDecodeError as error:
         found = f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start:,} of the text"
-        return Fault(found, "write the file again with text in UTF-8")
-    except Exception as error:
-        if "duplicate" in str(error).lower():
-            return Fault(f"a field occurs twice: {first_line(error)}", "rename one of them, or remove it")
-        return Fault(f"cannot be decoded: {first_line(error)}")
+        fault = Fault(found, "write the file again with text in UTF-8")
+    except Exception as error:  # whatever else `decoded` names
+        fault = Fault(f"cannot be decoded: {first_line(error)}")
+    if not isinstance(value, pa.StructScalar):
+        return fault
+    names = [value.type.field(index).name for index in range(value.type.num_fields)]
+    return {name: TWICE if names.count(name) > 1 else _value_or_fault(value[index]) for index, name in enumerate(names)}
 
 
 def present(value: Any) -> Any:
