@@ -341,6 +341,19 @@ def test_several_files_in_one_text_are_answered_with_a_list(tmp_path: Path, monk
     assert values(f"a.jsonl{separator}b.jsonl") == ROWS  # a file of that name
 
 
+@pytest.mark.parametrize(
+    ("address", "fix"),
+    [
+        ("https://huggingface.co/datasets/openai/gsm8k", "name the data set: data.train_files=openai/gsm8k"),
+        ("hf://datasets/openai/gsm8k/main/train.parquet", "name the data set: data.train_files=openai/gsm8k"),
+        ("s3://bucket/train.jsonl", "download it, and give its path"),
+    ],
+)
+def test_an_address_is_not_a_file(address: str, fix: str) -> None:
+    error = error_of([address])
+    assert error.what == f"{address!r} is an address, expected a file" and error.fix == fix
+
+
 def test_a_directory_is_answered_with_a_glob_that_finds_its_files(tmp_path: Path) -> None:
     (tmp_path / "data" / "part").mkdir(parents=True)
     assert "put data files into it" in error_of(tmp_path / "data").fix

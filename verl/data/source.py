@@ -155,7 +155,7 @@ def _resolve(entry: str, key: str) -> list[Source]:
         from verl.data import hub  # it takes half a second, and most data comes from files
 
         return [hub.resolve(entry, for_training=is_training(key))]
-    raise _missing_list(entry, key) or _missing(path, key)
+    raise _missing_list(entry, key) or _address(entry, key) or _missing(path, key)
 
 
 def _is_file_name(name: str) -> bool:
@@ -186,6 +186,15 @@ def _missing_list(entry: str, key: str) -> UserError | None:
         if len(parts) > 1 and all(_is_file_name(part) or Path(part).expanduser().is_file() for part in parts):
             return UserError(f"{entry!r} is one text with {len(parts)} files", where=key, fix=f"write a list: '{key}=[{','.join(parts)}]'")
     return None
+
+
+def _address(entry: str, key: str) -> UserError | None:
+    """Return the error of an address on the network; None if it is not that."""
+    if "://" not in entry:
+        return None
+    on_hub = re.match(r"(?:https?://(?:www\.)?huggingface\.co/|hf://)datasets/([\w.-]+/[\w.-]+)", entry)
+    fix = f"name the data set: {key}={on_hub[1]}" if on_hub else "download it, and give its path"
+    return UserError(f"{entry!r} is an address, expected a file", where=key, fix=fix)
 
 
 def _missing(path: Path, key: str) -> UserError:

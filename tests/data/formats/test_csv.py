@@ -37,6 +37,7 @@ def test_lines_that_end_with_carriage_returns_are_counted(tmp_path: Path) -> Non
         "\ufeffSEP=,\nquestion,answer\nq1,a1\n",
         "question;answer\nq1;a1\n",
         "question\tanswer\nq1\ta1\n",
+        "question|answer\nq1|a1\n",
         "\ufeffquestion,answer\nq1,a1\n",
         "question,answer,,\nq1,a1,,\n",
         "question,answer,,\nq1,a1\n",

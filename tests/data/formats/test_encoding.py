@@ -65,6 +65,17 @@ def test_bytes_that_are_text_in_no_encoding_are_given_no_name(tmp_path: Path) ->
     assert "not UTF-8: byte 0x80" in error_of(tmp_path / "a.jsonl").what
 
 
+@pytest.mark.parametrize("text", ["What is 1 + 1?", "天空为什么是蓝色的？", "Où est-il ?"])
+def test_utf8_with_nul_bytes_is_not_taken_for_utf16(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(f"question,answer\n{text},\0\0\n")
+    (row,) = read_rows(str(tmp_path / "a.csv"))
+    assert row.text("question", "prompt_key") == text
+    with pytest.raises(UserError, match="a NUL character"):
+        row.text("answer", "response_key")
+    (tmp_path / "b.csv").write_bytes(b"\0" * 100)
+    assert "NUL bytes" in error_of(tmp_path / "b.csv").what
+
+
 def test_nul_bytes_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json.dumps({"question": "a" * 100}).encode() + b"\n" + b"\0" * 50)
     error = error_of(tmp_path / "a.jsonl")

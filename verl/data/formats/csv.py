@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 from verl.data.formats.stream import MARK, MARK_INSIDE, MAX_ROW_BYTES, REMOVE_MARKS, File, Line, finder, lines
-from verl.data.row import Fault, Row, Rows, checked_row
+from verl.data.row import NUL, Fault, Row, Rows, checked_row
 from verl.errors import UserError
 
 QUOTED = re.compile(r'"[^"]*"')
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # Excel's, before the header
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 TWICE = Fault("the header has this column twice", "give each column a different name")
 
 
@@ -94,6 +94,9 @@ def _delimiter(lines: list[str]) -> str:
 def _header(records: _Records, names: list[str]) -> list[str]:
     if not names or not any(name.strip() for name in names):
         raise UserError("the first line is blank, expected column names", where=records.where, fix="begin with a header")
+    if any(NUL in name for name in names):
+        fix = "write the file again: an interrupted write, or another encoding, leaves NUL bytes"
+        raise UserError("the header has NUL bytes", where=records.where, fix=fix)
     return names[: _last(names)]
 
 

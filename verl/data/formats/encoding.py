@@ -18,6 +18,7 @@ LEGACY = (
     *("cp1250", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "iso8859_2", "mac_roman", "cp850"),
 )
 CUT_CHARACTER = re.compile(rb"[\x80-\xff]+\Z")  # what may be half of a character, at the end of a cut line
+WORD = re.compile(rb"[A-Za-z]{3,}")
 SAMPLE_BYTES = 2**16
 SHOWN_BYTES = 24  # of the text around the first byte that is not UTF-8
 MOST_SHOWN = 4
@@ -31,7 +32,7 @@ def marked(head: bytes) -> str | None:
 def wide(head: bytes) -> str | None:
     """Return which of UTF-16 and UTF-32 a file without a byte order mark is in, by the zeros that these have in ASCII characters."""
     zeros = [head[start::4].count(0) for start in range(4)]
-    if sum(zeros) < len(head) / 20:
+    if sum(zeros) < len(head) / 20 or _reads_as_utf8(head):
         return None
     for name in WIDE:
         size = 4 if "32" in name else 2
@@ -42,6 +43,14 @@ def wide(head: bytes) -> str | None:
         if "\0" not in text and sum(character.isascii() for character in text) * 20 > len(text):
             return name
     return None
+
+
+def _reads_as_utf8(head: bytes) -> bool:
+    """Return whether bytes are UTF-8 that has some zeros in it: its words are not spread over two bytes a letter."""
+    bad = _bad_byte(head)
+    if bad is not None and bad < len(head) - 3:  # not a character that is cut at the end
+        return False
+    return not head.isascii() or sum(map(len, WORD.findall(head))) > len(head) / 4
 
 
 def not_utf8(path: Path, byte: int, offset: int) -> Fault:
