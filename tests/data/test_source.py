@@ -337,6 +337,7 @@ def test_several_files_in_one_text_are_answered_with_a_list(tmp_path: Path, monk
     error = error_of(f"a.jsonl{separator}b.jsonl")
     assert error.what == f"'a.jsonl{separator}b.jsonl' is one text with 2 files"
     assert error.fix == "write a list: 'data.train_files=[a.jsonl,b.jsonl]'"
+    assert error_of(f"*.csv{separator}b/*.jsonl").fix == "write a list: 'data.train_files=[*.csv,b/*.jsonl]'"
     write(tmp_path / f"a.jsonl{separator}b.jsonl", jsonl())
     assert values(f"a.jsonl{separator}b.jsonl") == ROWS  # a file of that name
 

@@ -1,6 +1,5 @@
 """The data files that a config names, and their rows in order. A data set on the Hub is a source too."""
 
-import difflib
 import glob
 import hashlib
 import math
@@ -144,24 +143,18 @@ def _resolve(entry: str, key: str) -> list[Source]:
     path = Path(entry).expanduser()
     if _exists(path, key):
         return [_checked(path, key)]
+    from verl.data.path_errors import is_file_name, no_file  # most names are those of files
+
     if glob.has_magic(entry):
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
-            raise _missing_list(entry, key) or UserError(
-                f"no file matches {str(path)!r}", where=key, fix=f"check the path; the current folder is {Path.cwd()}"
-            )
+            raise no_file(entry, key)
         return [_checked(Path(name), key) for name in found]
-    if HUB_ID.fullmatch(entry) and not path.parent.is_dir() and not _is_file_name(entry):
+    if HUB_ID.fullmatch(entry) and not path.parent.is_dir() and not is_file_name(entry):
         from verl.data import hub  # it takes half a second, and most data comes from files
 
         return [hub.resolve(entry, for_training=is_training(key))]
-    raise _missing_list(entry, key) or _address(entry, key) or _missing(path, key)
-
-
-def _is_file_name(name: str) -> bool:
-    from verl.data.formats.files import SUFFIXES
-
-    return name.lower().endswith((*SUFFIXES, ".gz"))
+    raise no_file(entry, key)
 
 
 def _exists(path: Path, key: str) -> bool:
@@ -179,35 +172,12 @@ def _exists(path: Path, key: str) -> bool:
         raise UserError(f"{str(path)!r} cannot be opened: {reason}", where=key, fix="check the path and its permissions") from error
 
 
-def _missing_list(entry: str, key: str) -> UserError | None:
-    """Return the error of several files in one text, separated by commas, semicolons or spaces; None if it is not that."""
-    for separator in (",", ";", " "):
-        parts = [part.strip() for part in entry.split(separator) if part.strip()]
-        if len(parts) > 1 and all(_is_file_name(part) or Path(part).expanduser().is_file() for part in parts):
-            return UserError(f"{entry!r} is one text with {len(parts)} files", where=key, fix=f"write a list: '{key}=[{','.join(parts)}]'")
-    return None
-
-
-def _address(entry: str, key: str) -> UserError | None:
-    """Return the error of an address on the network; None if it is not that."""
-    if "://" not in entry:
-        return None
-    on_hub = re.match(r"(?:https?://(?:www\.)?huggingface\.co/|hf://)datasets/([\w.-]+/[\w.-]+)", entry)
-    fix = f"name the data set: {key}={on_hub[1]}" if on_hub else "download it, and give its path"
-    return UserError(f"{entry!r} is an address, expected a file", where=key, fix=fix)
-
-
-def _missing(path: Path, key: str) -> UserError:
-    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    hint = f"did you mean {path.parent / near[0]}? " if near else "" if beside else f"there is no folder {path.parent}. "
-    return UserError(f"no file {str(path)!r}", where=key, fix=f"{hint}The current folder is {Path.cwd()}")
-
-
 def _checked(path: Path, key: str) -> Path:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise UserError(f"{str(path)!r} is a directory", where=key, fix=_files_in(path))
+        from verl.data.path_errors import files_in
+
+        raise UserError(f"{str(path)!r} is a directory", where=key, fix=files_in(path))
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file", where=key, fix="write the rows to a file first")
     try:
@@ -218,16 +188,6 @@ def _checked(path: Path, key: str) -> Path:
     if not path.stat().st_size:
         raise UserError("the file is empty", where=str(path), fix="add rows to it, or remove it from the list of files")
     return path
-
-
-def _files_in(folder: Path) -> str:
-    """Say how to name the data files of a folder."""
-    from verl.data.formats.files import FORMATS, SUFFIXES, suffix_of
-
-    for pattern, files in (("*", folder.glob("*")), ("**/*", folder.rglob("*"))):
-        if inside := sorted({file.name[file.name.lower().rindex(suffix_of(file)) :] for file in files if suffix_of(file) in SUFFIXES}):
-            return f"name its files with a glob, such as '{folder}/{pattern}{inside[0]}'"
-    return f"put data files into it ({FORMATS})"
 
 
 def content_hash(sources: list[Source]) -> str:
