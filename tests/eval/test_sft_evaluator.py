@@ -246,7 +246,7 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, checkpoint: Path, body: st
     [
         ({"question": "1 + 1?"}, "column 'answer' is missing"),
         ({"question": None, "answer": "#### 2"}, "column 'question' is null"),
-        ({"question": "1 + 1?", "answer": 2}, "column 'answer' is a number (2)"),
+        ({"question": "1 + 1?", "answer": [1, 2]}, "column 'answer' is a list ([1, 2])"),
         ({"question": " ", "answer": "#### 2"}, "column 'question' is empty"),
         ({"question": "1 + 1?", "answer": "two"}, "metric 'gsm8k' finds no answer in 'two'"),
     ],

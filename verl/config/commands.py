@@ -35,7 +35,7 @@ class EvalConfig:
 
     # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
     model_path: str = MISSING
-    # Rows to answer, in the forms of data.train_files.
+    # Rows to answer, in the forms of data.train_files without shares. Of a Hub data set, the split test, or else validation.
     test_file: Any = MISSING
     # Column of the question.
     prompt_key: str = "question"

@@ -13,9 +13,9 @@ from verl.plugin import Plugins
 
 @dataclass
 class PairsConfig:
-    # Pairs of answers, the better one chosen: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    # Pairs of answers, the better one chosen: a path, a glob, a Hub data set or a list, as in fine-tuning, also with shares.
     train_files: Any = MISSING
-    # Pairs to validate with, named the same way; null: none.
+    # Pairs to validate with, named the same way without shares; null: none.
     val_files: Any = None
     # Column of the prompt, a text or a list of {role, content}. Rows whose answers are whole chats need no prompt. null: there is no such
     # column; answers that are texts are then read whole and without a chat template, and the beginning that both share is the prompt.

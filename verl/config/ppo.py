@@ -63,7 +63,7 @@ def reward_names(reward: RewardConfig) -> list[str]:
 
 @dataclass
 class PromptConfig:
-    # Rows with prompts: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    # Rows with prompts: a path, a glob, a Hub data set or a list, as in fine-tuning, also with shares.
     train_files: Any = MISSING
     # Rows for validation, answered greedily; null: none.
     val_files: Any = None

@@ -12,11 +12,13 @@ from verl.errors import UserError, at_least, one_of
 
 @dataclass
 class DataConfig:
-    # Training data: a path, a list of paths, a glob, or a Hub data set id. JSONL, JSON, CSV, text or Parquet, optionally gzipped.
+    # Training data: a path, a glob, a Hub data set (org/name, org/name:config or org/name:config:split), or a list of these. JSONL, JSON,
+    # CSV, text, Parquet or Arrow, optionally gzipped. An entry of a list may have a share: {path: a.jsonl, weight: 2.0} is its relative
+    # number of rows in an epoch, {path: a.jsonl, rows: 5000} the number itself.
     train_files: Any = MISSING
-    # Validation data, in the same forms; null: none.
+    # Validation data, in the same forms without shares; null: none. Of a Hub data set, the split test, or else validation.
     val_files: Any = None
-    # Column of the question.
+    # Column of the question. A column inside an object is named by a path, such as extra_info.question; so with all columns.
     prompt_key: str = "question"
     # Column of the answer.
     response_key: str = "answer"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from verl.data.formats import describe
+from verl.data.row import describe
 from verl.errors import UserError
 
 Message = dict[str, Any]

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from verl.data.chat import Chat, Message, checked
 from verl.data.encode import ControlText, Disguise, Encoder, strings
-from verl.data.formats import first_line
+from verl.data.row import first_line
 from verl.errors import UserError
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

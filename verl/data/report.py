@@ -26,6 +26,7 @@ class Report:
         tokens: tokens of the used rows.
         trained_tokens: trained tokens of the used rows.
         rows_with_control_text: rows that contain the text of a control token, which was encoded as plain text.
+        notes: what else is to be said about the data, one line each.
     """
 
     read: int
@@ -35,13 +36,14 @@ class Report:
     tokens: int = 0
     trained_tokens: int = 0
     rows_with_control_text: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         reasons = f" ({'; '.join(f'{count:,} {reason}' for reason, count in self.dropped.items())})" if self.dropped else ""
         rows = f"rows {self.read:,} read, {self.used:,} used, {self.cut:,} cut, {sum(self.dropped.values()):,} dropped{reasons}"
         tokens = f"{self.tokens:,} tokens, {self.trained_tokens / max(1, self.tokens):.1%} trained"
         control = f"\nrows that contain the text of a control token, encoded as plain text: {self.rows_with_control_text:,}"
-        return f"{rows}; {tokens}{control if self.rows_with_control_text else ''}"
+        return "\n".join([f"{rows}; {tokens}{control if self.rows_with_control_text else ''}", *self.notes])
 
 
 def show_first_row(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import sys
@@ -21,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
-from verl.data.formats import ReadProgress, Row
 from verl.data.render import Rendered, Renderer, or_error
+from verl.data.row import Notes, ReadProgress, Row
 from verl.data.source import Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
 from verl.progress import Bar, open_console
@@ -102,6 +103,8 @@ def tokenized(
 ) -> Iterator[pa.RecordBatch]:
     """Yield tables of ROWS_PER_TABLE documents, in the order of the rows; the last table may have fewer.
 
+    The metadata of a table's schema has its rows' notes, and the number of rows read so far from each source: in the last table, of all.
+
     Args:
         limit: number of rows to use, from the start; None uses all.
         workers: processes for large files; None starts one per CPU core. Small files are tokenized in this process.
@@ -115,7 +118,8 @@ def tokenized(
     chunks = _chunks(itertools.islice(read_rows_and_errors(sources, progress), limit), rows)
     processes = 1 if size_bytes(sources) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
     done = _in_this_process(tokenizer, columns, chunks) if processes == 1 else _in_processes(tokenizer, columns, chunks, processes)
-    return _valid(_with_progress(done, progress, console), key)
+    for table in _valid(_with_progress(done, progress, console), key):
+        yield table.replace_schema_metadata({**table.schema.metadata, "rows_by_source": json.dumps(progress.rows_by_source)})
 
 
 def _cpu_cores() -> int:
@@ -132,7 +136,7 @@ def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
     values = [value for of_row in inputs if not isinstance(of_row, UserError) for value in of_row]
     chats = iter(renderer.chats([(value.messages, value.tools) for value in values if isinstance(value, ChatInput)]))
     texts = iter(renderer.texts([value for value in values if isinstance(value, str)]))
-    places, documents, errors = [], [], []
+    places, documents, errors, notes = [], [], [], Notes()
     for row, of_row in zip(chunk, inputs, strict=True):
         if isinstance(row, UserError) or isinstance(of_row, UserError):
             errors += [error for error in (row, of_row) if isinstance(error, UserError)][:1]
@@ -143,9 +147,10 @@ def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
         wrong = [result for result in results if isinstance(result, UserError)]
         errors += wrong[:1]
         if not wrong:
+            notes.add_row(row)
             places += [row.where] * len(results)
             documents += [result for result in results if not isinstance(result, UserError)]
-    return table_of(places, documents), errors
+    return table_of(places, documents).replace_schema_metadata({"notes": json.dumps(notes.found)}), errors
 
 
 def _located(result: Rendered | UserError, row: Row, value: ChatInput) -> Rendered | UserError:

@@ -18,9 +18,9 @@ from rich.console import Console
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.data.chat import unanswered
-from verl.data.formats import Row
 from verl.data.render import Renderer
-from verl.data.source import read_rows
+from verl.data.row import ReadProgress, Row, notes_of
+from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Grader, Prediction, Question
@@ -44,7 +44,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     check_one_process()
     grader = Grader(config)
     directory = report.open_directory(config.output_dir)
-    questions = read_questions(config, grader)
+    questions = read_questions(config, grader, console)
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
     stop_ids = renderer.stop_ids  # raises if the template is unusable
@@ -103,16 +103,21 @@ def check_one_process() -> None:
         raise UserError("the evaluator runs in one process", fix="start it with python -m verl.eval.sft_evaluator, without torchrun")
 
 
-def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
-    """Read and check the rows to answer. Raises UserError with the file and line of an invalid row."""
+def read_questions(config: EvalConfig, grader: Grader, console: Console | None = None) -> list[Question]:
+    """Read and check the rows to answer, and print the notes about them. Raises UserError with the file and line of an invalid row."""
     samples = None if config.max_samples == -1 else config.max_samples
+    entries = resolve_entries(config.test_file, "test_file")
+    rows = list(islice(valid_rows(sources_of(entries), ReadProgress()), samples))
     questions = []
-    for row in islice(read_rows(config.test_file, "test_file"), samples):
+    for row in rows:
         if row.is_text:
             raise UserError("plain text has no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
         question = read_question(row, config) if config.messages_key is None else read_chat(row, config, config.messages_key)
         grader.check(question)
         questions.append(question)
+    if console is not None:
+        for line in [*describe_sources(entries), *notes_of(rows)]:
+            console.print(f"test_file: {line}")
     return questions
 
 
@@ -125,7 +130,7 @@ def read_question(row: Row, config: EvalConfig) -> Question:
 def read_chat(row: Row, config: EvalConfig, key: str) -> Question:
     """Read a chat up to its last answer, which is the reference if the row has no response column."""
     messages, answer = unanswered(row.value(key, "messages_key"), row.where)
-    if config.response_key in row.values or not isinstance(answer, str):
+    if row.has(config.response_key) or not isinstance(answer, str):
         answer = row.text(config.response_key, "response_key")
     tools = None if config.tools_key is None else row.value(config.tools_key, "tools_key", may_be_null=True)
     return Question(row.where, messages[-1]["content"], answer, {**row.values, "reference": answer}, messages, tools)

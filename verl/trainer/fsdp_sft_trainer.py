@@ -12,7 +12,7 @@ from verl.algorithms import sft
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
-from verl.data.loader import Loader
+from verl.data.loader import Loader, epoch_lengths
 from verl.data.tables import Columns
 from verl.engine import checkpoint
 from verl.engine.build import build
@@ -49,7 +49,7 @@ def train(config: SFTConfig) -> TrainResult:
         start = begin(config.trainer, run, documents, loader.rows_per_step, total_steps)
         if start is None:
             return run.result()
-        workload = Workload.of(documents.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         decisions = decide(outline, hardware, workload, spread)
         warn_of_memory(config, documents, outline, decisions, run)
         built = build(
