@@ -18,6 +18,7 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.uint8())),
         ("has_control_text", pa.bool_()),
+        ("notes", pa.string()),  # one a line
     ]
 )
 CHECKSUM_BYTES = 32
@@ -33,12 +34,14 @@ def table_of(places: Sequence[str], rows: Sequence[Rendered]) -> pa.RecordBatch:
     ids = np.concatenate([np.array(row.input_ids, dtype=np.int32) for row in rows]) if rows else np.empty(0, np.int32)
     mask = np.concatenate([np.array(row.loss_mask, dtype=np.uint8) for row in rows]) if rows else np.empty(0, np.uint8)
     has_control_text = np.packbits(np.array([row.has_control_text for row in rows], dtype=bool), bitorder="little")
+    notes = ["\n".join(row.notes).encode() for row in rows]
     ends = _column(pa.int32(), len(rows) + 1, _ends(row.input_ids for row in rows))
     columns = [
         _column(pa.string(), len(rows), _ends(where), b"".join(where)),
         pa.ListArray.from_arrays(ends, _column(pa.int32(), len(ids), ids)),
         pa.ListArray.from_arrays(ends, _column(pa.uint8(), len(mask), mask)),
         _column(pa.bool_(), len(rows), has_control_text),
+        _column(pa.string(), len(rows), _ends(notes), b"".join(notes)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 

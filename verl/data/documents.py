@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.data import cache
 from verl.data.render import Renderer
-from verl.data.report import Report
+from verl.data.report import Report, counts_of
 from verl.data.source import content_hash, resolve_files
 from verl.data.tables import ROWS_PER_TABLE, RowReader, tokenized
 from verl.errors import UserError
@@ -37,6 +37,7 @@ class _Table:
     ends: np.ndarray  # end offset of each row in B, beginning with 0
     places: pa.Array
     rows_with_control_text: int
+    notes: pa.Array
 
     @staticmethod
     def mapped(table: pa.RecordBatch) -> "_Table":
@@ -47,6 +48,7 @@ class _Table:
             ends=_numbers(ids.offsets, np.int32),
             places=table.column("where"),
             rows_with_control_text=table.column("has_control_text").true_count,
+            notes=table.column("notes"),
         )
 
     def stop_ids(self) -> np.ndarray:
@@ -197,6 +199,7 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
         tokens=int(lengths_R[kept_N].sum()),
         trained_tokens=int(trained_R[kept_N].sum()),
         rows_with_control_text=sum(table.rows_with_control_text for table in tables),
+        notes=counts_of(notes.split("\n") for table in tables for notes in _notes(table)),
     )
     if not len(kept_N):
         fix = f"raise data.max_length above {config.max_length}, or set data.truncation=left, which keeps the end of each row"
@@ -212,6 +215,11 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
         _starts_N=starts_R[kept_N],
         _tables=tables,
     )
+
+
+def _notes(table: _Table) -> list[str]:
+    """Return the notes of the documents that have any."""
+    return [notes for notes in table.notes.to_pylist() if notes] if table.notes.buffers()[2] else []
 
 
 def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:

@@ -14,10 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PromptConfig
-from verl.data.chat import unanswered
 from verl.data.formats import Row
 from verl.data.loader import row_order
 from verl.data.render import Renderer
+from verl.data.report import counted
+from verl.data.shapes import Asked, read_question
 from verl.data.source import read_rows
 from verl.errors import UserError
 
@@ -32,6 +33,7 @@ class Prompt:
         messages: the chat to answer.
         token_ids: the chat's tokens, including the header of the assistant's turn.
         row: all columns, and `reference`, the correct answer as text, if the data has one.
+        notes: how the row was recognised.
     """
 
     where: str
@@ -39,6 +41,7 @@ class Prompt:
     messages: list[dict[str, Any]]
     token_ids: list[int]
     row: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Prompts:
     def __str__(self) -> str:
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         dropped = f", {self.dropped:,} dropped as longer than data.max_prompt_length" if self.dropped else ""
-        return f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
+        about = f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
+        return "\n".join([about, *counted(prompt.notes for prompt in self.prompts)])
 
 
 _order = lru_cache(maxsize=2)(row_order)  # a step may reach into the next epoch
@@ -99,27 +103,23 @@ def load_prompts(
 
 
 def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
-    if row.is_text:
-        raise UserError("plain text has no questions", where=row.where, fix="write the questions as JSONL, CSV or Parquet")
-    values = row.values
-    if config.response_key is not None:
-        if config.response_key not in values:
-            fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
-            what = f"column {config.response_key!r} is missing (found: {', '.join(map(str, values))})"
-            raise UserError(what, where=row.where, fix=fix)
-        values = {**values, "reference": row.text(config.response_key, "data.response_key")}
-    tools = None if config.tools_key is None else row.value(config.tools_key, "data.tools_key", may_be_null=True)
-    if config.messages_key is None:
-        text = row.text(config.prompt_key, "data.prompt_key")
-        before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-        messages: list[dict[str, Any]] = [*before, {"role": "user", "content": text}]
-    else:
-        messages, _ = unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
-        text = messages[-1]["content"]
+    asked = _asked(row, config)
+    values = row.values if config.response_key is None else {**row.values, "reference": asked.reference}
     try:
-        return Prompt(row.where, text, messages, renderer.prompt(messages, tools), values)
+        ids = renderer.prompt(asked.messages, asked.tools, asked.template_kwargs)
     except UserError as error:
         raise UserError(error.what, where=f"{row.where}: {error.where}" if error.where else row.where, fix=error.fix) from None
+    return Prompt(row.where, asked.text, asked.messages, ids, values, asked.notes)
+
+
+def _asked(row: Row, config: PromptConfig) -> Asked:
+    try:
+        return read_question(row, config, config.system_prompt, "data.")
+    except UserError as error:
+        if not error.what.startswith(f"column {config.response_key!r} is missing"):
+            raise
+        fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
+        raise UserError(error.what, where=error.where, fix=fix) from None
 
 
 def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> UserError:

@@ -2,7 +2,8 @@
 
 The trained span of an assistant's turn begins where its generation prompt ends, and ends with the control token that ends the turn. If the
 span cannot be found exactly in the rendered text, the chat is refused. The text is cut at the span's ends before it is tokenized, so that
-the tokens are the same as in inference, where prompt and answer are never tokenized as one text.
+the tokens are the same as in inference, where prompt and answer are never tokenized as one text. Plain chats are handled here; `turns`
+handles chats with thoughts, tools or marks, and templates that change earlier turns.
 """
 
 import functools
@@ -10,18 +11,26 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import transformers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from verl.data.chat import Chat, Message, checked
+from verl.data.chat import PLAIN_KEYS, Chat, ChatInput, Message, RenderedText, checked
 from verl.data.encode import ControlText, Disguise, Encoder, strings
 from verl.data.formats import first_line
 from verl.errors import UserError
 
+# The beginning of a text to which a chat template has been applied: ChatML, Llama 3, Gemma, Mistral, Phi, gpt-oss, DeepSeek.
+HEADER = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<\|endoftext\|>|\[gMASK\]<sop>)?\s*"
+    r"(?:<\|im_start\|>\s*(?:system|user|assistant|developer|tool)\b|<\|start_header_id\|>|<start_of_turn>(?:user|model)|\[INST\]"
+    r"|\[SYSTEM_PROMPT\]|<\|(?:system|user|assistant)\|>|<\|start\|>(?:system|developer|user|assistant)|<｜(?:User|Assistant)｜>)"
+)
+STOPS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<｜end▁of▁sentence｜>")  # of any tokenizer
+OR_TAKE_TOKENS = "or set data.text_is_rendered=true for a column of such text (data.text_key)"
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MARK_THE_TURN = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around the assistant's text"
 PROBE = Chat([{"role": "user", "content": "Is the sky blue?"}, {"role": "assistant", "content": "Yes, it is."}])
@@ -38,33 +47,27 @@ class Rendered:
         input_ids: token ids.
         loss_mask: whether each token is trained, that is, is a target.
         has_control_text: whether the data contained the text of a control token, which was encoded as plain text.
+        notes: what the report says about the document.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     has_control_text: bool = False
-
-    def without_turns(self, number: int) -> "Rendered":
-        """Return a copy with the first `number` turns as context. A turn is an unbroken run of trained tokens."""
-        ends = [
-            here
-            for here, (is_trained, goes_on) in enumerate(zip(self.loss_mask, [*self.loss_mask[1:], False], strict=True), 1)
-            if is_trained and not goes_on
-        ]
-        return self.without_first(ends[number - 1])
+    notes: tuple[str, ...] = ()
 
     def without_first(self, context: int) -> "Rendered":
         """Return a copy with the first `context` tokens untrained."""
-        return Rendered(self.input_ids, [False] * context + self.loss_mask[context:], self.has_control_text)
+        return replace(self, loss_mask=[False] * context + self.loss_mask[context:])
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A rendered chat before tokenization: its text, the trained spans, and the hidden control text."""
+    """A rendered chat before tokenization: its text, the trained spans, the hidden control text, and notes for the report."""
 
     text: str
     trained: list[Span]
     disguise: Disguise | None
+    notes: tuple[str, ...] = ()
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """Yield the text in pieces, alternately outside and inside the trained spans, with whether each is trained."""
@@ -88,21 +91,18 @@ class Renderer:
         """Render one chat, with the assistant's turns trained.
 
         Args:
-            messages: a list of {role, content}, or its JSON; the roles are system, user, assistant and tool.
-            tools: None, a list of JSON schemas, or its JSON.
+            messages, tools: as for `verl.data.chat.checked`.
         Raises:
             UserError: the chat is invalid, or its trained tokens cannot be found exactly.
         """
-        (rendered,) = self.chats([(messages, tools)])
+        (rendered,) = self.chats([ChatInput(messages, tools)])
         if isinstance(rendered, UserError):
             raise rendered
         return rendered
 
-    def chats(self, chats: Sequence[tuple[object, object]]) -> list[Rendered | UserError]:
+    def chats(self, chats: Sequence[ChatInput]) -> list[Rendered | UserError]:
         """Render many chats at once, which is much faster.
 
-        Args:
-            chats: messages and tools of each chat, as for `chat`.
         Returns:
             one result per chat, or the error of a chat that is refused.
         Raises:
@@ -110,16 +110,19 @@ class Renderer:
         """
         if chats:
             self._check_template()
-        texts = [or_error(self._text_of, messages, tools) for messages, tools in chats]
+        texts = [or_error(self._text_of, chat) for chat in chats]
         if not self._encoder.cuts:
             return [text if isinstance(text, UserError) else or_error(self._encode_whole, text) for text in texts]
         rendered = iter(self._encode_in_pieces([text for text in texts if not isinstance(text, UserError)]))
         return [text if isinstance(text, UserError) else next(rendered) for text in texts]
 
-    def prompt(self, messages: object, tools: object = None) -> list[int]:
+    def prompt(self, messages: object, tools: object = None, template_kwargs: object = None) -> list[int]:
         """Return the tokens of a chat with its generation prompt. Raises UserError like `chat`."""
-        chat, disguise = self._disguised(checked(messages, tools))
-        return self._encode_one(self._render(chat, for_answer=True), disguise)
+        chat, disguise = self._disguised(checked(messages, tools, template_kwargs))
+        text = self._render(chat, for_answer=True)
+        if not self._shows_plainly(chat, text):
+            self._turns(chat, []).checked(text, [])
+        return self._encode_one(text, disguise)
 
     def whole(self, messages: list[Message]) -> list[int]:
         """Return the tokens of a whole chat, without checks on the assistant's text: the input of a reward model.
@@ -140,7 +143,7 @@ class Renderer:
         Raises:
             UserError: as `chat`, or the template changes earlier messages when the chat continues.
         """
-        answered = self._text_of(PROBE.messages, None)
+        answered = self._text_of(ChatInput(PROBE.messages))
         chat, disguise = self._disguised(checked([*PROBE.messages, reply]))
         text, end = self._render(chat, for_answer=True), answered.trained[-1][1]
         if not text.startswith(answered.text[:end]):
@@ -152,25 +155,55 @@ class Renderer:
         """Tokenize a plain text, trained whole. Control tokens in it are encoded as text, and the end-of-text token is appended.
 
         Raises:
-            UserError: the tokenizer has no end-of-text token.
+            UserError: the tokenizer has no end-of-text token, or a chat template has been applied to the text already.
         """
         (rendered,) = self.texts([text])
+        if isinstance(rendered, UserError):
+            raise rendered
         return rendered
 
-    def texts(self, texts: Sequence[str]) -> list[Rendered]:
-        """Tokenize many texts at once. Raises UserError like `text`."""
+    def texts(self, texts: Sequence[str]) -> list[Rendered | UserError]:
+        """Tokenize many texts at once. Control tokens in a RenderedText are tokens.
+
+        Returns:
+            one result per text, or the error of a text that is refused.
+        Raises:
+            UserError: the tokenizer has no end-of-text token.
+        """
         if not texts:
             return []
         begin, end = self._text_begin, self._text_end
-        controls = [self._encoder.data.is_in(text) for text in texts]
+        controls = [not isinstance(text, RenderedText) and self._encoder.data.is_in(text) for text in texts]
         ordinary = iter(self._encoder.encode([text for text, has_control in zip(texts, controls, strict=True) if not has_control]))
-        bodies = [
-            self._encoder.encode_plain(text) if has_control else next(ordinary) for text, has_control in zip(texts, controls, strict=True)
-        ]
-        return [
-            Rendered([*begin, *body, end], [False] * len(begin) + [True] * (len(body) + 1), has_control)
-            for body, has_control in zip(bodies, controls, strict=True)
-        ]
+        found: list[Rendered | UserError] = []
+        for text, has_control in zip(texts, controls, strict=True):
+            is_rendered = isinstance(text, RenderedText)
+            body = self._encoder.encode_plain(text) if has_control else next(ordinary)
+            first = [] if is_rendered and body[: len(begin)] == begin else begin
+            last = [] if is_rendered and text.rstrip().endswith(self._ends) else [end]
+            rendered = Rendered([*first, *body, *last], [False] * len(first) + [True] * len([*body, *last]), has_control)
+            found.append(or_error(self._checked_text, text, rendered))
+        return found
+
+    def _checked_text(self, text: str, rendered: Rendered) -> Rendered:
+        """Return the rendered text.
+
+        Raises:
+            UserError: a chat template is applied to the text although it is not a RenderedText, or that of another tokenizer.
+        """
+        if not isinstance(text, RenderedText):
+            _refuse_header(text, None)
+            self._refuse_end(text, None)
+        elif (header := HEADER.match(text)) and not self._encoder.data.is_in(text):
+            what = f"{header[0]!r} is not a control token of this tokenizer"
+            raise UserError(what, fix="use the tokenizer that the text was written for, or give the messages (data.messages_key)")
+        return rendered
+
+    def _refuse_end(self, text: str, where: str | None) -> None:
+        """Raise UserError if the text ends with a control token, which the template or the tokenizer appends."""
+        if text.rstrip().endswith(self._ends):
+            what = f"the text ends with a control token, which verl appends itself: {text.rstrip()[-40:]!r}"
+            raise UserError(what, where=where, fix=f"remove it from the data, {OR_TAKE_TOKENS}")
 
     @property
     def stop_ids(self) -> list[int]:
@@ -196,7 +229,7 @@ class Renderer:
     def _stop(self) -> int:
         """The stop token, found in a chat of one question and its answer."""
         try:
-            text = self._text_of(PROBE.messages, None)
+            text = self._text_of(ChatInput(PROBE.messages))
             prompt = self._render(PROBE.up_to(1), for_answer=True)
         except UserError as error:
             raise UserError(error.what, where="chat template", fix=error.fix) from None
@@ -205,6 +238,22 @@ class Renderer:
             what = "{% generation %} marks a part of the prompt"
             raise UserError(what, where="chat template", fix="begin the mark after the header of the assistant's turn")
         return self._encoder.encode([text.text[start:end]])[0][-1]
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template prints a content only as a list of parts, as some templates of vision models do."""
+        answer = PROBE.messages[1]["content"]
+
+        def shows(*, parts: bool) -> bool:
+            text = or_error(self._fill, PROBE, _with_parts(PROBE.messages) if parts else PROBE.messages, {})
+            return not isinstance(text, UserError) and answer in text[0][0]
+
+        return not shows(parts=False) and shows(parts=True)
+
+    @functools.cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """The control tokens that end a text."""
+        return (*self._encoder.special, *STOPS)
 
     @functools.cached_property
     def _text_begin(self) -> list[int]:
@@ -217,15 +266,35 @@ class Renderer:
             raise UserError("the tokenizer has no end-of-text token", where="eos_token", fix="set one in its tokenizer_config.json")
         return int(self._tokenizer.eos_token_id)
 
-    def _text_of(self, messages: object, tools: object) -> _Text:
-        chat, disguise = self._disguised(checked(messages, tools))
-        if not any(chat.answers()):
-            raise UserError("the chat has no assistant turn to train", where="messages", fix="add the answer, or remove the row")
+    def _text_of(self, given: ChatInput) -> _Text:
+        chat, disguise = self._disguised(checked(given.messages, given.tools, given.template_kwargs))
+        trained, notes = chat.trained_turns(given), (*given.notes, *chat.notes)
+        self._refuse_rendered(chat, disguise)
         if GENERATION_MARK.search(self._template(chat)):
             text, marks = self._render_marked(chat)
-            return _Text(text, self._marked(chat, text, marks), disguise)
-        text = self._render(chat)
-        return _Text(text, self._prompted(chat, text), disguise)
+            found = self._turns(chat, trained).checked(text, self._marked(chat, text, marks, trained))
+        else:
+            text = self._render(chat)
+            if (spans := self._plain_spans(chat, text, trained)) is not None:
+                return _Text(text, spans, disguise, notes)
+            found = self._turns(chat, trained).located()
+        return _Text(found.text, found.spans, disguise, (*notes, *found.notes))
+
+    def _refuse_rendered(self, chat: Chat, disguise: Disguise | None) -> None:
+        """Raise UserError if a chat template is applied to the first question, or the assistant's text ends with a control token."""
+        if disguise is None:
+            return
+        for number, message in enumerate(chat.messages):
+            content = disguise.show(message.get("content") or "")
+            if message["role"] == "assistant":
+                self._refuse_end(content, f"messages[{number}]")
+            elif message["role"] == "user":
+                _refuse_header(content, f"messages[{number}]")
+
+    def _turns(self, chat: Chat, trained: list[int]) -> "Turns":
+        from verl.data.turns import Turns  # most data has only plain chats
+
+        return Turns(chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._encoder.stop, self._template(chat))
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
@@ -238,7 +307,7 @@ class Renderer:
             {key: value if key == "role" else self._control(message, value).hide_in(value, disguise) for key, value in message.items()}
             for message in chat.messages
         ]
-        return Chat(messages, self._encoder.data.hide_in(chat.tools, disguise)), disguise
+        return replace(chat, messages=messages, tools=self._encoder.data.hide_in(chat.tools, disguise)), disguise
 
     def _control(self, message: Message, value: object) -> ControlText:
         """Return the control text to hide in a field: special tokens in the assistant's own text, every control token elsewhere."""
@@ -263,56 +332,69 @@ class Renderer:
         return texts[0], marks[0]
 
     def _run_template(self, chat: Chat, **options: bool) -> Any:
+        messages = _with_parts(chat.messages) if self._reads_parts else chat.messages
+        found = or_error(self._fill, chat, messages, options)
+        if isinstance(found, UserError) and any("tool_calls" in message for message in messages):
+            from verl.data.messages import with_arguments_as_text  # DeepSeek's templates
+
+            found = or_error(self._fill, chat, with_arguments_as_text(messages), options)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _fill(self, chat: Chat, messages: list[Message], options: dict[str, bool]) -> Any:
         template = self._template(chat)
-        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options, "tools": chat.tools}
+        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **chat.template_kwargs, **options, "tools": chat.tools}
         try:
-            return render_jinja_template([chat.messages], chat_template=template, **names)
+            return render_jinja_template([messages], chat_template=template, **names)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             what = f"the chat template rejects the chat: {first_line(error)}"
             raise UserError(what, where="messages", fix="correct the chat, or set data.chat_template") from error
 
     # Trained spans
 
-    def _prompted(self, chat: Chat, text: str) -> list[Span]:
-        """Find each assistant turn, from the end of its generation prompt to the first special token; those of the data are hidden."""
+    def _plain_spans(self, chat: Chat, text: str, trained: list[int]) -> list[Span] | None:
+        """Return the span of each turn to train, from the end of its generation prompt to the first special token.
+
+        Special tokens of the data are hidden. The result is None if `Turns` must find the spans.
+        """
+        if not self._shows_plainly(chat, text):
+            return None
         spans = []
-        for number, message in chat.answers():
+        for number in trained:
             prompt = self._render(chat.up_to(number), for_answer=True)
-            if not text.startswith(prompt):
-                what = "the chat template changes the messages before this turn when the chat continues"
-                raise UserError(what, where=f"messages[{number}]", fix=MARK_THE_TURN)
-            spans.append(self._turn(number, message, text, len(prompt), len(prompt)))
+            stop = self._encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
+            if stop is None or not _ends_with(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
+                return None
+            spans.append((len(prompt), stop.end()))
         return spans
 
-    def _marked(self, chat: Chat, text: str, marks: list[Span]) -> list[Span]:
-        """Extend each of the template's marks to the special token that ends or follows it."""
-        answers = list(chat.answers())
+    def _marked(self, chat: Chat, text: str, marks: list[Span], trained: list[int]) -> list[Span]:
+        """Extend the template's marks of the turns to train to the special token that ends or follows each."""
+        answers = [number for number, _ in chat.answers()]
         if len(marks) != len(answers):
             what = f"the chat template marks {len(marks)} turns with {{% generation %}}, but the chat has {len(answers)} assistant turns"
             raise UserError(what, where="messages", fix="mark each assistant turn once")
-        ends = [self._stop_in(text, *mark) for mark in marks]
-        return [self._turn(*answer, text, start, end) for answer, (start, _), end in zip(answers, marks, ends, strict=True)]
+        spans = []
+        for number, mark in zip(answers, marks, strict=True):
+            stop = self._encoder.stop.search(text, self._stop_in(text, *mark))
+            if stop is None:
+                what = "the chat template ends the assistant turn without a control token"
+                raise UserError(what, where=f"messages[{number}]", fix=MARK_THE_TURN)
+            spans += [(mark[0], stop.end())] if number in trained else []
+        return spans
 
     def _stop_in(self, text: str, start: int, end: int) -> int:
         """Return the start of a mark's last special token if only whitespace follows it in the mark, else the mark's end."""
         stops = [found.start() for found in self._encoder.stop.finditer(text, start, end) if not text[found.end() : end].strip()]
         return stops[-1] if stops else end
 
-    def _turn(self, number: int, message: Message, text: str, start: int, not_before: int) -> Span:
-        """Return the span from `start` to the end of the first special token at or after `not_before`.
-
-        Raises:
-            UserError: no special token ends the turn, or the span does not contain the message's text.
-        """
-        where = f"messages[{number}]"
-        stop = self._encoder.stop.search(text, not_before)
-        if stop is None:
-            raise UserError("the chat template ends the assistant turn without a control token", where=where, fix=MARK_THE_TURN)
-        said = text[start : stop.start()]
-        if not _contains(said, message):
-            what = f"the chat template changes or omits the assistant's text, and renders {said!r:.80}"
-            raise UserError(what, where=where, fix=MARK_THE_TURN)
-        return start, stop.end()
+    def _shows_plainly(self, chat: Chat, text: str) -> bool:
+        """Return whether the chat is plain, and the rendered text has what the others say."""
+        return chat.tools is None and not chat.template_kwargs and all(
+            message.keys() == PLAIN_KEYS and (message["role"] == "assistant" or message["content"].strip() in text)
+            for message in chat.messages
+        )
 
     # Encoding
 
@@ -327,7 +409,7 @@ class Renderer:
                 tokens = self._encode_one(piece, text.disguise) if text.disguise else next(ordinary)
                 ids += tokens
                 mask += [trained] * len(tokens)
-            rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise)))
+            rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise), text.notes))
         return rendered
 
     def _encode_whole(self, text: _Text) -> Rendered:
@@ -344,7 +426,7 @@ class Renderer:
                 what = "the tokenizer merges the end of the prompt and the beginning of the answer into one token"
                 raise UserError(what, where="messages", fix="let the answer begin with a letter, or remove the row")
             mask[len(before) : len(within)] = [True] * (len(within) - len(before))
-        return Rendered(ids, mask, self._encoder.is_control_in(text.disguise))
+        return Rendered(ids, mask, self._encoder.is_control_in(text.disguise), text.notes)
 
     def _encode_one(self, text: str, disguise: Disguise | None) -> list[int]:
         return self._encoder.encode_disguised(text, disguise) if disguise else self._encoder.encode([text])[0]
@@ -357,11 +439,18 @@ def or_error(function: Callable[..., Result], *args: object) -> Result | UserErr
         return error
 
 
-def _contains(said: str, message: Message) -> bool:
-    """Return whether a rendered turn contains the message's text, at its end if there are no tool calls, and the names of its calls.
+def _with_parts(messages: list[Message]) -> list[Message]:
+    """Return the messages with each content as a list of one part."""
+    return [{**message, "content": [{"type": "text", "text": message.get("content") or ""}]} for message in messages]
 
-    Whitespace is ignored, because templates strip it.
-    """
-    said, content = "".join(said.split()), "".join(message.get("content", "").split())
-    names = ["".join(call.get("function", call)["name"].split()) for call in message.get("tool_calls", [])]
-    return all(name in said for name in names) and (content in said if names else said.endswith(content))
+
+def _refuse_header(text: str, where: str | None) -> None:
+    """Raise UserError if the text begins as a chat to which a chat template has been applied."""
+    if header := HEADER.match(text):
+        fix = f"give the messages themselves (data.messages_key), {OR_TAKE_TOKENS}"
+        raise UserError(f"a chat template is already applied to the text: it begins with {header[0].strip()!r}", where=where, fix=fix)
+
+
+def _ends_with(said: str, content: str) -> bool:
+    """Return whether a rendered turn ends with the message's text. Whitespace is ignored, because templates strip it."""
+    return "".join(said.split()).endswith("".join(content.split()))

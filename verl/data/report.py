@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,7 @@ class Report:
         tokens: tokens of the used rows.
         trained_tokens: trained tokens of the used rows.
         rows_with_control_text: rows that contain the text of a control token, which was encoded as plain text.
+        notes: how rows were recognised, and what was left out, with the number of documents.
     """
 
     read: int
@@ -35,13 +37,25 @@ class Report:
     tokens: int = 0
     trained_tokens: int = 0
     rows_with_control_text: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         reasons = f" ({'; '.join(f'{count:,} {reason}' for reason, count in self.dropped.items())})" if self.dropped else ""
         rows = f"rows {self.read:,} read, {self.used:,} used, {self.cut:,} cut, {sum(self.dropped.values()):,} dropped{reasons}"
         tokens = f"{self.tokens:,} tokens, {self.trained_tokens / max(1, self.tokens):.1%} trained"
         control = f"\nrows that contain the text of a control token, encoded as plain text: {self.rows_with_control_text:,}"
-        return f"{rows}; {tokens}{control if self.rows_with_control_text else ''}"
+        notes = "".join(f"\n  {note}: {count:,} rows" for note, count in self.notes.items())
+        return f"{rows}; {tokens}{control if self.rows_with_control_text else ''}{notes}"
+
+
+def counts_of(notes: Iterable[Iterable[str]]) -> dict[str, int]:
+    """Count the notes of all rows."""
+    return dict(Counter(itertools.chain.from_iterable(notes)))
+
+
+def counted(notes: Iterable[Iterable[str]]) -> list[str]:
+    """Return a line for each note, with the number of rows that have it."""
+    return [f"  {note}: {count:,} row{'s' if count != 1 else ''}" for note, count in counts_of(notes).items()]
 
 
 def show_first_row(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray, console: Console) -> None:

@@ -1,0 +1,273 @@
+"""Find what the assistant says in a rendered chat, where its end is not simply the first control token, or the template changes turns.
+
+A turn is rendered a second time with a character of its own in place of its text. What follows that character is what follows the turn,
+so the end of the turn is found without searching for its text. The text is then compared with the data: nothing may be lost unnoticed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from verl.data.chat import Chat, Message
+from verl.data.encode import strings
+from verl.data.messages import LINKS, SPOKEN_KEYS, THOUGHT_KEYS, texts_of, thought_of
+from verl.errors import UserError
+
+Span = tuple[int, int]  # start and end (exclusive) in a text, in characters
+Render = Callable[[Chat, bool], str]  # the second argument asks for the generation prompt
+
+THOUGHT_IN_PROMPT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+MARK_CHARACTERS = range(0x10FF00, 0x10FFFD)
+FIX = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around the assistant's text"
+HISTORY = "earlier turns are context: the chat template writes them without the thought that its prompt for an answer begins"
+
+
+@dataclass(frozen=True)
+class Located:
+    """The text of a chat, the spans of the trained turns in it, and what the report says about it."""
+
+    text: str
+    spans: list[Span]
+    notes: list[str]
+
+
+class Turns:
+    """Locates the assistant's turns of one chat.
+
+    Args:
+        chat: the chat, with control text hidden.
+        trained: indices of the messages to train.
+        render: renders a chat.
+        stop: matches the control tokens that may end a turn.
+        template: source of the chat template.
+    """
+
+    def __init__(self, chat: Chat, trained: list[int], render: Render, stop: re.Pattern[str], template: str):
+        self._chat, self._trained, self._render, self._stop, self._template = chat, trained, render, stop, template
+        self._notes: list[str] = []
+
+    def located(self) -> Located:
+        """Locate the trained turns.
+
+        Raises:
+            UserError: a turn cannot be found exactly, or a text of it is lost.
+        """
+        text = self._text(self._chat)
+        spans = [span for number in self._trained if (span := self._span(number, text)) is not None]
+        if not spans:
+            what = "no turn can be trained: the chat template writes them otherwise than its prompt for an answer begins"
+            raise UserError(what, where="messages", fix="end the chat with the assistant's answer")
+        return self.checked(text, spans, check_turns=False)
+
+    def checked(self, text: str, spans: list[Span], *, check_turns: bool = True) -> Located:
+        """Check that the text has everything that is said, and note what it leaves out by design."""
+        if check_turns:
+            for number, (start, end) in zip(self._trained, spans, strict=True):
+                self._check(number, text[start : self._last_stop(text, start, end)])
+        self._check_context(text)
+        self._note_keys()
+        return Located(text, spans, list(dict.fromkeys(self._notes)))
+
+    # The text
+
+    def _text(self, chat: Chat) -> str:
+        """Return the rendered chat. Its last answer follows the prompt that asks for it, even where the template writes it otherwise."""
+        text, number = self._render(chat, False), len(chat.messages) - 1
+        if number not in self._trained:
+            return text
+        prompt = self._render(chat.up_to(number), True)
+        if text.startswith(prompt):
+            return text
+        opened = THOUGHT_IN_PROMPT.search(prompt)
+        answer = self._after(prompt[: opened.start()] if opened else prompt, text, chat.up_to(number))
+        if answer is None:
+            return text
+        return prompt + answer if opened is None else prompt + _continued(opened[0], answer, chat.messages[number], number)
+
+    def _after(self, prompt: str, text: str, asked: Chat) -> str | None:
+        """Return what follows the last prompt for an answer in the text, or None if the text has no such prompt."""
+        if text.startswith(prompt):
+            return text[len(prompt) :]
+        history = self._render(asked, False)
+        header = prompt[len(history) :] if prompt.startswith(history) else ""
+        place = text.rfind(header) if self._stop.search(header) else -1
+        return text[place + len(header) :] if place >= 0 else None
+
+    # Spans
+
+    def _span(self, number: int, text: str) -> Span | None:
+        """Return the span of a turn; None if the template writes it, as history, without the thought that its prompt begins."""
+        prompt = self._render(self._chat.up_to(number), True)
+        opened = THOUGHT_IN_PROMPT.search(prompt)
+        if not text.startswith(prompt):
+            if opened and text.startswith(prompt[: opened.start()]) and number != len(self._chat.messages) - 1:
+                self._notes.append(HISTORY)
+                return None
+            what = "the chat template changes the messages before this turn when the chat continues"
+            raise UserError(what, where=f"messages[{number}]", fix=FIX)
+        start, (stop, end) = len(prompt), self._stop_of(number, text, len(prompt))
+        self._check(number, text[opened.start() if opened else start : stop])
+        return start, end
+
+    def _stop_of(self, number: int, text: str, start: int) -> Span:
+        """Return the span of the control token that ends a turn."""
+        mark = _free_character(self._chat)
+        marked, chat = _marked(self._chat.messages[number], mark), self._chat
+        try:
+            rendered = self._text(replace(chat, messages=[*chat.messages[:number], marked, *chat.messages[number + 1 :]]))
+        except UserError:  # the template does not accept this text
+            rendered = ""
+        place = rendered.rfind(mark)
+        found = self._stop.search(rendered, place) if place >= 0 else None
+        if found and text.endswith(rendered[found.start() :]):
+            at = len(text) - len(rendered) + found.start()
+            if at >= start:
+                return at, at + len(found[0])
+        found = self._stop.search(text, start)
+        if found is None:
+            raise UserError("the chat template ends the assistant turn without a control token", where=f"messages[{number}]", fix=FIX)
+        return found.span()
+
+    def _last_stop(self, text: str, start: int, end: int) -> int:
+        """Return the start of the control token that ends a span."""
+        return max((found.start() for found in self._stop.finditer(text, start, end)), default=end)
+
+    # Nothing is lost
+
+    def _check(self, number: int, said: str) -> None:
+        """Check that a trained turn has all texts of its message, and note those that the template leaves out by design.
+
+        Raises:
+            UserError: a text is lost.
+        """
+        message, is_history = self._chat.messages[number], any(later > number for later, _ in self._chat.answers())
+        for key in _lost(message, said):
+            where = f"messages[{number}]"
+            if key in ("content", "tool_calls"):
+                what = f"the chat template changes or omits the assistant's {'text' if key == 'content' else 'calls'}, and renders {said!r:.80}"
+                raise UserError(what, where=where, fix=FIX)
+            if not (is_history and self._leaves_out(key)):
+                what = f"the chat template changes or omits the assistant's text in {key!r}, and renders {said!r:.80}"
+                fix = f"remove it from the data, write it into 'content', or set data.chat_template to a template that prints {key!r}"
+                raise UserError(what, where=where, fix=fix)
+            self._notes.append(f"{key} of earlier turns is left out by the chat template")
+
+    def _leaves_out(self, key: str) -> bool:
+        """Return whether the template knows the key, so that it leaves it out by design."""
+        if key == "<think>" or (key in THOUGHT_KEYS and "</think>" in self._template):
+            return "</think>" in self._template
+        return any(name in self._template for name in (THOUGHT_KEYS if key in THOUGHT_KEYS else (key,)))
+
+    def _check_context(self, text: str) -> None:
+        squeezed = _squeezed(text)
+        for number, message in enumerate(self._chat.messages):
+            if number in self._trained:
+                continue
+            for key, said in texts_of(message) if message["role"] == "assistant" else [("content", message.get("content") or "")]:
+                if _is_in(said, squeezed):
+                    continue
+                if key == "content":
+                    what = f"the chat template leaves out this message of the role {message['role']!r}"
+                    fix = "give it a role that the template knows, such as system or user, or set data.chat_template"
+                    raise UserError(what, where=f"messages[{number}]", fix=fix)
+                self._notes.append(f"{key} of turns that are context is left out by the chat template")
+        for tool in self._chat.tools or []:
+            name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
+            if isinstance(name, str) and not _is_in(name, squeezed):
+                what = f"the chat template does not show the tool {name!r}"
+                raise UserError(what, where="tools", fix="set data.chat_template to a template that shows tools, or remove the tools")
+
+    def _note_keys(self) -> None:
+        for message in self._chat.messages:
+            known = (*LINKS, *(SPOKEN_KEYS if message["role"] == "assistant" else ()), *(("name",) if message["role"] == "tool" else ()))
+            for key in message.keys() - set(known):
+                if not re.search(rf"\b{re.escape(str(key))}\b", self._template):
+                    self._notes.append(f"key {key!r} of messages is not printed by the chat template")
+        for name in self._chat.template_kwargs:
+            if not re.search(rf"\b{re.escape(name)}\b", self._template):
+                self._notes.append(f"the variable {name!r} of the row is not used by the chat template")
+
+
+def _continued(opened: str, answer: str, message: Message, number: int) -> str:
+    """Return an answer as it follows a prompt that has begun the thought.
+
+    Args:
+        opened: the end of the prompt, from `<think>`.
+        answer: the answer as the template writes it.
+    Raises:
+        UserError: the prompt also ends the thought, but the message has one.
+    """
+    thought = thought_of(message)
+    if "</think>" in opened:
+        if thought.strip():
+            what = "the chat template's prompt closes the thought (enable_thinking=false?), but the message has one"
+            fix = "remove the thought, or ask for thinking: data.chat_template_kwargs={enable_thinking: true}"
+            raise UserError(what, where=f"messages[{number}]", fix=fix)
+        return answer
+    rest = answer.lstrip()
+    if rest.startswith("<think>"):
+        return rest.removeprefix("<think>").lstrip("\n") if opened.endswith("\n") else rest.removeprefix("<think>")
+    if "</think>" in answer:
+        return answer
+    thought = thought.strip("\n")
+    return f"{thought if opened.endswith(chr(10)) else chr(10) + thought}\n</think>\n\n" + answer.lstrip("\n")
+
+
+def _free_character(chat: Chat) -> str:
+    taken = "".join(strings([chat.messages, chat.tools]))
+    return next(character for character in map(chr, MARK_CHARACTERS) if character not in taken)
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """Return the message with the mark in place of its text, or of the arguments of its last call, which follow the text."""
+    if not message.get("tool_calls"):
+        return {**message, "content": mark}
+    *calls, call = message["tool_calls"]
+    arguments = {"arguments": {mark: mark}}
+    last = {**call, "function": {**call["function"], **arguments}} if "function" in call else {**call, **arguments}
+    return {**message, "tool_calls": [*calls, last]}
+
+
+def _lost(message: Message, said: str) -> Iterator[str]:
+    """Yield the keys of a message whose text is not in a rendered turn. Whitespace is ignored, because templates strip it."""
+    rest, calls = _squeezed(said), message.get("tool_calls", [])
+    whole = _squeezed(message.get("content") or "")
+    is_verbatim = whole in rest if calls else rest.endswith(whole)
+    if is_verbatim and whole:
+        rest = rest.replace(whole, "\n", 1) if calls else rest.removesuffix(whole)
+    for key, text in texts_of(message):
+        part = _squeezed(text)
+        if is_verbatim and key in ("content", "<think>"):
+            continue
+        if part not in rest or (key == "content" and not calls and not rest.endswith(part)):
+            yield key
+        elif part and key != "content":
+            rest = rest.replace(part, "\n", 1)  # each text must have a place of its own
+    for call in calls:
+        function = call.get("function", call)
+        if not all(_is_in(text, _squeezed(said)) for text in (function["name"], *_leaves(function["arguments"]))):
+            yield "tool_calls"
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield the texts of the arguments of a call, and their other values as JSON."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _is_in(text: str, squeezed: str) -> bool:
+    """Return whether a text is in a squeezed text, as it is or as JSON writes it."""
+    return _squeezed(text) in squeezed or any(_squeezed(json.dumps(text, ensure_ascii=ascii)[1:-1]) in squeezed for ascii in (False, True))
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
