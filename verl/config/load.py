@@ -381,8 +381,10 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key in config:
         child, name = config._get_node(key), prefix + str(key)
-        is_group = isinstance(child, DictConfig) and not child._is_none() and is_dataclass(child._metadata.object_type)
-        keys += _keys(child, f"{name}.") if is_group else [name]
+        if isinstance(child, DictConfig) and not child._is_none() and is_dataclass(child._metadata.object_type):
+            keys += _keys(child, f"{name}.")
+        else:
+            keys.append(name)
     return keys
 
 

@@ -109,7 +109,7 @@ def _is_plain(messages: object) -> bool:
         and message.keys() == PLAIN_KEYS
         and message["role"] in PLAIN_ROLES
         and isinstance(message["content"], str)
-        and (message["role"] != "assistant" or not message["content"].isspace() and message["content"] != "")
+        and (message["role"] != "assistant" or (not message["content"].isspace() and message["content"] != ""))
         for message in messages
     )
 

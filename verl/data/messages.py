@@ -17,9 +17,9 @@ Message = dict[str, Any]
 
 # Other names of the roles that chat templates know. Any other role is left to the template.
 ROLES = {
-    **{name: "user" for name in ("human",)},
-    **{name: "assistant" for name in ("gpt", "chatgpt", "bot", "model", "ai")},
-    **{name: "tool" for name in ("function", "observation", "function_response", "tool_response")},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool"),
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a call, whose value is JSON

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -23,16 +23,10 @@ from verl.data.encode import ControlText, Disguise, Encoder, strings
 from verl.data.formats import first_line
 from verl.errors import UserError
 
-# The beginning of a text to which a chat template has been applied: ChatML, Llama 3, Gemma, Mistral, Phi, gpt-oss, DeepSeek.
-HEADER = re.compile(
-    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<\|endoftext\|>|\[gMASK\]<sop>)?\s*"
-    r"(?:<\|im_start\|>\s*(?:system|user|assistant|developer|tool)\b|<\|start_header_id\|>|<start_of_turn>(?:user|model)|\[INST\]"
-    r"|\[SYSTEM_PROMPT\]|<\|(?:system|user|assistant)\|>|<\|start\|>(?:system|developer|user|assistant)|<｜(?:User|Assistant)｜>)"
-)
-STOPS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<｜end▁of▁sentence｜>")  # of any tokenizer
-OR_TAKE_TOKENS = "or set data.text_is_rendered=true for a column of such text (data.text_key)"
+if TYPE_CHECKING:
+    from verl.data.turns import Turns
+
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARK_THE_TURN = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around the assistant's text"
 PROBE = Chat([{"role": "user", "content": "Is the sky blue?"}, {"role": "assistant", "content": "Yes, it is."}])
 
 Result = TypeVar("Result")
@@ -119,9 +113,10 @@ class Renderer:
     def prompt(self, messages: object, tools: object = None, template_kwargs: object = None) -> list[int]:
         """Return the tokens of a chat with its generation prompt. Raises UserError like `chat`."""
         chat, disguise = self._disguised(checked(messages, tools, template_kwargs))
+        self._check_contents(chat, disguise)
         text = self._render(chat, for_answer=True)
         if not self._shows_plainly(chat, text):
-            self._turns(chat, []).checked(text, [])
+            self._turns(chat, []).check_context(text)
         return self._encode_one(text, disguise)
 
     def whole(self, messages: list[Message]) -> list[int]:
@@ -170,40 +165,30 @@ class Renderer:
         Raises:
             UserError: the tokenizer has no end-of-text token.
         """
-        if not texts:
-            return []
-        begin, end = self._text_begin, self._text_end
         controls = [not isinstance(text, RenderedText) and self._encoder.data.is_in(text) for text in texts]
         ordinary = iter(self._encoder.encode([text for text, has_control in zip(texts, controls, strict=True) if not has_control]))
-        found: list[Rendered | UserError] = []
-        for text, has_control in zip(texts, controls, strict=True):
-            is_rendered = isinstance(text, RenderedText)
-            body = self._encoder.encode_plain(text) if has_control else next(ordinary)
-            first = [] if is_rendered and body[: len(begin)] == begin else begin
-            last = [] if is_rendered and text.rstrip().endswith(self._ends) else [end]
-            rendered = Rendered([*first, *body, *last], [False] * len(first) + [True] * len([*body, *last]), has_control)
-            found.append(or_error(self._checked_text, text, rendered))
-        return found
+        bodies = [
+            self._encoder.encode_plain(text) if has_control else next(ordinary) for text, has_control in zip(texts, controls, strict=True)
+        ]
+        return [or_error(self._whole_text, *both) for both in zip(texts, bodies, controls, strict=True)]
 
-    def _checked_text(self, text: str, rendered: Rendered) -> Rendered:
-        """Return the rendered text.
+    def _whole_text(self, text: str, body: list[int], has_control: bool) -> Rendered:
+        """Return a text that is trained whole, between the tokens that begin and end a text.
 
         Raises:
             UserError: a chat template is applied to the text although it is not a RenderedText, or that of another tokenizer.
         """
-        if not isinstance(text, RenderedText):
-            _refuse_header(text, None)
-            self._refuse_end(text, None)
-        elif (header := HEADER.match(text)) and not self._encoder.data.is_in(text):
-            what = f"{header[0]!r} is not a control token of this tokenizer"
-            raise UserError(what, fix="use the tokenizer that the text was written for, or give the messages (data.messages_key)")
-        return rendered
+        begin, end = self._text_begin, [self._text_end]
+        if isinstance(text, RenderedText) or _may_be_applied(text):
+            from verl.data import applied_templates  # rarely needed
 
-    def _refuse_end(self, text: str, where: str | None) -> None:
-        """Raise UserError if the text ends with a control token, which the template or the tokenizer appends."""
-        if text.rstrip().endswith(self._ends):
-            what = f"the text ends with a control token, which verl appends itself: {text.rstrip()[-40:]!r}"
-            raise UserError(what, where=where, fix=f"remove it from the data, {OR_TAKE_TOKENS}")
+            if not isinstance(text, RenderedText):
+                applied_templates.check_text(text, self._special)
+            else:
+                applied_templates.check_rendered(text, has_tokens=self._encoder.data.is_in(text))
+                begin = [] if body[: len(begin)] == begin else begin
+                end = [] if applied_templates.ends_with_control(text, self._special) else end
+        return Rendered([*begin, *body, *end], [False] * len(begin) + [True] * len([*body, *end]), has_control)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -251,9 +236,8 @@ class Renderer:
         return not shows(parts=False) and shows(parts=True)
 
     @functools.cached_property
-    def _ends(self) -> tuple[str, ...]:
-        """The control tokens that end a text."""
-        return (*self._encoder.special, *STOPS)
+    def _special(self) -> tuple[str, ...]:
+        return tuple(self._encoder.special)
 
     @functools.cached_property
     def _text_begin(self) -> list[int]:
@@ -269,10 +253,9 @@ class Renderer:
     def _text_of(self, given: ChatInput) -> _Text:
         chat, disguise = self._disguised(checked(given.messages, given.tools, given.template_kwargs))
         trained, notes = chat.trained_turns(given), (*given.notes, *chat.notes)
-        self._refuse_rendered(chat, disguise)
+        self._check_contents(chat, disguise)
         if GENERATION_MARK.search(self._template(chat)):
-            text, marks = self._render_marked(chat)
-            found = self._turns(chat, trained).checked(text, self._marked(chat, text, marks, trained))
+            found = self._turns(chat, trained).marked(*self._render_marked(chat))
         else:
             text = self._render(chat)
             if (spans := self._plain_spans(chat, text, trained)) is not None:
@@ -280,21 +263,21 @@ class Renderer:
             found = self._turns(chat, trained).located()
         return _Text(found.text, found.spans, disguise, (*notes, *found.notes))
 
-    def _refuse_rendered(self, chat: Chat, disguise: Disguise | None) -> None:
-        """Raise UserError if a chat template is applied to the first question, or the assistant's text ends with a control token."""
-        if disguise is None:
-            return
-        for number, message in enumerate(chat.messages):
-            content = disguise.show(message.get("content") or "")
-            if message["role"] == "assistant":
-                self._refuse_end(content, f"messages[{number}]")
-            elif message["role"] == "user":
-                _refuse_header(content, f"messages[{number}]")
+    def _check_contents(self, chat: Chat, disguise: Disguise | None) -> None:
+        """Raise UserError if a chat template is already applied to a content."""
+        contents = [message.get("content") or "" for message in chat.messages]
+        if disguise is not None or any(map(_may_be_applied, contents)):
+            from verl.data.applied_templates import check_messages  # rarely needed
+
+            shown = [disguise.show(content) if disguise else content for content in contents]
+            check_messages([{**message, "content": text} for message, text in zip(chat.messages, shown, strict=True)], self._special)
 
     def _turns(self, chat: Chat, trained: list[int]) -> "Turns":
         from verl.data.turns import Turns  # most data has only plain chats
 
-        return Turns(chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._encoder.stop, self._template(chat))
+        return Turns(
+            chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._encoder.stop, self._template(chat)
+        )
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
@@ -358,7 +341,7 @@ class Renderer:
 
         Special tokens of the data are hidden. The result is None if `Turns` must find the spans.
         """
-        if not self._shows_plainly(chat, text):
+        if not self._shows_plainly(chat, text) or not any(message["role"] == "user" for message in chat.messages[: trained[0]]):
             return None
         spans = []
         for number in trained:
@@ -369,31 +352,15 @@ class Renderer:
             spans.append((len(prompt), stop.end()))
         return spans
 
-    def _marked(self, chat: Chat, text: str, marks: list[Span], trained: list[int]) -> list[Span]:
-        """Extend the template's marks of the turns to train to the special token that ends or follows each."""
-        answers = [number for number, _ in chat.answers()]
-        if len(marks) != len(answers):
-            what = f"the chat template marks {len(marks)} turns with {{% generation %}}, but the chat has {len(answers)} assistant turns"
-            raise UserError(what, where="messages", fix="mark each assistant turn once")
-        spans = []
-        for number, mark in zip(answers, marks, strict=True):
-            stop = self._encoder.stop.search(text, self._stop_in(text, *mark))
-            if stop is None:
-                what = "the chat template ends the assistant turn without a control token"
-                raise UserError(what, where=f"messages[{number}]", fix=MARK_THE_TURN)
-            spans += [(mark[0], stop.end())] if number in trained else []
-        return spans
-
-    def _stop_in(self, text: str, start: int, end: int) -> int:
-        """Return the start of a mark's last special token if only whitespace follows it in the mark, else the mark's end."""
-        stops = [found.start() for found in self._encoder.stop.finditer(text, start, end) if not text[found.end() : end].strip()]
-        return stops[-1] if stops else end
-
     def _shows_plainly(self, chat: Chat, text: str) -> bool:
         """Return whether the chat is plain, and the rendered text has what the others say."""
-        return chat.tools is None and not chat.template_kwargs and all(
-            message.keys() == PLAIN_KEYS and (message["role"] == "assistant" or message["content"].strip() in text)
-            for message in chat.messages
+        return (
+            chat.tools is None
+            and not chat.template_kwargs
+            and all(
+                message.keys() == PLAIN_KEYS and (message["role"] == "assistant" or message["content"].strip() in text)
+                for message in chat.messages
+            )
         )
 
     # Encoding
@@ -444,11 +411,9 @@ def _with_parts(messages: list[Message]) -> list[Message]:
     return [{**message, "content": [{"type": "text", "text": message.get("content") or ""}]} for message in messages]
 
 
-def _refuse_header(text: str, where: str | None) -> None:
-    """Raise UserError if the text begins as a chat to which a chat template has been applied."""
-    if header := HEADER.match(text):
-        fix = f"give the messages themselves (data.messages_key), {OR_TAKE_TOKENS}"
-        raise UserError(f"a chat template is already applied to the text: it begins with {header[0].strip()!r}", where=where, fix=fix)
+def _may_be_applied(text: str) -> bool:
+    """Return whether a text begins or ends with a bracket, as one does to which a chat template is applied."""
+    return text.lstrip()[:1] in ("<", "[") or text.rstrip()[-1:] in (">", "]")
 
 
 def _ends_with(said: str, content: str) -> bool:

@@ -277,7 +277,7 @@ def _history(row: Row, shape: Shape) -> list[Message]:
     return [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
-def _with_system(messages: object, row: Row, shape: Shape) -> object:
+def _with_system(messages: Any, row: Row, shape: Shape) -> Any:
     chat = None if shape.system is None else _conversation(messages)
     if chat is None or chat[0].get("role", chat[0].get("from")) == "system":
         return messages

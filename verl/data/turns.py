@@ -21,6 +21,7 @@ Render = Callable[[Chat, bool], str]  # the second argument asks for the generat
 THOUGHT_IN_PROMPT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 MARK_CHARACTERS = range(0x10FF00, 0x10FFFD)
 FIX = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around the assistant's text"
+QUESTION = Chat([{"role": "user", "content": "Is the sky blue?"}])
 HISTORY = "earlier turns are context: the chat template writes them without the thought that its prompt for an answer begins"
 
 
@@ -59,16 +60,37 @@ class Turns:
         if not spans:
             what = "no turn can be trained: the chat template writes them otherwise than its prompt for an answer begins"
             raise UserError(what, where="messages", fix="end the chat with the assistant's answer")
-        return self.checked(text, spans, check_turns=False)
+        return self._found(text, spans)
 
-    def checked(self, text: str, spans: list[Span], *, check_turns: bool = True) -> Located:
-        """Check that the text has everything that is said, and note what it leaves out by design."""
-        if check_turns:
-            for number, (start, end) in zip(self._trained, spans, strict=True):
-                self._check(number, text[start : self._last_stop(text, start, end)])
-        self._check_context(text)
+    def marked(self, text: str, marks: list[Span]) -> Located:
+        """Locate the turns that the template marks with {% generation %}. A span ends with the special token that ends or follows a mark.
+
+        Raises:
+            UserError: the marks are not those of the assistant's turns, no special token ends a turn, or a text of it is lost.
+        """
+        answers = [number for number, _ in self._chat.answers()]
+        if len(marks) != len(answers):
+            what = f"the chat template marks {len(marks)} turns with {{% generation %}}, but the chat has {len(answers)} assistant turns"
+            raise UserError(what, where="messages", fix="mark each assistant turn once")
+        spans = []
+        for number, (start, end) in zip(answers, marks, strict=True):
+            inside = [found for found in self._stop.finditer(text, start, end) if not text[found.end() : end].strip()]
+            stop = inside[-1] if inside else self._first_stop(text, end, number)
+            if number in self._trained:
+                self._check(number, text[start : stop.start()])
+                spans.append((start, stop.end()))
+        return self._found(text, spans)
+
+    def _found(self, text: str, spans: list[Span]) -> Located:
+        self.check_context(text)
         self._note_keys()
         return Located(text, spans, list(dict.fromkeys(self._notes)))
+
+    def _first_stop(self, text: str, start: int, number: int) -> re.Match[str]:
+        found = self._stop.search(text, start)
+        if found is None:
+            raise UserError("the chat template ends the assistant turn without a control token", where=f"messages[{number}]", fix=FIX)
+        return found
 
     # The text
 
@@ -99,7 +121,7 @@ class Turns:
 
     def _span(self, number: int, text: str) -> Span | None:
         """Return the span of a turn; None if the template writes it, as history, without the thought that its prompt begins."""
-        prompt = self._render(self._chat.up_to(number), True)
+        prompt = self._prompt(number, text)
         opened = THOUGHT_IN_PROMPT.search(prompt)
         if not text.startswith(prompt):
             if opened and text.startswith(prompt[: opened.start()]) and number != len(self._chat.messages) - 1:
@@ -110,6 +132,19 @@ class Turns:
         start, (stop, end) = len(prompt), self._stop_of(number, text, len(prompt))
         self._check(number, text[opened.start() if opened else start : stop])
         return start, end
+
+    def _prompt(self, number: int, text: str) -> str:
+        """Return the text up to where a turn begins. Some templates have no prompt without a question before it, such as for a greeting."""
+        if any(message["role"] == "user" for message in self._chat.messages[:number]):
+            return self._render(self._chat.up_to(number), True)
+        header = self._render(QUESTION, True).removeprefix(self._render(QUESTION, False))
+        start = 0
+        for _ in range(sum(message["role"] == "assistant" for message in self._chat.messages[: number + 1])):
+            place = text.find(header, start) if self._stop.search(header) else -1
+            if place < 0:
+                return self._render(self._chat.up_to(number), True)
+            start = place + len(header)
+        return text[:start]
 
     def _stop_of(self, number: int, text: str, start: int) -> Span:
         """Return the span of the control token that ends a turn."""
@@ -125,14 +160,7 @@ class Turns:
             at = len(text) - len(rendered) + found.start()
             if at >= start:
                 return at, at + len(found[0])
-        found = self._stop.search(text, start)
-        if found is None:
-            raise UserError("the chat template ends the assistant turn without a control token", where=f"messages[{number}]", fix=FIX)
-        return found.span()
-
-    def _last_stop(self, text: str, start: int, end: int) -> int:
-        """Return the start of the control token that ends a span."""
-        return max((found.start() for found in self._stop.finditer(text, start, end)), default=end)
+        return self._first_stop(text, start, number).span()
 
     # Nothing is lost
 
@@ -146,7 +174,8 @@ class Turns:
         for key in _lost(message, said):
             where = f"messages[{number}]"
             if key in ("content", "tool_calls"):
-                what = f"the chat template changes or omits the assistant's {'text' if key == 'content' else 'calls'}, and renders {said!r:.80}"
+                kind = "text" if key == "content" else "calls"
+                what = f"the chat template changes or omits the assistant's {kind}, and renders {said!r:.80}"
                 raise UserError(what, where=where, fix=FIX)
             if not (is_history and self._leaves_out(key)):
                 what = f"the chat template changes or omits the assistant's text in {key!r}, and renders {said!r:.80}"
@@ -160,7 +189,8 @@ class Turns:
             return "</think>" in self._template
         return any(name in self._template for name in (THOUGHT_KEYS if key in THOUGHT_KEYS else (key,)))
 
-    def _check_context(self, text: str) -> None:
+    def check_context(self, text: str) -> None:
+        """Check that the text has what the others say and the tools. Raises UserError if something is lost."""
         squeezed = _squeezed(text)
         for number, message in enumerate(self._chat.messages):
             if number in self._trained:
@@ -266,7 +296,8 @@ def _leaves(value: Any) -> Iterator[str]:
 
 def _is_in(text: str, squeezed: str) -> bool:
     """Return whether a text is in a squeezed text, as it is or as JSON writes it."""
-    return _squeezed(text) in squeezed or any(_squeezed(json.dumps(text, ensure_ascii=ascii)[1:-1]) in squeezed for ascii in (False, True))
+    as_json = (json.dumps(text, ensure_ascii=only_ascii)[1:-1] for only_ascii in (False, True))
+    return any(_squeezed(form) in squeezed for form in (text, *as_json))
 
 
 def _squeezed(text: str) -> str:

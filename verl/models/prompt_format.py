@@ -87,7 +87,8 @@ def check_format(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequen
     if now.chat_template_sha256 != trained.chat_template_sha256:
         hashes = f"sha256 {trained.chat_template_sha256[:12]}…, now {now.chat_template_sha256[:12]}…"
         what = f"the model was trained with another chat template ({hashes})"
-        raise UserError(what, where=path, fix=f"use the template of the checkpoint's tokenizer, with the chat_template_kwargs of its training, {or_remove}")
+        fix = f"use the template of the checkpoint's tokenizer, and the chat_template_kwargs of its training, {or_remove}"
+        raise UserError(what, where=path, fix=fix)
     if not set(now.stop_ids) <= set(trained.stop_ids):
         what = f"the model was trained to end answers with token {_ids(trained.stop_ids)}, but answers would stop at {_ids(now.stop_ids)}"
         raise UserError(what, where=path, fix=f"use the checkpoint's own tokenizer, {or_remove}")
