@@ -215,13 +215,9 @@ class Renderer:
         """The stop token, found in a chat of one question and its answer."""
         try:
             text = self._text_of(ChatInput(PROBE.messages))
-            prompt = self._render(PROBE.up_to(1), for_answer=True)
         except UserError as error:
             raise UserError(error.what, where="chat template", fix=error.fix) from None
         ((start, end),) = text.trained
-        if text.text.startswith(prompt) and start < len(prompt):
-            what = "{% generation %} marks a part of the prompt"
-            raise UserError(what, where="chat template", fix="begin the mark after the header of the assistant's turn")
         return self._encoder.encode([text.text[start:end]])[0][-1]
 
     @functools.cached_property
@@ -347,7 +343,7 @@ class Renderer:
         for number in trained:
             prompt = self._render(chat.up_to(number), for_answer=True)
             stop = self._encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
-            if stop is None or not _ends_with(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
+            if stop is None or not _says(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
                 return None
             spans.append((len(prompt), stop.end()))
         return spans
@@ -416,6 +412,8 @@ def _may_be_applied(text: str) -> bool:
     return text.lstrip()[:1] in ("<", "[") or text.rstrip()[-1:] in (">", "]")
 
 
-def _ends_with(said: str, content: str) -> bool:
-    """Return whether a rendered turn ends with the message's text. Whitespace is ignored, because templates strip it."""
+def _says(said: str, content: str) -> bool:
+    """Return whether a rendered turn ends with the message's text, and has no thought besides. Whitespace is ignored: templates strip it."""
+    if "</think>" in content and said.count("</think>") != content.count("</think>"):
+        return False
     return "".join(said.split()).endswith("".join(content.split()))

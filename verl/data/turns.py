@@ -7,12 +7,13 @@ so the end of the turn is found without searching for its text. The text is then
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from verl.data.chat import Chat, Message
 from verl.data.encode import strings
-from verl.data.messages import LINKS, SPOKEN_KEYS, THOUGHT_KEYS, texts_of, thought_of
+from verl.data.messages import LINKS, SPOKEN_KEYS, THOUGHT_KEYS, split_thought, texts_of, thought_of
 from verl.errors import UserError
 
 Span = tuple[int, int]  # start and end (exclusive) in a text, in characters
@@ -56,6 +57,9 @@ class Turns:
             UserError: a turn cannot be found exactly, or a text of it is lost.
         """
         text = self._text(self._chat)
+        if self._has_second_thought(text):
+            self._chat = replace(self._chat, messages=[_with_thought_apart(message) for message in self._chat.messages])
+            text = self._text(self._chat)
         spans = [span for number in self._trained if (span := self._span(number, text)) is not None]
         if not spans:
             what = "no turn can be trained: the chat template writes them otherwise than its prompt for an answer begins"
@@ -74,11 +78,20 @@ class Turns:
             raise UserError(what, where="messages", fix="mark each assistant turn once")
         spans = []
         for number, (start, end) in zip(answers, marks, strict=True):
+            if number not in self._trained:
+                continue
+            prompt = self._prompt(number, text)
+            if text.startswith(prompt):
+                start = max(start, len(prompt))
+            elif THOUGHT_IN_PROMPT.search(prompt):
+                return self.located()
+            else:  # the marks alone tell where the turn is
+                with suppress(UserError):
+                    return Turns(self._chat, self._trained, self._render, self._stop, self._template).located()
             inside = [found for found in self._stop.finditer(text, start, end) if not text[found.end() : end].strip()]
-            stop = inside[-1] if inside else self._first_stop(text, end, number)
-            if number in self._trained:
-                self._check(number, text[start : stop.start()])
-                spans.append((start, stop.end()))
+            stop = inside[-1].span() if inside else self._next_stop(text, end, number)
+            self._check(number, text[start : stop[0]])
+            spans.append((start, stop[1]))
         return self._found(text, spans)
 
     def _found(self, text: str, spans: list[Span]) -> Located:
@@ -86,11 +99,17 @@ class Turns:
         self._note_keys()
         return Located(text, spans, list(dict.fromkeys(self._notes)))
 
-    def _first_stop(self, text: str, start: int, number: int) -> re.Match[str]:
+    def _next_stop(self, text: str, start: int, number: int) -> Span:
+        """Return the span of the first special token after `start`. Raises UserError if other text comes first."""
         found = self._stop.search(text, start)
-        if found is None:
-            raise UserError("the chat template ends the assistant turn without a control token", where=f"messages[{number}]", fix=FIX)
-        return found
+        if found is None or text[start : found.start()].strip():
+            raise _no_stop(number)
+        return found.span()
+
+    def _has_second_thought(self, text: str) -> bool:
+        """Return whether the template writes a thought of its own before the one in a content, which it does not find there."""
+        thoughts = [message["content"] for _, message in self._chat.answers() if split_thought(message.get("content") or "")[0]]
+        return any(f"</think>{_squeezed(content)}" in _squeezed(text) for content in thoughts if content.lstrip().startswith("<think>"))
 
     # The text
 
@@ -103,18 +122,24 @@ class Turns:
         if text.startswith(prompt):
             return text
         opened = THOUGHT_IN_PROMPT.search(prompt)
-        answer = self._after(prompt[: opened.start()] if opened else prompt, text, chat.up_to(number))
+        answer = self._after(prompt[: opened.start()] if opened else prompt, text, chat)
         if answer is None:
             return text
         return prompt + answer if opened is None else prompt + _continued(opened[0], answer, chat.messages[number], number)
 
-    def _after(self, prompt: str, text: str, asked: Chat) -> str | None:
-        """Return what follows the last prompt for an answer in the text, or None if the text has no such prompt."""
+    def _after(self, prompt: str, text: str, chat: Chat) -> str | None:
+        """Return what follows the prompt for the last answer in the text, or None if the text has no such prompt.
+
+        Args:
+            prompt: ends with the header of an answer.
+        """
         if text.startswith(prompt):
             return text[len(prompt) :]
-        history = self._render(asked, False)
+        *before, last = chat.messages
+        history = self._render(chat.up_to(len(before)), False)
         header = prompt[len(history) :] if prompt.startswith(history) else ""
-        place = text.rfind(header) if self._stop.search(header) else -1
+        other = self._render(replace(chat, messages=[*before, _marked(last, _free_character(chat))]), False)
+        place = text.rfind(header, 0, _shared(text, other)) if self._stop.search(header) else -1
         return text[place + len(header) :] if place >= 0 else None
 
     # Spans
@@ -130,6 +155,8 @@ class Turns:
             what = "the chat template changes the messages before this turn when the chat continues"
             raise UserError(what, where=f"messages[{number}]", fix=FIX)
         start, (stop, end) = len(prompt), self._stop_of(number, text, len(prompt))
+        if end > self._turn_end(number, text):
+            raise _no_stop(number)
         self._check(number, text[opened.start() if opened else start : stop])
         return start, end
 
@@ -137,14 +164,15 @@ class Turns:
         """Return the text up to where a turn begins. Some templates have no prompt without a question before it, such as for a greeting."""
         if any(message["role"] == "user" for message in self._chat.messages[:number]):
             return self._render(self._chat.up_to(number), True)
-        header = self._render(QUESTION, True).removeprefix(self._render(QUESTION, False))
-        start = 0
+        prompt = self._render(QUESTION, True).removeprefix(self._render(QUESTION, False))
+        opened = THOUGHT_IN_PROMPT.search(prompt)
+        header, start = prompt[: opened.start()] if opened else prompt, 0
         for _ in range(sum(message["role"] == "assistant" for message in self._chat.messages[: number + 1])):
             place = text.find(header, start) if self._stop.search(header) else -1
             if place < 0:
                 return self._render(self._chat.up_to(number), True)
             start = place + len(header)
-        return text[:start]
+        return text[:start] + (opened[0] if opened else "")
 
     def _stop_of(self, number: int, text: str, start: int) -> Span:
         """Return the span of the control token that ends a turn."""
@@ -160,7 +188,18 @@ class Turns:
             at = len(text) - len(rendered) + found.start()
             if at >= start:
                 return at, at + len(found[0])
-        return self._first_stop(text, start, number).span()
+        found = self._stop.search(text, start)
+        if found is None:
+            raise _no_stop(number)
+        return found.span()
+
+    def _turn_end(self, number: int, text: str) -> int:
+        """Return where the next message begins; where the template does not tell, the end of the text."""
+        try:
+            turn = self._render(self._chat.up_to(number + 1), False)
+        except UserError:  # the template does not accept a chat that ends here
+            return len(text)
+        return len(turn) if text.startswith(turn) else len(text)
 
     # Nothing is lost
 
@@ -190,19 +229,17 @@ class Turns:
         return any(name in self._template for name in (THOUGHT_KEYS if key in THOUGHT_KEYS else (key,)))
 
     def check_context(self, text: str) -> None:
-        """Check that the text has what the others say and the tools. Raises UserError if something is lost."""
+        """Check that the text has all turns and tools. Raises UserError if something is lost."""
         squeezed = _squeezed(text)
         for number, message in enumerate(self._chat.messages):
-            if number in self._trained:
-                continue
-            for key, said in texts_of(message) if message["role"] == "assistant" else [("content", message.get("content") or "")]:
-                if _is_in(said, squeezed):
-                    continue
-                if key == "content":
-                    what = f"the chat template leaves out this message of the role {message['role']!r}"
+            said = texts_of(message) if message["role"] == "assistant" else iter([("content", message.get("content") or "")])
+            calls = (("tool_calls", call.get("function", call)["name"]) for call in message.get("tool_calls", []))
+            for key in (key for key, text in (*said, *calls) if not _is_in(text, squeezed)):
+                if key in ("content", "tool_calls"):
+                    what = f"the chat template leaves out {key!r} of this message of the role {message['role']!r}"
                     fix = "give it a role that the template knows, such as system or user, or set data.chat_template"
                     raise UserError(what, where=f"messages[{number}]", fix=fix)
-                self._notes.append(f"{key} of turns that are context is left out by the chat template")
+                self._notes.append(f"{key} of earlier turns is left out by the chat template")
         for tool in self._chat.tools or []:
             name = tool.get("function", tool).get("name") if isinstance(tool.get("function", tool), dict) else None
             if isinstance(name, str) and not _is_in(name, squeezed):
@@ -245,13 +282,33 @@ def _continued(opened: str, answer: str, message: Message, number: int) -> str:
     return f"{thought if opened.endswith(chr(10)) else chr(10) + thought}\n</think>\n\n" + answer.lstrip("\n")
 
 
+def _shared(first: str, second: str) -> int:
+    """Return the number of characters that two texts begin with alike."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second))
+    )
+
+
+def _no_stop(number: int) -> UserError:
+    return UserError("the chat template ends the assistant turn without a control token", where=f"messages[{number}]", fix=FIX)
+
+
+def _with_thought_apart(message: Message) -> Message:
+    """Return the message with the thought of its content as `reasoning_content`."""
+    thought, rest = split_thought(message.get("content") or "")
+    if message["role"] != "assistant" or not thought or thought_of({**message, "content": ""}):
+        return message
+    return {**message, "reasoning_content": thought.strip("\n"), "content": rest.lstrip("\n")}
+
+
 def _free_character(chat: Chat) -> str:
     taken = "".join(strings([chat.messages, chat.tools]))
     return next(character for character in map(chr, MARK_CHARACTERS) if character not in taken)
 
 
 def _marked(message: Message, mark: str) -> Message:
-    """Return the message with the mark in place of its text, or of the arguments of its last call, which follow the text."""
+    """Return the message with the mark in place of its thoughts and text, or of the arguments of its last call, which follow the text."""
+    message = {**message, **{key: mark for key in THOUGHT_KEYS if key in message}}
     if not message.get("tool_calls"):
         return {**message, "content": mark}
     *calls, call = message["tool_calls"]
