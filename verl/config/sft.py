@@ -92,3 +92,8 @@ class SFTConfig:
             )
         if data.messages_key and data.text_key:
             raise UserError("messages_key and text_key are both set", where="data", fix="set only the one that the rows have")
+        if data.tools_key and data.text_key:
+            raise UserError("plain text has no tools", where="data.tools_key", fix="remove it, or give chats (data.messages_key)")
+        if data.text_is_rendered and data.messages_key:
+            what = "messages are not rendered yet"
+            raise UserError(what, where="data.text_is_rendered", fix="remove it, or set data.text_key to the rendered text")

@@ -8,8 +8,9 @@ from verl.errors import UserError
 # The beginning of such a text in the formats of ChatML, Llama 3, Gemma, Mistral, Phi, gpt-oss and DeepSeek.
 HEADER = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>|<\|endoftext\|>|\[gMASK\]<sop>)?\s*"
-    r"(?:<\|im_start\|>\s*(?:system|user|assistant|developer|tool)\b|<\|start_header_id\|>|<start_of_turn>(?:user|model)|\[INST\]"
-    r"|\[SYSTEM_PROMPT\]|<\|(?:system|user|assistant)\|>|<\|start\|>(?:system|developer|user|assistant)|<｜(?:User|Assistant)｜>)"
+    r"(?:<\|im_start\|>\s*(?:system|user|assistant|developer|tool)\b|<\|start_header_id\|>\s*\w+\s*<\|end_header_id\|>"
+    r"|<start_of_turn>(?:user|model)\b|\[INST\].*\[/INST\]|\[SYSTEM_PROMPT\].*\[/SYSTEM_PROMPT\]|<\|(?:system|user|assistant)\|>|<\|start\|>(?:system|developer|user|assistant)|<｜(?:User|Assistant)｜>)",
+    re.DOTALL,
 )
 STOPS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<｜end▁of▁sentence｜>")  # of any tokenizer
 OR_TAKE_TOKENS = "or, for a column of such text (data.text_key), set data.text_is_rendered=true"
@@ -36,7 +37,7 @@ def check_rendered(text: str, *, has_tokens: bool) -> None:
         UserError: its control tokens are those of another tokenizer.
     """
     if not has_tokens and (header := HEADER.match(text)):
-        what = f"{header[0].strip()!r} is not a control token of this tokenizer"
+        what = f"{header[0].strip()[:40]!r} is not a control token of this tokenizer"
         raise UserError(what, fix="use the tokenizer that the text was written for, or give the messages (data.messages_key)")
 
 
@@ -61,7 +62,7 @@ def ends_with_control(text: str, special: tuple[str, ...]) -> bool:
 def _refuse_header(text: str, where: str | None) -> None:
     if header := HEADER.match(text):
         fix = f"give the messages themselves (data.messages_key), {OR_TAKE_TOKENS}"
-        raise UserError(f"a chat template is already applied to the text: it begins with {header[0].strip()!r}", where=where, fix=fix)
+        raise UserError(f"a chat template is already applied to the text: it begins with {header[0].strip()[:40]!r}", where=where, fix=fix)
 
 
 def _refuse_end(text: str, where: str | None, special: tuple[str, ...]) -> None:

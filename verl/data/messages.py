@@ -108,7 +108,7 @@ def _message(message: object, where: str) -> Message:
     if isinstance(present.get("content"), list):
         present = _with_joined_parts(present, f"{where}.content")
     _check_content(present, f"{where}.content")
-    return present
+    return {"content": "", **present} if present.get("refusal") else present
 
 
 def _from_sharegpt(message: Message, where: str) -> Message:
@@ -134,7 +134,7 @@ def _check_content(message: Message, where: str) -> None:
     content, is_answer = message.get("content"), message["role"] == "assistant"
     if content is not None and not isinstance(content, str):
         raise UserError(f"found {describe(content)}, expected text", where=where, fix="write it as a quoted string")
-    if is_answer and (message.get("tool_calls") or isinstance(message.get("refusal"), str)):
+    if is_answer and (message.get("tool_calls") or message.get("refusal")):
         return
     if content is None:
         raise UserError("is missing or null", where=where, fix="fill it in, or remove the row")

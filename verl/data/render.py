@@ -115,8 +115,8 @@ class Renderer:
         chat, disguise = self._disguised(checked(messages, tools, template_kwargs))
         self._check_contents(chat, disguise)
         text = self._render(chat, for_answer=True)
-        if not self._shows_plainly(chat, text):
-            self._turns(chat, []).check_context(text)
+        if not self._shows_plainly(chat, text) or any("</think>" in message["content"] for message in chat.messages):
+            text = self._turns(chat, []).asked()
         return self._encode_one(text, disguise)
 
     def whole(self, messages: list[Message]) -> list[int]:
@@ -413,7 +413,7 @@ def _may_be_applied(text: str) -> bool:
 
 
 def _says(said: str, content: str) -> bool:
-    """Return whether a rendered turn ends with the message's text, and has no thought besides. Whitespace is ignored: templates strip it."""
+    """Return whether a rendered turn ends with the message's text, and has no thought besides. Whitespace is ignored."""
     if "</think>" in content and said.count("</think>") != content.count("</think>"):
         return False
     return "".join(said.split()).endswith("".join(content.split()))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from verl.data.chat import ChatInput, Message, unanswered
+from verl.data.chat import ChatInput, Message, checked, unanswered
 from verl.data.formats import JSON, Row, describe
 from verl.errors import UserError
 
@@ -140,12 +140,14 @@ def read_question(row: Row, columns: NamedColumns, system_prompt: str | None, pr
             what = "the row is a chat, or has a system prompt of its own"
             raise UserError(what, where=f"{row.where}: {prefix}system_prompt", fix=f"remove {prefix}system_prompt")
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    about: tuple[str, ...] = ()
     if is_chat:
         messages, said = unanswered(messages, row.where)
+        about = checked(messages).notes
     reference = said
     if columns.response_key is not None and shape.answer is not None and (said is None or _has(row, shape.answer)):
         reference = row.text(shape.answer, f"{prefix}response_key")
-    notes = tuple(note for note in (shape.note, note, more) if note)
+    notes = tuple(note for note in (shape.note, note, more, *about) if note)
     return Asked(messages, messages[-1].get("content") or "", reference, tools, kwargs, notes)
 
 

@@ -75,7 +75,7 @@ class Columns:
             return [RenderedText(text) if self.text_is_rendered else text]
         question, answer = row.values.get(self.prompt_key), row.values.get(self.response_key)
         is_plain = isinstance(question, str) and isinstance(answer, str) and question[:1] != "[" and answer[:1] != "["
-        if is_plain and self.messages_key is None and self.chat_template_kwargs_key is None:
+        if is_plain and not (self.messages_key or self.tools_key or self.chat_template_kwargs_key or self.text_is_rendered):
             question, answer = row.text(self.prompt_key, "data.prompt_key"), row.text(self.response_key, "data.response_key")
             return [ChatInput([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])]
         from verl.data.shapes import read_example  # chats, and columns that the user did not name

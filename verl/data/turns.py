@@ -58,7 +58,7 @@ class Turns:
         """
         text = self._text(self._chat)
         if self._has_second_thought(text):
-            self._chat = replace(self._chat, messages=[_with_thought_apart(message) for message in self._chat.messages])
+            self._set_thoughts_apart()
             text = self._text(self._chat)
         spans = [span for number in self._trained if (span := self._span(number, text)) is not None]
         if not spans:
@@ -106,10 +106,23 @@ class Turns:
             raise _no_stop(number)
         return found.span()
 
+    def _set_thoughts_apart(self) -> None:
+        """Give the thoughts inside contents to the template as `reasoning_content`."""
+        self._chat = replace(self._chat, messages=[_with_thought_apart(message) for message in self._chat.messages])
+
     def _has_second_thought(self, text: str) -> bool:
         """Return whether the template writes a thought of its own before the one in a content, which it does not find there."""
         thoughts = [message["content"] for _, message in self._chat.answers() if split_thought(message.get("content") or "")[0]]
         return any(f"</think>{_squeezed(content)}" in _squeezed(text) for content in thoughts if content.lstrip().startswith("<think>"))
+
+    def asked(self) -> str:
+        """Return the prompt that asks for the next answer. Raises UserError if the template leaves out a message or a tool."""
+        text = self._render(self._chat, True)
+        if self._has_second_thought(text):
+            self._set_thoughts_apart()
+            text = self._render(self._chat, True)
+        self.check_context(text)
+        return text
 
     # The text
 
@@ -154,11 +167,19 @@ class Turns:
                 return None
             what = "the chat template changes the messages before this turn when the chat continues"
             raise UserError(what, where=f"messages[{number}]", fix=FIX)
+        has_calls = "tool_calls" in self._chat.messages[number]
+        if not has_calls and self._stop.match(text, len(prompt)) and self._ignores_prompt():
+            what = "the chat template changes or omits the assistant's text: it has no generation prompt"
+            raise UserError(what, where=f"messages[{number}]", fix=FIX)
         start, (stop, end) = len(prompt), self._stop_of(number, text, len(prompt))
         if end > self._turn_end(number, text):
             raise _no_stop(number)
         self._check(number, text[opened.start() if opened else start : stop])
         return start, end
+
+    def _ignores_prompt(self) -> bool:
+        """Return whether the template has no generation prompt, so that the header of the turn would be trained."""
+        return self._render(QUESTION, True) == self._render(QUESTION, False)
 
     def _prompt(self, number: int, text: str) -> str:
         """Return the text up to where a turn begins. Some templates have no prompt without a question before it, such as for a greeting."""
@@ -284,9 +305,8 @@ def _continued(opened: str, answer: str, message: Message, number: int) -> str:
 
 def _shared(first: str, second: str) -> int:
     """Return the number of characters that two texts begin with alike."""
-    return next(
-        (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other), min(len(first), len(second))
-    )
+    differ = (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differ, min(len(first), len(second)))
 
 
 def _no_stop(number: int) -> UserError:
