@@ -6,12 +6,13 @@ from typing import Any
 
 import families
 import pytest
-from test_documents import load, write
+from transformers import PreTrainedTokenizerFast
 
 from verl.config.commands import EvalConfig
 from verl.config.ppo import PromptConfig
 from verl.config.sft import DataConfig
 from verl.data.chat import ChatInput
+from verl.data.documents import Documents, load_documents
 from verl.data.formats import Row
 from verl.data.prompts import load_prompts
 from verl.data.shapes import read_question
@@ -19,6 +20,17 @@ from verl.data.tables import Columns
 from verl.errors import UserError
 
 Values = dict[str, Any]
+
+
+def write(path: Path, rows: list[Values]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def load(tmp_path: Path, files: str, tokenizer: PreTrainedTokenizerFast | None = None, **keys: Any) -> Documents:
+    config = DataConfig(train_files=files, cache_dir=str(tmp_path / "cache"), **keys)
+    return load_documents(config, Columns.of(config), files, tokenizer or families.chatml())
+
 
 USER, ASSISTANT = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}
 CHAT = [USER, ASSISTANT]
@@ -207,7 +219,7 @@ def test_prompts_of_a_run_say_how_rows_were_recognised(tmp_path: Path) -> None:
 
 
 def test_the_report_counts_what_was_recognised_and_left_out(tmp_path: Path) -> None:
-    rows = [
+    rows: list[Values] = [
         {"messages": [*CHAT, USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]},
         {"messages": [USER, {**ASSISTANT, "mood": "glad"}]},
         {"instruction": "2+2?", "input": "", "output": "four"},

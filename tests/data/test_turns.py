@@ -20,9 +20,8 @@ TEMPLATES = Path(FOUND.origin).parent / "chat_templates" if FOUND is not None an
 needs_trl = pytest.mark.skipif(TEMPLATES is None, reason="needs the templates of models that trl ships")
 
 THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-DEEPSEEK = tuple(
-    f"<｜tool▁{part}｜>" for part in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end", "outputs▁begin", "outputs▁end")
-)
+PARTS = ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end", "outputs▁begin", "output▁begin", "output▁end", "outputs▁end")
+DEEPSEEK = tuple(f"<｜tool▁{part}｜>" for part in PARTS)
 FAMILIES: dict[str, tuple[list[Any], tuple[str, ...], dict[str, str]]] = {
     "qwen": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], THINK, {"eos_token": "<|im_end|>"}),
     "llama": (
@@ -47,13 +46,8 @@ FAMILIES: dict[str, tuple[list[Any], tuple[str, ...], dict[str, str]]] = {
         [
             "<s>",
             "</s>",
-            "[INST]",
-            "[/INST]",
+            *(f"[{end}{name}]" for name in ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS") for end in ("", "/")),
             "[TOOL_CALLS]",
-            "[AVAILABLE_TOOLS]",
-            "[/AVAILABLE_TOOLS]",
-            "[TOOL_RESULTS]",
-            "[/TOOL_RESULTS]",
         ],
         (),
         {"bos_token": "<s>", "eos_token": "</s>"},
@@ -84,7 +78,7 @@ def tokenizer_of(family: str, name: str) -> PreTrainedTokenizerFast:
     if name not in WRITTEN and TEMPLATES is None:
         pytest.skip("needs the templates of models that trl ships")
     special, added, names = FAMILIES[family]
-    template = WRITTEN[name] if name in WRITTEN else (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")  # type: ignore[operator]
+    template = WRITTEN[name] if name in WRITTEN else (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return families.byte_level(template, special, added, **names)
 
 
@@ -271,7 +265,7 @@ def test_variables_of_a_row_reach_the_template_in_training_and_in_the_prompt() -
     (rendered,) = renderer.chats([ChatInput(ONE, template_kwargs=off)])
     assert isinstance(rendered, Rendered)
     prompt = renderer.prompt(ONE[:1], None, off)
-    assert tokenizer.decode(prompt).endswith(NO_THOUGHT) and rendered.input_ids[: len(prompt)] == prompt
+    assert str(tokenizer.decode(prompt)).endswith(NO_THOUGHT) and rendered.input_ids[: len(prompt)] == prompt
     assert trained(tokenizer, rendered) == ["four<|im_end|>"]
     (unknown,) = renderer.chats([ChatInput(ONE, template_kwargs='{"mood": "glad"}')])
     assert isinstance(unknown, Rendered) and unknown.notes == ("the variable 'mood' of the row is not used by the chat template",)

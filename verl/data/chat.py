@@ -1,7 +1,7 @@
 """A chat in the form that chat templates expect: messages with a role and a content, and the tools that the assistant may call."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl.errors import UserError
@@ -62,7 +62,7 @@ class Chat:
 
     def up_to(self, number: int) -> "Chat":
         """Return the chat up to, but without, message `number`."""
-        return replace(self, messages=self.messages[:number])
+        return Chat(self.messages[:number], self.tools, self.template_kwargs)
 
     def trained_turns(self, given: ChatInput) -> list[int]:
         """Return the indices of the messages to train.

@@ -130,7 +130,7 @@ def render(renderer: Renderer, question: Question) -> list[int]:
     try:
         return renderer.prompt(question.messages, question.tools, question.template_kwargs)
     except UserError as error:
-        where = f"{question.where}: {error.where}" if error.where else question.where
+        where = question.where if error.where in (None, "messages") else f"{question.where}: {error.where}"
         raise UserError(error.what, where=where, fix=error.fix) from None
 
 
