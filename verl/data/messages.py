@@ -22,6 +22,7 @@ ROLES = {
     **dict.fromkeys(("function", "observation", "function_response", "tool_response"), "tool"),
     **{name: name for name in ("system", "user", "assistant", "tool", "developer")},
 }
+ROLE = re.compile(r"[\w.-]+")  # no brackets, so that a role cannot be a control token
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a call, whose value is JSON
 # Marks on a message, with whether true means that the turn is trained.
 MARKS = {"weight": True, "train": True, "training": True, "loss": True, "trainable": True, "loss_mask": True, "masked": False}
@@ -105,6 +106,8 @@ def _message(message: object, where: str) -> Message:
     present["role"] = _role(present, where)
     if present["role"] == "assistant":
         present = _with_calls(present, where)
+    elif present.pop("tool_calls", None) or present.pop("function_call", None):
+        raise UserError("only the assistant calls tools", where=where, fix="correct the role, or remove the calls")
     if isinstance(present.get("content"), list):
         present = _with_joined_parts(present, f"{where}.content")
     _check_content(present, f"{where}.content")
@@ -122,7 +125,7 @@ def _from_sharegpt(message: Message, where: str) -> Message:
 
 def _role(message: Message, where: str) -> str:
     role = message.get("role")
-    if isinstance(role, str) and role:
+    if isinstance(role, str) and ROLE.fullmatch(role):
         return ROLES.get(role) or ROLES.get(role.lower(), role)
     if role is None:
         found = f"key 'role' is missing (found: {', '.join(map(str, message)) or 'no keys'})"
@@ -176,6 +179,8 @@ def _with_joined_parts(message: Message, where: str) -> Message:
     joined = {**message, "content": ""}
     for number, part in enumerate(message["content"]):
         key, text = _part(part, f"{where}[{number}]")
+        if not isinstance(joined.get(key, ""), str):
+            raise UserError(f"the message has {key!r} too: {describe(joined[key])}", where=where, fix="keep one of them")
         joined[key] = joined.get(key, "") + text
     return joined
 

@@ -278,15 +278,16 @@ class Renderer:
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
         fields = [(self._control(message, value), value) for message in chat.messages for key, value in message.items() if key != "role"]
-        fields.append((self._encoder.data, chat.tools))
+        fields += [(self._encoder.data, chat.tools), (self._encoder.data, chat.template_kwargs)]
         if not any(control.touches(text) for control, value in fields for text in strings(value)):
             return chat, None
-        disguise = Disguise([chat.messages, chat.tools])
+        disguise, hide = Disguise([chat.messages, chat.tools, chat.template_kwargs]), self._encoder.data.hide_in
         messages = [
             {key: value if key == "role" else self._control(message, value).hide_in(value, disguise) for key, value in message.items()}
             for message in chat.messages
         ]
-        return replace(chat, messages=messages, tools=self._encoder.data.hide_in(chat.tools, disguise)), disguise
+        shown = replace(chat, messages=messages, tools=hide(chat.tools, disguise), template_kwargs=hide(chat.template_kwargs, disguise))
+        return shown, disguise
 
     def _control(self, message: Message, value: object) -> ControlText:
         """Return the control text to hide in a field: special tokens in the assistant's own text, every control token elsewhere."""

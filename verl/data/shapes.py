@@ -132,7 +132,7 @@ def read_question(row: Row, columns: NamedColumns, system_prompt: str | None, pr
     shape = shape_of(row, columns, prefix, for_training=False)
     row, said = _flat(row, shape), None
     messages = _with_system(row.value(shape.chat, f"{prefix}messages_key"), row, shape) if shape.chat else _question(row, shape, prefix)
-    is_chat = shape.chat is not None or len(messages) > 1 or messages[0]["role"] != "user"
+    is_chat = shape.chat is not None or len(messages) > 1 or messages[0].get("role") != "user"
     tools, note = _tools(row, columns, messages, prefix)
     kwargs, more = _template_kwargs(row, columns, prefix)
     if system_prompt is not None:
@@ -170,8 +170,8 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
     found = _recognised(row, for_training=for_training, needs_answer=answer is not None)
     if len(found) == 1:
         return found[0]
-    if not found:
-        return named  # its columns are missing, and the error says so
+    if not found:  # an error will say what is wrong with the chat, or that the columns of the config are missing
+        return next((_shape(row, chat=name) for name in CHATS if name in row.values), named)
     ways = "; or ".join(_keys_of(shape, prefix) for shape in found)
     what = f"it is not clear which columns to read (found: {', '.join(map(str, row.values))})"
     raise UserError(what, where=row.where, fix=f"set {ways}")
