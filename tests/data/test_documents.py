@@ -112,11 +112,12 @@ def test_only_the_first_rows_are_used(tmp_path: Path) -> None:
 
 def test_chats_with_tools_and_plain_text_are_read_by_their_columns(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    renderer = Renderer(families.chatml())
-    as_chat = renderer.chat(chat)
+    tokenizer = families.chatml("{% if tools %}{{ tools | tojson }}{% endif %}" + families.CHATML)
+    renderer = Renderer(tokenizer)
+    as_chat, with_tools = renderer.chat(chat), renderer.chat(chat, [{"name": "f"}])
     path = write(tmp_path / "chat.jsonl", [{"messages": chat, "tools": None}, {"messages": json.dumps(chat), "tools": '[{"name": "f"}]'}])
-    loaded = load(tmp_path, path, messages_key="messages", tools_key="tools")
-    assert contents(loaded) == [(as_chat.input_ids, as_chat.loss_mask)] * 2
+    loaded = load(tmp_path, path, tokenizer, messages_key="messages", tools_key="tools")
+    assert contents(loaded) == [(as_chat.input_ids, as_chat.loss_mask), (with_tools.input_ids, with_tools.loss_mask)]
     text = renderer.text("the cat\nsat")
     whole = load(tmp_path, write(tmp_path / "text.jsonl", [{"body": "the cat\nsat"}]), text_key="body")
     assert contents(whole) == [(text.input_ids, text.loss_mask)]

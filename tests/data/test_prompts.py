@@ -79,7 +79,7 @@ def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
         ({"question": "2+2?"}, {}, "column 'answer' is missing"),
         ({"chat": '[{"role": "user"', "answer": "4"}, {"messages_key": "chat"}, "found text that is not JSON"),
         ({"chat": [{"role": "assistant", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "no message to answer"),
-        ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "unknown role: text ('users')"),
+        ({"chat": [{"role": 5, "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "unknown role: a number (5)"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict[str, Any], changes: dict[str, Any], found: str) -> None:

@@ -128,12 +128,12 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"messages": []}, {}, "no message to answer"),
+        ({"messages": []}, {}, "an empty list"),
         ({"messages": "[{"}, {}, "not JSON"),
         ({"messages": [{"role": "user", "content": "1 + 1?"}]}, {}, "answer"),
         ({"question": "1 + 1?"}, {}, "messages"),
         (chat_of(ROWS[0]), {"system_prompt": "Be brief."}, "both set"),
-        (chat_of(ROWS[0]), {"messages_key": None, "tools_key": "tools"}, "tools_key needs messages_key"),
+        (chat_of(ROWS[0]), {"messages_key": None, "tools_key": "tools"}, "column 'tools' is missing"),
     ],
 )
 def test_a_chat_that_cannot_be_asked_is_named(

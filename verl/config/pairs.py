@@ -26,6 +26,8 @@ class PairsConfig:
     rejected_key: str = "rejected"
     # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
+    # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     # Pairs per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
     train_batch_size: int | None = None
     # Pairs per micro-batch: the token budget is micro_batch_size_per_gpu × 2 × max_length.

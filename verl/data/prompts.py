@@ -15,10 +15,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PromptConfig
-from verl.data.chat import unanswered
 from verl.data.loader import RowChoice, row_order
 from verl.data.render import Renderer
 from verl.data.row import ReadProgress, Row, notes_of
+from verl.data.shapes import Asked, read_question
 from verl.data.source import Entry, describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError
 
@@ -123,27 +123,23 @@ def _mixed(prompts: Prompts, entries: list[Entry], rows_by_source: list[int], nu
 
 
 def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
-    if row.is_text:
-        raise UserError("plain text has no questions", where=row.where, fix="write the questions as JSONL, CSV or Parquet")
-    values = row.values
-    if config.response_key is not None:
-        if not row.has(config.response_key):
-            fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
-            what = f"column {config.response_key!r} is missing (found: {', '.join(map(str, values))})"
-            raise UserError(what, where=row.where, fix=fix)
-        values = {**values, "reference": row.text(config.response_key, "data.response_key")}
-    tools = None if config.tools_key is None else row.value(config.tools_key, "data.tools_key", may_be_null=True)
-    if config.messages_key is None:
-        text = row.text(config.prompt_key, "data.prompt_key")
-        before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-        messages: list[dict[str, Any]] = [*before, {"role": "user", "content": text}]
-    else:
-        messages, _ = unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
-        text = messages[-1]["content"]
+    asked = _asked(row, config)
+    values = row.values if config.response_key is None else {**row.values, "reference": asked.reference}
     try:
-        return Prompt(row.where, text, messages, renderer.prompt(messages, tools), values)
+        ids = renderer.prompt(asked.messages, asked.tools, asked.template_kwargs)
     except UserError as error:
         raise UserError(error.what, where=f"{row.where}: {error.where}" if error.where else row.where, fix=error.fix) from None
+    return Prompt(row.where, asked.text, asked.messages, ids, values)
+
+
+def _asked(row: Row, config: PromptConfig) -> Asked:
+    try:
+        return read_question(row, config, config.system_prompt, "data.")
+    except UserError as error:
+        if not error.what.startswith(f"column {config.response_key!r} is missing"):
+            raise
+        fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
+        raise UserError(error.what, where=error.where, fix=fix) from None
 
 
 def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> UserError:

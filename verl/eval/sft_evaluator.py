@@ -17,9 +17,9 @@ from rich.console import Console
 
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
-from verl.data.chat import unanswered
 from verl.data.render import Renderer
 from verl.data.row import ReadProgress, Row, notes_of
+from verl.data.shapes import read_question
 from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
@@ -45,7 +45,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     grader = Grader(config)
     directory = report.open_directory(config.output_dir)
     questions = read_questions(config, grader, console)
-    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
+    variables = config.chat_template_kwargs
+    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code, chat_template_kwargs=variables)
     renderer = Renderer(tokenizer)
     stop_ids = renderer.stop_ids  # raises if the template is unusable
     systems = [system_of(question.messages) for question in questions]
@@ -110,9 +111,7 @@ def read_questions(config: EvalConfig, grader: Grader, console: Console | None =
     rows = list(islice(valid_rows(sources_of(entries), ReadProgress()), samples))
     questions = []
     for row in rows:
-        if row.is_text:
-            raise UserError("plain text has no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
-        question = read_question(row, config) if config.messages_key is None else read_chat(row, config, config.messages_key)
+        question = question_of(row, config)
         grader.check(question)
         questions.append(question)
     if console is not None:
@@ -121,27 +120,20 @@ def read_questions(config: EvalConfig, grader: Grader, console: Console | None =
     return questions
 
 
-def read_question(row: Row, config: EvalConfig) -> Question:
-    prompt, reference = row.text(config.prompt_key, "prompt_key"), row.text(config.response_key, "response_key")
-    before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-    return Question(row.where, prompt, reference, {**row.values, "reference": reference}, [*before, {"role": "user", "content": prompt}])
-
-
-def read_chat(row: Row, config: EvalConfig, key: str) -> Question:
-    """Read a chat up to its last answer, which is the reference if the row has no response column."""
-    messages, answer = unanswered(row.value(key, "messages_key"), row.where)
-    if row.has(config.response_key) or not isinstance(answer, str):
-        answer = row.text(config.response_key, "response_key")
-    tools = None if config.tools_key is None else row.value(config.tools_key, "tools_key", may_be_null=True)
-    return Question(row.where, messages[-1]["content"], answer, {**row.values, "reference": answer}, messages, tools)
+def question_of(row: Row, config: EvalConfig) -> Question:
+    """Return a row as a question. The reference of a chat is its last answer, if the row has no response column."""
+    asked = read_question(row, config, config.system_prompt)
+    assert asked.reference is not None  # the evaluator has a response_key
+    values = {**row.values, "reference": asked.reference}
+    return Question(row.where, asked.text, asked.reference, values, asked.messages, asked.tools, asked.template_kwargs)
 
 
 def render(renderer: Renderer, question: Question) -> list[int]:
     """Return the tokens of the question, in the same format as in training."""
     try:
-        return renderer.prompt(question.messages, question.tools)
+        return renderer.prompt(question.messages, question.tools, question.template_kwargs)
     except UserError as error:
-        where = f"{question.where}: {error.where}" if error.where and question.tools is not None else question.where
+        where = question.where if error.where in (None, "messages") else f"{question.where}: {error.where}"
         raise UserError(error.what, where=where, fix=error.fix) from None
 
 

@@ -41,7 +41,7 @@ def train(config: SFTConfig) -> TrainResult:
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
-        tokenizer = read_tokenizer(outline, config.data.chat_template)
+        tokenizer = read_tokenizer(outline, config.data)
         spread = choose_spread(outline, hardware)  # raises before the data is read
         documents, validation = load_data(config.data, Columns.of(config.data), tokenizer, run)
         loader = build_loader(config.data, documents, config.trainer.seed, hardware)
@@ -82,7 +82,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
 
     device = dist.start()
     outline = Outline(config.model)
-    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data.chat_template))
+    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data))
     hardware = measure(device) if device.type == "cuda" else ASSUMED
     plan = plan_run(config, documents, outline, hardware.planned(gpus or dist.world_size()))
     if dist.is_main():
