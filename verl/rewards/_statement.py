@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from verl.rewards._spelling import CURRENCY
+
 Mark = Literal["box", "hashes", "tag", "phrase", "bold"]
 
 BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
@@ -28,14 +30,18 @@ THOUGHT = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
 NEXT_QUESTION = re.compile(r"\n[*#_ ]{0,6}(?:Question|Problem|Q|Human|User|问题|題目|题目)[*_ ]{0,4}(?: ?\d{1,3})?[*_ ]{0,4}[:：]", re.IGNORECASE)
 # Words that begin a reason or a remark, after the answer itself.
 REMARK = re.compile(
-    r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I hope|and (?:we|the|this|that|it))\b|\s(?:-{2,}|—)\s|"
+    r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|and (?:we|the|this|that|it))\b|\s(?:-{2,}|—)\s|"
     r"[.!。;](?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )
 BETWEEN_BOXES = re.compile(r"(?:[\s,;$]|\\quad|\\text\s*\{|\}|\\[()\[\]]|and|or|\\ )+(?:for (?:part )?\(?\w{1,3}\)?(?:[\s}]|and)*)?")
 FORMULA = re.compile(
-    r"\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>(?:\\\$|[^$])+)\$|\\\((?P<round>(?:(?!\\\().)+?)\\\)|\\\[(?P<square>(?:(?!\\\[).)+?)\\\]", re.DOTALL
+    r"\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>[^$]+)\$|\\\((?P<round>(?:(?!\\\().)+?)\\\)|\\\[(?P<square>(?:(?!\\\[).)+?)\\\]", re.DOTALL
 )
+
+DELIMITERS = (("\\[", "\\]"), ("$$", "$$"))
+DECORATION = " \t\r\n*_:：#`$"
+LEADING = re.compile(r"[\s:：]*(?:[*_]{1,3}(?=\s|$)[\s:：]*)?")
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def until_next_question(text: str, answered: re.Pattern[str]) -> str:
 
 def hashed(text: str) -> list[Statement]:
     """Return the statements behind `####`: the rest of the line, or the next line that has something."""
-    return [_line_behind(text, "hashes", match.end()) for match in HASHES.finditer(text)]
+    return [Statement(one.mark, _sentence(one.text), one.start, one.end) for one in _behind(text, "hashes", HASHES)]
 
 
 def tagged(text: str) -> list[Statement]:
@@ -91,8 +97,7 @@ def tagged(text: str) -> list[Statement]:
 
 def phrased(text: str) -> list[Statement]:
     """Return what follows "the answer is" and the like, to the end of the sentence."""
-    statements = (_line_behind(text, "phrase", match.end()) for match in PHRASE.finditer(text))
-    return [Statement("phrase", _sentence(one.text), one.start, one.end) for one in statements]
+    return [Statement(one.mark, _sentence(one.text), one.start, one.end) for one in _behind(text, "phrase", PHRASE)]
 
 
 def boxed(text: str) -> list[Statement]:
@@ -149,30 +154,35 @@ def bold(text: str) -> list[Statement]:
 
 def formulas(text: str) -> list[Statement]:
     r"""Return the contents of `$…$`, `$$…$$`, `\(…\)` and `\[…\]`."""
+    text = text.replace(r"\$", CURRENCY)
     found = ((match, next(name for name, group in match.groupdict().items() if group)) for match in FORMULA.finditer(text))
     return [Statement("phrase", match[name], *match.span(name)) for match, name in found]
 
 
-def _line_behind(text: str, mark: Mark, start: int) -> Statement:
+def _behind(text: str, mark: Mark, pattern: re.Pattern[str]) -> list[Statement]:
+    """Return what follows each match, up to the next one, that is not empty."""
+    matches = list(pattern.finditer(text))
+    ends = [*(match.start() for match in matches[1:]), len(text)]
+    found = (_line_behind(text, mark, match.end(), end) for match, end in zip(matches, ends, strict=False))
+    return [one for one in found if one.text.strip(DECORATION)]
+
+
+def _line_behind(text: str, mark: Mark, start: int, stop: int) -> Statement:
     """Return the rest of the line at `start`, or the next lines if it has nothing but decoration: a display formula may take several."""
-    end = _end_of_line(text, start)
-    if not text[start:end].strip(" \t*_:：$[\\`"):
-        for opening, closing in (("\\[", "\\]"), ("$$", "$$"), ("\\(", "\\)"), ("$", "$")):
-            rest = text[start : start + 2000]
-            if rest.lstrip(" \t\r\n*_:：").startswith(opening):
-                begin = start + rest.index(opening) + len(opening)
-                close = text.find(closing, begin)
-                return Statement(mark, text[begin:close], begin, close) if close >= 0 else Statement(mark, text[begin:], begin, len(text))
-        behind = re.compile(r"[\s*_:：]*").match(text, end)
-        begin = behind.end() if behind else end
-        end = _end_of_line(text, begin)
-        return Statement(mark, text[begin:end], begin, end)
-    return Statement(mark, text[start:end], start, end)
+    begin = LEADING.match(text, start, stop).end()  # type: ignore[union-attr]  # it matches nothing, too
+    for opening, closing in DELIMITERS:
+        if text.startswith(opening, begin, stop):
+            inner = begin + len(opening)
+            close = text.find(closing, inner, stop)
+            if close >= 0:
+                return Statement(mark, text[begin : _end_of_line(text, close + len(closing), stop)], begin, close)
+    end = _end_of_line(text, begin, stop)
+    return Statement(mark, text[begin:end], begin, end)
 
 
-def _end_of_line(text: str, start: int) -> int:
-    end = text.find("\n", start)
-    return len(text) if end < 0 else end
+def _end_of_line(text: str, start: int, stop: int) -> int:
+    end = text.find("\n", start, stop)
+    return stop if end < 0 else end
 
 
 def _sentence(rest: str) -> str:

@@ -185,6 +185,7 @@ _TIMES_SIGN = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|sqrt|abs|det|mod)h?(?![a-zA-Z])")
 _TEXT = re.compile(r"[a-zA-Z]{4,}|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
 _WITH_UNIT = re.compile(r"(.*[\d})a-z]) ((?:square |cubic )?[a-zA-Z]{2,}(?: ?\^ ?\{?[23]\}?)?(?: ?(?:per |/ ?)[a-zA-Z]+)?)\.?")
+_SENTENCE = re.compile(r"([A-Za-z][^=<>0-9]{0,80}?) (?:is|are|was|equals|is equal to|will be|would be|should be|must be) (?:equal to )?(.+)")
 _ONLY_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[ '-]+[^\W\d_]+)*|[^\W\d_](?:[ '-]+[^\W\d_]{2,})+")
 
 
@@ -604,7 +605,14 @@ def _expression(text: str, depth: int) -> Value | None:
 
 
 def _is_formula(text: str) -> bool:
-    return r"\ldots" not in text and not _TEXT.search(_COMMAND.sub(" ", text))
+    return r"\ldots" not in text and not _TEXT.search(_COMMAND.sub("□", text))
+
+
+def _sentence(text: str, depth: int) -> Value | None:
+    """Read `the largest n is 34`."""
+    match = _SENTENCE.fullmatch(text)
+    value = _read(_unwrapped(match[2]), depth + 1) if match else None
+    return Named(_name(match[1]), value) if match and value is not None and not isinstance(value, Words) else None
 
 
 def _words(text: str, depth: int) -> Value | None:
@@ -616,5 +624,5 @@ def _canonical(text: str) -> str:
 
 
 _READINGS: tuple[Callable[[str, int], Value | None], ...] = (
-    _known_words, _bounded, _choice, _date, _clock, _bracketed, _several, _relation, _plus_or_minus, _quantity, _ratio, _expression, _words,
+    _known_words, _bounded, _choice, _date, _clock, _bracketed, _several, _relation, _plus_or_minus, _quantity, _ratio, _sentence, _expression, _words,
 )  # fmt: skip
