@@ -120,6 +120,8 @@ class _Comparison:
         return self._interval(Interval(low, high, False, False), interval)
 
     def _interval(self, interval: Interval, other: Value) -> bool:
+        if isinstance(other, Expression) and (inequality := _inequality(interval)):
+            return self._same(inequality, other.latex)
         if not isinstance(other, Interval) or not _names_agree(interval.name, other.name):
             return False
         if (interval.has_low, interval.has_high) != (other.has_low, other.has_high):
@@ -198,6 +200,16 @@ def _ratio_of(clock: Clock, like: Ratio) -> Ratio | None:
     """Return the other ratio if the clock's, read as a ratio, is equal to it."""
     assert clock.ratio is not None
     return like if len(like.parts) == 2 and like.parts[1] and like.parts[0] / like.parts[1] == clock.ratio else None
+
+
+def _inequality(interval: Interval) -> str | None:
+    """Return `x < 5` for an interval that has one end."""
+    name = interval.name or "x"
+    if isinstance(interval.low, Quantity | Expression) and interval.high is None:
+        return f"{name} {'>=' if interval.has_low else '>'} {_latex(interval.low)}"
+    if isinstance(interval.high, Quantity | Expression) and interval.low is None:
+        return f"{name} {'<=' if interval.has_high else '<'} {_latex(interval.high)}"
+    return None
 
 
 def _latex(value: Value) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from verl.errors import UserError
 
-SECONDS = 1.0  # of processor time for one comparison
+SECONDS = 0.9  # of processor time for one comparison
 WAITING_SECONDS = 5.0  # of wall time for one comparison, on a busy machine
 MEMORY_BYTES = 4 * 2**30  # address space of a worker, including SymPy
 MOST_WORKERS = 8

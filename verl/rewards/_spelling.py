@@ -25,6 +25,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\$", CURRENCY),
+        (r"\\\"", '"'),
         (r",\\! ?", ","),  # 1,\!000
         (r"\{,\}", ","),
         (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),

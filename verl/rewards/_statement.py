@@ -13,19 +13,21 @@ from verl.rewards._spelling import CURRENCY
 
 Mark = Literal["box", "hashes", "tag", "phrase", "bold"]
 
-BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
+BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"(?<!#)####(?!#)")
 TAG = re.compile(r"<answer>|</answer>", re.IGNORECASE)
 PHRASE = re.compile(
     r"\banswers?\b[^\S\n]{0,3}(?:\([^()\n]{1,40}\)|(?:to|for|of|in)\b(?:(?!\bis\b|\bare\b)[^.:=\n$\\]){1,80})?[ *_]{0,6}"
     r"(?:(?:is|are|be|was|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
-    r"\b(?:correct|right|final) (?:option|choice|result|value|solution)s?[ *_]{0,6}(?:(?:is|are)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
+    r"\b(?:correct|right|final) (?:option|choice|result|value)s?[ *_]{0,6}(?:(?:is|are)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
+    r"\banswers?[ *_]{0,6}(?=\$|\\[(\[])|"
     r"\bfinal answer[*_#]{0,6}[^\S\n]{0,3}(?=\n)|"
     r"(?:最终|最後|最后|正确|正確)?(?:的)?答案[*_ ]{0,6}(?:是|为|為|應該是|应该是)?[*_ ]{0,6}[:：]?|"
     r"\b(?:Réponse|Respuesta|Resposta|Antwort|Risposta|Ответ)(?: finale?| final)?[ *_]{0,6}[:：]|(?:答え|정답)(?:は|은|는)?[:： ]?",
     re.IGNORECASE,
 )
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+CHAT_TOKEN = re.compile(r"<\|im_start\|>\w*\s*\n|<\|(?:im_end|eot_id|endoftext|end_of_text|start_header_id|end|user|eom_id)\|>|</s>|<end_of_turn>|<start_of_turn>")
 THOUGHT = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
 NEXT_QUESTION = re.compile(r"\n[*#_ ]{0,6}(?:Question|Problem|Q|Human|User|问题|題目|题目)[*_ ]{0,4}(?: ?\d{1,3})?[*_ ]{0,4}[:：]", re.IGNORECASE)
 # Words that begin a reason or a remark, after the answer itself.
@@ -34,7 +36,10 @@ REMARK = re.compile(
     r"[.!。;](?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )
-BETWEEN_BOXES = re.compile(r"(?:[\s,;$]|\\quad|\\text\s*\{|\}|\\[()\[\]]|and|or|\\ )+(?:for (?:part )?\(?\w{1,3}\)?(?:[\s}]|and)*)?")
+BETWEEN_BOXES = re.compile(
+    r"(?: ?[A-Za-z]+ and)?(?:[\s,;$]|\\quad|\\text\s*\{|\}|\\[()\[\]]|and\b|or\b|\\ )*"
+    r"(?:for (?:part )?\(?\w{1,3}\)?[\s}]*(?:and\b|or\b|,)?[\s}]*|[A-Za-z](?:_\w|_\{\w+\})? ?= ?)?"
+)
 FORMULA = re.compile(
     r"\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>[^$]+)\$|\\\((?P<round>(?:(?!\\\().)+?)\\\)|\\\[(?P<square>(?:(?!\\\[).)+?)\\\]", re.DOTALL
 )
@@ -60,7 +65,10 @@ class Statement:
 
 
 def visible(text: str) -> str:
-    """Return a text without its thoughts, and without what follows if the model goes on with a question of its own."""
+    """Return a text without its thoughts, up to the first token of a chat template that is spelled out in it."""
+    first = CHAT_TOKEN.search(text)
+    if first and text[: first.start()].strip():
+        text = text[: first.start()]
     spoken, open_at, kept_from = list[str](), None, 0
     for match in THOUGHT.finditer(text):
         if not match[1] and open_at is None:
@@ -154,7 +162,7 @@ def bold(text: str) -> list[Statement]:
 
 def formulas(text: str) -> list[Statement]:
     r"""Return the contents of `$…$`, `$$…$$`, `\(…\)` and `\[…\]`."""
-    text = text.replace(r"\$", CURRENCY)
+    text = text.replace(r"\$", f"{CURRENCY} ")
     found = ((match, next(name for name, group in match.groupdict().items() if group)) for match in FORMULA.finditer(text))
     return [Statement("phrase", match[name], *match.span(name)) for match, name in found]
 

@@ -34,7 +34,7 @@ _ABBREVIATIONS = {
 _ARTICLES = {"a", "an", "the", "of", "each", "total", "us", "american", "in"}
 _POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TOKEN = re.compile(r"[^\s^/*]+|[\^/*]")
-_UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹\u4e00-\u9fff円][A-Za-z'\u00c0-\u024f\u4e00-\u9fff.-]*|/|\*|\\cdot|\^ ?\{? ?-?[0-9]\}?| )+")
+_UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹\u00c0-\u024f\u4e00-\u9fff'./* -]|\^ ?-?[0-9])+")
 
 
 @dataclass(frozen=True)

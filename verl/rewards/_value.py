@@ -161,7 +161,7 @@ _HEAD = re.compile(
     rf"{_DECIMAL}(?: ?/ ?[-+]?[0-9]+)?(?: ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{{ ?[-+]?[0-9]+ ?\}}|[-+]?[0-9]+)|[eE][-+]?[0-9]+(?![0-9a-zA-Z]))?|"
     rf"[零〇一二两兩三四五六七八九十百千万萬亿億]+)"
 )
-_SPELLED = re.compile(r"(?:(?:[a-z]+-)?[a-z]+ ?)+", re.IGNORECASE)
+_SPELLED = re.compile(r"[a-z]+(?:[ -][a-z]+)*", re.IGNORECASE)
 _MONEY = re.compile(rf"([-+]?) ?(?:US|USD|CA|AU|HK|A|C)? ?([{CURRENCY}€£¥₹])\s*([-+]?) ?(.*)")
 _PERCENT = re.compile(r"\s*(?:%|percentage points?|percentage|percents?|per cent|pct\.?)\s*", re.IGNORECASE)
 _MAGNITUDE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozens?|万|萬|亿|億)(?![a-zA-Z])", re.IGNORECASE)
@@ -175,12 +175,12 @@ _NO_UNIT = re.compile(
 _OPENING, _CLOSING = "([{", ")]}"
 _RELATION = re.compile(r"<=|>=|!=|[=<>≈∈]")
 _JOINED = re.compile(r"[,;]|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|∪|∨|\\(?:lor|vee)(?![a-zA-Z])", re.IGNORECASE)
-_SYMBOL = r"(?:\\[a-zA-Z]+ ?|[A-Za-z])(?:_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
+_SYMBOL = r"(?:\\[a-zA-Z]+|[A-Za-z])(?: ?_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
 _NAME = re.compile(
-    rf"{_SYMBOL}(?: ?\( ?(?:[A-Za-z0-9+-]+ ?,? ?)+\))?|\|[A-Z]{{1,2}}\||(?:\\angle ?|m ?\\angle ?|\\triangle ?)?[A-Z]{{2,4}}|\((?: ?{_SYMBOL} ?,?)+\)|"
+    rf"{_SYMBOL}(?: ?\([A-Za-z0-9+, -]+\))?|\|[A-Z]{{1,2}}\||(?:\\angle ?|m ?\\angle ?|\\triangle ?)?[A-Z]{{2,4}}|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})* ?\)|"
     rf"\\frac\{{[A-Z]{{1,3}}\}}\{{[A-Z]{{1,3}}\}}|{_SYMBOL} ?[:/] ?{_SYMBOL}|\[[A-Z]+\]"
 )
-_WORD_NAME = re.compile(r"(?:[a-zA-Z]{2,}[a-zA-Z_'-]*)(?: [a-zA-Z]+)*")
+_WORD_NAME = re.compile(r"[a-zA-Z]{2}[a-zA-Z_'-]*(?: [a-zA-Z]+)*")
 _TIMES_SIGN = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
 _COMMAND = re.compile(r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|sqrt|abs|det|mod)h?(?![a-zA-Z])")
 _TEXT = re.compile(r"[a-zA-Z]{4,}|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
@@ -399,7 +399,7 @@ def _several(text: str, depth: int) -> Value | None:
         return None
     union = any(separator in ("∪",) for separator in separators)
     if not union and (value := number(text)) is not None:
-        return Quantity(value) if not re.fullmatch("[1-9][0-9]*,[0-9]+", text) or _grouped(text) else _listed(parts, depth, Quantity(value))
+        return Quantity(value) if not re.fullmatch("[-+]?[1-9][0-9]*,[0-9]+", text) or _grouped(text) else _listed(parts, depth, Quantity(value))
     if not union and isinstance(whole := _one_quantity(text), Quantity):
         return whole
     if union:
@@ -409,7 +409,7 @@ def _several(text: str, depth: int) -> Value | None:
 
 
 def _grouped(text: str) -> bool:
-    return re.fullmatch("[0-9]{1,3}(,[0-9]{3})+", text) is not None
+    return re.fullmatch("[-+]?[0-9]{1,3}(,[0-9]{3})+", text) is not None
 
 
 def _grouped_list(text: str, depth: int) -> Value | None:
@@ -551,7 +551,7 @@ def _related(parts: list[str], signs: list[str], text: str, depth: int) -> Value
         (low, high), (has_low, has_high) = (ends, closed) if rising else (ends[::-1], closed[::-1])
         if low is not None and high is not None:
             return Interval(_end(low), _end(high), has_low, has_high, _name(parts[1]))
-    return Expression(text)
+    return _expression(text, depth)
 
 
 def _inequality(parts: list[str], sign: str, text: str, depth: int) -> Value | None:
@@ -560,20 +560,22 @@ def _inequality(parts: list[str], sign: str, text: str, depth: int) -> Value | N
         return _bound(sign, _read(right, depth + 1), _name(left) if left else None)
     if _is_name(right):
         return _bound({"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(sign, sign), _read(left, depth + 1), _name(right))
-    return Expression(text)
+    return _expression(text, depth)
 
 
 def _equation(parts: list[str], text: str, depth: int) -> Value | None:
     first, last = parts[0], parts[-1]
-    if not first or (not re.search("[a-zA-Z]", _COMMAND.sub("", _TIMES_SIGN.sub("", first))) and not _is_name(last)):  # `= 5`, `2 + 3 = 5`
+    if not first:  # `= 5`
         return _read(last, depth + 1)
+    if not re.search("[a-zA-Z]", _COMMAND.sub("", _TIMES_SIGN.sub("", first))) and isinstance(result := _read(last, depth + 1), Quantity):
+        return result  # `2 + 3 = 5`
     if _is_name(first):
         value = _read(last, depth + 1)
         return Named(_name(first), value) if value is not None else None
     if _is_name(last) and len(parts) == 2:  # `5 = x`
         value = _read(first, depth + 1)
         return Named(_name(last), value) if value is not None else None
-    return Expression(text)
+    return _expression(text, depth)
 
 
 def _is_name(text: str) -> bool:
@@ -597,7 +599,7 @@ def _expression(text: str, depth: int) -> Value | None:
     if text.count("{") != text.count("}") or _ONLY_LETTERS.fullmatch(text):
         return None
     if r"\begin" in text:
-        return Expression(text)
+        return Expression(text) if _is_formula(text[: text.index(r"\begin")]) else None
     with_unit = _WITH_UNIT.fullmatch(text)
     if with_unit and _is_formula(with_unit[1]) and not _NO_UNIT.search(with_unit[2]) and (found := unit(with_unit[2])):
         return Expression(with_unit[1], found)

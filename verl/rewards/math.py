@@ -16,12 +16,13 @@ from verl.rewards import _statement
 from verl.rewards._equality import equal
 from verl.rewards._judge import Judge
 from verl.rewards._statement import Statement
-from verl.rewards._value import LONGEST, Words, compact, read
+from verl.rewards._value import LONGEST, Several, Value, Words, compact, read
 
 ExtractionMethod = Literal["strict", "flexible"]
 
 ANSWERED = re.compile(r"\\(?:boxed|fbox)\b|(?<!#)####(?!#)|</answer>|\banswers? ?(?:is|:)", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])-?[$€£]?(?:\d[\d,]*(?: \d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?: ?%)?|-?\\frac\{\d{1,30}\}\{\d{1,30}\}")
+NEGATION = re.compile(r"\b(?:not|no|none|neither|nor|cannot|never|without|except)\b|n't\b", re.IGNORECASE)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 REMARKS = ("correct", "right", "wrong", "incorrect", "below", "above", "as follows", "clear", "obvious", "reasonable", "found", "unknown", "yours")
 
@@ -116,20 +117,40 @@ def _stated(text: str, is_reference: bool = False) -> str | None:
     marked = [one for one in (box, *_statement.hashed(text)[-1:], *_statement.tagged(text)[-1:]) if one and _undelimited(one.text)]
     last = max(marked, key=lambda one: one.end, default=None)
     for phrase in reversed(_statement.phrased(text)):
-        if last is not None and phrase.end <= last.end:
+        if last is not None and phrase.start <= last.end:
             break
         if _states(phrase, only_values=last is not None):
-            return _undelimited(phrase.text)
+            last = phrase
+            break
     if last is None:
         last = next((one for one in reversed(_statement.bold(text)) if _states(one, only_values=True)), None)
-    return _undelimited(last.text) if last else None
+    return _from_sentence(_undelimited(last.text)) if last else None
+
+
+def _from_sentence(answer: str) -> str:
+    """Return the value that a sentence states, `x = 3` for `the value is $x = 3$ then`; any other answer as it is.
+
+    A whole solution in one box states what it says last.
+    """
+    if len(answer) <= LONGEST and (NEGATION.search(answer) or _is_value(read(answer))):
+        return answer
+    inner = next((one for one in reversed(_statement.phrased(answer)) if _states(one, only_values=True)), None)
+    if inner is None and re.search(r"[.!?]\s", answer):
+        return _last_of_all(answer) or answer
+    inner = inner or next((one for one in reversed(_statement.formulas(answer)) if one.text.strip()), None)
+    return _undelimited(inner.text) if inner else answer
 
 
 def _states(statement: Statement, only_values: bool) -> bool:
     answer = _undelimited(statement.text)
     if not answer or len(answer) > LONGEST or answer.casefold().strip(" .!") in REMARKS:
         return False
-    return not only_values or not isinstance(read(answer), Words | None)
+    return not only_values or _is_value(read(answer))
+
+
+def _is_value(value: Value | None) -> bool:
+    """Whether an answer is more than words."""
+    return all(_is_value(item) for item in value.items) if isinstance(value, Several) else not isinstance(value, Words | None)
 
 
 def _last_of_all(text: str) -> str | None:
@@ -149,7 +170,7 @@ def _undelimited(text: str) -> str:
     while before != text:
         before, text = text, text.strip().rstrip(".").strip() if not text.strip().endswith("..") else text.strip()
         for begin, end in DELIMITERS:
-            if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end) and begin not in text[len(begin) : -len(end)]:
+            if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end) and begin not in text[len(begin) : -len(end)].replace(r"\$", ""):
                 text = text[len(begin) : -len(end)].strip()
     return text
 
