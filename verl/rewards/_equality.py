@@ -1,5 +1,6 @@
 """Whether two answers say the same."""
 
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -7,6 +8,7 @@ from verl.rewards import _units
 from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words, compact, read
 
 Same = Callable[[str, str], bool]  # whether two expressions in LaTeX are equal
+CHOICES = "ABCDEFGHIJ"  # that may be written in lower case
 MOST_ITEMS = 60  # of a list, compared each with each
 
 
@@ -56,12 +58,12 @@ class _Comparison:
 
     def _choice(self, choice: Choice, other: Value) -> bool:
         if isinstance(other, Choice):
-            return choice.letter == other.letter and (None in (choice.content, other.content) or choice.content == other.content)
+            return choice.letter == other.letter
         if choice.content is not None:
             return self.equal(choice.content, other)
         if isinstance(other, Words | Expression):
             text = other.text if isinstance(other, Words) else other.latex
-            return text.strip("() ").upper() == choice.letter
+            return text.strip("() ").upper() == choice.letter and choice.letter in CHOICES
         return isinstance(other, Named) and self.equal(choice, other.value)
 
     def _named(self, named: Named, other: Value) -> bool:
@@ -147,7 +149,7 @@ class _Comparison:
     def _words(self, words: Words, other: Value) -> bool:
         if isinstance(other, Expression):
             return words.text.replace(" ", "") == other.latex.casefold().replace(" ", "")
-        return isinstance(other, Words) and words.text.replace(" ", "").replace("-", "") == other.text.replace(" ", "").replace("-", "") != ""
+        return isinstance(other, Words) and _joined(words.text) == _joined(other.text) != ""
 
     def _expression(self, expression: Expression, other: Value) -> bool:
         if isinstance(other, Expression):
@@ -159,6 +161,10 @@ class _Comparison:
         if r"\pi" in expression.latex and other.unit == _units.unit("°"):
             return self._same(expression.latex, rf"{_latex(other)}\cdot \frac{{\pi}}{{180}}")
         return _units_agree(expression.unit, other.unit) and self._same(expression.latex, _latex(other))
+
+
+def _joined(words: str) -> str:
+    return re.sub(r"(?<=[^\W\d])[ -]+(?=[^\W\d])", "", words)
 
 
 def _names_agree(first: str | None, second: str | None) -> bool:

@@ -41,7 +41,10 @@ _SPELLINGS = (
     (re.compile(r"(?<!\\)(?<![a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"\\sqrt ?\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"\^ ?\(([^()]*)\)"), r"^{\1}"),
-    (re.compile(r"\\(?:sin|cos|tan|cot|sec|csc) ?([0-9]+) ?\^\\circ"), lambda m: m[0].replace(m[1], "{" + m[1]).replace(r"^\circ", r"^\circ}")),
+    (
+        re.compile(r"\\(?:sin|cos|tan|cot|sec|csc) ?([0-9]+) ?\^\\circ"),
+        lambda m: m[0].replace(m[1], "{" + m[1]).replace(r"^\circ", r"^\circ}"),
+    ),
 )
 
 
@@ -92,7 +95,7 @@ def _with_imaginary_unit(found: Any) -> Any:
     if not isinstance(found, sympy.Basic) or found.has(sympy.Sum, sympy.Product):
         return found
     symbols = [symbol for symbol in found.free_symbols if symbol.name == "i"]
-    return found.subs(symbols[0], sympy.I) if symbols and found != symbols[0] or symbols and len(found.free_symbols) == 1 else found
+    return found.subs(symbols[0], sympy.I) if (symbols and found != symbols[0]) or (symbols and len(found.free_symbols) == 1) else found
 
 
 def _check_size(found: Any) -> None:
@@ -143,7 +146,10 @@ def _equal(right: Any, given: Any) -> bool:
 
 def _is_opaque(*expressions: Any) -> bool:
     """Whether SymPy has no value for a part: an unknown function, a matrix, or a sum with a variable end."""
-    return any(one.has(sympy.core.function.AppliedUndef, sympy.MatrixExpr, sympy.Sum, sympy.Product, sympy.Integral) and one.free_symbols for one in expressions)
+    return any(
+        one.has(sympy.core.function.AppliedUndef, sympy.MatrixExpr, sympy.Sum, sympy.Product, sympy.Integral) and one.free_symbols
+        for one in expressions
+    )
 
 
 def _equal_expressions(right: Any, given: Any) -> bool:

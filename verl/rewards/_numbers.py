@@ -14,9 +14,14 @@ _GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[1-9][0-
 _POINTED = re.compile(rf"(?:{_GROUPED}|{_DIGITS})?(?:\.([0-9]*))?")  # 1,234.50
 _SPACED_WITH_COMMA = re.compile(r"([0-9]{1,3}(?:[. ][0-9]{3})+),([0-9]+)|([0-9]{1,3}(?:\.[0-9]{3}){2,})()")  # 1.000,50 and 1.000.000
 _COMMA = re.compile(r"([0-9]+),([0-9]+)")  # 0,5
-_FRACTION = re.compile(rf"(?:({_DIGITS}) ?(?= |\\))? ?(?:\\frac ?\{{ ?([-+]?) ?({_DIGITS}) ?\}} ?\{{ ?([-+]?) ?({_DIGITS}) ?\}}|({_DIGITS}) ?/ ?([-+]?)({_DIGITS}))")
-_POWER = re.compile(r"(.+?) ?(?:[eE]([-+]?[0-9]+)|(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]+) ?\}|\(([-+]?[0-9]+)\)|([-+]?[0-9]+)))")
+_FRACTION = re.compile(
+    rf"(?:({_DIGITS}) ?(?= |\\))? ?(?:\\frac ?\{{ ?([-+]?) ?({_DIGITS}) ?\}} ?\{{ ?([-+]?) ?({_DIGITS}) ?\}}|({_DIGITS}) ?/ ?([-+]?)({_DIGITS}))"
+)
+_POWER = re.compile(
+    r"(.+?) ?(?:[eE]([-+]?[0-9]+)|(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]+) ?\}|\(([-+]?[0-9]+)\)|([-+]?[0-9]+)))"
+)
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*) ?\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?")
+_GOING_ON = re.compile(r"([0-9]*)\.([0-9]*?)([0-9])\3{2,} ?(?:\\ldots ?|\.\.\.)")  # 0.333...
 _BASED = re.compile(r"([0-9]+) ?_ ?(?:\{ ?([0-9]+)(?: ten)? ?\}|([0-9]+))")
 _SIGN = re.compile(r"([-+]) ?(?![-+ ])")
 
@@ -88,7 +93,7 @@ def _power(text: str) -> Fraction | None:
 
 
 def _repeating(text: str) -> Fraction | None:
-    match = _REPEATING.fullmatch(text)
+    match = _REPEATING.fullmatch(text) or _GOING_ON.fullmatch(text)
     if match is None:
         return None
     start, period = match[2], match[3]

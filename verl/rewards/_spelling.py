@@ -60,16 +60,18 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
         (r"\\frac ?(\{[^{}]*\}) ?(\d)", r"\\frac\1{\2}"),
+        (r"\\[dt]?binom ?(\d) ?(\d)", r"\\binom{\1}{\2}"),
         (r"\\sqrt ?([\da-zA-Z])", r"\\sqrt{\1}"),
         (r"\s+", " "),
     )
 )  # fmt: skip
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|bm|boldsymbol|emph|underline|boxed|fbox|"
+    r"\\(?:text|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|bm|boldsymbol|emph|underline|boxed|fbox|framebox|"
     r"operatorname\*?) ?\{([^{}]*)\}"
 )
 _FUNCTION_NAME = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|lcm|gcd|max|min|det")
 _CANCELLED = re.compile(r"\\(?:cancel|bcancel|xcancel|phantom|hphantom|vphantom|tag|label) ?\{[^{}]*\}")
+_BOLD = re.compile(r"(?<![\w)*])\*\*([^*]+)\*\*(?![\w*])")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _LEFT_ALONE = re.compile(r"(?<!\d)~(?=\s*[\d$.\\€£¥])")  # `~12` is about 12; any other tilde is a space
 _FORMULA_DOLLAR = re.compile(r"\$(?!\s?[-+]?\s?[.\d])")
@@ -87,7 +89,7 @@ def plain(text: str) -> str:
         text, changed = _TEXT.subn(_unwrapped, text)
         if not changed:
             break
-    text = _LEFT_ALONE.sub("≈", text)
+    text = _BOLD.sub(r"\1", _LEFT_ALONE.sub("≈", text))
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     return re.sub(" {2,}", " ", _without_formula_marks(text.replace("~", " "))).strip()

@@ -13,12 +13,12 @@ from verl.rewards._spelling import CURRENCY
 
 Mark = Literal["box", "hashes", "tag", "phrase", "bold"]
 
-BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
+BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
 HASHES = re.compile(r"(?<!#)####(?!#)")
 TAG = re.compile(r"<answer>|</answer>", re.IGNORECASE)
 PHRASE = re.compile(
     r"\banswers?\b[^\S\n]{0,3}(?:\([^()\n]{1,40}\)|(?:to|for|of|in)\b(?:(?!\bis\b|\bare\b)[^.:=\n$\\]){1,80})?[ *_]{0,6}"
-    r"(?:(?:is|are|be|was|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
+    r"(?:(?:is|are|was|(?:(?:would|will|should|must|could) )?be|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
     r"\b(?:correct|right|final) (?:option|choice|result|value)s?[ *_]{0,6}(?:(?:is|are)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
     r"\banswers?[ *_]{0,6}(?=\$|\\[(\[])|"
     r"\bfinal answer[*_#]{0,6}[^\S\n]{0,3}(?=\n)|"
@@ -27,13 +27,17 @@ PHRASE = re.compile(
     re.IGNORECASE,
 )
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
-CHAT_TOKEN = re.compile(r"<\|im_start\|>\w*\s*\n|<\|(?:im_end|eot_id|endoftext|end_of_text|start_header_id|end|user|eom_id)\|>|</s>|<end_of_turn>|<start_of_turn>")
+CHAT_TOKEN = re.compile(
+    r"<\|im_start\|>\w*\s*\n|<\|(?:im_end|eot_id|endoftext|end_of_text|start_header_id|end|user|eom_id)\|>|</s>|<end_of_turn>|<start_of_turn>"
+)
 THOUGHT = re.compile(r"<(/?)(?:think|thinking|reasoning)>", re.IGNORECASE)
-NEXT_QUESTION = re.compile(r"\n[*#_ ]{0,6}(?:Question|Problem|Q|Human|User|问题|題目|题目)[*_ ]{0,4}(?: ?\d{1,3})?[*_ ]{0,4}[:：]", re.IGNORECASE)
+NEXT_QUESTION = re.compile(
+    r"\n[*#_ ]{0,6}(?:Question|Problem|Q|Human|User|问题|題目|题目)[*_ ]{0,4}(?: ?\d{1,3})?[*_ ]{0,4}[:：]", re.IGNORECASE
+)
 # Words that begin a reason or a remark, after the answer itself.
 REMARK = re.compile(
     r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|and (?:we|the|this|that|it))\b|\s(?:-{2,}|—)\s|"
-    r"[.!。;](?=\s|$|[*_]{1,2}(?:\s|$))",
+    r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;]|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )
 BETWEEN_BOXES = re.compile(

@@ -123,17 +123,30 @@ _SAME_WORDS = {
     "no solution": "∅", "no solutions": "∅", "no real solution": "∅", "no real solutions": "∅", "empty set": "∅", "the empty set": "∅",
     r"\{\}": "∅", r"\{ \}": "∅", "none": "∅",
 }  # fmt: skip
-_ALL_NUMBERS = {"all real numbers", "all reals", r"\mathbb{r}", "all real x", "the real numbers", "(-∞,∞)", "(-∞, ∞)", "(-∞,+∞)", "(-∞, +∞)"}
+_VERDICT = re.compile(r"(yes|no|true|false)(?:[,.:;](?= )|$)")
+_ALL_NUMBERS = {
+    "all real numbers",
+    "all reals",
+    r"\mathbb{r}",
+    "all real x",
+    "the real numbers",
+    "(-∞,∞)",
+    "(-∞, ∞)",
+    "(-∞,+∞)",
+    "(-∞, +∞)",
+}
 _MONTHS = "january february march april may june july august september october november december".split()
 _MONTH = "|".join(rf"{month}|{month[:3]}\.?" for month in _MONTHS) + r"|sept\.?"
 
-_WRAPPERS = (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("{", "}"), ("<answer>", "</answer>"))
+_WRAPPERS = (("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("{", "}"), ("<answer>", "</answer>"))
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then)\b,? ?)?(?:the )?(?:(?:final|correct|right|best) )?(?:answer|result|solution|option|choice)s? ?"
     r"(?:(?:is|are|=|:|would be|should be)(?: ?:)? ?|(?=\(?[A-Z]\)?[.)]?$))(?:(?:the )?(?:option|choice|answer)s? )?",
     re.IGNORECASE,
 )
-_ABOUT = re.compile(r"(?:≈|~|about |approximately |approx\.? |roughly |around |exactly |just |only |a total of )\s*", re.IGNORECASE)
+_ABOUT = re.compile(
+    r"(?:≈|~|大约|大約|约|約|about |approximately |approx\.? |roughly |around |exactly |just |only |a total of )\s*", re.IGNORECASE
+)
 _LOWEST = re.compile(r"(?:at least|no less than|not less than|no fewer than|a minimum of|minimum) ", re.IGNORECASE)
 _HIGHEST = re.compile(r"(?:at most|no more than|not more than|no greater than|up to|a maximum of|maximum) ", re.IGNORECASE)
 _ABOVE = re.compile(r"(?:more than|greater than|larger than|over|above|exceeds) ", re.IGNORECASE)
@@ -162,11 +175,12 @@ _HEAD = re.compile(
     rf"[零〇一二两兩三四五六七八九十百千万萬亿億]+)"
 )
 _SPELLED = re.compile(r"[a-z]+(?:[ -][a-z]+)*", re.IGNORECASE)
-_MONEY = re.compile(rf"([-+]?) ?(?:US|USD|CA|AU|HK|A|C)? ?([{CURRENCY}€£¥₹])\s*([-+]?) ?(.*)")
+_MONEY = re.compile(rf"([-+]?) ?(?:US|USD|CA|AU|HK|A|C)? ?([{CURRENCY}€£¥₹]|USD|EUR|GBP|INR|CNY|RMB|Rs\.?)\s*([-+]?) ?(.*)")
 _PERCENT = re.compile(r"\s*(?:%|percentage points?|percentage|percents?|per cent|pct\.?)\s*", re.IGNORECASE)
 _MAGNITUDE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozens?|万|萬|亿|億)(?![a-zA-Z])", re.IGNORECASE)
 _TIMES = _numbers.MAGNITUDES | {"dozen": 12, "dozens": 12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
-_REMARK = re.compile(r"(.*?)\s*\(([^()]*)\)")
+_ORDINAL = re.compile(r"^(?:st|nd|rd|th)(?![a-z])")
+_REMARK = re.compile(r"(.*?)\s*(?:\\p?mod ?\{|\()([^(){}]*)[)}]")
 _NO_UNIT = re.compile(
     r"(?<![a-z])(?:or|and|not|factorial|squared|cubed|plus|minus|times|divided|over|to|than|mod|modulo|percent|if|when|at least|at most|half|quarter)(?![a-z])",
     re.IGNORECASE,
@@ -182,10 +196,15 @@ _NAME = re.compile(
 )
 _WORD_NAME = re.compile(r"[a-zA-Z]{2}[a-zA-Z_'-]*(?: [a-zA-Z]+)*")
 _TIMES_SIGN = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
-_COMMAND = re.compile(r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|sqrt|abs|det|mod)h?(?![a-zA-Z])")
-_TEXT = re.compile(r"[a-zA-Z]{4,}|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
+_COMMAND = re.compile(
+    r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|sqrt|abs|det|mod)h?(?![a-zA-Z])"
+)
+_TEXT = re.compile(r"[a-zA-Z]{4,}|[0-9]'|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
 _WITH_UNIT = re.compile(r"(.*[\d})a-z]) ((?:square |cubic )?[a-zA-Z]{2,}(?: ?\^ ?\{?[23]\}?)?(?: ?(?:per |/ ?)[a-zA-Z]+)?)\.?")
-_SENTENCE = re.compile(r"([A-Za-z][^=<>0-9]{0,80}?) (?:is|are|was|equals|is equal to|will be|would be|should be|must be) (?:equal to )?(.+)")
+_SENTENCE = re.compile(
+    r"([A-Za-z][^=<>0-9]{0,80}?)(?: (?:is|are|was|were|equals|has|have|had|gets?|got|makes?|made|earns?|earned|pays?|paid|spends?|spent|costs?|"
+    r"needs?|takes?|took|sells?|sold|will be|would be|should be|must be)|(?<=[A-Za-z]{2}):) (?:equal to )?(.+)"
+)
 _ONLY_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[ '-]+[^\W\d_]+)*|[^\W\d_](?:[ '-]+[^\W\d_]{2,})+")
 
 
@@ -252,7 +271,8 @@ def _known_words(text: str, depth: int) -> Value | None:
         return Words(folded)
     if folded in _ALL_NUMBERS:
         return Interval(None, None, False, False)
-    return Words(_SAME_WORDS[folded]) if folded in _SAME_WORDS else None
+    verdict = _VERDICT.match(folded)
+    return Words(verdict[1]) if verdict else Words(_SAME_WORDS[folded]) if folded in _SAME_WORDS else None
 
 
 def _bounded(text: str, depth: int) -> Value | None:
@@ -358,8 +378,9 @@ def _with_unit(value: Fraction, rest: str) -> Quantity | None:
     if times:
         value, rest = value * _TIMES[times[1].casefold()], rest[times.end() :]
     remark = _REMARK.fullmatch(rest)
-    if remark and (number(remark[2]) == value or (unit(remark[2]) is not None and remark[2].strip())):
+    if remark and (number(remark[2]) == value or remark[2].startswith("mod ") or (unit(remark[2]) is not None and remark[2].strip())):
         rest = remark[1]
+    rest = _ORDINAL.sub("", rest)
     percent = _PERCENT.match(rest)
     if percent:
         rest = rest[percent.end() :]
@@ -371,11 +392,13 @@ def _with_unit(value: Fraction, rest: str) -> Quantity | None:
 
 def _starts_a_product(rest: str) -> bool:
     """Whether letters behind a number are variables and not a unit: `3x`, `3 x`, `2ab`; but `3 m`, `3cm` and `3 eggs` are units."""
-    letters = re.match(r"( ?)([A-Za-z]+)(?![A-Za-z])(.*)", rest)
+    letters = re.match(r"( ?)([A-Za-z]+)(?![A-Za-z'])", rest)
     if letters is None:
         return False
-    space, word, _ = letters.groups()
-    return len(word) == 1 and not (space and _units.is_known(word)) or (not space and len(word) < 4 and not _units.is_known(word))
+    space, word = letters.groups()
+    if len(word) == 1:
+        return not (space and _units.is_known(word))
+    return not space and len(word) < 4 and not _units.is_known(word)
 
 
 def _compound(text: str) -> Quantity | None:
@@ -399,7 +422,11 @@ def _several(text: str, depth: int) -> Value | None:
         return None
     union = any(separator in ("∪",) for separator in separators)
     if not union and (value := number(text)) is not None:
-        return Quantity(value) if not re.fullmatch("[-+]?[1-9][0-9]*,[0-9]+", text) or _grouped(text) else _listed(parts, depth, Quantity(value))
+        return (
+            Quantity(value)
+            if not re.fullmatch("[-+]?[1-9][0-9]*,[0-9]+", text) or _grouped(text)
+            else _listed(parts, depth, Quantity(value))
+        )
     if not union and isinstance(whole := _one_quantity(text), Quantity):
         return whole
     if union:
@@ -482,10 +509,18 @@ def _bracketed(text: str, depth: int) -> Value | None:
     if len(items) != len(parts):
         return None
     if braces:
-        return Several("set", tuple(one for item in items for one in (item.items if isinstance(item, Several) and item.kind == "list" else (item,))))
+        return Several(
+            "set", tuple(one for item in items for one in (item.items if isinstance(item, Several) and item.kind == "list" else (item,)))
+        )
     if (begin, end) == ("(", ")"):
         return Several("tuple", items)
-    return Interval(_end(items[0]), _end(items[1]), begin == "[", end == "]") if len(items) == 2 else Several("tuple", items) if (begin, end) == ("[", "]") else None
+    return (
+        Interval(_end(items[0]), _end(items[1]), begin == "[", end == "]")
+        if len(items) == 2
+        else Several("tuple", items)
+        if (begin, end) == ("[", "]")
+        else None
+    )
 
 
 def _parts_of_bracket(inner: str) -> list[str]:
@@ -504,7 +539,7 @@ def _single_in_bracket(begin: str, inner: str, depth: int) -> Value | None:
         if item is None or builder or isinstance(item, Interval):
             return item
         return Several("set", item.items if isinstance(item, Several) and item.kind == "list" else (item,))
-    item = _read(inner, depth + 1) if begin == "(" and not re.fullmatch("[a-z]", inner) else None
+    item = _read(inner, depth + 1) if begin in "([" and not re.fullmatch("[a-z]", inner) else None
     return item if isinstance(item, (Quantity, Named, Interval, Clock, Ratio)) else None
 
 

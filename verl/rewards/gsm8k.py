@@ -82,7 +82,7 @@ def _stated(text: str, method: ExtractionMethod) -> str | None:
         return _signed(last[0]) if last else None
     text = _statement.until_next_question(_statement.visible(text), _statement.HASHES)
     marked = _statement.hashed(text)
-    return marked[-1].text.strip() if marked else None
+    return marked[-1].text.strip().rstrip("!") if marked else None
 
 
 def _signed(match: re.Match[str]) -> str:
@@ -102,7 +102,11 @@ def _expected(reference: str) -> str | None:
     if _number_of(read(line)):
         return line
     numbers = list(ANY_NUMBER.finditer(line))
-    return numbers[0]["number"] if len(numbers) == 1 and _is_word(read(line[: numbers[0].start()])) and _ends(line[numbers[0].end() :]) else None
+    return (
+        numbers[0]["number"]
+        if len(numbers) == 1 and _is_word(read(line[: numbers[0].start()])) and _ends(line[numbers[0].end() :])
+        else None
+    )
 
 
 def _number_of(value: Value | None) -> Quantity | None:

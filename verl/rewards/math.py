@@ -24,7 +24,21 @@ ANSWERED = re.compile(r"\\(?:boxed|fbox)\b|(?<!#)####(?!#)|</answer>|\banswers? 
 NUMBER = re.compile(r"(?<![\w.])-?[$€£]?(?:\d[\d,]*(?: \d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?: ?%)?|-?\\frac\{\d{1,30}\}\{\d{1,30}\}")
 NEGATION = re.compile(r"\b(?:not|no|none|neither|nor|cannot|never|without|except)\b|n't\b", re.IGNORECASE)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
-REMARKS = ("correct", "right", "wrong", "incorrect", "below", "above", "as follows", "clear", "obvious", "reasonable", "found", "unknown", "yours")
+REMARKS = (
+    "correct",
+    "right",
+    "wrong",
+    "incorrect",
+    "below",
+    "above",
+    "as follows",
+    "clear",
+    "obvious",
+    "reasonable",
+    "found",
+    "unknown",
+    "yours",
+)
 
 
 def score(prompt: str, response: str, row: dict[str, Any]) -> float:
@@ -170,7 +184,12 @@ def _undelimited(text: str) -> str:
     while before != text:
         before, text = text, text.strip().rstrip(".").strip() if not text.strip().endswith("..") else text.strip()
         for begin, end in DELIMITERS:
-            if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end) and begin not in text[len(begin) : -len(end)].replace(r"\$", ""):
+            if (
+                text.startswith(begin)
+                and text.endswith(end)
+                and len(text) > len(begin) + len(end)
+                and begin not in text[len(begin) : -len(end)].replace(r"\$", "")
+            ):
                 text = text[len(begin) : -len(end)].strip()
     return text
 
