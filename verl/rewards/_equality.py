@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from verl.rewards import _units
-from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words, compact, read
+from verl.rewards._reading import compact, read
+from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
 
 Same = Callable[[str, str], bool]  # whether two expressions in LaTeX are equal
 CHOICES = "ABCDEFGHIJ"  # that may be written in lower case

@@ -12,7 +12,7 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from math_verify import verify
 
-from verl.rewards._value import compact
+from verl.rewards._reading import compact
 
 DIGITS = 40
 LARGEST_NUMBER = 200_000  # decimal digits of an integer that is still evaluated

@@ -1,6 +1,6 @@
 """Exact match of the final number, as GSM8K writes it: a worked answer that ends in `#### 1,000`.
 
-What stands behind the mark is read as a whole (verl.rewards._value) and numbers are compared exactly: nothing is rounded, and no formula is
+What stands behind the mark is read as a whole (verl.rewards._reading) and numbers are compared exactly: nothing is rounded, and no formula is
 evaluated. The time is linear in the length of the response.
 """
 
@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from verl.rewards import _statement
 from verl.rewards._equality import equal
+from verl.rewards._reading import LONGEST, read
 from verl.rewards._spelling import plain
-from verl.rewards._value import LONGEST, Choice, Named, Quantity, Value, Words, read
+from verl.rewards._value import Choice, Named, Quantity, Value, Words
 
 ExtractionMethod = Literal["strict", "flexible"]
 

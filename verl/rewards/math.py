@@ -1,6 +1,6 @@
 r"""Equality of mathematical answers: `\frac{1}{2}`, `0.5` and `1/2` are the same (pip install "verl[math]").
 
-The answer is the last statement of one, see verl.rewards._statement. What both answers say is read (verl.rewards._value) and compared
+The answer is the last statement of one, see verl.rewards._statement. What both answers say is read (verl.rewards._reading) and compared
 (verl.rewards._equality); expressions are compared by SymPy and math-verify in processes of their own (verl.rewards._judge), because an
 expression such as `9^{9^{9^9}}` could take unbounded time and memory. An expression that exceeds the limits is not equal to anything.
 """
@@ -15,8 +15,9 @@ from verl.errors import UserError
 from verl.rewards import _statement
 from verl.rewards._equality import equal
 from verl.rewards._judge import Judge
+from verl.rewards._reading import LONGEST, compact, read
 from verl.rewards._statement import Statement
-from verl.rewards._value import LONGEST, Several, Value, Words, compact, read
+from verl.rewards._value import Several, Value, Words
 
 ExtractionMethod = Literal["strict", "flexible"]
 
