@@ -4,6 +4,7 @@ Numbers are compared exactly or to DIGITS digits. Expressions with variables are
 inequalities, sets and matrices are compared by math-verify.
 """
 
+import math
 import re
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from verl.rewards._reading import compact
 
 DIGITS = 40
 LARGEST_NUMBER = 200_000  # decimal digits of an integer that is still evaluated
+LOG10_OF_2 = math.log10(2)
 MOST_TERMS = 10_000  # of a sum or product
 DEEPEST = 40  # braces in braces
 POINTS = 8  # where expressions with variables are compared
@@ -48,7 +50,7 @@ _SPELLINGS = (
 )
 
 
-class TooLarge(ValueError):
+class TooLargeError(ValueError):
     """An expression whose value has too many digits."""
 
 
@@ -69,7 +71,7 @@ def same(expected: str, answer: str) -> bool:
 def parsed(latex: str) -> Any:
     """Return the SymPy object of an expression; its decimals are exact. Raises what the parser raises."""
     if _LARGE_BINOMIAL.search(latex):  # the parser evaluates it
-        raise TooLarge
+        raise TooLargeError
     for pattern, spelling in _SPELLINGS:
         latex = pattern.sub(spelling, latex)
     latex = _DECIMAL.sub(_exact, latex)
@@ -94,17 +96,16 @@ def _depth(latex: str) -> int:
 def _with_imaginary_unit(found: Any) -> Any:
     if not isinstance(found, sympy.Basic) or found.has(sympy.Sum, sympy.Product):
         return found
-    symbols = [symbol for symbol in found.free_symbols if symbol.name == "i"]
-    return found.subs(symbols[0], sympy.I) if (symbols and found != symbols[0]) or (symbols and len(found.free_symbols) == 1) else found
+    return found.subs({symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"})
 
 
 def _check_size(found: Any) -> None:
-    """Raise TooLarge for an expression that has too large a number or too long a sum."""
+    """Raise TooLargeError for an expression that has too large a number or too long a sum."""
     parts = list(sympy.preorder_traversal(found)) if isinstance(found, sympy.Basic) else []
     if any(isinstance(part, sympy.Pow | sympy.factorial | sympy.exp) and _digits(part) > LARGEST_NUMBER for part in parts):
-        raise TooLarge
+        raise TooLargeError
     if any(isinstance(part, sympy.Sum | sympy.Product) and not all(map(_is_short, part.limits)) for part in parts):
-        raise TooLarge
+        raise TooLargeError
 
 
 def _is_short(limit: Any) -> bool:
@@ -121,12 +122,12 @@ def _digits(part: Any) -> float:
         size = 10.0 ** min(exponent_digits, 300)
         if isinstance(exponent, sympy.Rational):
             size = abs(float(exponent))
-        return size * max(_digits(base), 1.0)
+        return float(size * max(_digits(base), 1.0))
     if isinstance(part, sympy.factorial):
         size = 10.0 ** min(_digits(part.args[0]), 300)
-        return size * max(_digits(part.args[0]), 1.0)
+        return float(size * max(_digits(part.args[0]), 1.0))
     if isinstance(part, sympy.Rational):
-        return float(max(len(str(abs(part.p))), len(str(part.q))))
+        return 1 + LOG10_OF_2 * max(int(part.p).bit_length(), int(part.q).bit_length())
     if isinstance(part, sympy.Mul | sympy.Add):
         return float(sum(_digits(one) for one in part.args))
     return 1.0

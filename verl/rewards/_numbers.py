@@ -1,4 +1,5 @@
-r"""Reading of plain numbers, exactly: `1,234.50`, `1 000`, `1.000,50`, `3/4`, `1 1/2`, `\frac{1}{2}`, `1.5e3`, `0.\overline{3}`, `10_2`, `twelve`.
+r"""Reading of plain numbers, exactly: `1,234.50`, `1 000`, `1.000,50`, `3/4`, `1 1/2`, `\frac{1}{2}`, `1.5e3`,
+`0.\overline{3}`, `10_2`, `twelve`.
 
 Nothing is rounded. Numbers of more than LARGEST_EXPONENT digits are not read.
 """
@@ -15,7 +16,8 @@ _POINTED = re.compile(rf"(?:{_GROUPED}|{_DIGITS})?(?:\.([0-9]*))?")  # 1,234.50
 _SPACED_WITH_COMMA = re.compile(r"([0-9]{1,3}(?:[. ][0-9]{3})+),([0-9]+)|([0-9]{1,3}(?:\.[0-9]{3}){2,})()")  # 1.000,50 and 1.000.000
 _COMMA = re.compile(r"([0-9]+),([0-9]+)")  # 0,5
 _FRACTION = re.compile(
-    rf"(?:({_DIGITS}) ?(?= |\\))? ?(?:\\frac ?\{{ ?([-+]?) ?({_DIGITS}) ?\}} ?\{{ ?([-+]?) ?({_DIGITS}) ?\}}|({_DIGITS}) ?/ ?([-+]?)({_DIGITS}))"
+    rf"(?:({_DIGITS}) ?(?= |\\))? ?"
+    rf"(?:\\frac ?\{{ ?([-+]?) ?({_DIGITS}) ?\}} ?\{{ ?([-+]?) ?({_DIGITS}) ?\}}|({_DIGITS}) ?/ ?([-+]?)({_DIGITS}))"
 )
 _POWER = re.compile(
     r"(.+?) ?(?:[eE]([-+]?[0-9]+)|(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]+) ?\}|\(([-+]?[0-9]+)\)|([-+]?[0-9]+)))"

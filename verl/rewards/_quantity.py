@@ -12,7 +12,8 @@ from verl.rewards._value import Quantity
 _DECIMAL = r"(?:[0-9](?:[0-9,.']| (?=[0-9]))*|\.[0-9]+)"
 _HEAD = re.compile(
     rf"[-+]? ?(?:(?:[0-9]+ ?)?\\frac ?\{{[-+0-9 ]+\}} ?\{{[-+0-9 ]+\}}|[0-9]*\.[0-9]*\\overline ?\{{[0-9]+\}}|"
-    rf"{_DECIMAL}(?: ?/ ?[-+]?[0-9]+)?(?: ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{{ ?[-+]?[0-9]+ ?\}}|[-+]?[0-9]+)|[eE][-+]?[0-9]+(?![0-9a-zA-Z]))?|"
+    rf"{_DECIMAL}(?: ?/ ?[-+]?[0-9]+)?(?: ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{{ ?[-+]?[0-9]+ ?\}}|[-+]?[0-9]+)|"
+    rf"[eE][-+]?[0-9]+(?![0-9a-zA-Z]))?|"
     rf"[零〇一二两兩三四五六七八九十百千万萬亿億]+)"
 )
 _SPELLED = re.compile(r"[a-z]+(?:[ -][a-z]+)*", re.IGNORECASE)
@@ -23,7 +24,8 @@ _TIMES = _numbers.MAGNITUDES | {"dozen": 12, "dozens": 12, "万": 10**4, "萬": 
 _ORDINAL = re.compile(r"^(?:st|nd|rd|th)(?![a-z])")
 _REMARK = re.compile(r"(.*?)\s*(?:\\p?mod ?\{|\()([^(){}]*)[)}]")
 NO_UNIT = re.compile(
-    r"(?<![a-z])(?:or|and|not|factorial|squared|cubed|plus|minus|times|divided|over|to|than|mod|modulo|percent|if|when|at least|at most|half|quarter)(?![a-z])",
+    r"(?<![a-z])(?:or|and|not|factorial|squared|cubed|plus|minus|times|divided|over|to|than|mod|modulo|"
+    r"percent|if|when|at least|at most|half|quarter)(?![a-z])",
     re.IGNORECASE,
 )
 

@@ -1,6 +1,7 @@
 r"""Reading of what an answer says, from its text.
 
-Reading takes time in proportion to the length of the text and evaluates nothing: `9^{9^9}` is an expression, which another process compares.
+Reading takes time in proportion to the length of the text and evaluates nothing: `9^{9^9}` is an expression, which another process
+compares.
 """
 
 import re
@@ -19,7 +20,8 @@ LONGEST = 1000  # characters; what is longer is only compared as text
 DEEPEST = 6  # lists in lists
 _SAME_WORDS = {
     "dne": "does not exist", "doesn't exist": "does not exist", "undefined": "does not exist",
-    "oo": "∞", "+∞": "∞", "infinity": "∞", "+oo": "∞", "positive infinity": "∞", "inf": "∞", "-oo": "-∞", "negative infinity": "-∞", "- ∞": "-∞",
+    "oo": "∞", "+∞": "∞", "infinity": "∞", "+oo": "∞", "positive infinity": "∞", "inf": "∞", "-oo": "-∞",
+    "negative infinity": "-∞", "- ∞": "-∞",
     "-infinity": "-∞", "-inf": "-∞",
     "no solution": "∅", "no solutions": "∅", "no real solution": "∅", "no real solutions": "∅", "empty set": "∅", "the empty set": "∅",
     r"\{\}": "∅", r"\{ \}": "∅", "none": "∅",
@@ -69,7 +71,8 @@ _NUMERIC_DATE = re.compile(r"[0-9]{1,4}[/.-][0-9]{1,2}[/.-][0-9]{2,4}")
 _RELATION = re.compile(r"<=|>=|!=|[=<>≈∈]")
 _SYMBOL = r"(?:\\[a-zA-Z]+|[A-Za-z])(?: ?_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
 _NAME = re.compile(
-    rf"{_SYMBOL}(?: ?\([A-Za-z0-9+, -]+\))?|\|[A-Z]{{1,2}}\||(?:\\angle ?|m ?\\angle ?|\\triangle ?)?[A-Z]{{2,4}}|\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})* ?\)|"
+    rf"{_SYMBOL}(?: ?\([A-Za-z0-9+, -]+\))?|\|[A-Z]{{1,2}}\||(?:\\angle ?|m ?\\angle ?|\\triangle ?)?[A-Z]{{2,4}}|"
+    rf"\( ?{_SYMBOL}(?: ?, ?{_SYMBOL})* ?\)|"
     rf"\\frac\{{[A-Z]{{1,3}}\}}\{{[A-Z]{{1,3}}\}}|{_SYMBOL} ?[:/] ?{_SYMBOL}|\[[A-Z]+\]"
 )
 _WORD_NAME = re.compile(r"[a-zA-Z]{2}[a-zA-Z_'-]*(?: [a-zA-Z]+)*")
@@ -80,7 +83,8 @@ _COMMAND = re.compile(
 _TEXT = re.compile(r"[a-zA-Z]{4,}|[0-9]'|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
 _WITH_UNIT = re.compile(r"(.*[\d})a-z]) ((?:square |cubic )?[a-zA-Z]{2,}(?: ?\^ ?\{?[23]\}?)?(?: ?(?:per |/ ?)[a-zA-Z]+)?)\.?")
 _SENTENCE = re.compile(
-    r"([A-Za-z][^=<>0-9]{0,80}?)(?: (?:is|are|was|were|equals|has|have|had|gets?|got|makes?|made|earns?|earned|pays?|paid|spends?|spent|costs?|"
+    r"([A-Za-z][^=<>0-9]{0,80}?)(?: (?:is|are|was|were|equals|has|have|had|gets?|got|makes?|made|"
+    r"earns?|earned|pays?|paid|spends?|spent|costs?|"
     r"needs?|takes?|took|sells?|sold|will be|would be|should be|must be)|(?<=[A-Za-z]{2}):) (?:equal to )?(.+)"
 )
 _ONLY_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[ '-]+[^\W\d_]+)*|[^\W\d_](?:[ '-]+[^\W\d_]{2,})+")
@@ -413,5 +417,6 @@ def _canonical(text: str) -> str:
 
 
 _READINGS: tuple[Callable[[str, int], Value | None], ...] = (
-    _known_words, _bounded, _choice, _date, _clock, _bracketed, _several, _relation, _plus_or_minus, _read_quantity, _ratio, _sentence, _expression, _words,
+    _known_words, _bounded, _choice, _date, _clock, _bracketed, _several, _relation, _plus_or_minus, _read_quantity, _ratio,
+    _sentence, _expression, _words,
 )  # fmt: skip

@@ -36,7 +36,8 @@ NEXT_QUESTION = re.compile(
 )
 # Words that begin a reason or a remark, after the answer itself.
 REMARK = re.compile(
-    r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|and (?:we|the|this|that|it))\b|\s(?:-{2,}|—)\s|"
+    r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|"
+    r"and (?:we|the|this|that|it))\b|\s(?:-{2,}|—)\s|"
     r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;]|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )

@@ -6,32 +6,33 @@ from fractions import Fraction
 
 # dimension: unit = its size in the first unit, with all spellings
 _TABLE = {
-    "length": "m meter metre=1; cm centimeter centimetre=1/100; mm millimeter millimetre=1/1000; km kilometer kilometre=1000; in inch=127/5000; "
-    "ft foot feet=381/1250; yd yard=1143/1250; mi mile=201168/125",
-    "mass": "g gram gramme gm=1; kg kilogram kilo=1000; mg milligram=1/1000; lb lbs pound=45359237/100000; oz ounce=45359237/1600000; ton tonne=1000000",
-    "time": "s sec second=1; min minute=60; h hr hour=3600; day=86400; week=604800; month=2629800; yr year=31557600; ms millisecond=1/1000; "
-    "分钟=60; 小时=3600; 天=86400; 秒=1",
-    "volume": "L l liter litre=1; mL ml milliliter millilitre=1/1000; gal gallon=473176473/125000000; pint=473176473/1000000000; cup=473176473/2000000000",
+    "length": "m meter metre=1; cm centimeter centimetre=1/100; mm millimeter millimetre=1/1000; km kilometer kilometre=1000; "
+    "in inch=127/5000; ft foot feet=381/1250; yd yard=1143/1250; mi mile=201168/125",
+    "mass": "g gram gramme gm=1; kg kilogram kilo=1000; mg milligram=1/1000; lb lbs pound=45359237/100000; "
+    "oz ounce=45359237/1600000; ton tonne=1000000",
+    "time": "s sec second=1; min minute=60; h hr hour=3600; day=86400; week=604800; month=2629800; yr year=31557600; "
+    "ms millisecond=1/1000; 分钟=60; 小时=3600; 天=86400; 秒=1",
+    "volume": "L l liter litre=1; mL ml milliliter millilitre=1/1000; gal gallon=473176473/125000000; "
+    "pint=473176473/1000000000; cup=473176473/2000000000",
     "dollar": "$ ＄ dollar usd buck 美元=1; ¢ cent penny pennies=1/100",
     "euro": "€ euro eur=1",
     "pound sterling": "£ gbp sterling quid=1; pence=1/100",
     "yuan": "¥ yuan rmb yen jpy 元 块 块钱 人民币 円=1",
     "rupee": "₹ rupee rs inr=1",
     "degree": "° deg degree=1",
-    "dozen": "",
 }
 _SYMBOLS = {
     spelling: (dimension, Fraction(size))
     for dimension, line in _TABLE.items()
     for entry in line.split(";")
-    if entry.strip()
     for spellings, size in [entry.strip().rsplit("=", 1)]
     for spelling in spellings.split()
 }
 _ABBREVIATIONS = {
-    "mph": "mile/hour", "kmh": "km/h", "kph": "km/h", "km/hr": "km/h", "sqft": "ft^2", "sqm": "m^2", "cc": "cm^3", "°c": "celsius", "°f": "fahrenheit",
+    "mph": "mile/hour", "kmh": "km/h", "kph": "km/h", "km/hr": "km/h", "sqft": "ft^2", "sqm": "m^2", "cc": "cm^3",
+    "°c": "celsius", "°f": "fahrenheit",
 }  # fmt: skip
-_ARTICLES = {"a", "an", "the", "of", "each", "total", "us", "american", "in"}
+_ARTICLES = {"a", "an", "the", "of", "each", "total", "us", "american", "in", "unit"}
 _POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TOKEN = re.compile(r"[^\s^/*]+|[\^/*]")
 _UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹\u00c0-\u024f\u4e00-\u9fff'./* -]|\^ ?-?[0-9])+")
@@ -57,7 +58,7 @@ class Unit:
         return bool(self.powers) and not self.words
 
     def agrees(self, other: "Unit") -> bool:
-        """Whether quantities in both units can be compared: the same dimensions, and the other words of one are among those of the other."""
+        """Whether quantities in both units can be compared: in dimensions they are the same, and one has no words that the other lacks."""
         return self.powers == other.powers and (self.words <= other.words or other.words <= self.words)
 
 
@@ -80,22 +81,22 @@ def _product(tokens: list[str]) -> Unit | None:
     powers, words, size = dict[str, int](), set[str](), Fraction(1)
     side, next_power, position = 1, 1, 0
     while position < len(tokens):
-        token = tokens[position]
+        word = tokens[position]
         position += 1
-        if token in "/*":
-            side = -1 if token == "/" else side
-        elif token.casefold() in _POWER_WORDS and position < len(tokens):
-            next_power = _POWER_WORDS[token.casefold()]
-        elif token == "^":
+        if word in "/*":
+            side = -1 if word == "/" else side
+        elif word.casefold() in _POWER_WORDS and position < len(tokens):
+            next_power = _POWER_WORDS[word.casefold()]
+        elif word == "^":
             return None  # a power without a unit
         else:
             power, position = _power(tokens, position, next_power)
             next_power = 1
             if power is None:
                 return None
-            found = _known(token)
+            found = _known(word)
             if found is None:
-                words |= {_singular(token.casefold().strip("."))} - _ARTICLES
+                words |= {_singular(word.casefold().strip("."))} - _ARTICLES
             else:
                 powers[found[0]] = powers.get(found[0], 0) + side * power
                 size *= found[1] ** (side * power)

@@ -1,7 +1,7 @@
 """Exact match of the final number, as GSM8K writes it: a worked answer that ends in `#### 1,000`.
 
-What stands behind the mark is read as a whole (verl.rewards._reading) and numbers are compared exactly: nothing is rounded, and no formula is
-evaluated. The time is linear in the length of the response.
+What stands behind the mark is read as a whole (verl.rewards._reading) and numbers are compared exactly: nothing is rounded, and no formula
+is evaluated. The time is linear in the length of the response.
 """
 
 import re
@@ -52,8 +52,8 @@ def exact_match(response: str, reference: str, method: ExtractionMethod = "stric
 def reference_answer(reference: str) -> str | None:
     """Return the right number of a reference; None if it cannot be read, because no response could then be right.
 
-    It is what stands behind the last `####`: wholly a number with its unit, or a letter or word (`#### A`). Without a mark, the last line has
-    to be a number, or a sentence with one number: `The total is 12 dollars.`
+    It is what stands behind the last `####`: wholly a number with its unit, or a letter or word (`#### A`). Without a mark, the last line
+    has to be a number, or a sentence with one number: `The total is 12 dollars.`
     """
     expected = _expected(reference)
     return None if expected is None else _canonical(expected)

@@ -105,7 +105,7 @@ def _all_match(responses: Sequence[str], references: Sequence[str], method: Extr
     return [next(judged) if right is None else right for right in decided]
 
 
-class _Open(Exception):
+class _UndecidedError(Exception):
     """An expression has to be evaluated."""
 
 
@@ -117,12 +117,12 @@ def _decided(expected: str | None, answer: str | None) -> bool | None:
         return compact(expected) == compact(answer)
     try:
         return equal(expected, answer, _left_open)
-    except _Open:
+    except _UndecidedError:
         return None
 
 
 def _left_open(expected: str, answer: str) -> bool:
-    raise _Open
+    raise _UndecidedError
 
 
 def _stated(text: str, is_reference: bool = False) -> str | None:
