@@ -9,6 +9,7 @@ from verl.rewards._reading import compact, read
 from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
 
 Same = Callable[[str, str], bool]  # whether two expressions in LaTeX are equal
+MAGNITUDE_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6}
 CHOICES = "ABCDEFGHIJ"  # that may be written in lower case
 MOST_ITEMS = 60  # of a list, compared each with each
 
@@ -69,10 +70,17 @@ class _Comparison:
 
     def _named(self, named: Named, other: Value) -> bool:
         if isinstance(other, Named):
-            return _names_agree(named.name, other.name) and self.equal(named.value, other.value)
+            return self._both_named(named, _with_variable_of(named, other))
         if isinstance(other, Expression) and "=" in other.latex:
             return self._same(other.latex, f"{named.name}={_latex(named.value)}")
         return self.equal(named.value, other)
+
+    def _both_named(self, named: Named, other: Named) -> bool:
+        if _names_agree(named.name, other.name):
+            return self.equal(named.value, other.value)
+        if isinstance(named.value, Expression) and isinstance(other.value, Expression):  # `y = x + 1` and `x = y - 1`
+            return self._same(f"{named.name}={named.value.latex}", f"{other.name}={other.value.latex}")
+        return False
 
     def _unlike(self, unlike: Unlike, other: Value) -> bool:
         return isinstance(other, Unlike) and _names_agree(unlike.name, other.name) and self.equal(unlike.value, other.value)
@@ -157,8 +165,10 @@ class _Comparison:
             return _units_agree(expression.unit, other.unit) and self._same(expression.latex, other.latex)
         if not isinstance(other, Quantity) or other.percent or other.compound:
             return False
-        if expression.latex[-1:] in "kK" and expression.latex[:-1].strip().replace(".", "").isdigit():  # `5k`
-            return _quantities(Quantity(1000 * Fraction(expression.latex[:-1].strip().strip("."))), other)
+        if expression.latex[-1:] in MAGNITUDE_LETTERS and expression.latex[:-1].strip().replace(".", "").isdigit():  # `5k`
+            return _quantities(
+                Quantity(MAGNITUDE_LETTERS[expression.latex[-1]] * Fraction(expression.latex[:-1].strip().strip("."))), other
+            )
         if r"\pi" in expression.latex and other.unit == _units.unit("°"):
             return self._same(expression.latex, rf"{_latex(other)}\cdot \frac{{\pi}}{{180}}")
         return _units_agree(expression.unit, other.unit) and self._same(expression.latex, _latex(other))
@@ -171,6 +181,17 @@ def _joined(words: str) -> str:
 def _names_agree(first: str | None, second: str | None) -> bool:
     """Whether two names may be those of the same thing: one is missing or a phrase, or they are equal."""
     return first is None or second is None or first == second or any(len(name) > 4 and name.isalpha() for name in (first, second))
+
+
+def _with_variable_of(named: Named, other: Named) -> Named:
+    """Return `f(t) = t + 1` as `f(x) = x + 1` if the other function is `f(x)`."""
+    mine, its = (re.fullmatch(r"([A-Za-z])\(([a-z])\)", one.name) for one in (named, other))
+    if mine is None or its is None or mine[1] != its[1] or mine[2] == its[2] or not isinstance(other.value, Expression | Quantity):
+        return other
+    if isinstance(other.value, Quantity):
+        return Named(named.name, other.value)
+    latex = re.sub(rf"(?<![a-zA-Z\\]){its[2]}(?![a-zA-Z])", mine[2], other.value.latex)
+    return Named(named.name, Expression(latex, other.value.unit))
 
 
 def _quantities(first: Quantity, second: Quantity) -> bool:

@@ -19,6 +19,7 @@ DIGITS = 40
 LARGEST_NUMBER = 200_000  # decimal digits of an integer that is still evaluated
 LOG10_OF_2 = math.log10(2)
 MOST_TERMS = 10_000  # of a sum or product
+MOST_EXPONENT_DIGITS = 20  # of an exponent that is evaluated to bound a power
 DEEPEST = 40  # braces in braces
 POINTS = 8  # where expressions with variables are compared
 FEWEST_POINTS = 3  # of these, at which both are real
@@ -31,6 +32,7 @@ _SPELLINGS = (
     (re.compile(r"([0-9]+) ?/ ?([0-9]+)(?= ?[a-zA-Z(\\])"), r"\\frac{\1}{\2}"),  # 1/2x is (1/2)x
     (re.compile(r"(?<=[0-9)]) ?(?:\*|x(?= ?[0-9])) ?"), r"\\cdot "),
     (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\lg(?![a-z])"), r"\\log_{10} "),
     (re.compile(r"°"), r"^\\circ "),
     (re.compile("∞"), r"\\infty "),
     (re.compile("∅"), r"\\emptyset "),
@@ -120,8 +122,8 @@ def _digits(part: Any) -> float:
         base, exponent = part.as_base_exp()
         exponent_digits = _digits(exponent)
         size = 10.0 ** min(exponent_digits, 300)
-        if isinstance(exponent, sympy.Rational):
-            size = abs(float(exponent))
+        if exponent.is_number and exponent_digits < MOST_EXPONENT_DIGITS:
+            size = abs(complex(sympy.N(exponent)))
         return float(size * max(_digits(base), 1.0))
     if isinstance(part, sympy.factorial):
         size = 10.0 ** min(_digits(part.args[0]), 300)
@@ -142,7 +144,16 @@ def _equal(right: Any, given: Any) -> bool:
         return _equal_expressions(right, given)
     if isinstance(right, sympy.Expr) != isinstance(given, sympy.Expr):
         return False
+    if isinstance(right, sympy.Eq) and isinstance(given, sympy.Eq) and _equal_equations(right, given):
+        return True
     return bool(verify(right, given, float_rounding=DIGITS, numeric_precision=DIGITS, timeout_seconds=None))
+
+
+def _equal_equations(right: Any, given: Any) -> bool:
+    """Whether two equations are the same up to a factor: `x + y = 1` and `2y = 2 - 2x`."""
+    first, second = right.lhs - right.rhs, given.lhs - given.rhs
+    factor = sympy.simplify(first / second) if second != 0 else sympy.nan
+    return bool(factor.is_number and factor.is_finite and factor != 0)
 
 
 def _is_opaque(*expressions: Any) -> bool:

@@ -32,6 +32,7 @@ _WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
     word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
 }
 MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_FIXED = {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2), "a dozen": Fraction(12), "a hundred": Fraction(100)}
 _CHINESE = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2, "兩": 2}
 _CHINESE_PLACES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_UNITS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
@@ -114,6 +115,8 @@ def _based(text: str) -> Fraction | None:
 
 def _spelled(text: str) -> Fraction | None:
     """Return the value of `twenty-five`, `one hundred and five`, `two thousand`."""
+    if text.casefold() in _FIXED:
+        return _FIXED[text.casefold()]
     words = text.casefold().replace("-", " ").replace(" and ", " ").split()
     if not words or not all(word in _WORDS or word in MAGNITUDES for word in words):
         return None

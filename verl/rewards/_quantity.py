@@ -19,8 +19,8 @@ _HEAD = re.compile(
 _SPELLED = re.compile(r"[a-z]+(?:[ -][a-z]+)*", re.IGNORECASE)
 _MONEY = re.compile(rf"([-+]?) ?(?:US|USD|CA|AU|HK|A|C)? ?([{CURRENCY}€£¥₹]|USD|EUR|GBP|INR|CNY|RMB|Rs\.?)\s*([-+]?) ?(.*)")
 _PERCENT = re.compile(r"\s*(?:%|percentage points?|percentage|percents?|per cent|pct\.?)\s*", re.IGNORECASE)
-_MAGNITUDE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|dozens?|万|萬|亿|億)(?![a-zA-Z])", re.IGNORECASE)
-_TIMES = _numbers.MAGNITUDES | {"dozen": 12, "dozens": 12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
+_MAGNITUDE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|mn|bn|dozens?|万|萬|亿|億)(?![a-zA-Z])", re.IGNORECASE)
+_TIMES = _numbers.MAGNITUDES | {"mn": 10**6, "bn": 10**9, "dozen": 12, "dozens": 12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
 _ORDINAL = re.compile(r"^(?:st|nd|rd|th)(?![a-z])")
 _REMARK = re.compile(r"(.*?)\s*(?:\\p?mod ?\{|\()([^(){}]*)[)}]")
 NO_UNIT = re.compile(
@@ -77,7 +77,7 @@ def _with_unit(value: Fraction, rest: str) -> Quantity | None:
     if times:
         value, rest = value * _TIMES[times[1].casefold()], rest[times.end() :]
     remark = _REMARK.fullmatch(rest)
-    if remark and (number(remark[2]) == value or remark[2].startswith("mod ") or (unit(remark[2]) is not None and remark[2].strip())):
+    if remark and (number(remark[2]) == value or "mod" in rest or (unit(remark[2]) is not None and remark[2].strip())):
         rest = remark[1]
     rest = _ORDINAL.sub("", rest)
     percent = _PERCENT.match(rest)

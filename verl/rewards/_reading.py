@@ -19,6 +19,7 @@ from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quan
 LONGEST = 1000  # characters; what is longer is only compared as text
 DEEPEST = 6  # lists in lists
 _SAME_WORDS = {
+    "n/a": "n/a",
     "dne": "does not exist", "doesn't exist": "does not exist", "undefined": "does not exist",
     "oo": "∞", "+∞": "∞", "infinity": "∞", "+oo": "∞", "positive infinity": "∞", "inf": "∞", "-oo": "-∞",
     "negative infinity": "-∞", "- ∞": "-∞",
@@ -41,6 +42,7 @@ _ALL_NUMBERS = {
 _MONTHS = "january february march april may june july august september october november december".split()
 _MONTH = "|".join(rf"{month}|{month[:3]}\.?" for month in _MONTHS) + r"|sept\.?"
 _WRAPPERS = (("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("`", "`"), ('"', '"'), ("'", "'"), ("{", "}"), ("<answer>", "</answer>"))
+_THEREFORE = re.compile(r"^(?:so|thus|hence|therefore|finally),? (?=\S)", re.IGNORECASE)
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then)\b,? ?)?(?:the )?(?:(?:final|correct|right|best) )?(?:answer|result|solution|option|choice)s? ?"
     r"(?:(?:is|are|=|:|would be|should be)(?: ?:)? ?|(?=\(?[A-Z]\)?[.)]?$))(?:(?:the )?(?:option|choice|answer)s? )?",
@@ -80,7 +82,7 @@ _TIMES_SIGN = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
 _COMMAND = re.compile(
     r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|sqrt|abs|det|mod)h?(?![a-zA-Z])"
 )
-_TEXT = re.compile(r"[a-zA-Z]{4,}|[0-9]'|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
+_TEXT = re.compile(r"[a-zA-Z]{4,}|[0-9] ?['_]|\?|\\ldots|\.\.\.|(?<![_^0-9])[0-9]+ [0-9]|^[-+*/^_]$|[-+*/^_=]\s*$|^\s*[*/^_]|!!!")
 _WITH_UNIT = re.compile(r"(.*[\d})a-z]) ((?:square |cubic )?[a-zA-Z]{2,}(?: ?\^ ?\{?[23]\}?)?(?: ?(?:per |/ ?)[a-zA-Z]+)?)\.?")
 _SENTENCE = re.compile(
     r"([A-Za-z][^=<>0-9]{0,80}?)(?: (?:is|are|was|were|equals|has|have|had|gets?|got|makes?|made|"
@@ -108,9 +110,10 @@ def _unwrapped(text: str) -> str:
     before = None
     while before != text:
         before = text
-        text = text.strip().strip(";:,").removesuffix("####").strip()
+        text = _THEREFORE.sub("", text.strip().rstrip("\\").strip(";:,").removesuffix("####").strip())
         text = text.rstrip(".") if not text.endswith("..") else text
         text = text.removeprefix("=").strip() if not text.startswith(("==", "=>")) else text
+        text = text.removesuffix("**") if text.count("**") == 1 else text
         for begin, end in _WRAPPERS:
             if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end) and _encloses(text, begin, end):
                 text = text[len(begin) : -len(end)].strip()
@@ -204,6 +207,8 @@ def _clock(text: str, depth: int) -> Value | None:
         hour, minute, second = int(match[1]), int(match[2]), int(match[3] or 0)
         ratio = Fraction(hour, minute) if minute and not match[3] and not match[4] else None
         return Clock(60 * hour + minute + Fraction(second, 60), match[4] and match[4].casefold(), ratio)
+    if text.casefold() in ("noon", "midnight"):
+        return Clock(Fraction(720), "p" if text.casefold() == "noon" else "a", None)
     match = _HOUR.fullmatch(text)
     return Clock(Fraction(60 * int(match[1])), match[2].casefold(), None) if match else None
 
@@ -387,7 +392,7 @@ def _plus_or_minus(text: str, depth: int) -> Value | None:
 
 def _expression(text: str, depth: int) -> Value | None:
     """Read LaTeX with an optional unit; None for words: letters are variables only where they stand alone or are part of a formula."""
-    if text.count("{") != text.count("}") or _ONLY_LETTERS.fullmatch(text):
+    if text.count("{") != text.count("}") or (_ONLY_LETTERS.fullmatch(text) and not set(text) <= set("xyz")):
         return None
     if r"\begin" in text:
         return Expression(text) if _is_formula(text[: text.index(r"\begin")]) else None

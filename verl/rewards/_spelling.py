@@ -4,6 +4,7 @@ Every pattern takes time in proportion to the length of the text.
 """
 
 import re
+import unicodedata
 
 CURRENCY = "\N{FULLWIDTH DOLLAR SIGN}"  # a dollar sign that is money, so that it is not taken for a delimiter of formulas
 
@@ -13,8 +14,9 @@ _DASHES = dict.fromkeys(map(ord, "\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREA
 _QUOTES = {ord("‘"): "'", ord("’"): "'", ord("“"): '"', ord("”"): '"'}
 _INVISIBLE = dict.fromkeys(map(ord, "\N{ZERO WIDTH SPACE}\N{WORD JOINER}\N{ZERO WIDTH NO-BREAK SPACE}\N{LEFT-TO-RIGHT MARK}"))
 _SYMBOLS = {
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "√": r"\sqrt ", "…": r"\ldots ", "、": ",",
-    "，": ",", "；": ";", "。": ".", 
+    "￥": "¥", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "√": r"\sqrt ",
+    "…": r"\ldots ", "、": ",",
+    "，": ",", "；": ";", "。": ".",
     "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ℝ": r"\mathbb{R}", "ø": "∅", "Ø": "∅",
     "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅙": " 1/6", "⅛": " 1/8",
     "⅜": " 3/8", "⅝": " 5/8", "⅞": " 7/8",
@@ -46,7 +48,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:neq|ne)(?![a-zA-Z])|\\not ?=|≠|=/=", "!="),
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\(?:approx|simeq|doteq|thickapprox)(?![a-zA-Z])|~=|≃|≅", "≈"),
+        (r"\\(?:approx|simeq|sim|doteq|thickapprox)(?![a-zA-Z])|~=|≃|≅", "≈"),
         (r"\\pm(?![a-zA-Z])|\+/-|\+-", "±"),
         (r"\\mp(?![a-zA-Z])", "∓"),
         (r"\\cup(?![a-zA-Z])", "∪"),
@@ -56,6 +58,8 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:dots|ldots|cdots|dotsc|dotsb)(?![a-zA-Z])", r"\\ldots "),
         (r"\\(?:lvert|rvert|vert|mid)(?![a-zA-Z])", "|"),
         (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|º", "°"),
+        (r"° ([CF])(?![a-zA-Z])", r"°\1"),
+        (r"\^ ?\{ ?(st|nd|rd|th) ?\}", r"\1"),
         (r"\\%", "%"),
         (r"\\(?:euro|texteuro)(?![a-zA-Z])(?:\{\})?", "€"),
         (r"\\(?:pounds|textsterling)(?![a-zA-Z])(?:\{\})?", "£"),
@@ -68,11 +72,12 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )  # fmt: skip
 _TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|bm|boldsymbol|emph|underline|boxed|fbox|framebox|"
+    r"\\(?:text|textbf|textit|textrm|textnormal|textsf|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|bm|boldsymbol|emph|underline|vec|overrightarrow|hat|boxed|fbox|framebox|"
     r"operatorname\*?) ?\{([^{}]*)\}"
 )
 _FUNCTION_NAME = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|lcm|gcd|max|min|det")
 _CANCELLED = re.compile(r"\\(?:cancel|bcancel|xcancel|phantom|hphantom|vphantom|tag|label) ?\{[^{}]*\}")
+_HTML = re.compile(r"</?(?:b|i|u|em|strong|span|p|div|br|code|mark) ?/?>", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)*])\*\*([^*]+)\*\*(?![\w*])")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
 _LEFT_ALONE = re.compile(r"(?<!\d)~(?=\s*[\d$.\\€£¥])")  # `~12` is about 12; any other tilde is a space
@@ -84,6 +89,9 @@ _NESTED = 4  # commands such as \textbf{\text{(A)}}
 def plain(text: str) -> str:
     """Return a text in its plain spelling: `\\dfrac12\\text{ cm}` becomes `\\frac{1}{2} cm`. What is left as it was is not an error."""
     text = text.replace("\r", "\n").replace("\n", " ").translate(_CHARACTERS)
+    if not text.isascii():
+        text = "".join(str(unicodedata.digit(one, one)) for one in text)
+    text = _HTML.sub("", text)
     if r"\begin" not in text:
         text = _DOUBLED.sub(r"\\", text)
     text = _CANCELLED.sub("", text)

@@ -201,6 +201,7 @@ def _end_of_line(text: str, start: int, stop: int) -> int:
 def _sentence(rest: str) -> str:
     """Return a line up to the end of its first sentence or to a remark: `12.5` for `12.5. I hope it is correct.`"""
     rest = rest.strip()
+    rest = rest.removesuffix("**") if rest.count("**") == 1 else rest  # opened before the mark: `**Answer: 12**`
     for match in REMARK.finditer(rest):
         before = rest[: match.start()]
         if before.strip(" *_$") and before.count("$") % 2 == 0 and before.count("{") == before.count("}"):

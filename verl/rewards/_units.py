@@ -19,6 +19,9 @@ _TABLE = {
     "pound sterling": "£ gbp sterling quid=1; pence=1/100",
     "yuan": "¥ yuan rmb yen jpy 元 块 块钱 人民币 円=1",
     "rupee": "₹ rupee rs inr=1",
+    "force": "N newton=1",
+    "energy": "J joule=1; kJ kilojoule=1000",
+    "power": "W watt=1; kW kilowatt=1000",
     "degree": "° deg degree=1",
 }
 _SYMBOLS = {
@@ -70,7 +73,7 @@ def unit(text: str) -> Unit | None:
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace(r"\cdot", "*")
     if not text:
         return NONE
-    if len(text) > 80 or not _UNIT.fullmatch(text):
+    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹]", text) or text[-1] in "-*/":
         return None
     for short, long in _ABBREVIATIONS.items():
         text = re.sub(rf"(?<![\w°]){re.escape(short)}(?!\w)", long, text, flags=re.IGNORECASE)
@@ -95,12 +98,19 @@ def _product(tokens: list[str]) -> Unit | None:
             if power is None:
                 return None
             found = _known(word)
+            if found is None and _is_variable(word):
+                return None
             if found is None:
                 words |= {_singular(word.casefold().strip("."))} - _ARTICLES
             else:
                 powers[found[0]] = powers.get(found[0], 0) + side * power
                 size *= found[1] ** (side * power)
     return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), frozenset(words), size)
+
+
+def _is_variable(word: str) -> bool:
+    """Whether a word of a formula is no unit: `x`, `-x`."""
+    return (len(word) == 1 and word.isascii() and word.casefold() not in _ARTICLES) or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
 
 
 def _power(tokens: list[str], position: int, before: int) -> tuple[int | None, int]:

@@ -23,6 +23,7 @@ ExtractionMethod = Literal["strict", "flexible"]
 
 ANSWERED = re.compile(r"\\(?:boxed|fbox)\b|(?<!#)####(?!#)|</answer>|\banswers? ?(?:is|:)", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\w.])-?[$€£]?(?:\d[\d,]*(?: \d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?: ?%)?|-?\\frac\{\d{1,30}\}\{\d{1,30}\}")
+NEGATED = re.compile(r"\bnot\s*\$?\s*\\f?(?:rame)?(?:boxed|box)\s*\{?$")  # `not \boxed{3}`
 NEGATION = re.compile(r"\b(?:not|no|none|neither|nor|cannot|never|without|except)\b|n't\b", re.IGNORECASE)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 REMARKS = (
@@ -128,7 +129,8 @@ def _left_open(expected: str, answer: str) -> bool:
 def _stated(text: str, is_reference: bool = False) -> str | None:
     """Return the last statement of an answer. A sentence behind a mark counts only if it states a value: not "the answer is correct"."""
     text = _statement.until_next_question(_statement.visible(text), ANSWERED)
-    box = _statement.joined(_statement.boxed(text), text, adjacent=is_reference)
+    boxes = [box for box in _statement.boxed(text) if not NEGATED.search(text, max(box.start - 25, 0), box.start)]
+    box = _statement.joined(boxes, text, adjacent=is_reference)
     marked = [one for one in (box, *_statement.hashed(text)[-1:], *_statement.tagged(text)[-1:]) if one and _undelimited(one.text)]
     last = max(marked, key=lambda one: one.end, default=None)
     for phrase in reversed(_statement.phrased(text)):
