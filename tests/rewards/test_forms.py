@@ -32,11 +32,7 @@ def test_gsm8k_grades_each_form_as_a_careful_person_would() -> None:
 @pytest.mark.parametrize("grader", [gsm8k, math])
 def test_what_is_attached_to_a_number_counts(grader: ModuleType) -> None:
     """A part of an expression is not taken for the whole."""
-    attached = "1-x 5-x 5/x 5*x 5a 5x 5xy 5^x 5_x 5(x) 5|x| 5.x 5,x 5:x 5<6 5+ 5- 5* 5/ 5? 5i 5k >5 <5 5-6 5..6".split() + [
-        "5 - x",
-        "5 + x",
-        "5 or 6",
-    ]
+    attached = "1-x|5-x|5 - x|5 + x|5/x|5*x|5a|5x|5xy|5^x|5_x|5(x)|5.x|5,x|5:x|5<6|5+|5-|5*|5/|5?|5i|5k|>5|<5|5-6|5..6|5 or 6".split("|")
     assert [text for text in attached if grader.exact_match(f"#### {text}", "5") or grader.exact_match(f"#### {text}", "1")] == []
 
 
