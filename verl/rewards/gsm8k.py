@@ -12,7 +12,7 @@ from verl.rewards import _statement
 from verl.rewards._equality import equal
 from verl.rewards._reading import LONGEST, read
 from verl.rewards._spelling import plain
-from verl.rewards._value import Choice, Named, Quantity, Value, Words
+from verl.rewards._value import Choice, Named, Quantity, Several, Value, Words
 
 ExtractionMethod = Literal["strict", "flexible"]
 
@@ -112,6 +112,7 @@ def _expected(reference: str) -> str | None:
 
 def _number_of(value: Value | None) -> Quantity | None:
     value = value.value if isinstance(value, Named) else value
+    value = value.decimal if isinstance(value, Several) else value
     return value if isinstance(value, Quantity) else None
 
 
