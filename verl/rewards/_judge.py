@@ -208,7 +208,16 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, most))
 
 
-WARM_UP = (r"\frac{1}{2}+\sqrt{3}", r"x^2+2x+1", r"2\pi", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\sin x", r"\log_2 8", r"2x+y=3")
+WARM_UP = (
+    r"\frac{1}{2}+\sqrt{3}",
+    r"x^2+2x+1",
+    r"2\pi",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+    r"\sin x",
+    r"\log_2 8",
+    r"2x+y=3",
+    r"a_n = \sum_{k=0}^{n} a_k b_{n-k}",
+)
 
 
 def _serve(count: int) -> None:
