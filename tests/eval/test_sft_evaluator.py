@@ -248,7 +248,7 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, checkpoint: Path, body: st
         ({"question": None, "answer": "#### 2"}, "column 'question' is null"),
         ({"question": "1 + 1?", "answer": [1, 2]}, "column 'answer' is a list ([1, 2])"),
         ({"question": " ", "answer": "#### 2"}, "column 'question' is empty"),
-        ({"question": "1 + 1?", "answer": "two"}, "metric 'gsm8k' finds no answer in 'two'"),
+        ({"question": "1 + 1?", "answer": "many"}, "metric 'gsm8k' finds no answer in 'many'"),
     ],
 )
 def test_a_row_that_cannot_be_graded_is_named_before_a_model_is_loaded(

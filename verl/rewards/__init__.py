@@ -9,8 +9,15 @@ whatever the name of the column in the file. A grader of exact answers may also 
 was compared:
 
     extract_answer(text: str) -> str | None
-    reference_answer(reference: str) -> str | None                       default: extract_answer reads references too
+    reference_answer(reference: str) -> str | None                       default: extract_answer reads references too;
+                                                                         None: no answer can be right, so a run does not begin
     exact_match(response: str, reference: str, method: str) -> bool      method is "strict" or "flexible"
+
+A grader that compares answers side by side may also have
+
+    score_batch(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict]) -> list[float]
+
+which gives the same scores as `score`, one by one.
 
 A grader may have keys of its own, `reward.KEY` on the command line: the fields of a dataclass `Settings` in its file, see
 verl.config.plugin_settings. Each of the functions above then takes the settings as its last argument, as in
