@@ -228,10 +228,10 @@ def test_the_report_counts_what_was_recognised_and_left_out(tmp_path: Path) -> N
     for _ in range(2):  # rendered, and from the cache
         lines = str(load(tmp_path, path).report).splitlines()
         assert lines[1:] == [
-            "  read as rows with the chat in 'messages': 2 rows",
-            "  assistant turns are context because their mark says so (weight, train, loss, …): 1 row",
-            "  key 'mood' of messages is not printed by the chat template: 1 row",
-            "  read as Alpaca rows with the question in 'instruction', the answer in 'output': 1 row",
+            f"read as rows with the chat in 'messages': 2 rows, the first {path}:1",
+            f"assistant turns are context because their mark says so (weight, train, loss, …): 1 row, the first {path}:1",
+            f"key 'mood' of messages is not printed by the chat template: 1 row, the first {path}:2",
+            f"read as Alpaca rows with the question in 'instruction', the answer in 'output': 1 row, the first {path}:3",
         ]
 
 
