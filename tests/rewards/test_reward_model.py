@@ -79,7 +79,7 @@ def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> Non
     judge: Any = scorer.model._scorer.model
     with torch.no_grad():
         judge.score.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"train.jsonl:4: reward model gave nan"):
+    with pytest.raises(UserError, match=r"train.jsonl:4: reward model returned nan"):
         scorer.score(["?"], ["!"], [{}], places=["train.jsonl:4"])
 
 

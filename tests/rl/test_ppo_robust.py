@@ -396,7 +396,7 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
         ),
         (
             {"reward__name": "nan.py"},
-            r"train\.jsonl:\d+: reward nan gave nan, expected a finite number\n  fix: correct the reward or the row",
+            r"train\.jsonl:\d+: reward nan returned nan, expected a finite number\n  fix: correct the reward or the row",
         ),
         (
             {"data__max_prompt_length": 33},
