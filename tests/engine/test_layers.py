@@ -145,6 +145,6 @@ def test_compiling_again_after_the_first_step_is_a_warning(model_path: Path) -> 
 
 def test_a_first_step_that_compiled_nothing_is_a_warning(model_path: Path) -> None:
     compiler = Compiler(True, load_for_training(str(model_path)).model)
-    assert "made nothing" in str(compiler.note())
+    assert "compiled none of the layers" in str(compiler.note())
     assert compiler.note() is None
     assert Compiler(False, load_for_training(str(model_path)).model).note() is None
