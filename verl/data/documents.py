@@ -26,6 +26,7 @@ from verl.errors import UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
 SAME_ANSWERS = "with two equal answers"
+SAME_WHEN_CUT = "with two answers that are equal up to data.max_length"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +177,7 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
     """
     lengths_R = np.concatenate([np.diff(table.ends) for table in tables])
     starts_R = np.concatenate([table.ends[:-1] for table in tables]).astype(np.int64)
+    whole = starts_R.copy(), lengths_R
     is_long_R = lengths_R > config.max_length
     if config.truncation == "error" and is_long_R.any():
         raise _too_long(tables, lengths_R, config, key, per_row)
@@ -186,9 +188,13 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
     parts = [slice(first, first + len(table.places)) for table, first in zip(tables, first_rows, strict=True)]
     trained_R = np.concatenate([table.trained(starts_R[part], lengths_R[part]) for table, part in zip(tables, parts, strict=True)])
     untrained = (trained_R.reshape(-1, per_row) == 0).any(1)
-    same = ~untrained & (_same(tables, starts_R, lengths_R) if per_row == 2 else False)
-    kept_N = np.flatnonzero(np.repeat(~untrained & ~same, per_row))
-    dropped = {NOTHING_TRAINED: int(untrained.sum()), SAME_ANSWERS: int(same.sum())}
+    same, same_when_cut = _same(tables, whole, (starts_R, lengths_R)) if per_row == 2 else (np.zeros_like(untrained), untrained)
+    kept_N = np.flatnonzero(np.repeat(~(untrained | same | same_when_cut), per_row))
+    dropped = {
+        SAME_ANSWERS: int(same.sum()),
+        NOTHING_TRAINED: int((untrained & ~same).sum()),
+        SAME_WHEN_CUT: int((same_when_cut & ~untrained & ~same).sum()),
+    }
     report = Report(
         read=len(lengths_R) // per_row,
         used=len(kept_N) // per_row,
@@ -199,8 +205,7 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
         rows_with_control_text=sum(table.rows_with_control_text for table in tables),
     )
     if not len(kept_N):
-        fix = f"raise data.max_length above {config.max_length}, or set data.truncation=left, which keeps the end of each row"
-        raise UserError(f"no row is left to train: {report}", where=key, fix=fix)
+        raise UserError(f"no row is left to train: {report}", where=key, fix=_fix_of(report, config))
     return Documents(
         lengths_N=lengths_R[kept_N].astype(np.int32),
         trained_N=trained_R[kept_N].astype(np.int32),
@@ -214,7 +219,27 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
     )
 
 
-def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
+def _fix_of(report: Report, config: DocumentsConfig) -> str:
+    """Return what helps against the reasons for which all rows were dropped."""
+    fixes = []
+    if SAME_ANSWERS in report.dropped:
+        fixes.append("give each row two different answers (data.chosen_key, data.rejected_key)")
+    if report.dropped.keys() - {SAME_ANSWERS}:
+        fixes.append(f"raise data.max_length above {config.max_length}, or set data.truncation=left, which keeps the end of each row")
+    return "\n       ".join(fixes)
+
+
+def _same(tables: list[_Table], whole: tuple[np.ndarray, np.ndarray], cut: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pair whether its documents are equal: whole, and as they are cut.
+
+    Args:
+        whole, cut: start and length of each document.
+    """
+    same = _equal_pairs(tables, *whole)
+    return same, same if np.array_equal(whole[1], cut[1]) else _equal_pairs(tables, *cut)
+
+
+def _equal_pairs(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
     """Return for each pair of consecutive documents whether their tokens are equal."""
     same: np.ndarray = np.diff(lengths_R)[::2] == 0
     for pair in np.flatnonzero(same):
