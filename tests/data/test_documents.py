@@ -281,7 +281,8 @@ def test_whatever_changes_the_tokens_makes_a_new_cache(tmp_path: Path, monkeypat
     fingerprints.append(changed.fingerprint)
     monkeypatch.setattr(documents, "_code_hash", lambda: "another version")
     fingerprints.append(load(tmp_path, path).fingerprint)
-    assert len(set(fingerprints)) == len(fingerprints) == len(arrow_files(tmp_path))
+    assert len(fingerprints) == len(arrow_files(tmp_path))
+    assert len(set(fingerprints)) == len(fingerprints) - 2, "the note in the template and the other version change no token"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "short"])

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from verl.data import cache
+from verl.data.fingerprint import Fingerprint, digest, fingerprint
 from verl.data.render import Renderer
 from verl.data.report import Report
 from verl.data.source import content_hash, resolve_files
@@ -38,6 +39,8 @@ class _Table:
     ends: np.ndarray  # end offset of each row in B, beginning with 0
     places: pa.Array
     rows_with_control_text: int
+    ids_digests: np.ndarray  # hash of each row's token ids, uint64
+    mask_digests: np.ndarray
 
     @staticmethod
     def mapped(table: pa.RecordBatch) -> "_Table":
@@ -48,6 +51,8 @@ class _Table:
             ends=_numbers(ids.offsets, np.int32),
             places=table.column("where"),
             rows_with_control_text=table.column("has_control_text").true_count,
+            ids_digests=_numbers(table.column("ids_digest"), np.uint64),
+            mask_digests=_numbers(table.column("mask_digest"), np.uint64),
         )
 
     def stop_ids(self) -> np.ndarray:
@@ -72,7 +77,7 @@ class Documents:
         trained_N: number of trained tokens, int32; a document's first token has no prediction and is not counted.
         row_numbers_N: index of the document among all documents of the files, from 0, int64; with one document per row, the row number.
         stop_ids: ids of the tokens that end a trained span, such as `<|im_end|>`.
-        fingerprint: a hash that changes when any document changes.
+        fingerprint: identity of the tokens, what is trained of them, and their order.
         report: counts of rows read, used, cut and dropped.
         documents_per_row: consecutive documents that form a row; 2 for preference pairs, the chosen answer first.
         values: per field of the Batch, such as "ref_logprob_M", one array per document, with one value per trained token.
@@ -82,7 +87,7 @@ class Documents:
     trained_N: np.ndarray
     row_numbers_N: np.ndarray
     stop_ids: list[int]
-    fingerprint: str
+    fingerprint: Fingerprint
     report: Report
     _starts_N: np.ndarray
     _tables: list[_Table]
@@ -151,7 +156,7 @@ def load_documents(
         raise UserError(
             f"the cache {path} was written, but cannot be read back", where="data.cache_dir", fix="choose a folder on another disk"
         )
-    return _cut([_Table.mapped(table) for table in tables], config, key, name, columns.documents_per_row)
+    return _cut([_Table.mapped(table) for table in tables], config, key, tokenizer.chat_template, columns.documents_per_row)
 
 
 def _cache_folder(config: DocumentsConfig) -> Path:
@@ -169,7 +174,7 @@ def _code_hash() -> str:
     return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
-def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per_row: int) -> Documents:
+def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: object, per_row: int) -> Documents:
     """Cut the documents to `data.max_length` tokens, and drop the rows that then have no trained token.
 
     Raises:
@@ -211,12 +216,22 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
         trained_N=trained_R[kept_N].astype(np.int32),
         row_numbers_N=kept_N.astype(np.int64),
         stop_ids=sorted({int(i) for table in tables for i in table.stop_ids()}),
-        fingerprint=_hash(name, config.max_length, config.truncation),
+        fingerprint=fingerprint("rows", *_digests(tables, starts_R, lengths_R, kept_N), report.tokens, template, documents_per_row=per_row),
         report=report,
         documents_per_row=per_row,
         _starts_N=starts_R[kept_N],
         _tables=tables,
     )
+
+
+def _digests(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray, kept_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return hashes of the token ids and of the loss mask of each kept document, as it is cut, uint64 [N]."""
+    ids_R, mask_R = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids_digests", "mask_digests"))
+    whole_R = np.concatenate([np.diff(table.ends) for table in tables])
+    for row in kept_N[whole_R[kept_N] != lengths_R[kept_N]]:
+        table, part = tables[row // ROWS_PER_TABLE], slice(starts_R[row], starts_R[row] + lengths_R[row])
+        ids_R[row], mask_R[row] = digest(table.ids_B[part].tobytes()), digest(table.mask_B[part].tobytes())
+    return ids_R[kept_N], mask_R[kept_N]
 
 
 def _fix_of(report: Report, config: DocumentsConfig) -> str:

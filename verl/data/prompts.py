@@ -4,17 +4,18 @@ The order depends on (seed, epoch) alone. A prompt's number counts the prompts d
 depend on the number of ranks.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PromptConfig
 from verl.data.chat import unanswered
+from verl.data.fingerprint import Fingerprint, digest, fingerprint
 from verl.data.formats import Row
 from verl.data.loader import row_order
 from verl.data.render import Renderer
@@ -47,12 +48,12 @@ class Prompts:
 
     Attributes:
         dropped: number of rows dropped because they are longer than data.max_prompt_length.
-        fingerprint: a hash that changes when any prompt changes.
+        fingerprint: identity of the prompts' tokens, their reference answers, and their order.
     """
 
     prompts: list[Prompt]
     dropped: int
-    fingerprint: str
+    fingerprint: Fingerprint
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -95,7 +96,7 @@ def load_prompts(
     if long and (config.overlong_prompts == "error" or len(long) == len(found)):
         raise _too_long(long, len(found), config, key)
     kept = [prompt for prompt in found if len(prompt.token_ids) <= config.max_prompt_length]
-    return Prompts(kept, len(long), _fingerprint(kept))
+    return Prompts(kept, len(long), _fingerprint(kept, tokenizer.chat_template))
 
 
 def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
@@ -132,8 +133,8 @@ def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> 
     return UserError(what, where=key, fix=f"data.max_prompt_length={tokens} keeps them all; data.overlong_prompts=drop drops them")
 
 
-def _fingerprint(prompts: list[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.token_ids, prompt.row.get("reference")], default=str).encode())
-    return digest.hexdigest()
+def _fingerprint(prompts: list[Prompt], template: object) -> Fingerprint:
+    ids = [digest(np.array(prompt.token_ids, dtype=np.int32).tobytes()) for prompt in prompts]
+    references = [digest(json.dumps(prompt.row.get("reference"), default=str).encode()) for prompt in prompts]
+    tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    return fingerprint("prompts", np.array(ids, dtype=np.uint64), np.array(references, dtype=np.uint64), tokens, template)

@@ -278,8 +278,7 @@ def _is_plain(module: Any) -> bool:
 def _is_swiglu(module: nn.Module) -> bool:
     parts: list[Any] = [module.gate_proj, module.up_proj, module.down_proj]
     return (
-        type(getattr(module, "act_fn", None)).__name__
-        in ("SiLU", "SiLUActivation")  # names in PyTorch and in some releases of transformers
+        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # names in PyTorch and in some transformers releases
         and all(part.base_layer.bias is None for part in parts)
         and len({part.scaling["default"] for part in parts}) == 1
         and set(dict(module.named_children())) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
