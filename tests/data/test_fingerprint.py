@@ -65,8 +65,16 @@ def test_another_version_of_the_software_gives_the_same_rows(tmp_path: Path, mon
         (ROWS[:5], {}, "8 rows then, 5 now"),
         (ROWS, {"samples": 3}, "8 rows then, 3 now"),
         (ROWS[::-1], {}, "the same 8 rows in another order"),
-        ([*ROWS[:-1], {**ROWS[-1], "answer": "6"}], {}, r"as many rows \(8\), but other text in some of them.* \(\d+ tokens then, \d+ now\)"),
-        ([*ROWS[:-1], {**ROWS[-1], "question": "What is 9 + 30?"}], {}, r"as many rows \(8\), but other text .*\(as many tokens, but others\)"),
+        (
+            [*ROWS[:-1], {**ROWS[-1], "answer": "6"}],
+            {},
+            r"as many rows \(8\), but other text in some of them.* \(\d+ tokens then, \d+ now\)",
+        ),
+        (
+            [*ROWS[:-1], {**ROWS[-1], "question": "What is 9 + 30?"}],
+            {},
+            r"as many rows \(8\), but other text .*\(as many tokens, but others\)",
+        ),
         (ROWS, {"max_length": 30, "truncation": "left"}, r"as many rows \(8\), but .*another length limit .*"),
         (ROWS, {"tokenizer": families.qwen3()}, r"as many rows \(8\), but another chat template \(\d+ tokens then, \d+ now\)"),
     ],
@@ -81,7 +89,9 @@ def test_what_differs_is_said_in_words(rows: list[dict[str, str]], keys: dict[st
 def test_the_same_tokens_of_which_others_are_trained_are_other_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": row["answer"]} for row in ROWS])
     whole = of(tmp_path, path, text_key="text")
-    assert whole.difference(replace(whole, targets="other", any_order="other")) == "the same 8 rows, except which of their tokens are trained"
+    assert (
+        whole.difference(replace(whole, targets="other", any_order="other")) == "the same 8 rows, except which of their tokens are trained"
+    )
 
 
 def test_a_pair_with_its_answers_swapped_is_another_pair(tmp_path: Path) -> None:

@@ -289,7 +289,9 @@ def test_resuming_with_other_rows_is_refused(change: dict[str, Any], message: st
         train(folder, "plain", **change)
 
 
-def test_a_run_goes_on_after_its_file_has_moved(folder: Path, plain_run: Metrics, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_goes_on_after_its_file_has_moved(
+    folder: Path, plain_run: Metrics, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     zipped = tmp_path / "elsewhere.jsonl.gz"
     zipped.write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
     train(folder, "plain", data__train_files=str(zipped))

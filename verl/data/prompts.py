@@ -69,6 +69,37 @@ class Prompts:
         return f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
 
 
+def describe_draws(prompts: int, per_step: int, steps: int) -> str:
+    """Say how often a run asks each prompt, with the arithmetic.
+
+    Args:
+        prompts: number of prompts.
+        per_step: prompts drawn in a step.
+        steps: steps of the whole run.
+    """
+    draws = steps * per_step
+    times, more = divmod(draws, prompts)
+    sum_of = f"{steps:,} step{'s' if steps > 1 else ''} × {per_step:,} = {draws:,}"
+    if not times:
+        often = f"{draws:,} of {prompts:,} prompts are asked once, and {prompts - draws:,} not at all ({sum_of})"
+    elif not more:
+        often = f"each of {prompts:,} prompts is asked {_often(times)} ({sum_of} = {times:,} × {prompts:,})"
+    else:
+        often = (
+            f"{more:,} of {prompts:,} prompts are asked {_often(times + 1)}, the other {prompts - more:,} {_often(times)} "
+            f"({sum_of} = {times:,} × {prompts:,} + {more:,})"
+        )
+    if per_step > prompts:
+        within = f"{per_step // prompts:,}{f' to {per_step // prompts + 1:,}' if per_step % prompts else ''} times in one step"
+        return f"warning: a step draws more prompts ({per_step:,}) than there are ({prompts:,}), so each is asked {within}; {often}"
+    reach = "; a step that reaches the end of an epoch takes the rest of its prompts from the next one" if times and draws % prompts else ""
+    return f"{often}{reach if prompts % per_step else ''}"
+
+
+def _often(times: int) -> str:
+    return {1: "once", 2: "twice"}.get(times, f"{times:,} times")
+
+
 _order = lru_cache(maxsize=2)(row_order)  # a step may reach into the next epoch
 
 
