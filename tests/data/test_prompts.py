@@ -65,7 +65,7 @@ def test_how_often_each_prompt_is_asked_is_said_with_the_arithmetic(prompts: int
 
 @pytest.mark.parametrize(("rows", "per_step", "steps"), [(10, 4, 7), (3, 8, 1), (8, 4, 2), (5, 3, 1)])
 def test_what_is_said_of_the_draws_is_what_is_drawn(rows: int, per_step: int, steps: int, folder: Path) -> None:
-    prompts = load(folder, train_max_samples=rows)
+    prompts = load(folder, [{"question": f"What is {n}?", "answer": "5"} for n in range(rows)])
     times = Counter(prompts.drawn(number, seed=1).where for number in range(steps * per_step))
     fewest, more = divmod(steps * per_step, rows)
     assert sorted(times[prompt.where] for prompt in prompts.prompts) == [fewest] * (rows - more) + [fewest + 1] * more

@@ -208,10 +208,8 @@ def steps_of(config: PPOConfig, prompts: Prompts) -> int:
 
 def describe_epochs(config: PPOConfig, prompts: Prompts, steps: int) -> str:
     """Say how often the run asks each prompt."""
-    refills = (
-        "; prompts that are drawn in place of others (algorithm.dynamic_sampling) come on top" if config.algorithm.dynamic_sampling else ""
-    )
-    return f"epochs: {describe_draws(len(prompts), config.data.prompts_per_step, steps)}{refills}"
+    more = "; dynamic sampling draws more prompts (algorithm.max_refills)" if config.algorithm.dynamic_sampling else ""
+    return f"epochs: {describe_draws(len(prompts), config.data.prompts_per_step, steps)}{more}"
 
 
 def main(argv: list[str]) -> None:
