@@ -12,6 +12,7 @@ from verl.data.report import show_first_row
 from verl.data.tables import RowReader
 from verl.engine.build import check_context
 from verl.engine.outline import Outline
+from verl.models.foreign import check_is_model
 from verl.models.load import load_tokenizer
 from verl.run import Run
 
@@ -36,6 +37,7 @@ def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTok
         UserError: there is no such model, or it does not support the adapters or context parallelism.
     """
     model = outline.settings
+    check_is_model(model.partial_pretrain)
     adapter = model.lora_adapter_path
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     path = adapter if adapter is not None and own else model.partial_pretrain
