@@ -361,7 +361,7 @@ def test_empty_answers_have_rewards_and_are_learned_from_as_far_as_there_are_tok
         ({"reward__name": "mine.no_such"}, "no module 'mine' for rewards 'mine.no_such'", "give the path of a .py file"),
         ({"reward__name": "format", "reward__format": "['(']"}, "reward.format: '(' is not a regular expression", "such as [<think>"),
         ({"reward_model__path": "./nowhere"}, "./nowhere: no such model directory", "the current folder is"),
-        ({"reward_model__path": "model"}, "reward_model.path: model is a language model, without a head", "reward_trainer"),
+        ({"reward_model__path": "model"}, "reward_model.path: model is a language model without a scoring head", "reward_trainer"),
         ({"algorithm__name": "ppo", "critic__partial_pretrain": "./nowhere"}, "./nowhere: no such model directory", "the current folder"),
         ({"model__partial_pretrain": "adapter"}, "model.partial_pretrain=adapter: is an adapter", "verl export adapter DIR"),
         ({"model__partial_pretrain": "model", "model__lora_rank": 4, "model__target_modules": "[q_prj]"}, "q_prj", "q_proj"),

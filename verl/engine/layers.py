@@ -66,8 +66,18 @@ def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
     # Treat floats of a layer, such as a norm's epsilon, as constants, because they never change. As variables they would be CPU tensors,
     # and a checkpointed layer would get CPU kernels, which take longest to compile.
     torch._dynamo.config.specialize_float = True
+    torch.compiler.config.cache_key_tag = operator_schemas()
     for layer in decoder_layers(model):
         layer.compile(dynamic=True, backend=backend)
+
+
+def operator_schemas() -> str:
+    """Return the schemas of verl's custom operators.
+
+    They are a part of the key of PyTorch's cache of compiled code, which does not contain them by itself: code that another release of verl
+    compiled would call an operator with other arguments.
+    """
+    return "\n".join(sorted(str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("verl::")))
 
 
 def uncompiled() -> AbstractContextManager[object]:
