@@ -371,6 +371,13 @@ def test_the_first_row_shows_what_is_trained(tmp_path: Path) -> None:
     assert shown(ids, np.roll(mask, -1)).splitlines() != lines  # the wrong way: a mask one token early
 
 
+def test_the_answers_of_a_pair_are_shown_by_their_names(tmp_path: Path) -> None:
+    ids, mask = load(tmp_path, write(tmp_path / "train.jsonl", [{"question": "the cat", "answer": "sat"}])).document(0)
+    out = io.StringIO()
+    show_first_row(families.chatml(), ids, mask, Console(file=out, width=40), name="rejected")
+    assert "  context | the cat<|im_end|>\\n\n" in out.getvalue() and "  rejected | sat<|im_end|>\n" in out.getvalue()
+
+
 def test_of_a_long_first_row_the_middle_is_left_out(tmp_path: Path) -> None:
     ids, mask = load(tmp_path, write(tmp_path / "train.jsonl", [{"text": "the cat " * 1000}]), text_key="text", max_length=8192).document(0)
     assert "more characters" in shown(ids, mask)

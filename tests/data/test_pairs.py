@@ -1,18 +1,20 @@
 """Pairs of answers, in each form that preference data has, to two documents a row."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import families
 import numpy as np
 import pytest
-from places import SHARED
+from places import ROOT, SHARED
 from transformers import AutoTokenizer
 
 from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import NOTHING_TRAINED, SAME_ANSWERS, Documents, load_documents
+from verl.data.labelled import LabelColumns, load_labelled
 from verl.data.loader import Packing, micro_batches
 from verl.data.pairs import PairColumns
 from verl.data.render import Renderer
@@ -73,6 +75,30 @@ def test_every_form_gives_the_chosen_chat_and_the_rejected_one(row: dict[str, An
         ids, mask = pairs.document(index)
         assert ids.tolist() == expected.input_ids and mask.tolist() == expected.loss_mask
         assert trained(pairs, index) == f"{answer['content']}<|im_end|>"
+
+
+def examples(heading: str) -> list[list[dict[str, Any]]]:
+    """The rows of each example under a heading of docs/data.md."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+    return [[json.loads(line) for line in block.splitlines()] for block in re.findall(r"```jsonl\n(.*?)```", section, re.DOTALL)]
+
+
+def test_the_examples_of_the_documentation_are_read_as_it_says(tmp_path: Path) -> None:
+    chats, texts, labelled = examples("## Pairs of answers")
+    pairs = load(tmp_path, chats)
+    assert len(pairs) == len(chats) == 8
+    for number in range(16):
+        answer = "It is 6." if number % 2 else "It is 5."
+        expected = Renderer(families.chatml()).chat([ASKED, {"role": "assistant", "content": answer}])
+        assert pairs.document(number)[0].tolist() == expected.input_ids and trained(pairs, number) == f"{answer}<|im_end|>"
+    assert len(load(tmp_path, texts, prompt_key=None)) == 1
+    with pytest.raises(UserError, match="one answer with a label"):
+        load(tmp_path, labelled)
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    config = PairsConfig(cache_dir=str(tmp_path / "cache"))
+    assert load_labelled(config, LabelColumns(), str(file), families.chatml()).is_good_N.tolist() == [True, False]
 
 
 def test_turns_that_both_chats_have_are_context(tmp_path: Path) -> None:

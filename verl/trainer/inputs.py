@@ -60,7 +60,8 @@ def load_data(data: RowsConfig, columns: RowReader, tokenizer: PreTrainedTokeniz
         return documents
 
     train, validation = load("train"), None if data.val_files is None else load("val")
-    run.show(partial(show_first_row, tokenizer, *train.document(0)))
+    for number, name in enumerate(("chosen", "rejected") if train.documents_per_row == 2 else ("trained",)):
+        run.show(partial(show_first_row, tokenizer, *train.document(number), name=name))
     return train, validation
 
 
