@@ -1,17 +1,20 @@
 """Pairs of answers, in each form that preference data has, to two documents a row."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import families
 import numpy as np
 import pytest
-from places import SHARED
+from places import ROOT, SHARED
 from transformers import AutoTokenizer
 
-from verl.config.pairs import PairsConfig
+from verl.config.load import load_config
+from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import NOTHING_TRAINED, SAME_ANSWERS, Documents, load_documents
+from verl.data.labelled import LabelColumns, load_labelled
 from verl.data.loader import Packing, micro_batches
 from verl.data.pairs import PairColumns
 from verl.data.render import Renderer
@@ -32,6 +35,22 @@ FORMS: dict[str, dict[str, Any]] = {
         "rejected": "\n\nHuman: What is 2 + 3?\n\nAssistant: It is 6, I am sure.",
     },
     "whole chats beside the prompt": {"prompt": "What is 2 + 3?", "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+    "whole chats beside the same messages": {"prompt": [ASKED], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+    "whole chats beside an empty prompt": {"prompt": [], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]},
+    "whole chats as JSON": {"prompt": "What is 2 + 3?", "chosen": json.dumps([ASKED, RIGHT]), "rejected": json.dumps([ASKED, WRONG])},
+    "messages as JSON": {"prompt": json.dumps([ASKED]), "chosen": json.dumps([RIGHT]), "rejected": json.dumps(WRONG, indent=1)},
+    "single messages": {"prompt": ASKED, "chosen": RIGHT, "rejected": WRONG},
+    "one chat and one text": {"prompt": "What is 2 + 3?", "chosen": [ASKED, RIGHT], "rejected": WRONG["content"]},
+    "a prompt that ends with the speaker": {
+        "prompt": "\n\nHuman: What is 2 + 3?\n\nAssistant:",
+        "chosen": " It is 5.",
+        "rejected": [WRONG],
+    },
+    "chats as text beside the prompt": {
+        "prompt": "What is 2 + 3?",
+        "chosen": "Human: What is 2 + 3?\n\nAssistant: It is 5.",
+        "rejected": "Human: What is 2 + 3?\n\nAssistant: It is 6, I am sure.",
+    },
 }
 
 
@@ -58,6 +77,30 @@ def test_every_form_gives_the_chosen_chat_and_the_rejected_one(row: dict[str, An
         assert trained(pairs, index) == f"{answer['content']}<|im_end|>"
 
 
+def examples(heading: str) -> list[list[dict[str, Any]]]:
+    """The rows of each example under a heading of docs/data.md."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = page.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+    return [[json.loads(line) for line in block.splitlines()] for block in re.findall(r"```jsonl\n(.*?)```", section, re.DOTALL)]
+
+
+def test_the_examples_of_the_documentation_are_read_as_it_says(tmp_path: Path) -> None:
+    chats, texts, labelled = examples("## Pairs of answers")
+    pairs = load(tmp_path, chats)
+    assert len(pairs) == len(chats) == 8
+    for number in range(16):
+        answer = "It is 6." if number % 2 else "It is 5."
+        expected = Renderer(families.chatml()).chat([ASKED, {"role": "assistant", "content": answer}])
+        assert pairs.document(number)[0].tolist() == expected.input_ids and trained(pairs, number) == f"{answer}<|im_end|>"
+    assert len(load(tmp_path, texts, prompt_key=None)) == 1
+    with pytest.raises(UserError, match="one answer with a label"):
+        load(tmp_path, labelled)
+    file = tmp_path / "labelled.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    config = PairsConfig(cache_dir=str(tmp_path / "cache"))
+    assert load_labelled(config, LabelColumns(), str(file), families.chatml()).is_good_N.tolist() == [True, False]
+
+
 def test_turns_that_both_chats_have_are_context(tmp_path: Path) -> None:
     before = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello to you"}, ASKED]
     pairs = load(tmp_path, [{"chosen": [*before, RIGHT], "rejected": [*before, WRONG, ASKED, WRONG]}])
@@ -71,6 +114,67 @@ def test_a_chat_as_text_may_have_several_turns_with_paragraphs_in_them(tmp_path:
     said = families.chatml().decode(pairs.document(0)[0].tolist())
     assert "assistant\nHello to you.\n\nAsk me.<|im_end|>" in said and "user\nWhat is 2 + 3?<|im_end|>" in said
     assert [trained(pairs, index) for index in (0, 1)] == [f"{answer['content']}<|im_end|>" for answer in (RIGHT, WRONG)]
+
+
+SYSTEM, HELLO, HI = {"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [None, "Hello", "What is 2 + 3? ", [SYSTEM, HELLO, HI, ASKED], [HELLO, HI, ASKED], [SYSTEM], json.dumps([HELLO])],
+    ids=["none", "the first question", "the last question", "all", "all but the system message", "the system message", "JSON"],
+)
+def test_a_prompt_may_repeat_any_part_of_the_beginning(prompt: Any, tmp_path: Path) -> None:
+    before = [SYSTEM, HELLO, HI, ASKED]
+    pairs = load(tmp_path, [{"prompt": prompt, "chosen": [*before, RIGHT], "rejected": [*before, WRONG]}])
+    for index, answer in enumerate((RIGHT, WRONG)):
+        assert pairs.document(index)[0].tolist() == Renderer(families.chatml()).chat([*before, answer]).input_ids
+        assert trained(pairs, index) == f"{answer['content']}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What is 2 + 4?", [HELLO], [SYSTEM, ASKED], [ASKED, RIGHT], "Human: Hello\n\nAssistant: Hi\n\nHuman: What is 2 + 3?"]
+)
+def test_a_prompt_that_contradicts_the_chats_is_refused(prompt: Any, tmp_path: Path) -> None:
+    row = {"prompt": prompt, "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}
+    with pytest.raises(UserError, match=r"jsonl:1: column 'prompt' says .* but the chat begins with 'What is 2 \+ 3\?'") as caught:
+        load(tmp_path, [row])
+    assert "data.prompt_key=null" in str(caught.value.fix)
+    assert trained(load(tmp_path, [row], prompt_key=None), 0) == "It is 5.<|im_end|>"  # as the fix says
+
+
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}],
+}
+RESULT = {"role": "tool", "content": "5"}
+ADD = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_chats_may_call_tools_before_and_after_they_part(as_text: bool, tmp_path: Path) -> None:
+    before, tokenizer = [ASKED, CALL, RESULT], families.qwen3()
+    row: dict[str, Any] = {"prompt": [ASKED], "chosen": [CALL, RESULT, RIGHT], "rejected": [*before, WRONG], "tools": [ADD]}
+    pairs = load(tmp_path, [{k: json.dumps(v) for k, v in row.items()} if as_text else row], tokenizer=tokenizer, tools_key="tools")
+    for index, answer in enumerate((RIGHT, WRONG)):
+        ids, mask = pairs.document(index)
+        assert ids.tolist() == Renderer(tokenizer).chat([*before, answer], [ADD]).input_ids
+        assert answer["content"] in str(tokenizer.decode(ids[mask])) and "add" not in str(tokenizer.decode(ids[mask]))
+    apart = load(tmp_path, [{"chosen": [*before, RIGHT], "rejected": [ASKED, WRONG]}], tokenizer=tokenizer)
+    ids, mask = apart.document(0)
+    assert "add" in str(tokenizer.decode(ids[mask])) and "It is 5." in str(tokenizer.decode(ids[mask]))
+
+
+def test_tools_that_the_model_would_not_see_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"jsonl:1: column 'tools' has tools, but data.tools_key is not set"):
+        load(tmp_path, [{**FORMS["whole chats"], "tools": [ADD]}])
+    assert len(load(tmp_path, [{**FORMS["whole chats"], "tools": None}])) == 1
+
+
+@pytest.mark.parametrize("answer", ['["a", "b"]', '[{"name": "Ann"}]', '{"role": 5}'[:4], "[1, 2", "{x}"])
+def test_an_answer_may_be_json_that_is_no_chat(answer: str, tmp_path: Path) -> None:
+    assert trained(load(tmp_path, [{**FORMS["texts"], "chosen": answer}]), 0) == f"{answer}<|im_end|>"
 
 
 def test_beside_a_prompt_an_answer_is_no_chat_whatever_it_says(tmp_path: Path) -> None:
@@ -179,19 +283,56 @@ def test_equal_answers_and_answers_that_are_cut_off_are_left_out_and_counted(tmp
         ({"chosen": "Human: a?\n\nAssistant: b", "rejected": "Human: c?\n\nAssistant: b"}, "do not begin with the same message"),
         ({"chosen": "Human: a?\n\nAssistant:", "rejected": "Human: a?\n\nAssistant: b"}, r"jsonl:1: chosen: messages\[1\]"),
         ({"prompt": "?", "chosen": "a"}, r"column 'rejected' is missing(.|\n)*data.rejected_key"),
-        ({"prompt": "?", "chosen": 5, "rejected": "b"}, "column 'chosen' is a number"),
+        ({"prompt": "?", "chosen": True, "rejected": "b"}, "column 'chosen' is a boolean"),
         ({"prompt": "?", "chosen": "", "rejected": "b"}, "column 'chosen' is empty"),
         ({"chosen": [ASKED, RIGHT], "rejected": [{**ASKED, "content": "?"}, WRONG]}, "do not begin with the same message"),
         (
-            {"chosen": [ASKED, RIGHT], "rejected": [ASKED, {"role": "robot", "content": "b"}]},
-            "jsonl:1: rejected: messages: the chat has no assistant turn",
+            {"prompt": "?", "chosen": "[{'role': 'assistant', 'content': 'b'}]", "rejected": "b"},
+            r"jsonl:1: chosen: the chat is text that is not JSON",
         ),
-        ({"chosen": [ASKED], "rejected": [ASKED, WRONG]}, "jsonl:1: chosen: messages: the chat has no assistant turn"),
+        (
+            {"prompt": "?", "chosen": [1, 2], "rejected": "b"},
+            r"jsonl:1: chosen: found a list \(\[1, 2\]\), expected text or a list of messages",
+        ),
+        ({"prompt": [ASKED, RIGHT], "chosen": "a", "rejected": "b"}, "jsonl:1: prompt: the prompt ends with the assistant's turn"),
+        ({"prompt": "?", "completion": "a", "label": True}, "jsonl:1: the row is one answer with a label"),
+        (
+            {"chosen": [HELLO, HI, ASKED, RIGHT], "rejected": [HELLO, HI, HELLO, WRONG]},
+            r"chosen: messages\[2\]: .* part at a message of the user",
+        ),
+        ({"chosen": [HELLO, HI, ASKED, RIGHT], "rejected": [HELLO, HI, WRONG]}, r"messages\[2\]: .* part at a message of the user"),
+        (
+            {"chosen": [ASKED, CALL, RESULT, RIGHT], "rejected": [ASKED, CALL, {**RESULT, "content": "6"}, WRONG]},
+            "part at a message of the tool",
+        ),
+        (
+            {"chosen": [HELLO, HI, ASKED], "rejected": [HELLO, RIGHT, ASKED]},
+            r"chosen: messages\[2\]: the chat ends with a message of the user",
+        ),
+        ({"chosen": [HELLO, HI, ASKED, RIGHT], "rejected": [HELLO, HI, ASKED, RIGHT, HELLO]}, r"rejected: messages\[4\]: the chat ends"),
+        ({"chosen": [HELLO, HI], "rejected": [HELLO, HI, ASKED, WRONG]}, "jsonl:1: one chat is the beginning of the other"),
+        ({"chosen": [ASKED, RIGHT], "rejected": [ASKED, {"role": "robot", "content": "b"}]}, r"jsonl:1: rejected: messages\[1\]"),
+        ({"chosen": [ASKED], "rejected": [ASKED, WRONG]}, r"jsonl:1: chosen: messages\[0\]: the chat ends with a message of the user"),
     ],
 )
 def test_a_row_that_is_no_pair_is_an_error_at_its_place(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         load(tmp_path, [row])
+
+
+def test_pairs_that_are_all_equal_are_not_blamed_on_their_length(tmp_path: Path) -> None:
+    same = {**FORMS["texts"], "rejected": RIGHT["content"]}
+    with pytest.raises(UserError, match="2 with two equal answers") as caught:
+        load(tmp_path, [same, {**FORMS["whole chats"], "rejected": FORMS["whole chats"]["chosen"]}])
+    assert caught.value.fix == "give each row two different answers (data.chosen_key, data.rejected_key)"
+    with pytest.raises(UserError, match="1 with two answers that are equal up to data") as cut:
+        load(tmp_path, [{**FORMS["texts"], "chosen": "five " * 40, "rejected": "five " * 50}], max_length=30, truncation="right")
+    assert "raise data.max_length above 30" in str(cut.value.fix)
+
+
+def test_one_column_cannot_be_both_answers() -> None:
+    with pytest.raises(UserError, match="is the column of both answers"):
+        load_config(RewardTrainerConfig, ["data.train_files=a", "model.partial_pretrain=m", "data.rejected_key=chosen"])
 
 
 def test_a_pair_with_a_long_answer_is_an_error_that_counts_rows(tmp_path: Path) -> None:

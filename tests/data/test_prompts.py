@@ -1,6 +1,7 @@
 """Rows become prompts, in an order that a seed and an epoch decide alone."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tiny import write_problems_and_model
 
 from verl.config.ppo import PromptConfig
 from verl.data.loader import row_order
-from verl.data.prompts import Prompts, load_prompts
+from verl.data.prompts import Prompts, describe_draws, load_prompts
 from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
@@ -46,6 +47,30 @@ def test_each_epoch_draws_every_prompt_once_and_goes_on_with_the_next(folder: Pa
     assert sorted(drawn[:n]) == sorted(drawn[n:]) == sorted(prompt.where for prompt in prompts.prompts)
     assert drawn[n:] == [prompts.prompts[i].where for i in row_order(n, 7, 1)]
     assert drawn[:n] != drawn[n:]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "per_step", "steps", "said"),
+    [
+        (8, 4, 2, "each of 8 prompts is asked once (2 steps × 4 = 8 = 1 × 8)"),
+        (10, 4, 2, "8 of 10 prompts are asked once, and 2 not at all (2 steps × 4 = 8)"),
+        (10, 4, 7, "8 of 10 prompts are asked 3 times, the other 2 twice (7 steps × 4 = 28 = 2 × 10 + 8); a step that reaches the end of"),
+        (3, 8, 1, "warning: a step draws more prompts (8) than there are (3), so each is asked 2 to 3 times in one step; 2 of 3 prompts"),
+        (3, 6, 2, "warning: a step draws more prompts (6) than there are (3), so each is asked 2 times in one step; each of 3 prompts is"),
+    ],
+)
+def test_how_often_each_prompt_is_asked_is_said_with_the_arithmetic(prompts: int, per_step: int, steps: int, said: str) -> None:
+    assert describe_draws(prompts, per_step, steps).startswith(said)
+
+
+@pytest.mark.parametrize(("rows", "per_step", "steps"), [(10, 4, 7), (3, 8, 1), (8, 4, 2), (5, 3, 1)])
+def test_what_is_said_of_the_draws_is_what_is_drawn(rows: int, per_step: int, steps: int, folder: Path) -> None:
+    prompts = load(folder, [{"question": f"What is {n}?", "answer": "5"} for n in range(rows)])
+    times = Counter(prompts.drawn(number, seed=1).where for number in range(steps * per_step))
+    fewest, more = divmod(steps * per_step, rows)
+    assert sorted(times[prompt.where] for prompt in prompts.prompts) == [fewest] * (rows - more) + [fewest + 1] * more
+    said = describe_draws(rows, per_step, steps)
+    assert f"{more} of {rows} prompts are asked" in said if more else f"each of {rows} prompts is asked" in said
 
 
 def test_a_trained_chat_waits_for_its_last_answer(folder: Path) -> None:

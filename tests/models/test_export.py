@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from places import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import qwen2_config, write_model
+from tiny import VOCABULARY, qwen2_config, write_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -22,6 +22,7 @@ from verl.config.load import load_config
 from verl.errors import UserError
 from verl.models import export as exporting
 from verl.models.adapters import files
+from verl.models.load import load_for_inference
 from verl.models.tiny import tiny_tokenizer
 
 IDS = torch.arange(3, 15)[None]
@@ -89,6 +90,64 @@ def test_the_export_of_an_adapter_is_base_and_adapter_in_one(kind: str, base: Pa
     assert before == after
     assert header(written) == header(base)
     assert not list(written.glob("adapter*")) and sorted(tmp_path.iterdir()) == [adapter, written]
+
+
+def write_resized_adapter(folder: Path, base: Path, rows: int, *, save: bool | str = "auto", **changes: Any) -> Path:
+    """An adapter whose embeddings were resized, for new tokens or to the size of the tokenizer, as peft saves it."""
+    torch.manual_seed(1)
+    model = load(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", **changes}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    adapted.save_pretrained(str(folder), save_embedding_layers=save)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns of tied embeddings
+@pytest.mark.parametrize("rows", [VOCABULARY + 3, VOCABULARY - 3], ids=["larger", "smaller"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["trained whole", "saved beside", "adapted"],
+)
+def test_an_adapter_with_a_resized_vocabulary_is_exported_and_loaded(
+    changes: dict[str, Any], rows: int, base: Path, tmp_path: Path
+) -> None:
+    if "embed_tokens" in changes.get("target_modules", []) and base.name == "untied":
+        pytest.skip("peft does not save the new rows of the output layer")
+    adapter = write_resized_adapter(tmp_path / "adapter", base, rows, **changes)
+    reference = load(base)
+    reference.resize_token_embeddings(rows, mean_resizing=False)
+    expected = logits(PeftModel.from_pretrained(reference, adapter))
+    written = load(export(adapter, tmp_path / "out"))
+    assert written.config.vocab_size == rows and expected.shape == (12, rows)
+    torch.testing.assert_close(logits(written), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(load_for_inference(str(adapter), device="cpu")), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_an_adapter_may_replace_embeddings(saved: list[str], base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, modules_to_save=saved, target_modules=["q_proj"])
+    expected = logits(PeftModel.from_pretrained(load(base), adapter))
+    torch.testing.assert_close(logits(load(export(adapter, tmp_path / "out"))), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_whose_resized_embeddings_are_not_saved_is_refused(base: Path, tmp_path: Path) -> None:
+    adapter = write_resized_adapter(tmp_path / "adapter", base, VOCABULARY + 3, target_modules=["embed_tokens"], save=False)
+    with pytest.raises(UserError, match=rf"embeddings resized to {VOCABULARY + 3} rows, and the model has {VOCABULARY}"):
+        export(adapter, tmp_path / "out")
+    if base.name == "untied":  # the embeddings are there, but not the new rows of the output layer
+        adapter = write_resized_adapter(tmp_path / "half", base, VOCABULARY + 3, target_modules=["embed_tokens"])
+        with pytest.raises(UserError, match="are not all in the file"):
+            export(adapter, tmp_path / "out")
+    whole = write_resized_adapter(tmp_path / "whole", base, VOCABULARY + 3)
+    with pytest.raises(UserError, match=r"embeddings resized to (.|\n)*verl export"):  # to train it further
+        files.check_base(str(whole), load(base), files.read_config(str(whole)))
 
 
 def header(folder: Path) -> dict[str, tuple[list[int], str]]:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 
 from verl import cli, dist
 from verl.algorithms import sft
-from verl.config.load import _parse
+from verl.config.assignments import argument
 from verl.config.sft import DataConfig, SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader
@@ -371,7 +371,7 @@ def followed(advice: str, config: SFTConfig, gpus: int) -> tuple[SFTConfig, int]
     """The config as advised, and the number of GPUs."""
     words = advice.partition(" (-")[0].split()
     pairs = [word.split("=") for word in words if "=" in word]
-    return changed(config, {key: _parse(key, text) for key, text in pairs}), int(words[0]) if words[1:2] == ["GPUs"] else gpus
+    return changed(config, {key: argument(key, text).value for key, text in pairs}), int(words[0]) if words[1:2] == ["GPUs"] else gpus
 
 
 def advice(gib: float, **changes: Any) -> str:

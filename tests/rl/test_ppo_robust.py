@@ -192,6 +192,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder: Path, capsys
     ppo_trainer.main(words(folder, "dry", trainer__dry_run="true"))
     said = capsys.readouterr().out
     assert "plan: 4 steps of 4 prompts × 4 answers" in said and "data.train_files: 80 prompts" in said and "method: grpo" in said
+    assert "\nepochs: 16 of 80 prompts are asked once, and 64 not at all (4 steps × 4 = 16)\n" in said
     assert not (folder / "dry").exists()
 
 

@@ -1,10 +1,12 @@
 """The trainer as a person runs it, and its losses against loops that others wrote."""
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
 from verl.data.tables import Columns
+from verl.engine import checkpoint
 from verl.engine.contract import LossOut, TokenOut
 from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_for_inference, load_tokenizer
@@ -277,12 +280,34 @@ def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: Metrics,
     [
         ({"data__train_batch_size": 7}, "rows per step"),
         ({"trainer__seed": 2}, "trainer.seed"),
-        ({"data__train_max_samples": 30}, "the training rows"),
+        ({"data__train_max_samples": 30}, r"the training rows changed \(80 rows then, 30 now\) since this checkpoint"),
+        ({"data__max_length": 30, "data__truncation": "left"}, r"the training rows changed \(as many rows \(80\), but .* length limit"),
     ],
 )
 def test_resuming_with_other_rows_is_refused(change: dict[str, Any], message: str, folder: Path, plain_run: Metrics) -> None:
     with pytest.raises(UserError, match=message):
         train(folder, "plain", **change)
+
+
+def test_a_run_goes_on_after_its_file_has_moved(
+    folder: Path, plain_run: Metrics, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zipped = tmp_path / "elsewhere.jsonl.gz"
+    zipped.write_bytes(gzip.compress((folder / "train.jsonl").read_bytes()))
+    train(folder, "plain", data__train_files=str(zipped))
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_does_not_record_its_rows_is_resumed_with_a_warning(
+    folder: Path, plain_run: Metrics, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = checkpoint.read_position
+    monkeypatch.setattr(checkpoint, "read_position", lambda directory: replace(whole(directory), data_fingerprint="0" * 64))
+    train(folder, "plain")
+    said = capsys.readouterr().out
+    assert "does not record the tokens of its rows, because an older version wrote it" in said and "nothing left to do" in said
+    with pytest.raises(UserError, match=r"the training rows changed \(80 then, 30 now\)"):
+        train(folder, "plain", data__train_max_samples=30)
 
 
 def test_an_adapter_run_leaves_an_adapter_that_loads(folder: Path) -> None:

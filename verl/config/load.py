@@ -7,15 +7,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl import __version__
+from verl.config.assignments import NULL, Assignment, argument, assignments_in, type_of
 from verl.config.plugin_settings import check_settings, comment_on, completed, fields_of, groups_of, settings_class
 from verl.config.spellings import ALIASES, HINTS, REJECTED
 from verl.errors import UserError
@@ -68,27 +68,13 @@ def _checked(config: DictConfig) -> Any:
     return result
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A value that the user gives for a key. `where` is the file's name, or the key itself for a command-line argument."""
-
-    key: str
-    value: Any
-    where: str
-
-    @property
-    def place(self) -> str:
-        return self.key if self.where == self.key else f"{self.where}: {self.key}"
-
-
-def _given(argv: list[str]) -> list[_Given]:
-    """Return the values from files and arguments; later ones win."""
+def _given(argv: list[str]) -> list[Assignment]:
+    """Return the assignments of files and arguments; later ones win."""
     files, pairs = _split(argv)
-    in_files = [_Given(key, value, str(file)) for file in files for key, value in _leaves(_read_yaml(file))]
-    return in_files + [_Given(key, _parse(key, text), key) for key, text in pairs]
+    return [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
 
 
-def _defaults(schema: type[Config], given: list[_Given]) -> Config:
+def _defaults(schema: type[Config], given: list[Assignment]) -> Config:
     """Return the schema's defaults with the plugins that the user names and these plugins' keys.
 
     Raises:
@@ -97,9 +83,10 @@ def _defaults(schema: type[Config], given: list[_Given]) -> Config:
     defaults: Config = schema()
     config = OmegaConf.structured(defaults)
     for one in given:
-        if _canonical(one.key) in _keys(config) and not _asks_resolver(one.value):
+        key = _canonical(one.key)
+        if key in _keys(config) and not _asks_resolver(one.value):
             with suppress(OmegaConfBaseException):  # a value of the wrong type, which `_assign` refuses
-                OmegaConf.update(config, _canonical(one.key), one.value)
+                OmegaConf.update(config, key, one.value_for(type_of(defaults, key)))
     for key in (group.named_by for group in groups_of(defaults)):
         try:
             name = OmegaConf.select(config, key)
@@ -179,9 +166,9 @@ def _is_group(value: object) -> bool:
 
 
 def _word(key: str, value: object) -> str:
-    """Return a value as text that `_parse` reads back."""
+    """Return a value as text that `argument` reads back."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return {None: NULL, True: "true", False: "false"}[value]
     if isinstance(value, numbers.Integral):
         return str(int(value))
     if isinstance(value, numbers.Real):
@@ -255,59 +242,6 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
     return files, pairs
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML for configs: a duplicate key is an error, and 1e-5 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is given twice, first on line {seen[key.value]}", key.start_mark
-                )
-            seen[key.value] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except FileNotFoundError as error:
-        raise UserError("no such config file", where=str(path), fix=f"the current folder is {Path.cwd()}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}:{mark.line + 1}" if mark else str(path)) from error
-    if loaded is not None and not isinstance(loaded, dict):
-        raise UserError(f"found a {type(loaded).__name__}, expected keys and values", where=str(path))
-    return loaded or {}
-
-
-def _parse(key: str, text: str) -> Any:
-    """Parse the value of a command-line argument."""
-    if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` is a path
-        return text
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError:
-        if text[0] in "[{":
-            raise UserError(f"cannot read the value {text!r}", where=key, fix="write lists as [a,b]") from None
-        return text
-    if text[0] in "[{\"'":
-        return value
-    # Otherwise a number, true, false, null, or the text as typed: YAML would read `#### N` in `system=End with #### N` as a comment.
-    is_word = len(text.split()) == 1 and not text.startswith("#")
-    return value if is_word and isinstance(value, (bool, int, float, type(None))) else text
-
-
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for key, value in tree.items():
@@ -316,17 +250,18 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return leaves
 
 
-def _assign(config: DictConfig, given: _Given, defaults: object) -> None:
+def _assign(config: DictConfig, given: Assignment, defaults: object) -> None:
     known, key = _keys(config), given.key
     if given.value == {} and key in {group.path for group in groups_of(defaults)}:
         return  # a group without keys, as `to_yaml` writes it
     key_now = _canonical(key)
     if key_now not in known and not any(key_now.startswith(f"{name}.") for name in known if _is_mapping(config, name)):
         _refuse(given, known, defaults)
-    if _asks_resolver(given.value):
-        raise UserError(f"found {given.value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
+    value = given.value_for(type_of(defaults, key_now))
+    if _asks_resolver(value):
+        raise UserError(f"found {value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
     try:
-        OmegaConf.update(config, key_now, given.value)
+        OmegaConf.update(config, key_now, value)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=given.place, fix="--help shows the key with an example of its type") from error
 
@@ -346,7 +281,7 @@ def _asks_resolver(value: Any) -> bool:
     return isinstance(value, str) and re.search(r"\$\{[^}]*:", value) is not None
 
 
-def _refuse(given: _Given, known: list[str], defaults: object) -> None:
+def _refuse(given: Assignment, known: list[str], defaults: object) -> None:
     key, place = given.key, None if given.where == given.key else given.where
     for rejected, fix in REJECTED.items():
         if key == rejected or key.startswith(f"{rejected}."):
@@ -374,7 +309,7 @@ def _nearest(key: str, known: list[str]) -> list[str]:
     return difflib.get_close_matches(key, known, n=1, cutoff=0.8)
 
 
-def _refuse_key_of_another(given: _Given, defaults: object) -> None:
+def _refuse_key_of_another(given: Assignment, defaults: object) -> None:
     """Raises UserError: the key belongs to another plugin."""
     path, _, name = given.key.rpartition(".")
     for group in groups_of(defaults):

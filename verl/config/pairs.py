@@ -17,13 +17,16 @@ class PairsConfig:
     train_files: Any = MISSING
     # Pairs to validate with, named the same way without shares; null: none.
     val_files: Any = None
-    # Column of the prompt, a text or a list of {role, content}. Rows whose answers are whole chats need no prompt. null: there is no such
-    # column; answers that are texts are then read whole and without a chat template, and the beginning that both share is the prompt.
+    # Column of the prompt, a text or a list of {role, content}. Rows whose answers are whole chats need no prompt; if they have one, the
+    # chats must begin with it. null: there is no such column; answers that are texts are then read whole and without a chat template, and
+    # the beginning that both share is the prompt.
     prompt_key: str | None = "prompt"
     # Columns of the better and the worse answer. Each is a text, a list of {role, content} that continues the prompt, or a whole chat.
     # Without a prompt column, a chat may also be text with "Human:" and "Assistant:" before its turns.
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
+    # Column of the tools that the chats may call, as JSON schemas.
+    tools_key: str | None = None
     # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
     # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
@@ -75,6 +78,8 @@ class RewardTrainerConfig:
         check_trainer(self.trainer)
         check_samples(data)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        if data.chosen_key == data.rejected_key:
+            raise UserError("is the column of both answers", where=f"data.rejected_key={data.rejected_key}", fix="name two columns")
         at_least("data.max_length", data.max_length, 2)
         at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
         at_least("data.train_batch_size", data.train_batch_size, 1)

@@ -1,6 +1,7 @@
 """Tokenized rows on disk: a memory-mapped Arrow file, followed by its SHA-256 checksum. The metadata of each table is kept with it."""
 
 import hashlib
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Sequence, Sized
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from verl.data.fingerprint import digest
 from verl.data.render import Rendered
 from verl.errors import UserError
 
@@ -18,6 +20,8 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.uint8())),
         ("has_control_text", pa.bool_()),
+        ("ids_digest", pa.uint64()),
+        ("mask_digest", pa.uint64()),
     ]
 )
 CHECKSUM_BYTES = 32
@@ -33,14 +37,23 @@ def table_of(places: Sequence[str], rows: Sequence[Rendered]) -> pa.RecordBatch:
     ids = np.concatenate([np.array(row.input_ids, dtype=np.int32) for row in rows]) if rows else np.empty(0, np.int32)
     mask = np.concatenate([np.array(row.loss_mask, dtype=np.uint8) for row in rows]) if rows else np.empty(0, np.uint8)
     has_control_text = np.packbits(np.array([row.has_control_text for row in rows], dtype=bool), bitorder="little")
-    ends = _column(pa.int32(), len(rows) + 1, _ends(row.input_ids for row in rows))
+    ends = _ends(row.input_ids for row in rows)
+    offsets = _column(pa.int32(), len(rows) + 1, ends)
     columns = [
         _column(pa.string(), len(rows), _ends(where), b"".join(where)),
-        pa.ListArray.from_arrays(ends, _column(pa.int32(), len(ids), ids)),
-        pa.ListArray.from_arrays(ends, _column(pa.uint8(), len(mask), mask)),
+        pa.ListArray.from_arrays(offsets, _column(pa.int32(), len(ids), ids)),
+        pa.ListArray.from_arrays(offsets, _column(pa.uint8(), len(mask), mask)),
         _column(pa.bool_(), len(rows), has_control_text),
+        _column(pa.uint64(), len(rows), digests(ids, ends)),
+        _column(pa.uint64(), len(rows), digests(mask, ends)),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def digests(values_B: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return a hash of each row's values, uint64; rows are consecutive in B, and `ends` begins with 0."""
+    data, size, bounds = values_B.tobytes(), values_B.itemsize, ends.tolist()
+    return np.array([digest(data[size * start : size * end]) for start, end in itertools.pairwise(bounds)], dtype=np.uint64)
 
 
 def _ends(parts: Iterable[Sized]) -> np.ndarray:

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from verl.data import cache
+from verl.data.fingerprint import Fingerprint, digest, fingerprint
 from verl.data.loader import RowChoice
 from verl.data.render import Renderer
 from verl.data.report import Report
@@ -28,6 +29,7 @@ from verl.errors import UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
 SAME_ANSWERS = "with two equal answers"
+SAME_WHEN_CUT = "with two answers that are equal up to data.max_length"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,8 @@ class _Table:
     places: pa.Array
     rows_with_control_text: int
     metadata: Mapping[bytes, bytes]  # as `verl.data.tables.tokenized` writes it
+    ids_digests: np.ndarray  # hash of each row's token ids, uint64
+    mask_digests: np.ndarray
 
     @staticmethod
     def mapped(table: pa.RecordBatch) -> "_Table":
@@ -51,6 +55,8 @@ class _Table:
             places=table.column("where"),
             rows_with_control_text=table.column("has_control_text").true_count,
             metadata=table.schema.metadata or {},
+            ids_digests=_numbers(table.column("ids_digest"), np.uint64),
+            mask_digests=_numbers(table.column("mask_digest"), np.uint64),
         )
 
     def stop_ids(self) -> np.ndarray:
@@ -75,7 +81,7 @@ class Documents:
         trained_N: number of trained tokens, int32; a document's first token has no prediction and is not counted.
         row_numbers_N: index of the document among all documents of the files, from 0, int64; with one document per row, the row number.
         stop_ids: ids of the tokens that end a trained span, such as `<|im_end|>`.
-        fingerprint: a hash that changes when any document changes.
+        fingerprint: identity of the tokens, what is trained of them, and their order.
         report: counts of rows read, used, cut and dropped.
         documents_per_row: consecutive documents that form a row; 2 for preference pairs, the chosen answer first.
         values: per field of the Batch, such as "ref_logprob_M", one array per document, with one value per trained token.
@@ -86,7 +92,7 @@ class Documents:
     trained_N: np.ndarray
     row_numbers_N: np.ndarray
     stop_ids: list[int]
-    fingerprint: str
+    fingerprint: Fingerprint
     report: Report
     _starts_N: np.ndarray
     _tables: list[_Table]
@@ -158,7 +164,7 @@ def load_documents(
             f"the cache {path} was written, but cannot be read back", where="data.cache_dir", fix="choose a folder on another disk"
         )
     mapped = [_Table.mapped(table) for table in tables]
-    documents = _cut(mapped, config, key, name, columns.documents_per_row)
+    documents = _cut(mapped, config, key, tokenizer.chat_template, columns.documents_per_row)
     notes = [*describe_sources(entries), *_notes(mapped).lines()]
     if any(entry.has_share for entry in entries):
         documents, shares = _mixed(documents, entries, key)
@@ -181,7 +187,7 @@ def _mixed(documents: Documents, entries: list[Entry], key: str) -> tuple[Docume
     rows_by_source = json.loads(documents._tables[-1].metadata[b"rows_by_source"])
     mixture = mixture_of(entries, rows_by_source, documents.row_numbers_N[::per_row] // per_row, key)
     assert mixture is not None
-    fingerprint = _hash(documents.fingerprint, mixture.of_entry_E, mixture.per_epoch_E)
+    fingerprint = replace(documents.fingerprint, order=mixture.identity)
     tokens_N = documents.lengths_N.reshape(-1, per_row).sum(1)
     return replace(documents, choice=mixture, fingerprint=fingerprint), mixture.describe(tokens_N)
 
@@ -201,7 +207,7 @@ def _code_hash() -> str:
     return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))])
 
 
-def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per_row: int) -> Documents:
+def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: object, per_row: int) -> Documents:
     """Cut the documents to `data.max_length` tokens, and drop the rows that then have no trained token.
 
     Raises:
@@ -209,6 +215,7 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
     """
     lengths_R = np.concatenate([np.diff(table.ends) for table in tables])
     starts_R = np.concatenate([table.ends[:-1] for table in tables]).astype(np.int64)
+    whole = starts_R.copy(), lengths_R
     is_long_R = lengths_R > config.max_length
     if config.truncation == "error" and is_long_R.any():
         raise _too_long(tables, lengths_R, config, key, per_row)
@@ -219,9 +226,13 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
     parts = [slice(first, first + len(table.places)) for table, first in zip(tables, first_rows, strict=True)]
     trained_R = np.concatenate([table.trained(starts_R[part], lengths_R[part]) for table, part in zip(tables, parts, strict=True)])
     untrained = (trained_R.reshape(-1, per_row) == 0).any(1)
-    same = ~untrained & (_same(tables, starts_R, lengths_R) if per_row == 2 else False)
-    kept_N = np.flatnonzero(np.repeat(~untrained & ~same, per_row))
-    dropped = {NOTHING_TRAINED: int(untrained.sum()), SAME_ANSWERS: int(same.sum())}
+    same, same_when_cut = _same(tables, whole, (starts_R, lengths_R)) if per_row == 2 else (np.zeros_like(untrained), untrained)
+    kept_N = np.flatnonzero(np.repeat(~(untrained | same | same_when_cut), per_row))
+    dropped = {
+        SAME_ANSWERS: int(same.sum()),
+        NOTHING_TRAINED: int((untrained & ~same).sum()),
+        SAME_WHEN_CUT: int((same_when_cut & ~untrained & ~same).sum()),
+    }
     report = Report(
         read=len(lengths_R) // per_row,
         used=len(kept_N) // per_row,
@@ -232,14 +243,13 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
         rows_with_control_text=sum(table.rows_with_control_text for table in tables),
     )
     if not len(kept_N):
-        fix = f"raise data.max_length above {config.max_length}, or set data.truncation=left, which keeps the end of each row"
-        raise UserError(f"no row is left to train: {report}", where=key, fix=fix)
+        raise UserError(f"no row is left to train: {report}", where=key, fix=_fix_of(report, config))
     return Documents(
         lengths_N=lengths_R[kept_N].astype(np.int32),
         trained_N=trained_R[kept_N].astype(np.int32),
         row_numbers_N=kept_N.astype(np.int64),
         stop_ids=sorted({int(i) for table in tables for i in table.stop_ids()}),
-        fingerprint=_hash(name, config.max_length, config.truncation),
+        fingerprint=fingerprint("rows", *_digests(tables, starts_R, lengths_R, kept_N), report.tokens, template, documents_per_row=per_row),
         report=report,
         documents_per_row=per_row,
         _starts_N=starts_R[kept_N],
@@ -247,7 +257,37 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per
     )
 
 
-def _same(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
+def _digests(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray, kept_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return hashes of the token ids and of the loss mask of each kept document, as it is cut, uint64 [N]."""
+    ids_R, mask_R = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids_digests", "mask_digests"))
+    whole_R = np.concatenate([np.diff(table.ends) for table in tables])
+    for row in kept_N[whole_R[kept_N] != lengths_R[kept_N]]:
+        table, part = tables[row // ROWS_PER_TABLE], slice(starts_R[row], starts_R[row] + lengths_R[row])
+        ids_R[row], mask_R[row] = digest(table.ids_B[part].tobytes()), digest(table.mask_B[part].tobytes())
+    return ids_R[kept_N], mask_R[kept_N]
+
+
+def _fix_of(report: Report, config: DocumentsConfig) -> str:
+    """Return what helps against the reasons for which all rows were dropped."""
+    fixes = []
+    if SAME_ANSWERS in report.dropped:
+        fixes.append("give each row two different answers (data.chosen_key, data.rejected_key)")
+    if report.dropped.keys() - {SAME_ANSWERS}:
+        fixes.append(f"raise data.max_length above {config.max_length}, or set data.truncation=left, which keeps the end of each row")
+    return "\n       ".join(fixes)
+
+
+def _same(tables: list[_Table], whole: tuple[np.ndarray, np.ndarray], cut: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each pair whether its documents are equal: whole, and as they are cut.
+
+    Args:
+        whole, cut: start and length of each document.
+    """
+    same = _equal_pairs(tables, *whole)
+    return same, same if np.array_equal(whole[1], cut[1]) else _equal_pairs(tables, *cut)
+
+
+def _equal_pairs(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
     """Return for each pair of consecutive documents whether their tokens are equal."""
     same: np.ndarray = np.diff(lengths_R)[::2] == 0
     for pair in np.flatnonzero(same):

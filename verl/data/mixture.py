@@ -40,6 +40,12 @@ class Mixture:
         """Return the numbers of an epoch's rows in their order, int64 [R]."""
         return _order(self, seed, epoch)
 
+    @property
+    def identity(self) -> str:
+        """What decides the order besides the seed, for the fingerprint of the rows; the files may have moved since."""
+        shares = ", ".join(f"{taken:,} of {rows:,}" for taken, rows in zip(self.per_epoch_E, self.of_entry_E, strict=True))
+        return f"a mixture that takes {shares} rows of its files in an epoch"
+
     def describe(self, tokens_N: np.ndarray) -> str:
         """Say the shares of the entries in rows, and in the tokens of an average epoch.
 

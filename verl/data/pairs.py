@@ -1,92 +1,112 @@
 """Preference data: rows with a chosen and a rejected answer to the same question become two chats each."""
 
-import itertools
-import re
 from dataclasses import dataclass
 
 from verl.config.pairs import PairsConfig
+from verl.data.answers import check_end, check_prompt, checked_messages, is_chat, prompt_of, whole_chat
 from verl.data.chat import Message
-from verl.data.row import Row, describe
+from verl.data.row import Row
 from verl.data.tables import ChatInput
 from verl.errors import UserError
 
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # the start of a turn, in preference data that holds whole chats as text
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+SAME_QUESTION = "pair two answers to the same question"
 
 
 @dataclass(frozen=True)
 class PairColumns:
     """The columns of preference data. A row becomes two documents, the chosen one first.
 
-    An answer is text or messages that follow the prompt, which is itself text or messages. Or it is a whole chat: a list of messages,
-    or, if the row has no prompt column, text whose turns begin with `Human:` and `Assistant:`. Any other text is a whole document only
-    if `prompt_key` is None; otherwise a prompt column with another name would go unnoticed.
+    Both answers are completed to whole chats (`verl.data.answers`). The messages that both begin with are context. The chats part at the
+    assistant's turn, and end with the assistant's turn. If `prompt_key` is None, two texts are whole documents; otherwise texts need a
+    prompt, so that a prompt column with another name is noticed.
     """
 
     prompt_key: str | None
     chosen_key: str
     rejected_key: str
+    tools_key: str | None = None
     documents_per_row: int = 2
 
     @staticmethod
     def of(data: PairsConfig) -> "PairColumns":
-        return PairColumns(data.prompt_key, data.chosen_key, data.rejected_key)
+        return PairColumns(data.prompt_key, data.chosen_key, data.rejected_key, data.tools_key)
 
     def read(self, row: Row) -> list[ChatInput] | list[str]:
         """Return the two chats, or two whole texts. Their common beginning is context and not trained.
 
         Raises:
-            UserError: a column is invalid, or the two chats do not begin with the same message.
+            UserError: a column is invalid, or the two chats are not two answers to the same question.
         """
         if row.is_text:
             raise UserError("plain text has no pairs", where=row.where, fix="write the pairs as JSONL or Parquet")
         if self.prompt_key is None and (texts := self._texts(row)):
             return texts
-        chosen = self._chat(row, self.chosen_key, "data.chosen_key")
-        rejected = self._chat(row, self.rejected_key, "data.rejected_key")
-        common = list(itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
-        if not common:
-            what = f"{self.chosen_key!r} and {self.rejected_key!r} do not begin with the same message"
-            raise UserError(what, where=row.where, fix="pair two answers to the same question")
-        asked = common[:-1] if len(common) == len(chosen) == len(rejected) else common  # of two equal chats, the last message is the answer
-        turns = sum(isinstance(message, dict) and message.get("role") == "assistant" for message, _ in asked)
-        names = (self.chosen_key, self.rejected_key)
-        return [ChatInput(chat, None, turns, f"{name}: ") for chat, name in zip((chosen, rejected), names, strict=True)]
+        self._check_columns(row)
+        prompt = prompt_of(row, self.prompt_key)
+        chosen = whole_chat(row, self.chosen_key, "data.chosen_key", prompt, self.prompt_key)
+        rejected = whole_chat(row, self.rejected_key, "data.rejected_key", prompt, self.prompt_key)
+        context = self._context(row, prompt, chosen, rejected)
+        tools = None if self.tools_key is None else row.value(self.tools_key, "data.tools_key", may_be_null=True)
+        named = ((self.chosen_key, chosen), (self.rejected_key, rejected))
+        return [ChatInput(chat, tools, context, f"{column}: ") for column, chat in named]
 
     def _texts(self, row: Row) -> list[str]:
         """Return both columns if they are texts without turns, else an empty list."""
-        answers = [row.value(self.chosen_key, "data.chosen_key"), row.value(self.rejected_key, "data.rejected_key")]
-        if not all(isinstance(answer, str) and not TURN.match(answer) for answer in answers):
+        if is_chat(row.value(self.chosen_key, "data.chosen_key")) or is_chat(row.value(self.rejected_key, "data.rejected_key")):
             return []
         return [row.text(self.chosen_key, "data.chosen_key"), row.text(self.rejected_key, "data.rejected_key")]
 
-    def _chat(self, row: Row, column: str, key: str) -> list[Message]:
-        """Return the messages of a column's answer, including those of the prompt."""
-        answer = row.value(column, key)
-        if isinstance(answer, str):
-            if self.prompt_key not in row.values and TURN.match(answer):
-                return _turns(answer)
-            return [*self._prompt(row), {"role": "assistant", "content": row.text(column, key)}]
-        if not isinstance(answer, list) or not answer or not isinstance(answer[0], dict):
-            what = f"column {column!r} is {describe(answer)}, expected text or a list of messages"
-            raise UserError(what, where=row.where, fix='write the answer as text, or as [{"role": …, "content": …}, …]')
-        return [*self._prompt(row), *answer] if answer[0].get("role") == "assistant" else answer
+    def _check_columns(self, row: Row) -> None:
+        """Raise UserError if the row is no pair at all, or has tools that the model would not see."""
+        if self.chosen_key not in row.values and {"completion", "label"} <= row.values.keys():
+            what = "the row is one answer with a label (columns 'completion' and 'label'), not a pair of answers"
+            raise UserError(what, where=row.where, fix="the methods of `verl reward` compare two answers; give rows with both")
+        unread = [] if self.tools_key else [name for name in ("tools", "functions") if row.values.get(name) not in (None, "", "[]", [])]
+        if unread:
+            what = f"column {unread[0]!r} has tools, but data.tools_key is not set, so the model would not see them"
+            raise UserError(what, where=row.where, fix=f"set data.tools_key={unread[0]}, or remove the column")
 
-    def _prompt(self, row: Row) -> list[Message]:
-        if self.prompt_key is None:
-            fix = "name the prompt column, or write both answers as whole chats, or both as whole texts"
-            raise UserError("an answer without its prompt", where=f"{row.where}: data.prompt_key=null", fix=fix)
-        try:
-            prompt = row.value(self.prompt_key, "data.prompt_key")
-        except UserError as error:
-            fix = f"{error.fix}; or, if both answers are whole texts, data.prompt_key=null"
-            raise UserError(error.what, where=error.where, fix=fix) from None
-        if isinstance(prompt, list):
-            return prompt
-        return [{"role": "user", "content": row.text(self.prompt_key, "data.prompt_key")}]
+    def _context(self, row: Row, prompt: list[Message] | None, chosen: list[Message], rejected: list[Message]) -> int:
+        """Return how many of the assistant's turns are context.
+
+        Raises:
+            UserError: the chats do not begin alike, do not part at the assistant's turn, or do not end with it.
+        """
+        chats = {
+            column: checked_messages(chat, f"{row.where}: {column}")
+            for column, chat in ((self.chosen_key, chosen), (self.rejected_key, rejected))
+        }
+        common = _common(*chats.values())
+        if not common:
+            what = f"{self.chosen_key!r} and {self.rejected_key!r} do not begin with the same message"
+            raise UserError(what, where=row.where, fix=SAME_QUESTION)
+        _check_structure(chats, len(common), row.where)
+        if all(len(chat) == len(common) for chat in chats.values()):
+            common = common[:-1]  # of two equal chats, the last turn is the answer; they are counted and dropped later
+        check_prompt(row, self.prompt_key, prompt, common)
+        return sum(message["role"] == "assistant" for message in common)
 
 
-def _turns(text: str) -> list[Message]:
-    """Split a chat that is written as text into messages."""
-    _, *parts = TURN.split(text)
-    return [{"role": SPEAKERS[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2], strict=True)]
+def _common(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """Return the messages that both chats begin with."""
+    parting = next((number for number, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    return chosen[: min(len(chosen), len(rejected)) if parting is None else parting]
+
+
+def _check_structure(chats: dict[str, list[Message]], common: int, where: str) -> None:
+    """Check that both chats end with the assistant's turn, and go on with it after the `common` messages that both begin with.
+
+    Args:
+        chats: the two chats by their columns.
+    Raises:
+        UserError: they do not.
+    """
+    for column, chat in chats.items():
+        check_end(chat, f"{where}: {column}")
+    lengths = [len(chat) for chat in chats.values()]
+    if common == min(lengths) < max(lengths):
+        raise UserError("one chat is the beginning of the other, so it has no answer of its own", where=where, fix=SAME_QUESTION)
+    for column, chat in chats.items():
+        if common < len(chat) and chat[common]["role"] != "assistant":
+            what = f"the two chats part at a message of the {chat[common]['role']}, so they answer different questions"
+            raise UserError(what, where=f"{where}: {column}: messages[{common}]", fix=SAME_QUESTION)

@@ -4,7 +4,6 @@ The order depends on (seed, epoch) alone. A prompt's number counts the prompts d
 depend on the number of ranks.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -15,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PromptConfig
+from verl.data.fingerprint import Fingerprint, digest, fingerprint
 from verl.data.loader import RowChoice, row_order
 from verl.data.render import Renderer
 from verl.data.row import ReadProgress, Row, notes_of
@@ -48,14 +48,14 @@ class Prompts:
 
     Attributes:
         dropped: number of rows dropped because they are longer than data.max_prompt_length.
-        fingerprint: a hash that changes when any prompt changes.
+        fingerprint: identity of the prompts' tokens, their reference answers, and their order.
         choice: choice of an epoch's prompts, if the files are a mixture; None: all prompts.
         notes: what else is to be said about the data, one line each.
     """
 
     prompts: list[Prompt]
     dropped: int
-    fingerprint: str
+    fingerprint: Fingerprint
     choice: RowChoice | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -74,6 +74,37 @@ class Prompts:
         dropped = f", {self.dropped:,} dropped as longer than data.max_prompt_length" if self.dropped else ""
         prompts = f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
         return "\n".join([prompts, *self.notes])
+
+
+def describe_draws(prompts: int, per_step: int, steps: int) -> str:
+    """Say how often a run asks each prompt, with the arithmetic.
+
+    Args:
+        prompts: number of prompts.
+        per_step: prompts drawn in a step.
+        steps: steps of the whole run.
+    """
+    draws = steps * per_step
+    times, more = divmod(draws, prompts)
+    sum_of = f"{steps:,} step{'s' if steps > 1 else ''} × {per_step:,} = {draws:,}"
+    if not times:
+        often = f"{draws:,} of {prompts:,} prompts are asked once, and {prompts - draws:,} not at all ({sum_of})"
+    elif not more:
+        often = f"each of {prompts:,} prompts is asked {_often(times)} ({sum_of} = {times:,} × {prompts:,})"
+    else:
+        often = (
+            f"{more:,} of {prompts:,} prompts are asked {_often(times + 1)}, the other {prompts - more:,} {_often(times)} "
+            f"({sum_of} = {times:,} × {prompts:,} + {more:,})"
+        )
+    if per_step > prompts:
+        within = f"{per_step // prompts:,}{f' to {per_step // prompts + 1:,}' if per_step % prompts else ''} times in one step"
+        return f"warning: a step draws more prompts ({per_step:,}) than there are ({prompts:,}), so each is asked {within}; {often}"
+    reach = "; a step that reaches the end of an epoch takes the rest of its prompts from the next one" if times and draws % prompts else ""
+    return f"{often}{reach if prompts % per_step else ''}"
+
+
+def _often(times: int) -> str:
+    return {1: "once", 2: "twice"}.get(times, f"{times:,} times")
 
 
 _order = lru_cache(maxsize=2)(row_order)  # a step may reach into the next epoch
@@ -104,7 +135,8 @@ def load_prompts(
     if long and (config.overlong_prompts == "error" or len(long) == len(found)):
         raise _too_long(long, len(found), config, key)
     kept = [prompt for prompt in found if len(prompt.token_ids) <= config.max_prompt_length]
-    prompts = Prompts(kept, len(long), _fingerprint(kept), notes=[*describe_sources(entries), *notes_of(rows)])
+    notes = [*describe_sources(entries), *notes_of(rows)]
+    prompts = Prompts(kept, len(long), _fingerprint(kept, tokenizer.chat_template), notes=notes)
     if any(entry.has_share for entry in entries):
         numbers = [number for number, prompt in enumerate(found) if len(prompt.token_ids) <= config.max_prompt_length]
         return _mixed(prompts, entries, progress.rows_by_source, numbers, key)
@@ -118,7 +150,7 @@ def _mixed(prompts: Prompts, entries: list[Entry], rows_by_source: list[int], nu
     mixture = mixture_of(entries, rows_by_source, np.array(numbers), key)
     assert mixture is not None
     shares = mixture.describe(np.array([len(prompt.token_ids) for prompt in prompts.prompts]))
-    fingerprint = hashlib.sha256(f"{prompts.fingerprint} {mixture.of_entry_E} {mixture.per_epoch_E}".encode()).hexdigest()
+    fingerprint = replace(prompts.fingerprint, order=mixture.identity)
     return replace(prompts, choice=mixture, fingerprint=fingerprint, notes=[*prompts.notes, shares])
 
 
@@ -152,8 +184,8 @@ def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> 
     return UserError(what, where=key, fix=f"data.max_prompt_length={tokens} keeps them all; data.overlong_prompts=drop drops them")
 
 
-def _fingerprint(prompts: list[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.token_ids, prompt.row.get("reference")], default=str).encode())
-    return digest.hexdigest()
+def _fingerprint(prompts: list[Prompt], template: object) -> Fingerprint:
+    ids = [digest(np.array(prompt.token_ids, dtype=np.int32).tobytes()) for prompt in prompts]
+    references = [digest(json.dumps(prompt.row.get("reference"), default=str).encode()) for prompt in prompts]
+    tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    return fingerprint("prompts", np.array(ids, dtype=np.uint64), np.array(references, dtype=np.uint64), tokens, template)

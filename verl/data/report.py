@@ -47,19 +47,22 @@ class Report:
         return "\n".join([f"{rows}; {tokens}{control if self.rows_with_control_text else ''}", *self.notes])
 
 
-def show_first_row(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray, console: Console) -> None:
+def show_first_row(
+    tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, mask: np.ndarray, console: Console, *, name: str = "trained"
+) -> None:
     """Print a document with its loss mask: each line is labelled as trained or context, and coloured in a terminal.
 
     Args:
         ids: token ids.
         mask: whether each token is trained.
+        name: label of the trained lines; of a pair, "chosen" or "rejected".
     """
     trained = int(mask[1:].sum())
     parts = list(_parts(tokenizer, ids, mask))
     spelled = f"; {SPELLED} marks the name of a control token that is plain text" if any(SPELLED in text for _, text in parts) else ""
     console.print(Text(f"first row, {len(ids):,} tokens, {trained:,} trained (\\n is a line end{spelled}):"), soft_wrap=True)
     for is_trained, text in parts:
-        label, style = ("trained", "green") if is_trained else ("context", "dim")
+        label, style = (name, "green") if is_trained else ("context", "dim")
         for line in text.splitlines(keepends=True) if text else []:
             console.print(Text(f"  {label} | {line}".removesuffix("\n"), style), soft_wrap=True)
 

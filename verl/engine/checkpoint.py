@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl import __version__, dist
+from verl.data.fingerprint import Fingerprint
 from verl.durable import flush, replace_text
 from verl.engine.engine import Engine
 from verl.engine.optim import optimizer_state
@@ -58,7 +59,7 @@ class Position:
         rows: rows of the training set.
         rows_per_step: global batch size in rows.
         seed: seed of the row order.
-        data_fingerprint: hash of the tokenized rows.
+        data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
         drawn: prompts drawn so far, in reinforcement learning.
         kl_coef: current KL coefficient, if it is adaptive.
     """
@@ -69,7 +70,7 @@ class Position:
     rows: int
     rows_per_step: int
     seed: int
-    data_fingerprint: str
+    data_fingerprint: Fingerprint | str
     drawn: int = 0
     kl_coef: float | None = None
 
@@ -132,7 +133,10 @@ def _load_into(engine: Engine, directory: Path) -> None:
 
 def read_position(directory: Path) -> Position:
     """Read the position of a committed checkpoint."""
-    return Position(**json.loads((directory / "trainer" / "state.json").read_text()))
+    """Read the position that a checkpoint was saved at."""
+    state = json.loads((directory / "trainer" / "state.json").read_text())
+    data = state["data_fingerprint"]
+    return Position(**{**state, "data_fingerprint": Fingerprint(**data) if isinstance(data, dict) else data})
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:

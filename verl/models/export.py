@@ -147,6 +147,7 @@ def merge(loaded: Loaded, source: str, ids_T: Tensor) -> tuple[Tensor, Tensor]:
         UserError: the adapter has no effect, or merging changes the logits.
     """
     say(f"merging {source}")
+    files.fit_vocabulary(loaded.model, source)  # before the prompt, which may have new tokens
     base_TV = logits(loaded.model, ids_T)
     adapted = files.attach(loaded.model, source).eval()
     adapted_TV = logits(adapted, ids_T)

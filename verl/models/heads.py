@@ -73,7 +73,8 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
             raise UserError(f"transformers has no {config.model_type} model with a classification head", where=path, fix=fix)
         kind = AutoModel
     if any(name.endswith("Classification") for name in config.architectures or []) and config.num_labels != 1:
-        raise UserError(f"has {config.num_labels} labels, expected one", where=path, fix="give a model with one label, or a language model")
+        fix = "give a model with one label (num_labels=1), whose score is one number"
+        raise UserError(f"has {config.num_labels} labels, expected one", where=path, fix=fix)
     if not values and kind is not AutoModel:
         loaded = load_without_values(path, dtype=dtype, trust_remote_code=trust_remote_code, kind=kind, head=head_of)
         if loaded is not None:

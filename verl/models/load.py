@@ -27,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
+from verl.models.foreign import check_format, check_is_model
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 
@@ -74,6 +75,7 @@ def load_tokenizer(
         UserError: no such model, it has no fast tokenizer, no such template, or the template has no such variable.
     """
     source, adapter = resolve(path), read_adapter_config(path)
+    check_format(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
         source = resolve(adapter["base_model_name_or_path"])
     try:
@@ -130,6 +132,7 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
         UserError: no such model.
     """
     source = resolve(path)
+    check_is_model(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -215,11 +218,13 @@ def resolve(path: str) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
+            check_format(path)
             newest = newest_step(local)
             hint = f"did you mean {newest}?" if newest else "give the directory that has config.json"
             raise UserError("has no config.json", where=path, fix=hint)
         return str(local.resolve())
     if local.exists():
+        check_format(path)
         raise UserError("is a file, not a directory", where=path, fix="give the directory that has the file")
     if path.startswith(("~", "/", ".")) or path.count("/") > 1:
         raise UserError("no such model directory", where=path, fix=f"the current folder is {Path.cwd()}")
@@ -245,6 +250,7 @@ def _from_pretrained(
     path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str, **options: Any
 ) -> PreTrainedModel:
     source = resolve(path)
+    check_is_model(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_language_model(config, path)
@@ -342,11 +348,12 @@ def cannot_load(what: str, path: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return UserError(f"the {what} needs Python code from its repository", where=path, fix="if you trust it, set trust_remote_code=true")
-    return UserError(
-        f"cannot load the {what}: {reason}",
-        where=path,
-        fix="give a local model directory, or a Hub name; the Hub needs a network connection, and a login for gated models",
-    )
+    fix = "give a local model directory, or a Hub name; the Hub needs a network connection, and a login for gated models"
+    if "gguf" in path.lower():
+        fix = f"GGUF is for inference: give the model that it was made from, usually the name without GGUF; otherwise {fix}"
+    elif "safetensors" in reason:
+        fix = f"only weights in safetensors are read; {fix}"
+    return UserError(f"cannot load the {what}: {reason}", where=path, fix=fix)
 
 
 def is_quantized(parameter: Tensor | None) -> bool:

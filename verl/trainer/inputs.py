@@ -12,6 +12,7 @@ from verl.data.report import show_first_row
 from verl.data.tables import RowReader
 from verl.engine.build import check_context
 from verl.engine.outline import Outline
+from verl.models.foreign import check_is_model
 from verl.models.load import load_tokenizer
 from verl.run import Run
 
@@ -43,6 +44,7 @@ def read_tokenizer(outline: Outline, data: TemplateConfig) -> PreTrainedTokenize
         UserError: there is no such model, or it does not support the adapters or context parallelism.
     """
     model = outline.settings
+    check_is_model(model.partial_pretrain)
     adapter = model.lora_adapter_path
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     path = adapter if adapter is not None and own else model.partial_pretrain
@@ -70,7 +72,8 @@ def load_data(data: RowsConfig, columns: RowReader, tokenizer: PreTrainedTokeniz
         return documents
 
     train, validation = load("train"), None if data.val_files is None else load("val")
-    run.show(partial(show_first_row, tokenizer, *train.document(0)))
+    for number, name in enumerate(("chosen", "rejected") if train.documents_per_row == 2 else ("trained",)):
+        run.show(partial(show_first_row, tokenizer, *train.document(number), name=name))
     return train, validation
 
 

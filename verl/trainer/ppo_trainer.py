@@ -12,7 +12,7 @@ from pathlib import Path
 from verl import dist
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
-from verl.data.prompts import Prompts, load_prompts
+from verl.data.prompts import Prompts, describe_draws, load_prompts
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.hardware import measure
@@ -66,7 +66,7 @@ def train(config: PPOConfig) -> TrainResult:
         decisions = decide_roles(config, method, outline, measure(device), total_steps)
         roles = build_roles(config, method, tokenizer, prompts, bridge, decisions, run)
         run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
-        run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}")
+        run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}\n{describe_epochs(config, prompts, total_steps)}")
         if run.checkpoint is not None:
             checkpoint.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
@@ -92,7 +92,8 @@ def dry_run(config: PPOConfig) -> None:
     tokenizer = read_tokenizer(Outline(config.model), config.data)
     prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
     if dist.is_main():
-        plan = describe_steps(config, steps_of(config, prompts))
+        steps = steps_of(config, prompts)
+        plan = f"{describe_steps(config, steps)}\n{describe_epochs(config, prompts, steps)}"
         print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\nplan: {plan}", flush=True)
 
 
@@ -203,6 +204,12 @@ def steps_of(config: PPOConfig, prompts: Prompts) -> int:
     if config.trainer.total_training_steps is not None:
         return config.trainer.total_training_steps
     return max(1, len(prompts) * config.trainer.total_epochs // per_step)
+
+
+def describe_epochs(config: PPOConfig, prompts: Prompts, steps: int) -> str:
+    """Say how often the run asks each prompt."""
+    more = "; dynamic sampling draws more prompts (algorithm.max_refills)" if config.algorithm.dynamic_sampling else ""
+    return f"epochs: {describe_draws(len(prompts), config.data.prompts_per_step, steps)}{more}"
 
 
 def main(argv: list[str]) -> None:

@@ -32,6 +32,8 @@ def read_config(path: str, *, key: str | None = None) -> LoraConfig:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             fix = "give the directory of a LoRA adapter, such as global_step_N of a LoRA run"
+            if name == WEIGHTS and (folder / "adapter_model.bin").is_file():
+                fix = "load the adapter with peft and save it again: a .bin file, which can run code when it is read, is not read"
             raise UserError(f"{name} is missing", where=place, fix=fix)
     try:
         found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -73,20 +75,78 @@ def targeted(model: PreTrainedModel, targets: Any) -> Iterator[tuple[str, nn.Mod
 def attach(model: PreTrainedModel, path: str) -> PeftModel:
     """Attach the adapter of a directory to a model.
 
-    If the adapter targets only one of two tied embeddings, they are untied, because merging would otherwise change both.
+    If the adapter targets or replaces tied embeddings, they are untied, because merging would otherwise change both.
 
     Raises:
         UserError: the adapter does not fit the model.
     """
     settings = read_config(path)
+    fit_vocabulary(model, path)
     check_base(path, model, settings)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    on_one = any(module in ends for _, module in targeted(model, settings.target_modules))
+    changed = [*targeted(model, settings.target_modules), *targeted(model, settings.modules_to_save)]
+    on_one = any(module in ends for _, module in changed)
     if model.config.tie_word_embeddings and on_one and not getattr(settings, "ensure_weight_tying", False):
         untie(model)
-    adapted = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+    except RuntimeError as error:  # shapes that `check_base` does not know, as of modules that are saved whole
+        what = f"the adapter does not fit the model: {' '.join(str(error).split())[:300]}"
+        raise UserError(what, where=path, fix="give the adapter's own base model") from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def fit_vocabulary(model: PreTrainedModel, path: str) -> None:
+    """Resize a model's embeddings to as many rows as the adapter's own, which were resized for new tokens; in place.
+
+    The values of the new rows come with the adapter.
+
+    Raises:
+        UserError: the adapter's file does not have the resized embeddings, or has them in different sizes.
+    """
+    here, saved, adapted = _rows(model.get_input_embeddings()), *_resized(model, path)
+    sizes = {rows for rows, _ in saved.values()} | adapted
+    if sizes <= {here}:
+        return
+    is_tied, replaced = model.config.tie_word_embeddings, read_config(path).modules_to_save
+    if len(sizes) > 1 or not (len(saved) == 2 or (saved and is_tied and not replaced)):
+        what = f"the adapter was trained on embeddings resized to {max(sizes)} rows, and the model has {here}"
+        fix = "save the adapter again with peft's save_embedding_layers=True, so that the embeddings of the new tokens are in its file"
+        raise UserError(f"{what}; the resized embeddings are not all in the file", where=path, fix=fix)
+    model.resize_token_embeddings(sizes.pop(), mean_resizing=False)
+    if len(saved) == 1:  # the other one is tied to it, but may be untied before the adapter is loaded
+        ((_, tensor),) = saved.values()
+        weight: Any = model.get_input_embeddings().weight
+        weight.data[here:] = read_weights(path)[tensor][here:].to(weight)
+
+
+def _resized(model: PreTrainedModel, path: str) -> tuple[dict[str, tuple[int, str]], set[int]]:
+    """Return the sizes of the embeddings and of the output layer in an adapter's file.
+
+    Returns:
+        the number of rows and the name of each whole weight, by module; and the numbers of rows of LoRA matrices.
+    """
+    ends = [name for name, module in model.named_modules() if module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    saved, adapted = {}, set()
+    with safe_open(Path(path).expanduser() / WEIGHTS, "pt") as file:
+        for tensor in file.keys():  # noqa: SIM118, not a dictionary
+            name = tensor.removeprefix(_PREFIX)
+            end = next((end for end in ends if name.startswith(f"{end}.")), None)
+            shape = file.get_slice(tensor).get_shape() if end is not None else []
+            if end is None or len(shape) != 2:
+                continue
+            if "lora_embedding_A" in name:
+                adapted.add(shape[1])
+            elif "lora_B" in name:
+                adapted.add(shape[0])
+            elif name.endswith(".weight") and ".lora_" not in name:
+                saved[end] = shape[0], tensor
+    return saved, adapted
+
+
+def _rows(embedding: Any) -> int:
+    return int(embedding.weight.shape[0])
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -107,6 +167,10 @@ def check_base(path: str, model: PreTrainedModel, settings: LoraConfig) -> None:
     fix = "set model.partial_pretrain to the adapter's base, or give an adapter of this model"
     if settings.base_model_name_or_path and not _same_model(base, name):
         raise UserError(f"the adapter was made for {base}, but the model is {name}", where=path, fix=fix)
+    here_rows, (saved, adapted) = _rows(model.get_input_embeddings()), _resized(model, path)
+    if resized := ({rows for rows, _ in saved.values()} | adapted) - {here_rows}:
+        what = f"the adapter has embeddings resized to {max(resized)} rows for new tokens, and the model has {here_rows}"
+        raise UserError(what, where=path, fix=f"merge it first with `verl export {path} NEW_DIR`, and give the result as the model")
     modules = dict(model.named_modules())
     with safe_open(Path(path).expanduser() / WEIGHTS, "pt") as file:
         for tensor in file.keys():  # noqa: SIM118, not a dictionary

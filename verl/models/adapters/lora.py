@@ -198,19 +198,6 @@ def _check_modules(model: PreTrainedModel, settings: LoraConfig) -> None:
             )
         if module is ends[1] and settings.use_dora:
             raise UserError("DoRA on the output layer is not supported", where=where, fix=f"remove {name}")
-        sizes = _sizes(module)
-        if settings.r > min(sizes):
-            what = f"rank {settings.r} is above the smaller side of {name}, {sizes[0]} × {sizes[1]}"
-            raise UserError(what, where="model.lora_rank", fix=f"set at most {min(sizes)}, or remove that module from {where}")
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Embedding):
-        return module.num_embeddings, module.embedding_dim
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
 
 
 def _token_indices(model: PreTrainedModel, ids: list[int], settings: LoraConfig) -> list[int] | dict[str, list[int]]:

@@ -1,0 +1,167 @@
+"""An answer with its prompt, in each form that preference data has, as a whole chat.
+
+The prompt is text or messages. The answer is text or messages that follow the prompt, or a chat that begins with the prompt. A chat may
+also be JSON text, or text with `Human:` and `Assistant:` before its turns.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from verl.data.chat import Message, checked
+from verl.data.row import Row, describe
+from verl.errors import UserError
+
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # the start of a turn, in preference data that holds whole chats as text
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+MESSAGES_AS_TEXT = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value)["']\s*:""")  # JSON, or a list as Python prints it
+ASSISTANT = ("assistant", "gpt", "model", "bot")  # the assistant's role, as data sets name it
+EXAMPLE = 'write the answer as text, or as [{"role": …, "content": …}, …]'
+
+
+def is_chat(value: object) -> bool:
+    """Return whether a column holds messages, and not a text."""
+    return isinstance(value, (list, dict)) or (isinstance(value, str) and (_is_json(value) or _is_transcript(value)))
+
+
+def prompt_of(row: Row, column: str | None) -> list[Message] | None:
+    """Return the messages of a row's prompt; None if the row has no prompt.
+
+    Raises:
+        UserError: the prompt is neither a text nor messages.
+    """
+    if column is None or row.values.get(column) in (None, "", []):
+        return None
+    value = row.values[column]
+    if not is_chat(value) or (isinstance(value, str) and _is_transcript(value) and not _has_both(value)):
+        return [{"role": "user", "content": row.text(column, "data.prompt_key")}]
+    messages = _messages(value, f"{row.where}: {column}")
+    return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages  # `Assistant:`, which the answer follows
+
+
+def whole_chat(row: Row, column: str, key: str, prompt: list[Message] | None, prompt_key: str | None) -> list[Message]:
+    """Return the messages of an answer, including those of its prompt.
+
+    Args:
+        column: column of the answer.
+        key: the config key that names it, for errors.
+        prompt: result of `prompt_of`.
+        prompt_key: column of the prompt, for errors.
+    Raises:
+        UserError: the column has another form, or the answer needs a prompt and the row has none.
+    """
+    value = row.value(column, key)
+    # Beside a prompt, a text with one turn is an answer, whatever its first word is.
+    is_answer = not is_chat(value) or (prompt is not None and isinstance(value, str) and _is_transcript(value) and not _has_both(value))
+    text = row.text(column, key) if is_answer else ""
+    if isinstance(asked := row.values.get(prompt_key or ""), str) and _is_transcript(asked):
+        text = text.strip()  # the space after `Assistant:`
+    answer = [{"role": "assistant", "content": text}] if is_answer else _messages(value, f"{row.where}: {column}")
+    if not _is_assistants(answer[0]):
+        return answer
+    if prompt is None:
+        raise _without_prompt(row, prompt_key)
+    if _is_assistants(prompt[-1]):
+        fix = "end the prompt with the message to answer, or write the answers as whole chats"
+        raise UserError("the prompt ends with the assistant's turn", where=f"{row.where}: {prompt_key}", fix=fix)
+    return [*prompt, *answer]
+
+
+def checked_messages(messages: list[Message], place: str) -> list[Message]:
+    """Return the messages in the form that chat templates expect. Raises UserError if one is invalid."""
+    try:
+        return checked(messages).messages
+    except UserError as error:
+        raise UserError(error.what, where=f"{place}: {error.where}" if error.where else place, fix=error.fix) from None
+
+
+def check_end(messages: list[Message], place: str) -> None:
+    """Raise UserError if a chat does not end with the assistant's turn."""
+    if messages[-1]["role"] != "assistant":
+        what = f"the chat ends with a message of the {messages[-1]['role']}, which has no answer"
+        raise UserError(what, where=f"{place}: messages[{len(messages) - 1}]", fix="remove that message, or add the answer")
+
+
+def check_prompt(row: Row, column: str | None, prompt: list[Message] | None, beginning: list[Message]) -> None:
+    """Check that a chat begins with the prompt of its row.
+
+    A prompt of one user message may be any user message of the beginning, because some data sets repeat the first question, and others the
+    last one. A longer prompt is the beginning itself; it may leave out the system message.
+
+    Args:
+        beginning: messages before the answer, in the form that chat templates expect.
+    Raises:
+        UserError: it does not.
+    """
+    if prompt is None or column is None:
+        return
+    asked = [_plain(message) for message in checked_messages(prompt, f"{row.where}: {column}")]
+    found = [_plain(message) for message in beginning]
+    is_question = len(asked) == 1 and asked[0]["role"] == "user"
+    system = 1 if found and found[0]["role"] == "system" else 0
+    if found[: len(asked)] == asked or found[system : system + len(asked)] == asked or (is_question and asked[0] in found):
+        return
+    what = f"column {column!r} says {_excerpt(asked[-1:])}, but the chat begins with {_excerpt(found[system:])}"
+    fix = "correct the row; or, if the answers are whole chats and the column is something else, set data.prompt_key=null"
+    raise UserError(what, where=row.where, fix=fix)
+
+
+def _messages(value: Any, place: str) -> list[Message]:
+    """Return the messages of a column that holds a chat."""
+    if isinstance(value, str) and _is_transcript(value):
+        return list(_turns(value))
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"the chat is text that is not JSON: {error}", where=place, fix="write it as JSON, such as json.dumps"
+            ) from None
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"found {describe(value)}, expected text or a list of messages", where=place, fix=EXAMPLE)
+    return messages
+
+
+def _is_assistants(message: Message) -> bool:
+    return message.get("role", message.get("from")) in ASSISTANT
+
+
+def _is_json(text: str) -> bool:
+    return MESSAGES_AS_TEXT.match(text) is not None
+
+
+def _is_transcript(text: str) -> bool:
+    return TURN.match(text) is not None
+
+
+def _has_both(text: str) -> bool:
+    return set(SPEAKERS) <= {found[1] for found in TURN.finditer(text)}
+
+
+def _turns(text: str) -> Iterator[Message]:
+    """Yield the messages of a chat that is written as text."""
+    _, *parts = TURN.split(text)
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        yield {"role": SPEAKERS[speaker], "content": said.strip()}
+
+
+def _plain(message: Message) -> Message:
+    """Return a message whose text has single spaces, for comparison."""
+    return {**message, "content": " ".join(str(message.get("content", "")).split())}
+
+
+def _excerpt(messages: list[Message]) -> str:
+    return f"{messages[0]['content']!r:.60}" if messages else "the answer"
+
+
+def _without_prompt(row: Row, column: str | None) -> UserError:
+    if column is None:
+        fix = "name the prompt column, or write both answers as whole chats, or both as whole texts"
+        return UserError("an answer without its prompt", where=f"{row.where}: data.prompt_key=null", fix=fix)
+    try:
+        row.text(column, "data.prompt_key")
+    except UserError as error:
+        return UserError(error.what, where=error.where, fix=f"{error.fix}; or, if both answers are whole texts, data.prompt_key=null")
+    return UserError(f"column {column!r} is empty", where=row.where, fix="fill it in, or remove the row")

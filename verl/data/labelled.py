@@ -1,0 +1,97 @@
+"""Labelled answers: rows with one answer that is good or bad, as in KTO."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from verl.data.answers import check_end, check_prompt, checked_messages, prompt_of, whole_chat
+from verl.data.documents import Documents, DocumentsConfig, load_documents
+from verl.data.row import Row, describe
+from verl.data.source import read_rows
+from verl.data.tables import ChatInput
+from verl.errors import UserError
+
+LABELS: dict[object, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # 1 and 1.0 equal True
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """The columns of labelled answers, as TRL names them. Prompt and answer have the forms of `verl.data.answers`."""
+
+    prompt_key: str | None = "prompt"
+    completion_key: str = "completion"
+    label_key: str = "label"
+    documents_per_row: int = 1
+
+    def read(self, row: Row) -> list[ChatInput]:
+        """Return the answer with its prompt; without a prompt column, the answer is the assistant's last turn of a whole chat.
+
+        Raises:
+            UserError: a column is invalid, or the chat does not end with the assistant's turn.
+        """
+        if row.is_text:
+            raise UserError("plain text has no labels", where=row.where, fix="write the rows as JSONL, CSV or Parquet")
+        self.label(row)
+        prompt = prompt_of(row, self.prompt_key)
+        chat = whole_chat(row, self.completion_key, "completion_key", prompt, self.prompt_key)
+        messages = checked_messages(chat, f"{row.where}: {self.completion_key}")
+        check_end(messages, f"{row.where}: {self.completion_key}")
+        begins = len(prompt) if prompt is not None and messages[: len(prompt)] == prompt else len(messages) - 1
+        check_prompt(row, self.prompt_key, prompt, messages[:begins])
+        context = sum(message["role"] == "assistant" for message in messages[:begins])
+        return [ChatInput(chat, None, context, f"{self.completion_key}: ")]
+
+    def label(self, row: Row) -> bool:
+        """Return whether the row's answer is good.
+
+        Raises:
+            UserError: the label is missing, or neither true nor false.
+        """
+        value: Any = row.value(self.label_key, "label_key")
+        found = LABELS.get(value.strip().lower() if isinstance(value, str) else value) if isinstance(value, (str, int, float)) else None
+        if found is None:
+            what = f"column {self.label_key!r} is {describe(value)}, expected true (a good answer) or false (a bad one)"
+            raise UserError(what, where=row.where, fix="write true or false")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledDocuments:
+    """Answers with their labels.
+
+    Attributes:
+        documents: one document per answer, with the prompt as context.
+        is_good_N: label of each document, bool.
+    """
+
+    documents: Documents
+    is_good_N: np.ndarray
+
+    def __str__(self) -> str:
+        good = int(self.is_good_N.sum())
+        return f"{self.documents.report}; {good:,} good and {len(self.is_good_N) - good:,} bad answers"
+
+
+def load_labelled(
+    config: DocumentsConfig,
+    columns: LabelColumns,
+    files: object,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    key: str = "data.train_files",
+    max_samples: int | None = None,
+) -> LabelledDocuments:
+    """Load labelled answers. The arguments and errors are those of `verl.data.documents.load_documents`."""
+    documents = load_documents(config, columns, files, tokenizer, key=key, max_samples=max_samples)
+    labels = np.fromiter(_labels(columns, files, key, max_samples), bool)
+    return LabelledDocuments(documents, labels[documents.row_numbers_N])
+
+
+def _labels(columns: LabelColumns, files: object, key: str, max_samples: int | None) -> Iterator[bool]:
+    """Yield the label of each row. They are read from the files, because the cache of tokenized rows has no labels."""
+    rows = islice(read_rows(files, key), None if max_samples == -1 else max_samples)
+    return (columns.label(row) for row in rows)

@@ -1,0 +1,59 @@
+"""What a directory has in place of a model in safetensors, and how to get a model from it."""
+
+import json
+from pathlib import Path
+
+from verl.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+FROM_GGUF = "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW_DIR), and the same for AutoTokenizer"
+TO_SAFETENSORS = "AutoModelForCausalLM.from_pretrained({folder!r}, dtype='auto').save_pretrained({folder!r})"
+# Weights in other formats, by the names of their files: what they are, and what to do. The first that is there is named.
+FORMATS = (
+    (
+        "*.gguf",
+        "has its weights in the GGUF format, which is for inference",
+        f"give the model that the file was made from; or convert it with transformers: {FROM_GGUF}",
+    ),
+    (
+        "pytorch_model*.bin",
+        "has its weights only as pytorch_model.bin, a format that can run code when it is read",
+        f"if you trust it, convert it once with transformers: {TO_SAFETENSORS}",
+    ),
+    (
+        "model_world_size_*_rank_*.pt",
+        "has the shards of a checkpoint of upstream verl",
+        "merge them with upstream's `python -m verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir NEW_DIR`",
+    ),
+    (
+        "consolidated*.pth",
+        "has its weights in Meta's own format",
+        "convert them with transformers' convert_llama_weights_to_hf.py, or give the repository with safetensors",
+    ),
+)
+
+
+def check_is_model(path: str) -> None:
+    """Check that a local directory has a whole model in safetensors, or only a config; a Hub name is not checked.
+
+    Raises:
+        UserError: it is a LoRA adapter, or its weights have another format.
+    """
+    folder = Path(path).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        further = f"model.partial_pretrain={base} model.lora_adapter_path={path}"
+        fix = f"merge it first with `verl export {path} NEW_DIR`; or train it further with {further}"
+        raise UserError("is a LoRA adapter, not a whole model", where=path, fix=fix)
+    check_format(path)
+
+
+def check_format(path: str) -> None:
+    """Raise UserError if a local directory or file has weights in another format than safetensors, and none in safetensors."""
+    place = Path(path).expanduser()
+    folder = place if place.is_dir() else place.parent
+    if not place.exists() or (place.is_dir() and any(place.glob("*.safetensors"))):
+        return
+    for pattern, what, fix in FORMATS:
+        if place.match(pattern) or (place.is_dir() and any(place.glob(pattern))):
+            raise UserError(what, where=path, fix=fix.format(folder=str(folder)))
