@@ -37,6 +37,13 @@ class UserError(Exception):
         return f"{place}{self.what}{fix}"
 
 
+class Abandoned(UserError):
+    """Work was given up, because a signal has asked the run to end."""
+
+    def __reduce__(self) -> tuple[Callable[[], "Abandoned"], tuple[()]]:
+        return partial(Abandoned, self.what, where=self.where, fix=self.fix), ()
+
+
 class Stopped(KeyboardInterrupt):
     """A signal asked a run to end, and it did: after its step, with its files whole.
 

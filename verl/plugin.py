@@ -131,7 +131,8 @@ def place_of(error: BaseException, module: ModuleType) -> str:
 def is_own_file(filename: str, module: ModuleType) -> bool:
     """Return whether a file is the plugin's own, or below its folder and neither installed nor a part of Python."""
     path, folder = Path(filename).resolve(), Path(module.__file__ or "").resolve().parent
-    if not path.is_relative_to(folder) or path.is_relative_to(sysconfig.get_path("stdlib")):
+    others = (sysconfig.get_path("stdlib"), Path(__file__).parent)
+    if not path.is_relative_to(folder) or any(path.is_relative_to(other) for other in others):
         return path == Path(module.__file__ or "").resolve()
     return "site-packages" not in path.relative_to(folder).parts
 
