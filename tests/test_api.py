@@ -363,7 +363,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_call_goes_on(
         ({"model__partial_pretrain": "./nowhere"}, verl.UserError, "no such model directory"),
         ({"data__prompt_key": "questoin"}, verl.UserError, "questoin"),
         ({"trainer__logger": "fails.py"}, RuntimeError, "a logger of a user"),
-        ({"trainer__logger": "runs_another.py"}, verl.UserError, "another run is going on in this process"),
+        ({"trainer__logger": "runs_another.py"}, verl.UserError, "another run is active in this process"),
         ({"model__context_parallel_size": 2}, verl.UserError, "1 processes are not a multiple of 2"),
     ],
 )
@@ -440,7 +440,7 @@ def test_in_a_thread_and_inside_a_running_event_loop(folder: Path, plain: verl.T
 
 
 def test_a_second_run_at_the_same_time_is_refused(folder: Path) -> None:
-    with session(), pytest.raises(verl.UserError, match="another run is going on in this process\n  fix: wait until it has ended"):
+    with session(), pytest.raises(verl.UserError, match="another run is active in this process\n  fix: wait until it has ended"):
         verl.sft(settings(folder, "at-once"))
     assert not (folder / "at-once").exists()
 

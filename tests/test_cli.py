@@ -84,7 +84,7 @@ def test_the_plan_of_another_trainer_is_answered_with_its_own_command(
     needed = ("data.train_files=rows.jsonl", "model.partial_pretrain=model")
     assert call(monkeypatch, "plan", *needed, word) == 2
     said = capsys.readouterr().err
-    assert f"is for fine-tuning, and these are words of verl {other}" in said and f"verl {other} trainer.dry_run=true" in said
+    assert f"plans verl sft only, and these are arguments of verl {other}" in said and f"verl {other} trainer.dry_run=true" in said
     assert call(monkeypatch, "plan", *needed, word, "optim.lrr=1") == 2
     assert "unknown key" in capsys.readouterr().err
 

@@ -94,7 +94,7 @@ def test_a_group_that_carries_nothing_in_host_memory_is_refused(monkeypatch: pyt
     dist.start()
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cuda:nccl")
     try:
-        with pytest.raises(UserError, match=r"a process group of 'cuda:nccl'.*\n  fix: make it with init_process_group"):
+        with pytest.raises(UserError, match=r"a process group of 'cuda:nccl'.*\n  fix: create it with init_process_group"):
             dist.start()
     finally:
         dist.stop()
@@ -103,5 +103,5 @@ def test_a_group_that_carries_nothing_in_host_memory_is_refused(monkeypatch: pyt
 def test_ranks_that_differ_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     dist.check_same("abc", what="the rows", where="data.train_files")
     monkeypatch.setattr(dist, "from_main", lambda value: "other")
-    with pytest.raises(UserError, match=r"data\.train_files: the rows that \S+ finds are not those of the first node"):
+    with pytest.raises(UserError, match=r"data\.train_files: the rows on \S+ differ from those on the first node"):
         dist.check_same("abc", what="the rows", where="data.train_files")

@@ -1,4 +1,4 @@
-"""verl from Python, for programs and notebooks. Each function does what the command of its name does, in this process.
+"""The Python API, for programs and notebooks. Each function does the same as the command of its name, in this process.
 
     import verl
 
@@ -8,15 +8,15 @@
     config.data.train_files, config.model.partial_pretrain = "train.jsonl", "Qwen/Qwen2.5-0.5B-Instruct"
     verl.sft(config, "optim.lr=1e-4")
 
-A config is given as its dataclass, as a dict, nested or with dotted keys, as the words of a command line (`key=value`, `--config`,
-`FILE`), or as several of these, of which later ones win. It is checked as on the command line, and is not changed.
+A config is a dataclass, a dict (nested or with dotted keys), or command-line arguments (`key=value`, `--config`, `FILE`). You can pass
+several; later ones win. Configs are checked as on the command line, and are not changed.
 
-What is wrong raises a `UserError`; nothing ends the process. Ctrl-C, SIGTERM and SIGUSR1 end a training run after its step, with a
-checkpoint, and raise `Stopped`, which is a KeyboardInterrupt; a second one interrupts at once. Python hands signals to the main thread
-alone: a run in another thread leaves them to the program, and goes on.
+Wrong input raises `UserError`; no function exits the process. Ctrl-C, SIGTERM and SIGUSR1 stop a training run after the current step: it
+saves a checkpoint and raises `Stopped`, a KeyboardInterrupt. A second signal interrupts at once. Python delivers signals only to the main
+thread, so a run in another thread does not handle them and continues.
 
-One run at a time is in a process. When it ends, however it does, the process is as before: process group, signal handlers, warnings,
-levels of loggers, random numbers. On several GPUs, start the program with torchrun, and let every process make the same calls.
+A process runs one training at a time. Afterwards, the process group, signal handlers, warnings filters, log levels and random-number state
+are as before, even after an error. For several GPUs, start the program with torchrun and make the same calls in every process.
 """
 
 import json
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-        directory: of its files (output_dir).
-        scores: the content of results.json, such as `exact_match` with its `confidence_interval_95`.
-        rows: an object an answer, as predictions.jsonl has them: `prompt`, `response`, `score`, …
+        directory: directory of its files (output_dir).
+        scores: the contents of results.json, such as `exact_match` with its `confidence_interval_95`.
+        rows: one dict per answer, as in predictions.jsonl: `prompt`, `response`, `score`, …
     """
 
     directory: Path
@@ -57,14 +57,14 @@ def sft(*config: "SFTConfig | Given") -> "TrainResult":
     """Fine-tune a model on a file of questions and answers, as `verl sft` does.
 
     Raises:
-        UserError: anything in the config, the data, the model or the checkpoint that is not right.
-        Stopped: a signal ended the run after a step.
+        UserError: the config, the data, the model or the checkpoint is invalid.
+        Stopped: a signal stopped the run after a step.
     """
     return _train(SFT, config)
 
 
 def ppo(*config: "PPOConfig | Given") -> "TrainResult":
-    """Go on from a fine-tuned checkpoint with reinforcement learning, as `verl ppo` does.
+    """Train a fine-tuned checkpoint with reinforcement learning, as `verl ppo` does.
 
     Raises:
         UserError, Stopped: as `sft`.
@@ -73,7 +73,7 @@ def ppo(*config: "PPOConfig | Given") -> "TrainResult":
 
 
 def reward(*config: "RewardTrainerConfig | Given") -> "TrainResult":
-    """Train a reward model, or with `algorithm.name=dpo` a policy, on pairs of answers, as `verl reward` does.
+    """Train a reward model on pairs of answers, or with `algorithm.name=dpo` a policy, as `verl reward` does.
 
     Raises:
         UserError, Stopped: as `sft`.
@@ -82,10 +82,10 @@ def reward(*config: "RewardTrainerConfig | Given") -> "TrainResult":
 
 
 def evaluate(*config: "EvalConfig | Given") -> EvalResult:
-    """Let a checkpoint answer a file of questions and compare the answers with the right ones, as `verl eval` does.
+    """Generate answers to a file of questions with a checkpoint, and grade them, as `verl eval` does.
 
     Raises:
-        UserError: anything in the config, the rows, the checkpoint or the grader that is not right.
+        UserError: the config, a row, the checkpoint or the grader is invalid.
     """
     settings: EvalConfig = config_of(EVALUATE.schema(), config)
     scores = EVALUATE.load().evaluate(settings)
@@ -95,17 +95,17 @@ def evaluate(*config: "EvalConfig | Given") -> EvalResult:
 
 
 def export(*config: "ExportConfig | Given | Path") -> Path:
-    """Write a checkpoint as one Hugging Face directory, an adapter merged into its base, as `verl export` does.
+    """Write a checkpoint as one Hugging Face directory, as `verl export` does. An adapter is merged into its base model.
 
         verl.export(run.checkpoint, "my-model", "dtype=bfloat16")
 
     Returns:
         the directory.
     Raises:
-        UserError: no such checkpoint, or a directory that holds something.
+        UserError: no such checkpoint, or the directory is not empty.
     """
     settings = config_of(EXPORT.schema(), keyed(config))
-    from verl.session import session  # loads torch, of which a wrong config has no need
+    from verl.session import session  # imports torch, which is slow; a wrong config fails before
 
     with session():
         directory: Path = EXPORT.load().export(settings)
@@ -120,20 +120,20 @@ def load_rollout(path: "str | Path", name: str = "native", options: Options = DE
             print(answer)
 
     Args:
-        path: a checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
+        path: checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
         name: generation engine: native, hf, vllm, or path/to/file.py.
-        options: of the engine (`verl.rollout.Options`).
+        options: options of the engine.
     Raises:
-        UserError: no such engine, or a checkpoint that it cannot load.
+        UserError: no such engine, or it cannot load the checkpoint.
     """
-    from verl.generate import open_rollout  # loads torch
+    from verl.generate import open_rollout  # imports torch
 
     return open_rollout(str(path), name, options)
 
 
 def _train(command: Command, given: tuple[object, ...]) -> "TrainResult":
     config = config_of(command.schema(), given)
-    from verl import run  # loads torch, of which a wrong config has no need
+    from verl import run  # imports torch, which is slow; a wrong config fails before
 
     trainer = command.load()
     if config.trainer.dry_run:

@@ -1,4 +1,4 @@
-"""The `verl` command: each subcommand hands its words to the module that does the work. Light to import: no torch."""
+"""The `verl` command line. Each subcommand passes its arguments to its module. Importing this file does not import torch."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# The module behind a subcommand reads its own words, --help among them.
+# The module of a subcommand reads the arguments itself, including --help.
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -38,13 +38,13 @@ def print_version(asked: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Options before the subcommand."""
+    """Define the options before the subcommand."""
 
 
 @app.command(context_settings=PASS_ON)
 def sft(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of processes to start with torchrun, one per GPU.", min=1)] = None,
 ) -> None:
     """Fine-tune a model on a file of questions and answers: key=value …"""
     train(gpus, context.args, SFT)
@@ -53,27 +53,27 @@ def sft(
 @app.command(context_settings=PASS_ON)
 def ppo(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of processes to start with torchrun, one per GPU.", min=1)] = None,
 ) -> None:
-    """Go on from a fine-tuned checkpoint with reinforcement learning: key=value …"""
+    """Train a fine-tuned checkpoint with reinforcement learning: key=value …"""
     train(gpus, context.args, PPO)
 
 
 @app.command(context_settings=PASS_ON)
 def reward(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Processes to start with torchrun, one a GPU.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of processes to start with torchrun, one per GPU.", min=1)] = None,
 ) -> None:
-    """Train a reward model, or with algorithm.name=dpo a policy, on pairs of answers: key=value …"""
+    """Train a reward model on pairs of answers, or with algorithm.name=dpo a policy: key=value …"""
     train(gpus, context.args, REWARD)
 
 
 @app.command(context_settings=PASS_ON)
 def plan(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Processes of the run, one a GPU; they need not be here.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of GPUs to plan for; this machine does not need them.", min=1)] = None,
 ) -> None:
-    """Show what fine-tuning would take, without a GPU: steps, tokens, memory, and what to change where it does not fit: key=value …"""
+    """Show steps, tokens and GPU memory of a fine-tuning run, and what to change if it does not fit. Needs no GPU: key=value …"""
     if asks_for_help(context.args):
         exit_on_user_error(print_keys, context.args, SFT._replace(usage="verl plan [--gpus N] key=value …"))
     else:
@@ -82,25 +82,25 @@ def plan(
 
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
-    """Exact match of a checkpoint on a file of questions and answers: key=value …"""
+    """Measure exact match of a checkpoint on a file of questions and answers: key=value …"""
     hand_on(context.args, EVALUATE)
 
 
 @app.command(context_settings=PASS_ON)
 def chat(context: typer.Context) -> None:
-    """Talk with a checkpoint in the terminal: DIR"""
+    """Chat with a checkpoint in the terminal: DIR"""
     hand_on(context.args, CHAT)
 
 
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
-    """Merge an adapter into its base, cast, split into files, and check the result: SRC DIR"""
+    """Write a checkpoint as a Hugging Face directory: merge its adapter, cast, split into files, and check the result: SRC DIR"""
     hand_on(context.args, EXPORT)
 
 
 @app.command(context_settings=PASS_ON)
 def demo(context: typer.Context) -> None:
-    """Train a small model from nothing and prove that it learned, offline."""
+    """Train a small model from random weights, offline, and measure what it learned."""
     hand_on(context.args, DEMO)
 
 
@@ -111,7 +111,7 @@ def doctor(context: typer.Context) -> None:
 
 
 def train(gpus: int | None, words: list[str], trainer: Command) -> None:
-    """Run a trainer in this process, or on so many GPUs under torchrun."""
+    """Run a trainer in this process, or, if `gpus` is given, in that many processes under torchrun."""
     if gpus is None or asks_for_help(words):
         hand_on(words, trainer)
     else:
@@ -119,7 +119,7 @@ def train(gpus: int | None, words: list[str], trainer: Command) -> None:
 
 
 def hand_on(words: list[str], command: Command) -> None:
-    """Run a command's module on the words, or, for --help, print what it reads without loading it."""
+    """Run a command's module with the arguments. For --help, print its keys without importing the module."""
     if asks_for_help(words):
         exit_on_user_error(print_keys, words, command)
     else:
@@ -131,7 +131,7 @@ def asks_for_help(words: list[str]) -> bool:
 
 
 def print_keys(words: list[str], command: Command) -> None:
-    """Print every key of a command's config with its default and comment, and the keys of the plugins that the words name.
+    """Print every key of a command's config with its default and comment, including the keys of plugins named in the arguments.
 
     Raises:
         UserError: no such plugin.
@@ -142,15 +142,15 @@ def print_keys(words: list[str], command: Command) -> None:
 
 
 def run_module(name: str, words: list[str]) -> NoReturn:
-    """Run `main(words)` of a module as this command."""
+    """Run `main(words)` of a module, and exit the process with its exit code."""
     exit_on_user_error(lambda: load_module(name).main(words))
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:
-    """The plan of `verl sft` with these words on so many GPUs.
+    """Print the plan of `verl sft` with these arguments on `gpus` GPUs.
 
     Raises:
-        UserError: a wrong config, wrong data, no such model, or the words of another trainer.
+        UserError: the config or the data is invalid, there is no such model, or the arguments are another trainer's.
     """
     from verl.config.load import load_config
 
@@ -160,13 +160,13 @@ def show_plan(gpus: int | None, words: list[str]) -> None:
         command = trainer_of(words)
         if command is None:
             raise
-        fix = f"verl {command} trainer.dry_run=true with the same words shows its steps and tokens; as words of fine-tuning: {error}"
-        raise UserError(f"is for fine-tuning, and these are words of verl {command}", where="verl plan", fix=fix) from error
+        fix = f"verl {command} trainer.dry_run=true with the same arguments shows its steps and tokens; the error of verl sft: {error}"
+        raise UserError(f"plans verl sft only, and these are arguments of verl {command}", where="verl plan", fix=fix) from error
     SFT.load().dry_run(config, gpus)
 
 
 def trainer_of(words: list[str]) -> str | None:
-    """The command beside `verl sft` that takes these words; None: none does."""
+    """Return the name of the other trainer that accepts these arguments; None if none does."""
     from verl.config.load import load_config
 
     for name, command in (("reward", REWARD), ("ppo", PPO)):
@@ -182,8 +182,8 @@ def launch(processes: int, words: list[str], trainer: Command) -> None:
     """Run a trainer under torchrun, on this machine.
 
     Raises:
-        UserError: a wrong config, before any process starts; or more processes than GPUs.
-        SystemExit: with the exit code of the first process that failed, or 128 and the number of the signal that ended it.
+        UserError: the config is invalid (raised before any process starts), or there are more processes than GPUs.
+        SystemExit: with the exit code of the first process that failed, or 128 + the number of the signal that ended it.
     """
     from verl.config.load import load_config
 
@@ -196,19 +196,19 @@ def launch(processes: int, words: list[str], trainer: Command) -> None:
     if 0 < torch.cuda.device_count() < processes:
         raise UserError(f"found {torch.cuda.device_count()} GPUs", where=f"--gpus {processes}", fix="ask for no more than there are")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for the checkpoint after a signal, in place of 30
-    logging.disable()  # of torchrun: a process that fails says why by itself
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to write a checkpoint after a signal; torchrun's default is 30
+    logging.disable()  # silences torchrun: a process that fails prints its own error
     try:
         torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", trainer.module, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # this one could not say it
-            print(f"error: process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        if failure.exitcode < 0:  # a process killed by a signal printed no error
+            print(f"error: process {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         raise SystemExit(exit_code(failure.exitcode)) from None
     except SignalException as stopped:
         raise SystemExit(128 + stopped.sigval) from None
 
 
-def exit_code(of_process: int) -> int:
-    """A shell's exit code for that of a process, where a signal is a negative number."""
-    return of_process if of_process >= 0 else 128 - of_process
+def exit_code(returncode: int) -> int:
+    """Return the exit code that a shell gives to a process's return code, in which a signal is a negative number."""
+    return returncode if returncode >= 0 else 128 - returncode

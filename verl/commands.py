@@ -1,7 +1,4 @@
-"""The table of commands, for the command line and for Python: each with its module and its config.
-
-Neither is imported before it is used.
-"""
+"""The commands, each with its module and its config class. Both are imported only when used."""
 
 import importlib
 from types import ModuleType
@@ -11,11 +8,12 @@ from verl.errors import UserError
 
 
 class Command(NamedTuple):
-    """
+    """A command of the command line and the Python API.
+
     Attributes:
-        module: has `main(words)`, which a command line calls.
-        config: place and name of the config's class.
-        usage: of the command line.
+        module: name of a module with `main(words)`, which runs the command with its command-line arguments.
+        config: module and name of the config class.
+        usage: usage line of `--help`.
     """
 
     module: str
@@ -23,13 +21,13 @@ class Command(NamedTuple):
     usage: str
 
     def schema(self) -> type[Any]:
-        """The config's class."""
+        """Import and return the config class."""
         place, name = self.config
         schema: type[Any] = getattr(importlib.import_module(place), name)
         return schema
 
     def load(self) -> ModuleType:
-        """The module that does it.
+        """Import and return the command's module.
 
         Raises:
             UserError: a package that it needs is not installed.
@@ -38,7 +36,7 @@ class Command(NamedTuple):
 
 
 def load_module(name: str) -> ModuleType:
-    """A module of verl. Raises UserError: a package that it needs is not installed."""
+    """Import a module of verl. Raises UserError: a package that it needs is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

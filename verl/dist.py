@@ -1,4 +1,4 @@
-"""Processes and devices: one process on a laptop and many under torchrun run the same code."""
+"""Processes, devices and collectives. The same code runs in one process and in many under torchrun."""
 
 import os
 import shutil
@@ -23,8 +23,8 @@ from verl.errors import UserError
 Result = TypeVar("Result")
 TIMEOUT = timedelta(minutes=10)
 
-_store: dist.Store | None = None  # torchrun's, through which processes find each other
-_joined = 0  # how often this process has joined a group
+_store: dist.Store | None = None  # torchrun's rendezvous store
+_joined = 0  # number of times that this process has joined a process group
 _group: dist.ProcessGroup | None = None  # the group of this process; None: all processes
 _context_size = 1  # ranks that share a micro-batch
 _context_groups: dict[str, dist.ProcessGroup] = {}  # this process's context-parallel groups by name
@@ -34,29 +34,29 @@ def start(*, large_pages: bool = False) -> torch.device:
     """Join the process group (a group of one without torchrun) and choose the device: CUDA if available, else the CPU.
 
     Args:
-        large_pages: allocate host memory in pages of 2 MiB, for offloaded gradients, which are new tensors in each step: allocation is
+        large_pages: allocate host memory in pages of 2 MiB. Offloaded gradients are new tensors in each step, and their allocation is
             four times as fast as with pages of 4 KiB (12 GB/s, not 3).
     Raises:
-        UserError: torchrun's variables are incomplete, this node has more processes than GPUs, or this process is in a group that another
-            program made, and it lacks gloo.
+        UserError: torchrun's environment variables are incomplete; this node has more processes than GPUs; or the calling program has
+            created a process group without gloo.
     """
     if large_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first allocation, which is in init_process_group
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at the first allocation, in init_process_group
     device = _device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, processes = _rendezvous()
         dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
     elif "cpu" not in (backend := dist.get_backend_config()):
-        fix = 'make it with init_process_group("cpu:gloo,cuda:nccl"), or leave it to verl'
-        raise UserError(f"this process has a process group of {backend!r}, which carries nothing in host memory", fix=fix)
+        fix = 'create it with init_process_group("cpu:gloo,cuda:nccl"), or let verl create it'
+        raise UserError(f"this process has a process group of {backend!r}, which cannot send CPU tensors", fix=fix)
     return device
 
 
 def _rendezvous() -> tuple[dist.Store, int, int]:
-    """Where the processes find each other, this one's rank, and their number.
+    """Return the rendezvous store, this process's rank and the world size.
 
-    Each time under names of its own: a process that joins its second group must not find the addresses of the first.
+    Each call returns a store with a new prefix: a process that joins a second group must not read the addresses of the first.
     """
     global _store, _joined
     if "RANK" not in os.environ:
@@ -112,7 +112,7 @@ def stop() -> None:
 
 
 def forget_parts() -> None:
-    """Let all processes work together again, each on micro-batches of its own."""
+    """Undo `divide` and `share_micro_batches`: all processes are one group again, and each has its own micro-batches."""
     global _group
     _group = None
     share_micro_batches(1)
@@ -152,9 +152,12 @@ def _states_of_threads(name: str) -> list[str]:
 
 
 def divide(parts: Sequence[Sequence[int]]) -> None:
-    """Divide the processes into groups. From then on, ranks and collectives of this module are those within the own group.
+    """Divide the processes into groups. Afterwards, this module's ranks and collectives are those within this process's group.
 
-    Every process calls this, and each is in one part.
+    Every process calls this.
+
+    Args:
+        parts: the global ranks of each group; each rank is in one group.
     """
     global _group
     _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
@@ -234,6 +237,7 @@ def data_size() -> int:
 
 
 def barrier() -> None:
+    """Wait until every rank has called this."""
     any_rank(False)
 
 
@@ -303,20 +307,20 @@ def together(work: Callable[[], object]) -> None:
 
 
 def check_same(value: object, *, what: str, where: str) -> None:
-    """Whether all ranks have the same, where each goes by its own.
+    """Check that all ranks have the same value, because each computes with its own.
 
     Args:
-        what: the value is, such as "the rows".
-        where: the key that it comes from.
+        what: name of the value in the error message, such as "the rows".
+        where: config key that the value comes from.
     Raises:
-        UserError: on all ranks: a node has another value than the first.
+        UserError: on all ranks: a node has another value than the first node.
     """
     first = from_main(value)
 
     def compare() -> None:
         if value != first:
             fix = "give all nodes the same files under the same names"
-            raise UserError(f"{what} that {socket.gethostname()} finds are not those of the first node", where=where, fix=fix)
+            raise UserError(f"{what} on {socket.gethostname()} differ from those on the first node", where=where, fix=fix)
 
     together(compare)
 

@@ -1,4 +1,4 @@
-"""`verl doctor`: what is installed, what a run will use, and what is wrong."""
+"""`verl doctor`: shows installed versions, devices and disk space, and reports problems with their fixes."""
 
 import os
 import platform
@@ -58,7 +58,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding("needed", "verl", metadata.version("verl"))
         requirements = [Requirement(text) for text in metadata.requires("verl") or []]
     except metadata.PackageNotFoundError:
-        yield Finding("needed", "verl", "not installed, running from its folder", "warning", "pip install -e .")
+        yield Finding("needed", "verl", "not installed, imported from its source folder", "warning", "pip install -e .")
         return
     for requirement in requirements:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -84,6 +84,7 @@ def _package(requirement: Requirement, extra: str | None) -> Finding:
 
 
 def _devices() -> Iterator[Finding]:
+    """Report the GPUs and the attention kernels that a run can use."""
     try:
         import torch
 
@@ -102,13 +103,13 @@ def _devices() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         yield _gpu(index, torch.cuda.get_device_name(index), free / 2**30, total / 2**30, torch.cuda.get_device_capability(index))
     yield Finding("device", "CUDA", f"{torch.version.cuda}")
-    # Common head sizes; a run tries those of its model.
+    # Check the kernels with common head sizes; a run checks them with those of its model.
     heads = Heads(query=8, key_value=2, size=128)
     yield from _attention(refusals(measure(torch.device("cuda", 0)), torch.bfloat16, [heads]))
 
 
 def _attention(refusals: "dict[Kernel, str | None]") -> Iterator[Finding]:
-    """Report which attention kernel a run uses, and why not the others for this GPU."""
+    """Report the attention kernel that a run uses on this GPU, and why it does not use each of the others."""
     from verl.models.attention import flash
 
     yield Finding("device", "attention", flash.version(next((kernel for kernel, why in refusals.items() if why is None), "fa2")))
@@ -131,11 +132,11 @@ def _gpu(index: int, name: str, free_gib: float, total_gib: float, capability: t
 
 def _no_gpu(*, has_driver: bool, cuda: str | None) -> Finding:
     if not has_driver:
-        return Finding("device", "GPU", "none; a run uses the CPU")
+        return Finding("device", "GPU", "none; runs use the CPU")
     found = (
-        "there is a driver, but this torch is built without CUDA"
+        "a driver is installed, but this torch is built without CUDA"
         if cuda is None
-        else f"there is a driver, but torch (CUDA {cuda}) cannot use it"
+        else f"a driver is installed, but torch (CUDA {cuda}) cannot use it"
     )
     advice = "install a CUDA build of torch" if cuda is None else "check nvidia-smi; the driver may be too old for this CUDA version"
     return Finding("device", "GPU", found, "warning", advice)

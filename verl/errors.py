@@ -1,6 +1,6 @@
-"""How a run ends early: by an error that the user can fix, which says what is wrong, where, and what to do; or by a signal.
+"""Exceptions that end a run early: `UserError`, which the user can fix, and `Stopped`, after a signal.
 
-A command ends with exit code 2 and no traceback after the first, and with 128 plus the signal's number after the second.
+A command exits with code 2 and no traceback after a `UserError`, and with 128 + the signal's number after `Stopped`.
 """
 
 import os
@@ -15,7 +15,7 @@ EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """An invalid input.
+    """Invalid input. The message says what is wrong, where, and how to fix it.
 
     Args:
         what: what was found and what was expected.
@@ -45,13 +45,13 @@ class Abandoned(UserError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked a run to end, and it did: after its step, with its files whole.
+    """A signal stopped the run after a step. All files are complete.
 
-    It is a KeyboardInterrupt, so that, as after Ctrl-C, the program or notebook that called the run ends too unless it catches this.
+    It is a KeyboardInterrupt, so the calling program or notebook cell ends too unless it catches it, as after Ctrl-C.
 
     Attributes:
-        signal: that asked.
-        checkpoint: the newest checkpoint, from which the same call resumes; None: nothing was saved.
+        signal: the signal.
+        checkpoint: the newest checkpoint, from which the same call resumes; None if nothing was saved.
     """
 
     def __init__(self, by: signal.Signals, checkpoint: Path | None):
@@ -68,7 +68,7 @@ def print_error(error: UserError) -> None:
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
-    """Run `main(*args)` as a command: a UserError is printed and becomes exit code 2, a signal that ended a run that of a shell."""
+    """Run `main(*args)` and exit: with code 2 after printing a UserError, with 128 + the signal's number after Stopped, else with 0."""
     try:
         main(*args)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Questions in, answers out: a checkpoint that is asked in text, from Python."""
+"""Text generation from Python: a checkpoint answers questions given as text or chats."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ Message = Mapping[str, Any]  # {"role": …, "content": …}
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. As text, `str(answer)`, it is what the model wrote.
+    """One answer. `str(answer)` is its text.
 
     Attributes:
-        finish_reason: "stop", or "length" when it was cut at max_new_tokens or at the end of the model's positions.
-        token_ids: the generated tokens, with the stop token that ended them.
+        text: the generated text, without the stop token.
+        finish_reason: "stop", or "length" if the answer was cut at max_new_tokens or at the end of the model's context.
+        token_ids: the generated tokens, including the stop token.
     """
 
     text: str
@@ -35,11 +36,11 @@ class Answer:
 
 
 class TextRollout:
-    """A checkpoint that answers. With `with`, or by `close`, it gives its memory back.
+    """A checkpoint loaded for generation. Use it in a `with` statement, or call `close`, to free its memory.
 
     Attributes:
-        rollout: the engine, for token ids and log-probabilities (`verl.rollout`).
-        tokenizer: of the checkpoint.
+        rollout: the generation engine, for token ids and log-probabilities (`verl.rollout`).
+        tokenizer: the checkpoint's tokenizer.
     """
 
     def __init__(self, path: str, rollout: Rollout, tokenizer: PreTrainedTokenizerBase, renderer: Renderer):
@@ -57,19 +58,19 @@ class TextRollout:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> list[Answer]:
-        """Answer questions, each written in the checkpoint's own chat format.
+        """Answer questions, each rendered with the checkpoint's chat template.
 
         Args:
-            prompts: one question or several, each a text or a chat, a list of {"role": …, "content": …} that ends with the user.
-            max_new_tokens: longest answer; less where the model's positions leave less.
-            temperature: 0 takes the most likely token each time; above, tokens are drawn.
-            n: answers to each.
-            seed, top_k, top_p: of the draws, as `verl.rollout.Sampling` has them.
+            prompts: one or several questions. Each is a text, or a chat: a list of {"role": …, "content": …} that ends with a user turn.
+            max_new_tokens: maximum tokens per answer; the model's context length may reduce it.
+            temperature: sampling temperature; 0 is greedy decoding.
+            n: answers per question.
+            seed, top_k, top_p: sampling settings, see `verl.rollout.Sampling`.
         Returns:
-            the answers in the order of the questions, `n` to each side by side.
+            the answers in the order of the questions; the `n` answers to a question are consecutive.
         Raises:
-            UserError: a wrong argument, a chat that the template refuses or that is longer than the model's positions, or a checkpoint
-                that was trained with another system prompt.
+            UserError: an argument is invalid; the chat template rejects a chat; a chat is longer than the model's context; or the
+                checkpoint was trained with another system prompt.
         """
         check_sampling(max_new_tokens, temperature, n, top_k, top_p)
         chats = [_chat(prompt) for prompt in _several(prompts)]
@@ -83,7 +84,7 @@ class TextRollout:
             return [self._answer(completion) for completion in self.rollout.generate(tokens, sampling)]
 
     def close(self) -> None:
-        """Free the model's memory."""
+        """Free the model's memory. The object cannot generate afterwards."""
         self.rollout.close()
 
     def __enter__(self) -> "TextRollout":
@@ -93,9 +94,10 @@ class TextRollout:
         self.close()
 
     def _longest_answer(self, prompts: list[list[int]], wanted: int) -> int:
+        """Return `wanted`, or fewer tokens if the longest prompt leaves fewer positions. Raises UserError if it leaves none."""
         positions, longest = self.rollout.positions, max(map(len, prompts))
         if positions is not None and longest >= positions:
-            what = f"{longest:,} tokens of prompt do not fit into the model's {positions:,} positions"
+            what = f"the prompt's {longest:,} tokens do not fit into the model's {positions:,} positions"
             raise UserError(what, where=self._path, fix="shorten the question")
         return wanted if positions is None else min(wanted, positions - longest)
 
@@ -107,7 +109,7 @@ def open_rollout(path: str, name: str, options: Options) -> TextRollout:
     """Load a checkpoint with its tokenizer and chat template.
 
     Raises:
-        UserError: no such engine, or a checkpoint that it cannot load.
+        UserError: no such engine, or it cannot load the checkpoint.
     """
     with quiet_libraries():
         tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
@@ -116,7 +118,7 @@ def open_rollout(path: str, name: str, options: Options) -> TextRollout:
 
 
 def _several(prompts: object) -> Sequence[object]:
-    """A list of questions, also of one alone: a text, or a chat, which is a list of messages."""
+    """Return a list of questions; a single question (a text, or a chat, which is a list of messages) becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
@@ -125,6 +127,7 @@ def _several(prompts: object) -> Sequence[object]:
 
 
 def _chat(prompt: object) -> list[dict[str, Any]]:
+    """Return a question as a chat. Raises UserError if it is neither a text nor a chat."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if isinstance(prompt, Sequence) and all(isinstance(message, Mapping) for message in prompt):

@@ -1,4 +1,4 @@
-"""Plugins are files: a bare name is a module in a folder of verl, a dotted name is any module, a path is a user's own file.
+"""Loading of plugins. A bare name is a module in a package of verl, a dotted name is any module, a path is a user's own file.
 
 A user's file may import the files beside it. Only such a file and the files beside it see each other this way: modules of Python keep their
 names, libraries are not affected, and files in two folders may import different helpers of one name.
@@ -26,7 +26,7 @@ from verl.errors import UserError
 
 FOLDER = "verl_folder_"  # a package of this name and a checksum has the files of a user's folder as its modules
 
-_files: dict[Path, tuple[bytes, ModuleType]] = {}  # users' files that have run: their content and module
+_files: dict[Path, tuple[bytes, ModuleType]] = {}  # imported users' files: content and module by path
 
 
 def _unknown(kind: str, name: str, existing: list[str]) -> UserError:
@@ -75,7 +75,7 @@ class Plugins:
         package: package for bare names.
         kind: name of such a plugin in error messages.
         needs: attributes that a plugin's module must have.
-        named_by: the key that names a plugin or a list of plugins; None: the group's own `name`.
+        named_by: the key that names a plugin or a list of plugins; None means the group's own `name`.
         any_of: whether one of the attributes in `needs` is enough.
     """
 
@@ -190,7 +190,7 @@ def _run(path: Path, source: bytes, package: str) -> ModuleType:
     sys.modules[name] = module
     try:
         with _on_path(module):
-            # Not with the spec's loader, which could use the stale bytecode of a file that has just changed.
+            # The spec's loader is not used, because it could load stale bytecode of a file that has just changed.
             exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
     except (Exception, SystemExit) as error:  # a user's file may raise anything
         del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal or in a notebook: those of verl are drawn, those of libraries are hidden."""
+"""Progress bars in terminals and notebooks: those of verl are drawn, those of libraries are hidden."""
 
 import io
 import logging
@@ -11,18 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
-# In a notebook, where each drawing is a message to the browser, and one that is taken away leaves an empty line.
+# For notebooks. Each update is a message to the browser, so updates are limited. A removed bar leaves an empty line, so a transient bar is
+# drawn only if it lasts long enough.
 SECONDS_BETWEEN_DRAWINGS, SECONDS_BEFORE_TRANSIENT = 0.2, 1.0
 _LIBRARIES = ("torch.distributed", "torch._higher_order_ops.wrap")  # the second one warns about activation checkpointing in compiled code
 
 
 def open_console(**options: Any) -> Console:
-    """A console for lines of text. In a notebook they are plain text as well, where rich would make a block of HTML of each.
+    """Return a console for lines of text. It prints plain text in notebooks too, where rich would print each line as an HTML block.
 
     Args:
-        options: of `rich.console.Console`.
+        options: arguments of `rich.console.Console`.
     """
-    if in_notebook():  # which takes itself for a terminal, without a cursor that could be moved
+    if in_notebook():  # stdout claims to be a terminal, but has no cursor to move
         options = {"force_terminal": False, **options}
     return Console(force_jupyter=False, **options)
 
@@ -35,12 +36,12 @@ class Bar:
     """A progress bar, from `start` to `stop`.
 
     Args:
-        columns: what it shows.
-        console: of the terminal that it is drawn on, if it is one.
-        transient: whether it goes when it is done.
-        hidden: whether it is not to be drawn anywhere.
+        columns: the bar's columns.
+        console: console to draw on, if it is a terminal.
+        transient: whether `stop` removes the bar.
+        hidden: whether the bar is never drawn.
     Attributes:
-        is_drawn: whether anybody sees it.
+        is_drawn: whether the bar is drawn, in a terminal or a notebook.
     """
 
     def __init__(self, *columns: ProgressColumn, console: Console, transient: bool = False, hidden: bool = False):
@@ -52,11 +53,13 @@ class Bar:
         self.is_drawn = on_terminal or self._drawing is not None
 
     def start(self, total: float, *, completed: float = 0, description: str = "", **fields: str) -> None:
-        """Draw it.
+        """Start to draw the bar.
 
         Args:
-            total: what `completed` comes to at the end.
-            fields: of the columns, such as `task.fields[state]`.
+            total: value of `completed` at the end.
+            completed: initial value.
+            description: text of the column `task.description`.
+            fields: other values that the columns show: `state=…` for `task.fields[state]`.
         """
         self._task = self._progress.add_task(description, total=total, completed=completed, **fields)  # type: ignore[arg-type]
         self._progress.start()
@@ -64,36 +67,37 @@ class Bar:
             self._drawing.show(self._progress)
 
     def update(self, completed: float, **fields: str) -> None:
-        """Move it.
+        """Set the progress.
 
         Args:
-            fields: new values of the columns' fields, `description` among them.
+            completed: new value.
+            fields: new values of the columns' fields, including `description`.
         """
         self._progress.update(self._task, completed=completed, **fields)  # type: ignore[arg-type]
         if self._drawing is not None:
             self._drawing.show(self._progress)
 
     def stop(self) -> None:
-        """Leave it as it stands, or take it away where it is transient."""
+        """Stop updating the bar; remove it if it is transient."""
         self._progress.stop()
         if self._drawing is not None:
             self._drawing.finish(None if self._transient else self._progress)
 
 
 class _Drawing:
-    """One output of a notebook's cell, drawn over and over. `rich` by itself would need ipywidgets."""
+    """An output of a notebook cell, updated in place. rich's own notebook support needs ipywidgets."""
 
     def __init__(self, seconds_before_first: float):
         self._handle: Any = None
         self._next = time.monotonic() + seconds_before_first
 
     def show(self, progress: Progress) -> None:
-        """Draw it as it stands, if that is due."""
+        """Draw the bar, unless the last update was too recent."""
         if time.monotonic() >= self._next:
             self._draw(_rendered(progress))
 
     def finish(self, progress: Progress | None) -> None:
-        """Draw it a last time; None: take it away, if it was ever seen."""
+        """Draw the bar a last time. None: remove it if it has been drawn."""
         if progress is not None:
             self._draw(_rendered(progress))
         elif self._handle is not None:
@@ -110,7 +114,7 @@ class _Drawing:
 
 
 def _rendered(progress: Progress) -> dict[str, str]:
-    """The bar as a notebook shows it, by MIME type."""
+    """Return the bar as text and as HTML, by MIME type."""
     paper = Console(file=io.StringIO(), record=True, force_terminal=True, force_jupyter=False, color_system="standard", width=100)
     paper.print(progress.get_renderable())
     html = paper.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>', clear=False)

@@ -1,4 +1,4 @@
-"""One run: its directory, what it says and logs, its progress bar, and the signals that end it early."""
+"""A training run: its directory, messages, metrics, loggers and progress bar, and the signals that stop it early."""
 
 import json
 import os
@@ -23,15 +23,16 @@ from verl.durable import replace_text
 from verl.errors import Stopped, UserError
 from verl.progress import Bar, open_console
 
-# A scheduler's end, Ctrl-C, and what SLURM sends ahead of a time limit where it is asked to (`sbatch --signal`).
-ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# Signals that stop a run: SIGTERM from schedulers, SIGINT from Ctrl-C, and SIGUSR1, which SLURM can send before a time limit
+# (`sbatch --signal`).
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
-
-_SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}  # by a progress bar
+# Metrics that the progress bar shows, with their formats.
+_SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}
 
 
 class Logger(Protocol):
-    """What `start(run)` of a module in verl/loggers, or of a user's own file, returns."""
+    """A logger: the result of `start(run)` in a module of verl/loggers or in a user's own file."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -40,12 +41,13 @@ class Logger(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run leaves.
+    """Result of a training run.
 
     Attributes:
-        checkpoint: its newest checkpoint, a Hugging Face directory, or the one that it went on from where it wrote none; None: neither.
-        directory: of the run (trainer.default_local_dir).
-        metrics: an object a step, as metrics.jsonl has them, those of the steps before it went on among them.
+        checkpoint: the newest checkpoint, a Hugging Face directory; the one that the run resumed from if it saved none; None if there is
+            neither.
+        directory: the run's directory (trainer.default_local_dir).
+        metrics: one dict per step, as in metrics.jsonl. A resumed run includes the steps before it resumed.
     """
 
     checkpoint: Path | None
@@ -54,22 +56,22 @@ class TrainResult:
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """The content of a run's metrics.jsonl; nothing where there is none."""
+    """Read a run's metrics.jsonl, one dict per line. Return an empty list if there is no file."""
     path = directory / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 class Run:
-    """A training run, entered with `with`. Only rank 0 prints, logs and writes.
+    """A training run, as a context manager. Only rank 0 prints, logs and writes.
 
+    Attributes:
+        directory: directory of checkpoints, metrics and logs (trainer.default_local_dir).
+        config: the config as nested dicts of plain values.
+        stopped_by: name of the signal that asked the run to stop, or None.
+        total_steps: optimizer steps of the whole run; 0 until it is known.
+        checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
     Raises:
         UserError: no such logger.
-    Attributes:
-        directory: where checkpoints, metrics and logs go (trainer.default_local_dir).
-        config: the configuration as plain nested values.
-        stopped_by: name of the signal that asked the run to end, or None.
-        total_steps: optimizer steps of the whole run; 0 until it is known.
-        checkpoint: the newest, or the one that the run goes on from; None: there is none yet.
     """
 
     def __init__(self, config: RunConfig):
@@ -89,8 +91,8 @@ class Run:
 
     def __enter__(self) -> "Run":
         self._open_directory()
-        if threading.current_thread() is threading.main_thread():  # signals of a program whose run is in another thread are its own
-            self._handlers = {number: handler for number in ENDING if (handler := signal.getsignal(number)) is not None}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            self._handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
         for number in self._handlers:
             signal.signal(number, self._on_signal)
         return self
@@ -101,16 +103,17 @@ class Run:
             signal.signal(number, handler)
 
     def _finish(self) -> None:
+        """Stop the progress bar and finish the loggers."""
         if self._bar is not None:
             self._bar.stop()
         while self._loggers:
             self._loggers.pop(0).finish()
 
     def _open_directory(self) -> None:
-        """Make the directory, and see that all nodes have the same one: a checkpoint is written by all processes.
+        """Create the directory, and check that all nodes share it, because all processes write their part of a checkpoint.
 
         Raises:
-            UserError: on all ranks: it cannot be written, or a node has one of its own.
+            UserError: on all ranks: it cannot be written, or a node has another directory of this name.
         """
         mark = self.directory / dist.from_main(f".{uuid4().hex}")
         dist.together(lambda: self._make_directory(mark) if dist.is_main() else None)
@@ -133,14 +136,17 @@ class Run:
     def _find(self, mark: Path) -> None:
         if not mark.exists():
             raise UserError(
-                f"{socket.gethostname()} has another folder of this name than the first node, so no checkpoint would be whole",
+                f"{socket.gethostname()} does not see the first node's folder of this name, so no checkpoint would be complete",
                 where=str(self.directory.absolute()),
                 fix="set trainer.default_local_dir to a folder on a file system that all nodes share",
             )
 
     def start_logging(self, start_step: int, total_steps: int) -> None:
-        """Open the loggers and the progress bar, once the steps are known.
+        """Write config.yaml, and open the loggers and the progress bar.
 
+        Args:
+            start_step: optimizer steps done by the run that this one resumes; 0 for a new run.
+            total_steps: optimizer steps of the whole run.
         Raises:
             UserError: a logger cannot be opened.
         """
@@ -148,37 +154,38 @@ class Run:
         if not dist.is_main():
             return
         (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
-        self._forget_metrics_after(start_step)
+        self._drop_metrics_after(start_step)
         self._loggers = [module.start(self) for module in self._modules]
         numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
         self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
         self._bar.start(total_steps, completed=start_step, description="training", state="")
 
     def say(self, text: str) -> None:
-        """Lines for the person at the terminal and for train.log."""
+        """Print a message to the terminal and to train.log."""
         if dist.is_main():
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._append("train.log", text)
 
     def show(self, write: Callable[[Console], None]) -> None:
-        """Something of several colours: `write` is called with the terminal, and with train.log as a plain one."""
+        """Print colored output: `write` is called with a console for the terminal, and with a plain one for train.log."""
         if dist.is_main():
             write(self._console)
             with (self.directory / "train.log").open("a", encoding="utf-8") as file:
                 write(open_console(file=file, width=200))
 
     def line(self, text: str) -> None:
-        """A line a step: to train.log, and to a plain terminal; where there is a progress bar it would only push it along."""
+        """Write the line of a step to train.log, and print it unless a progress bar is drawn, which already shows the step."""
         if dist.is_main():
             if self._bar is None or not self._bar.is_drawn:
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._append("train.log", text)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A step's metrics to metrics.jsonl, the loggers and the progress bar.
+        """Write a step's metrics to metrics.jsonl, the loggers and the progress bar.
 
         Args:
-            step: optimizer steps done.
+            step: number of optimizer steps done.
+            metrics: values by name.
         """
         if not dist.is_main():
             return
@@ -190,45 +197,49 @@ class Run:
             self._bar.update(step, state=" · ".join(state))
 
     def keep_state(self, state: dict[str, Any]) -> None:
-        """Write trainer_state.json: how far the run is and its last numbers, for a person or a script to look at."""
+        """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
         if dist.is_main():
             replace_text(self.directory / "trainer_state.json", json.dumps(state, indent=2) + "\n")
 
     def should_stop(self) -> bool:
-        """Whether a signal asked any rank to end; the same answer on every rank."""
+        """Return whether a signal asked any rank to stop; the result is the same on every rank."""
         return dist.any_rank(self.stopped_by is not None)
 
     def leave(self, step: int) -> NoReturn:
-        """End after a step, as the signal asks, saying where the run stands. Every rank calls it.
+        """Stop the run after a step because of a signal, and print the checkpoint to resume from. Every rank calls it.
 
+        Args:
+            step: number of optimizer steps done.
         Raises:
             Stopped: always.
         """
         how = "nothing was saved" if self.checkpoint is None else f"the same command resumes from {self.checkpoint}"
         self.say(f"stopped by {self.stopped_by or 'a signal to another process'} after step {step}; {how}")
         self._finish()
-        dist.barrier()  # torchrun ends all as soon as one has left, and the first may still have loggers to finish
+        dist.barrier()  # torchrun ends all processes as soon as one exits, and rank 0 may still be finishing its loggers
         raise Stopped(signal.Signals[self.stopped_by or "SIGTERM"], self.checkpoint)
 
     def result(self) -> "TrainResult":
-        """What the run leaves. Every rank calls it."""
+        """Return the result of the run, the same on every rank. Every rank calls it."""
         metrics = read_metrics(self.directory) if dist.is_main() else []
         return TrainResult(self.checkpoint, self.directory, dist.from_main(metrics))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         self.stopped_by = received.name
-        signal.signal(received, self._handlers[received])  # a second one ends the process at once
+        signal.signal(received, self._handlers[received])  # a second signal ends the process at once
         if dist.is_main():
-            kept = "without" if self._config.trainer.save_freq == "never" else "with"
-            os.write(2, f"\n{self.stopped_by}: ending after this step, {kept} a checkpoint (again: at once)\n".encode())
+            checkpoint = "without" if self._config.trainer.save_freq == "never" else "with"
+            os.write(
+                2, f"\n{self.stopped_by}: stopping after this step, {checkpoint} a checkpoint; send it again to stop at once\n".encode()
+            )
 
     def _append(self, name: str, text: str) -> None:
         with (self.directory / name).open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
-    def _forget_metrics_after(self, step: int) -> None:
-        """A run that goes on from a checkpoint takes the steps after it again."""
+    def _drop_metrics_after(self, step: int) -> None:
+        """Remove metrics of the steps after a checkpoint, because a run that resumes from it repeats these steps."""
         path = self.directory / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
@@ -238,20 +249,23 @@ class Run:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing it
+    except (ValueError, KeyError, TypeError):  # a run that was killed while writing it leaves an incomplete last line
         return float("inf")
 
 
 @contextmanager
 def first_signals_ignored() -> Iterator[None]:
-    """While this lasts, the first signal of each kind that ends a run passes: in a process that works for others which have the run."""
+    """Ignore the first signal of each kind that stops a run; a second one ends the process at once.
+
+    It is for processes that serve the training processes. These finish their step after the signal and need the answers until then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: handler for number in ENDING if (handler := signal.getsignal(number)) is not None}
+    handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
 
     def restore(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, handlers[signal.Signals(number)])  # a second one ends the process at once
+        signal.signal(number, handlers[signal.Signals(number)])
 
     for number in handlers:
         signal.signal(number, restore)

@@ -1,4 +1,4 @@
-"""Restores the process state that a run changes, so that programs and notebooks can start several runs, one after another."""
+"""Restores the process state that a run changes, so that programs and notebooks can start several runs one after another."""
 
 import gc
 import sys
@@ -20,21 +20,21 @@ _running = threading.Lock()
 
 @contextmanager
 def session() -> Iterator[None]:
-    """A run from beginning to end. At its end all is as it was before, however it ended, and the GPU's memory is free again:
-    the process group, random numbers, which attention is called, what libraries say.
+    """Restore the process state and free GPU memory at the end of a run, whether it returns or raises.
 
-    As a decorator it outlives the function's own variables, which hold the memory.
+    The state consists of the process group, random-number generators, the attention kernel, compiler settings and libraries' log levels
+    and warnings. Prefer it as a decorator: the function's variables, which hold GPU memory, are then gone before memory is freed.
 
     Raises:
-        UserError: another run is going on in this process, which has one process group and one set of GPUs.
+        UserError: another run is active in this process. A process has only one process group and one set of GPUs.
     """
     if not _running.acquire(blocking=False):
-        raise UserError("another run is going on in this process", fix="wait until it has ended, or start this one in a process of its own")
+        raise UserError("another run is active in this process", fix="wait until it has ended, or start this one in a separate process")
     try:
-        with quiet_libraries(), attention_kept(), _compiler_kept(), torch.random.fork_rng(devices=_initialized_gpus()), _group_kept():
+        with quiet_libraries(), attention_kept(), _restore_compiler(), torch.random.fork_rng(devices=_initialized_gpus()), _restore_group():
             yield
     except (UserError, Stopped, torch.OutOfMemoryError) as error:
-        traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, and its frames would keep the models
+        traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, whose frames hold the models
         raise
     finally:
         _running.release()
@@ -44,24 +44,25 @@ def session() -> Iterator[None]:
 
 
 def _initialized_gpus() -> list[int]:
-    """GPUs whose random numbers somebody may have drawn."""
+    """Return the indices of all GPUs if CUDA is initialized; otherwise no generator has been used."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 @contextmanager
-def _group_kept() -> Iterator[None]:
-    """Leave the process group at the end, if this process was not in one before."""
+def _restore_group() -> Iterator[None]:
+    """Leave the process group at the end, unless this process was in one before."""
     started, hook = dist.is_started(), sys.excepthook
     try:
         yield
     finally:
         if dist.world_size() == 1:
-            sys.excepthook = hook  # in place of PyTorch's, which writes the rank before each line of an error
+            sys.excepthook = hook  # PyTorch has set one that prefixes each line of an error with the rank
         dist.forget_parts() if started else dist.stop()
 
 
 @contextmanager
-def _compiler_kept() -> Iterator[None]:
+def _restore_compiler() -> Iterator[None]:
+    """Restore the setting of torch.compile that a run changes."""
     settings: Any = torch._dynamo.config
     before = settings.specialize_float
     try:

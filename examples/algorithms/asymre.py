@@ -31,10 +31,10 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward minus the shifted mean of its group: r - (V + δV)."""
+    """Return the reward minus the shifted mean of its group: r - (V + δV)."""
     learned = group_advantages(answers, settings)
     return replace(learned, advantages=[tokens - settings.baseline_shift for tokens in learned.advantages])
 
 
 class Loss(PolicyLoss):
-    """Clipped ratios of tokens; each token has the same weight."""
+    """The clipped loss with a ratio per token; each token has the same weight."""

@@ -2,7 +2,7 @@
 
     verl ppo … algorithm.name=examples/algorithms/distillation.py algorithm.teacher=Qwen/Qwen2.5-7B-Instruct
 
-`algorithm.teacher` names the teacher, the reference in place of the model that the run starts from; it needs the student's vocabulary.
+`algorithm.teacher` names the teacher. It replaces the initial model as the reference, and needs the student's vocabulary.
 Rewards are logged but not trained on. The gradient of KL(student || teacher) at a token is the expectation, over tokens sampled from the
 student, of the gradient of -(log teacher - log student) × log student, with the first factor detached.
 
@@ -34,6 +34,7 @@ class Settings:
 
 
 def reference(settings: Settings, model: ModelConfig) -> str:
+    """Return the path or name of the reference model."""
     return settings.teacher
 
 
@@ -43,7 +44,7 @@ def advantages(answers: Answers, settings: Settings) -> Advantages:
 
 
 class Loss:
-    """-(log teacher - log student) × ratio of new to old probability, a sum over tokens, with the first factor detached.
+    """The sum over tokens of -(log teacher - log student) × ratio of new to old probability, with the first factor detached.
 
     With one update per step, the ratio is 1 and its gradient is that of log student.
     """
@@ -52,7 +53,10 @@ class Loss:
         self._largest = settings.largest_gap
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """Metrics are means over tokens: `teacher_gap`, the KL divergence from the teacher, and `entropy`."""
+        """Return the loss and the sums of its metrics over tokens: `teacher_gap`, the KL divergence from the teacher, and `entropy`.
+
+        The log shows the metrics as means over tokens.
+        """
         assert batch.ref_logprob_M is not None
         gap_M = batch.ref_logprob_M - out.logprob_M.detach()
         old_M = out.logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
@@ -63,7 +67,7 @@ class Loss:
         return LossOut(loss_M.sum(), metrics)
 
     def slope(self, batch: Batch) -> Slope | None:
-        """Return the derivative by each log-probability, as a function of that log-probability."""
+        """Return the derivative of the loss with respect to each token's log-probability, as a function of that log-probability."""
         ref_M, old_M, largest = batch.ref_logprob_M, batch.old_logprob_M, self._largest
         assert ref_M is not None
 

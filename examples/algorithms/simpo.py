@@ -1,4 +1,4 @@
-"""A preference loss of your own: SimPO (arXiv:2405.14734), which needs no reference.
+"""A preference loss of your own: SimPO (arXiv:2405.14734), which needs no reference model.
 
     verl reward … algorithm.name=examples/algorithms/simpo.py algorithm.beta=2.5 algorithm.margin=1.0 optim.lr=1e-6
 
@@ -34,13 +34,16 @@ class Settings:
 
 
 class Loss:
-    """-log sigmoid(β/|chosen| log π(chosen) - β/|rejected| log π(rejected) - γ), a sum over pairs."""
+    """The sum over pairs of -log sigmoid(β/|chosen| log π(chosen) - β/|rejected| log π(rejected) - γ)."""
 
     def __init__(self, settings: Settings):
         self._beta, self._margin = settings.beta, settings.margin
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """Metrics are means over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`."""
+        """Return the loss and the sums of its metrics over pairs: `accuracy`, `margin`, `chosen_reward` and `rejected_reward`.
+
+        The log shows the metrics as means over pairs.
+        """
         mean_logprob_S = sum_by_document(out.logprob_M, batch) / trained_tokens(batch).clamp(min=1)
         chosen_P, rejected_P = pairs(self._beta * mean_logprob_S)
         margin_P = chosen_P - rejected_P
@@ -49,7 +52,9 @@ class Loss:
         return LossOut(-F.logsigmoid(margin_P - self._margin).sum() / batch.parts, {}, sums)
 
     def slope(self, batch: Batch) -> Tensor | None:
+        """Return None: the derivative depends on all log-probabilities of the pair."""
         return None
 
     def count(self, batch: Batch) -> float:
+        """Return the number of pairs, by which the loss is divided."""
         return count_pairs(batch)

@@ -3,7 +3,7 @@
     verl sft … trainer.logger=examples/loggers/csv_logger.py
 
 A logger is a module with `start(run)`; `run` has config, project_name, experiment_name, directory, total_steps and say(text).
-`start` returns an object with `log(step, metrics)` and `finish()`. Only the first process has loggers.
+`start` returns an object with `log(step, metrics)` and `finish()`. Only rank 0 has loggers.
 """
 
 import csv
@@ -20,7 +20,7 @@ class CsvLogger:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._writer.writerows([step, name, value] for name, value in metrics.items())
-        self._file.flush()  # so that the file is current while the run goes on
+        self._file.flush()  # so that the file is current during the run
 
     def finish(self) -> None:
         self._file.close()

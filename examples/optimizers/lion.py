@@ -1,4 +1,4 @@
-"""An optimizer of your own: Lion (arXiv:2302.06675), which steps along the sign of a momentum.
+"""An optimizer of your own: Lion (arXiv:2302.06675), which updates weights by the sign of a momentum.
 
     verl sft … optim.name=examples/optimizers/lion.py optim.lr=3e-6 optim.weight_decay=0.1
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Settings:
-    # Decay rates of the momentum: for the direction of the step, and for the stored momentum.
+    # Decay rates of the momentum: for the direction of the update, and for the stored momentum.
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
 
     def check(self) -> None:
@@ -25,6 +25,7 @@ class Settings:
 
 
 def state_bytes() -> float:
+    """Return the bytes of optimizer state per weight: a float32 momentum."""
     return 4.0
 
 

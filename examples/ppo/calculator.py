@@ -1,8 +1,8 @@
-"""A model that learns to use a calculator: fine-tuning on chats with the tool, then reinforcement learning over turns. Offline, on a CPU.
+"""A model learns to use a calculator: fine-tuning on chats with the tool, then multi-turn reinforcement learning. Offline, on a CPU.
 
     python examples/ppo/calculator.py
 
-The chats are the demo's word problems. Most chats in two steps end in a format that the grader does not read, as in data from several
+The chats are the demo's word problems. Most two-step chats end in a format that the grader does not read, as in data from several
 sources. Reinforcement learning has to teach the format and the calculations. The calculator's replies are appended to the sampled tokens
 and are not trained. The script prints exact match on problems with other numbers, before and after reinforcement learning.
 """
@@ -17,7 +17,7 @@ import verl
 from verl.demo.problems import Problem, make_problems, tool_chat
 from verl.models.tiny import write_tiny_model
 
-UNREAD = 0.7  # share of the chats in two steps with a format that the grader does not read
+UNREAD = 0.7  # fraction of two-step chats that end in a format that the grader does not read
 
 
 def write_rows(path: Path, problems: list[Problem]) -> None:

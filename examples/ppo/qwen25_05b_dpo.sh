@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DPO on preference pairs ({"prompt": …, "chosen": …, "rejected": …}, one per line), on one GPU. key=value arguments override these.
 # The reference's log-probabilities of all pairs are computed once, before the first step, so the reference takes no memory in training.
-# Computed memory: 18 B a parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 16 Ki tokens 5 GB.
+# Computed memory: 18 B per parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 16 Ki tokens 5 GB.
 set -euo pipefail
 
 python -m verl.trainer.reward_trainer \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GRPO on GSM8K from a fine-tuned checkpoint, graded by the number after ####, on one GPU. key=value arguments override these.
-# Computed memory: 18 B a parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, the reference in bfloat16 1 GB,
+# Computed memory: 18 B per parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, the reference in bfloat16 1 GB,
 # KV cache of 512 answers at a time 4.8 GB, activations of 16 Ki tokens 5 GB.
 set -euo pipefail
 

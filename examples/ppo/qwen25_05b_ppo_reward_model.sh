@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# PPO with a critic on one GPU. The reward is that of the model from qwen25_05b_reward_model.sh, plus a small one for the right format.
+# PPO with a critic on one GPU. The reward is the score of the model from qwen25_05b_reward_model.sh plus a small reward for the format.
 # key=value arguments override these.
-# Computed memory: 18 B a parameter for the actor and as much for the critic 17.8 GB, reference and reward model in bfloat16 2 GB,
+# Computed memory: 18 B per parameter, for actor and critic 17.8 GB, reference and reward model in bfloat16 2 GB,
 # KV cache of 256 answers at a time 2.4 GB, activations of 16 Ki tokens 5 GB.
 set -euo pipefail
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen2.5-0.5B-Instruct on GSM8K, on the four GPUs of one machine. Arguments override these: ./qwen25_05b_four_gpus.sh trainer.logger=console
-# Computed memory per GPU: 16 B a parameter over 4 GPUs 2 GB, gathered embeddings with their gradients 1.1 GB, activations of 8 Ki tokens 2 GB.
+# Computed memory per GPU: 16 B per parameter over 4 GPUs 2 GB, gathered embeddings with their gradients 1.1 GB, activations of 8 Ki tokens 2 GB.
 set -euo pipefail
 
 torchrun --standalone --nnodes=1 --nproc_per_node=4 -m verl.trainer.fsdp_sft_trainer \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen2.5-0.5B-Instruct on GSM8K, on one GPU (or, slowly, on the CPU). Arguments override these: ./qwen25_05b_one_gpu.sh optim.lr=1e-5
-# Computed memory: 18 B a parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 2 Ki tokens 1 GB.
+# Computed memory: 18 B per parameter (float32 weights, gradients, two moments; bfloat16 copy) 8.9 GB, activations of 2 Ki tokens 1 GB.
 set -euo pipefail
 
 python -m verl.trainer.fsdp_sft_trainer \

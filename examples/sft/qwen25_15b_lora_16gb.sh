@@ -5,7 +5,7 @@
 set -euo pipefail
 
 # lora_alpha / lora_rank = 2, and ten times the learning rate of full fine-tuning, because the adapters' product starts at zero.
-# 64 rows, about 14 Ki tokens, are two micro-batches a step; 8 Ki tokens are enough to keep a GPU busy.
+# 64 rows, about 14 Ki tokens, are two micro-batches per step; 8 Ki tokens are enough to keep a GPU busy.
 python -m verl.trainer.fsdp_sft_trainer \
   data.train_files=~/data/gsm8k/train.jsonl \
   data.prompt_key=question \

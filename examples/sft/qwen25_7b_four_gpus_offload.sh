@@ -4,7 +4,7 @@
 # with their gradients 9 GB; two layers, and gradients of one, 2 GB; activations of 32 Ki tokens with checkpointing 15 GB.
 set -euo pipefail
 
-# The weights move to the GPUs twice a step and the CPU updates them, so a step has twice as many tokens as without offloading. The update
+# The weights move to the GPUs twice per step and the CPU updates them, so a step has twice as many tokens as without offloading. The update
 # uses all cores; torchrun would give each process only one.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + 3) / 4))}"
 

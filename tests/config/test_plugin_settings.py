@@ -206,7 +206,7 @@ def test_a_key_without_a_default_must_be_given(tmp_path: Path) -> None:
     [
         ("beta: float = 0.2", "name: str = 'kto'", "'name' cannot be a key of its Settings: every"),
         ("dynamic_sampling: bool = True", "dynamic_sampling: int = 1", "'dynamic_sampling' in its Settings is a key that every"),
-        ("@dataclass\n", "", "Settings is no dataclass"),
+        ("@dataclass\n", "", "Settings is not a dataclass"),
         ("beta: float = 0.2", "beta: 'Missing' = 0.2", "Settings: name 'Missing' is not defined"),
         ("beta: float = 0.2", "beta: complex = 1j", "Unexpected type annotation: complex"),
         ("from verl.algorithms.grpo import Loss, advantages", "from verl.algorithms.grpo import Loss", "is no method of reinforcement"),
@@ -323,7 +323,7 @@ def test_a_key_without_a_default_must_be_given_also_where_the_settings_derive_fr
 
 def test_settings_that_only_derive_from_a_dataclass_would_lose_their_fields_and_are_refused(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(DERIVED.format(decorator=""))
-    with pytest.raises(UserError, match=r"own\.py: Settings is no dataclass\n  fix: write @dataclass above it"):
+    with pytest.raises(UserError, match=r"own\.py: Settings is not a dataclass\n  fix: write @dataclass above it"):
         load_config(PPOConfig, [*NEEDED, f"algorithm.name={tmp_path / 'own.py'}"])
 
 

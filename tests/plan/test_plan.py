@@ -102,7 +102,7 @@ def test_the_planned_peak_is_within_8_percent_of_the_measured_one(name: str) -> 
 
 
 def test_a_formula_that_forgets_one_wide_tensor_of_a_layer_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "kept_widths", lambda model, work: 2)
+    monkeypatch.setattr(memory, "saved_mlp_tensors", lambda model, work: 2)
     config, settings, work, gib = MEASURED["0.5B"]
     assert (memory.peak(sizes_of(config, **settings), work).total + WORKSPACE) / GIB != pytest.approx(gib, rel=0.08)
 
@@ -206,7 +206,7 @@ def test_a_compiled_layer_keeps_what_the_formula_counts(shape: dict[str, int], c
     forward(model).sum().backward()
     (found,) = set(kept)
     its_output, angles = 2 * sizes.hidden, 2 * 2 * sizes.head_size  # the next layer's input, and what all layers share
-    assert found - its_output - angles == memory.kept_of_layer(sizes, Work(TOKENS, TOKENS, checkpointing=checkpointing))
+    assert found - its_output - angles == memory.saved_by_layer(sizes, Work(TOKENS, TOKENS, checkpointing=checkpointing))
 
 
 @pytest.mark.usefixtures("opaque_attention")
@@ -227,7 +227,7 @@ def test_a_layer_as_written_keeps_what_the_formula_counts(settings: dict[str, An
         return bytes_a_token(list(storages.values()))
 
     _, sizes = build(WIDE, **settings)
-    assert kept(3) - kept(2) == memory.kept_of_layer(sizes, Work(TOKENS, TOKENS, compiled=False))
+    assert kept(3) - kept(2) == memory.saved_by_layer(sizes, Work(TOKENS, TOKENS, compiled=False))
 
 
 # --- sizes, weights, gradients, optimizer
@@ -245,9 +245,9 @@ def test_parameters_are_those_of_the_model(config: PretrainedConfig) -> None:
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:
     sizes = sizes_of(SMALL, lora_rank=64)
-    assert (sizes.trained, sizes.ranks, sizes.mlp_is_one) == (35_192_832, 7 * 64, True)
+    assert (sizes.trained, sizes.ranks, sizes.fused_mlp) == (35_192_832, 7 * 64, True)
     assert sizes.frozen == 494_032_768
-    assert not sizes_of(SMALL, lora_rank=64, lora_dropout=0.1).mlp_is_one
+    assert not sizes_of(SMALL, lora_rank=64, lora_dropout=0.1).fused_mlp
 
 
 def test_weights_gradients_and_moments_are_those_of_an_engine() -> None:
@@ -285,7 +285,7 @@ def test_shards_offloading_and_whole_copies_differ_as_they_should() -> None:
     assert memory.gradients_in_update(sizes, whole) == 2 * memory.gradients_in_update(sizes, halves)
     offloaded = replace(one, offload=True)
     assert memory.weights(sizes, offloaded) == memory.optimizer(sizes, offloaded) == memory.state_bytes(sizes, offloaded) == 0
-    assert memory.gathered(sizes, replace(sharded, resharded=False)) > memory.gathered(sizes, sharded) > 0
+    assert memory.unsharded_weights(sizes, replace(sharded, resharded=False)) > memory.unsharded_weights(sizes, sharded) > 0
 
 
 # --- the plan
@@ -470,7 +470,7 @@ def test_dry_run_and_the_command_print_the_same_write_nothing_and_read_no_weight
     assert capsys.readouterr().out == printed
     assert sorted(folder.rglob("*")) == before
     assert not (folder / "run").exists()
-    assert "steps: 14 (14 an epoch) of 6 rows" in printed and "16 GB: fits" in printed
+    assert "steps: 14 (14 per epoch) of 6 rows" in printed and "16 GB: fits" in printed
 
 
 def test_the_command_plans_for_gpus_that_are_not_here(

@@ -69,7 +69,7 @@ def test_a_long_answer_has_a_micro_batch_of_its_own_up_to_the_models_positions(t
     path = write_reward_model(tmp_path)
     long = "12 " * 100
     assert np.isfinite(model_of(path, max_tokens_per_micro_batch=50).score(CHATS[:2], [long, "5"])).all()
-    with pytest.raises(UserError, match="the model reads 512"):
+    with pytest.raises(UserError, match="the model's context has 512"):
         model_of(path).score(CHATS[:1], ["12 " * 600])
 
 
@@ -79,12 +79,12 @@ def test_a_score_that_is_no_number_is_an_error_of_its_row(tmp_path: Path) -> Non
     judge: Any = scorer.model._scorer.model
     with torch.no_grad():
         judge.score.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"train.jsonl:4: reward model gave nan"):
+    with pytest.raises(UserError, match=r"train.jsonl:4: reward model returned nan"):
         scorer.score(["?"], ["!"], [{}], places=["train.jsonl:4"])
 
 
 def test_a_model_without_one_score_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"without a head(.|\n)*reward_trainer"):
+    with pytest.raises(UserError, match=r"without a scoring head(.|\n)*reward_trainer"):
         model_of(write_model(tmp_path / "language", qwen2_config()))
     with pytest.raises(UserError, match="has 3 labels, expected one"):
         model_of(write_reward_model(tmp_path / "three", labels=3))

@@ -43,7 +43,7 @@ def test_a_failing_reward_ends_the_run_with_the_place_of_its_row(tmp_path: Path)
     grader.write_text(HALF_BROKEN)
     with pytest.raises(UserError, match=r"train.jsonl:8: reward grader raised ValueError: no sixes \(.*grader.py:4\)"):
         scorer(name=str(grader)).score(QUESTIONS, RESPONSES, ROWS, places=PLACES)
-    with pytest.raises(UserError, match="answer 1: reward grader gave nan"):
+    with pytest.raises(UserError, match="answer 1: reward grader returned nan"):
         scorer(name=str(grader)).score(QUESTIONS[2:], RESPONSES[2:], ROWS[2:])
 
 
@@ -54,7 +54,7 @@ def test_a_failing_reward_may_count_as_nothing_and_is_counted(tmp_path: Path) ->
     np.testing.assert_array_equal(scored.reward_A, [3, 0, 0])
     assert [error.where for error in scored.errors] == ["train.jsonl:8", "train.jsonl:9"]
     told = scored.describe_errors()
-    assert told is not None and "2 rewards failed" in told and "train.jsonl:9: reward grader gave nan" in told
+    assert told is not None and "2 rewards failed" in told and "train.jsonl:9: reward grader returned nan" in told
     assert "more" not in told
 
 
@@ -73,7 +73,7 @@ def test_a_number_of_any_kind_counts_if_it_is_not_beyond_all_measure(tmp_path: P
         assert scorer(name=str(grader)).score(["?"], ["5"], [{}]).reward_A.tolist() == [expected]
     for said in ("1e300", "10**400", "float('-inf')", "'1'", "None"):
         grader.write_text(f"def score(prompt, response, row):\n    return {said}\n")
-        with pytest.raises(UserError, match=r"reward kinds (gave|raised)"):
+        with pytest.raises(UserError, match=r"reward kinds (returned|raised)"):
             scorer(name=str(grader)).score(["?"], ["5"], [{}])
 
 

@@ -360,7 +360,7 @@ def test_empty_answers_have_rewards_and_are_learned_from_as_far_as_there_are_tok
         ({"reward__name": "mine.no_such"}, "no module 'mine' for rewards 'mine.no_such'", "give the path of a .py file"),
         ({"reward__name": "format", "reward__format": "['(']"}, "reward.format: '(' is not a regular expression", "such as [<think>"),
         ({"reward_model__path": "./nowhere"}, "./nowhere: no such model directory", "the current folder is"),
-        ({"reward_model__path": "model"}, "reward_model.path: model is a language model, without a head", "reward_trainer"),
+        ({"reward_model__path": "model"}, "reward_model.path: model is a language model without a scoring head", "reward_trainer"),
         ({"algorithm__name": "ppo", "critic__partial_pretrain": "./nowhere"}, "./nowhere: no such model directory", "the current folder"),
         ({"model__partial_pretrain": "adapter"}, "model.partial_pretrain=adapter: is an adapter", "verl export adapter DIR"),
         ({"model__partial_pretrain": "model", "model__lora_rank": 4, "model__target_modules": "[q_prj]"}, "q_prj", "q_proj"),
@@ -396,7 +396,7 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
         ),
         (
             {"reward__name": "nan.py"},
-            r"train\.jsonl:\d+: reward nan gave nan, expected a finite number\n  fix: correct the reward or the row",
+            r"train\.jsonl:\d+: reward nan returned nan, expected a finite number\n  fix: correct the reward or the row",
         ),
         (
             {"data__max_prompt_length": 33},

@@ -146,8 +146,8 @@ def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loa
         said = "".join(agent.communicate(timeout=90)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [1, 1]
     found = {
-        "trainer.default_local_dir": "has another folder of this name",
-        "data.train_files": f"data.train_files: the rows that {socket.gethostname()} finds are not those",
+        "trainer.default_local_dir": "does not see the first node's folder of this name",
+        "data.train_files": f"data.train_files: the rows on {socket.gethostname()} differ from those",
     }
     assert said.count("error: ") == 1 and found[differs] in said and "model: " not in said
     assert said.count("exitcode  : 2 ") == 2

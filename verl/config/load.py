@@ -1,4 +1,4 @@
-"""From a command line to a typed config: `--config FILE.yaml` (repeatable, later wins) and then `key=value` (wins over files)."""
+"""Builds a typed config from the command line: `--config FILE.yaml` (repeatable, later files win) and `key=value` (wins over files)."""
 
 import difflib
 import math
@@ -21,18 +21,18 @@ from verl.config.spellings import ALIASES, HINTS, REJECTED
 from verl.errors import UserError
 
 Config = TypeVar("Config")
-Given = Mapping[str, Any] | str  # what a program may give in place of a config, or beside it
+Given = Mapping[str, Any] | str  # other forms of a config in the Python API
 
 
 def load_config(schema: type[Config], argv: list[str]) -> Config:
-    """Build the config of a command line, and check it.
+    """Build a config from command-line arguments, and check it.
 
     Args:
         schema: a dataclass of `verl.config`.
-        argv: words after the command: `--config FILE`, `key=value`, `--help`.
+        argv: arguments after the command: `--config FILE`, `key=value`, `--help`.
     Raises:
         UserError: an invalid argument, key, type or value.
-        SystemExit: after `--help`.
+        SystemExit: after printing for `--help` or `--version`.
     """
     if {"-h", "--help"} & set(argv):
         print(describe(schema, argv))
@@ -50,6 +50,11 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
 
 
 def _checked(config: DictConfig) -> Any:
+    """Convert to the dataclass, and run its checks and those of its plugins.
+
+    Raises:
+        UserError: a required key is missing, an interpolation fails, or a value is invalid.
+    """
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
         if missing:
@@ -65,7 +70,7 @@ def _checked(config: DictConfig) -> Any:
 
 @dataclass(frozen=True)
 class _Given:
-    """A value that the user gives for a key; `where` is the name of the file, or the key itself for an argument."""
+    """A value that the user gives for a key. `where` is the file's name, or the key itself for a command-line argument."""
 
     key: str
     value: Any
@@ -84,7 +89,7 @@ def _given(argv: list[str]) -> list[_Given]:
 
 
 def _defaults(schema: type[Config], given: list[_Given]) -> Config:
-    """Return the defaults, with the names of the plugins that the user gives, and the keys of these plugins.
+    """Return the schema's defaults with the plugins that the user names and these plugins' keys.
 
     Raises:
         UserError: no such plugin.
@@ -121,7 +126,7 @@ def _structured(defaults: object) -> DictConfig:
 
 
 def _owner(defaults: object, key: str | None) -> str | None:
-    """Return the plugin whose `Settings` have the key that a config cannot hold, as the config names it."""
+    """Return the location, for the error message, of a key in a plugin's `Settings` whose type OmegaConf does not support."""
     group = next((group for group in groups_of(defaults) if not _is_supported(group.keys)), None)
     return key if group is None else f"{group.named_by}={','.join(group.names)}: {group.path}.{str(key or '').rpartition('.')[2]}"
 
@@ -135,34 +140,36 @@ def _is_supported(keys: object) -> bool:
 
 
 def config_of(schema: type[Config], given: Sequence[object]) -> Config:
-    """The config that a program asks for, checked as a command line is: what it gives is written as the words that say the same.
+    """Build a config from the arguments of the Python API. They are converted to command-line arguments and checked like them.
 
     Args:
         schema: a dataclass of `verl.config`.
-        given: dataclasses of this schema, mappings and words, of which later ones win. Of a dataclass, what differs from its defaults.
+        given: instances of `schema`, mappings, and command-line arguments; later ones win. From a dataclass, only values that differ from
+            the defaults are used.
     Raises:
-        UserError: something that is none of these, or a key, type or value that is not right.
+        UserError: an argument is none of these, or a key, type or value is invalid.
     """
     return load_config(schema, [word for part in given for word in _words_of(part, schema)])
 
 
 def _words_of(part: object, schema: type) -> list[str]:
+    """Return one argument of the Python API as command-line arguments."""
     if isinstance(part, str):
         if part in ("-h", "--help", "--version"):
             raise UserError(f"found {part!r}", fix="docs/keys.md lists all keys, and verl.__version__ is the version")
         return [part]
     if isinstance(part, schema):
-        completed(part)  # raises if a group has the keys of another plugin than the one that it names
+        completed(part)  # raises if a group has the keys of a plugin other than the one that it names
         defaults = dict(_leaves(_tree(schema())))
         return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part)) if key not in defaults or defaults[key] != value]
     if isinstance(part, Mapping):
         return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part))]
     what = f"the class {part.__name__}" if isinstance(part, type) else f"{type(part).__name__}"
-    raise UserError(f"found {what}, expected {schema.__name__}, a dict or key=value", fix=f"{schema.__name__}() makes one of the defaults")
+    raise UserError(f"found {what}, expected {schema.__name__}, a dict or key=value", fix=f"{schema.__name__}() has the defaults")
 
 
 def _tree(part: object) -> dict[str, Any]:
-    """A dataclass or mapping as nested dicts, with attributes that a dataclass was given and does not have."""
+    """Return a dataclass or mapping as nested dicts, including attributes that are no fields, so that misspelled ones are reported."""
     values = dict(part) if isinstance(part, Mapping) else vars(part)
     return {str(key): _tree(value) if isinstance(value, Mapping) or _is_group(value) else value for key, value in values.items()}
 
@@ -172,7 +179,7 @@ def _is_group(value: object) -> bool:
 
 
 def _word(key: str, value: object) -> str:
-    """A value as `_parse` reads it."""
+    """Return a value as text that `_parse` reads back."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, numbers.Integral):
@@ -285,7 +292,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse(key: str, text: str) -> Any:
-    if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` a path
+    """Parse the value of a command-line argument."""
+    if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` is a path
         return text
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
@@ -342,9 +350,9 @@ def _refuse(given: _Given, known: list[str], defaults: object) -> None:
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:
-    """Return the key that this one is a misspelling of: in its own group, in another group, or of the group's name; else nothing.
+    """Return the known key that is most similar, as a list of at most one: in its group, by its last part, or by its full name.
 
-    Keys are compared without what they share, the name of their group, which would make all of a group's keys look alike.
+    Within a group, only the last parts are compared, because the group's name would make all of its keys similar.
     """
     path, _, last = key.rpartition(".")
     last_parts = {name.rpartition(".")[2]: name for name in known}

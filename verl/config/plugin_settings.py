@@ -1,4 +1,4 @@
-"""Keys of plugins: a method, a reward or an optimizer declares its keys as a dataclass `Settings` in its own file.
+"""Config keys of plugins: a method, a reward or an optimizer declares its keys as a dataclass `Settings` in its own file.
 
 A config group such as `algorithm` is a dataclass of the keys that all of its plugins share; its `plugins` says where to find them. When the
 plugin's name is known, the fields of the module's `Settings` are added to the group, with their types, defaults and comments. A field with
@@ -92,6 +92,7 @@ def _group(config: Any, path: str, keys: Any) -> Group:
 
 
 def _at(config: Any, path: str) -> Any:
+    """Return the value of a dotted key."""
     for name in path.split("."):
         config = getattr(config, name)
     return config
@@ -173,14 +174,14 @@ def _copied(field: Any) -> Any:
 
 
 def settings_class(module: ModuleType) -> type:
-    """A module's `Settings`.
+    """Return a module's `Settings` class, or NoSettings.
 
     Raises:
-        UserError: it is no dataclass, or its types are not there.
+        UserError: it is not a dataclass, or the type of a field is not defined.
     """
     kind: type = getattr(module, "Settings", NoSettings)
-    if "__dataclass_fields__" not in vars(kind):  # a class that only inherits them would lose its own fields
-        raise UserError("Settings is no dataclass", where=module.__file__, fix="write @dataclass above it")
+    if "__dataclass_fields__" not in vars(kind):  # a subclass of a dataclass without @dataclass would lose its own fields
+        raise UserError("Settings is not a dataclass", where=module.__file__, fix="write @dataclass above it")
     try:
         typing.get_type_hints(kind)
     except NameError as error:

@@ -1,6 +1,6 @@
-"""Other spellings of keys: aliases that are accepted, and keys of other trainers, with hints on what to use instead."""
+"""Other names of keys: accepted aliases, and keys of other trainers with hints on what to use instead."""
 
-# Upstream's spellings with the same meaning.
+# Upstream's keys that are accepted, with the keys that they stand for.
 ALIASES = {
     "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
     "model.path": "model.partial_pretrain",
@@ -42,7 +42,7 @@ REJECTED = {
 }
 
 
-# Names of keys in other trainers; only for the hint "did you mean …?".
+# Keys of other trainers; only for the hint "did you mean …?".
 HINTS = {
     "learning_rate": "optim.lr",
     "num_train_epochs": "trainer.total_epochs",

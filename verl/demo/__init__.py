@@ -1,1 +1,1 @@
-"""The offline demo: word problems, a small model, and all steps from one to the other."""
+"""The offline demo: it generates word problems, trains a small model on them, and evaluates it."""

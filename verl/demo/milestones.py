@@ -1,7 +1,4 @@
-"""The demo's logger: a line every 100 steps of fine-tuning, and every 5 of the longer steps of reinforcement learning.
-
-A terminal and a log then both show how training improves the model.
-"""
+"""The demo's logger: one line per 100 steps of fine-tuning, and per 5 steps of reinforcement learning, which take longer."""
 
 from verl.run import Run
 

@@ -1,4 +1,4 @@
-"""All steps offline, in minutes on a CPU: problems, a new small model, fine-tuning, reinforcement learning and evaluation.
+"""The demo: word problems, a small untrained model, fine-tuning, reinforcement learning and evaluation; offline, minutes on a CPU.
 
     python -m verl.demo.run
 
@@ -58,7 +58,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     before = evaluate(MODEL, BEFORE)
     title("4. Fine-tuning")
     checkpoint = fine_tune(config)
-    title("5. After: problems that it has not seen in training")
+    title("5. After: problems that were not in the training data")
     after = evaluate(checkpoint, AFTER)
     title("6. Reinforcement learning, from an early checkpoint that solves some of them")
     early, before_rl = find_early(checkpoint)
@@ -100,6 +100,7 @@ def make_problems(config: DemoConfig) -> list[Problem]:
 
 
 def make_model(train: list[Problem], seed: int) -> None:
+    """Write a small model with random weights, and a tokenizer trained on the problems."""
     parameters = write_tiny_model(MODEL, (text for problem in train for text in (problem.question, problem.answer)), seed=seed)
     say(f"{parameters:,} parameters of the Qwen2 architecture, a tokenizer with Qwen's chat format: {MODEL}")
 
@@ -122,7 +123,7 @@ def fine_tune(config: DemoConfig) -> Path:
 
 
 def find_early(last: Path) -> tuple[Path, dict[str, Any]]:
-    """Find the first checkpoint with EARLY_EXACT_MATCH, or else the last but one, and delete the others.
+    """Find the first checkpoint that reaches EARLY_EXACT_MATCH, or else the last but one. Delete all others except `last`.
 
     Returns:
         the checkpoint and its results.

@@ -1,8 +1,8 @@
-"""Exact match of a checkpoint on a file of questions and answers.
+"""Evaluation of a checkpoint: exact match on a file of questions and answers.
 
     python -m verl.eval.sft_evaluator model_path=checkpoints/verl-sft/run/global_step_100 test_file=test.jsonl output_dir=results
 
-`evaluate` below does it all; read it first.
+Read `evaluate` first.
 """
 
 import os
@@ -98,12 +98,13 @@ def answer(
 
 
 def check_one_process() -> None:
+    """Raise UserError under torchrun with several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the evaluator runs in one process", fix="start it with python -m verl.eval.sft_evaluator, without torchrun")
 
 
 def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
-    """Read and check the rows to answer. Raises UserError that names file and line."""
+    """Read and check the rows to answer. Raises UserError with the file and line of an invalid row."""
     samples = None if config.max_samples == -1 else config.max_samples
     questions = []
     for row in islice(read_rows(config.test_file, "test_file"), samples):

@@ -5,7 +5,7 @@ from typing import Any
 
 HIDDEN = "[hidden]"
 
-# Names of keys whose text is a secret. A number under such a name, as in max_new_tokens=512, is not.
+# Names of keys whose text is a secret. A number is never one, as in max_new_tokens=512.
 _SECRET_NAME = re.compile(r"(?i)(token|secret|password|passwd|credential|api_?key|access_?key|private_?key)")
 # Texts that are secrets under any name: keys of Hugging Face, OpenAI and similar services, AWS, GitHub.
 _SECRET_TEXT = re.compile(r"\b(?:hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_)[A-Za-z0-9_\-]{12,}")

@@ -1,4 +1,4 @@
-"""Trackio, which logs to the local disk; `trackio show` opens its dashboard."""
+"""Trackio. It logs to the local disk; `trackio show` opens its dashboard."""
 
 from __future__ import annotations
 

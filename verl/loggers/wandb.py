@@ -44,7 +44,7 @@ class Wandb:
 
 
 class _Silent:
-    """The fallback of a run that logs to the console anyway."""
+    """The fallback if the run has the console logger anyway."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Do nothing: the console logger prints it."""

@@ -1,1 +1,1 @@
-"""The plan before the run: what it will take of a GPU, and what to change where that is too much."""
+"""`verl plan`: estimates the GPU memory of a run before it starts, and suggests config changes if it does not fit."""

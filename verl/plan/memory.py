@@ -1,11 +1,10 @@
-"""What a training step takes of a GPU's memory, by formula: no model is loaded and no GPU is asked.
+"""Estimate of a training step's GPU memory by formula, without loading a model or using a GPU.
 
-The peak of a step is at one of a few points. What is in memory at each is counted tensor by tensor: a compiled layer keeps what
-PyTorch's partitioner chooses, which a test reads from its graphs, and a layer as written keeps what autograd saves.
+The peak is the maximum over a few points of a step. At each point, tensors are counted one by one. For a compiled layer, these are the
+tensors that PyTorch's partitioner saves, which a test reads from the compiled graphs; for an uncompiled layer, those that autograd saves.
 
-All results are bytes of one GPU. Dimensions in comments: T tokens of a micro-batch on this GPU, M trained ones among them, H hidden
-size, F width of the feed-forward part, Q and K all query heads and all key heads side by side, V vocabulary, R ranks of a layer's
-adapters, all together.
+All results are bytes per GPU. Dimensions: T tokens of a micro-batch on this GPU, M trained tokens, H hidden size, F feed-forward width,
+Q all query heads (heads × head size), K all key heads, V vocabulary, R sum of the ranks of a layer's adapters.
 """
 
 from dataclasses import dataclass
@@ -18,24 +17,28 @@ from verl.engine.weights import BUCKET
 
 FLOAT32 = 4
 KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
-FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight in NF4: its code, a scale of 8 bits for 64, one of 32 bits for 256 scales
-# Not counted tensor by tensor: what CUDA keeps for itself, cuBLAS's workspace in PyTorch's memory, and what lies unused between tensors.
+FOUR_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes per NF4 weight: code, an 8-bit scale per 64 weights, a float32 scale per 256 scales
+# Estimates, not counted by tensor: the CUDA context, cuBLAS's workspace (in PyTorch's memory), NCCL's buffers, and the fraction of
+# memory lost to fragmentation.
 CONTEXT, WORKSPACE, NCCL, UNUSED_SHARE = 0.6 * GIB, 0.06 * GIB, 0.5 * GIB, 0.03
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's sizes.
+    """Sizes of a decoder model. Weights are counted in numbers, not bytes.
 
     Attributes:
-        intermediate: width of the feed-forward part.
-        frozen: weights that are not trained, `trained` those that are, adapters among them; `quantized` of the frozen are in 4 bits.
-        root, root_trained: weights outside of the layers, and how many of them are trained.
-        head_trained: whether the output embedding is.
-        tied: whether the input embedding is the output embedding.
-        ranks: of a layer's adapters, all together.
-        mlp_trained: something in the feed-forward part is trained.
-        mlp_is_one: it is one operator, which keeps no product of gate and up.
+        intermediate: feed-forward width.
+        trained: number of trained weights, including adapters.
+        frozen: number of frozen weights.
+        quantized: number of 4-bit weights among the frozen ones.
+        root: number of weights outside the layers.
+        root_trained: number of trained weights outside the layers.
+        head_trained: whether the output embedding is trained.
+        tied: whether input and output embedding share one weight.
+        ranks: sum of the ranks of a layer's adapters.
+        mlp_trained: whether any weight of the feed-forward part is trained.
+        fused_mlp: whether the feed-forward part is one fused operator, which does not save the product silu(gate) × up.
     """
 
     layers: int
@@ -54,7 +57,7 @@ class Decoder:
     head_trained: bool = True
     ranks: float = 0.0
     mlp_trained: bool = True
-    mlp_is_one: bool = False
+    fused_mlp: bool = False
 
     @property
     def query(self) -> int:
@@ -66,12 +69,12 @@ class Decoder:
 
     @property
     def table(self) -> int:
-        """Weights of one embedding."""
+        """Number of weights of one embedding."""
         return self.vocabulary * self.hidden
 
     @property
     def layer(self) -> float:
-        """Weights of a layer."""
+        """Number of weights per layer."""
         return (self.trained + self.frozen - self.root) / self.layers
 
     @property
@@ -81,22 +84,23 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Work:
-    """How a step is done.
+    """Settings of a training step that determine its memory.
 
     Attributes:
-        tokens, trained_tokens: on one GPU, of the largest micro-batch, filler included in the first.
-        micro_batches: of one GPU in a step.
-        param_bytes: of a weight that the optimizer updates.
-        compute_bytes: of a number of the forward pass.
-        state_bytes: of the optimizer, for a weight; float32 moments of AdamW are 8.
-        checkpointing: what of a layer is computed again.
-        compiled: the layers.
-        strategy: "ddp": all weights on each GPU; "fsdp2": sharded. One GPU without offloading does neither.
-        gpus: of the run.
+        tokens: tokens of the largest micro-batch on one GPU, including filler.
+        trained_tokens: trained tokens among them.
+        micro_batches: micro-batches per GPU and step.
+        param_bytes: bytes per weight that the optimizer updates.
+        compute_bytes: bytes per number in the forward pass.
+        state_bytes: bytes of optimizer state per weight; 8 for AdamW with float32 moments.
+        checkpointing: which activations of a layer are recomputed.
+        compiled: whether the layers are compiled.
+        strategy: "ddp" replicates all weights on each GPU, "fsdp2" shards them. One GPU without offloading does neither.
+        gpus: GPUs of the run.
         shards: GPUs that share one copy of the weights.
-        resharded: a layer's whole weights are given away between the passes.
-        offload: weights, gradients and optimizer state are in host memory.
-        captured: small micro-batches are CUDA graphs, which keep the gradients from step to step.
+        resharded: whether a layer's gathered weights are freed between forward and backward pass.
+        offload: whether weights, gradients and optimizer state are in host memory.
+        captured: whether micro-batches are captured in CUDA graphs, which keep the gradients from step to step.
     """
 
     tokens: int
@@ -121,7 +125,11 @@ class Work:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What is in memory at a point of a step, by KINDS."""
+    """Bytes in use at one point of a step, by KINDS.
+
+    Attributes:
+        name: the point, as in "at the end of the forward pass".
+    """
 
     name: str
     weights: float
@@ -137,51 +145,58 @@ class MemoryUse:
 
 
 def peak(model: Decoder, work: Work) -> MemoryUse:
-    """The point of the most memory, as `torch.cuda.max_memory_allocated` reads it but for the workspace of cuBLAS."""
-    return max(uses(model, work), key=lambda use: use.total)
+    """Return the point with the most memory. It estimates `torch.cuda.max_memory_allocated`, without cuBLAS's workspace."""
+    return max(candidate_peaks(model, work), key=lambda use: use.total)
 
 
-def uses(model: Decoder, work: Work) -> list[MemoryUse]:
-    """The points that can be the peak of a run."""
+def candidate_peaks(model: Decoder, work: Work) -> list[MemoryUse]:
+    """Return the memory at each point that can be the peak of a run."""
     held = weights(model, work)
-    whole = gathered(model, work)
-    before = gradients_before(model, work)
+    unsharded = unsharded_weights(model, work)
+    accumulated = accumulated_gradients(model, work)
     state = optimizer(model, work)
-    kept = model.layers * work.tokens * kept_of_layer(model, work) + work.tokens * kept_once(model, work)
+    saved = model.layers * work.tokens * saved_by_layer(model, work) + work.tokens * saved_outside_layers(model, work)
     return [
-        MemoryUse("while the model is loaded", loading(model, work), 0, 0),
+        MemoryUse("while the model is loaded", weights_while_loading(model, work), 0, 0),
         MemoryUse(
-            "at the end of the forward pass", held + whole, before, state, kept + work.tokens * kept_by_norm(model), loss(model, work)
+            "at the end of the forward pass",
+            held + unsharded,
+            accumulated,
+            state,
+            saved + work.tokens * saved_by_final_norm(model),
+            loss(model, work),
         ),
         MemoryUse(
             "at the start of the backward pass",
-            held + whole,
-            before + head_gradient(model, work) + gradient_of_layer(model, work),
+            held + unsharded,
+            accumulated + head_gradient(model, work) + layer_gradients(model, work),
             state,
-            kept + work.tokens * (inside_layer(model, work) - kept_of_layer(model, work) + work.compute_bytes * model.hidden),
+            saved + work.tokens * (layer_backward(model, work) - saved_by_layer(model, work) + work.compute_bytes * model.hidden),
         ),
-        MemoryUse("at the end of the backward pass", held + whole, gradients_after(model, work), state),
+        MemoryUse("at the end of the backward pass", held + unsharded, gradients_after_backward(model, work), state),
         MemoryUse("in the optimizer's step", held, gradients_in_update(model, work), state),
     ]
 
 
 def state_bytes(model: Decoder, work: Work) -> float:
-    """What no estimate can be wrong about: weights, gradients and optimizer state in the optimizer's step."""
-    return uses(model, work)[-1].total
+    """Return the bytes of weights, gradients and optimizer state in the optimizer's step, which contain no estimates."""
+    return candidate_peaks(model, work)[-1].total
 
 
 def overhead_bytes(work: Work, peak_bytes: float) -> float:
-    """An estimate of what CUDA and PyTorch take besides."""
+    """Estimate the bytes that CUDA and PyTorch need in addition to the tensors."""
     return CONTEXT + WORKSPACE + (NCCL if work.gpus > 1 else 0.0) + UNUSED_SHARE * peak_bytes
 
 
-# Weights and what belongs to them.
+# Weights, gradients and optimizer state.
 
 
-def loading(model: Decoder, work: Work) -> float:
-    """Weights arrive in float32, in which the model is checked, those in 4 bits as such; what is sharded arrives as shards.
+def weights_while_loading(model: Decoder, work: Work) -> float:
+    """Return the bytes of weights while the model is loaded.
 
-    What stays frozen arrives in the compute dtype (with DoRA in float32 after all), and two layers like its own are checked.
+    Full fine-tuning loads float32 weights, because the model is checked in float32; sharded weights are loaded as shards. With adapters,
+    frozen weights are loaded in the compute dtype, and a float32 model with two of their layers is checked instead. (DoRA loads them in
+    float32; the formula ignores this.) 4-bit weights are loaded in 4 bits, and then the others in float32.
     """
     adapters = model.frozen > 0
     if work.offload:
@@ -194,7 +209,7 @@ def loading(model: Decoder, work: Work) -> float:
 
 
 def weights(model: Decoder, work: Work) -> float:
-    """What the optimizer updates, its working copies, and what is frozen, which exists once in the compute dtype."""
+    """Return the bytes of trained weights with their working copies, and of frozen weights, which exist once, in the compute dtype."""
     if work.offload:
         return 0.0
     frozen = work.compute_bytes * (model.frozen - model.quantized) + FOUR_BIT * model.quantized
@@ -204,10 +219,12 @@ def weights(model: Decoder, work: Work) -> float:
     return (work.param_bytes + copies) * model.trained + frozen
 
 
-def gathered(model: Decoder, work: Work) -> float:
-    """Whole for a while where weights are sharded: the root, and the layer at work, the next one and its message, or all layers.
+def unsharded_weights(model: Decoder, work: Work) -> float:
+    """Return the bytes of gathered weights, if they are sharded.
 
-    From the host they come one after the other, the widest being the feed-forward part's.
+    These are the weights outside the layers, and three layers: the current one, the next one and the all-gather's buffer. Without
+    resharding, these are all layers and the buffer. Offloaded weights are copied from the host one by one; the largest is one of the
+    feed-forward part.
     """
     if not work.sharded:
         return 0.0
@@ -217,18 +234,18 @@ def gathered(model: Decoder, work: Work) -> float:
 
 
 def optimizer(model: Decoder, work: Work) -> float:
-    """Its state, such as AdamW's two moments."""
+    """Return the bytes of the optimizer's state, such as AdamW's two moments."""
     return 0.0 if work.offload else work.state_bytes * model.trained / (work.shards if work.sharded else 1)
 
 
-def gradients_before(model: Decoder, work: Work) -> float:
-    """Of the step's earlier micro-batches, while the last one's forward pass runs.
+def accumulated_gradients(model: Decoder, work: Work) -> float:
+    """Return the bytes of the gradients from earlier micro-batches of the step, during the forward pass of the last one.
 
-    Those of the first are left as they are; added up, they have the dtype of the weights, and float32 before FSDP2 reduces them.
-    CUDA graphs add to the same tensors in every step.
+    Gradients of the first micro-batch keep the compute dtype; accumulated ones have the dtype of the weights, or float32 in FSDP2, which
+    reduces them after the last micro-batch. CUDA graphs keep their gradient tensors from step to step.
     """
     if work.captured:
-        return one_pass(model, work)
+        return gradients_of_one_pass(model, work)
     if work.micro_batches == 1:
         return 0.0
     if work.sharded:
@@ -237,39 +254,41 @@ def gradients_before(model: Decoder, work: Work) -> float:
 
 
 def head_gradient(model: Decoder, work: Work) -> float:
-    """[V, H], known with the loss."""
+    """Return the bytes of the output embedding's gradient [V, H], which is computed together with the loss."""
     return work.compute_bytes * model.table if model.head_trained else 0.0
 
 
-def gradient_of_layer(model: Decoder, work: Work) -> float:
-    """Where weights are sharded: of one layer as it comes, in float32 to be reduced, and of the layer before on its way.
+def layer_gradients(model: Decoder, work: Work) -> float:
+    """Return the bytes of gradients that FSDP2 is reducing: one layer's in both dtypes, and the float32 buffer of the previous layer.
 
-    The backward pass waits until the host has them, and only the message to be reduced is left.
+    With offloading, the backward pass waits until the host has the gradients, and only the float32 buffer remains.
     """
     if not work.sharded:
         return 0.0
     return (FLOAT32 if work.offload else work.compute_bytes + 2 * FLOAT32) * model.layer_trained
 
 
-def gradients_after(model: Decoder, work: Work) -> float:
-    """Of everything, and of the embedding once more, where input and output each have one for the same weights."""
+def gradients_after_backward(model: Decoder, work: Work) -> float:
+    """Return the bytes of all gradients. A tied embedding has a second gradient until both are added: one as input, one as output."""
     twice = work.compute_bytes * model.table if model.tied and model.head_trained else 0.0
     if work.captured:
-        return one_pass(model, work) + head_gradient(model, work) + twice
+        return gradients_of_one_pass(model, work) + head_gradient(model, work) + twice
     if not work.sharded:
-        return gradients_before(model, work) * (work.strategy != "ddp" or work.gpus == 1) + one_pass(model, work) + twice
+        earlier = accumulated_gradients(model, work) * (work.strategy != "ddp" or work.gpus == 1)
+        return earlier + gradients_of_one_pass(model, work) + twice
     shards = 0.0 if work.offload else FLOAT32 * model.trained / work.shards
     return shards + (work.compute_bytes + FLOAT32) * model.root_trained + twice
 
 
-def one_pass(model: Decoder, work: Work) -> float:
-    """Gradients of one backward pass; ddp averages them in float32, and has a bucket of them in both dtypes."""
+def gradients_of_one_pass(model: Decoder, work: Work) -> float:
+    """Return the bytes of one backward pass's gradients. ddp averages them in float32, and has a bucket of them in both dtypes."""
     if work.strategy == "ddp" and work.gpus > 1:
         return FLOAT32 * model.trained + work.compute_bytes * min(BUCKET + model.table, model.trained)
     return work.compute_bytes * model.trained
 
 
 def gradients_in_update(model: Decoder, work: Work) -> float:
+    """Return the bytes of the gradients that the optimizer reads."""
     if work.offload:
         return 0.0
     if work.sharded:
@@ -279,59 +298,69 @@ def gradients_in_update(model: Decoder, work: Work) -> float:
     return (work.compute_bytes if work.micro_batches == 1 else work.param_bytes) * model.trained
 
 
-# Activations, by token.
+# Activations, in bytes per token.
 
 
-def kept_of_layer(model: Decoder, work: Work) -> float:
-    """Bytes a token that a layer keeps for its backward pass; its output is the next one's input, and counted there."""
+def saved_by_layer(model: Decoder, work: Work) -> float:
+    """Return the bytes per token that a layer saves for its backward pass. Its output is not included: the next layer saves it as input."""
     c, h, q, k, f = work.compute_bytes, model.hidden, model.query, model.key, model.intermediate
     logsumexp = FLOAT32 * model.heads
     if work.checkpointing == "full":
         return c * h
     if work.checkpointing == "selective":
-        if model.ranks and model.mlp_is_one:  # adapters: the input, q, k, v and what their adapters make, attention, the output layer
+        if model.ranks and model.fused_mlp:  # the input, q, k, v and the outputs of their LoRA A matrices, attention, the output projection
             return c * (2 * h + 2 * q + 2 * k + model.ranks * 4 / 7) + logsumexp
-        down = 0 if work.compiled else h  # compiled, it is known that nothing needs it
+        down = 0 if work.compiled else h  # the compiler sees that the backward pass does not need it
         return c * (h + 2 * q + k + f + down) + logsumexp  # the input, q, v, attention, gate
-    return inside_layer(model, work) - c * f * passing_widths(model, work)
+    return layer_backward(model, work) - c * f * temporary_mlp_tensors(model, work)
 
 
-def inside_layer(model: Decoder, work: Work) -> float:
-    """Bytes a token of all that a layer's backward pass works with, when the gradients of gate and up are made."""
+def layer_backward(model: Decoder, work: Work) -> float:
+    """Return the bytes per token in use in a layer's backward pass, when the gradients of gate and up are computed."""
     c, h, q, k = work.compute_bytes, model.hidden, model.query, model.key
-    numbers = 2 * FLOAT32 + FLOAT32 * model.heads  # 1 / root mean square of two norms, logsumexp of the attention
+    scalars = 2 * FLOAT32 + FLOAT32 * model.heads  # 1 / root mean square of two norms, logsumexp of the attention
     attention = c * (2 * q + 2 * k)  # q, k, v and the output
-    # Compiled: the layer's input, what attention's last product adds to it, and the output of the norms. As written: the input of both
-    # norms in float32, their output, and before it what their weights were multiplied with, which nobody needs where those are frozen.
+    # A compiled layer saves its input, the output of attention's output projection, and the outputs of the norms. An uncompiled layer
+    # saves the inputs of both norms in float32, their outputs, and, unless the norms' weights are frozen, their normalized inputs.
     outputs = c * h * (2 if model.mlp_trained else 1)
     streams = outputs + (2 * c * h if work.compiled else 2 * h * (FLOAT32 + (0 if model.frozen else c)))
-    widths = kept_widths(model, work) + passing_widths(model, work)
-    return streams + attention + numbers + c * model.ranks + c * model.intermediate * widths
+    widths = saved_mlp_tensors(model, work) + temporary_mlp_tensors(model, work)
+    return streams + attention + scalars + c * model.ranks + c * model.intermediate * widths
 
 
-def kept_widths(model: Decoder, work: Work) -> int:
-    """[T, F] that the feed-forward part keeps: gate, up, as written silu(gate), and their product where what follows needs it."""
-    product = model.mlp_trained and not model.mlp_is_one
-    return 2 + product + (not work.compiled and not model.mlp_is_one)
+def saved_mlp_tensors(model: Decoder, work: Work) -> int:
+    """Return the number of tensors [T, F] that the feed-forward part saves.
+
+    They are gate and up; silu(gate) in an uncompiled layer; and silu(gate) × up if the backward pass needs it.
+    """
+    product = model.mlp_trained and not model.fused_mlp
+    return 2 + product + (not work.compiled and not model.fused_mlp)
 
 
-def passing_widths(model: Decoder, work: Work) -> int:
-    """[T, F] more in its backward pass: gradients of the product, of gate and of up; a kept product is given away before two of them."""
-    return (5 if work.compiled else 6) - kept_widths(model, work)
+def temporary_mlp_tensors(model: Decoder, work: Work) -> int:
+    """Return the number of further tensors [T, F] in the feed-forward part's backward pass.
+
+    They are the gradients of silu(gate) × up, of gate and of up. A saved product is freed before two of them are allocated.
+    """
+    return (5 if work.compiled else 6) - saved_mlp_tensors(model, work)
 
 
-def kept_once(model: Decoder, work: Work) -> float:
-    """Bytes a token outside of the layers in both passes: ids, positions, targets, and the rotary angles' cosine and sine."""
+def saved_outside_layers(model: Decoder, work: Work) -> float:
+    """Return the bytes per token of ids, positions, targets, and cosine and sine of the rotary angles. Both passes need them."""
     return 3 * 8 + 1 + 2 * work.compute_bytes * model.head_size
 
 
-def kept_by_norm(model: Decoder) -> float:
-    """Bytes a token of the last norm, which is not compiled: its input in float32, and what it makes before its weights."""
+def saved_by_final_norm(model: Decoder) -> float:
+    """Return the bytes per token that the final norm saves: its input in float32, and its normalized input. It is not compiled."""
     return (FLOAT32 + 2) * model.hidden + FLOAT32
 
 
 def loss(model: Decoder, work: Work) -> float:
-    """Last hidden states, those of trained tokens and their gradient, a chunk of logits, and the output embedding's gradient."""
+    """Return the bytes of the loss.
+
+    They are the final hidden states [T, H], those of trained tokens and their gradient [M, H], a chunk of logits, and the output
+    embedding's gradient [V, H].
+    """
     limit = CHUNK_LOGITS if work.compute_bytes == FLOAT32 else CHUNK_LOGITS_HALF
     logits = work.compute_bytes * model.vocabulary * min(work.trained_tokens, limit // model.vocabulary)
     hidden = work.compute_bytes * model.hidden * (work.tokens + 2 * work.trained_tokens)

@@ -1,6 +1,6 @@
-"""The plan before the run: steps, tokens and memory of a GPU, from the config, the rows and the model's config alone.
+"""The plan of a run: its steps, tokens and memory per GPU, computed only from the config, the rows and the model's config.
 
-It is made for GPUs, on any machine, from the same decisions as the run (`verl.engine.decisions`). Read `make_plan` first.
+A plan is for GPUs, but any machine can make it. It uses the same decisions as the run (`verl.engine.decisions`). Read `make_plan` first.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,18 @@ from verl.plan import memory
 from verl.plan.memory import FLOAT32, Decoder, MemoryUse, Work
 from verl.plan.sizes import decoder
 
-STEPS_SCANNED = 1000  # steps that are packed to find the largest micro-batch; the steps of a run are much alike
+STEPS_SCANNED = 1000  # steps that are packed to find the largest micro-batch; a sample is enough, because steps are similar
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """Steps, tokens and memory of a run.
 
     Attributes:
-        name: class of the model.
-        tokens_per_step: mean number of tokens over all GPUs.
+        name: class name of the model.
+        decoder: sizes of the model.
+        work: settings of the step with the largest micro-batch.
+        tokens_per_step: mean number of tokens per step, over all GPUs.
     """
 
     name: str
@@ -57,10 +59,10 @@ class Plan:
 
 
 def plan_run(config: SFTConfig, documents: TokenizedRows, outline: Outline, hardware: Hardware) -> Plan:
-    """Decide for this hardware, which need not be here, and plan the run.
+    """Make the decisions for the hardware, which may be another machine's, and plan the run.
 
     Raises:
-        UserError: there is no such model, or the hardware cannot run what the config asks for.
+        UserError: there is no such model, or the hardware cannot run this config.
     """
     check_multiple(hardware.processes, config.model.context_parallel_size, key="model.context_parallel_size")
     spread, steps = choose_spread(outline, hardware), steps_of(config, len(documents), hardware)
@@ -72,8 +74,8 @@ def make_plan(config: SFTConfig, documents: TokenizedRows, outline: Outline, dec
     """Plan a run from its decisions."""
     hardware, sizes, context = decisions.hardware, decoder(outline), config.model.context_parallel_size
     steps, packing = steps_of(config, len(documents), hardware), packing_of(config.data, hardware)
-    where = (hardware.processes // context, context, config.trainer.seed)
-    largest = largest_micro_batch(documents, steps, packing, *where)  # type: ignore[arg-type]  # documents are hashed by identity
+    groups, seed = hardware.processes // context, config.trainer.seed
+    largest = largest_micro_batch(documents, steps, packing, groups, context, seed)  # type: ignore[arg-type]  # hashed by identity
     tokens_per_step = float(documents.lengths_N.sum()) / steps.per_epoch
     return Plan(type(outline.model).__name__, sizes, decisions, work_of(config, sizes, decisions, largest), steps, tokens_per_step)
 
@@ -93,7 +95,7 @@ class Steps(NamedTuple):
 
 
 def steps_of(config: SFTConfig, rows: int, hardware: Hardware) -> Steps:
-    """Length of a run with `rows` rows per epoch."""
+    """Return the length of a run with `rows` rows per epoch."""
     groups = hardware.processes // config.model.context_parallel_size
     per_step = config.data.train_batch_size or config.data.micro_batch_size_per_gpu * groups
     per_epoch = -(-rows // per_step)
@@ -113,9 +115,9 @@ class MicroBatch(NamedTuple):
     in_step: int
 
 
-@lru_cache(maxsize=32)  # most hints leave the micro-batches unchanged
+@lru_cache(maxsize=32)  # most hints do not change the micro-batches
 def largest_micro_batch(documents: TokenizedRows, steps: Steps, packing: Packing, groups: int, context: int, seed: int) -> MicroBatch:
-    """Find the micro-batch with the most tokens.
+    """Return the micro-batch with the most tokens among the first STEPS_SCANNED steps.
 
     Args:
         groups: data-parallel size.
@@ -140,13 +142,14 @@ def largest_micro_batch(documents: TokenizedRows, steps: Steps, packing: Packing
 
 
 def cut(lengths: Sequence[int], packing: Packing, groups: int) -> list[list[int]]:
+    """Divide the rows of a step into micro-batches. Returns the row indices of each."""
     if packing.token_budget is None:
         return pad_groups(lengths, rows=packing.rows, multiple_of=groups)
     return pack(lengths, token_budget=packing.token_budget, multiple_of=groups)
 
 
 def work_of(config: SFTConfig, sizes: Decoder, decisions: Decisions, largest: MicroBatch) -> Work:
-    """The step of the largest micro-batch, as the memory formulas take it."""
+    """Return the settings of the step with the largest micro-batch, for the memory formulas."""
     spread, context = decisions.spread, config.model.context_parallel_size
     tokens, trained_tokens = -(-largest.tokens // context), -(-largest.trained_tokens // context)
     captured = largest.in_step == 1 and 0 < tokens <= decisions.graph_tokens

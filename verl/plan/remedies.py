@@ -1,4 +1,4 @@
-"""Hints for a run that does not fit into a GPU: config changes to try in order, the mildest first."""
+"""Hints for a run that does not fit into GPU memory: config changes to try, the mildest first."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,10 @@ Changes = dict[str, Any]  # new values by config key
 
 
 def hints(config: SFTConfig, gpus: int) -> Iterator[tuple[Changes, int]]:
-    """Changes to try and the number of GPUs: for each way to keep less state, every way to keep fewer activations; then more GPUs."""
+    """Yield config changes with a number of GPUs.
+
+    For each way to reduce weights, gradients and optimizer state, yield each way to reduce activations; then yield more GPUs.
+    """
     activations = list(lighter_activations(config))
     for state in lighter_state(config, gpus):
         yield state, gpus
@@ -34,7 +37,10 @@ def hints(config: SFTConfig, gpus: int) -> Iterator[tuple[Changes, int]]:
 
 
 def lighter_activations(config: SFTConfig) -> Iterator[Changes]:
-    """Recompute more activations; then halve the token budget, down to data.max_length, or to one row."""
+    """Yield changes that reduce activations: recompute more; then halve the token budget, down to data.max_length.
+
+    Without packing, the last change is one row per micro-batch instead.
+    """
     data, kinds = config.data, list(CHECKPOINTING)
     for value in kinds[kinds.index(config.model.enable_gradient_checkpointing) + 1 :]:
         yield {CHECKPOINTS: value}
@@ -49,7 +55,7 @@ def lighter_activations(config: SFTConfig) -> Iterator[Changes]:
 
 
 def lighter_state(config: SFTConfig, gpus: int) -> Iterator[Changes]:
-    """Ways to keep less of weights, gradients and moments on a GPU: shard, use fewer bytes, offload, or train adapters only."""
+    """Yield changes that reduce weights, gradients and moments on a GPU: shard, use fewer bytes, offload, or train only adapters."""
     model = config.model
     shared: Changes = {"model.strategy": "fsdp2"} if model.strategy == "ddp" else {}
     plain: Changes = {"optim.name": "adamw", "model.param_dtype": "float32", "model.load_in_4bit": False}
@@ -70,9 +76,9 @@ def lighter_state(config: SFTConfig, gpus: int) -> Iterator[Changes]:
 
 
 def adviser(config: SFTConfig, documents: TokenizedRows, outline: Outline, plan: Plan) -> Callable[[float], str]:
-    """A function from a GPU's memory in bytes to the first hint that fits. Each hint is planned at most once."""
+    """Return a function that takes a GPU's memory in bytes and returns the first hint that fits. Each hint is planned at most once."""
     by_difference = ((tuple(_new(config, changes).items()), there) for changes, there in hints(config, plan.hardware.processes))
-    tried = list(dict.fromkeys(by_difference))[1:]  # without duplicates and without the first, which changes nothing
+    tried = list(dict.fromkeys(by_difference))[1:]  # without duplicates, and without the first, which changes nothing
 
     @cache
     def planned(number: int) -> Plan | None:
@@ -81,7 +87,7 @@ def adviser(config: SFTConfig, documents: TokenizedRows, outline: Outline, plan:
         try:
             new.check()
             return plan_run(new, documents, outline.with_settings(new.model), plan.hardware.planned(gpus))
-        except UserError:  # keys that exclude each other, or another limit of this machine
+        except UserError:  # the keys exclude each other, or this machine has another limit
             return None
 
     def advice(gpu_bytes: float) -> str:
@@ -95,11 +101,12 @@ def adviser(config: SFTConfig, documents: TokenizedRows, outline: Outline, plan:
 
 
 def _new(config: SFTConfig, changes: Changes) -> Changes:
+    """Return the changes without those that the config has already."""
     return {key: value for key, value in changes.items() if value_of(config, key) != value}
 
 
 def words(changes: Changes, plan: Plan, *, before: Plan) -> str:
-    """The changes as command-line words, and the memory that they save."""
+    """Return the changes as command-line arguments, with the memory that they save."""
     keys = " ".join(f"{key}={_typed(value)}" for key, value in changes.items())
     if plan.hardware.processes > before.hardware.processes:
         return f"{plan.hardware.processes} GPUs{f' with {keys}' if keys else ''}"
@@ -111,7 +118,7 @@ def _typed(value: object) -> str:
 
 
 def changed(config: SFTConfig, changes: Changes) -> SFTConfig:
-    """A copy of the config with the changes."""
+    """Return a copy of the config with the changes."""
     new = copy.deepcopy(config)
     for key, value in changes.items():
         *path, name = key.split(".")

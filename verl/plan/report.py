@@ -1,4 +1,4 @@
-"""The plan in words."""
+"""Text of a plan, and the check of a run's plan against the GPU of this machine."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,30 +13,30 @@ from verl.plan.remedies import adviser
 
 
 def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str:
-    """The plan's lines."""
+    """Return the text that `verl plan` prints."""
     return "\n".join([*_sizes(plan), *_memory(plan), *_cards(plan, adviser(config, documents, outline, plan))])
 
 
 def _sizes(plan: Plan) -> Iterator[str]:
     model, work, steps = plan.decoder, plan.work, plan.steps
-    spread = "" if work.gpus == 1 else " with all weights on each" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
+    spread = "" if work.gpus == 1 else ", weights replicated" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
     yield (
         f"model: {plan.name}, {model.trained + model.frozen:,} parameters, {model.trained:,} trained, "
         f"layers {'compiled' if work.compiled else 'not compiled'}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
     )
     yield (
-        f"steps: {steps.total:,} ({steps.per_epoch:,} an epoch) of {steps.rows:,} rows, "
-        f"{plan.tokens_per_step:,.0f} tokens on average; a GPU's largest micro-batch {work.tokens:,} tokens, {work.micro_batches} a step"
+        f"steps: {steps.total:,} ({steps.per_epoch:,} per epoch) of {steps.rows:,} rows, {plan.tokens_per_step:,.0f} tokens on average; "
+        f"largest micro-batch {work.tokens:,} tokens, micro-batches per GPU and step {work.micro_batches}"
     )
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     peak = plan.peak
-    yield f"memory of a GPU in GiB, {peak.name}:"
+    yield f"memory per GPU in GiB at its peak, {peak.name}:"
     for kind in memory.KINDS:
         yield f"  {kind:<12}{getattr(peak, kind) / GIB:>8.2f}"
     yield f"  {'peak':<12}{peak.total / GIB:>8.2f}"
-    yield f"  {'besides':<12}{(plan.needed - peak.total) / GIB:>8.2f}  estimated: CUDA itself, cuBLAS, and memory that PyTorch holds unused"
+    yield f"  {'overhead':<12}{(plan.needed - peak.total) / GIB:>8.2f}  estimate: CUDA context, cuBLAS workspace, fragmentation"
     yield f"  {'needed':<12}{plan.needed / GIB:>8.2f}"
 
 
@@ -49,10 +49,10 @@ def _cards(plan: Plan, advice: Callable[[float], str]) -> Iterator[str]:
 
 
 def check_room(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str | None:
-    """A warning where the plan exceeds the GPU that is here; an estimate stops nobody.
+    """Return a warning if the plan exceeds the memory of this machine's GPU, else None. An estimate alone does not stop a run.
 
     Raises:
-        UserError: weights, gradients and optimizer state alone exceed it.
+        UserError: weights, gradients and optimizer state alone exceed the memory.
     """
     room = plan.hardware.gpu_bytes
     if plan.fits(room):
@@ -60,7 +60,7 @@ def check_room(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline:
     advice = adviser(config, documents, outline, plan)(room)
     state = memory.state_bytes(plan.decoder, plan.work)
     if state > room:
-        what = f"weights, gradients and optimizer state take {state / GIB:.1f} GiB of a GPU that has {room / GIB:.1f}"
+        what = f"weights, gradients and optimizer state take {state / GIB:.1f} GiB, and the GPU has {room / GIB:.1f}"
         raise UserError(what, where=config.model.partial_pretrain, fix=advice)
     needed = plan.needed / GIB
-    return f"warning: a step is planned to need {needed:.1f} GiB of a GPU that has {room / GIB:.1f}; if it runs out of memory: {advice}"
+    return f"warning: a step needs about {needed:.1f} GiB, and the GPU has {room / GIB:.1f}; if it runs out of memory, try {advice}"

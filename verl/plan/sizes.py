@@ -1,4 +1,4 @@
-"""A decoder's sizes, from the outline of a model."""
+"""Sizes of a decoder model, from its outline (`verl.engine.outline`)."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +11,7 @@ from verl.plan.memory import Decoder
 
 
 def decoder(outline: Outline) -> Decoder:
-    """Sizes of the model as it is trained, adapters included."""
+    """Return the sizes of the model as it is trained, including its adapters."""
     model, heads = outline.model, outline.heads
     text, inner = model.config.get_text_config(), model.get_decoder()
     assert isinstance(inner, nn.Module)
@@ -35,7 +35,7 @@ def decoder(outline: Outline) -> Decoder:
 
 
 def with_adapters(sizes: Decoder, outline: Outline) -> Decoder:
-    """Sizes with frozen weights and trained adapters, which are taken to lie inside the layers."""
+    """Return the sizes with frozen weights and trained adapters. All adapters are assumed to be inside the layers."""
     kinds = {name: type(module) for name, module in outline.model.named_modules() if hasattr(module, "gate_proj")}
     adapted: dict[str, Any] = dict(outline.adapted.named_modules())
     adapters = {name: module.r["default"] for name, module in adapted.items() if "default" in getattr(module, "lora_A", ())}
@@ -48,7 +48,7 @@ def with_adapters(sizes: Decoder, outline: Outline) -> Decoder:
         head_trained=False,
         ranks=sum(adapters.values()) / sizes.layers,
         mlp_trained=not kinds or any(name.rpartition(".")[0] in kinds for name in adapters),
-        mlp_is_one=any(type(adapted[name]) is not kind for name, kind in kinds.items()) and not outline.settings.load_in_4bit,
+        fused_mlp=any(type(adapted[name]) is not kind for name, kind in kinds.items()) and not outline.settings.load_in_4bit,
     )
 
 

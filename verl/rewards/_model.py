@@ -1,6 +1,6 @@
-"""A reward model: a sequence classifier with one label, which scores an answer at the last token of its chat.
+"""A reward model: a sequence classifier with one label, which scores an answer at the last token of the chat.
 
-It has its own chat template and tokenizer, so it may be of another model family than the policy.
+It uses its own chat template and tokenizer, so its model family may differ from the policy's.
 
 Dimensions: A answers; S documents of a micro-batch.
 """
@@ -26,23 +26,23 @@ WHERE = "reward_model.path"
 
 
 def check_scores(config: RewardModelConfig) -> None:
-    """Raises UserError: no such model, or it has no scoring head. Does not read the weights."""
+    """Check that the model has a scoring head, without reading its weights. Raises UserError: it has none, or there is no such model."""
     assert config.path is not None
     if not has_head(config.path, trust_remote_code=config.trust_remote_code):
         fix = "train one with python -m verl.trainer.reward_trainer, or name a sequence classifier with one label"
-        raise UserError(f"{config.path} is a language model, without a head for scores", where=WHERE, fix=fix)
+        raise UserError(f"{config.path} is a language model without a scoring head", where=WHERE, fix=fix)
 
 
 class RewardModel:
     """Scores answers in packed micro-batches.
 
     Args:
-        config: which model, and how many tokens it reads at a time.
-        device: where it lives: in bfloat16 on a GPU, else in float32. The process's attention must serve its heads.
-        tokenizer: of the model that answers; it is said where this one has another.
-        say: writes a line for the user.
+        config: the model's path, and the token budget of its micro-batches.
+        device: device of the model, which is in bfloat16 on a GPU, else in float32. The process's attention kernel must support its heads.
+        tokenizer: the policy's tokenizer; if the reward model's tokenizer or template differs, `say` reports it. None: nothing is compared.
+        say: prints a message.
     Raises:
-        UserError: no such model; it cannot score chats; or its architecture does not support packed batches.
+        UserError: no such model; it has no scoring head; or its architecture does not support packed batches.
     """
 
     def __init__(
@@ -88,16 +88,22 @@ class RewardModel:
         return scores_A
 
     def _documents(self, chats: list[list[Message]]) -> list[np.ndarray]:
-        """Return the token ids of each chat, int32: the whole chat, rendered with the template and encoded as by transformers."""
+        """Return the token ids of each whole chat, int32, rendered and encoded as transformers does.
+
+        Raises:
+            UserError: the template rejects a chat, or a chat is longer than the model's context.
+        """
         documents = [np.array(self._without_padding(self._renderer.whole(chat)), dtype=np.int32) for chat in chats]
         longest = max(map(len, documents), default=0)
         if self._longest is not None and longest > self._longest:
             fix = "lower data.max_prompt_length or rollout.max_new_tokens, or choose a model for longer texts"
-            raise UserError(f"an answer with its question has {longest:,} tokens, the model reads {self._longest:,}", where=WHERE, fix=fix)
+            raise UserError(
+                f"a question with its answer has {longest:,} tokens; the model's context has {self._longest:,}", where=WHERE, fix=fix
+            )
         return documents
 
     def _without_padding(self, ids: list[int]) -> list[int]:
-        """Return the tokens up to the last one that is not padding, where transformers reads the score."""
+        """Return the tokens up to the last one that is not the padding token: there transformers reads the score."""
         end = len(ids)
         while end > 1 and ids[end - 1] == self._padding:
             end -= 1

@@ -47,7 +47,7 @@ class Scored:
     errors: list[UserError]
 
     def describe_errors(self) -> str | None:
-        """Return the number of failures and the first of them, for the log; None if there are none."""
+        """Return a warning with the number of failures and the first of them; None if there are none."""
         if not self.errors:
             return None
         times = Counter(f"{error.where}: {error.what}" for error in self.errors)
@@ -59,14 +59,14 @@ class Scored:
 
 
 class Rewards:
-    """Scores answers.
+    """Computes rewards of answers.
 
     Args:
-        reward: the graders, their weights, and what to do if one fails.
+        reward: names and weights of the graders, and what to do if one fails.
         model: the reward model, if there is one.
         tokenizer: the policy's; if the reward model's differs, the log says so.
         device: device of the reward model.
-        say: writes a line for the user.
+        say: prints a message.
     Attributes:
         exact: name of the first grader with `exact_match`; None if there is none.
         model: the reward model, or None.
@@ -162,6 +162,7 @@ def functions_of(keys: RewardConfig | GraderConfig, name: str) -> Functions:
 
 
 def _with_settings(function: Callable[..., Any], settings: object) -> Callable[..., Any]:
+    """Bind the settings as the last argument."""
     return wraps(function)(lambda *arguments: function(*arguments, settings))
 
 
@@ -178,9 +179,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _graded(
     name: str, score: Callable[[str, str, dict[str, Any]], object], question: str, response: str, row: dict[str, Any]
 ) -> float | UserError:
+    """Return the score of one answer, or the error of a row on which the grader fails."""
     try:
         return _checked(name, score(question, response, row))
-    except UserError:  # the reward cannot be used at all
+    except UserError:  # the reward cannot be used for any row
         raise
     except Exception as error:  # a user's file may raise anything
         if isinstance(error, KeyError) and error.args == ("reference",):
@@ -192,7 +194,7 @@ def _graded(
 def _checked(name: str, value: object) -> float | UserError:
     if isinstance(value, (int, float, np.number, np.bool_)) and abs(float(value)) <= LARGEST:  # NaN compares false
         return float(value)
-    return UserError(f"reward {name} gave {value!r}, expected a finite number", fix=FIX)
+    return UserError(f"reward {name} returned {value!r}, expected a finite number", fix=FIX)
 
 
 FIX = "correct the reward or the row, or set reward.on_error=zero, which counts it as 0"

@@ -4,6 +4,6 @@ A tool is a module with one function:
 
     reply(response: str, prompt: str, row: dict) -> str | None
 
-`response` is the text of the model's turn, `prompt` the question, and `row` the data row. The result is appended to the chat as a tool's
-turn, and the model continues; None ends the answer. With `ROLE = "user"` in the module, the result is a user's turn.
+`response` is the text of the model's turn, `prompt` the question, and `row` the data row. The result is appended to the chat as a tool
+turn, and the model continues; None ends the answer. With `ROLE = "user"` in the module, the result is a user turn.
 """
