@@ -37,11 +37,11 @@ class UserError(Exception):
         return f"{place}{self.what}{fix}"
 
 
-class Abandoned(UserError):
+class AbandonedError(UserError):
     """Work was given up, because a signal has asked the run to end."""
 
-    def __reduce__(self) -> tuple[Callable[[], "Abandoned"], tuple[()]]:
-        return partial(Abandoned, self.what, where=self.where, fix=self.fix), ()
+    def __reduce__(self) -> tuple[Callable[[], "AbandonedError"], tuple[()]]:
+        return partial(AbandonedError, self.what, where=self.where, fix=self.fix), ()
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,14 +1,14 @@
 """Functions of users' code: their arguments, their results, and what is said if a call fails."""
 
 import inspect
-import math
+import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
-from verl import plugin
+from verl import user_files
 from verl.errors import UserError
 
 LARGEST = 3.4028234663852886e38  # of float32
@@ -44,6 +44,27 @@ class Failure:
         return f"{self.what} ({self.place})" if self.place else self.what
 
 
+def packed(**message: object) -> bytes:
+    """Return a message of a worker as JSON. The trainer does not unpickle what comes from a process that may run a model's answers."""
+    return json.dumps(message, default=_plain).encode()
+
+
+def unpacked(message: bytes) -> dict[str, Any]:
+    """Read a message of a worker."""
+    found: dict[str, Any] = json.loads(message)
+    value = found.get("value")
+    if isinstance(value, dict):
+        found["value"] = Failure(**value["failure"]) if "failure" in value else UserError(value["what"], where=value["where"], fix=value["fix"])
+    return found
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, UserError):
+        return {"what": value.what, "where": value.where, "fix": value.fix}
+    assert isinstance(value, Failure)
+    return {"failure": asdict(value)}
+
+
 class WrongResultError(Exception):
     """A function gave something that it must not give."""
 
@@ -55,7 +76,7 @@ def result_of(function: str, value: object, arguments: tuple[Any, ...]) -> objec
     if function == "score_group":
         return numbers(value, len(arguments[1]))
     if function == "reply" and not (value is None or isinstance(value, str)):
-        raise WrongResultError(f"gave {shown(value)}, expected text or None")
+        raise WrongResultError(f"returned {shown(value)}, expected text or None")
     if function == "exact_match":
         return bool(value)
     return None if value is None else str(value)
@@ -70,9 +91,9 @@ def number(value: object) -> float:
     try:
         found = float(value) if type(value) in (float, int, bool) else _converted(value)  # type: ignore[arg-type]
     except Exception as error:  # a class of the user's may raise anything
-        raise WrongResultError(f"gave {shown(value)}, expected a finite number") from error
+        raise WrongResultError(f"returned {shown(value)}, expected a finite number") from error
     if not abs(found) <= LARGEST:  # NaN compares false
-        raise WrongResultError(f"gave {shown(value)}, expected a finite number")
+        raise WrongResultError(f"returned {shown(value)}, expected a finite number")
     return found
 
 
@@ -92,9 +113,9 @@ def numbers(values: object, wanted: int) -> list[float]:
     except Exception:  # a tensor without dimensions is no iterable, though its class is
         found = None
     if found is None:
-        raise WrongResultError(f"gave {shown(values)}, expected {wanted} numbers, one for each answer")
+        raise WrongResultError(f"returned {shown(values)}, expected {wanted} numbers, one for each answer")
     if len(found) != wanted:
-        raise WrongResultError(f"gave {len(found)} numbers for {wanted} answers")
+        raise WrongResultError(f"returned {len(found)} numbers for {wanted} answers")
     return [number(value) for value in found]
 
 
@@ -107,15 +128,24 @@ def shown(value: object) -> str:
     return f"{text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + '…'} of type {type(value).__name__}"
 
 
-def failure_of(error: BaseException, module: ModuleType) -> Failure:
-    """Return what is said of an exception in a user's code, or of a wrong result."""
+def failure_of(error: BaseException, function: str, module: ModuleType) -> Failure | UserError:
+    """Return the failure for an exception in a user's code, or a wrong result. A UserError means that the code cannot be used at all."""
+    if function == "check_reference" and isinstance(error, UserError | ValueError):
+        return Failure(getattr(error, "what", str(error)), fix=getattr(error, "fix", None))
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, WrongResultError):
         return Failure(str(error))
     try:
         text = str(error)[:LONGEST_TEXT]
     except Exception:  # a class of the user's may raise anything
         text = ""
-    return Failure(f"raised {type(error).__name__}{': ' if text else ''}{text}", plugin.place_of(error, module))
+    return Failure(f"raised {type(error).__name__}{': ' if text else ''}{text}", user_files.place_of(error, module))
+
+
+def late(seconds: float, place: str | None = None) -> Failure:
+    """Return the failure of a call that has exceeded its time limit."""
+    return Failure(f"did not return within {seconds:g} s (reward.timeout_seconds)", place)
 
 
 def check_function(module: ModuleType, function: str, where: str) -> None:
@@ -159,13 +189,35 @@ class InProcess:
         """
         return [self._called(function, values) for values in arguments]
 
+    def run_batch(self, batch_function: str, function: str, columns: Sequence[Sequence[Any]]) -> list[Any]:
+        """Call a function once for all answers. If it fails, call `function` for each answer, to find the one that is to blame.
+
+        Args:
+            columns: the arguments of the batch function, each with one value per answer.
+        """
+        try:
+            return numbers(getattr(self._module, batch_function)(*columns, *self._more), len(columns[0]))
+        except UserError:
+            raise
+        except Exception:
+            return self.run(function, list(zip(*columns, strict=True)))
+
+    @staticmethod
+    def checked(value: object) -> float | Failure:
+        """Return a score as a number, or its Failure."""
+        try:
+            return number(value)
+        except WrongResultError as error:
+            return Failure(str(error))
+
     def _called(self, function: str, values: tuple[Any, ...]) -> object:
         try:
             return result_of(function, getattr(self._module, function)(*values, *self._more), values)
-        except UserError:
-            raise
         except Exception as error:
-            return failure_of(error, self._module)
+            failure = failure_of(error, function, self._module)
+            if isinstance(failure, UserError):
+                raise failure from error
+            return failure
 
     def close(self) -> None:
         """Do nothing: there is no process to end."""

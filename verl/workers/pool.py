@@ -19,9 +19,10 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import IO, Any, Protocol
 
-from verl import plugin
-from verl.errors import Abandoned, UserError
-from verl.workers.calls import Failure, is_async
+from verl import user_files
+from verl.config.workers import WorkersConfig
+from verl.errors import AbandonedError, UserError
+from verl.workers.calls import Failure, is_async, late, unpacked
 from verl.workers.serve import Call, Code
 
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
@@ -56,23 +57,6 @@ class Unwatched:
 
     def stopping(self) -> bool:
         return False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of workers.
-
-    Attributes:
-        workers: number of processes.
-        seconds: time limit of a call; `score_group` has this much for each of its answers.
-        secrets: names of environment variables that look like secrets and are passed on.
-        use_gpu: whether the workers see the GPU of this process.
-    """
-
-    workers: int = 1
-    seconds: float = 60.0
-    secrets: Sequence[str] = ()
-    use_gpu: bool = False
 
 
 @dataclass
@@ -114,11 +98,11 @@ class Workers:
         dropped: names of the environment variables that look like secrets and that the workers do not get.
     """
 
-    def __init__(self, module: ModuleType, settings: object | None, function: str, what: str, limits: Limits, watch: Watch | None = None):
-        name = module.__name__ if not module.__name__.startswith(plugin.FOLDER) else os.path.abspath(str(module.__file__))
+    def __init__(self, module: ModuleType, settings: object | None, function: str, what: str, config: WorkersConfig, watch: Watch | None = None):
+        name = module.__name__ if not module.__name__.startswith(user_files.FOLDER) else os.path.abspath(str(module.__file__))
         self._code = Code(name, None if settings is None else pickle.dumps(settings), is_async(module, function))
-        self._module, self._what, self._limits, self._watch = module, what, limits, watch or Unwatched()
-        self._environment, self.dropped = environment(limits)
+        self._module, self._what, self._config, self._watch = module, what, config, watch or Unwatched()
+        self._environment, self.dropped = environment(config)
         self._workers: list[_Worker] = []
         self._start_missing()
 
@@ -129,11 +113,11 @@ class Workers:
             until_failure: return at the first failure, with None for calls that have not been made.
         Raises:
             UserError: the code cannot be used at all: it cannot be imported, or raises UserError itself.
-            Abandoned: a signal has asked the run to end, and calls have not ended in time.
+            AbandonedError: a signal has asked the run to end, and calls have not ended in time.
         """
         calls = _Calls(function, list(arguments), deque(range(len(arguments))))
         self._start_missing()
-        wait = _Wait(self._watch, f"waiting for {self._what}", self._limits.seconds)
+        wait = _Wait(self._watch, f"waiting for {self._what}", self._config.timeout_seconds)
         try:
             while len(calls.results) < len(calls.arguments):
                 self._hand_out(calls)
@@ -157,7 +141,7 @@ class Workers:
         self._workers = kept
 
     def _start_missing(self) -> None:
-        while len(self._workers) < self._limits.workers:
+        while len(self._workers) < self._config.workers:
             self._workers.append(_Worker(self._code, self._environment))
 
     def _hand_out(self, calls: _Calls) -> None:
@@ -177,7 +161,7 @@ class Workers:
                 self._bury(worker, calls)
 
     def _send(self, worker: "_Worker", calls: _Calls, number: int) -> None:
-        seconds = self._limits.seconds * calls.weight(number)
+        seconds = self._config.timeout_seconds * calls.weight(number)
         limit = seconds + GRACE_SECONDS if self._code.is_async else seconds
         try:
             worker.connection.send(Call(number, calls.function, seconds, pickle.dumps(calls.arguments[number])))
@@ -192,23 +176,23 @@ class Workers:
         next_deadline = min((deadline for worker in self._workers for deadline, _ in worker.running.values()), default=now + 1)
         wait([worker.connection for worker in self._workers], timeout=max(0.0, min(1.0, next_deadline - now)))
         for worker in list(self._workers):
-            try:
+            try:  # noqa: PERF203
                 while worker.connection.poll():
-                    self._receive(worker, worker.connection.recv(), calls)
+                    self._receive(worker, unpacked(worker.connection.recv_bytes()), calls)
                 if worker.has_ended():
                     raise EOFError
                 self._end_if_late(worker, calls)
-            except (EOFError, OSError):
+            except (EOFError, OSError, ValueError, LookupError):  # it has ended, or what it sends is no message
                 self._bury(worker, calls)
 
-    def _receive(self, worker: "_Worker", message: Any, calls: _Calls) -> None:
-        if isinstance(message, UserError):  # the module cannot be imported there
-            fix = self._fix_for(message.what) or message.fix
-            raise UserError(f"{self._what} {message.what}, in its own process", where=message.where, fix=fix)
-        if isinstance(message, int):
-            worker.process_id = message
+    def _receive(self, worker: "_Worker", message: dict[str, Any], calls: _Calls) -> None:
+        if "process" in message:
+            worker.process_id = int(message["process"])
             return
-        number, value = message
+        value = message["value"]
+        if "number" not in message:  # the module cannot be imported there
+            raise UserError(f"{self._what} {value.what}, in its own process", where=value.where, fix=self._fix_for(value.what) or value.fix)
+        number = int(message["number"])
         del worker.running[number]
         worker.has_suspect = False
         if isinstance(value, UserError):
@@ -220,24 +204,24 @@ class Workers:
 
         Of several calls at the same time, one may have kept all others from running, so each of them gets another try, alone.
         """
-        late = [seconds for deadline, seconds in worker.running.values() if deadline < time.monotonic()]
-        if late:
-            place = worker.place(self._module, ask=True)
-            self._replace(worker, calls, Failure(f"did not return within {late[0]:g} s", place))
+        exceeded = [seconds for deadline, seconds in worker.running.values() if deadline < time.monotonic()]
+        if exceeded:
+            worker.ask_for_stack()
+            worker.end()
+            self._replace(worker, calls, late(exceeded[0], worker.place(self._module)))
 
     def _bury(self, worker: "_Worker", calls: _Calls) -> None:
         """Replace a worker that has ended by itself."""
         code = worker.end(patience=2.0)
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         why = " (is the memory full?)" if code == -signal.SIGKILL else ""
         place = worker.place(self._module)
         if not worker.process_id:
-            what = f"{self._what} cannot be imported in its own process: the process {how}{why}"
+            what = f"{self._what} cannot be imported in its own process: it ended {how}{why}"
             raise UserError(what, where=place or self._module.__file__, fix="correct the file")
-        self._replace(worker, calls, Failure(f"ended its process: it {how}{why}", place))
+        self._replace(worker, calls, Failure(f"ended its process {how}{why}", place))
 
     def _replace(self, worker: "_Worker", calls: _Calls, failure: Failure) -> None:
-        worker.end()
         self._workers.remove(worker)
         self._start_missing()
         if len(worker.running) == 1:
@@ -261,7 +245,7 @@ class _Wait:
         self._since, self._said, self._stop_at = time.monotonic(), 0.0, float("inf")
 
     def go_on(self, calls: _Calls, *, imported: bool) -> None:
-        """Tell of the wait once a second. Raises Abandoned: a signal has asked the run to end, and calls have not ended in time."""
+        """Tell of the wait once a second. Raises AbandonedError: a signal has asked the run to end, and calls have not ended in time."""
         now = time.monotonic()
         if now - max(self._since, self._said) >= 1.0:
             self._said = now
@@ -272,7 +256,7 @@ class _Wait:
         if self._stop_at == float("inf") and self._watch.stopping():
             self._stop_at = now + GRACE_SECONDS
         if now > self._stop_at:
-            raise Abandoned(f"stopped {self._what} after {now - self._since:.0f} s")
+            raise AbandonedError(f"stopped {self._what} after {now - self._since:.0f} s")
 
     def end(self) -> None:
         if self._said:
@@ -289,11 +273,11 @@ class _Worker:
     """
 
     def __init__(self, code: Code, variables: dict[str, str]):
-        self.process_id, self.has_suspect = 0, False
+        self.process_id, self.has_suspect, self._stack = 0, False, ""
         self.running: dict[int, tuple[float, float]] = {}
         ours, theirs = socket.socketpair()
         end, lifeline = os.pipe()
-        self._trace = tempfile.TemporaryFile()
+        self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process is ended
         descriptors = (theirs.fileno(), end, self._trace.fileno())
         command = [sys.executable, "-u", "-c", START, *map(str, descriptors), *sys.path]
         self.keeper = subprocess.Popen(  # noqa: S603
@@ -304,7 +288,7 @@ class _Worker:
         # A worker that does not read its calls must not stop the trainer.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 60, 0))
         self.connection = Connection(ours.detach())
-        self._end = weakref.finalize(self, _end_process, self.keeper, self.connection, lifeline, os.getpid())
+        self._end = weakref.finalize(self, _end_process, self.keeper, self.connection, lifeline, self._trace, os.getpid())
         self.connection.send(code)
 
     def has_ended(self) -> bool:
@@ -320,31 +304,30 @@ class _Worker:
         deadline = time.monotonic() + patience
         while self._end.alive and time.monotonic() < deadline and not self.has_ended():
             time.sleep(0.01)
+        if self._end.alive:
+            self._stack = self._recorded()
         self._end()
         return self.keeper.wait()
 
-    def place(self, module: ModuleType, *, ask: bool = False) -> str | None:
-        """Return the last line of the user's own code on the stack that the process has recorded, as `file.py:LINE`; None if it is unknown.
+    def ask_for_stack(self) -> None:
+        """Have the running process record what it is doing."""
+        os.kill(self.process_id, signal.SIGUSR1)
+        deadline = time.monotonic() + 1.0
+        while not self._recorded() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)  # the first lines are there, and the rest follows
 
-        Args:
-            ask: ask the process, which is running, for its stack.
-        """
-        if ask:
-            os.kill(self.process_id, signal.SIGUSR1)
-            deadline = time.monotonic() + 1.0
-            while os.fstat(self._trace.fileno()).st_size == 0 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            time.sleep(0.05)  # the first bytes are there, and the rest follows
-        return _place_in(self._trace, module)
+    def place(self, module: ModuleType) -> str | None:
+        """Return the last line of the user's own code that an ended worker has recorded, as `file.py:LINE`; None if it is unknown."""
+        frames = re.findall(r'File "(.+?)", line (\d+) in', self._stack)  # the innermost first
+        return next((f"{name}:{line}" for name, line in frames if user_files.is_own_file(name, module)), None)
 
-
-def _place_in(trace: IO[bytes], module: ModuleType) -> str | None:
-    trace.seek(0)
-    frames = re.findall(r'File "(.+?)", line (\d+) in', trace.read().decode(errors="replace"))
-    return next((f"{name}:{line}" for name, line in frames if plugin.is_own_file(name, module)), None)
+    def _recorded(self) -> str:
+        self._trace.seek(0)
+        return self._trace.read().decode(errors="replace")
 
 
-def _end_process(keeper: "subprocess.Popen[bytes]", connection: Connection, lifeline: int, owner: int) -> None:
+def _end_process(keeper: "subprocess.Popen[bytes]", connection: Connection, lifeline: int, trace: IO[bytes], owner: int) -> None:
     if os.getpid() != owner:  # a fork of the trainer
         return
     with contextlib.suppress(ProcessLookupError):
@@ -352,14 +335,15 @@ def _end_process(keeper: "subprocess.Popen[bytes]", connection: Connection, life
     keeper.wait()
     connection.close()
     os.close(lifeline)
+    trace.close()
 
 
-def environment(limits: Limits) -> tuple[dict[str, str], list[str]]:
+def environment(config: WorkersConfig) -> tuple[dict[str, str], list[str]]:
     """Return the environment of the workers, and the names of the variables that look like secrets and are left out."""
     secret = {name for name, value in os.environ.items() if SECRET_NAME.search(name) or SECRET_VALUE.search(value)}
-    dropped = sorted(secret - set(limits.secrets))
+    dropped = sorted(secret - set(config.secrets))
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return {**kept, "CUDA_VISIBLE_DEVICES": _own_gpu() if limits.use_gpu else ""}, dropped
+    return {**kept, "CUDA_VISIBLE_DEVICES": _own_gpu() if config.use_gpu else ""}, dropped
 
 
 def _own_gpu() -> str:

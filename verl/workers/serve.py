@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from verl import plugin
+from verl import plugin, user_files
 from verl.errors import UserError
-from verl.workers.calls import Failure, failure_of, result_of
+from verl.workers.calls import failure_of, late, packed, result_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Server:
         self._is_async = code.is_async
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
-        pipe.send(self._process)
+        self._send(process=self._process)
 
     def serve(self) -> None:
         if self._is_async:
@@ -95,30 +95,31 @@ class _Server:
         try:
             module = plugin.load("verl", code.name)
             sys.path.append(str(Path(module.__file__ or "").resolve().parent))  # for `importlib.import_module` and pickles of the user's
-            return module, None if code.settings is None else pickle.loads(code.settings)
+            return module, None if code.settings is None else pickle.loads(code.settings)  # noqa: S301
         except UserError as error:
-            self._pipe.send(error)
+            self._send(value=error)
         except Exception as error:  # settings of a class of the user's
-            self._pipe.send(UserError(f"cannot read its settings: {type(error).__name__}: {error}", where=code.name))
+            self._send(value=UserError(f"cannot read its settings: {type(error).__name__}: {error}", where=code.name))
         raise EOFError
 
     def _reply(self, call: Call, value: object) -> None:
         if os.getpid() != self._process:  # a fork that the user's code has made and not ended
             os._exit(1)
+        self._send(number=call.number, value=value)
+
+    def _send(self, **message: object) -> None:
         with self._sending:
-            self._pipe.send((call.number, value))
+            self._pipe.send_bytes(packed(**message))
 
     def _called(self, call: Call) -> object:
         try:
-            arguments = pickle.loads(call.arguments)
+            arguments = pickle.loads(call.arguments)  # noqa: S301 - from the trainer
             value = getattr(self._module, call.function)(*arguments, *self._more)
             if isawaitable(value):
                 value = self._loop.run_until_complete(_awaited(value))
             return result_of(call.function, value, arguments)
-        except UserError as error:  # the code cannot be used at all
-            return error
         except BaseException as error:  # `exit()` and KeyboardInterrupt in the user's code are failures too
-            return failure_of(error, self._module)
+            return failure_of(error, call.function, self._module)
 
     async def _serve_together(self) -> NoReturn:
         """Run each call as a task of its own. Calls are read in a thread, so that they also arrive while tasks run."""
@@ -146,20 +147,18 @@ class _Server:
         try:
             value = await asyncio.wait_for(self._called_async(call), call.seconds)
         except (TimeoutError, asyncio.TimeoutError):
-            value = Failure(f"did not return within {call.seconds:g} s")
+            value = late(call.seconds)
         self._reply(call, value)
 
     async def _called_async(self, call: Call) -> object:
         try:
-            arguments = pickle.loads(call.arguments)
+            arguments = pickle.loads(call.arguments)  # noqa: S301 - from the trainer
             value = getattr(self._module, call.function)(*arguments, *self._more)
             return result_of(call.function, await value if isawaitable(value) else value, arguments)
         except asyncio.CancelledError as error:  # at the time limit
-            return Failure(f"did not return within {call.seconds:g} s", plugin.place_of(error, self._module))
-        except UserError as error:
-            return error
+            return late(call.seconds, user_files.place_of(error, self._module))
         except BaseException as error:
-            return failure_of(error, self._module)
+            return failure_of(error, call.function, self._module)
 
 
 async def _awaited(value: Awaitable[object]) -> object:
