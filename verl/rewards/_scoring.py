@@ -5,7 +5,7 @@ Dimensions: A answers.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count, groupby
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from verl.config.workers import WorkersConfig
 from verl.errors import UserError
 from verl.user_files import is_own
 from verl.workers.calls import Failure, InProcess, check_function
-from verl.workers.pool import Watch, Workers
+from verl.workers.pool import Watch, Workers, load_code
 
 if TYPE_CHECKING:
     import torch
@@ -41,22 +41,32 @@ class Scored:
         reward_A: weighted sum of the rewards, float32, finite.
         each: unweighted rewards by name, float32 [A]; 0 where the reward failed.
         errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
+        tool_errors: failures of the tool (`rollout.on_error=reply`), each with the place of its row.
     """
 
     reward_A: np.ndarray
     each: dict[str, np.ndarray]
     errors: list[UserError]
+    tool_errors: list[UserError] = field(default_factory=list)
 
     def describe_errors(self) -> str | None:
-        """Return a warning with the number of failures and the first of them; None if there are none."""
-        if not self.errors:
-            return None
-        times = Counter(f"{error.where}: {error.what}" for error in self.errors)
-        first = list(times.items())[:ERRORS_SHOWN]
-        shown = "".join(f"\n  {said}{f' ({many:,} answers)' if many > 1 else ''}" for said, many in first)
-        rest = len(self.errors) - sum(many for _, many in first)
-        more = f"\n  and {rest:,} more" if rest else ""
-        return f"warning: {len(self.errors):,} rewards failed and count as 0 (reward.on_error=zero):{shown}{more}"
+        """Return warnings with the number of failures and the first of them; None if there are none."""
+        found = [
+            _described(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
+            _described(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
+        ]
+        return "\n".join(text for text in found if text) or None
+
+
+def _described(errors: Sequence[UserError], what: str) -> str | None:
+    if not errors:
+        return None
+    times = Counter(f"{error.where}: {error.what}" for error in errors)
+    first = list(times.items())[:ERRORS_SHOWN]
+    shown = "".join(f"\n  {said}{f' ({many:,} answers)' if many > 1 else ''}" for said, many in first)
+    rest = len(errors) - sum(many for _, many in first)
+    more = f"\n  and {rest:,} more" if rest else ""
+    return f"warning: {len(errors):,} {what}:{shown}{more}"
 
 
 class Rewards:
@@ -192,13 +202,8 @@ class Grader:
     def __init__(self, loaded: Loaded, what: str, config: WorkersConfig, watch: Watch | None = None):
         self._module, self.what = loaded.module, what
         self.in_groups = self.has("score_group")
-        self.dropped: list[str] = []
-        self._code: InProcess | Workers
-        if is_own(loaded.module):
-            self._code = Workers(loaded.module, loaded.settings, "score_group" if self.in_groups else "score", what, config, watch)
-            self.dropped = self._code.dropped
-        else:
-            self._code = InProcess(loaded.module, loaded.settings)
+        self._code = load_code(loaded.module, loaded.settings, "score_group" if self.in_groups else "score", what, config, watch)
+        self.dropped = self._code.dropped if isinstance(self._code, Workers) else []
 
     def has(self, function: str) -> bool:
         return hasattr(self._module, function)

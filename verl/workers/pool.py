@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 from verl import user_files
 from verl.config.workers import WorkersConfig
 from verl.errors import AbandonedError, UserError
-from verl.workers.calls import Failure, is_async, late, unpacked
+from verl.workers.calls import Failure, InProcess, is_async, late, unpacked
 from verl.workers.serve import Call, Code
 
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
@@ -235,6 +235,16 @@ class Workers:
         if not named:
             return None
         return f"the process has no variables that look like secrets; pass on what it needs: reward.secrets=[{','.join(named)}]"
+
+
+def load_code(
+    module: ModuleType, settings: object | None, function: str, what: str, config: WorkersConfig, watch: Watch | None = None
+) -> InProcess | Workers:
+    """Make the functions of a module ready to run: a user's own in worker processes, those of verl in this process.
+
+    The arguments are those of `Workers`.
+    """
+    return Workers(module, settings, function, what, config, watch) if user_files.is_own(module) else InProcess(module, settings)
 
 
 class _Wait:
