@@ -14,6 +14,7 @@ from rich.progress import Progress, ProgressColumn
 # For notebooks. Each update is a message to the browser, so updates are limited. A removed bar leaves an empty line, so a transient bar is
 # drawn only if it lasts long enough.
 SECONDS_BETWEEN_DRAWINGS, SECONDS_BEFORE_TRANSIENT = 0.2, 1.0
+SECONDS_BEFORE_WAIT_LINE = 10.0
 _LIBRARIES = ("torch.distributed", "torch._higher_order_ops.wrap")  # the second one warns about activation checkpointing in compiled code
 
 
@@ -66,11 +67,11 @@ class Bar:
         if self._drawing is not None and not self._transient:
             self._drawing.show(self._progress)
 
-    def update(self, completed: float, **fields: str) -> None:
+    def update(self, completed: float | None, **fields: str) -> None:
         """Set the progress.
 
         Args:
-            completed: new value.
+            completed: new value; None leaves it.
             fields: new values of the columns' fields, including `description`.
         """
         self._progress.update(self._task, completed=completed, **fields)  # type: ignore[arg-type]
@@ -82,6 +83,24 @@ class Bar:
         self._progress.stop()
         if self._drawing is not None:
             self._drawing.finish(None if self._transient else self._progress)
+
+
+class WaitLines:
+    """Decides when a log gets a line about a wait: after 10, 20, 40, … seconds of it."""
+
+    def __init__(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """The wait is over."""
+        self._next = SECONDS_BEFORE_WAIT_LINE
+
+    def is_due(self, seconds: float) -> bool:
+        """Return whether a line is due after so many seconds of the wait. If so, the next one is due after twice the time."""
+        due = seconds >= self._next
+        if due:
+            self._next = 2 * max(seconds, self._next)
+        return due
 
 
 class _Drawing:
