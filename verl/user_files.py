@@ -109,7 +109,7 @@ def is_own(module: ModuleType) -> bool:
 
 
 def place_of(error: BaseException, module: ModuleType) -> str:
-    """Return the place of an error as `file.py:LINE`: the last line that was running in the plugin's own file or the files below its folder.
+    """Return the place of an error as `file.py:LINE`: the last line that was running in the plugin's own files (see `is_own_file`).
 
     Without such a line, it is the last line of all.
     """
@@ -117,8 +117,7 @@ def place_of(error: BaseException, module: ModuleType) -> str:
         return f"{error.filename}:{error.lineno}"
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if is_own_file(frame[0], module)]
-    filename, line = (own or frames or [(module.__file__, None)])[-1]
-    return f"{filename}:{line}" if line else str(filename)
+    return "{}:{}".format(*(own or frames)[-1]) if frames else str(module.__file__)
 
 
 def is_own_file(filename: str, module: ModuleType) -> bool:

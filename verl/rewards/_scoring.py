@@ -102,7 +102,9 @@ class Rewards:
         self._stops = reward.on_error == "stop"
         for grader in self._graders.values():
             if grader.dropped:
-                say(f"{grader.what} runs without variables that look like secrets: {', '.join(grader.dropped)} (reward.secrets passes them on)")
+                say(
+                    f"{grader.what} runs without variables that look like secrets: {', '.join(grader.dropped)} (reward.secrets passes them on)"
+                )
         self.model: RewardModel | None = None
         if model.path is not None:
             from verl.rewards import _model  # torch and transformers are slow to import
@@ -283,7 +285,7 @@ def load_graders(reward: RewardConfig) -> dict[str, Loaded]:
         UserError: no such grader, or it lacks a function or a package.
     """
     names = reward_names(reward)
-    return dict(zip(_distinct(names), [load_grader(reward, name) for name in names], strict=True))
+    return dict(zip(short_names(names), [load_grader(reward, name) for name in names], strict=True))
 
 
 def load_grader(keys: RewardConfig | GraderConfig, name: str) -> Loaded:
@@ -305,7 +307,7 @@ def load_grader(keys: RewardConfig | GraderConfig, name: str) -> Loaded:
     return Loaded(module, settings_of(keys, module) if hasattr(module, "Settings") else None)
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Return unique names for the log: `mine` for `a/mine.py`, and `mine_2` or the next free number for a second one."""
     short = [name.removesuffix(".py").replace("\\", "/").rpartition("/")[2].rpartition(".")[2] for name in names]
     found: list[str] = []

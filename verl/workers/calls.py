@@ -54,7 +54,9 @@ def unpacked(message: bytes) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(message)
     value = found.get("value")
     if isinstance(value, dict):
-        found["value"] = Failure(**value["failure"]) if "failure" in value else UserError(value["what"], where=value["where"], fix=value["fix"])
+        found["value"] = (
+            Failure(**value["failure"]) if "failure" in value else UserError(value["what"], where=value["where"], fix=value["fix"])
+        )
     return found
 
 

@@ -98,7 +98,9 @@ class Workers:
         dropped: names of the environment variables that look like secrets and that the workers do not get.
     """
 
-    def __init__(self, module: ModuleType, settings: object | None, function: str, what: str, config: WorkersConfig, watch: Watch | None = None):
+    def __init__(
+        self, module: ModuleType, settings: object | None, function: str, what: str, config: WorkersConfig, watch: Watch | None = None
+    ):
         name = module.__name__ if not module.__name__.startswith(user_files.FOLDER) else os.path.abspath(str(module.__file__))
         self._code = Code(name, None if settings is None else pickle.dumps(settings), is_async(module, function))
         self._module, self._what, self._config, self._watch = module, what, config, watch or Unwatched()
