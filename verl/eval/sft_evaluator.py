@@ -30,7 +30,6 @@ from verl.progress import WaitLines, open_console
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.session import session
 
-
 Batch = list[tuple[int, Completion]]  # numbered answers that are finished at the same time
 
 
@@ -64,8 +63,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     check_one_process()
     grader = Grader(config, Waiting(console))
     if grader.dropped:
-        names = ", ".join(grader.dropped)
-        console.print(f"{grader.what} runs without variables that look like secrets: {names} (reward.secrets passes them on)")
+        console.print(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
     directory = report.open_directory(config.output_dir)
     questions = read_questions(config, grader)
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)

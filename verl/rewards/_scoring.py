@@ -102,9 +102,7 @@ class Rewards:
         self._stops = reward.on_error == "stop"
         for grader in self._graders.values():
             if grader.dropped:
-                say(
-                    f"{grader.what} runs without variables that look like secrets: {', '.join(grader.dropped)} (reward.secrets passes them on)"
-                )
+                say(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
         self.model: RewardModel | None = None
         if model.path is not None:
             from verl.rewards import _model  # torch and transformers are slow to import

@@ -1,7 +1,7 @@
 """Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools).
 
-A reply is rendered with the chat template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized again
-from text.
+A reply is rendered with the chat template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized
+again from text.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Protocol
 
@@ -101,7 +102,8 @@ class Workers:
     def __init__(
         self, module: ModuleType, settings: object | None, function: str, what: str, config: WorkersConfig, watch: Watch | None = None
     ):
-        name = module.__name__ if not module.__name__.startswith(user_files.FOLDER) else os.path.abspath(str(module.__file__))
+        is_file = module.__name__.startswith(user_files.FOLDER)
+        name = str(Path(str(module.__file__)).absolute()) if is_file else module.__name__
         self._code = Code(name, None if settings is None else pickle.dumps(settings), is_async(module, function))
         self._module, self._what, self._config, self._watch = module, what, config, watch or Unwatched()
         self._environment, self.dropped = environment(config)
@@ -178,14 +180,16 @@ class Workers:
         next_deadline = min((deadline for worker in self._workers for deadline, _ in worker.running.values()), default=now + 1)
         wait([worker.connection for worker in self._workers], timeout=max(0.0, min(1.0, next_deadline - now)))
         for worker in list(self._workers):
-            try:  # noqa: PERF203
-                while worker.connection.poll():
-                    self._receive(worker, unpacked(worker.connection.recv_bytes()), calls)
-                if worker.has_ended():
-                    raise EOFError
-                self._end_if_late(worker, calls)
-            except (EOFError, OSError, ValueError, LookupError):  # it has ended, or what it sends is no message
-                self._bury(worker, calls)
+            self._attend(worker, calls)
+
+    def _attend(self, worker: "_Worker", calls: _Calls) -> None:
+        try:
+            while worker.connection.poll():
+                self._receive(worker, unpacked(worker.connection.recv_bytes()), calls)
+        except (EOFError, OSError, ValueError, LookupError):  # it has ended, or what it sends is no message
+            self._bury(worker, calls)
+        else:
+            self._bury(worker, calls) if worker.has_ended() else self._end_if_late(worker, calls)
 
     def _receive(self, worker: "_Worker", message: dict[str, Any], calls: _Calls) -> None:
         if "process" in message:
@@ -227,7 +231,7 @@ class Workers:
         self._workers.remove(worker)
         self._start_missing()
         if len(worker.running) == 1:
-            calls.finish(*worker.running, failure)
+            calls.finish(next(iter(worker.running)), failure)
         else:
             calls.suspects.extend(worker.running)
 
