@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
@@ -113,7 +113,7 @@ class Run:
             self._bar.stop()
         while self._loggers:
             logger, name, module = self._loggers.pop(0)
-            self._attempt("finish", logger.finish, name, module)
+            self._attempt("finish", logger, name, module)
 
     def _open_directory(self) -> None:
         """Create the directory, and check that all nodes share it, because all processes write their part of a checkpoint.
@@ -200,7 +200,7 @@ class Run:
         self._loggers = [
             (logger, name, module)
             for logger, name, module in self._loggers
-            if self._attempt("log", lambda: logger.log(step, dict(metrics)), name, module)  # noqa: B023
+            if self._attempt("log", logger, name, module, step, dict(metrics))
         ]
         if self._bar is not None:
             self._state = " · ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
@@ -224,13 +224,16 @@ class Run:
                 raise UserError(what, where=f"trainer.logger={name}", fix="return an object with log(step, metrics) and finish()")
             self._loggers.append((logger, name, module))
 
-    def _attempt(self, function: str, call: Callable[[], object], name: str, module: ModuleType) -> bool:
+    def _attempt(self, function: str, logger: Logger, name: str, module: ModuleType, *arguments: Any) -> bool:
         """Call a logger. If it fails, print why, and return False: no failure of a logger stops a run."""
         try:
-            call()
+            getattr(logger, function)(*arguments)
         except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
             what = f"the logger {name} failed in {function}: {_described(error, module)}"
             self.say(f"warning: {what}; the run continues without it, and metrics.jsonl has every step")
+            if function == "log":
+                with suppress(Exception, SystemExit):  # it has been told already
+                    logger.finish()
             return False
         return True
 
