@@ -294,8 +294,12 @@ class Run:
             )
 
     def _append(self, name: str, text: str) -> None:
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            what, fix = f"cannot be written: {error.strerror}", "make room on the disk; the same command resumes from the newest checkpoint"
+            raise UserError(what, where=str(self.directory / name), fix=fix) from error
 
     def _drop_metrics_after(self, step: int) -> None:
         """Remove metrics of the steps after a checkpoint, because a run that resumes from it repeats these steps."""
