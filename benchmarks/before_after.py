@@ -79,6 +79,8 @@ def grpo(tree: Path, words: argparse.Namespace, work: Path) -> float:
     """Steps of 64 prompts × 8 answers × 256 tokens in an hour."""
     reward, directory = work / "odd.py", Path(tempfile.mkdtemp(dir=work))
     reward.write_text(REWARD)
+    if not any((work / "models").rglob(f"model-{words.model}")):
+        sft(tree, words, work)  # makes the model
     model = next((work / "models").rglob(f"model-{words.model}"))
     places = [f"data.train_files={words.data.resolve()}", f"model.partial_pretrain={model}", f"reward.name={reward}"]
     run(tree, "-m", "verl.trainer.ppo_trainer", *GRPO.split(), *places, f"trainer.default_local_dir={directory}")

@@ -62,10 +62,10 @@ def _restore_group() -> Iterator[None]:
 
 @contextmanager
 def _restore_compiler() -> Iterator[None]:
-    """Restore the setting of torch.compile that a run changes."""
+    """Restore the settings of torch.compile that a run changes."""
     settings: Any = torch._dynamo.config
-    before = settings.specialize_float
+    before, tag = settings.specialize_float, torch.compiler.config.cache_key_tag
     try:
         yield
     finally:
-        settings.specialize_float = before
+        settings.specialize_float, torch.compiler.config.cache_key_tag = before, tag

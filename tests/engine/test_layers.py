@@ -1,5 +1,8 @@
 """Compiled layers, traced on the CPU with an attention that a graph can hold, as FlashAttention on a GPU is."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,6 +148,55 @@ def test_compiling_again_after_the_first_step_is_a_warning(model_path: Path) -> 
 
 def test_a_first_step_that_compiled_nothing_is_a_warning(model_path: Path) -> None:
     compiler = Compiler(True, load_for_training(str(model_path)).model)
-    assert "made nothing" in str(compiler.note())
+    assert "compiled none of the layers" in str(compiler.note())
     assert compiler.note() is None
     assert Compiler(False, load_for_training(str(model_path)).model).note() is None
+
+
+OPERATOR = """
+import torch
+from verl.engine.layers import compile_layers
+
+@torch.library.custom_op("verl::test_scale", mutates_args=())
+def scale(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+@torch.library.custom_op("verl::test_scale_backward", mutates_args=())
+def backward({parameters}) -> torch.Tensor:
+    return 2 * gradient
+
+scale.register_fake(torch.empty_like)
+backward.register_fake(lambda gradient, x: torch.empty_like(gradient))
+scale.register_autograd(
+    lambda context, gradient: backward(gradient, {argument}),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return scale(x)
+
+class Model(torch.nn.Module):
+    _no_split_modules = ["Layer"]
+
+    def __init__(self):
+        super().__init__()
+        self.layer = Layer()
+
+model, x = Model(), torch.ones(3, requires_grad=True)
+compile_layers(model)
+model.layer(x).sum().backward()
+print(x.grad.tolist())
+"""
+
+
+def test_code_that_another_release_compiled_is_not_used_if_an_operator_changed(tmp_path: Path) -> None:
+    """PyTorch finds compiled code by the forward graph, in which an operator of the backward pass does not occur."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    for parameters, argument in (
+        ("gradient: torch.Tensor, x: torch.Tensor", "context.saved_tensors[0]"),
+        ("gradient: torch.Tensor, x: list[torch.Tensor]", "list(context.saved_tensors)"),
+    ):
+        script = OPERATOR.format(parameters=parameters, argument=argument)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "[2.0, 2.0, 2.0]" in done.stdout, done.stderr[-2000:]

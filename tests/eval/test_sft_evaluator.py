@@ -349,7 +349,7 @@ def test_too_little_gpu_memory_is_answered_with_a_smaller_batch(tmp_path: Path, 
 
     for name, step in (("native", "verl.rollout.native.runner.Runner._step"), ("hf", "verl.rollout.hf.HfRollout._generate_batch")):
         monkeypatch.setattr(step, run_out)
-        with pytest.raises(UserError, match=r"4 answers at a time do not fit .*\n.*set batch_size=2") as caught:
+        with pytest.raises(UserError, match=r"4 responses at a time do not fit .*\n.*set batch_size=2") as caught:
             evaluate(config(tmp_path, checkpoint, rollout=EngineConfig(name=name)))
         assert caught.value.where == "batch_size"
 

@@ -142,7 +142,7 @@ def test_loading_to_a_gpu_needs_little_memory_of_the_host(tmp_path: Path) -> Non
     ("kind", "cut", "said"),
     [
         (Qwen2ForSequenceClassification, (), "is a reward model or a critic"),
-        (Qwen2ForCausalLM, ("layers.1.mlp",), r"lacks \d of the weights of a Qwen2ForCausalLM, such as model\.layers\.1\.mlp\."),
+        (Qwen2ForCausalLM, ("layers.1.mlp",), r"\d weights of Qwen2ForCausalLM are missing, such as model\.layers\.1\.mlp\."),
     ],
 )
 def test_weights_that_the_file_lacks_are_not_drawn_at_random(

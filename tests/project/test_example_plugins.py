@@ -183,7 +183,7 @@ def test_a_student_comes_nearer_to_its_teacher(folder: Path) -> None:
     ("words", "said"),
     [
         (["algorithm.teacher=./nowhere"], r"no such model directory"),
-        (["algorithm.teacher={other}"], r"tokens of the actor are others there"),
+        (["algorithm.teacher={other}"], r"of the actor's tokens have other ids in this model"),
         (["algorithm.teacher={teacher}", "algorithm.keep_reference=false"], r"algorithm\.keep_reference=false with algorithm\.name="),
         ([], r"algorithm\.teacher must be given"),
     ],

@@ -280,7 +280,7 @@ def test_an_exception_of_the_callback_ends_the_answer() -> None:
 def test_what_the_engine_cannot_run_is_refused() -> None:
     with pytest.raises(UserError, match=r"(?s)Gemma2ForCausalLM.*soft-capping.*rollout\.name=hf"):
         NativeRollout(sharp(Gemma2ForCausalLM, Gemma2Config(**SHAPE, head_dim=16)), [0])
-    with pytest.raises(UserError, match="a prompt and its answer take 542 tokens, the model has 512 positions"):
+    with pytest.raises(UserError, match="a prompt with its response may have 542 tokens, but the model has 512 positions"):
         NativeRollout(qwen2(), [0]).generate(random_prompts(), Sampling(512))
 
 

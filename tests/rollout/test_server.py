@@ -102,7 +102,7 @@ def test_a_server_answers_as_transformers_do_and_takes_new_weights(path: Path, t
         rollout.sleep()  # it was not started with sleep mode
         assert rollout.generate(PROMPTS, WARM) == found
 
-        with pytest.raises(UserError, match=f"serves {path}, wanted {tmp_path}"):
+        with pytest.raises(UserError, match=f"serves {path}, expected {tmp_path}"):
             connect(write_served_model(tmp_path / "other"), url)
 
 
@@ -139,7 +139,7 @@ def test_a_server_that_is_not_there_or_something_else_is_said(path: Path) -> Non
 
 
 def test_a_server_of_another_model_is_refused(path: Path, tmp_path: Path) -> None:
-    with server(lambda place, body: (200, served(tmp_path))) as url, pytest.raises(UserError, match=r"(?s)wanted .*served-model-name"):
+    with server(lambda place, body: (200, served(tmp_path))) as url, pytest.raises(UserError, match=r"(?s)expected .*served-model-name"):
         connect(path, url)
     renamed = {"data": [{"id": str(path), "root": "/elsewhere"}]}
     with server(lambda place, body: (200, renamed)) as url:
@@ -173,7 +173,7 @@ def test_without_token_ids_or_with_an_error_an_answer_is_no_answer(path: Path) -
 
     with server(answer) as url:
         rollout = connect(path, url)
-        with pytest.raises(UserError, match="without token ids"):
+        with pytest.raises(UserError, match="does not return token ids"):
             rollout.generate(PROMPTS, GREEDY)
         with pytest.raises(UserError, match="400: too hot"):
             rollout.generate(PROMPTS, Sampling(2, temperature=1.0))
@@ -196,7 +196,7 @@ def test_an_aborted_answer_is_an_error(path: Path) -> None:
     def answer(place: str, body: Any) -> tuple[int, Any]:
         return 200, served(path) if place == "/v1/models" else {"choices": [aborted]}
 
-    with server(answer) as url, pytest.raises(UserError, match="aborted an answer: abort"):
+    with server(answer) as url, pytest.raises(UserError, match="aborted a response: abort"):
         connect(path, url).generate(PROMPTS, GREEDY)
 
 
@@ -229,7 +229,7 @@ def test_new_weights_of_a_server_elsewhere_need_a_folder(tmp_path: Path, monkeyp
         http.find_weights_folder(elsewhere, None)
     assert http.find_weights_folder(elsewhere, str(tmp_path / "new")).is_dir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         http.find_weights_folder(here, str(tmp_path / "file"))
 
 

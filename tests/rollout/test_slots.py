@@ -33,7 +33,7 @@ def test_slots_that_serve_are_kept_and_others_grow() -> None:
 
 def test_options_bound_the_slots() -> None:
     assert slots_of(max_sequences=3, max_positions=64).size_for(1000, 30, 10) == SlotSize(3, 64, 10)
-    assert slots_of().size_for(1000, 30, 10) == SlotSize(module.MOST_SLOTS["cpu"], 30, 10)
+    assert slots_of().size_for(1000, 30, 10) == SlotSize(module.MAX_SLOTS["cpu"], 30, 10)
 
 
 def test_no_larger_slots_are_tried_than_those_that_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_without_memory_for_them_there_are_no_slots(monkeypatch: pytest.MonkeyPa
 
     slots = slots_of()
     monkeypatch.setattr(module.State, "empty", run_out)
-    with pytest.raises(UserError, match="8 answers at a time do not fit"):
+    with pytest.raises(UserError, match="8 responses at a time do not fit"):
         slots.make(SlotSize(8, 30, 10))
     assert slots.size is None and slots.layers == []
 

@@ -1,4 +1,4 @@
-"""From rewards to advantages: reward deductions, group baselines, GAE and whitening.
+"""Compute advantages from rewards: reward deductions, group baselines, GAE and whitening.
 
 Computed in float64; results are float32.
 

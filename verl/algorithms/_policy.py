@@ -1,4 +1,4 @@
-"""The policy loss on sampled answers: clipped ratios (PPO, arXiv:1707.06347), KL penalty, entropy bonus, and loss aggregation.
+"""Policy loss on sampled answers: clipped ratios (PPO, arXiv:1707.06347), KL penalty, entropy bonus, and loss aggregation.
 
 Dimensions: M trained positions; C positions of a chunk; S documents, one per answer, and filler.
 """
@@ -20,7 +20,7 @@ Ratio: TypeAlias = Literal["token", "answer", "mean of answer"]
 
 
 class PolicyLoss:
-    """The clipped surrogate: minus advantage × ratio of new to old probability, with the ratio clipped.
+    """The clipped surrogate loss: minus advantage × ratio of new to old probability, with the ratio clipped.
 
     If a batch has no `old_logprob_M`, the current policy is the old policy; such a batch may be trained on only once.
 

@@ -47,7 +47,7 @@ class PolicySettings(AlgorithmConfig):
 
     @property
     def estimator(self) -> str:
-        """The KL estimator, with its default. In the loss it is not k1, whose gradient is zero on average."""
+        """The KL estimator, or its default. The default in the loss is not k1, because its gradient is zero on average."""
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """As in GRPO. `dynamic_sampling` excludes groups with equal rewards, and `overlong_buffer_tokens` penalizes overlong answers."""
+    """Same as in GRPO. `dynamic_sampling` excludes groups with equal rewards, and `overlong_buffer_tokens` penalizes overlong answers."""
     return group_advantages(answers, settings)
 
 

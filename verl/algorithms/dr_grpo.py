@@ -18,7 +18,7 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward minus the mean of its group."""
+    """Return the reward minus the mean of its group."""
     return group_advantages(answers, settings)
 
 

@@ -17,7 +17,7 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward minus the mean of its group, divided by the group's standard deviation."""
+    """Return the reward minus the mean of its group, divided by the group's standard deviation."""
     return group_advantages(answers, settings)
 
 

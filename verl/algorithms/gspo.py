@@ -19,7 +19,7 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """As in GRPO."""
+    """Same as in GRPO."""
     return group_advantages(answers, settings)
 
 

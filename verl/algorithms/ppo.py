@@ -61,7 +61,7 @@ class Loss(PolicyLoss):
 
 
 class ValueLoss:
-    """The critic's loss, with a ValueScorer: half the squared error to the returns.
+    """Compute the critic's loss, with a ValueScorer: half the squared error to the returns.
 
     With `value_clip` it is the larger of the errors of the value and of the value clipped around the old one: a value gains nothing by
     moving further than that.

@@ -26,7 +26,7 @@ class Settings(PolicySettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The discounted rewards from a token to the end of its answer, minus the mean over the answers of all ranks.
+    """Return the discounted rewards from a token to the end of its answer, minus the mean over the answers of all ranks.
 
     With `norm_by_std` they are divided by the standard deviation over the answers.
     """

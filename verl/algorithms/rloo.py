@@ -16,7 +16,7 @@ class Settings(GroupSettings):
 
 
 def advantages(answers: Answers, settings: Settings) -> Advantages:
-    """The reward minus the mean of the other answers in its group."""
+    """Return the reward minus the mean of the other answers in its group."""
     return group_advantages(answers, settings, leave_one_out=True)
 
 

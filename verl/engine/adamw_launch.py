@@ -7,7 +7,7 @@ from torch import Tensor
 
 from verl.engine.moments import BLOCK
 
-ALIGNMENT = 16  # bytes per load of a thread, which are at most as many elements
+ALIGNMENT = 16  # bytes that a thread loads at once; at most as many elements
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a model's name and settings to an engine that trains it and can write it out again."""
+"""Build an engine from a model's name and settings: load the model, check it, add adapters, and shard it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine and what it takes to write its model as a Hugging Face directory."""
+    """A built engine, with everything needed to save its model as a Hugging Face directory.
+
+    Attributes:
+        adapted: the model with its adapters; None without adapters.
+        stop_ids: token ids that end a trained response.
+        system_prompts: system prompts of the training chats, with None for a chat without one; None if each chat has its own.
+        warning: warning about stop tokens whose embeddings were never trained and that the adapters do not train; None if there are
+            none.
+    """
 
     engine: Engine
     decisions: Decisions
@@ -37,11 +45,11 @@ class Built:
     adapted: "PeftModel | None"
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
-    system_prompts: list[str | None] | None  # of the chats that it is trained on; None: each has its own
-    warning: str | None  # of stop tokens with an embedding that was never trained, and that the adapter does not train
+    system_prompts: list[str | None] | None
+    warning: str | None
 
     def export(self, directory: Path) -> None:
-        """Write the Hugging Face files, of the adapter alone where there is one. Every rank calls it."""
+        """Write the Hugging Face files: only the adapter if there is one, else the whole model. Every rank calls it."""
         with self.engine.weights.in_model():
             if self.adapted is None:
                 export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
@@ -52,10 +60,10 @@ class Built:
             PromptFormat.of(self.tokenizer, self.stop_ids, self.system_prompts).write(directory)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole model's tensors by its own names, adapters merged, one after another. Every rank calls it.
+        """Yield the name and full tensor of each parameter of the model, with adapters merged. Every rank calls it.
 
         Raises:
-            UserError: an adapter of a kind that is not merged one tensor at a time.
+            UserError: the adapters cannot be merged one tensor at a time.
         """
         if self.adapted is None:
             return whole_tensors(self.loaded.model)
@@ -65,11 +73,11 @@ class Built:
 
     @property
     def is_whole(self) -> bool:
-        """Whether each process has all of the weights."""
+        """Return whether each process has all the weights."""
         return isinstance(self.engine.weights, MasterWeights)
 
     def describe(self) -> str:
-        """Device, attention path and size, for the first lines of a run."""
+        """Describe the device, attention kernel, model size and dtypes, for the first lines of a run."""
         engine, decisions = self.engine, self.decisions
         attention = describe_attention(decisions.attention, engine.device.type, engine.compute_dtype)
         trained, everything = sum(p.numel() for p in engine.trained), sum(numel(p) for p in engine.scorer.parameters())
@@ -83,7 +91,7 @@ class Built:
 
 
 def whole_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by name, a shared one once, gathered from all ranks where they are sharded."""
+    """Yield the name and value of each parameter. Sharded parameters are gathered from all ranks; a tied parameter is yielded once."""
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -94,7 +102,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_context(outline: Outline) -> None:
-    """Raises UserError if the model's heads cannot be shared out as asked for; its weights are not read."""
+    """Raise UserError if context_parallel_size does not divide the number of attention heads. Only the model's config is read."""
     if outline.settings.context_parallel_size > 1:
         from verl.models.attention.ulysses import check_heads
 
@@ -112,16 +120,16 @@ def build(
     seed: int,
     dropout: bool = True,
 ) -> Built:
-    """Load the model, check that packed batches give its own log-probabilities, add adapters where asked for, and shard it.
+    """Load the model, check its log-probabilities on packed batches, add adapters if the settings have any, and shard it.
 
     Args:
         decisions: result of `decide` for this model.
-        stop_ids: token ids that end a trained answer; generation from the written model stops at them.
-        system_prompts: of the chats, None for those that leave it to the template; they are written down beside the weights.
-        seed: of the adapters' first values and of dropout.
-        dropout: whether adapters drop the share that their settings say.
+        stop_ids: token ids that end a trained response; generation with the saved model stops at them.
+        system_prompts: system prompts of the training chats, with None for a chat without one; saved next to the weights.
+        seed: seed of the adapters' initial values and of dropout.
+        dropout: whether to apply `lora_dropout`.
     Raises:
-        UserError: no such model, or one that cannot be trained this way.
+        UserError: no such model, or it cannot be trained with these settings.
     """
     prepare_process(decisions, seed)
     loaded, scorer = _load(settings, decisions)
@@ -149,12 +157,13 @@ def build(
 
 
 def prepare_process(decisions: Decisions, seed: int) -> None:
-    """Seed the random numbers, and activate the attention kernel that all models of the process use."""
+    """Seed PyTorch, and activate the attention kernel of this process."""
     torch.manual_seed(seed)
     use_attention(decisions.attention)
 
 
 def make_engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions: Decisions) -> Engine:
+    """Build an engine from the decisions. Without `optim`, the model is frozen."""
     return Engine(
         scorer,
         optim,
@@ -168,7 +177,7 @@ def make_engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decis
 
 
 def prepare_layers(model: PreTrainedModel, decisions: Decisions, *, liger: bool = False) -> Compiler:
-    """Apply Liger's kernels, activation checkpointing and compiling to the layers, in place."""
+    """Apply Liger's kernels, activation checkpointing and torch.compile to the decoder layers in place."""
     if liger:
         from verl.models.liger import use_liger
 
@@ -182,19 +191,20 @@ def _use_operators(adapted: "PeftModel", model: PreTrainedModel, decisions: Deci
     from verl.models.adapters.operators import use_operators
 
     use_operators(adapted, checkpointed=decisions.checkpointing != "none")
-    model.enable_input_require_grads()  # or the first layer, whose input needs none, would be compiled apart
+    # Frozen embeddings have no gradient, so the first layer's input would not require one, and that layer would be compiled separately.
+    model.enable_input_require_grads()
 
 
 def loading_device(decisions: Decisions) -> torch.device:
-    """The device that weights are loaded to."""
+    """Return the device that the weights are loaded to: the CPU if they are offloaded."""
     return torch.device("cpu") if decisions.spread.sharding.cpu_offload else decisions.device
 
 
 def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenScorer]:
-    """The model, in the dtype that the optimizer updates. Where it is to be sharded it has no values yet (`Loaded.fill`)."""
+    """Load the model in the dtype that the optimizer updates. A model that will be sharded stays on the meta device (`Loaded.fill`)."""
     source, trusted, adapters = settings.partial_pretrain, settings.trust_remote_code, _has_adapters(settings)
     device, home, compute_dtype = decisions.device, loading_device(decisions), decisions.compute_dtype
-    if decisions.is_sharded and not _starts_from_values(settings):
+    if decisions.is_sharded and not _needs_base_weights(settings):
         from verl.models.shards import load_without_values, small_twin
 
         frozen = compute_dtype if adapters else decisions.param_dtype
@@ -205,7 +215,7 @@ def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenSco
     if adapters and compute_dtype != torch.float32 and not (settings.use_dora or settings.load_in_4bit):
         from verl.models.shards import small_twin
 
-        # What is frozen needs no float32; DoRA starts from the norms of its rows, which do.
+        # Frozen weights do not need float32. DoRA does, because it starts from the norms of the weight rows.
         loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted)
         _check(TokenScorer(small_twin(loaded.model, device)))
         return loaded, TokenScorer(loaded.model)
@@ -225,23 +235,23 @@ def _has_adapters(settings: ModelConfig) -> bool:
     return settings.lora_rank > 0 or settings.lora_adapter_path is not None
 
 
-def _starts_from_values(settings: ModelConfig) -> bool:
-    """Whether adapters need the weights that they lie beside: their norms, their rounded blocks, or some of their rows."""
-    goes_on = {} if settings.lora_adapter_path is None else read_adapter_config(settings.lora_adapter_path) or {}
-    asked = settings.use_dora or settings.load_in_4bit or settings.trainable_tokens is not None
-    return bool(asked or goes_on.get("use_dora") or goes_on.get("trainable_token_indices"))
+def _needs_base_weights(settings: ModelConfig) -> bool:
+    """Return whether the adapters are computed from the base weights, as with DoRA, 4-bit weights and trainable tokens."""
+    existing = {} if settings.lora_adapter_path is None else read_adapter_config(settings.lora_adapter_path) or {}
+    requested = settings.use_dora or settings.load_in_4bit or settings.trainable_tokens is not None
+    return bool(requested or existing.get("use_dora") or existing.get("trainable_token_indices"))
 
 
 def _check(scorer: TokenScorer) -> None:
-    """Whether the architecture can be trained in packed batches, and where processes share them, in parts of one."""
+    """Raise UserError if the architecture cannot be trained on packed batches or, with context parallelism, on slices of them."""
     check_scorer(scorer)
     check_parts(scorer)
 
 
 def cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Weights to the dtype that the optimizer updates, one at a time; buffers, such as rotary frequencies, stay as they are.
+    """Cast the parameters to the dtype that the optimizer updates, one at a time. Buffers, such as rotary frequencies, are not cast.
 
-    Not earlier: packed batches are compared with the model alone in float32, where a difference of 1e-3 means something.
+    Call this after `check_scorer`: it compares log-probabilities to 1e-3, which is meaningful only in float32.
     """
     for parameter in model.parameters():
         if not is_quantized(parameter):

@@ -1,4 +1,4 @@
-"""Engines of critics and reward models: models with a head that gives one number."""
+"""Build the engines of critics and reward models, which have a scalar head."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from verl.models.shards import small_twin
 
 @dataclass(frozen=True)
 class Critic:
-    """An engine with a value head, and what it takes to write it as a Hugging Face directory."""
+    """An engine with a value head, with everything needed to save its model as a Hugging Face directory."""
 
     engine: Engine
     loaded: Loaded
@@ -32,14 +32,14 @@ class Critic:
 
 
 def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Built, decisions: Decisions, *, seed: int) -> Critic:
-    """A model with a value head, all of it trained, spread as the actor is.
+    """Build a critic: a model with a value head, fully trained, and distributed like the actor.
 
     Args:
-        settings: of the actor; its adapter is not the critic's.
-        path: a critic, or a causal language model that gets a head of zeros.
+        settings: model settings of the actor; its adapter is not applied to the critic.
+        path: path of a critic, or of a causal language model, which gets a head of zeros.
         decisions: result of `decide` for the critic.
     Raises:
-        UserError: no such model, one that cannot have the head or be trained in packed batches, or one that lacks the actor's tokens.
+        UserError: no such model, it cannot have the head or be trained on packed batches, or it lacks tokens of the actor.
     """
     torch.manual_seed(seed)
     home, values = loading_device(decisions), not decisions.is_sharded
@@ -61,15 +61,15 @@ def build_reward_model(
     padding: int | None,
     seed: int,
 ) -> Built:
-    """A model with one score for a whole document, all of it trained.
+    """Build a reward model, which gives one score per document. All of its weights are trained.
 
     Args:
-        settings: its partial_pretrain is such a model, or a causal language model that gets a head of zeros.
+        settings: model settings; `partial_pretrain` is a reward model, or a causal language model, which gets a head of zeros.
         decisions: result of `decide` for this model.
-        padding: id of the token that transformers' own class takes for padding; None: it reads one document at a time.
-        stop_ids: as for `build`.
+        padding: `pad_token_id` of the saved model, which transformers' class needs for batches of several documents; None: no padding.
+        stop_ids: same as in `build`.
     Raises:
-        UserError: no such model, or one that cannot have the head.
+        UserError: no such model, or it cannot have the head.
     """
     prepare_process(decisions, seed)
     path, home, values = settings.partial_pretrain, loading_device(decisions), not decisions.is_sharded
@@ -84,5 +84,5 @@ def build_reward_model(
 
 
 def _model_to_check(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:
-    """The model to check against its eager version: itself, or a small twin if it has no values yet."""
+    """Return the model to check against eager attention: itself, or a small twin if it is on the meta device."""
     return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device)

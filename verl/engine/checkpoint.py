@@ -135,10 +135,10 @@ def _disk_errors_named(directory: Path) -> Iterator[None]:
 
 
 def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> None:
-    """Load trained weights, optimizer and random states of a checkpoint into an engine, at any world size.
+    """Load a checkpoint into an engine: trained weights, optimizer and random states. The world size may differ from that of the save.
 
     Raises:
-        UserError: the checkpoint is of another model or optimizer, or has no critic.
+        UserError: the checkpoint is from another model or optimizer, or has no critic.
     """
     _load_into(engine, directory / "trainer")
     if critic is not None:
@@ -154,11 +154,12 @@ def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> 
 def _load_into(engine: Engine, directory: Path) -> None:
     state = _state(engine)
     _check_same_tensors(state, directory)
-    dcp.load(state, checkpoint_id=directory, process_group=dist.group())  # in place: the tensors are the engine's own
+    dcp.load(state, checkpoint_id=directory, process_group=dist.group())  # in place, because these are the engine's own tensors
     engine.weights.publish()
 
 
 def read_position(directory: Path) -> Position:
+    """Read the position of a committed checkpoint."""
     return Position(**json.loads((directory / "trainer" / "state.json").read_text()))
 
 
@@ -235,7 +236,7 @@ def _umask() -> int:
 
 
 def _state(engine: Engine) -> dict[str, Any]:
-    """Return trained weights and AdamW's state by parameter name; frozen weights come from the original model.
+    """Return the trained weights and the optimizer state by parameter name. Frozen weights are not saved; they come from the base model.
 
     The engine owns these tensors, so loading into them restores it.
     """
@@ -245,7 +246,7 @@ def _state(engine: Engine) -> dict[str, Any]:
 
 
 def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
-    """Raise UserError if a checkpoint has other tensors than the state to load."""
+    """Raise UserError if names, shapes or dtypes of the checkpoint's tensors differ from those of the state to load."""
     found = {
         name: (tensor.properties.dtype, tuple(tensor.size))
         for name, tensor in dcp.FileSystemReader(directory).read_metadata().state_dict_metadata.items()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from verl.data.batch import Batch
 
-# The derivative of the loss with respect to each trained position's log-probability: slope_M in float32, if it is known before the
-# forward pass; or a function of some log-probabilities and their slice of M, which returns their derivatives.
+# The derivative of the loss with respect to the log-probability of each trained position. It is a float32 tensor slope_M if it is known
+# before the forward pass. Else it is a function that gets some log-probabilities and their slice of M, and returns their derivatives.
 Slope: TypeAlias = Tensor | Callable[[Tensor, slice], Tensor]
 
 

@@ -1,7 +1,7 @@
 """CUDA graphs for small micro-batches, whose kernels take longer to launch than to run.
 
-A graph records kernels with fixed shapes and addresses, so each batch is padded to one of a few sizes and copied to the recording's
-inputs. The first batch of a size runs eagerly, the second is recorded, and later ones replay the recording. All of them run the same
+A graph records kernels with fixed shapes and addresses, so each batch is padded to one of a few sizes and copied to the graph's input
+tensors. The first batch of a size runs eagerly, the second is recorded, and later ones replay the recording. All of them run the same
 kernels with the same shapes, so that a resumed run, which starts without recordings, computes the same. The padding is untrained and
 does not affect the loss.
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from verl.engine.contract import Algorithm, LossOut
 
 MAX_RECORDINGS = 16
-EAGER_STEPS = 2  # first steps, in which layers are compiled
+EAGER_STEPS = 2  # the first steps run eagerly, because they compile the layers
 # Granularity of the sizes: smaller values need less padding, but more recordings.
 TOKENS, DOCUMENTS, SHARE_TRAINED = 1024, 64, 8
 
@@ -44,7 +44,7 @@ class GraphSize:
 
 
 def filled_up(tokens: int, trained: int) -> tuple[int, int]:
-    """Round tokens and trained positions up to those of a recording."""
+    """Round the numbers of tokens and trained positions up to those of a recording."""
     tokens = _up(tokens, TOKENS)
     return tokens, _up(trained, tokens // SHARE_TRAINED)
 
@@ -90,12 +90,12 @@ class _Recording:
 
 
 class CapturedBackward:
-    """Forward and backward pass with CUDA graphs, for steps of one small micro-batch whose slope is known in advance.
+    """Forward and backward pass with CUDA graphs, for steps of one small micro-batch whose slope is known before the forward pass.
 
     Args:
         scorer: module whose parameters get the gradients.
         largest_tokens: largest micro-batch that is recorded.
-        record: whether to record graphs; else every batch is padded and runs eagerly.
+        record: whether to record graphs; if false, every batch is padded and runs eagerly.
     """
 
     def __init__(self, scorer: Scorer, device: torch.device, largest_tokens: int, *, record: bool = True):
@@ -109,11 +109,11 @@ class CapturedBackward:
         self._pool: Any = None
 
     def backward(self, batch: Batch, algorithm: "Algorithm", scale: Tensor) -> "LossOut | None":
-        """Compute the batch's gradients and return its loss, or return None without doing anything if the batch is not suited.
+        """Compute the batch's gradients and return its loss. Return None without computing anything if a graph cannot run the batch.
 
         Args:
             batch: batch in host memory.
-            scale: factor of the loss, a scalar on the device.
+            scale: factor that multiplies the loss, a scalar on the device.
         """
         if len(batch.input_ids_T) > self._largest_tokens or batch.parts > 1 or not isinstance(algorithm.slope(batch), Tensor):
             return None
@@ -162,7 +162,7 @@ class CapturedBackward:
         if not self.record:
             return _Recording(lambda: self._run(batch, real_M, algorithm), batch, real_M)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: meanwhile the loader's thread pins the next batches, which a global capture would forbid.
+        # thread_local, because the loader's thread pins the next batches during the capture, which a global capture would forbid.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = self._run(batch, real_M, algorithm)
         self._pool = graph.pool()

@@ -1,7 +1,7 @@
-"""Every choice of a run, made once: how weights are spread, what is compiled or captured in CUDA graphs, which attention, which dtypes.
+"""All technical choices of a run: weight distribution, compilation, CUDA graphs, attention kernel and dtypes.
 
-`choose_spread` needs no data, and is called before it is read. `decide` makes the other choices once the length of the run is known.
-`build` builds from the resulting `Decisions`, `verl plan` plans with it, and the first lines of a run describe it. Nothing else chooses.
+`choose_spread` needs no data and is called before the data is read. `decide` makes the other choices once the length of the run is known.
+`build` follows the resulting `Decisions`, `verl plan` plans with it, and the first lines of a run print it. No other module chooses.
 """
 
 from collections.abc import Sequence
@@ -26,34 +26,35 @@ if TYPE_CHECKING:
     from verl.config.pairs import PairsConfig
     from verl.config.sft import DataConfig
 
-# model.strategy=auto: bytes per parameter with working copy, gradient and moments, or frozen; and the share of a GPU's memory up to
-# which a full copy of the weights on each GPU is faster than shards.
+# For model.strategy=auto: bytes per trained parameter (weight, working copy, gradient and moments), bytes per frozen parameter, and the
+# share of a GPU's memory up to which replicating the weights is faster than sharding them.
 BYTES_TRAINED, BYTES_FROZEN, SMALL_SHARE = 18, 2, 0.25
-# Bytes of host memory per offloaded parameter: weight, gradient and two moments in float32, and what pinning weight and gradient may add.
+# Bytes of host memory per offloaded parameter: weight, gradient and two moments in float32; and the most that pinning weight and gradient
+# adds.
 BYTES_OFFLOADED, BYTES_PINNED = 16, 8
-# Compiling takes about 10 seconds. Without it a run reaches about a fifth of the peak rate, so this much arithmetic at the peak rate
-# lasts over a minute.
+# Compiling takes about 10 seconds. An uncompiled run reaches about a fifth of the peak rate, so arithmetic that takes this many seconds at
+# the peak rate takes over a minute.
 WORTH_SECONDS = 15.0
-# CUDA graphs. Launching the kernels of one layer takes about 2.5 ms, forward and backward. A micro-batch with more arithmetic than this
-# keeps the GPU busy without them.
+# Limits for CUDA graphs. Launching the kernels of one layer, forward and backward, takes about 2.5 ms. A micro-batch with more work than
+# LARGEST_WORK keeps the GPU busy without a graph.
 LARGEST_WORK = 2e11  # tokens × parameters per layer
 LARGEST_TOKENS = 16384
-LARGEST_GRADIENTS = 2**32  # bytes; graphs keep the gradients from step to step
-# Attention packages by the major number of the compute capability, the preferred one first. FlashAttention-3 is written for Hopper (9),
-# FlashAttention-4 for Blackwell (10); its kernels for Hopper are those of 3 in Python.
+LARGEST_GRADIENTS = 2**32  # bytes; graphs keep the gradients in memory between steps
+# Attention packages by the major number of the compute capability, the preferred one first. FlashAttention-3 is written for Hopper (9) and
+# FlashAttention-4 for Blackwell (10). On Hopper, FlashAttention-4 runs the kernels of FlashAttention-3, rewritten in Python.
 PREFERRED: dict[int, tuple[Kernel, ...]] = {9: ("fa3", "fa4"), 10: ("fa4",)}
 # Up to this mean document length the kernels for short documents are at least 1.2 times as fast as FlashAttention-2
 # (benchmarks/README.md).
 SHORT_TOKENS = {9: 1024}
-# Smaller micro-batches are bound by the host, which launches those kernels more slowly than the ones inside PyTorch.
+# Smaller micro-batches are bound by kernel launches on the host, and these kernels launch more slowly than those inside PyTorch.
 SHORT_BATCH_TOKENS = 16_384
-# Default token budget of a micro-batch of answers. Longer answers raise it.
+# Default token budget of a micro-batch of responses. A longer prompt with its response raises it.
 ANSWER_TOKENS = 16_384
 
 Checkpointing = Literal["none", "selective", "full"]
 
 
-CHECKPOINTING: dict[Any, Checkpointing] = {False: "none", "selective": "selective", True: "full"}  # the least saving first
+CHECKPOINTING: dict[Any, Checkpointing] = {False: "none", "selective": "selective", True: "full"}  # in order of memory saved
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Workload:
 
     @classmethod
     def of(cls, lengths_N: np.ndarray, total_steps: int, steps_per_epoch: int, packing: Packing) -> "Workload":
-        """The workload of `total_steps` over documents of these lengths."""
+        """Return the workload of `total_steps` optimizer steps over documents of these lengths in tokens."""
         tokens = int(lengths_N.sum())
         document_tokens = float((lengths_N.astype(float) ** 2).sum() / tokens)
         return cls(total_steps, tokens * total_steps // steps_per_epoch, document_tokens, packing.token_budget)
@@ -82,17 +83,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Decisions:
-    """The choices for one model of a run, with the hardware and the workload that they were made for.
+    """The choices for one model of a run, and the hardware and workload that they were made for.
 
     Attributes:
         compute_dtype: dtype of the forward and backward pass.
         param_dtype: dtype of the weights that the optimizer updates; adapters are always float32.
-        checkpointing: which activations of a layer are recomputed: none, some, or all.
+        checkpointing: activation checkpointing: none, selective or full.
         compiled: whether the layers are compiled.
         why_compiled: the reason for `compiled`, in a few words.
-        graph_tokens: largest micro-batch that is captured in a CUDA graph, in tokens; 0: none is.
+        graph_tokens: largest micro-batch that is captured in a CUDA graph, in tokens; 0: none.
         attention: attention kernel of this process in half precision.
-        multiple_of_tokens: micro-batches are filled up to a multiple of this.
+        multiple_of_tokens: the number of tokens of a micro-batch is padded to a multiple of this.
     """
 
     hardware: Hardware
@@ -113,7 +114,7 @@ class Decisions:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 shards or offloads the weights."""
+        """Return whether FSDP2 shards or offloads the weights."""
         return self.spread.strategy == "fsdp2" and (self.hardware.processes > 1 or self.spread.sharding.cpu_offload)
 
     @property
@@ -136,7 +137,7 @@ def decide(
     Args:
         spread: result of `choose_spread`.
         other_heads: attention heads of the other models of this process; one attention kernel serves all of them.
-        scalar_head: whether the model gives one number per token or document, as a critic or a reward model does.
+        scalar_head: whether the model has a scalar head, as a critic or a reward model has.
     Raises:
         UserError: the hardware cannot run what the config asks for.
     """
@@ -160,7 +161,7 @@ def decide(
 
 
 def choose_compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `model.compute_dtype` names; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype of `model.compute_dtype`; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, name)
@@ -171,28 +172,28 @@ def choose_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def multiple_of_tokens(hardware: Hardware) -> int:
-    """The multiple that micro-batches are filled up to; GPUs multiply whole tiles faster."""
+    """Return the multiple that the tokens of a micro-batch are padded to. GPU matmuls are faster on whole tiles."""
     return TILE if hardware.has_gpu else 1
 
 
 def packing_of(data: "DataConfig", hardware: Hardware) -> Packing:
-    """Packing of rows for fine-tuning."""
+    """Return the packing of rows for supervised fine-tuning."""
     budget = data.max_tokens_per_micro_batch or data.micro_batch_size_per_gpu * data.max_length
     return Packing(data.micro_batch_size_per_gpu, budget if data.packing else None, multiple_of_tokens(hardware))
 
 
 def packing_of_pairs(data: "PairsConfig", hardware: Hardware) -> Packing:
-    """Packing of pairs of answers."""
+    """Return the packing of preference pairs."""
     budget = data.max_tokens_per_micro_batch or data.micro_batch_size_per_gpu * 2 * data.max_length
     return Packing(data.micro_batch_size_per_gpu, budget, multiple_of_tokens(hardware))
 
 
 def token_budget_of_answers(asked: int | None, longest: int) -> int:
-    """Maximum tokens of a micro-batch of answers.
+    """Return the token budget of a micro-batch of responses.
 
     Args:
-        asked: data.max_tokens_per_micro_batch.
-        longest: tokens of the longest prompt with the longest answer.
+        asked: data.max_tokens_per_micro_batch; None: choose it.
+        longest: tokens of the longest prompt with the longest response.
     """
     return asked or max(ANSWER_TOKENS, longest)
 
@@ -201,10 +202,10 @@ def token_budget_of_answers(asked: int | None, longest: int) -> int:
 
 
 def choose_spread(outline: Outline, hardware: Hardware) -> Spread:
-    """Choose between a full copy of the weights on each process and shards; "auto" copies models that take little of a GPU.
+    """Choose between replicating the weights on each process and sharding them. "auto" replicates models that are small for a GPU.
 
     Raises:
-        UserError: the number of processes is not a multiple of the shard size, or host memory is too small to offload to.
+        UserError: the number of processes is not a multiple of the shard size, or host memory is too small for offloading.
     """
     settings, fsdp = outline.settings, outline.settings.fsdp_config
     check_multiple(hardware.processes, fsdp.shard_size or 1, key="model.fsdp_config.shard_size")
@@ -216,7 +217,7 @@ def choose_spread(outline: Outline, hardware: Hardware) -> Spread:
 
 
 def check_multiple(processes: int, size: int, *, key: str) -> None:
-    """Raises UserError if the processes cannot be divided into groups of this size."""
+    """Raise UserError if the processes cannot be divided into groups of this size."""
     if processes % size:
         sizes = ", ".join(str(n) for n in range(1, processes + 1) if processes % n == 0)
         what = f"{processes} processes are not a multiple of {size}"
@@ -232,10 +233,10 @@ def _is_small(outline: Outline, hardware: Hardware) -> bool:
 
 
 def _may_pin(outline: Outline, hardware: Hardware) -> bool:
-    """Whether host memory is large enough to pin the shards of weights and gradients, which may double their size.
+    """Return whether host memory is large enough to pin the shards of weights and gradients, which may double their size.
 
     Raises:
-        UserError: it is too small for the shards of weights, gradients and moments even without pinning.
+        UserError: even without pinning, it is too small for the shards of weights, gradients and moments.
     """
     if hardware.host_bytes is None:
         return True
@@ -251,7 +252,7 @@ def _may_pin(outline: Outline, hardware: Hardware) -> bool:
 
 
 def _bytes_offloaded(outline: Outline, hardware: Hardware, *, pinned: bool = False) -> int:
-    """Host memory that the processes of this machine need."""
+    """Return the host memory that the processes of this machine need, in bytes."""
     each = (BYTES_FROZEN if outline.has_adapters else BYTES_OFFLOADED) + (BYTES_PINNED if pinned else 0)
     shards = outline.settings.fsdp_config.shard_size or hardware.processes
     return outline.parameters * each * hardware.local_processes // shards
@@ -261,10 +262,10 @@ def _bytes_offloaded(outline: Outline, hardware: Hardware, *, pinned: bool = Fal
 
 
 def _choose_compiling(outline: Outline, hardware: Hardware, workload: Workload, *, scalar_head: bool) -> tuple[bool, str]:
-    """Whether to compile the layers, and the reason.
+    """Return whether to compile the layers, and the reason.
 
     Raises:
-        UserError: the config asks for it, and there is no C compiler.
+        UserError: the config requires it, but there is no C compiler.
     """
     setting = outline.settings.compile
     if setting is False:
@@ -279,12 +280,12 @@ def _choose_compiling(outline: Outline, hardware: Hardware, workload: Workload, 
         return False, "auto: torch.compile needs a C compiler, such as gcc"
     seconds = outline.flops(workload.total_tokens // hardware.processes, scalar_head=scalar_head) / hardware.peak_flops
     if seconds < WORTH_SECONDS:
-        return False, "auto: the run is too short to earn it back"
+        return False, "auto: the run is too short to repay the compile time"
     return True, "auto"
 
 
 def _graph_tokens(outline: Outline, hardware: Hardware, spread: Spread, dtype: torch.dtype) -> int:
-    """Largest micro-batch to capture in a CUDA graph, in tokens, where layers are compiled; 0: none."""
+    """Return the largest micro-batch to capture in a CUDA graph if the layers are compiled, in tokens; 0: none."""
     settings = outline.settings
     alone = hardware.processes == 1 and not spread.sharding.cpu_offload
     flash_attention = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa"
@@ -301,9 +302,9 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
 
     Args:
         wanted: `model.attn_implementation`.
-        heads: attention heads of every model that it serves.
+        heads: attention heads of every model of this process.
     Raises:
-        UserError: the wanted kernel does not run here, and why.
+        UserError: the kernel does not run here; the message has the reason.
     """
     if wanted == "sdpa":
         return AttentionChoice("sdpa")
@@ -327,17 +328,19 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
 
 
 def refusals(hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload | None = None) -> dict[Kernel, str | None]:
-    """Why each kernel that this GPU prefers to FlashAttention-2 cannot be used, or None where it can; the best kernel first.
+    """Return, for each kernel that is preferred to FlashAttention-2 on this GPU, why it cannot be used, or None if it can.
+
+    The best kernel comes first.
 
     Args:
-        heads: attention heads of every model that it serves.
-        workload: None: unknown.
+        heads: attention heads of every model of this process.
+        workload: length of the documents; None if unknown.
     """
     found: dict[Kernel, str | None] = {}
     if workload is not None and _are_short(workload, hardware):
         found["short"] = hardware.refusal("short", dtype, *heads)
         if found["short"] is None:
-            return found  # the others would only cost the time of their trials
+            return found  # trying the others would only take time
     return found | {kernel: hardware.refusal(kernel, dtype, *heads) for kernel in PREFERRED.get(hardware.capability, ())}
 
 

@@ -1,4 +1,4 @@
-"""The engine: forward, backward and optimizer step over packed micro-batches, on one process or many.
+"""The engine: forward pass, backward pass and optimizer step over packed micro-batches, on one or more ranks.
 
 Dimensions: M trained positions.
 """
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A model with its optimizer, sharded over all processes.
+    """A model with its optimizer, distributed over all ranks.
 
     Args:
-        scorer: the model on any device, in the dtype that the optimizer updates; it is sharded in place.
-        config: the optimizer and its schedule; None: the model is frozen, and scores alone.
-        total_steps: optimizer steps of the whole run, which the schedule spans.
-        device: where the arithmetic runs.
-        compute_dtype: of the forward and backward pass.
-        spread: how the weights lie on the processes.
-        fill: where the model has no values yet, reads them into its shards.
-        graph_tokens: largest micro-batch to run as a CUDA graph, in tokens; 0: none. It needs one process with all of the weights.
+        scorer: model on any device, in the dtype that the optimizer updates; it is sharded in place.
+        config: optimizer and learning-rate schedule; None freezes the model, which can then only score.
+        total_steps: optimizer steps of the whole run, the length of the schedule.
+        device: device that computes.
+        compute_dtype: dtype of the forward and backward pass.
+        spread: distribution of the weights over ranks.
+        fill: reads the weights of a model on the meta device into its shards; None if the model has its weights.
+        graph_tokens: largest micro-batch to run as a CUDA graph, in tokens; 0: none. CUDA graphs need a single process that holds all
+            weights.
     """
 
     def __init__(
@@ -69,35 +70,35 @@ class Engine:
     def train_step(
         self, micro_batches: Sequence[Batch], algorithm: Algorithm, step: int, *, left_out: Sequence[Batch] = ()
     ) -> dict[str, Tensor]:
-        """One optimizer step. If the loss or the gradient is not finite, no rank takes it: weights and moments stay as they are.
+        """Take one optimizer step. If the loss or the gradient norm is not finite, all ranks skip it: weights and moments do not change.
 
         Args:
-            micro_batches: this rank's, in host memory, at least one; as many on every rank.
-            step: number of the step, counted from 0; it sets the learning rate.
+            micro_batches: micro-batches of this rank, in host memory; at least one, and the same number on every rank.
+            step: index of the step, counted from 0; it sets the learning rate.
             left_out: see `backward`.
         Returns:
-            `loss`, the means of its metrics over all ranks, `grad_norm`, and `skipped` (1 where the step was not taken, else 0), as
-            scalars on the device.
+            `loss`, the means of its metrics over all ranks, `grad_norm`, and `skipped` (1 if the step was skipped, else 0), as scalars on
+            the device.
         """
         metrics = self.backward(micro_batches, algorithm, left_out)
         set_learning_rate(self.optimizer, self.learning_rate(step))
         norm, finite = update(self.optimizer, self.weights, self.largest_gradient_norm, metrics["loss"])
         metrics |= {"grad_norm": norm, "skipped": 1.0 - finite.float()}
-        return {name: value.to(self.device) for name, value in metrics.items()}  # what is offloaded has its norm in host memory
+        return {name: value.to(self.device) for name, value in metrics.items()}  # offloaded weights have their norm in host memory
 
     def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm, left_out: Sequence[Batch] = ()) -> dict[str, Tensor]:
-        """Add up the gradients of the micro-batches, and return the loss and the means of its metrics.
+        """Accumulate the gradients of the micro-batches, and return the loss and the means of its metrics.
 
-        The loss is divided once, by its count (the trained tokens, or what the algorithm counts) over all ranks and
-        micro-batches, so that the gradient does not depend on how the rows were cut up.
+        The loss is divided once, by its count over all ranks and micro-batches: the number of trained tokens, or of the units that the
+        algorithm counts. So the gradient does not depend on how rows are divided into micro-batches.
 
         Args:
-            left_out: this rank's further micro-batches, whose loss and gradient are known to be zero: the model need not see them. They
-                are counted in what the loss is divided by, and not among the tokens of its metrics.
+            left_out: more micro-batches of this rank, whose loss and gradient are known to be zero, so that the model does not run on
+                them. Their count is part of the divisor of the loss, but their tokens are not part of the divisor of the metrics.
         """
         uncounted = [(0.0, _counts(batch, algorithm)[1]) for batch in left_out]
         totals = self._totals([_counts(batch, algorithm) for batch in micro_batches] + uncounted)
-        scale = processes.world_size() / totals[1]  # the mean of the ranks' gradients is taken; their sum is wanted
+        scale = processes.world_size() / totals[1]  # gradients are averaged over ranks, but we need their sum
         results: list[LossOut] = []
         for number, batch in enumerate(micro_batches):
             self.weights.begin(last=number == len(micro_batches) - 1)
@@ -117,10 +118,10 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Batch], algorithm: Algorithm) -> dict[str, Tensor]:
-        """The loss and the means of its metrics over all ranks, without training.
+        """Compute the loss and the means of its metrics over all ranks, without training.
 
         Args:
-            micro_batches: this rank's, in host memory, at least one; as many on every rank.
+            micro_batches: micro-batches of this rank, in host memory; at least one, and the same number on every rank.
         """
         training = self.scorer.training
         self.scorer.eval()
@@ -134,15 +135,15 @@ class Engine:
         return self._metrics(results, self._totals(counted))
 
     def score(self, micro_batches: Iterable[Batch]) -> list[Any]:
-        """What the model says of each micro-batch, in order, on the device and without a gradient.
+        """Return the model's output for each micro-batch, in order, on the device and without a gradient.
 
-        The arithmetic is that of training, compiled kernels included: before the first update of a batch, its ratios are 1.
+        This runs the same kernels as training, including compiled ones, so that probability ratios are exactly 1 before the first update.
 
         Args:
-            micro_batches: this rank's, in host memory; as many on every rank.
+            micro_batches: micro-batches of this rank, in host memory; the same number on every rank.
         """
         training = self.scorer.training
-        # As in training, though no gradient is asked for: else other kernels would be compiled. Only dropout has to go.
+        # Stay in training mode, because evaluation mode would compile other kernels. Only dropout must be off.
         self.scorer.train(training and not _has_dropout(self.scorer))
         outs = [_without_gradient(self.scorer(batch.to(self.device))) for batch in micro_batches]
         self.scorer.train(training)
@@ -151,7 +152,7 @@ class Engine:
         return outs
 
     def _totals(self, counted: Sequence[tuple[float, float]]) -> Tensor:
-        """Trained tokens and the algorithm's count over all micro-batches and ranks; at least 1 each."""
+        """Return the trained tokens and the algorithm's count, summed over all micro-batches and ranks; each is at least 1."""
         return self._sum_over_ranks(torch.tensor(counted).sum(0)).clamp(min=1)
 
     def _metrics(self, results: Sequence[LossOut], totals: Tensor) -> dict[str, Tensor]:
@@ -187,7 +188,7 @@ def _captured(scorer: Scorer, device: torch.device, graph_tokens: int) -> "Captu
 
 
 def _counts(batch: Batch, algorithm: Algorithm) -> tuple[float, float]:
-    """Of a micro-batch in host memory, the trained tokens and what the algorithm counts."""
+    """Return the trained tokens of a micro-batch in host memory, and the algorithm's count."""
     tokens = float(len(batch.trained_M))
     count = getattr(algorithm, "count", None)
     return tokens, tokens if count is None else float(count(batch))

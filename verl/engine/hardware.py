@@ -1,4 +1,4 @@
-"""The machine of a run: measured where it runs, or assumed by a plan."""
+"""The hardware of a run: measured on this machine, or assumed for a plan."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from verl.dist import has_compiler
 from verl.models.attention import flash
 
 GIB = 2**30
-# Minimum memory of a card in GiB, by the GB that it is sold with; a few cards of 16 GB have less.
+# Smallest usable memory in GiB of GPUs sold with this many GB. A few GPUs of 16 GB have less.
 CARDS = {16: 15.6, 24: 22.0, 40: 39.4, 80: 79.1, 141: 139.7}
 # Dense bfloat16 peak from the data sheets, FLOP/s.
 PEAKS = {
@@ -38,7 +38,7 @@ def no_refusal(kernel: flash.Kernel, dtype: torch.dtype, *heads: flash.Heads) ->
 
 @dataclass(frozen=True)
 class Hardware:
-    """The processes of a run and the machine under them.
+    """The processes of a run, and the machines that they run on.
 
     Attributes:
         device: device of this process.
@@ -49,7 +49,7 @@ class Hardware:
         capability: major number of the GPU's compute capability; 0 on a CPU.
         host_bytes: memory that the processes of this machine may use together; None: unlimited.
         has_compiler: whether there is a C compiler, which torch.compile needs.
-        is_here: whether it was measured, as opposed to assumed.
+        is_here: whether it was measured on this machine; false if it is assumed.
         refusal: returns why an attention kernel cannot run here for models with the given heads, or None.
     """
 
@@ -69,17 +69,20 @@ class Hardware:
         return self.device.type == "cuda"
 
     def planned(self, gpus: int) -> "Hardware":
-        """The same GPUs for a plan, `gpus` of them: no attention kernel is tried, and other machines have enough host memory."""
+        """Return this hardware with `gpus` GPUs, for a plan.
+
+        No attention kernel is tried. If the number of GPUs changes, host memory is assumed to be unlimited.
+        """
         there = self if gpus == self.processes else replace(self, processes=gpus, local_processes=gpus, host_bytes=None)
         return replace(there, refusal=no_refusal)
 
 
-# The GPU of a plan that is made on a machine without one.
+# The GPU that a plan assumes on a machine without a GPU.
 ASSUMED = Hardware(torch.device("cuda"), gpu_bytes=int(CARDS[80] * GIB), peak_flops=PEAKS["H100"], capability=9, is_here=False)
 
 
 def measure(device: torch.device) -> Hardware:
-    """Measure the hardware of this process and those that work with it.
+    """Measure the hardware of this run's processes.
 
     Args:
         device: result of `dist.start`.
@@ -106,7 +109,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak bfloat16 FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
-    words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # whole words: an L40 is no L4
+    words = re.split(r"[\s-]", torch.cuda.get_device_name(device))  # compare whole words: an L40 is not an L4
     return next((peak for part, peak in PEAKS.items() if part in words), None)
 
 

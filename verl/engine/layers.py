@@ -1,7 +1,7 @@
-"""The decoder layers of a model: which modules they are, how they are compiled, and how they recompute their activations.
+"""The decoder layers of a model: find them, compile them, and checkpoint their activations.
 
-Layers are compiled one by one, with dynamic shapes: the number of tokens differs between steps, and the same kernels serve all of them
-without padding. Layers of one class share compiled code, so compile time does not grow with depth.
+Each layer is compiled separately, with dynamic shapes, so that batches with different numbers of tokens use the same kernels without
+padding. Layers of the same class share compiled code, so compile time does not grow with depth.
 """
 
 import os
@@ -16,11 +16,12 @@ from torch._dynamo.utils import calculate_time_spent, counters
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # the chunks of verl/models/linear.py
-    MATRIX_PRODUCTS.add(torch.ops.mkldnn._linear_pointwise.default)
-# Parts of operator names, because the operators that exist depend on the release of PyTorch and on installed packages.
-KEPT = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "verl.adapted_linears", "efficient_attention", "cudnn_attention")
+    MATMULS.add(torch.ops.mkldnn._linear_pointwise.default)
+# Operators whose outputs selective checkpointing saves. These are parts of operator names, because the operators that exist depend on the
+# release of PyTorch and on installed packages.
+SAVED = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "verl.adapted_linears", "efficient_attention", "cudnn_attention")
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -33,40 +34,54 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class Compiler:
-    """Compiles the layers of a model if `on`, and reports what that took."""
+    """Compile the decoder layers of a model if `on`, and report compile times and recompilations."""
 
     def __init__(self, on: bool, model: PreTrainedModel):
         self.on = on
-        self._graphs, self._said = counters["stats"]["unique_graphs"], False  # an earlier run of this process counts for itself
+        self._graphs = counters["stats"]["unique_graphs"]  # the counter also includes graphs of earlier runs in this process
+        self._has_reported = False
         if on:
             compile_layers(model)
 
     def note(self) -> str | None:
-        """What a step that has just ended compiled, if that is worth a line: expected of a run's first step, a warning later."""
+        """Return a line for the log about compilation in the step that has just ended; None if there is nothing to report.
+
+        In the first step this is the compile time. In a later step it is a warning that the layers were compiled again.
+        """
         before, self._graphs = self._graphs, counters["stats"]["unique_graphs"]
-        first, self._said = not self._said, True
+        first, self._has_reported = not self._has_reported, True
         if not self.on or (self._graphs == before and not first):
             return None
         if not first:
-            return "warning: the layers were compiled again in this step; if that goes on, model.compile=false may be faster"
+            return "warning: the layers were recompiled in this step; if this happens often, model.compile=false may be faster"
         if self._graphs == before:
-            return "warning: torch.compile made nothing of these layers, which run as they are written (TORCH_LOGS=graph_breaks says why)"
+            return "warning: torch.compile compiled none of the layers, so they run eagerly (TORCH_LOGS=graph_breaks shows why)"
         seconds = calculate_time_spent().get("total_wall_time", 0.0)
-        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # PyTorch sets it where a person has not
-        return f"compiled the layers in {seconds:.1f} s{f', kept for the next run in {kept}' if kept else ''}"
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # PyTorch sets it if the user has not
+        return f"compiled the layers in {seconds:.1f} s{f', cached for the next run in {cache}' if cache else ''}"
 
 
 def compile_layers(model: PreTrainedModel, backend: Any = "inductor") -> None:
-    """Let each decoder layer be compiled when it is first called, in place and before it is sharded."""
-    # A layer's numbers, such as a norm's epsilon, never change. Taken for variables, they are tensors in host
-    # memory, and a checkpointed layer gets kernels for the CPU, which take longest of all to compile.
+    """Wrap each decoder layer with torch.compile in place. It is compiled at its first call. Call this before sharding."""
+    # Treat floats of a layer, such as a norm's epsilon, as constants, because they never change. As variables they would be CPU tensors,
+    # and a checkpointed layer would get CPU kernels, which take longest to compile.
     torch._dynamo.config.specialize_float = True
+    torch.compiler.config.cache_key_tag = operator_schemas()
     for layer in decoder_layers(model):
         layer.compile(dynamic=True, backend=backend)
 
 
+def operator_schemas() -> str:
+    """Return the schemas of verl's custom operators.
+
+    They are a part of the key of PyTorch's cache of compiled code, which does not contain them by itself: code that another release of verl
+    compiled would call an operator with other arguments.
+    """
+    return "\n".join(sorted(str(schema) for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("verl::")))
+
+
 def uncompiled() -> AbstractContextManager[object]:
-    """While this lasts, layers run as they are written: what is run a few times does not earn back its compiling."""
+    """Run compiled layers eagerly in this context, for code that runs too rarely to repay its compile time."""
     stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return stance
 
@@ -75,11 +90,11 @@ def uncompiled() -> AbstractContextManager[object]:
 
 
 def recompute_activations(model: PreTrainedModel, *, selective: bool = False) -> None:
-    """Let each decoder layer keep only its input, or also its expensive outputs, and recompute the rest in the backward pass.
+    """Apply activation checkpointing to each decoder layer in place: save its input, and recompute the activations in the backward pass.
 
     Args:
-        selective: also keep the outputs of attention and of every second matmul. About half of the matmuls are recomputed, and no
-            attention.
+        selective: also save the outputs of attention and of every second matmul, so that only about half of the matmuls are recomputed,
+            and no attention.
     """
     for layer in decoder_layers(model):
         layer.forward = _recomputed(layer.forward, {"context_fn": _selective} if selective else {})
@@ -93,13 +108,13 @@ def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callabl
 
 
 def _selective() -> Any:
-    products: Counter[bool] = Counter()  # separate counts for the forward pass and its recomputation
+    matmuls: Counter[bool] = Counter()  # separate counts for the forward pass and its recomputation
 
     def policy(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if operator in MATRIX_PRODUCTS:
-            products[context.is_recompute] += 1
-            return CheckpointPolicy.MUST_SAVE if products[context.is_recompute] % 2 else CheckpointPolicy.PREFER_RECOMPUTE
-        if any(part in str(operator) for part in KEPT):
+        if operator in MATMULS:
+            matmuls[context.is_recompute] += 1
+            return CheckpointPolicy.MUST_SAVE if matmuls[context.is_recompute] % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+        if any(part in str(operator) for part in SAVED):
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -64,7 +64,7 @@ def token_scores(
         slope: derivative of the loss with respect to each log-probability, if it is known in advance or depends on that log-probability
             alone. The gradient is then computed in the forward pass, and the backward pass needs no logits. The loss *must* have
             this derivative.
-        entropy: whether to return the entropy; "gradient" makes it differentiable, and then the slope is ignored.
+        entropy: whether to return the entropy; "gradient" makes it differentiable, and the slope is then ignored.
     """
     if rule.soft_cap is None and entropy != "gradient":
         arguments = hidden_MH, weight_VH, bias_V, target_M, slope if torch.is_grad_enabled() else None
@@ -239,5 +239,5 @@ def logprobs_and_entropy(logits_CV: Tensor, target_C: Tensor, factor: float = 1.
 
 
 def entropy_of(logits_CV: Tensor, total_C: Tensor) -> Tensor:
-    """Entropy of softmax(logits), from the logits and their logsumexp: log Z - sum of p * logit."""
+    """Compute the entropy of softmax(logits) from the logits and their logsumexp: log Z - sum of p * logit."""
     return total_C - ((logits_CV - total_C[:, None]).exp() * logits_CV).sum(-1)

@@ -63,7 +63,7 @@ def build_optimizer(
 
 
 def _check_state(optimizer: Any, trained: Sequence[nn.Parameter], name: str) -> None:
-    """Raises UserError: the optimizer's state cannot be saved in a checkpoint."""
+    """Raise UserError if the optimizer's state cannot be saved in a checkpoint."""
     states = [] if hasattr(optimizer, "state_of") else [optimizer_state(optimizer, p) for p in trained]
     if not all(state and all(isinstance(value, Tensor) for value in state.values()) for state in states):
         fix = "fill self.state[parameter] with tensors in __init__, as examples/optimizers/lion.py does"
@@ -86,8 +86,8 @@ def optimizer_state(optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """Return the learning rate as a function of the optimizer step, counted from 0.
 
-    The curves are those of transformers' schedules for one more step, without their first point, so that neither the first nor the last
-    step has a learning rate of zero.
+    The schedules are those of transformers with one more step, without their first point, so that neither the first nor the last step has
+    a learning rate of zero.
     """
     warmup = int(total_steps * config.warmup_steps_ratio)
     after = _AFTER_WARMUP[config.lr_scheduler]
@@ -162,7 +162,7 @@ def update(optimizer: Any, weights: "Weights", max_norm: float, loss: Tensor) ->
 
 
 def _is_fused(optimizer: Any) -> bool:
-    """Whether the optimizer clips, skips non-finite steps and publishes the weights itself, as `FusedAdamW` does."""
+    """Return whether the optimizer clips, skips non-finite steps and publishes the weights itself, as `FusedAdamW` does."""
     return bool(getattr(optimizer, "is_fused", False))
 
 

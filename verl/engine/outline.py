@@ -1,4 +1,4 @@
-"""The model of a run without its weights: sizes and arithmetic from its config alone."""
+"""The model of a run without weights: its sizes and FLOP, from its config alone."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ class Outline:
         settings: the `model` section.
         model: result of `verl.models.load.outline`, if it is built already.
     Raises:
-        UserError: on access: there is no such model, or it cannot have the adapters.
+        UserError: raised by the properties if there is no such model, or it cannot have the adapters.
     """
 
     def __init__(self, settings: ModelConfig, model: PreTrainedModel | None = None):
@@ -32,7 +32,7 @@ class Outline:
         self._made: dict[str, PreTrainedModel] = {} if model is None else {"": model}  # by adapter settings
 
     def with_settings(self, settings: ModelConfig) -> "Outline":
-        """The same model under other settings."""
+        """Return the outline of the same model with other settings."""
         other = Outline(settings)
         other._made = self._made
         return other
@@ -46,7 +46,7 @@ class Outline:
 
     @property
     def adapted(self) -> PreTrainedModel:
-        """The model with the adapters that the settings ask for, as it is trained."""
+        """The model with the adapters of the settings, if any."""
         if not self.has_adapters:
             return self.model
         key = repr([getattr(self.settings, name) for name in ADAPTER_KEYS])
@@ -60,7 +60,7 @@ class Outline:
 
     @cached_property
     def heads(self) -> Heads:
-        """Its attention heads; reads the config alone."""
+        """The model's attention heads. This needs only the config."""
         return heads_of(self.config)
 
     @cached_property
@@ -97,10 +97,10 @@ class Outline:
         return sum(p.numel() for p in self.adapted.parameters() if p.requires_grad)
 
     def flops(self, tokens: int, *, scalar_head: bool = False) -> float:
-        """FLOP of the forward and backward pass over `tokens` trained tokens (see `training_flops`).
+        """Return the FLOP of the forward and backward pass over `tokens` trained tokens (see `training_flops`).
 
         Args:
-            scalar_head: count a head that gives one number per token in place of the output layer. Such a model has no adapters.
+            scalar_head: whether to count a scalar head in place of the output layer. Such a model has no adapters.
         """
         if scalar_head:
             hidden_size: int = self.model.config.get_text_config().hidden_size
@@ -121,6 +121,7 @@ def _with_adapters(model: PreTrainedModel, settings: ModelConfig) -> PreTrainedM
 
 
 def count(model: nn.Module) -> int:
+    """Return the number of elements of all parameters."""
     return sum(p.numel() for p in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Reference models: frozen engines that score what the actor is trained on."""
+"""Reference models: frozen engines that compute the log-probabilities of the actor's training tokens."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,19 +17,20 @@ from verl.models.shards import load_without_values
 
 
 class AdapterOffReference:
-    """What an actor with an adapter of its own starts from: the actor itself, its adapter switched off while it scores."""
+    """Reference of an actor with a new adapter: the actor itself, with the adapter disabled while it scores."""
 
     def __init__(self, actor: Built):
         assert actor.adapted is not None
         self._adapted, self._engine = actor.adapted, actor.engine
 
     def score(self, micro_batches: Iterable[Batch]) -> list[Any]:
-        """As `Engine.score`."""
+        """Same as `Engine.score`."""
         scorer: Any = self._engine.scorer
         entropy, scorer.entropy = scorer.entropy, False
         try:
             with self._adapted.disable_adapter():
-                for parameter in self._engine.trained:  # peft freezes them too, and FSDP2's first forward pass would take them for frozen
+                # disable_adapter also freezes the adapters, and FSDP2's first forward pass would then treat them as frozen.
+                for parameter in self._engine.trained:
                     parameter.requires_grad = True
                 return self._engine.score(micro_batches)
         finally:
@@ -37,12 +38,13 @@ class AdapterOffReference:
 
 
 def build_reference(settings: ModelConfig, actor: Built, path: str | None = None) -> Engine | AdapterOffReference:
-    """A frozen model in the dtype of the arithmetic, spread as the actor is; it scores as the actor does.
+    """Build a frozen model in the compute dtype, distributed like the actor. It scores with the actor's temperature.
 
     Args:
-        path: of another model with the actor's vocabulary; None: what the actor starts from.
+        settings: model settings of the actor.
+        path: path of another model with the actor's vocabulary; None: the model that the actor starts from.
     Raises:
-        UserError: no such model, or one with another vocabulary.
+        UserError: no such model, or it has another vocabulary.
     """
     adapter = settings.lora_adapter_path if path is None else None
     if path is None and actor.adapted is not None and adapter is None and settings.trainable_tokens is None:
@@ -56,22 +58,22 @@ def build_reference(settings: ModelConfig, actor: Built, path: str | None = None
     if loaded is None:
         loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted)
     if adapter is not None:
-        from verl.models.adapters.files import put_on
+        from verl.models.adapters.files import attach
 
-        put_on(loaded.model, adapter).merge_and_unload()
+        attach(loaded.model, adapter).merge_and_unload()
     check_vocabulary(loaded.model, actor.tokenizer, source)
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)
     return make_engine(TokenScorer(loaded.model, temperature), None, loaded, decisions)
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:
-    """Raises UserError if a model's own tokenizer reads some token id of ours otherwise."""
+    """Raise UserError if a token of the actor has another id, or none, in the tokenizer of the model at `path`."""
     mine, theirs = tokenizer.get_vocab(), load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab()
     odd = [token for token, number in mine.items() if theirs.get(token) != number]
     if odd:
         found = theirs.get(odd[0], "no token")
         raise UserError(
-            f"{len(odd):,} tokens of the actor are others there: {odd[0]!r} is {mine[odd[0]]} here and {found} there",
+            f"{len(odd):,} of the actor's tokens have other ids in this model: {odd[0]!r} is {mine[odd[0]]} for the actor and {found} here",
             where=path,
             fix="choose a model of the actor's family, with the same tokenizer",
         )

@@ -50,14 +50,14 @@ def probe_documents(vocabulary: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class TokenScorer(Scorer):
-    """A causal language model that scores given tokens: from a packed batch to TokenOut.
+    """A causal language model that computes the log-probabilities of given tokens (`TokenOut`) on packed batches.
 
     The model and its output layer are one module, so that FSDP gathers the output embedding, which may be tied to the input embedding,
     exactly while it is used.
 
     Attributes:
         temperature: divisor of the logits, the same as in sampling.
-        entropy: whether to compute the entropy: True, or "gradient" if the loss has an entropy term.
+        entropy: True to compute the entropy, "gradient" to compute it with a gradient for a loss with an entropy term.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0, entropy: Entropy = False):
@@ -135,7 +135,7 @@ def check_parts(scorer: TokenScorer) -> None:
         return
     from verl.data.pack import collate
 
-    # The longer document last: wherever the batch is cut, some trained token then depends on tokens of another slice.
+    # The longer document comes last: wherever the batch is cut, some trained token then depends on tokens of another slice.
     documents = probe_documents(scorer.model.config.vocab_size)[::-1]
     whole = collate(documents, [0, 1], multiple_of_tokens=dist.context_size())
     part = whole.part(dist.context_rank(), dist.context_size())

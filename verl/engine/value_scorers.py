@@ -1,6 +1,6 @@
-"""Scorers with a head that gives one number: values of a critic, scores of a reward model.
+"""Scorers with a scalar head: the values of a critic and the scores of a reward model.
 
-Dimensions: T tokens of the packed batch, or of this process's part; M trained positions; S documents; H hidden size.
+Dimensions: T tokens of the packed batch, or of this rank's slice; M trained positions; S documents; H hidden size.
 """
 
 import torch
@@ -18,7 +18,7 @@ from verl.models.heads import head_of
 
 
 class ValueScorer(Scorer):
-    """A critic, with a value for each trained token."""
+    """A critic, which gives a value for each trained token."""
 
     def forward(self, batch: Batch, slope: Slope | None = None) -> ValueOut:
         hidden_MH = self.hidden(batch).index_select(0, batch.trained_M)
@@ -26,7 +26,7 @@ class ValueScorer(Scorer):
 
 
 class RewardScorer(Scorer):
-    """A reward model, with a score for each document at its last token. Documents must not be padded."""
+    """A reward model, which gives a score for each document at its last token. Documents must not be padded."""
 
     def forward(self, batch: Batch, slope: Slope | None = None) -> ScoreOut:
         hidden_TH = self.hidden(batch)
@@ -60,8 +60,8 @@ def check_hidden(scorer: Scorer, *, where: str) -> None:
     model.train(training)
     difference = ((found_TH - expected_TH).abs().max() / expected_TH.abs().max()).item()
     if not difference < TOLERANCE:
-        what = f"the hidden states of {type(model).__name__} in packed batches differ from those of single documents by {difference:.2g}"
-        raise UserError(f"{what} of the largest", where=where, fix=USE_ANOTHER)
+        what = f"the hidden states of {type(model).__name__} in packed batches differ from those of single documents"
+        raise UserError(f"{what} by {difference:.2g}, relative to the largest value", where=where, fix=USE_ANOTHER)
 
 
 def _apply_head(model: PreTrainedModel, hidden_MH: Tensor) -> Tensor:

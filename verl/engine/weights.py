@@ -25,7 +25,7 @@ BUCKET = 2**25  # gradients per all-reduce, in float32: 128 MiB
 
 @dataclass(frozen=True)
 class Sharding:
-    """Settings of FSDP2.
+    """Settings of FSDP2 sharding and offloading.
 
     Attributes:
         size: consecutive ranks that share one copy of the weights; the groups hold replicas of each other (HSDP). None: all ranks.
@@ -48,7 +48,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Spread:
-    """Distribution of the weights over ranks and memories.
+    """Distribution of the weights over ranks, and over device and host memory.
 
     Attributes:
         strategy: "ddp" replicates them on each rank, "fsdp2" shards them. One process without offloading does neither.
@@ -291,7 +291,7 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
         the same module, sharded.
     """
     mesh = processes.mesh(device, sharding.size)
-    # With one rank, resharding would only cost copies.
+    # With one rank, resharding would only add copies.
     alone = mesh.size() == 1 and not sharding.cpu_offload
     options: dict[str, Any] = {
         "mesh": mesh,

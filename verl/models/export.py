@@ -1,6 +1,6 @@
 """`verl export SRC DIR`: merge an adapter into its base model, cast the weights, and split them into files.
 
-The written model is loaded again, and its logits must equal those of the model in memory.
+The exported model is loaded again, and its logits must equal those of the model in memory.
 
 Dimensions: T tokens of a prompt, V vocabulary.
 """
@@ -30,16 +30,16 @@ PROBE = [
     {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
     {"role": "assistant", "content": "In May she sold 48 / 2 = 24 clips, so 48 + 24 = 72 in all."},
 ]
-# Difference of logits that the order of float32 sums may explain: absolute, and relative to the largest logit.
+# Largest difference of logits that a different order of float32 sums may cause: absolute, and relative to the largest logit.
 TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 2e-5
-# Largest norm of the change by casting, relative to the norm of the adapter's effect on the logits.
+# Largest norm of the change of the logits by casting, relative to the norm of the change by the adapter.
 LARGEST_CAST_EFFECT = 0.7
 # Largest difference of logits that casting may cause, relative to the largest logit.
 CAST_TOLERANCE = {torch.float32: RELATIVE_TOLERANCE, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def export(config: ExportConfig) -> Path:
-    """Export a checkpoint; a failed export leaves no files behind.
+    """Export a checkpoint. A failed export leaves no files behind.
 
     Returns:
         the written directory.
@@ -80,6 +80,7 @@ def say(line: str) -> None:
 
 
 def check_target(target: Path) -> None:
+    """Raise UserError if the target is a file or a directory that is not empty."""
     if target.is_dir() and any(target.iterdir()):
         raise UserError("the directory is not empty", where=str(target), fix="choose a new directory, or empty this one")
     if target.exists() and not target.is_dir():
@@ -87,7 +88,7 @@ def check_target(target: Path) -> None:
 
 
 def find_source(path: str) -> str:
-    """Return the checkpoint of a path; for a run's directory, the newest one."""
+    """Return the checkpoint at a path. For a run's directory, this is the newest checkpoint."""
     local = Path(path).expanduser()
     steps = local.is_dir() and not any((local / name).is_file() for name in ("config.json", files.CONFIG)) and newest_step(local)
     if steps:
@@ -147,7 +148,7 @@ def merge(loaded: Loaded, source: str, ids_T: Tensor) -> tuple[Tensor, Tensor]:
     """
     say(f"merging {source}")
     base_TV = logits(loaded.model, ids_T)
-    adapted = files.put_on(loaded.model, source).eval()
+    adapted = files.attach(loaded.model, source).eval()
     adapted_TV = logits(adapted, ids_T)
     effect_TV = adapted_TV - base_TV
     limit, effect = tolerance(adapted_TV), largest(effect_TV)
@@ -160,11 +161,12 @@ def merge(loaded: Loaded, source: str, ids_T: Tensor) -> tuple[Tensor, Tensor]:
     if not difference <= limit:
         what = f"the merged model's logits differ by {difference:.2g} from those with the unmerged adapter, which is more than rounding"
         raise UserError(what, where=source, fix="use the unmerged adapter with peft")
-    say(f"the adapter changes the logits of a prompt by up to {effect:.2g}; merged: off by {difference:.1g} (allowed: {limit:.1g})")
+    say(f"the adapter changes the logits of a prompt by up to {effect:.2g}; merging, by {difference:.1g} (allowed: {limit:.1g})")
     return adapted_TV, effect_TV
 
 
 def is_untrained(adapted: PeftModel) -> bool:
+    """Return whether all `lora_B` are zero, as in a new adapter."""
     parts = [p for name, p in adapted.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]
     return not any(bool(p.any()) for p in parts)
 
@@ -204,7 +206,7 @@ def check_cast(cast_TV: Tensor, expected_TV: Tensor, effect_TV: Tensor | None, d
     """Check that casting changes the logits only by rounding, and by less than the adapter does.
 
     Raises:
-        UserError: it changes them more.
+        UserError: casting changes them more.
     """
     share = max(CAST_TOLERANCE.get(dtype, RELATIVE_TOLERANCE) for dtype in dtypes)
     limit, difference = max(TOLERANCE, share * largest(expected_TV)), largest(cast_TV - expected_TV)
@@ -223,7 +225,7 @@ def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, config: ExportCo
     """Load the written files with transformers, and check that the logits are those of the model in memory.
 
     Raises:
-        UserError: they are not.
+        UserError: the logits differ.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
     difference = largest(logits(model.eval(), ids_T) - cast_TV)
@@ -255,6 +257,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def commit(folder: Path, target: Path) -> None:
+    """Move the finished files to their place."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         path.chmod(mode)  # safetensors makes files that only the owner can read

@@ -27,10 +27,10 @@ def load_critic(
     """Load a critic for a ValueScorer: a saved one, or a causal language model with a head of zeros.
 
     Args:
-        values: whether to read the weights; false leaves them on the meta device for sharding, if `load_without_values` can read
-            the files.
+        values: whether to read the weights; false leaves them on the meta device for sharding, if `load_without_values` supports the
+            files.
     Raises:
-        UserError: no such model, or transformers has no token classification for the architecture.
+        UserError: no such model, or transformers has no token classification model of the architecture.
     """
     return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values)
 
@@ -48,7 +48,7 @@ def load_reward_model(
     With `trust_remote_code` it may be any model whose code has a module `score` that maps hidden states to one number.
 
     Args:
-        values: as for `load_critic`.
+        values: same as in `load_critic`.
     Raises:
         UserError: no such model, or it has more than one label.
     """
@@ -107,7 +107,7 @@ def _remove_dropout(model: PreTrainedModel) -> None:
 
 
 def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None:
-    """Set a head that the files lack to zero: all values are then 0, and the first advantages are the rewards themselves."""
+    """Set a head that is missing in the files to zero. All values are then 0, and the first advantages are the rewards themselves."""
     head = {id(parameter) for parameter in head_of(model).parameters()}
     for name, parameter in model.named_parameters():
         if name not in missing:
@@ -118,6 +118,7 @@ def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
+    """Return the scalar head of a model. Raises UserError if it has none."""
     for name in ("score", "classifier"):
         if isinstance(head := getattr(model, name, None), nn.Module):
             return head

@@ -1,4 +1,4 @@
-"""Liger's Triton kernels for norms, rotary embeddings and MLPs; the engine keeps its own loss."""
+"""Liger's Triton kernels for norms, rotary embeddings and MLPs. The loss is still the engine's own."""
 
 import torch
 from transformers import PreTrainedModel
@@ -7,7 +7,7 @@ from verl.errors import UserError
 
 
 def use_liger(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace the layers of a loaded model in place.
+    """Use Liger's kernels in the layers of a loaded model, in place.
 
     Raises:
         UserError: there is no GPU, Liger is not installed, or it does not support the architecture.

@@ -3,7 +3,7 @@
 PyTorch runs float32 matmuls on a CPU through MKL, which uses AVX-512 only on Intel processors. oneDNN, which PyTorch includes too, uses
 it on every CPU that has it: on an AMD EPYC of 2025 it is 2.2 times as fast. Both compute in float32.
 
-oneDNN caches a packed copy of the weights for each input shape. To keep the cache small, the rows are passed in chunks of a few sizes.
+oneDNN caches a packed copy of the weights for each input shape. To keep the cache small, rows are passed in chunks of a few fixed sizes.
 
 Dimensions: T rows, in one or more dimensions; K input features, N output features.
 """
@@ -26,7 +26,7 @@ CHUNK_ROWS = (1024, 512, 256, 128, 64)  # rows per call
 def use_whole_cpu(model: nn.Module) -> None:
     """Let the model's linear layers use oneDNN if it is faster on this machine.
 
-    Layers on a GPU are left alone. So is a compiled model, because torch.compile would compile each of its layers separately.
+    Layers on a GPU are not changed. Neither are compiled models, because torch.compile would compile each of their layers separately.
     """
     if not is_faster() or any(module._compiled_call_impl is not None for module in model.modules()):
         return
@@ -78,7 +78,7 @@ def add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:
 
 def _use_onednn(rows_TK: Tensor, weight_NK: Tensor) -> bool:
     """Return whether oneDNN supports these tensors and is faster for them."""
-    if torch.compiler.is_compiling() or not is_faster():  # in this order: the compiler cannot trace is_faster
+    if torch.compiler.is_compiling() or not is_faster():  # in this order, because the compiler cannot trace is_faster
         return False
     rows = rows_TK.numel() // max(1, rows_TK.shape[-1])
     if len(weight_NK) > MAX_WIDENING * weight_NK.shape[1] or not any(_chunks(rows, weight_NK.numel())):
@@ -128,7 +128,7 @@ def _add_outer(total_NK: Tensor, left_TN: Tensor, right_TK: Tensor) -> None:
 
 
 def _chunks(rows: int, multiplications: int) -> Iterator[slice]:
-    """Yield the chunks of rows for oneDNN; the last rows, too few for a call, are omitted.
+    """Yield the chunks of rows for oneDNN. The last rows are omitted if they are too few for a call.
 
     Args:
         multiplications: number of multiplications per row.

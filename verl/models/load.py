@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory or the Hub, with errors a user can mend."""
+"""Load models and tokenizers from a directory or the Hub. Failures are raised as UserError."""
 
 import gc
 import json
@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class Loaded:
     """A model for training.
 
     Attributes:
-        model: a causal language model, its attention set to packed batches.
-        saved_dtypes: the dtype that each parameter and buffer had on disk, and will have again.
-        fill: of a model without values (`verl.models.shards`), reads them once it is sharded, onto a device.
-        read: of a model without values, a whole tensor by its name.
+        model: causal language model, or model with a scalar head, with attention for packed batches.
+        saved_dtypes: dtype on disk of each parameter and buffer, by name; saving casts back to it.
+        fill: for a model on the meta device (`verl.models.shards`): reads its weights onto a device once it is sharded. None if the model
+            has its weights.
+        read: for a model on the meta device: reads one full tensor by its name. None if the model has its weights.
     """
 
     model: PreTrainedModel
@@ -48,7 +49,7 @@ class Loaded:
     read: Callable[[str], Tensor] | None = None
 
     def output_embeddings(self) -> Tensor:
-        """Of the vocabulary, in the dtype on disk where the model has no values."""
+        """Return the output embeddings, weight_VH. For a model on the meta device they are read from disk, in their dtype there."""
         weight_VH: Tensor = self.model.get_output_embeddings().weight
         if self.read is None:
             return weight_VH
@@ -57,19 +58,19 @@ class Loaded:
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
-        path: a model directory or Hub name, or an adapter directory, which may leave the tokenizer to its base.
-        chat_template: a Jinja file that takes the place of the tokenizer's own template.
+        path: model directory, Hub name, or adapter directory. If an adapter directory has no tokenizer, that of its base model is loaded.
+        chat_template: path of a Jinja file that replaces the tokenizer's own chat template.
     Raises:
-        UserError: no such model, no tokenizer in it, or no such template.
+        UserError: no such model, it has no fast tokenizer, or no such template.
     """
     source, adapter = resolve(path), read_adapter_config(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
         source = resolve(adapter["base_model_name_or_path"])
     try:
-        with _garbage_left_alone():
+        with _without_garbage_collection():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise cannot_load("tokenizer", path, error) from error
@@ -92,16 +93,17 @@ def load_for_training(
     trust_remote_code: bool = False,
     quantization: BitsAndBytesConfig | None = None,
 ) -> Loaded:
-    """A causal language model, ready for packed batches.
+    """Load a causal language model with attention for packed batches.
 
-    Its weights go tensor by tensor from the file to the device; host memory holds no copy of them.
+    Weights are copied from the file to the device one tensor at a time, so host memory never holds a full copy.
 
     Args:
-        device: where the weights are to live.
-        dtype: what they are to be there.
-        quantization: of the linear layers, one by one as they are read.
+        path: model directory or Hub name.
+        device: device of the weights.
+        dtype: dtype of the weights in memory.
+        quantization: quantization config for bitsandbytes; each linear layer is quantized when it is read. None: no quantization.
     Raises:
-        UserError: no such model, or not one that PyTorch and safetensors can load.
+        UserError: no such model, or its weights cannot be loaded from safetensors.
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options)
@@ -111,7 +113,7 @@ def load_for_training(
 
 
 def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's config.
+    """Read the config of a model.
 
     Raises:
         UserError: no such model.
@@ -142,13 +144,14 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
 def load_for_inference(
     path: str, *, device: torch.device | str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model for generation; an adapter directory is merged into its base.
+    """Load a causal language model for generation. An adapter is merged into its base model.
 
     Args:
-        path: a model directory, a LoRA adapter directory, or a Hub name.
-        dtype: of the weights; None: as on disk.
+        path: model directory, LoRA adapter directory, or Hub name.
+        device: device of the weights.
+        dtype: dtype of the weights in memory; None: the dtype on disk.
     Raises:
-        UserError: no such model, or an adapter whose base cannot be found.
+        UserError: no such model, or the base model of an adapter cannot be loaded.
     """
     adapter = read_adapter_config(path)
     base = path if adapter is None else adapter["base_model_name_or_path"]
@@ -159,20 +162,20 @@ def load_for_inference(
     except UserError as error:
         if adapter is None:
             raise
-        raise UserError(f"the adapter's base model cannot be loaded: {error.what}", where=path, fix=f"put it back at {base}") from error
+        raise UserError(f"the adapter's base model cannot be loaded: {error.what}", where=path, fix=f"restore it at {base}") from error
     if adapter is not None:
-        from verl.models.adapters.files import put_on
+        from verl.models.adapters.files import attach
 
         directory = resolve(path)
-        put_on(model, directory).merge_and_unload()
-        if (Path(directory) / "generation_config.json").is_file():  # it stops at what the adapter was trained to end with
+        attach(model, directory).merge_and_unload()
+        if (Path(directory) / "generation_config.json").is_file():  # it has the stop tokens of the adapter's training
             model.generation_config = GenerationConfig.from_pretrained(directory)
     evaluated: PreTrainedModel = model.eval()
     return evaluated
 
 
 def read_adapter_config(path: str) -> dict[str, Any] | None:
-    """The adapter_config.json of a LoRA adapter directory; None for anything else."""
+    """Read adapter_config.json of an adapter directory. Return None if `path` is anything else."""
     file = Path(path).expanduser() / "adapter_config.json"
     if not file.is_file():
         return None
@@ -181,7 +184,7 @@ def read_adapter_config(path: str) -> dict[str, Any] | None:
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Raises UserError if the tokenizer has ids that the model has no embedding for."""
+    """Raise UserError if the model has no embedding for some token ids of the tokenizer."""
     embeddings = len(next(model.get_input_embeddings().parameters()))
     highest = max(tokenizer.get_vocab().values())
     if highest >= embeddings:
@@ -193,33 +196,33 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def resolve(path: str) -> str:
-    """A local directory as an absolute path; anything else is taken for a Hub name.
+    """Return the absolute path of a local model or adapter directory. Any other name is returned unchanged, as a Hub name.
 
     Raises:
-        UserError: what is spelled like a path does not exist, or holds no model.
+        UserError: the path does not exist, is a file, or has no model.
     """
     local = Path(path).expanduser()
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             newest = newest_step(local)
-            hint = f"did you mean {newest}?" if newest else "give the directory that holds config.json"
-            raise UserError("holds no config.json", where=path, fix=hint)
+            hint = f"did you mean {newest}?" if newest else "give the directory that has config.json"
+            raise UserError("has no config.json", where=path, fix=hint)
         return str(local.resolve())
     if local.exists():
-        raise UserError("is a file", where=path, fix="give the directory that holds it")
+        raise UserError("is a file, not a directory", where=path, fix="give the directory that has the file")
     if path.startswith(("~", "/", ".")) or path.count("/") > 1:
         raise UserError("no such model directory", where=path, fix=f"the current folder is {Path.cwd()}")
     return path
 
 
 def newest_step(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's directory."""
+    """Return the newest checkpoint in a run's directory; None if there is none."""
     steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal()]
     return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
 
 
 def check_language_model(config: PretrainedConfig, path: str) -> None:
-    """Raises UserError if the config is that of a reward model or a critic, whose head a language model would lose."""
+    """Raise UserError if the config is that of a reward model or a critic, because loading it as a language model would drop its head."""
     if any(name.endswith("Classification") for name in config.architectures or []):
         what = f"is a reward model or a critic ({', '.join(config.architectures or [])}), not a language model"
         raise UserError(
@@ -237,7 +240,7 @@ def _from_pretrained(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            device_map=str(device),  # as text, "cuda" is this process's own GPU also in the threads that read the file
+            device_map=str(device),  # as a string, "cuda" means this process's GPU also in the threads that read the file
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             use_safetensors=True,
@@ -249,15 +252,15 @@ def _from_pretrained(
     except SafetensorError as error:
         raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
     model: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):  # transformers has drawn them at random
-        what = f"lacks {len(missing)} of the weights of a {type(model).__name__}, such as {missing[0]}"
-        raise UserError(what, where=path, fix="give a complete language model; a reward model or a critic is none")
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers has initialized them randomly
+        what = f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}"
+        raise UserError(what, where=path, fix="give a complete language model, not a reward model or a critic")
     return model
 
 
 @contextmanager
-def _garbage_left_alone() -> Iterator[None]:
-    """No garbage collection meanwhile: for the half million objects of a vocabulary it runs so often that it doubles the time."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Disable garbage collection in this context. A vocabulary has half a million objects, and collection would double the loading time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -268,10 +271,10 @@ def _garbage_left_alone() -> Iterator[None]:
 
 
 def find_saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dtype]:
-    """The dtype on disk of each of the model's tensors, by its name in the model.
+    """Return the dtype on disk of each of the model's tensors, by its name in the model.
 
-    A tensor that is tied to another has that one's. One that is not on disk under its name, because the file has it in parts
-    or under an older name, has the dtype of most of the file.
+    Tied tensors have the same dtype. A tensor that is not on disk under its name, because the file has it in parts or under an older
+    name, gets the dtype of most elements in the file.
     """
     on_disk: dict[str, torch.dtype] = {}
     elements: Counter[torch.dtype] = Counter()
@@ -288,17 +291,17 @@ def find_saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dt
 
 
 def _weights_on_disk(source: str) -> Iterator[tuple[str, torch.dtype, int]]:
-    """Name, dtype and number of elements of each floating-point tensor of a model whose files are here; reads their headers alone."""
+    """Yield name, dtype and number of elements of each floating-point tensor in a model's local files. Only file headers are read."""
     for path in weight_files(source):
         with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, it is no dictionary
+            for key in file.keys():  # noqa: SIM118, not a dictionary
                 part = file.get_slice(key)
                 if part.get_dtype() in DTYPES:
                     yield key, DTYPES[part.get_dtype()], math.prod(part.get_shape())
 
 
 def weight_files(source: str) -> list[Path]:
-    """The safetensors files of a model that has been loaded from a directory or the Hub."""
+    """Return the safetensors files of a model that has been loaded from a directory or the Hub."""
     config = cached_file(source, "config.json")
     assert config is not None  # the model was loaded with it
     folder = Path(config).parent
@@ -307,11 +310,11 @@ def weight_files(source: str) -> list[Path]:
         return [whole]
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))  # a config may name its file otherwise
+    return sorted(folder.glob("*.safetensors"))  # the files may have other names
 
 
 def restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[str, torch.dtype], *, trust_remote_code: bool) -> None:
-    """Let the config name the dtype of the file again, in place of the one that was loaded."""
+    """Set the dtype in the model's config to the dtype on disk again, because loading has replaced it by the dtype in memory."""
     stated = AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code).dtype
     dtype = stated if stated is not None else next(iter(saved_dtypes.values()))
     for part in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
@@ -320,14 +323,18 @@ def restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[s
 
 
 def cannot_load(what: str, path: str, error: Exception) -> UserError:
-    """What to raise where transformers or the Hub raised."""
+    """Return the UserError for an exception that transformers or the Hub raised.
+
+    Args:
+        what: "model" or "tokenizer", for the message.
+    """
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
-        return UserError(f"the {what} brings Python code of its own", where=path, fix="if you trust it, set trust_remote_code=true")
+        return UserError(f"the {what} needs Python code from its repository", where=path, fix="if you trust it, set trust_remote_code=true")
     return UserError(
         f"cannot load the {what}: {reason}",
         where=path,
-        fix="give a local model directory, or a Hub name with the network and, where needed, a login",
+        fix="give a local model directory, or a Hub name; the Hub needs a network connection, and a login for gated models",
     )
 
 
@@ -337,6 +344,6 @@ def is_quantized(parameter: Tensor | None) -> bool:
 
 
 def numel(parameter: Tensor) -> int:
-    """Return the number of weights of a parameter, also if it is quantized."""
+    """Return the number of weights of a parameter, which may be quantized."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())

@@ -1,7 +1,7 @@
 """The prompt format of a checkpoint: the chat template, stop tokens and system prompts of its training.
 
-A model that is prompted differently from its training answers worse, without any error. So training writes `prompt_format.json` next to
-the weights, and the evaluator and reinforcement learning refuse a different format.
+A model that is prompted in another format than in training answers worse, without any error. So training writes `prompt_format.json` next
+to the weights, and evaluation and reinforcement learning raise an error if the format differs.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def read_format(path: str) -> PromptFormat | None:
 
 
 def check_format(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], asked: Iterable[str | None], *, key: str) -> None:
-    """Check that a checkpoint is prompted in the format of its training.
+    """Check that a checkpoint is prompted in the format of its training. Do nothing if verl did not train the model.
 
     Args:
         path: checkpoint directory.

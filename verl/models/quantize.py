@@ -15,7 +15,7 @@ from verl.models.load import Loaded, is_quantized, load_for_training
 def four_bit(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """Return the quantization config for transformers, or None if `load_in_4bit` is false.
 
-    Layers compute in float32 until `set_compute_dtype`, so that the loaded model can be checked like any other.
+    Layers compute in float32 until `set_compute_dtype` is called, so that the loaded model can be checked in float32 like any other.
 
     Raises:
         UserError: bitsandbytes is not installed, or there is more than one process.
@@ -32,7 +32,7 @@ def four_bit(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-        # Codes are stored as numbers of the model's dtype, four or eight in each, so that nothing casts them.
+        # The 4-bit codes are stored in elements of the compute dtype, four or eight per element, so that nothing casts them.
         bnb_4bit_quant_storage=compute_dtype,
     )
 
@@ -51,7 +51,7 @@ def load_in_4bit(config: ModelConfig, *, device: torch.device | str = "cpu", com
 
 
 def keep_layout(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking the codes for inference on a CPU, after which it could not train with them."""
+    """Prevent bitsandbytes from repacking the codes for inference on a CPU, because repacked codes cannot be trained with."""
     module: Any
     for module in model.modules():
         if is_quantized(getattr(module, "weight", None)) and hasattr(module, "support_avx512bf16_for_cpu"):

@@ -21,9 +21,9 @@ def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str
     """Write config and safetensors. Every rank calls it; rank 0 writes.
 
     Args:
-        model: sharded or whole; its weights are gathered and cast one at a time.
+        model: model to save, which may be sharded; its weights are gathered and cast one at a time.
         saved_dtypes: dtype on disk of each tensor, by its name in the model.
-        max_shard_size: maximum size of a weight file.
+        max_shard_size: maximum size of a weight file, such as "50GB".
     """
     weights = _gather(model, saved_dtypes)
     if dist.is_main():
@@ -41,7 +41,7 @@ def export_adapter(directory: Path, adapted: "PeftModel") -> None:
 
     weights = _gather(adapted, {}, only_trained=True)
     if dist.is_main():
-        # The embeddings were not resized, so peft need not look up those of the base.
+        # The embeddings were not resized, so peft need not compare them with those of the base model.
         adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
         save_file(
             {_name_for_both(name): tensor.contiguous() for name, tensor in adapter.items()},
@@ -54,14 +54,14 @@ def export_adapter(directory: Path, adapted: "PeftModel") -> None:
 
 
 def _name_for_both(name: str) -> str:
-    """Name DoRA's magnitudes so that both peft and transformers read them: transformers needs the suffix that peft omits."""
+    """Return the name under which both peft and transformers read a tensor: transformers needs a suffix on DoRA's magnitudes."""
     return f"{name}.weight" if name.endswith("lora_magnitude_vector") else name
 
 
 def export_tokenizer(
     directory: Path, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, stop_ids: Iterable[int]
 ) -> None:
-    """Write the tokenizer, its template, and a generation config that ends at every trained stop token."""
+    """Write the tokenizer with its chat template, and a generation config that stops at every trained stop token."""
     if not dist.is_main():
         return
     tokenizer.save_pretrained(directory)
@@ -75,7 +75,7 @@ def export_tokenizer(
 
 
 def _gather(model: torch.nn.Module, saved_dtypes: dict[str, torch.dtype], *, only_trained: bool = False) -> dict[str, Tensor]:
-    """Gather full tensors in rank 0's host memory, tied parameters once; other ranks get an empty dict."""
+    """Gather full tensors in rank 0's host memory, by name. Tied parameters share memory. Other ranks get an empty dict."""
     gathered: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""Loading of sharded models: created on the meta device, sharded, and then filled from safetensors, so that no rank holds a whole model.
+"""Load sharded models: create them on the meta device, shard them, and read the weights from safetensors. No rank holds a whole model.
 
 Adapters are small and are not on the meta device. As in `verl.engine.weights`, weights are sharded along their first dimension.
 """
@@ -36,10 +36,12 @@ def load_without_values(
     """Load a model on the meta device, with `Loaded.fill` to read its weights once they are sharded.
 
     Args:
+        dtype: dtype of the parameters.
         kind: transformers' Auto class of the model.
         head: returns the model's scalar head, which starts at zero if the files lack it; None if the model has no scalar head.
     Returns:
-        None if the files have other tensors than the model, such as an older layout, which only transformers can read.
+        the model, or None if names or shapes of the tensors in the files differ from those of the model, as in an older layout that only
+        transformers can read.
     Raises:
         UserError: no such model.
     """
@@ -65,7 +67,7 @@ def load_without_values(
 
 
 def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Build a small model of the same architecture in float32: random weights, a small vocabulary, and at least one layer of each type."""
+    """Build a small model of the same architecture in float32, with random weights, a small vocabulary and each type of layer."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -85,7 +87,7 @@ def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 @torch.no_grad()
 def _fill(scorer: nn.Module, device: torch.device, *, tensor_files: dict[str, Path], zeros: set[str]) -> None:
-    """Read this rank's shards of a model's weights. Tensors that are not on the meta device, such as buffers and adapters, are kept."""
+    """Read this rank's shards of a model's weights. Tensors off the meta device, such as buffers and adapters, keep their values."""
     kept = {name: tensor.clone() for name, tensor in _tensors(scorer).items() if not tensor.is_meta}
     scorer.to_empty(device=device)
     model: Any = scorer.model
@@ -143,7 +145,7 @@ def _local_folder(path: str) -> Path:
 
 
 def _file_of_each_tensor(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor."""
+    """Return the path of each tensor's file, by tensor name."""
     tensor_files: dict[str, Path] = {}
     for path in weight_files(str(folder)):
         with safe_open(path, "pt") as file:

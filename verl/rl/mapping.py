@@ -26,7 +26,7 @@ class Layout:
 
     @property
     def is_split(self) -> bool:
-        """Whether the rollout has its own ranks."""
+        """Return whether the rollout has its own ranks."""
         return self.training != self.rollout
 
     def describe(self) -> str:

@@ -49,7 +49,7 @@ class Method:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether old log-probabilities must be computed before the update; if not, the update's own forward pass gives them."""
+        """Return whether old log-probabilities must be computed before the update; if not, the update's own forward pass gives them."""
         s = self.settings
         in_reward = isinstance(s, PolicySettings) and s.kl_coef > 0 and s.kl_in == "reward"
         return self.shared.updates_per_step > 1 or self.shared.old_logprobs == "rollout" or in_reward

@@ -28,7 +28,7 @@ BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exce
 
 @dataclass(frozen=True)
 class _Request:
-    """The prompts that one training process wants answered."""
+    """The prompts of a request from one training process."""
 
     prompts: list[list[int]]
     sampling: Sampling
@@ -59,7 +59,7 @@ class Bridge:
 
     @property
     def trains(self) -> bool:
-        """Whether this is a training process."""
+        """Return whether this is a training process."""
         return dist.get_rank() in self.layout.training
 
     def exchange(self, value: object) -> list[Any]:

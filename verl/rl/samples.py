@@ -77,7 +77,7 @@ class PackedSamples:
 
     Attributes:
         samples: all answers of the step on this rank.
-        members: for each micro-batch, the numbers of its answers in `samples`, in the order of its documents.
+        members: for each micro-batch, the indices of its answers in `samples`, in the order of its documents.
         multiple_of_tokens: micro-batches are filled to a multiple of this.
     """
 
@@ -99,7 +99,7 @@ class PackedSamples:
         """Return a copy with fields of values per trained position.
 
         Args:
-            fields: by name, one array per answer of `samples`; None: the field is not set.
+            fields: one array per answer of `samples` for each field, by field name; None: the field is not set.
         """
         given = {name: arrays for name, arrays in fields.items() if arrays is not None}
         batches = []

@@ -1,10 +1,10 @@
-"""Generation: one module per engine, each with the `Rollout` contract below.
+"""Generation: one module per engine, each with a class that satisfies the `Rollout` protocol below.
 
 An engine's module has two functions, with the same arguments in every engine:
 
-    load(path, tokenizer, stop_ids, options) -> Rollout          generate with a checkpoint, for the evaluator and the chat
-    share(model, path, tokenizer, stop_ids, options) -> Rollout  generate with a model in training; an engine that holds its own copy
-                                                                 of the weights loads `path`, and `update_weights` sends it new ones
+    load(path, tokenizer, stop_ids, options) -> Rollout          generate with a checkpoint, for evaluation and chat
+    share(model, path, tokenizer, stop_ids, options) -> Rollout  generate with a model in training; an engine with its own copy of the
+                                                                 weights loads `path`, and gets new weights by `update_weights`
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled.
+    """Sampling parameters.
 
     Attributes:
-        max_new_tokens: longest answer, its stop token included.
-        temperature: logits are divided by it; 0: greedy decoding.
-        n: answers to each prompt.
-        seed: of the random numbers; the same call on the same machine gives the same answers.
-        top_k: sample from this many most likely tokens; 0: from all. For evaluation only: training needs the whole distribution.
-        top_p: sample from the most likely tokens that together have this probability; 1: from all. For evaluation only.
-        logprobs: whether answers need log-probabilities; an engine may be faster without them.
+        max_new_tokens: maximum tokens of a response, including its stop token.
+        temperature: divisor of the logits; 0: greedy decoding.
+        n: responses per prompt.
+        seed: seed of the random numbers; the same call on the same machine gives the same responses.
+        top_k: number of most likely tokens to sample from; 0: all. For evaluation only, because training needs the whole distribution.
+        top_p: total probability of the most likely tokens to sample from; 1: all. For evaluation only.
+        logprobs: whether to return log-probabilities; an engine may be faster without them.
     """
 
     max_new_tokens: int
@@ -42,20 +42,20 @@ class Sampling:
 
     @property
     def is_filtered(self) -> bool:
-        """Whether top_k or top_p exclude tokens."""
+        """Return whether top_k or top_p exclude tokens."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer.
+    """One response.
 
     Attributes:
-        token_ids: the generated tokens, including the stop token that ended them; a server's answer may be empty.
-        finish_reason: "stop", or "length" if the answer reached max_new_tokens.
-        logprobs: log-probability of each token (natural) at the sampling temperature (greedy: 1), before top_k and top_p; None if
-            they were not asked for, or the engine does not give them.
-        version: of the weights that generated it.
+        token_ids: generated tokens, including the stop token if there is one; a server's response may be empty.
+        finish_reason: "stop", or "length" if the response reached max_new_tokens.
+        logprobs: log-probability of each token, natural log, at the sampling temperature (greedy: 1), before top_k and top_p; None if
+            they were not requested, or the engine does not return them.
+        version: version of the weights that generated the response.
     """
 
     token_ids: list[int]
@@ -64,7 +64,7 @@ class Completion:
     version: int = 0
 
     def text(self, tokenizer: "PreTrainedTokenizerBase") -> str:
-        """The answer as text, without its stop token."""
+        """Return the text of the response, without its stop token."""
         ids = self.token_ids[:-1] if self.finish_reason == "stop" else self.token_ids
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -73,8 +73,8 @@ class Rollout(Protocol):
     """A generation engine.
 
     Attributes:
-        stop_ids: tokens that end an answer.
-        positions: longest prompt and answer together, in tokens; None if the model sets no limit.
+        stop_ids: tokens that end a response.
+        positions: maximum tokens of a prompt with its response; None if the model has no limit.
     """
 
     stop_ids: list[int]
@@ -83,61 +83,62 @@ class Rollout(Protocol):
     def stream(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Completion]]]:
-        """Generate answers, and yield them as they finish, in any order.
+        """Generate responses, and yield them as they finish, in any order.
 
         Args:
-            prompts: token ids, at least one each.
-            seeds: one per prompt; None: its index. Answer k depends on `sampling.seed`, the prompt's seed and k alone.
+            prompts: token ids of each prompt, at least one token.
+            seeds: seed of each prompt; None: its index. Response k depends only on `sampling.seed`, the prompt's seed and k.
         Yields:
-            numbered answers; the `sampling.n` answers to prompt i have the numbers `i * n` to `i * n + n - 1`.
+            pairs of a response's index and the response; the `n` responses to prompt i have the indices `i * n` to `i * n + n - 1`.
         Raises:
-            UserError: a prompt and its answer exceed the model's positions, or do not fit into memory.
+            UserError: a prompt with its response exceeds the model's positions, or does not fit into memory.
         """
         ...
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
-        """Generate all answers, in the order of their numbers: prompt by prompt, `sampling.n` answers each."""
+        """Generate all responses, and return them in the order of their indices: `sampling.n` for each prompt."""
         ...
 
     def update_weights(self, named_tensors: "Iterable[tuple[str, Tensor]]", version: int) -> None:
-        """Generate with these weights from now on.
+        """Replace the weights that the engine generates with.
 
         Args:
-            named_tensors: under the names of the model's parameters; ignored by an engine that shares the trainer's model.
-            version: for `Completion.version`.
+            named_tensors: names and values of the model's parameters; an engine that shares the trainer's model ignores them.
+            version: version of these weights, for `Completion.version`.
         """
         ...
 
     def sleep(self) -> None:
-        """Free the memory that only generation needs, if there is enough of it to be worth allocating again."""
+        """Free the memory that only generation needs, if it is large enough to be worth freeing and allocating again."""
         ...
 
     def wake(self) -> None:
-        """End `sleep`. Generating wakes an engine too."""
+        """End `sleep`. Calling `stream` or `generate` wakes an engine too."""
         ...
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all memory of the engine."""
         ...
 
     def describe(self) -> str:
-        """Device and dtype, such as "NVIDIA H100, bfloat16", for the log."""
+        """Return device and dtype for the log, such as "NVIDIA H100, bfloat16"."""
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the engines; each reads those that apply to it.
+    """Settings of the engines. An engine ignores those that do not apply to it.
 
     Attributes:
-        max_sequences: answers generated at the same time; None: as many as fit into memory.
-        max_positions: longest prompt and answer together that will be asked for; None: unknown.
-        compile: whether decode steps are compiled; None: if the engine finds it worth while.
+        max_sequences: maximum responses generated at the same time; None: as many as fit into memory.
+        max_positions: maximum tokens of a prompt with its response in any call; None: unknown.
+        compile: whether to compile decode steps; None: the engine decides.
         url: address of a server.
-        weights_folder: where new weights are written for a server to read; None: this machine's memory, for a server on this machine.
-        gpu_memory_utilization: share of a GPU's memory for an engine in this process that holds its own copy of the weights.
-        trust_remote_code: run code that comes with the model.
-        key: name of max_sequences in the config, for error messages.
+        weights_folder: folder for files with new weights, which a server reads; None: a folder in this machine's memory, for a server on
+            this machine.
+        gpu_memory_utilization: share of a GPU's memory for an engine in this process with its own copy of the weights.
+        trust_remote_code: whether to run Python code of the model's repository.
+        key: config key of `max_sequences`, for error messages.
     """
 
     max_sequences: int | None = None
@@ -160,9 +161,9 @@ def load_rollout(
 
     Args:
         name: native, hf, vllm, or path/to/file.py.
-        path: a model directory, a LoRA adapter directory, or a Hub name.
-        tokenizer: of the same checkpoint.
-        stop_ids: of its chat template; those of its generation_config.json are added.
+        path: model directory, LoRA adapter directory, or Hub name.
+        tokenizer: tokenizer of the same checkpoint.
+        stop_ids: stop tokens of its chat template; those of its generation_config.json are added.
     Raises:
         UserError: no such engine, or it cannot load the checkpoint.
     """
@@ -181,8 +182,8 @@ def share(
     """Generate with a model that is being trained.
 
     Args:
-        model: the trainer's, unsharded on this process; native and hf compute with its weights in place.
-        path: the checkpoint that training started from, for engines that hold their own copy of the weights.
+        model: the trainer's model, with all weights on this process; native and hf use its weights without a copy.
+        path: checkpoint that training started from, for engines with their own copy of the weights.
     Raises:
         UserError: see `load_rollout`.
     """
@@ -191,8 +192,10 @@ def share(
 
 
 def stream_tokens(rollout: Rollout, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
-    """Generate one answer, and call `on_token` with each token: as it is generated if the engine has a method of this name, otherwise
-    at the end. An exception from `on_token` ends generation.
+    """Generate one response, and call `on_token` with each token.
+
+    If the engine has a method `stream_tokens`, the calls are made during generation, else at its end. An exception in `on_token` ends
+    generation.
     """
     method: Callable[..., Completion] | None = getattr(rollout, "stream_tokens", None)
     if method is not None:

@@ -1,4 +1,4 @@
-"""The client side of a generation server: JSON over HTTP, failures as user errors, and weights through files that the server reads."""
+"""Client of a generation server: JSON requests over HTTP, and new weights in files that the server reads. Failures are UserErrors."""
 
 import http.client
 import json
@@ -18,11 +18,11 @@ from torch import Tensor
 from verl import dist
 from verl.errors import UserError
 
-INFO_TIMEOUT = 30.0  # seconds, for questions about the server itself
-GENERATE_TIMEOUT = 1800.0  # seconds, for an answer
-WEIGHTS_TIMEOUT = 0.9 * dist.TIMEOUT.total_seconds()  # before the other processes, which wait, time out with a worse message
-SHARD_BYTES = 2**31  # of weights in one file, which are copied to host memory first
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - files there are in memory, and are deleted at once
+INFO_TIMEOUT = 30.0  # seconds for GET requests, which ask about the server itself
+GENERATE_TIMEOUT = 1800.0  # seconds for a response
+WEIGHTS_TIMEOUT = 0.9 * dist.TIMEOUT.total_seconds()  # shorter than the timeout of the waiting processes, whose message is worse
+SHARD_BYTES = 2**31  # weights in one file; they are copied to host memory first
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the files are in memory, and are deleted after use
 
 
 class RefusedError(UserError):
@@ -41,9 +41,9 @@ class Server:
     """A generation server.
 
     Args:
-        url: such as `http://localhost:8000`.
-        start: the command that starts such a server, for error messages.
-        timeout: seconds after which a request without an answer fails.
+        url: address of the server, such as `http://localhost:8000`.
+        start: command that starts such a server, for error messages.
+        timeout: maximum seconds of a POST request.
     """
 
     def __init__(self, url: str, *, start: str, timeout: float = GENERATE_TIMEOUT):
@@ -52,17 +52,17 @@ class Server:
         self.url, self.start, self.timeout = url.rstrip("/"), start, timeout
 
     def get(self, path: str) -> Any:
-        """GET a path. Returns the JSON of the answer."""
+        """Send a GET request, and return the parsed JSON response. Raises the same errors as `post`."""
         return self._call(urllib.request.Request(self.url + path), INFO_TIMEOUT)  # noqa: S310 - http, checked above
 
     def post(self, path: str, body: dict[str, Any] | None = None, *, timeout: float = GENERATE_TIMEOUT) -> Any:
-        """POST a JSON object. Returns the JSON of the answer; None if the answer is empty.
+        """Send a JSON object in a POST request, and return the parsed JSON response; None if the response is empty.
 
         Args:
-            timeout: seconds, if fewer than the server's own.
+            timeout: maximum seconds; the server's `timeout` is used if it is smaller.
         Raises:
             RefusedError: the HTTP status is an error.
-            UserError: the server cannot be reached, does not answer in time, or does not answer in JSON.
+            UserError: the server cannot be reached, does not respond in time, or does not respond in JSON.
         """
         request = urllib.request.Request(  # noqa: S310 - http, checked above
             self.url + path, data=json.dumps(body or {}).encode(), headers={"Content-Type": "application/json"}
@@ -90,7 +90,7 @@ class Server:
         return UserError(f"cannot be reached: {reason}", where=url, fix=f"start the server, or correct the address: {self.start}")
 
     def is_local(self) -> bool:
-        """Whether the server is on this machine."""
+        """Return whether the server is on this machine."""
         host = urlsplit(self.url).hostname or ""
         try:
             addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
@@ -100,7 +100,7 @@ class Server:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """The server's error message, from the fields in which servers usually put it."""
+    """Return the error message of an HTTP response, from the fields that servers usually put it in."""
     text = error.read().decode(errors="replace")
     try:
         answer = json.loads(text)
@@ -113,19 +113,20 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def find_weights_folder(server: Server, folder: str | None) -> Path:
-    """The folder for files with new weights.
+    """Return the folder for files with new weights.
 
     Args:
-        folder: one that the server can read under the same path; None: this machine's memory, if the server runs on this machine.
+        folder: folder that the server can read under the same path; None: a folder in this machine's memory, if the server runs on this
+            machine.
     Raises:
-        UserError: the server runs on another machine and no folder is given, or the folder cannot be made.
+        UserError: the server runs on another machine and no folder is given, or the folder cannot be created.
     """
     if folder is not None:
         place = Path(folder).expanduser()
         try:
             place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot be made: {error}", where=f"rollout.weights_folder={folder}", fix="give another") from error
+            raise UserError(f"cannot be created: {error}", where=f"rollout.weights_folder={folder}", fix="give another folder") from error
         return place.resolve()
     if not server.is_local():
         raise UserError(
@@ -137,18 +138,18 @@ def find_weights_folder(server: Server, folder: str | None) -> Path:
 
 
 def send_weights(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load: Callable[[Path], None]) -> None:
-    """Let a server load weights from files, which are deleted afterwards.
+    """Write weights to files, let the server load them, and delete the files.
 
-    Every process calls this and iterates over the tensors, since gathering them may be collective. The first process writes
-    the files and calls the server.
+    Every process calls this and iterates over the tensors, because gathering them may be collective. Rank 0 writes the files and calls the
+    server.
 
     Args:
-        place: where a temporary folder for the files is made.
-        load: lets the server load the weights in that folder; returns when it has.
+        place: folder in which to create a temporary folder for the files.
+        load: tells the server to load the weights of a folder, and returns when it has.
     Raises:
-        UserError: on all processes, if `load` raises one.
+        UserError: `load` raised one; it is raised on all processes.
     """
-    dist.barrier()  # no process generates with the old weights any more
+    dist.barrier()  # wait until no process generates with the old weights
     if not dist.is_main():
         for _ in named_tensors:
             pass
@@ -156,7 +157,7 @@ def send_weights(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load:
         return
     folder = Path(tempfile.mkdtemp(prefix="verl-weights-", dir=place))
     try:
-        folder.chmod(0o755)  # the server may be another user's
+        folder.chmod(0o755)  # the server may run as another user
         for number, shard in enumerate(_shards(named_tensors)):
             save_file(shard, folder / f"model-{number:05}.safetensors")
         dist.together(lambda: load(folder))
@@ -165,21 +166,21 @@ def send_weights(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load:
 
 
 def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Copies of the tensors in host memory, for one file at a time."""
+    """Copy the tensors to host memory, and yield those of one file at a time."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()  # safetensors stores no shared memory (tied weights)
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()  # safetensors saves no shared memory, such as tied weights
         size += tensor.nbytes
     if shard:
         yield shard
 
 
 def check_served_model(path: str, served: Iterable[str], *, start: str, url: str) -> None:
-    """Raises UserError unless the server serves this model.
+    """Raise UserError if the server does not serve this model.
 
     Args:
         path: directory or Hub name of the model.
@@ -189,7 +190,7 @@ def check_served_model(path: str, served: Iterable[str], *, start: str, url: str
     found = [name.rstrip("/") for name in served]
     if not wanted & {*found, *(str(Path(name).expanduser().resolve()) for name in found)}:
         raise UserError(
-            f"serves {' and '.join(dict.fromkeys(found)) or 'no model'}, wanted {path}",
+            f"serves {' and '.join(dict.fromkeys(found)) or 'no model'}, expected {path}",
             where=url,
             fix=f"start it with: {start}; if it is the same model under another name, add --served-model-name {path}",
         )

@@ -1,4 +1,4 @@
-"""A transformers model in this process: load it, put it into generation mode, check what is asked of it."""
+"""Helpers of engines that run a transformers model in this process: load the model, switch to generation mode, and check requests."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ from verl.rollout import Options, Sampling
 
 
 def load_model(path: str, tokenizer: PreTrainedTokenizerBase, options: Options) -> PreTrainedModel:
-    """A checkpoint: on CUDA in its own dtype, otherwise on the CPU in float32.
+    """Load a checkpoint: to a GPU in the dtype on disk if there is one, else to the CPU in float32.
 
     Args:
-        path: a model directory, a LoRA adapter directory, or a Hub name.
-        tokenizer: of the same checkpoint.
+        path: model directory, LoRA adapter directory, or Hub name.
+        tokenizer: tokenizer of the same checkpoint.
     Raises:
-        UserError: it cannot be loaded, or the tokenizer belongs to another model.
+        UserError: the checkpoint cannot be loaded, or lacks embeddings for some tokens of the tokenizer.
     """
     device, dtype = ("cuda", None) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = load_for_inference(path, device=device, dtype=dtype, trust_remote_code=options.trust_remote_code)
@@ -31,7 +31,7 @@ def load_model(path: str, tokenizer: PreTrainedTokenizerBase, options: Options) 
 
 
 def merge_stop_ids(stop_ids: Sequence[int], generation: GenerationConfig | None) -> list[int]:
-    """The given stop tokens and those of a model's generation_config.json, without duplicates."""
+    """Return the given stop tokens and those of a model's generation_config.json, without duplicates."""
     own = generation.eos_token_id if generation is not None else None
     own_ids = [] if own is None else [own] if isinstance(own, int) else list(own)
     return list(dict.fromkeys([*stop_ids, *own_ids]))
@@ -39,12 +39,13 @@ def merge_stop_ids(stop_ids: Sequence[int], generation: GenerationConfig | None)
 
 @contextmanager
 def generation_mode(model: PreTrainedModel, attention: str, forwards: Sequence[Callable[..., Any]] | None = None) -> Iterator[None]:
-    """Put a model into evaluation mode with another attention for a while; then restore it.
+    """Put a model into evaluation mode with another attention implementation in this context.
 
-    Its decoder layers run as their class defines them, neither compiled nor with activation checkpointing.
+    Its decoder layers run the forward function of their class, without compilation and activation checkpointing.
 
     Args:
-        forwards: one for each decoder layer, to run in place of its own.
+        attention: name of the attention implementation in transformers.
+        forwards: functions that replace the forward function of each decoder layer; None: do not replace them.
     """
     layers = decoder_layers(model)
     before = [(layer.__dict__.pop("forward", None), layer._compiled_call_impl) for layer in layers]
@@ -83,25 +84,26 @@ def copy_weights(model: PreTrainedModel, named_tensors: Iterable[tuple[str, Tens
     own = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in named_tensors:
         if name not in own or own[name].shape != tensor.shape:
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)} is no parameter of this model")
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)} is not a parameter of this model")
         own[name].copy_(tensor)
 
 
 def check_positions(prompts: Sequence[list[int]], sampling: Sampling, positions: int | None) -> None:
-    """Raises UserError if the longest prompt and its answer exceed the model's positions."""
+    """Raise UserError if the longest prompt with its response exceeds the model's positions."""
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     if positions is not None and longest > positions:
         raise UserError(
-            f"a prompt and its answer take {longest:,} tokens, the model has {positions:,} positions",
+            f"a prompt with its response may have {longest:,} tokens, but the model has {positions:,} positions",
             fix="shorten the prompts, or set a smaller max_new_tokens",
         )
 
 
 def out_of_memory(sequences: int, options: Options) -> UserError:
-    """The error to raise when the GPU has run out of memory while it generated this many sequences."""
+    """Return the error to raise when the GPU runs out of memory while it generates this many sequences."""
     fix = f"set {options.key}={sequences // 2}" if sequences > 1 else "set a smaller max_new_tokens"
-    return UserError(f"{sequences:,} answers at a time do not fit into the GPU's memory", where=options.key, fix=fix)
+    return UserError(f"{sequences:,} responses at a time do not fit into the GPU's memory", where=options.key, fix=fix)
 
 
 def describe_model(model: PreTrainedModel) -> str:
+    """Return the device and dtype of a model, for `Rollout.describe`."""
     return f"{dist.describe_device(model.device)}, {str(model.dtype).removeprefix('torch.')}"

@@ -1,4 +1,4 @@
-"""For engines that answer one request at a time: the seed of each answer, stop tokens, and concurrent requests to a server."""
+"""Helpers of engines with one request per response: seeds, stop tokens, and concurrent requests to a server."""
 
 import queue
 import threading
@@ -16,7 +16,7 @@ WORD = 2**64 - 1
 
 
 def answer_seed(sampling: Sampling, prompt_seed: int, answer: int) -> int:
-    """The seed of answer number `answer` to a prompt, from 0 to 2**63 - 1."""
+    """Return the seed of response number `answer` to a prompt, from 0 to 2**63 - 1."""
     words = np.random.SeedSequence([sampling.seed & WORD, prompt_seed & WORD, answer]).generate_state(1, np.uint64)
     return int(words[0]) >> 1
 
@@ -24,13 +24,13 @@ def answer_seed(sampling: Sampling, prompt_seed: int, answer: int) -> int:
 def seeded_requests(
     prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None, positions: int | None
 ) -> list[tuple[list[int], int]]:
-    """Prompt and seed of each answer, in the order of their numbers.
+    """Return the prompt and seed of each response, in the order of their indices.
 
     Args:
-        seeds: of the prompts; None: their indices.
-        positions: longest prompt and answer together.
+        seeds: seed of each prompt; None: its index.
+        positions: maximum tokens of a prompt with its response.
     Raises:
-        UserError: a prompt and its answer are longer.
+        UserError: a prompt with its response is longer.
     """
     check_positions(prompts, sampling, positions)
     prompt_seeds = range(len(prompts)) if seeds is None else seeds
@@ -42,29 +42,29 @@ def seeded_requests(
 
 
 def read_stop_ids(path: str, stop_ids: Sequence[int]) -> list[int]:
-    """The given stop tokens and those of the checkpoint's generation_config.json, without duplicates."""
+    """Return the given stop tokens and those of the checkpoint's generation_config.json, without duplicates."""
     try:
         generation = GenerationConfig.from_pretrained(resolve(path))
-    except OSError:  # it has none
+    except OSError:  # the checkpoint has no generation config
         generation = None
     return merge_stop_ids(stop_ids, generation)
 
 
 def check_no_adapter(path: str, engine: str) -> None:
-    """Raises UserError if the path is an adapter directory, which the engine cannot load."""
+    """Raise UserError if the path is an adapter directory, which the engine cannot load."""
     if read_adapter_config(path) is not None:
-        raise UserError(f"{engine} loads whole models, and this is an adapter", where=path, fix=f"verl export {path} DIR, and give DIR")
+        raise UserError(f"is an adapter; {engine} loads only whole models", where=path, fix=f"run `verl export {path} DIR`, and give DIR")
 
 
 def run_concurrently(ask: Callable[[int], Completion], number: int, width: int) -> Iterator[list[tuple[int, Completion]]]:
-    """Call `ask` for answers 0 to `number` - 1, at most `width` of them at a time, in threads.
+    """Call `ask` for responses 0 to `number` - 1 in threads, at most `width` at a time.
 
     The threads are daemons, so that a server that hangs does not keep the process from exiting.
 
     Yields:
-        numbered answers, as they arrive.
+        index and response, as responses arrive.
     Raises:
-        whatever `ask` raises first; no more calls are started then.
+        the first exception of `ask`; no more calls are started then.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
@@ -80,7 +80,7 @@ def run_concurrently(ask: Callable[[int], Completion], number: int, width: int) 
                 return
             try:
                 done.put((i, ask(i)))
-            except Exception as error:  # raised again in the thread that reads
+            except Exception as error:  # raised again in the calling thread
                 done.put((i, error))
 
     for _ in range(min(width, number)):

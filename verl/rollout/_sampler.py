@@ -1,10 +1,10 @@
-"""Sampling tokens from logits, with random numbers that belong to the answer.
+"""Sample tokens from logits. Each response has its own random numbers.
 
-Answer k to a prompt takes its numbers from a counter-based generator (Philox, Salmon et al. 2011) at a counter of its own, so
-that its tokens do not depend on what is generated at the same time. A number u in [0, 1) selects the first token, in the order
-of the vocabulary, at which the cumulative probability exceeds u (inverse transform sampling).
+The random numbers come from a counter-based generator (Philox, Salmon et al. 2011), whose counter depends on the prompt's seed and on the
+index of the response. So the tokens of a response do not depend on the other responses of a batch. A number u in [0, 1) selects the first
+token, in the order of the vocabulary, at which the cumulative probability exceeds u (inverse transform sampling).
 
-Dimensions: B sequences, V vocabulary, C tokens of a block of it, K blocks, G generated tokens, R some of the sequences.
+Dimensions: B sequences, V vocabulary, C tokens of a vocabulary block, K blocks, G generated tokens, R subset of the sequences.
 """
 
 from collections.abc import Iterable
@@ -20,22 +20,23 @@ WORD = 2**64 - 1
 
 
 def uniform_numbers(sampling: Sampling, prompt_seed: int, answer: int) -> np.ndarray:
-    """uniform_G in float32: a number in [0, 1) for each token of answer number `answer` to a prompt."""
+    """Return uniform_G, float32: a number in [0, 1) for each token of response number `answer` to a prompt."""
     counter = np.array([0, 0, answer & WORD, prompt_seed & WORD], dtype=np.uint64)
     philox = np.random.Philox(key=np.array([sampling.seed & WORD, 0], dtype=np.uint64), counter=counter)
     return np.random.Generator(philox).random(sampling.max_new_tokens, dtype=np.float32)
 
 
 def sample(logits: Iterable[Tensor], sampling: Sampling, uniform_B: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One token for each sequence.
+    """Sample one token for each sequence.
 
     Args:
-        logits: blocks of logits_BC in float32, BLOCK tokens each except the last; they are overwritten. At temperature 0, each block
-            is finished with before the next is requested.
-        sampling: at temperature 0, the first of the most likely tokens is taken.
-        uniform_B: a number in [0, 1) for each sequence; not read at temperature 0.
+        logits: blocks of logits_BC in float32, of BLOCK tokens each except the last; they are overwritten. At temperature 0, a block is no
+            longer used when the next one is requested.
+        sampling: sampling parameters; temperature 0 takes the first of the most likely tokens.
+        uniform_B: a number in [0, 1) for each sequence; not used at temperature 0.
     Returns:
-        token_B, and logprob_B at the sampling temperature (greedy: 1), before top_k and top_p; None if greedy answers need none.
+        token_B; and logprob_B at the sampling temperature (greedy: 1), before top_k and top_p, or None at temperature 0 without
+        `sampling.logprobs`.
     """
     if sampling.temperature == 0:
         return _argmax(logits, with_logprobs=sampling.logprobs)
@@ -68,9 +69,10 @@ def _argmax(logits: Iterable[Tensor], *, with_logprobs: bool) -> tuple[Tensor, T
 
 
 def _block_sums(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """highest_BK, the highest logit of each block, and sum_BK, its sum of exponentials relative to that; 0 if no token is left in it.
+    """Return highest_BK, the highest logit of each block, and sum_BK, the block's sum of exp(logit - highest).
 
-    Sums are taken in float64, so that the selected token depends as little as possible on the order of summation.
+    The sum is 0 if all tokens of a block are excluded. Sums are in float64, so that the selected token depends as little as possible on the
+    order of summation.
     """
     highest, sums = [], []
     for logits_BC in blocks:
@@ -81,7 +83,7 @@ def _block_sums(blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _select(blocks: Iterable[Tensor], highest_BK: Tensor, sum_BK: Tensor, uniform_B: Tensor) -> Tensor:
-    """Look each number up in the cumulative distribution: first the block, then the token in it."""
+    """Find the token of each random number in the cumulative distribution: first its block, then the token in that block."""
     weight_BK = (highest_BK - highest_BK.amax(1, keepdim=True)).double().exp() * sum_BK
     cumulative_BK = weight_BK.cumsum(1)
     target_B1 = uniform_B[:, None].double() * cumulative_BK[:, -1:]
@@ -94,7 +96,7 @@ def _select(blocks: Iterable[Tensor], highest_BK: Tensor, sum_BK: Tensor, unifor
         if len(rows_R):
             weights_RC = (logits_BC[rows_R] - highest_BK[rows_R, number, None]).exp().double().cumsum(1)
             inside_R1 = torch.searchsorted(weights_RC, share_B1[rows_R] * weights_RC[:, -1:], right=True)
-            last_R1 = torch.searchsorted(weights_RC, weights_RC[:, -1:].contiguous())  # the last token of nonzero probability
+            last_R1 = torch.searchsorted(weights_RC, weights_RC[:, -1:].contiguous())  # the last token with nonzero probability
             token_B[rows_R] = (torch.minimum(inside_R1, last_R1) + start).squeeze(1)
     return token_B
 
@@ -104,20 +106,20 @@ def _starts(blocks: Iterable[Tensor]) -> Iterable[tuple[int, Tensor]]:
 
 
 def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The logits, minus infinity for the tokens that top_k and top_p exclude.
+    """Return the logits, with minus infinity for the tokens that top_k and top_p exclude.
 
     Args:
-        logits_BV: divided by the temperature.
+        logits_BV: logits divided by the temperature.
     """
     least_B1 = logits_BV.gather(1, lowest_kept_token(logits_BV, sampling)[:, None])
     return logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
 
 
 def lowest_kept_token(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """token_B: the least likely token that top_k, then top_p keep. The most likely token is always kept.
+    """Return token_B, the least likely token that top_k and then top_p keep. The most likely token is always kept.
 
     Args:
-        logits_BV: divided by the temperature.
+        logits_BV: logits divided by the temperature.
     """
     sorted_BV, token_BV = logits_BV.sort(-1, descending=True)
     if 0 < sampling.top_k < sorted_BV.shape[1]:
@@ -125,6 +127,6 @@ def lowest_kept_token(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p >= 1.0:
         return token_BV[:, -1]
     probability_BV = sorted_BV.softmax(-1)
-    before_BV = probability_BV.cumsum(-1) - probability_BV  # a token is kept if the tokens before it have less than top_p together
+    before_BV = probability_BV.cumsum(-1) - probability_BV  # a token is kept if the more likely tokens have a total probability below top_p
     kept_B1 = (before_BV < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     return token_BV.gather(1, kept_B1 - 1).squeeze(1)

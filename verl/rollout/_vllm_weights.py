@@ -12,7 +12,7 @@ BACKEND = "verl_passed"
 
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):
-    """Nothing: there is no connection to set up."""
+    """Empty, because there is no connection to set up."""
 
 
 @dataclass
@@ -20,14 +20,14 @@ class PassedTensors(WeightTransferUpdateInfo):
     """Some of the model's weights.
 
     Attributes:
-        named_tensors: under their names in the checkpoint; they must not change until `finish_weight_update`.
+        named_tensors: tensors with their names in the checkpoint; they must not change until `finish_weight_update`.
     """
 
     named_tensors: list[tuple[str, Tensor]]
 
 
 class PassedWeights(WeightTransferEngine[NoInitInfo, PassedTensors]):
-    """Loads each layer as vLLM loads it from a checkpoint, once all of its weights have arrived."""
+    """Load each layer once all of its weights have arrived, in the same way as from a checkpoint."""
 
     init_info_cls = NoInitInfo
     update_info_cls = PassedTensors

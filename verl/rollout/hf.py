@@ -1,4 +1,4 @@
-"""Generation with transformers' own `generate`: slow, works with every model, and is the reference for the faster engines.
+"""Generation with transformers' `generate`. It is slow but works with every model, and is the reference for the faster engines.
 
 Dimensions: B sequences of a batch, P padded length of their prompts, G generated tokens.
 """
@@ -24,19 +24,19 @@ from verl.rollout._model import (
 )
 from verl.rollout._sampler import BLOCK, sample, uniform_numbers
 
-BATCH_SIZE = 64  # unless `max_sequences` is given
+BATCH_SIZE = 64  # default of `max_sequences`
 
 
 class HfRollout:
-    """Batched generation. The model's own defaults, such as a repetition penalty, are ignored: only `Sampling` counts.
+    """Batched generation. Defaults of the model's generation config, such as a repetition penalty, are ignored.
 
     Args:
-        model: on its device. Its weights are read where they are, and it may be trained between calls.
-        stop_ids: tokens that end an answer, at least one, besides those of the model's generation_config.json.
+        model: model on its device; its weights are not copied, and it may be trained between calls.
+        stop_ids: tokens that end a response, at least one; those of the model's generation_config.json are added.
         is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
-        positions: longest prompt and answer together, in tokens; None if the model sets no limit.
-        batch_size: sequences generated together.
+        positions: maximum tokens of a prompt with its response; None if the model has no limit.
+        batch_size: sequences per batch.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
@@ -49,7 +49,7 @@ class HfRollout:
     def stream(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None
     ) -> Iterator[list[tuple[int, Completion]]]:
-        """See `Rollout.stream`. Long prompts come first, so that a lack of memory shows at once."""
+        """See `Rollout.stream`. Long prompts come first, so that a lack of memory shows early."""
         check_positions(prompts, sampling, self.positions)
         seed_of = range(len(prompts)) if seeds is None else seeds
         numbers = sorted(range(len(prompts) * sampling.n), key=lambda number: -len(prompts[number // sampling.n]))
@@ -79,7 +79,7 @@ class HfRollout:
             copy_weights(self.model, named_tensors)
 
     def sleep(self) -> None:
-        """Nothing to free: KV caches live as long as a batch."""
+        """Do nothing, because KV caches are freed at the end of each batch."""
 
     def wake(self) -> None: ...
 
@@ -112,7 +112,7 @@ class HfRollout:
         return [self._completion(*answer) for answer in zip(answers, logprobs, strict=True)]
 
     def _completion(self, generated_G: list[int], logprob_G: list[float] | None) -> Completion:
-        """The tokens up to the first stop token, without the padding after it."""
+        """Return the tokens up to the first stop token as a response, without the padding after it."""
         end = next((i for i, token in enumerate(generated_G) if token in self.stop_ids), None)
         length = len(generated_G) if end is None else end + 1
         logprobs = None if logprob_G is None else logprob_G[:length]
@@ -120,7 +120,7 @@ class HfRollout:
 
 
 class _Sampler(LogitsProcessor):
-    """Samples each next token, and hides all others from `generate`, which then takes the most likely one."""
+    """Sample the next token, and set the logits of all others to minus infinity, so that greedy `generate` takes it."""
 
     def __init__(self, sampling: Sampling, uniform_BG: Tensor, prompt_length: int):
         self._sampling, self._uniform_BG, self._prompt_length = sampling, uniform_BG, prompt_length
@@ -135,7 +135,7 @@ class _Sampler(LogitsProcessor):
 
 
 class _TokenStreamer(BaseStreamer):
-    """Passes on the tokens that `generate` puts, except for the prompt, which comes first."""
+    """Call `on_token` with each token from `generate`, except for the prompt, which comes first."""
 
     def __init__(self, on_token: Callable[[int], None]):
         self._on_token, self._expects_prompt = on_token, True
@@ -159,10 +159,10 @@ def share(model: PreTrainedModel, path: str, tokenizer: PreTrainedTokenizerBase,
 
 
 def pad_left(prompts: list[list[int]], *, pad_token: int) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left to the longest one.
+    """Pad prompts on the left to the length of the longest one.
 
     Returns:
-        input_ids_BP and attention_mask_BP, 0 at the padding, both int64.
+        input_ids_BP, and attention_mask_BP with 1 at tokens and 0 at padding; both int64.
     """
     longest = max(map(len, prompts))
     input_ids_BP = torch.tensor([[pad_token] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -171,5 +171,5 @@ def pad_left(prompts: list[list[int]], *, pad_token: int) -> tuple[Tensor, Tenso
 
 
 def generation_config(sampling: Sampling, stop_ids: Sequence[int]) -> GenerationConfig:
-    """Greedy decoding for `generate`, which sees only the sampled token."""
+    """Return a config for greedy `generate`; `_Sampler` does the sampling."""
     return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], do_sample=False)

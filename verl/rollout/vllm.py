@@ -1,11 +1,11 @@
-"""Generation with vLLM: in this process, with new weights passed as tensors, or on a server, which reads new weights from files.
+"""Generation with vLLM, in this process or on a server.
 
-In this process, vLLM holds a copy of the weights. Each process has its own engine, which takes turns on the GPU with the
-trainer. A server is started separately:
+In this process, vLLM has its own copy of the weights, and gets new weights as tensors. Each process has its own engine, which takes turns
+with the trainer on the GPU. A server reads new weights from files. It is started separately:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
-Without development mode, it generates but accepts no new weights.
+Without development mode, a server generates but does not accept new weights.
 """
 
 import gc
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput
 
-BUCKET_BYTES = 2**28  # of weights that are passed to vLLM at a time
+BUCKET_BYTES = 2**28  # weights passed to vLLM at a time
 CPU_CACHE_BYTES = 2**30  # KV cache of an engine on a CPU
 SEQUENCES = 256  # default number of concurrent requests to a server, which batches them itself
 
@@ -61,8 +61,8 @@ class VllmRollout:
     """vLLM in this process.
 
     Args:
-        path: a model directory or Hub name.
-        stop_ids: all tokens that end an answer.
+        path: model directory or Hub name.
+        stop_ids: all tokens that end a response.
     """
 
     def __init__(self, path: str, stop_ids: Sequence[int], options: Options):
@@ -85,7 +85,7 @@ class VllmRollout:
                 engine.add_request(str(number), _tokens(prompt), _params(sampling, seed, self.stop_ids))
                 due.add(str(number))
             while due:
-                # On a CPU, vLLM also draws from torch's global generator, before it uses that of the request.
+                # On a CPU, vLLM also draws from torch's global random generator, before it uses that of the request.
                 with torch.random.fork_rng(devices=[]):
                     finished = [output for output in engine.step() if output.finished]
                 due -= {output.request_id for output in finished}
@@ -102,22 +102,22 @@ class VllmRollout:
     def _completion(self, output: "CompletionOutput", sampling: Sampling) -> Completion:
         token_ids = list(output.token_ids)
         logprobs = None
-        if not sampling.is_filtered:  # vLLM's are those after top_k and top_p
+        if not sampling.is_filtered:  # vLLM returns log-probabilities after top_k and top_p
             logprobs = [position[token].logprob for position, token in zip(output.logprobs or [], token_ids, strict=True)]
         return Completion(token_ids, "stop" if output.finish_reason == "stop" else "length", logprobs, self._version)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `Rollout.update_weights`. A tensor must keep its values until this returns."""
+        """See `Rollout.update_weights`. The tensors must not change before this returns."""
         self._wake("weights")
         self._llm.start_weight_update()
         for bucket in _buckets(with_tied(named_tensors, self._tied)):
             self._llm.update_weights({"update_info": {"named_tensors": bucket}})
         self._llm.finish_weight_update(str(version))
-        self._llm.reset_prefix_cache()  # its keys and values are those of the old weights
+        self._llm.reset_prefix_cache()  # its keys and values were computed with the old weights
         self._version = version
 
     def sleep(self) -> None:
-        """See `Rollout.sleep`. Weights go to host memory, and the KV cache is dropped; on a CPU this does nothing."""
+        """See `Rollout.sleep`. Weights are moved to host memory, and the KV cache is freed. On a CPU this does nothing."""
         if torch.cuda.is_available() and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache"}
@@ -129,7 +129,7 @@ class VllmRollout:
     def _wake(self, *tags: str) -> None:
         due = [tag for tag in tags if tag in self._asleep]
         if due:
-            torch.cuda.empty_cache()  # vLLM's memory pool cannot use what PyTorch keeps cached
+            torch.cuda.empty_cache()  # vLLM's memory pool cannot use memory that PyTorch caches
             self._llm.wake_up(tags=due)
             self._asleep -= set(due)
 
@@ -156,12 +156,12 @@ class VllmRollout:
 
 
 def _start(path: str, options: Options) -> Any:
-    """Start vLLM's engine in this process, able to receive weights as tensors."""
+    """Start vLLM's engine in this process, with a backend that receives weights as tensors."""
     dist.start()  # otherwise vLLM would create its own process group
     if dist.group() is not None:
         fix = "leave mapping.rollout=all, or start a server and set rollout.url"
-        raise UserError("vLLM in this process needs all processes, not some of them", where="mapping.rollout", fix=fix)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # its hundreds of lines would bury the run's own
+        raise UserError("vLLM in this process must generate on all processes", where="mapping.rollout", fix=fix)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else vLLM logs hundreds of lines
     try:
         from vllm import LLM
 
@@ -187,14 +187,14 @@ def _start(path: str, options: Options) -> Any:
                 trust_remote_code=options.trust_remote_code,
             )
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        fix = "change rollout.gpu_memory_utilization, its share of the GPU; or set rollout.name=native, which supports more models"
+        fix = "change rollout.gpu_memory_utilization, vLLM's share of GPU memory; or set rollout.name=native, which supports more models"
         raise UserError(f"vLLM cannot start with this model: {error}", where=path, fix=fix) from error
 
 
 @contextmanager
 def _restored_globals() -> Iterator[None]:
-    """Restore the global random state, which vLLM seeds, and the environment variables that it reads its settings from."""
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # stay in this process, where tensors can be passed
+    """Set vLLM's environment variables in this context. At its end, restore them and the global random state, which vLLM seeds."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # run the engine in this process, so that tensors can be passed to it
     before = {name: os.environ.get(name) for name in settings}
     numpy_state, python_state = np.random.get_state(), random.getstate()
     os.environ.update(settings)
@@ -224,8 +224,8 @@ def _params(sampling: Sampling, seed: int, stop_ids: list[int]) -> "SamplingPara
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=seed,
-        logprobs=0,  # of the sampled token alone
-        ignore_eos=True,  # only `stop_token_ids` end an answer
+        logprobs=0,  # only that of the sampled token
+        ignore_eos=True,  # only `stop_token_ids` end a response
         stop_token_ids=stop_ids,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -246,12 +246,12 @@ def _buckets(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple
 
 
 def with_tied(named_tensors: Iterable[tuple[str, Tensor]], tied: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with tied ones under both of their names.
+    """Yield the same tensors, and each tied tensor also under its other name.
 
     vLLM's output layer may be a reordered copy of the input embedding, which would otherwise keep its old values.
 
     Args:
-        tied: from the name that the trainer does not use for a tied tensor to the one that it uses.
+        tied: for each tied tensor, the name that is missing in `named_tensors`, mapped to the name that is in it.
     """
     others = {source: name for name, source in tied.items()}
     for name, tensor in named_tensors:
@@ -264,9 +264,9 @@ class VllmServer:
     """A vLLM server, which reads new weights from files.
 
     Args:
-        path: the model that it has to serve.
-        stop_ids: all tokens that end an answer.
-        timeout: seconds after which a request without an answer fails.
+        path: model directory or Hub name of the model that the server must serve.
+        stop_ids: all tokens that end a response.
+        timeout: maximum seconds of a request.
     Raises:
         UserError: the server cannot be reached, or serves another model.
     """
@@ -293,11 +293,11 @@ class VllmServer:
         return dict(models[0])
 
     def _settings(self) -> dict[str, Any]:
-        """The server's settings. It tells them in development mode only; without that mode, it accepts no new weights either."""
+        """Return the server's model settings. Raise UserError if it is not in development mode, which new weights need too."""
         try:
             answer = self._server.get("/server_info?config_format=json")
         except RefusedError as error:
-            what = "accepts no new weights: it is not in development mode"
+            what = "does not accept new weights, because it is not in development mode"
             raise UserError(what, where=self._server.url, fix=f"start it with: {self._server.start}") from error
         return dict(answer["vllm_config"]["model_config"])
 
@@ -321,16 +321,16 @@ class VllmServer:
         choice = answer["choices"][0]
         token_ids = choice.get("token_ids")
         if token_ids is None:
-            fix = f"it must be vLLM, of a release near 0.32: {self._server.start}"
-            raise UserError("answers without token ids", where=self._server.url, fix=fix)
+            fix = f"start vLLM of a release near 0.32: {self._server.start}"
+            raise UserError("does not return token ids", where=self._server.url, fix=fix)
         if choice["finish_reason"] not in ("stop", "length"):
-            raise UserError(f"aborted an answer: {choice['finish_reason']}", where=self._server.url, fix="read the server's log")
-        logprobs = choice.get("logprobs") or {"token_logprobs": None if token_ids else []}  # an empty answer may come without any
+            raise UserError(f"aborted a response: {choice['finish_reason']}", where=self._server.url, fix="read the server's log")
+        logprobs = choice.get("logprobs") or {"token_logprobs": None if token_ids else []}  # may be missing for an empty response
         kept = None if sampling.is_filtered else logprobs["token_logprobs"]
         return Completion(token_ids, choice["finish_reason"], kept, self._version)
 
     def _request(self, prompt: list[int], seed: int, sampling: Sampling) -> dict[str, Any]:
-        """The request. It sets everything that the model's generation_config.json could change."""
+        """Build a request. It sets every parameter that the model's generation_config.json could change."""
         return {
             "model": self._model,
             "prompt": prompt,
@@ -349,12 +349,13 @@ class VllmServer:
         }
 
     def _check_temperature(self, prompt: list[int]) -> None:
-        """Check that log-probabilities are at the sampling temperature: those of the most likely token must differ between two of them.
+        """Check that the server's log-probabilities depend on the temperature.
 
-        A server that answers without a token is checked again by the next call.
+        The log-probability of the most likely token must differ between two temperatures. If the server returns no token, the next call
+        checks again.
 
         Raises:
-            UserError: they do not differ.
+            UserError: it does not differ.
         """
         highest = set()
         for temperature in (1.0, 2.0):
@@ -365,14 +366,14 @@ class VllmServer:
             highest.add(max(choice["logprobs"]["top_logprobs"][0].values()))
         if len(highest) == 1:
             raise UserError(
-                "gives log-probabilities at temperature 1, whatever the temperature",
+                "returns log-probabilities at temperature 1 for every temperature",
                 where=self._server.url,
                 fix=f"start it with --logprobs-mode processed_logprobs: {self._server.start}",
             )
         self._temperature_is_known = True
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `Rollout.update_weights`. Every process that generates calls it; the first one writes the files."""
+        """See `Rollout.update_weights`. Every process that generates calls it; rank 0 writes the files."""
         self._settings()
         self.wake()
         place = find_weights_folder(self._server, self._weights_folder)
@@ -386,14 +387,14 @@ class VllmServer:
         self._server.post("/update_weight_version", {"new_version": str(version)})
 
     def sleep(self) -> None:
-        """See `Rollout.sleep`. Does nothing if the server was not started with --enable-sleep-mode: it then has GPUs of its own."""
+        """See `Rollout.sleep`. Do nothing if the server was started without --enable-sleep-mode, as on GPUs of its own."""
         if not self._asleep and self._settings().get("enable_sleep_mode"):
-            dist.barrier()  # no process generates any more
+            dist.barrier()  # wait until no process generates
             dist.together(lambda: self._server.post("/sleep?level=1") if dist.is_main() else None)
             self._asleep = True
 
     def wake(self) -> None:
-        """See `Rollout.wake`. Every process calls the server; waking it twice is harmless."""
+        """See `Rollout.wake`. Every process calls the server; waking it more than once is harmless."""
         if self._asleep:
             torch.cuda.empty_cache()  # the server may share the trainer's GPU
             self._server.post("/wake_up")

@@ -53,12 +53,12 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 
 def names_module(target: str, name: str) -> bool:
-    """Return whether an adapter's target is a module's name, or the end of it."""
+    """Return whether `target` is the full name of a module, or its last parts."""
     return name == target or name.endswith(f".{target}")
 
 
 def targeted(model: PreTrainedModel, targets: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a plain model to which peft would add adapters."""
+    """Yield name and module of each module of a model without adapters to which peft would add one."""
     for name, module in model.named_modules():
         if targets == ALL_LINEAR:
             chosen = isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings()
@@ -70,10 +70,10 @@ def targeted(model: PreTrainedModel, targets: Any) -> Iterator[tuple[str, nn.Mod
             yield name, module
 
 
-def put_on(model: PreTrainedModel, path: str) -> PeftModel:
+def attach(model: PreTrainedModel, path: str) -> PeftModel:
     """Attach the adapter of a directory to a model.
 
-    If the adapter targets only one of two tied embeddings, they are untied, because a merge would otherwise change both.
+    If the adapter targets only one of two tied embeddings, they are untied, because merging would otherwise change both.
 
     Raises:
         UserError: the adapter does not fit the model.
@@ -98,10 +98,10 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def check_base(path: str, model: PreTrainedModel, settings: LoraConfig) -> None:
-    """Check that an adapter was made for this model, by the name of its base and the shapes of its tensors.
+    """Check by the name of the base model and the shapes of the tensors that an adapter fits this model.
 
     Raises:
-        UserError: it was not.
+        UserError: it does not.
     """
     base, name = settings.base_model_name_or_path or "an unnamed base", str(model.config.name_or_path)
     fix = "set model.partial_pretrain to the adapter's base, or give an adapter of this model"

@@ -51,7 +51,8 @@ def add_adapters(
     for parameter in adapted.parameters():
         if not is_quantized(parameter):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
-    if config.lora_adapter_path is not None:  # only now: earlier, a bfloat16 base would round them
+    # After the cast to float32, because peft creates adapters in the base model's dtype, and bfloat16 would round the values.
+    if config.lora_adapter_path is not None:
         set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
     set_compute_dtype(model, compute_dtype)
     return adapted
@@ -78,7 +79,7 @@ def check_adapters(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTr
     Args:
         model: result of `verl.models.load.outline`.
     Raises:
-        UserError: they do not.
+        UserError: they do not fit.
     """
     four_bit(config, torch.float32)
     lora_config(model, config, tokenizer, ())

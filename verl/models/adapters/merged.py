@@ -1,4 +1,4 @@
-"""Merged tensors of a model with adapters, one at a time, for a rollout engine with its own copy of the weights.
+"""Merge the adapters of a model one tensor at a time, for a rollout engine with its own copy of the weights.
 
 Dimensions: R rank of the adapter, I inputs and O outputs of an adapted layer.
 """
@@ -19,10 +19,10 @@ ADAPTER = "default"
 
 
 def merged_tensors(adapted: "PeftModel") -> Iterator[tuple[str, Tensor]]:
-    """Yield the base model's parameters with the adapters merged. Every rank calls it, because sharded parameters are gathered.
+    """Yield the base model's parameters by name, with adapters merged. Every rank calls it, because sharded parameters are gathered.
 
     Raises:
-        UserError: an adapter is not a plain LoRA of a linear layer, as with DoRA, 4-bit layers or trainable tokens.
+        UserError: an adapter is not plain LoRA of a linear layer, as with DoRA, 4-bit layers or trainable tokens.
     """
     from peft.tuners.lora import Linear, LoraLayer
 

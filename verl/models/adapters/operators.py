@@ -1,9 +1,9 @@
 """Linear layers with LoRA adapters as fused operators, so that an adapter costs little more than its own small matmuls.
 
-Written plainly, `x Wᵀ + s (x Aᵀ) Bᵀ` reads and writes the layer's output once more for the sum, and its backward pass does the same
-with the gradient of the input. These passes over memory take longer than the adapter's arithmetic. Here the small matmul is fused into
-the large one wherever that saves a pass: either their factors are concatenated (`x Wᵀ + h Bᵀ` is one matmul over the columns of [x h]),
-or the matmul accumulates into its output. Layers with the same input share work, and the MLP is one operator. Frozen weights get no
+A plain implementation of `x Wᵀ + s (x Aᵀ) Bᵀ` reads and writes the layer's output once more for the sum, and its backward pass does the
+same with the gradient of the input. These passes over memory take longer than the adapter's arithmetic. Here, the small matmul is fused
+into the large one wherever that saves a pass: either their factors are concatenated (`x Wᵀ + h Bᵀ` is one matmul over the columns of
+[x h]), or the matmul accumulates into its output. Layers with the same input share work, and the MLP is one operator. Frozen weights get no
 gradients.
 
 The operators are opaque to torch.compile, like attention. `use_operators` installs them in peft's modules.
@@ -30,10 +30,10 @@ from verl.dist import HAS_TRITON
 def _linears(
     x_TI: Tensor, weights_OI: Sequence[Tensor], biases_O: Sequence[Tensor], a_RI: Sequence[Tensor], b_OR: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
-    """Return the layers' outputs, and last, for the backward pass, scale * x Aᵀ of all adapters, concatenated.
+    """Return the outputs of the layers and, as the last tensor, scale * x Aᵀ of all adapters, concatenated, for the backward pass.
 
     Args:
-        biases_O: one per layer, or empty.
+        biases_O: biases of the layers; empty if the layers have none.
     """
     hidden_TR = _product(x_TI, torch.cat(list(a_RI)).T, scale)
     hiddens_TR = hidden_TR.split([len(a) for a in a_RI], dim=1)
@@ -112,7 +112,10 @@ _linears.register_autograd(_linears_gradients, setup_context=_keep_for_linears)
 def _mlp(
     x_TI: Tensor, gate_FI: Tensor, up_FI: Tensor, down_IF: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
 ) -> list[Tensor]:
-    """Return the output, and for the backward pass gate_TF, up_TF, and scale * x Aᵀ of gate and up, concatenated, and of down.
+    """Return the output and four tensors for the backward pass.
+
+    These are gate_TF, up_TF, scale * x Aᵀ of the adapters of gate and up, concatenated, and scale * p Aᵀ of the adapter of down, where
+    p = silu(gate) * up.
 
     Args:
         a, b: A and B of the adapters of gate, up and down.
@@ -137,8 +140,8 @@ def _mlp_backward(
     """Return the gradients with respect to x, each A and each B.
 
     Args:
-        saved: x_TI and what `_mlp` returned after its output.
-        weights: of gate, up and down.
+        saved: x_TI and the tensors that `_mlp` returned for the backward pass.
+        weights: frozen weights of gate, up and down.
         a, b: A and B of the adapters of gate, up and down.
     """
     x_TI, gate_TF, up_TF, hidden_TR, down_hidden_TR = saved
@@ -181,7 +184,7 @@ def _swiglu(gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, scale: float) -> Tenso
 def _swiglu_backward(
     product_gradient_TF: Tensor, gate_TF: Tensor, up_TF: Tensor, gate_hidden_TR: Tensor, up_hidden_TR: Tensor, down_gradient_TR: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Same as `verl.models.adapters.swiglu_triton.backward`, also without Triton."""
+    """Same as `verl.models.adapters.swiglu_triton.backward`, with a fallback without Triton."""
     if _has_kernels(gate_TF, [x.shape[1] for x in (gate_hidden_TR, up_hidden_TR, down_gradient_TR)]):
         from verl.models.adapters import swiglu_triton
 
@@ -233,13 +236,13 @@ _mlp.register_autograd(_mlp_gradients, setup_context=_keep_for_mlp)
 
 
 def use_operators(adapted: PeftModel, *, checkpointed: bool = False) -> None:
-    """Let adapted layers run these operators, in place, wherever they are equivalent.
+    """Replace the forward pass of adapted layers by these operators, in place, wherever the result is the same.
 
     peft still runs adapters with dropout or DoRA, several active adapters, and layers that are not plain nn.Linear.
 
     Args:
-        checkpointed: whether activations are recomputed. Query, key and value are then separate operators: the compiler would
-            lose the outputs that the first one computes for the others.
+        checkpointed: whether activation checkpointing is on. Query, key and value are then separate operators, because a compiled layer
+            would lose the outputs that the first call computes for the others.
     """
     for module in list(adapted.modules()):
         if all(_is_plain(getattr(module, name, None)) for name in ("gate_proj", "up_proj", "down_proj")) and _is_swiglu(module):
@@ -275,7 +278,7 @@ def _is_plain(module: Any) -> bool:
 def _is_swiglu(module: nn.Module) -> bool:
     parts: list[Any] = [module.gate_proj, module.up_proj, module.down_proj]
     return (
-        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # PyTorch's, or that of some releases of transformers
+        type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")  # names in PyTorch and in some transformers releases
         and all(part.base_layer.bias is None for part in parts)
         and len({part.scaling["default"] for part in parts}) == 1
         and set(dict(module.named_children())) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -283,7 +286,7 @@ def _is_swiglu(module: nn.Module) -> bool:
 
 
 class AdaptedLinear(LoraLinear):
-    """peft's linear layer with an adapter, with another forward pass."""
+    """peft's linear layer with an adapter, with the operators as its forward pass."""
 
     siblings: "_Siblings | None" = None
 
@@ -297,7 +300,7 @@ class AdaptedLinear(LoraLinear):
 
 
 class _Siblings:
-    """Layers that are called in turn with the same input: the first call computes the outputs of all."""
+    """Layers that are called one after another with the same input. The first call computes the outputs of all."""
 
     def __init__(self, members: list[LoraLinear]):
         self.members = members
@@ -318,7 +321,7 @@ class _Siblings:
 
 @cache
 def _as_operator(kind: type[nn.Module]) -> type[nn.Module]:
-    """Subclass an architecture's MLP: one class for all layers, so that they share their compiled code."""
+    """Return a subclass of an architecture's MLP that runs the operator. All layers get the same one, so that they share compiled code."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         parts = [self.gate_proj, self.up_proj, self.down_proj]

@@ -1,7 +1,7 @@
 """Triton kernels for SwiGLU, with the small matmuls of LoRA adapters fused into the backward pass.
 
-The gate and up activations and their gradients are the widest tensors of a layer. The gradients of the adapters need each of them
-once more, multiplied with an R-wide matrix. These kernels do that while the tensors are on the chip.
+The gate and up activations and their gradients are the widest tensors of a layer. The gradients of the adapters need each of them again,
+multiplied by an R-wide matrix. These kernels do that while the tensors are in registers and shared memory.
 
 Dimensions: T tokens, F intermediate size of the MLP, R rank.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 BLOCK, WARPS = 4096, 8  # elements and warps per program of the forward pass
 BACKWARD = (32, 64, 4, 3)  # tokens and columns of a tile, warps and pipeline stages: the fastest of nine on an H200
-SPANS = 24  # the tokens are split into spans, whose sums are added at the end, to have enough programs for the whole GPU
+SPANS = 24  # the tokens are split into spans, so that there are enough programs for the GPU; the sums of the spans are added at the end
 LARGEST_RANK = 128  # up to this rank, a tile's sums fit into registers
 
 

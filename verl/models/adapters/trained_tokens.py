@@ -1,4 +1,4 @@
-"""Trainable token embeddings of adapter runs, and detection of stop tokens that the base model never trained.
+"""Trainable token embeddings of adapter runs, and detection of stop tokens that were never trained in the base model.
 
 Dimensions: V vocabulary, H hidden size, U rows of unused tokens, O rows of ordinary tokens.
 """

@@ -1,8 +1,8 @@
-"""FlashAttention over packed documents: version 2 is part of PyTorch, 3 and 4 are optional packages, and verl has its own kernels for
-short documents.
+"""FlashAttention over packed documents. Version 2 is part of PyTorch, versions 3 and 4 are optional packages, and verl has its own kernels
+for short documents.
 
 A package is used only after a trial: it must be importable, and its output and gradients on this GPU, with the model's own heads, must
-match FlashAttention-2. An unusable package never stops a run; the run reports why it does not use it.
+match FlashAttention-2. An unusable package never stops a run. The run reports why it does not use the package.
 
 Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D head size.
 """
@@ -62,7 +62,7 @@ class Heads:
 
 
 def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:
-    """Return in one line why this kernel cannot be used here for these models; None if it can."""
+    """Return why this kernel cannot be used here for models with these heads, in one line; None if it can be used."""
     package = PACKAGES[kernel]
     try:
         importlib.import_module(package.module)
@@ -88,7 +88,7 @@ def version(kernel: Kernel) -> str:
 
 
 def is_fa3_active() -> bool:
-    """Whether FlashAttention-3 takes the place of 2 behind PyTorch's own calls."""
+    """Return whether FlashAttention-3 replaces version 2 inside PyTorch's own functions."""
     return bool(getattr(torch_attention, "current_flash_attention_impl", lambda: None)() == "FA3")
 
 
@@ -98,7 +98,7 @@ def activate(kernel: Kernel) -> None:
         torch_attention.activate_flash_attention_impl("FA3")
     elif kernel != "fa3" and is_fa3_active():
         torch_attention.restore_flash_attention_impl()
-    if kernel == "fa4":  # raised for each kernel that it compiles, and harmless
+    if kernel == "fa4":  # a harmless warning for each kernel that it compiles
         warnings.filterwarnings("ignore", message="Argument .* cannot be converted to a JitArgument", category=UserWarning)
 
 
@@ -161,8 +161,8 @@ def _inside_pytorch(
     return output_TND
 
 
-# FlashAttention-4 as a custom operator, so that a compiled layer has it as one node. PyTorch's own `activate_flash_attention_impl("FA4")`
-# expects two results from the package's forward function; since 4.0.0b20 there are more.
+# FlashAttention-4 is a custom operator, so that it is one node in a compiled layer. PyTorch's own `activate_flash_attention_impl("FA4")`
+# expects two results from the package's forward function, which returns more since 4.0.0b20.
 @torch.library.custom_op("verl::flash4", mutates_args=())
 def _flash4(
     query_TND: Tensor,
@@ -201,7 +201,7 @@ def _flash4_backward(
     scale: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value. `saved` are these, output_TND and logsumexp_NT."""
+    """Return the gradients of query, key and value. `saved` has query, key, value, output_TND and logsumexp_NT."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     query_TND, key_TKD, value_TKD = (tensor.contiguous() for tensor in saved[:3])
@@ -225,7 +225,7 @@ def _flash4_backward(
     return gradients
 
 
-# The kernels for short documents as a custom operator, for the same reason.
+# The kernels for short documents are a custom operator for the same reason.
 @torch.library.custom_op("verl::short_attention", mutates_args=())
 def _short(
     query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
@@ -240,7 +240,7 @@ def _short(
 def _short_backward(
     output_gradient_TND: Tensor, saved: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value. `saved` are these, output_TND and logsumexp_NT."""
+    """Return the gradients of query, key and value. `saved` has query, key, value, output_TND and logsumexp_NT."""
     from verl.models.attention import short_triton
 
     query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT = saved
@@ -249,7 +249,7 @@ def _short_backward(
 
 
 def _shapes(query_TND: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Shapes of an operator's two results, for tracing."""
+    """Return empty tensors of the shapes of an operator's two results, for tracing."""
     tokens, heads, _ = query_TND.shape
     return query_TND.new_empty(query_TND.shape), query_TND.new_empty((heads, tokens), dtype=torch.float32)
 
@@ -265,7 +265,7 @@ _flash4_backward.register_fake(_backward_shapes)
 _short_backward.register_fake(_backward_shapes)
 
 
-def _keep_short(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_short_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query_TND, key_TKD, value_TKD, cu_seqlens, ctx.max_seqlen, ctx.scale = inputs
     ctx.save_for_backward(query_TND, key_TKD, value_TKD, *output, cu_seqlens)
 
@@ -275,22 +275,22 @@ def _short_gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_N
     return (*_short_backward(output_gradient_TND, saved, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None)
 
 
-_short.register_autograd(_short_gradients, setup_context=_keep_short)
+_short.register_autograd(_short_gradients, setup_context=_save_for_short_backward)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_flash4_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query_TND, key_TKD, value_TKD, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.sliding_window = inputs
     ctx.save_for_backward(query_TND, key_TKD, value_TKD, *output, cu_seqlens)
 
 
-def _gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients from the output alone, because nothing uses logsumexp_NT."""
+def _flash4_gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the inputs. The gradient of logsumexp_NT is ignored, because nothing uses that output."""
     *saved, cu_seqlens = ctx.saved_tensors
     gradients = _flash4_backward(output_gradient_TND, saved, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.sliding_window)
     return (*gradients, None, None, None, None)
 
 
-_flash4.register_autograd(_gradients, setup_context=_keep_for_backward)
+_flash4.register_autograd(_flash4_gradients, setup_context=_save_for_flash4_backward)
 
 
 def _tokens_before(sliding_window: int | None) -> int | None:
@@ -302,7 +302,7 @@ def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Head
     expected = _results("fa2", device, dtype, heads)
     try:
         found = _results(kernel, device, dtype, heads)
-    except Exception as error:  # the run goes on without the package, whatever it raises, and reports why
+    except Exception as error:  # whatever the package raises, the run continues without it and reports why
         return f"fails on this machine: {type(error).__name__}: {_first_line(error)}"
     finally:
         activate("fa2")

@@ -1,15 +1,15 @@
-"""Attention over packed batches, registered with transformers so that every architecture uses it unmodified.
+"""Attention over packed batches, registered with transformers so that every architecture can use it without changes.
 
-A model that is loaded with `attn_implementation=PACKED` is called with one row of T tokens, positions that restart in each
-document, and `packed_kwargs(batch)`. No token sees another document. Two exact paths:
+A model that is loaded with `attn_implementation=PACKED` is called with one row of T tokens, positions that restart in each document, and
+`packed_kwargs(batch)`. No token attends to another document. There are two exact implementations:
 
-- CUDA in half precision: FlashAttention with variable lengths, the one inside PyTorch or an installed newer one;
-- anything else: PyTorch's scaled dot product, one document at a time.
+- CUDA in half precision: FlashAttention with variable lengths, from PyTorch or from an installed newer package;
+- otherwise: PyTorch's scaled dot-product attention, one document at a time.
 
-`use_attention` says for the process which FlashAttention is called.
+`use_attention` selects the FlashAttention kernel of the process.
 
-Dimensions: T tokens of the packed batch, or of this process's part of it; N query heads, K key-value heads, D head size; a
-leading 1 is transformers' batch.
+Dimensions: T tokens of the packed batch, or of this rank's slice; N query heads, K key-value heads, D head size. A leading 1 is the batch
+dimension of transformers.
 """
 
 from collections.abc import Iterator
@@ -34,18 +34,18 @@ USE_ANOTHER = "this architecture cannot read packed batches yet; choose a model 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What a process calls on CUDA in half precision.
+    """The attention kernel of a process on CUDA in half precision.
 
     Attributes:
-        kernel: a FlashAttention, or "sdpa" for the path of every other device.
-        refused: packages with kernels for this GPU that are not taken, and why.
+        kernel: FlashAttention kernel, or "sdpa" for PyTorch's scaled dot-product attention.
+        refused: kernels for this GPU that cannot be used, with the reason.
     """
 
     kernel: flash.Kernel | Literal["sdpa"] = "fa2"
     refused: dict[flash.Kernel, str] = field(default_factory=dict)
 
 
-_kernel: flash.Kernel | Literal["sdpa"] = "fa2"  # global, since transformers' models call attention by its name
+_kernel: flash.Kernel | Literal["sdpa"] = "fa2"  # global, because transformers' models call attention by name
 
 
 def use_attention(choice: AttentionChoice) -> None:
@@ -57,7 +57,10 @@ def use_attention(choice: AttentionChoice) -> None:
 
 
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
-    """What a transformers model passes down to its attention; the names are transformers' own for packed batches, but for `context`."""
+    """Return the arguments that a transformers model passes on to its attention.
+
+    The names are those of transformers for packed batches. Only `context` is verl's own.
+    """
     return {
         "context": dist.context_name() if batch.parts > 1 else "",
         "cu_seq_lens_q": batch.cu_seqlens,
@@ -69,7 +72,7 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def attention_kept() -> Iterator[None]:
-    """Restore at the end which attention this process calls."""
+    """Restore the attention kernel of this process at the end of this context."""
     global _kernel
     before, had_fa3 = _kernel, flash.is_fa3_active()
     try:
@@ -80,7 +83,7 @@ def attention_kept() -> Iterator[None]:
 
 
 def heads_of(config: PretrainedConfig) -> flash.Heads:
-    """The attention heads of a causal language model."""
+    """Return the attention heads of a causal language model."""
     text = config.get_text_config()
     query = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // query
@@ -88,7 +91,7 @@ def heads_of(config: PretrainedConfig) -> flash.Heads:
 
 
 def describe_attention(choice: AttentionChoice, device_type: str, dtype: torch.dtype) -> str:
-    """Which path a run on this device takes, and why."""
+    """Describe the attention kernel of a run on this device, and why other kernels are not used."""
     if not has_flash(device_type, dtype):
         reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
         return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
@@ -99,7 +102,7 @@ def describe_attention(choice: AttentionChoice, device_type: str, dtype: torch.d
 
 
 def has_flash(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a FlashAttention, the one inside PyTorch at least, takes such tensors."""
+    """Return whether FlashAttention, at least the version inside PyTorch, supports this device and dtype."""
     return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -114,15 +117,17 @@ def packed_attention(
     max_length_q: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document, in the form of transformers' attention functions.
+    """Compute causal attention within each document, with the signature of transformers' attention functions.
 
     Args:
-        options: transformers' other arguments, such as `scaling` and `sliding_window`; and `context`, the name of the group of processes
-            over which the batch's tokens are spread ("": they are all here).
+        cu_seq_lens_q: offsets of the documents, int32; see `flash_attention`.
+        max_length_q: length of the longest document, or more.
+        options: other arguments of transformers, such as `scaling` and `sliding_window`; and `context`, the name of the group of ranks that
+            share the batch's tokens, or "" if this rank has all tokens.
     Returns:
         output_1TND and None (no attention weights).
     Raises:
-        UserError: the architecture asks for what neither path computes, or does not pass the documents' bounds on.
+        UserError: the architecture needs an option that is not supported, or does not pass the document bounds on.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=USE_ANOTHER)
@@ -167,7 +172,7 @@ def _per_document(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        # `split`, not slices: its backward is one concatenation, where each slice would fill a gradient of all T tokens.
+        # `split` instead of slices: its backward pass is one concatenation, while each slice would allocate a gradient of all T tokens.
         for query, key, value in zip(*(x.split(lengths, dim=2) for x in by_head), strict=True)
     ]
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
@@ -181,6 +186,6 @@ def _window_mask(length: int, sliding_window: int | None, device: torch.device) 
     return (distance >= 0) & (distance < sliding_window)
 
 
-# Without a mask function of the same name transformers makes no mask, and does not look for documents in the positions either,
-# for which the host would wait for the device.
+# No mask function is registered under this name, so transformers makes no mask. It also does not search the positions for documents, for
+# which the host would wait for the device.
 AttentionInterface.register(PACKED, packed_attention)

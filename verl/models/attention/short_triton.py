@@ -1,6 +1,6 @@
 """Triton kernels for causal attention within short packed documents.
 
-FlashAttention's kernels are tuned for long sequences; on documents of a few hundred tokens, overhead takes most of their time. Here one
+FlashAttention's kernels are tuned for long sequences. On documents of a few hundred tokens, overhead takes most of their time. Here, each
 program computes one tile of one document. In the backward pass, one program handles all query heads that share a key head, so that their
 gradients are summed in registers and not in separate passes.
 

@@ -1,7 +1,9 @@
-"""Context-parallel attention by all-to-all (Ulysses, arXiv:2309.14509): from a slice of the tokens with all heads to all tokens with a
-slice of the heads, and back. In between, documents are whole, so every attention kernel, mask and window works unchanged.
+"""Context-parallel attention by all-to-all (Ulysses, arXiv:2309.14509).
 
-The exchange is a custom operator, so that a compiled layer has it as one node and keeps the shapes of the model.
+Before attention, the ranks exchange slices of the tokens with all heads for all tokens with a slice of the heads. After attention, they
+exchange back. During attention, documents are whole, so every attention kernel, mask and window works unchanged.
+
+The exchange is a custom operator, so that it is one node in a compiled layer and the shapes stay those of the model.
 
 Dimensions: P ranks that share a batch; U tokens of one rank's slice, T = P × U tokens of the batch; X heads of a tensor, D head size.
 """
@@ -32,7 +34,7 @@ def check_heads(config: PretrainedConfig, heads: Heads, size: int) -> None:
 
 
 def heads_of_each(heads: Heads, size: int) -> Heads:
-    """Return the heads that each of `size` ranks computes. A key head whose query heads are on several ranks is on all of them."""
+    """Return the heads that each of `size` ranks computes. A key head is on every rank that has one of its query heads."""
     return Heads(heads.query // size, math.lcm(heads.key_value, size) // size, heads.size)
 
 
@@ -40,8 +42,8 @@ def to_heads(parts_UXD: Sequence[Tensor], group: str) -> list[Tensor]:
     """Exchange slices of tokens with all heads for all tokens with this rank's heads, in one all-to-all.
 
     Args:
-        parts_UXD: this rank's tokens, with all heads. Heads whose number is not a multiple of the ranks are repeated, so that each
-            rank has the key heads of its query heads.
+        parts_UXD: this rank's tokens, with all heads. If the number of heads of a tensor is not a multiple of the number of ranks, heads
+            are repeated, so that each rank has the key heads of its query heads.
         group: `processes.context_name()`; every rank of the group calls this with the same shapes.
     Returns:
         wholes_TXD, contiguous.
@@ -76,7 +78,7 @@ def _to_heads(parts_UXD: list[Tensor], group: str) -> list[Tensor]:
 
 @torch.library.custom_op("verl::to_tokens", mutates_args=())
 def _to_tokens(wholes_TXD: list[Tensor], heads: list[int], group: str) -> list[Tensor]:
-    """See `to_tokens`. `heads` has one number per result; the values of repeated heads are summed."""
+    """Same as `to_tokens` for several tensors; `heads` has the total number of heads of each. The values of repeated heads are summed."""
     size, tokens = _size(group), len(wholes_TXD[0])
     by_process = [x.reshape(size, tokens // size, -1) for x in wholes_TXD]
     received = _exchange(torch.cat(by_process, 2), group).transpose(0, 1)

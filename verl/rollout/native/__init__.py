@@ -1,4 +1,4 @@
-"""This project's own engine: continuous batching, prefix sharing and CUDA graphs, on the trainer's model itself.
+"""verl's own engine: continuous batching, prefix sharing and CUDA graphs, directly on the trainer's model.
 
 `engine.NativeRollout.stream` is the main loop; read it first.
 """

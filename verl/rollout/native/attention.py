@@ -1,11 +1,11 @@
-"""Attention during generation, over a KV cache in slots: one slot per sequence, with room for its longest answer.
+"""Attention during generation, over a KV cache in slots. Each sequence has one slot, with space for its prompt and longest response.
 
-It is registered with transformers, like the packed attention of training, so that models need no changes. Prefill runs packed
-attention, prompts one after the other without padding, and stores their keys and values in the slots. In decoding, the newest
-token of each sequence attends to its slot.
+It is registered with transformers, like the packed attention of training, so that models need no changes. Prefill runs packed attention
+over the prompts, without padding, and stores their keys and values in the slots. In a decode step, the newest token of each
+sequence attends to its slot.
 
-Dimensions: S slots, L positions of a slot, B slots in use, T packed tokens, R stored tokens (a prompt with several answers is
-stored in several slots), N query heads, K key-value heads, G = N / K, D head size.
+Dimensions: S slots, L positions of a slot, B slots in use, T packed tokens, R stored tokens (a prompt with several responses is stored in
+several slots), N query heads, K key-value heads, G = N / K, D head size.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SLOTS = "verl_slots"
 
 
 class KVShape(NamedTuple):
-    """What a layer caches of each token: key-value heads and their sizes."""
+    """Shape of a layer's keys and values of one token: number of key-value heads, and sizes of a key and a value."""
 
     heads: int
     key_size: int
@@ -38,7 +38,7 @@ class LayerCache(NamedTuple):
 
 
 class PrefillBatch(NamedTuple):
-    """Packed prompts and where they are stored: token source_R goes to position position_R of slot slot_R."""
+    """Packed prompts and their places in the slots: token source_R is stored at position position_R of slot slot_R."""
 
     cu_seqlens: Tensor
     max_seqlen: int
@@ -48,7 +48,10 @@ class PrefillBatch(NamedTuple):
 
 
 class DecodeBatch(NamedTuple):
-    """One token for each of the first B slots, at position_B. `used_positions` of the slots are in use; None: only the device knows."""
+    """One token for each of the first B slots, at position_B.
+
+    All used positions of these slots are below `used_positions`; it is None if the host does not know them.
+    """
 
     position_B: Tensor
     used_positions: int | None
@@ -56,7 +59,7 @@ class DecodeBatch(NamedTuple):
 
 @dataclass
 class ShapeProbe:
-    """Stands in for a KV cache, to find out what a layer caches."""
+    """Stand-in for a KV cache that records the shapes of a layer's keys and values."""
 
     shapes: list[KVShape]
 
@@ -72,15 +75,15 @@ def slot_attention(
     slot_batch: PrefillBatch | DecodeBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with the signature that transformers expects.
+    """Compute attention, with the signature of transformers' attention functions.
 
     Args:
         slot_cache: KV cache of the layer.
-        slot_batch: which tokens these are: T packed ones with B = 1 (prefill), or one per slot with T = 1 (decode).
+        slot_batch: places of the tokens; T packed tokens with B = 1 (prefill), or one token per slot with T = 1 (decode).
     Returns:
         output_BTND and None (no attention weights).
     Raises:
-        UserError: the architecture needs something that packed attention does not compute.
+        UserError: the architecture needs an option that packed attention does not support.
     """
     assert slot_batch is not None and slot_cache is not None, "the layer does not pass its arguments on to its attention"
     if isinstance(slot_batch, PrefillBatch):
@@ -98,7 +101,7 @@ def slot_attention(
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether decoding runs our Triton kernels, which read only the positions of a slot that are in use."""
+    """Return whether decoding runs verl's Triton kernels, which read only the used positions of a slot."""
     return HAS_TRITON and device.type == "cuda"
 
 
@@ -113,7 +116,7 @@ def _store(cache: LayerCache | ShapeProbe, batch: PrefillBatch, key_KTD: Tensor,
 def _attend_without_kernel(
     query_BND: Tensor, key_BKD: Tensor, value_BKD: Tensor, cache: LayerCache, batch: DecodeBatch, scale: float, window: int
 ) -> Tensor:
-    """PyTorch's scaled dot-product attention over the positions in use. Query heads of one key head are its query rows (G)."""
+    """Same as `_attend`, with PyTorch's scaled dot-product attention. The query heads of a key head are its query rows (G)."""
     rows, heads, size = query_BND.shape
     row_B = torch.arange(rows, device=query_BND.device)
     cache.key[row_B, :, batch.position_B] = key_BKD.to(cache.key.dtype)
@@ -131,9 +134,9 @@ def _attend_without_kernel(
     return output_BKGD.reshape(rows, heads, -1)
 
 
-# A custom operator, so that a compiled layer contains the kernel as one node. It also writes the newest keys and values into the
-# cache, but does not declare that: nothing else in a compiled layer reads them, and if it were declared, the compiler might copy
-# whole caches to keep the order.
+# A custom operator, so that the kernel is one node in a compiled layer. It also writes the newest keys and values into the cache, but does
+# not declare this mutation: nothing else in a compiled layer reads the cache, and for a declared mutation, the compiler might copy whole
+# caches to keep the order.
 @torch.library.custom_op("verl::slot_attention", mutates_args=())
 def _attend(
     query_BND: Tensor,

@@ -1,7 +1,7 @@
-"""Decode attention: the newest token of part_length slot attends to the slot's KV cache, in Triton kernels.
+"""Triton kernels for decode attention: the newest token of each slot attends to the slot's KV cache.
 
-A program handles one slot and one key-value head with all its query heads, so that keys and values are read once, and only the
-positions in use. If that gives too few programs to fill the GPU, the positions of a slot are split among several programs, and
+A program handles one slot and one key-value head with all its query heads, so that keys and values are read once, and only the used
+positions. If that gives too few programs to fill the GPU, the positions of a slot are split among several programs, and
 a second kernel combines their results (Flash-Decoding, Dao et al. 2023).
 
 Dimensions: S slots, L positions of a slot, B slots in use, N query heads, K key-value heads, D head size, P parts.
@@ -32,7 +32,7 @@ def attend(
 
     Args:
         scale: factor of the attention scores.
-        window: tokens that a token sees, itself included; 0: all before it.
+        window: number of tokens that a token attends to, including itself; 0: all tokens up to itself.
     Returns:
         output_BND.
     """

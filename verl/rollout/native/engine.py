@@ -1,8 +1,8 @@
-"""The native engine: a scheduler (which request runs in which slot), slots (KV caches and decode state) and a runner (the model).
+"""The native engine. A scheduler assigns requests to slots, slots hold KV caches and decode state, and a runner runs the model.
 
-`NativeRollout.stream` is the main loop. Requests take slots; their prompts are prefilled, once for all answers to a prompt; decode
-steps give each slot a token at a time; and when an answer has ended, the next request takes its slot (continuous batching). On
-a GPU a decode step is one CUDA graph, which samples on the device; the host reads only every STEPS steps which answers have ended.
+`NativeRollout.stream` is the main loop. Each request takes a slot. Prompts are prefilled, once for all responses to a prompt. Each decode
+step adds one token to every slot. When a response has ended, the next request takes its slot (continuous batching). On a GPU, a decode step
+is one CUDA graph that also samples. Only every STEPS steps, the host reads which responses have ended.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,20 +21,20 @@ from verl.rollout.native.runner import Runner
 from verl.rollout.native.scheduler import Request, Scheduler
 from verl.rollout.native.slots import Slots
 
-STEPS = {"cuda": 8, "cpu": 1}  # decode steps between two reads of which answers have ended
+STEPS = {"cuda": 8, "cpu": 1}  # decode steps between two checks of which responses have ended
 
 
 class NativeRollout:
     """See `verl.rollout.Rollout`.
 
     Args:
-        model: on its device. Its weights are read where they are, and it may be trained between calls.
-        stop_ids: tokens that end an answer, besides those of the model's generation_config.json.
+        model: model on its device; its weights are not copied, and it may be trained between calls.
+        stop_ids: tokens that end a response; those of the model's generation_config.json are added.
         is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
-        scheduler, slots, runner: the parts of the engine; the scheduler is that of the latest call.
+        scheduler, slots, runner: parts of the engine; each call creates a new scheduler.
     Raises:
-        UserError: the architecture keeps more of the text than keys and values, or its attention is not supported.
+        UserError: the architecture has other decode state than keys and values, or its attention is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
@@ -79,7 +79,7 @@ class NativeRollout:
         return completion
 
     def _start(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> None:
-        """Prepare slots that are long enough, and queue the requests of a call."""
+        """Allocate slots if they are too few or too short for this call, and queue its requests."""
         check_positions(prompts, sampling, self.positions)
         longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
         size = self.slots.size_for(len(prompts) * sampling.n, longest, sampling.max_new_tokens)
@@ -89,11 +89,11 @@ class NativeRollout:
             self.slots.make(size)
         self.slots.reset()
         self.runner.set_temperature(sampling.temperature)
-        # A new scheduler reuses no keys and values of the call before: shared weights may have changed without notice.
+        # A new scheduler, so that no keys and values of earlier calls are reused: shared weights may have changed without notice.
         self.scheduler = Scheduler(_requests(prompts, sampling, seeds), self.slots.number, on_gpu=self._device.type == "cuda")
 
     def _admit(self) -> None:
-        """Start queued requests in free slots, if the scheduler finds it worth while."""
+        """Start queued requests in free slots, if the scheduler decides so."""
         admission = self.scheduler.admit()
         if admission is None:
             return
@@ -106,7 +106,7 @@ class NativeRollout:
             raise out_of_memory(self.slots.number, self._options) from error
 
     def _decode(self, sampling: Sampling, at_most: int) -> list[int]:
-        """Take decode steps. Returns the slots whose answers have ended."""
+        """Take at most `at_most` decode steps, and return the slots whose responses have ended."""
         steps, rows = self.scheduler.advance(at_most), self.scheduler.rows
         try:
             self.runner.decode(self.slots, rows, steps, sampling)
@@ -115,7 +115,7 @@ class NativeRollout:
         return self.scheduler.ended(self.slots.state.active_S[:rows].tolist())
 
     def _collect(self, ended: list[int], sampling: Sampling) -> list[tuple[int, Completion]]:
-        """Read finished answers and free their slots."""
+        """Return the finished responses with their indices, and free their slots."""
         done = []
         for slot, (token_ids, logprobs) in zip(ended, self.slots.state.read(ended), strict=True):
             reason: Literal["stop", "length"] = "stop" if token_ids[-1] in self.stop_ids else "length"
@@ -124,7 +124,7 @@ class NativeRollout:
         return done
 
     def _compact(self) -> None:
-        """Let decode steps become smaller when there is no request left for the free slots."""
+        """Make decode steps smaller if no requests are left for the free slots."""
         compaction = self.scheduler.compact()
         if compaction is not None:
             self.slots.compact(compaction)
@@ -139,12 +139,12 @@ class NativeRollout:
             copy_weights(self.runner.model, named_tensors)
 
     def sleep(self) -> None:
-        """Free slots and CUDA graphs if they take a good part of the GPU's memory: recording graphs again takes time. The weights stay."""
+        """Free slots and CUDA graphs if the slots take a large share of the GPU's memory, because recording graphs again takes time."""
         if self.slots.worth_freeing:
             self._free()
 
     def wake(self) -> None:
-        """Nothing to do: slots are made when they are needed."""
+        """Do nothing, because slots are allocated when they are needed."""
 
     def close(self) -> None:
         """See `Rollout.close`."""
@@ -164,10 +164,10 @@ class NativeRollout:
 
 
 def _requests(prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> Iterator[Request]:
-    """One request for each answer, in the order of their numbers.
+    """Yield one request for each response, in the order of their indices.
 
     Args:
-        seeds: of the prompts; None: their numbers.
+        seeds: seed of each prompt; None: its index.
     """
     nothing = np.zeros(0, dtype=np.float32)
     for i, prompt in enumerate(map(tuple, prompts)):

@@ -1,10 +1,10 @@
 """The model of the native engine: prefill, and decode steps as CUDA graphs.
 
-The model is not copied. For the time of a forward pass, its decoder layers get the slots' KV caches and the attention of
-`attention.py`; afterwards it is as its trainer left it.
+The model is not copied. During a forward pass, its decoder layers use the KV caches of the slots and the attention of `attention.py`.
+Afterwards, the model is restored for its trainer.
 
-Dimensions: S slots, B rows of a decode step (the first B slots), T packed tokens, R stored tokens, H hidden size, V vocabulary,
-C tokens of a block of it.
+Dimensions: S slots, B rows of a decode step (the first B slots), T packed tokens, R stored tokens, H hidden size, V vocabulary, C tokens of
+a vocabulary block.
 """
 
 import gc
@@ -29,21 +29,21 @@ from verl.rollout.native.attention import SLOTS, DecodeBatch, KVShape, LayerCach
 from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
 
-RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the longest position, which a CUDA graph cannot record
+RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the largest position, which a CUDA graph cannot record
 USE_HF = "set rollout.name=hf, which works with every model"
 
 
 class Runner:
-    """A model that fills slots and decodes from them.
+    """Prefill and decoding of a model.
 
     Args:
-        model: on its device.
-        compiles: whether decoder layers are compiled for decoding.
+        model: model on its device.
+        compiles: whether to compile the decoder layers for decoding.
     Attributes:
-        device: where the model is.
-        shapes: what each layer caches of a token.
+        device: device of the model.
+        shapes: shapes of the keys and values of one token, for each layer.
     Raises:
-        UserError: the architecture keeps more of the text than keys and values, or its attention is not supported.
+        UserError: the architecture has other decode state than keys and values, or its attention is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, *, compiles: bool):
@@ -59,7 +59,7 @@ class Runner:
 
     @torch.no_grad()
     def _probe(self) -> list[KVShape]:
-        """Find out what each layer caches, with a forward pass of two tokens."""
+        """Return the shapes of each layer's keys and values, from a forward pass of two tokens."""
         probes, kind = [ShapeProbe([]) for _ in self._layers], type(self.model).__name__
         index_T = torch.arange(2, device=self.device)
         batch = PrefillBatch(torch.tensor([0, 2], dtype=torch.int32, device=self.device), 2, index_T, index_T, index_T)
@@ -69,23 +69,23 @@ class Runner:
         except UserError as error:
             raise UserError(f"{kind} cannot be run by the native engine: {error.what}", where="rollout.name", fix=USE_HF) from error
         if not probes or any(len(probe.shapes) != 1 for probe in probes):
-            raise UserError(f"{kind} keeps more of the text than keys and values", where="rollout.name", fix=USE_HF)
+            raise UserError(f"{kind} has other decode state than keys and values", where="rollout.name", fix=USE_HF)
         return [probe.shapes[0] for probe in probes]
 
     def set_temperature(self, temperature: float) -> None:
-        """Set the temperature of the next steps. It is on the device, so that CUDA graphs serve every temperature."""
+        """Set the temperature of the next steps. It is a tensor on the device, so that CUDA graphs work for every temperature."""
         self._temperature.fill_(temperature)
 
     def drop_graphs(self) -> None:
-        """Drop the CUDA graphs. They hold the addresses of the slots, so they are dropped before the slots are freed."""
+        """Drop the CUDA graphs. Call this before the slots are freed, because graphs use their addresses."""
         self._graphs.clear()
-        self._pool = _graph_pool(self.device)  # the old pool went with its graphs
+        self._pool = _graph_pool(self.device)  # the old pool is freed with its graphs
 
     # --- prefill
 
     @torch.no_grad()
     def prefill(self, prefills: Sequence[Prefill], slots: Slots) -> None:
-        """Run prompts without their last tokens through the model, packed, and store their keys and values in the slots."""
+        """Run packed prompts, without their last tokens, through the model, and store their keys and values in the slots."""
         ids = [np.array(prefill.prompt[:-1], dtype=np.int64) for prefill in prefills]
         position_T = np.concatenate([np.arange(len(x)) for x in ids])
         batch = _prefill_batch(list(map(len, ids)), position_T, [prefill.slots for prefill in prefills], self.device)
@@ -96,19 +96,19 @@ class Runner:
 
     @torch.no_grad()
     def decode(self, slots: Slots, rows: int, steps: int, sampling: Sampling) -> None:
-        """Take decode steps: each gives one more token to each of the first `rows` slots whose answer has not ended."""
+        """Take `steps` decode steps. Each adds a token to those of the first `rows` slots whose responses have not ended."""
         step = self._step_on_gpu if has_kernel(self.device) else self._step
         for _ in range(steps):
             step(slots, rows, sampling)
 
     def _step_on_gpu(self, slots: Slots, rows: int, sampling: Sampling) -> None:
-        """A step that never waits for the device: a CUDA graph, from the second time on."""
+        """Take a step without waiting for the device. From the second step of a kind on, it is a CUDA graph."""
         key = (rows, sampling.is_filtered and (sampling.top_k, sampling.top_p))
         if key in self._graphs:
             self._graphs[key].replay()
             return
         with self._attending(self._decode_layer, slots.layers, DecodeBatch(slots.state.position_S[:rows], None)):
-            self._launch(slots.state, rows, sampling)  # not recorded the first time: kernels are compiled and loaded
+            self._launch(slots.state, rows, sampling)  # run it once before recording, to compile and load the kernels
             if self._can_record:
                 self._graphs[key] = _record(partial(self._launch, slots.state, rows, sampling), self._pool)
 
@@ -119,11 +119,11 @@ class Runner:
         least_B = None
         if sampling.is_filtered:
             token_B = lowest_kept_token(self._rule(logits_BV) / self._temperature, sampling)
-            least_B = logits_BV.gather(1, token_B[:, None]).squeeze(1)  # the raw logit: a kernel may round a division differently
+            least_B = logits_BV.gather(1, token_B[:, None]).squeeze(1)  # unscaled, because the kernel may round the division differently
         sampler_triton.sample(logits_BV, state, self._temperature, least_B, self._rule.factor, self._rule.soft_cap)
 
     def _step(self, slots: Slots, rows: int, sampling: Sampling) -> None:
-        """A step in plain PyTorch."""
+        """Take a step in plain PyTorch."""
         state = slots.state
         position_B = state.position_S[:rows]
         with self._attending(self._decode_layer, slots.layers, DecodeBatch(position_B, int(position_B.max()) + 1)):
@@ -132,11 +132,11 @@ class Runner:
             state.advance(*sample(self._logit_blocks(hidden_BH, keep=sampling.temperature > 0), sampling, uniform_B.squeeze(1)))
 
     def _hidden(self, state: State, rows: int) -> Tensor:
-        """hidden_BH of the newest token of each row."""
+        """Return hidden_BH, the last hidden states of the newest token of each row."""
         return self._forward(state.token_S[:rows, None], state.position_S[:rows, None])[:, 0]
 
     def _logit_blocks(self, hidden_BH: Tensor, *, keep: bool) -> Iterator[Tensor]:
-        """The logits, logits_BC of a block of the vocabulary at a time; unless `keep`, a block may overwrite the one before it."""
+        """Yield logits_BC for each block of the vocabulary. If not `keep`, a block may overwrite the previous one."""
         head = self.model.get_output_embeddings()
         if type(head) is nn.Linear:
             vocabulary = len(head.weight)
@@ -145,7 +145,7 @@ class Runner:
             for start in range(0, vocabulary, BLOCK):
                 tokens = slice(start, start + BLOCK)
                 weight_CH, first = head.weight[tokens], start if keep else 0
-                # With the vocabulary as the outer dimension, a CPU is a third faster.
+                # With the vocabulary as the outer dimension, the matmul is a third faster on a CPU.
                 logits_CB = multiply(weight_CH, hidden_BH, out=space_CB[first : first + len(weight_CH)])
                 yield self._rule((logits_CB if head.bias is None else logits_CB.add_(head.bias[tokens, None])).T)
         else:
@@ -156,7 +156,7 @@ class Runner:
     def _attending(
         self, run_layer: Callable[..., Any], caches: Sequence[LayerCache | ShapeProbe], batch: PrefillBatch | DecodeBatch
     ) -> AbstractContextManager[None]:
-        """The model in generation mode, whose layers run through `run_layer` and attend to these caches."""
+        """Put the model into generation mode in this context; `run_layer` runs its layers, which attend to these caches."""
 
         def forward_of(layer: nn.Module, cache: LayerCache | ShapeProbe) -> Callable[..., Any]:
             return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, **kwargs)
@@ -164,7 +164,7 @@ class Runner:
         return generation_mode(self.model, SLOTS, [forward_of(*each) for each in zip(self._layers, caches, strict=True)])
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Last hidden states."""
+        """Return the last hidden states."""
         decoder = self.model.get_decoder()
         out = decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
         hidden: Tensor = out.last_hidden_state
@@ -172,11 +172,12 @@ class Runner:
 
 
 def _prefill_batch(lengths: list[int], position_T: np.ndarray, slots: list[list[int]], device: torch.device) -> PrefillBatch:
-    """Where packed prompts are stored.
+    """Return the positions of packed prompts in the slots.
 
     Args:
-        lengths: of the prompts, without their last tokens.
-        slots: which get each prompt.
+        lengths: lengths of the prompts without their last tokens.
+        position_T: position of each packed token in its prompt.
+        slots: slots of each prompt.
     """
     starts = np.cumsum([0, *lengths])
     source_R = np.concatenate(
@@ -193,23 +194,24 @@ def _prefill_batch(lengths: list[int], position_T: np.ndarray, slots: list[list[
 
 
 def _run_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a decoder layer as its class defines it, whatever its trainer has put in place of `forward`."""
+    """Run the forward function of a decoder layer's class, even if the trainer has replaced the layer's `forward`."""
     return type(layer).forward(layer, *args, **kwargs)
 
 
 def _rope_types(config: PretrainedConfig) -> set[str]:
+    """Return the types of a model's rotary embeddings."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return {str(one["rope_type"]) for one in each if "rope_type" in one}
 
 
 def _graph_pool(device: torch.device) -> Any:
-    """Memory that all graphs share."""
+    """Return the handle of a memory pool that all graphs share."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _record(launch: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """Record the kernels that a function launches as a CUDA graph. They do not run now."""
+    """Record the kernels that a function launches as a CUDA graph, without running them."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     was_on = gc.isenabled()

@@ -1,9 +1,9 @@
 """Sampling on the device: two Triton kernels at the end of each decode step.
 
-The first kernel reads the logits once and writes a few sums for each block of the vocabulary. The second selects a block, reads
-it again, selects the token in it, and updates the decode state for the next step. The rule is that of `verl.rollout._sampler.sample`.
+The first kernel reads the logits once and writes a few sums for each block of the vocabulary. The second selects a block, reads it again,
+selects a token in it, and updates the decode state for the next step. The sampling rule is that of `verl.rollout._sampler.sample`.
 
-Dimensions: B slots in use, V vocabulary, K blocks of it.
+Dimensions: B slots in use, V vocabulary, K vocabulary blocks.
 """
 
 import torch
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from verl.rollout.native.slots import State
 
-BLOCK = 4096  # tokens of a block
+BLOCK = 4096  # tokens per vocabulary block
 
 
 def sample(logits_BV: Tensor, state: State, temperature: Tensor, least_B: Tensor | None, factor: float, soft_cap: float | None) -> None:
-    """Sample a token for each of the first B slots and append it to its answer; slots that have ended stay as they are.
+    """Sample a token for each of the first B slots, and append it to its response. Slots whose responses have ended do not change.
 
     Args:
-        temperature: one number on the device; at 0, the first of the most likely tokens is taken.
-        least_B: lowest logit, as in logits_BV, that may be sampled (top_k, top_p); None: all may.
+        temperature: scalar on the device; 0 takes the first of the most likely tokens.
+        least_B: lowest logit, as in logits_BV, of the tokens that top_k and top_p keep; None: all tokens are kept.
         factor, soft_cap: post-processing of logits (`LogitRule`).
     """
     rows, vocabulary = logits_BV.shape

@@ -1,6 +1,6 @@
-"""Which request is generated in which slot: continuous batching with prefix sharing.
+"""Scheduler of the native engine: continuous batching with prefix sharing.
 
-This file runs on the host alone: it knows no tensors and no model. A scheduler decides, and the engine carries it out.
+It assigns requests to slots, and the engine carries out its decisions. It runs on the host only, without tensors or a model.
 """
 
 from collections import deque
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 import numpy as np
 
 PREFILL_TOKENS = 32_768  # prompt tokens in one forward pass
-ADMISSION_SHARE = 8  # on a GPU, requests wait until one slot in eight is free: each prefill interrupts decoding
-FEWEST_ROWS = 4  # of a CUDA graph
+ADMISSION_SHARE = 8  # on a GPU, requests wait until one slot in eight is free, because each prefill interrupts decoding
+MIN_ROWS = 4  # smallest decode step of a CUDA graph, in rows
 
 Prompt = tuple[int, ...]
 
 
 @dataclass
 class Request:
-    """One answer to generate.
+    """A request for one response.
 
     Attributes:
-        number: its index among all answers of the call.
+        number: index of the response among all responses of the call.
         prompt: token ids, at least one.
-        max_new_tokens: longest answer, its stop token included.
+        max_new_tokens: maximum tokens of the response, including its stop token.
         uniform_G: random numbers in [0, 1), one for each token; empty for greedy decoding.
-        steps: decode steps that it has taken part in.
+        steps: decode steps of this request so far.
     """
 
     number: int
@@ -37,7 +37,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt to put through the model once, and the slots that get its keys and values."""
+    """A prompt to run through the model once, and the slots that get its keys and values."""
 
     prompt: Prompt
     slots: list[int]
@@ -45,13 +45,13 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Admission:
-    """Requests that start now. First the copies are made, then the prefill batches are run, then the requests begin.
+    """Requests that start now. The engine first makes the copies, then runs the prefill batches, and then starts the requests.
 
     Attributes:
-        seated: each request with its slot.
-        copies: (source slot, target slot) for prompts whose keys and values another slot holds already.
+        seated: slot of each request, and the request.
+        copies: (source slot, target slot) for prompts whose keys and values are already in another slot.
         copied_positions: length of the longest copied prompt.
-        prefills: batches of prompts that the model has to see.
+        prefills: batches of prompts to prefill.
     """
 
     seated: list[tuple[int, Request]]
@@ -62,11 +62,11 @@ class Admission:
 
 @dataclass(frozen=True)
 class Compaction:
-    """Answers that move to lower slots, so that a decode step computes fewer rows.
+    """Responses that move to lower slots, so that a decode step computes fewer rows.
 
     Attributes:
-        sources, targets: slots, pair by pair.
-        positions: the most positions that any of the answers can reach.
+        sources, targets: old and new slot of each response.
+        positions: maximum tokens of any of their prompts with its response.
         used: number of slots in use afterwards.
     """
 
@@ -77,39 +77,41 @@ class Compaction:
 
 
 class Scheduler:
-    """The requests of one call: a queue, and the slots in which requests run.
+    """The requests of one call: those in the queue, and those that run in slots.
 
     Args:
-        requests: in the order in which they are to start.
-        slots: how many there are.
-        on_gpu: admit requests in groups, and round the rows of a step up to a power of two, so that a few CUDA graphs serve.
+        requests: requests in the order in which to start them.
+        slots: number of slots.
+        on_gpu: whether to admit requests in groups, and to round the rows of a decode step up to a power of two, so that a few CUDA graphs
+            are enough.
     """
 
     def __init__(self, requests: Iterable[Request], slots: int, *, on_gpu: bool):
         self._queue, self._slots, self._on_gpu = deque(requests), slots, on_gpu
         self._running: list[Request | None] = []  # by slot, up to the last one in use
-        self._prompts: dict[int, Prompt] = {}  # by slot: the prompt whose keys and values it holds, during its answer and after
+        self._prompts: dict[int, Prompt] = {}  # by slot: the prompt whose keys and values are in it, also after its response has ended
 
     @property
     def has_work(self) -> bool:
+        """Return whether any request is queued or running."""
         return bool(self._queue) or any(self._running)
 
     @property
     def rows(self) -> int:
-        """Slots that a decode step computes, from the first one on."""
+        """Number of slots that a decode step computes: the first `rows` slots."""
         return self._rows(len(self._running))
 
     def _rows(self, used: int) -> int:
-        return min(self._slots, max(FEWEST_ROWS, 1 << (used - 1).bit_length())) if self._on_gpu else used
+        return min(self._slots, max(MIN_ROWS, 1 << (used - 1).bit_length())) if self._on_gpu else used
 
     # --- starting requests
 
     def admit(self) -> Admission | None:
-        """Seat queued requests in the free slots; None if the queue is empty, or too few slots are free to be worth a prefill."""
+        """Assign queued requests to free slots. Return None if the queue is empty, or too few slots are free to be worth a prefill."""
         if not self._queue:
             return None
         free = [slot for slot in range(self._slots) if slot >= len(self._running) or self._running[slot] is None]
-        if len(free) < self._enough():
+        if len(free) < self._min_free():
             return None
         seated = self._seat(free, [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))])
         self._running += [None] * (max(slot for slot, _ in seated) + 1 - len(self._running))
@@ -117,12 +119,12 @@ class Scheduler:
             self._running[slot] = request
         return self._plan(seated)
 
-    def _enough(self) -> int:
-        """Free slots that are worth a prefill; all slots are always enough."""
+    def _min_free(self) -> int:
+        """Return the number of free slots that is worth a prefill. It is never more than the number of slots."""
         return max(1, min(self._slots // ADMISSION_SHARE, len(self._queue))) if self._on_gpu else 1
 
     def _seat(self, free: list[int], requests: list[Request]) -> list[tuple[int, Request]]:
-        """A free slot for each request: first for those whose prompt a free slot still holds, then for the others."""
+        """Choose a free slot for each request: if possible one that still has its prompt, else any."""
         holders: dict[Prompt, list[int]] = {}
         for slot in free:
             holders.setdefault(self._prompts.get(slot, ()), []).append(slot)
@@ -132,30 +134,33 @@ class Scheduler:
         return seated + [(next(others), request) for request in requests if request.number not in served]
 
     def _plan(self, seated: list[tuple[int, Request]]) -> Admission:
-        """How the prompts' keys and values get into the slots: they are there, another slot has them, or the model computes them."""
+        """Plan how each slot gets the keys and values of its prompt: it has them already, they are copied, or the model computes them."""
         missing = [(slot, request.prompt) for slot, request in seated if self._prompts.get(slot) != request.prompt]
         for slot, _ in missing:
-            self._prompts.pop(slot, None)  # it is overwritten
+            self._prompts.pop(slot, None)  # it will be overwritten
         holder = {prompt: slot for slot, prompt in self._prompts.items()}
         copies: list[tuple[int, int]] = []
         targets: dict[Prompt, list[int]] = {}
         for slot, prompt in missing:
             if prompt in holder:
                 copies.append((holder[prompt], slot))
-            elif len(prompt) > 1:  # the last token of a prompt is the first decode step's
+            elif len(prompt) > 1:  # the last token of a prompt is the input of the first decode step
                 targets.setdefault(prompt, []).append(slot)
             self._prompts[slot] = prompt
         copied_positions = max((len(self._prompts[slot]) for _, slot in copies), default=0)
         return Admission(seated, copies, copied_positions, _batches([Prefill(*target) for target in targets.items()]))
 
     def forget_prompts(self) -> None:
-        """Share no keys and values from before: the weights have changed."""
+        """Do not reuse keys and values that were computed before now, because the weights have changed."""
         self._prompts.clear()
 
-    # --- running and ending them
+    # --- running and ending requests
 
     def advance(self, at_most: int) -> int:
-        """Decode steps to take now: at most this many, and none after every request must have ended. They count as taken."""
+        """Return the number of decode steps to take now, and count them as taken.
+
+        It is at most `at_most`, and no more than until all running requests reach their maximum length.
+        """
         running = [request for request in self._running if request is not None]
         steps = min(at_most, max(request.max_new_tokens - request.steps for request in running))
         for request in running:
@@ -163,21 +168,21 @@ class Scheduler:
         return steps
 
     def ended(self, active: Sequence[int]) -> list[int]:
-        """Slots whose requests have ended.
+        """Return the slots whose requests have ended.
 
         Args:
-            active: one value for each row, 0 where generation has ended.
+            active: one value for each row, 0 if generation has ended.
         """
         return [slot for slot, request in enumerate(self._running) if request is not None and not active[slot]]
 
     def finish(self, slot: int) -> Request:
-        """Free a slot. Its prompt stays in it for later requests, until another one is put there."""
+        """Free a slot, and return its request. The keys and values of its prompt stay until another prompt overwrites them."""
         request, self._running[slot] = self._running[slot], None
         assert request is not None
         return request
 
     def compact(self) -> Compaction | None:
-        """Once the queue is empty, move the last requests into free slots; None if a step would not get smaller."""
+        """Move the last requests into free slots. Return None if the queue is not empty, or decode steps would not get smaller."""
         while self._running and self._running[-1] is None:
             self._running.pop()
         free = [slot for slot, request in enumerate(self._running) if request is None]
@@ -185,7 +190,7 @@ class Scheduler:
         if self._queue or self._rows(used) == self.rows:
             return None
         last = [(slot, request) for slot, request in enumerate(self._running) if slot >= used and request is not None]
-        for target, (_, request) in zip(free, last, strict=False):  # free slots beyond `used` are cut off
+        for target, (_, request) in zip(free, last, strict=False):  # free slots from `used` on are removed
             self._running[target] = request
         del self._running[used:]
         positions = max(len(request.prompt) + request.max_new_tokens for _, request in last)
@@ -193,7 +198,7 @@ class Scheduler:
 
 
 def _batches(prefills: list[Prefill]) -> list[list[Prefill]]:
-    """Prompts that go through the model together: up to PREFILL_TOKENS tokens, or one longer prompt."""
+    """Divide prompts into batches of at most PREFILL_TOKENS tokens; a longer prompt is a batch of its own."""
     batches: list[list[Prefill]] = []
     tokens = 0
     for prefill in prefills:

@@ -1,6 +1,6 @@
-"""Device memory of the sequences that are generated: each slot has a KV cache in every layer, and an entry in the decode state.
+"""Device memory for generation. A slot holds one sequence: a KV cache in every layer, and an entry in the decode state.
 
-Dimensions: S slots, L positions of a slot, K key-value heads, D head size, G longest answer, Z stop tokens, R slots that change.
+Dimensions: S slots, L positions of a slot, K key-value heads, D head size, G maximum response length, Z stop tokens, R subset of the slots.
 """
 
 import sys
@@ -16,10 +16,10 @@ from verl.rollout._model import out_of_memory
 from verl.rollout.native.attention import KVShape, LayerCache
 from verl.rollout.native.scheduler import Compaction, Request
 
-MOST_SLOTS = {"cuda": 2048, "cpu": 64}  # where memory allows; beyond it, a step takes longer by as much as slots are added
-SHARE_OF_FREE = 0.8  # of a GPU's free memory, for KV caches and logits
-WORTH_FREEING = 0.1  # of a GPU's memory: KV caches that take more are freed while the model trains
-ROUND = 64  # on a GPU, positions are a multiple of this, so that slightly longer prompts need no new slots
+MAX_SLOTS = {"cuda": 2048, "cpu": 64}  # with more slots, the time of a step grows in proportion to their number
+SHARE_OF_FREE = 0.8  # share of a GPU's free memory for KV caches and logits
+WORTH_FREEING = 0.1  # share of a GPU's memory; KV caches that take more are freed during training
+ROUND = 64  # on a GPU, positions are rounded up to a multiple of this, so that slightly longer prompts need no new slots
 
 
 @dataclass
@@ -27,15 +27,15 @@ class State:
     """Decode state: one entry per slot.
 
     Attributes:
-        token_S: the newest token, input of the next step, int64.
+        token_S: newest token, the input of the next step, int64.
         position_S: position of that token, int64.
-        generated_S: tokens of the answer so far, int32.
-        limit_S: longest answer, in tokens, int32.
-        active_S: 1 until the answer has ended, int32.
-        answer_SG: tokens of the answer, int32.
-        logprob_SG: their log-probabilities, float32.
-        uniform_SG: random numbers that the tokens are sampled with, float32.
-        stop_Z: tokens that end an answer, int32.
+        generated_S: number of tokens of the response so far, int32.
+        limit_S: maximum tokens of the response, int32.
+        active_S: 1 until the response has ended, then 0, int32.
+        answer_SG: tokens of the response, int32.
+        logprob_SG: log-probabilities of these tokens, float32.
+        uniform_SG: random numbers in [0, 1) for sampling, float32.
+        stop_Z: tokens that end a response, int32.
     """
 
     token_S: Tensor
@@ -50,6 +50,8 @@ class State:
 
     @classmethod
     def empty(cls, slots: int, longest_answer: int, stop_ids: Sequence[int], device: torch.device) -> "State":
+        """Allocate the state of inactive slots."""
+
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -66,7 +68,7 @@ class State:
         )
 
     def begin(self, seated: Sequence[tuple[int, Request]]) -> None:
-        """Start an answer in each slot. The last token of the prompt is the input of the first step."""
+        """Start a response in the slot of each request. The last token of the prompt is the input of the first decode step."""
         slots, requests = zip(*seated, strict=True)
         device, uniform_RG = self.token_S.device, np.stack([request.uniform_G for request in requests])
         slot_R = to_device(slots, device)
@@ -78,7 +80,7 @@ class State:
         self.uniform_SG[slot_R, : uniform_RG.shape[1]] = to_device(uniform_RG, device)
 
     def advance(self, token_B: Tensor, logprob_B: Tensor | None) -> None:
-        """Append a token to the answers in the first B slots; those that have ended stay as they are."""
+        """Append a token to the responses in the first B slots. Responses that have ended do not change."""
         rows = len(token_B)
         running_R = self.active_S[:rows].nonzero().squeeze(1)
         count_R, token_R = self.generated_S[running_R], token_B[running_R]
@@ -92,13 +94,13 @@ class State:
         self.position_S[running_R] += going_R
 
     def move(self, source_R: Tensor, target_R: Tensor) -> None:
-        """Copy the entries of slots to other slots."""
+        """Copy the entries of the source slots to the target slots."""
         for name in ("token_S", "position_S", "generated_S", "limit_S", "active_S", "answer_SG", "logprob_SG", "uniform_SG"):
             tensor = getattr(self, name)
             tensor[target_R] = tensor[source_R]
 
     def read(self, slots: Sequence[int]) -> list[tuple[list[int], list[float]]]:
-        """Token ids and log-probabilities of the answers in some slots. Waits for the device."""
+        """Return token ids and log-probabilities of the responses in these slots. This waits for the device."""
         slot_R = to_device(slots, self.token_S.device)
         counts = self.generated_S[slot_R].tolist()
         longest = max(counts)
@@ -108,7 +110,7 @@ class State:
 
 @dataclass(frozen=True)
 class SlotSize:
-    """How many slots there are, positions of each (prompt and answer together), and tokens of the longest answer."""
+    """Number of slots, positions per slot (for prompt and response), and maximum tokens of a response."""
 
     slots: int
     positions: int
@@ -116,18 +118,18 @@ class SlotSize:
 
 
 class Slots:
-    """All slots of a model. At first there are none: `make` allocates them, `free` frees them.
+    """All slots of a model. `make` allocates them, and `free` frees them.
 
     Args:
-        shapes: what each layer caches of a token.
-        vocabulary: tokens of it; a decode step holds the logits of every slot.
-        dtype: of keys, values and logits.
-        stop_ids: tokens that end an answer.
-        options: `max_sequences` and `max_positions`.
+        shapes: shapes of the keys and values of one token, for each layer.
+        vocabulary: vocabulary size, because a decode step has the logits of every slot in memory.
+        dtype: dtype of keys, values and logits.
+        stop_ids: tokens that end a response.
+        options: engine options; `max_sequences` and `max_positions` are used.
     Attributes:
-        size: of the slots; None while there are none.
+        size: size of the slots; None if they are not allocated.
         layers: KV cache of each layer.
-        state: of decoding.
+        state: decode state.
     """
 
     state: State
@@ -143,27 +145,29 @@ class Slots:
     ):
         self._shapes, self._vocabulary, self._dtype, self._device = shapes, vocabulary, dtype, device
         self._stop_ids, self._options = stop_ids, options
-        self._most = sys.maxsize  # slots that fit into memory, as far as we know
+        self._max_slots = sys.maxsize  # slots that fit into memory; not limited before an allocation was cut
         self.size: SlotSize | None = None
         self.layers: list[LayerCache] = []
 
     @property
     def number(self) -> int:
+        """Number of allocated slots."""
         return 0 if self.size is None else self.size.slots
 
     def size_for(self, answers: int, positions: int, longest_answer: int) -> SlotSize:
-        """The size to make for a call; the present one if it serves.
+        """Return the slot size for a call; this is the present size if it is large enough.
 
         Args:
-            answers: how many are wanted.
-            positions: of the longest prompt and answer together.
+            answers: number of responses.
+            positions: maximum tokens of a prompt with its response.
+            longest_answer: maximum tokens of a response.
         """
-        slots = min(answers, self._options.max_sequences or MOST_SLOTS[self._device.type])
+        slots = min(answers, self._options.max_sequences or MAX_SLOTS[self._device.type])
         positions = max(positions, self._options.max_positions or 0)
         now = self.size
         if now is None:
             return SlotSize(slots, positions, longest_answer)
-        if now.slots >= min(slots, self._most) and now.positions >= positions and now.longest_answer >= longest_answer:
+        if now.slots >= min(slots, self._max_slots) and now.positions >= positions and now.longest_answer >= longest_answer:
             return now
         return SlotSize(max(slots, now.slots), max(positions, now.positions), longest_answer)
 
@@ -175,7 +179,7 @@ class Slots:
         """
         positions = -(-size.positions // ROUND) * ROUND if self._device.type == "cuda" else size.positions
         slots = min(size.slots, self._slots_that_fit(positions))
-        self._most = slots if slots < size.slots else sys.maxsize
+        self._max_slots = slots if slots < size.slots else sys.maxsize
         try:
             self.layers = [self._layer_cache(shape, slots, positions) for shape in self._shapes]
             self.state = State.empty(slots, size.longest_answer, self._stop_ids, self._device)
@@ -185,7 +189,7 @@ class Slots:
         self.size = SlotSize(slots, positions, size.longest_answer)
 
     def _layer_cache(self, shape: KVShape, slots: int, positions: int) -> LayerCache:
-        # Zeros: positions that were never written are masked, but a mask does not hide NaN.
+        # Zeros, because attention masks positions that were never written, but a mask does not hide NaN.
         return LayerCache(
             torch.zeros(slots, shape.heads, positions, shape.key_size, dtype=self._dtype, device=self._device),
             torch.zeros(slots, shape.heads, positions, shape.value_size, dtype=self._dtype, device=self._device),
@@ -200,37 +204,37 @@ class Slots:
         return max(1, int(free * SHARE_OF_FREE) // (cache_bytes + self._vocabulary * (self._dtype.itemsize + 1)))
 
     def free(self) -> None:
-        """Give the KV caches back. CUDA graphs that were recorded with them must be gone by then."""
+        """Free the KV caches. CUDA graphs that were recorded with them must be dropped before."""
         self.layers, self.size = [], None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     @property
     def worth_freeing(self) -> bool:
-        """Whether the slots take so much memory that it pays to free them and allocate them again."""
+        """Return whether the slots take so much memory that freeing them during training is worth it."""
         if self._device.type != "cuda":
             return True
         total = torch.cuda.get_device_properties(self._device).total_memory
         return sum(tensor.nbytes for layer in self.layers for tensor in layer) > WORTH_FREEING * total
 
     def reset(self) -> None:
-        """Before a call: no slot has an answer to go on with."""
+        """Mark all slots as inactive, at the start of a call."""
         self.state.active_S.zero_()
         self.state.position_S.zero_()
 
     def copy(self, pairs: Sequence[tuple[int, int]], positions: int) -> None:
-        """Copy the first positions of the KV caches from slots to other slots, (source, target) each."""
+        """Copy the first `positions` positions of the KV caches between slots, for each pair (source, target)."""
         if pairs:
             source_R, target_R = (to_device([pair[side] for pair in pairs], self._device) for side in (0, 1))
             self._copy(source_R, target_R, positions)
 
     def compact(self, compaction: Compaction) -> None:
-        """Move answers to lower slots, with all that their slots hold."""
+        """Move responses to lower slots, with their KV caches and decode state."""
         source_R, target_R = to_device(compaction.sources, self._device), to_device(compaction.targets, self._device)
         self._copy(source_R, target_R, compaction.positions)
         self.state.move(source_R, target_R)
         self.state.active_S[compaction.used :] = 0
-        self.state.position_S[compaction.used :] = 0  # a step that computes them too then reads little of them
+        self.state.position_S[compaction.used :] = 0  # so that decode steps that include these slots read little of their caches
 
     def _copy(self, source_R: Tensor, target_R: Tensor, positions: int) -> None:
         for layer in self.layers:
@@ -239,11 +243,11 @@ class Slots:
 
 
 def bytes_per_position(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
-    """Bytes of one position of one slot, in all layers."""
+    """Return the bytes of one position of one slot, summed over all layers."""
     return sum(shape.heads * (shape.key_size + shape.value_size) for shape in shapes) * dtype.itemsize
 
 
 def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of values on the host, copied without waiting for the device."""
+    """Copy host values to a tensor on the device, without waiting for the device."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
