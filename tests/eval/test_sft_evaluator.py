@@ -220,6 +220,16 @@ def test_a_metric_with_an_extractor_shows_what_it_compared(tmp_path: Path, check
     assert results["exact_match"] == 2.5 and results["confidence_interval_95"] is None
 
 
+def test_a_metric_may_score_the_answers_to_a_question_together(tmp_path: Path, checkpoint: Path) -> None:
+    metric = tmp_path / "mine.py"
+    metric.write_text(
+        "async def score_group(prompt, responses, row):\n    return [len(responses) + i / 10 for i in range(len(responses))]\n"
+    )
+    settings = config(tmp_path, checkpoint, metric=str(metric), n=3, temperature=1.0, batch_size=5)
+    evaluate(settings)
+    assert [line["score"] for line in predictions(settings)] == [3.0, 3.1, 3.2] * 4
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [

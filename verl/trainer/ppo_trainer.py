@@ -12,14 +12,14 @@ from typing import NoReturn
 
 from verl import dist
 from verl.config.load import load_config
-from verl.config.ppo import PPOConfig
+from verl.config.ppo import PPOConfig, RewardModelConfig
 from verl.data.prompts import Prompts, load_prompts
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
 from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
-from verl.rewards._scoring import Scored
+from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
 from verl.rl.experience import pack_experience
@@ -93,6 +93,9 @@ def dry_run(config: PPOConfig) -> None:
     check_names(config, method)
     tokenizer = read_tokenizer(Outline(config.model), config.data.chat_template)
     prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
+    rewards = Rewards(config.reward, RewardModelConfig())
+    rewards.check_references([prompt.row for prompt in prompts.prompts], [prompt.where for prompt in prompts.prompts])
+    rewards.close()
     if dist.is_main():
         plan = describe_steps(config, steps_of(config, prompts))
         print(f"data.train_files: {prompts}\n{layout.describe()}\n{method.describe()}\nplan: {plan}", flush=True)
