@@ -14,7 +14,6 @@ from rich.progress import Progress, ProgressColumn
 # For notebooks. Each update is a message to the browser, so updates are limited. A removed bar leaves an empty line, so a transient bar is
 # drawn only if it lasts long enough.
 SECONDS_BETWEEN_DRAWINGS, SECONDS_BEFORE_TRANSIENT = 0.2, 1.0
-SECONDS_BEFORE_WAIT_LINE = 10.0
 _LIBRARIES = ("torch.distributed", "torch._higher_order_ops.wrap")  # the second one warns about activation checkpointing in compiled code
 
 
@@ -83,24 +82,6 @@ class Bar:
         self._progress.stop()
         if self._drawing is not None:
             self._drawing.finish(None if self._transient else self._progress)
-
-
-class WaitLines:
-    """Decides when a log gets a line about a wait: after 10, 20, 40, … seconds of it."""
-
-    def __init__(self) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """The wait is over."""
-        self._next = SECONDS_BEFORE_WAIT_LINE
-
-    def is_due(self, seconds: float) -> bool:
-        """Return whether a line is due after so many seconds of the wait. If so, the next one is due after twice the time."""
-        due = seconds >= self._next
-        if due:
-            self._next = 2 * max(seconds, self._next)
-        return due
 
 
 class _Drawing:

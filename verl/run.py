@@ -6,8 +6,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
@@ -22,7 +22,7 @@ from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
 from verl.durable import replace_text
 from verl.errors import Stopped, UserError
-from verl.progress import Bar, WaitLines, open_console
+from verl.progress import Bar, open_console
 
 # Signals that stop a run: SIGTERM from schedulers, SIGINT from Ctrl-C, and SIGUSR1, which SLURM can send before a time limit
 # (`sbatch --signal`).
@@ -92,7 +92,6 @@ class Run:
         self._handlers: dict[signal.Signals, Any] = {}
         self._bar: Bar | None = None
         self._state = ""  # of the progress bar
-        self._wait_lines = WaitLines()
 
     def __enter__(self) -> "Run":
         self._open_directory()
@@ -237,18 +236,11 @@ class Run:
             return False
         return True
 
-    def waiting(self, text: str | None, seconds: float) -> None:
-        """Show what the run waits for on the progress bar, and write a line about it after 10, 20, 40, … seconds.
-
-        Args:
-            text: what it waits for; None: the wait is over.
-            seconds: how long it has waited.
-        """
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
+        """Show what the run waits for on the progress bar, and write a line about it if one is due. None: the wait is over."""
         if self._bar is not None:
             self._bar.update(None, state=self._state if text is None else text)
-        if text is None:
-            self._wait_lines.end()
-        elif self._wait_lines.is_due(seconds):
+        if text is not None and line_is_due:
             self.line(text)
 
     def stopping(self) -> bool:
@@ -333,26 +325,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a run that was killed while writing it leaves an incomplete last line
         return float("inf")
-
-
-@contextmanager
-def first_signals_ignored() -> Iterator[None]:
-    """Ignore the first signal of each kind that stops a run; a second one ends the process at once.
-
-    It is for processes that serve the training processes. These finish their step after the signal and need the answers until then.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
-
-    def restore(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, handlers[signal.Signals(number)])
-
-    for number in handlers:
-        signal.signal(number, restore)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

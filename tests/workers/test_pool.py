@@ -27,10 +27,12 @@ class Told:
 
     def __init__(self, signal_after: float = float("inf")):
         self.said: list[str] = []
+        self.lines: list[str] = []
         self._signal_at = time.monotonic() + signal_after
 
-    def waiting(self, text: str | None, seconds: float) -> None:
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
         self.said += [] if text is None else [text]
+        self.lines += [text] if text is not None and line_is_due else []
 
     def stopping(self) -> bool:
         return time.monotonic() > self._signal_at
@@ -230,10 +232,12 @@ def test_a_file_that_only_the_worker_cannot_import_is_an_error_with_its_line(wor
         scores(mine, "a")
 
 
-def test_a_wait_is_told_of_with_its_state(workers: Any) -> None:
+def test_a_wait_is_told_of_with_its_state_and_in_a_log_at_growing_intervals(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.workers.pool.SECONDS_BEFORE_LINE", 1.5)
     told = Told()
-    scores(workers("import time\ndef score(prompt, response, row):\n    time.sleep(1.2)\n    return 1\n", watch=told), "a", "b", "c")
+    scores(workers("import time\ndef score(prompt, response, row):\n    time.sleep(2)\n    return 1\n", watch=told), "a", "b", "c")
     assert any(text.startswith("waiting for reward mine: 1 of 3 answers, ") for text in told.said)
+    assert 1 <= len(told.lines) <= 2 < len(told.said)
 
 
 def test_a_signal_ends_a_wait(workers: Any) -> None:

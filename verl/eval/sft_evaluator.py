@@ -26,7 +26,7 @@ from verl.eval import report
 from verl.eval.grader import Answer, Grader, Prediction, Question
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import check_format, system_of
-from verl.progress import WaitLines, open_console
+from verl.progress import open_console
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.session import session
 
@@ -34,15 +34,13 @@ Batch = list[tuple[int, Completion]]  # numbered answers that are finished at th
 
 
 class Waiting:
-    """Prints a line if a user's own metric is waited for, after 10, 20, 40, … seconds."""
+    """Prints a line if a user's own metric is waited for."""
 
     def __init__(self, console: Console):
-        self._console, self._lines = console, WaitLines()
+        self._console = console
 
-    def waiting(self, text: str | None, seconds: float) -> None:
-        if text is None:
-            self._lines.end()
-        elif self._lines.is_due(seconds):
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
+        if text is not None and line_is_due:
             self._console.print(text)
 
     def stopping(self) -> bool:

@@ -27,6 +27,7 @@ from verl.workers.calls import Failure, InProcess, is_async, late, unpacked
 from verl.workers.serve import Call, Code
 
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
+SECONDS_BEFORE_LINE = 10.0  # of a wait; the time to each next line is twice as long
 GRACE_SECONDS = 5.0  # for a worker to keep the time limit of an `async` function, and for calls to end after a signal
 START = (
     "import sys; given, sys.path[:] = sys.argv[1:4], sys.argv[4:]; del sys.argv[1:]; "
@@ -42,8 +43,12 @@ SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@|\b(?:hf_|sk-|AKIA|ASIA|gh[pous
 class Watch(Protocol):
     """Who is told what the workers are waited for, and knows whether the wait shall end."""
 
-    def waiting(self, text: str | None, seconds: float) -> None:
-        """Called about once a second after the first second of a wait, and with None when it is over."""
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
+        """Called about once a second after the first second of a wait, and with None when it is over.
+
+        Args:
+            line_is_due: whether a log that has no progress bar gets a line: after 10, 20, 40, … seconds.
+        """
         ...
 
     def stopping(self) -> bool:
@@ -54,7 +59,7 @@ class Watch(Protocol):
 class Unwatched:
     """Nobody is told, and nothing ends the wait."""
 
-    def waiting(self, text: str | None, seconds: float) -> None: ...
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None: ...
 
     def stopping(self) -> bool:
         return False
@@ -259,6 +264,7 @@ class _Wait:
     def __init__(self, watch: Watch, what: str, limit: float):
         self._watch, self._what, self._limit = watch, what, limit
         self._since, self._said, self._stop_at = time.monotonic(), 0.0, float("inf")
+        self._next_line = SECONDS_BEFORE_LINE
 
     def go_on(self, calls: _Calls, *, imported: bool) -> None:
         """Tell of the wait once a second. Raises AbandonedError: a signal has asked the run to end, and calls have not ended in time."""
@@ -268,7 +274,9 @@ class _Wait:
             units = "prompts" if calls.function == "score_group" else "answers"
             state = f"{len(calls.results):,} of {len(calls.arguments):,} {units}" if imported else "it is imported in its own process"
             text = f"{self._what}: {state}, {now - self._since:.0f} s (reward.timeout_seconds={self._limit:g} for an answer)"
-            self._watch.waiting(text, now - self._since)
+            line_is_due = now - self._since >= self._next_line
+            self._next_line = 2 * max(self._next_line, now - self._since) if line_is_due else self._next_line
+            self._watch.waiting(text, line_is_due=line_is_due)
         if self._stop_at == float("inf") and self._watch.stopping():
             self._stop_at = now + GRACE_SECONDS
         if now > self._stop_at:
@@ -276,7 +284,7 @@ class _Wait:
 
     def end(self) -> None:
         if self._said:
-            self._watch.waiting(None, time.monotonic() - self._since)
+            self._watch.waiting(None)
 
 
 class _Worker:
