@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from verl.data.loader import RowChoice
 from verl.data.pack import Document
 from verl.demo.problems import write_problems
 from verl.models.tiny import write_tiny_model
@@ -48,6 +49,7 @@ class RandomDocuments:
 
     documents_per_row = 1
     values: dict[str, list[np.ndarray]] = {}  # noqa: RUF012
+    choice: RowChoice | None = None
 
     def __init__(self, number: int = 24, *, longest: int = 60, seed: int = 0, vocabulary: int = VOCABULARY):
         random = np.random.default_rng(seed)

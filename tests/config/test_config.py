@@ -9,7 +9,7 @@ import pytest
 
 import verl
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
-from verl.config.load import ALIASES, REJECTED, describe, load_config, to_yaml
+from verl.config.load import ALIASES, REJECTED, config_of, describe, load_config, to_yaml
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.plugin_settings import completed
 from verl.config.ppo import PPOConfig
@@ -113,7 +113,9 @@ def test_a_value_of_the_wrong_type_names_its_key(word: str) -> None:
         ("data.train_max_samples=0", "data.train_max_samples"),
         ("data.max_tokens_per_micro_batch=100", "data.max_tokens_per_micro_batch"),
         ("data.messages_key=m data.text_key=t", "data"),
-        ("data.tools_key=t", "data.tools_key"),
+        ("data.tools_key=t data.text_key=text", "data.tools_key"),
+        ("data.train_turns=first", "data.train_turns"),
+        ("data.text_is_rendered=true data.messages_key=messages", "data.text_is_rendered"),
         ("model.strategy=fsdp3", "model.strategy"),
         ("model.compute_dtype=float16", "model.compute_dtype"),
         ("optim.lr=-1", "optim.lr"),
@@ -177,10 +179,25 @@ def test_a_reference_to_nothing_is_an_error() -> None:
 @pytest.mark.parametrize(("written", "read"), sorted(ALIASES.items()))
 def test_upstream_spellings_are_read(written: str, read: str) -> None:
     assert read in leaves(SFTConfig)
-    value = "0.5" if "ratio" in written else "x"
-    needed = ["data.messages_key=m"] if read == "data.tools_key" else []
+    value = "0.5" if "ratio" in written else "{'x': 1}" if "kwargs" in written else "x"
     group, name = read.split(".")
-    assert str(getattr(getattr(load(*needed, f"{written}={value}"), group), name)) == value
+    assert str(getattr(getattr(load(f"{written}={value}"), group), name)) == value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.chat_template_kwargs={enable_thinking: false}"],
+        ["+data.apply_chat_template_kwargs.enable_thinking=False"],
+        ["data.chat_template_kwargs.enable_thinking=true", "data.chat_template_kwargs.enable_thinking=false"],
+    ],
+)
+def test_a_mapping_is_given_whole_or_by_its_keys(words: list[str], tmp_path: Path) -> None:
+    config = load(*words)
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    assert load_config(SFTConfig, ["--config", str(tmp_path / "run.yaml")]) == config
+    assert config_of(SFTConfig, [config]) == config
 
 
 @pytest.mark.parametrize("key", sorted(REJECTED))

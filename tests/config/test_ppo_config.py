@@ -35,7 +35,6 @@ def error_of(*words: str) -> UserError:
         ),
         (["rollout.samples_per_prompt=0"], "rollout.samples_per_prompt", "found 0"),
         (["data.prompts_per_step=64", "algorithm.updates_per_step=3"], "algorithm.updates_per_step", "64 prompts cannot be split into 3"),
-        (["data.tools_key=tools"], "data.tools_key", "tools_key needs messages_key"),
         (["data.max_tokens_per_micro_batch=100"], "data.max_tokens_per_micro_batch", "100 tokens cannot hold a prompt of 512"),
         (["rollout.temperature=0"], "rollout.temperature", "0.0 is not positive"),
         (["algorithm.name=ppo", "algorithm.gamma=1.5"], "algorithm.gamma", "1.5 is not a share"),

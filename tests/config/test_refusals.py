@@ -52,7 +52,6 @@ WRONG = {
         "trainer.save_freq=0": "trainer.save_freq",
     },
     EvalConfig: {
-        "tools_key=tools": "tools_key",
         "messages_key=messages system_prompt=Hi": "system_prompt",
         "max_new_tokens=0": "max_new_tokens",
         "n=0": "n",

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from verl.config.sft import DataConfig
 from verl.data import cache, documents, tables
 from verl.data.documents import Documents, load_documents
+from verl.data.mixture import Mixture
 from verl.data.render import Renderer
 from verl.data.report import Report, show_first_row
 from verl.errors import UserError
@@ -111,11 +112,12 @@ def test_only_the_first_rows_are_used(tmp_path: Path) -> None:
 
 def test_chats_with_tools_and_plain_text_are_read_by_their_columns(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    renderer = Renderer(families.chatml())
-    as_chat = renderer.chat(chat)
+    tokenizer = families.chatml("{% if tools %}{{ tools | tojson }}{% endif %}" + families.CHATML)
+    renderer = Renderer(tokenizer)
+    as_chat, with_tools = renderer.chat(chat), renderer.chat(chat, [{"name": "f"}])
     path = write(tmp_path / "chat.jsonl", [{"messages": chat, "tools": None}, {"messages": json.dumps(chat), "tools": '[{"name": "f"}]'}])
-    loaded = load(tmp_path, path, messages_key="messages", tools_key="tools")
-    assert contents(loaded) == [(as_chat.input_ids, as_chat.loss_mask)] * 2
+    loaded = load(tmp_path, path, tokenizer, messages_key="messages", tools_key="tools")
+    assert contents(loaded) == [(as_chat.input_ids, as_chat.loss_mask), (with_tools.input_ids, with_tools.loss_mask)]
     text = renderer.text("the cat\nsat")
     whole = load(tmp_path, write(tmp_path / "text.jsonl", [{"body": "the cat\nsat"}]), text_key="body")
     assert contents(whole) == [(text.input_ids, text.loss_mask)]
@@ -151,7 +153,7 @@ def test_plain_text_needs_no_chat_template_and_chats_do(tmp_path: Path) -> None:
             ":9: column 'question' is missing (found: qestion, answer)\n  fix: did you mean data.prompt_key=qestion?",
         ),
         ({"question": "a", "answer": None}, {}, ":9: column 'answer' is null"),
-        ({"question": "a", "answer": 42}, {}, ":9: column 'answer' is a number (42), expected text"),
+        ({"question": "a", "answer": True}, {}, ":9: column 'answer' is a boolean (True), expected text"),
         ({"question": "a", "answer": "  "}, {}, ":9: column 'answer' is empty"),
         (
             {"question": "a", "answer": "b", "m": [{"role": "user", "content": 3}]},
@@ -374,3 +376,29 @@ def test_of_a_long_first_row_the_middle_is_left_out(tmp_path: Path) -> None:
     ids, mask = load(tmp_path, write(tmp_path / "train.jsonl", [{"text": "the cat " * 1000}]), text_key="text", max_length=8192).document(0)
     assert "more characters" in shown(ids, mask)
     assert len(shown(ids, mask)) < 2000
+
+
+def test_numbers_that_were_taken_as_text_are_said_from_the_cache_too(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "train.jsonl", [{"question": "a", "answer": "b"}, {"question": "a", "answer": 42}, {"question": 1, "answer": 43}]
+    )
+    for _ in range(2):
+        assert load(tmp_path, path).report.notes == [
+            f"column 'answer': numbers taken as text: 2 rows, the first {path}:2 (42)",
+            f"column 'question': numbers taken as text: 1 row, the first {path}:3 (1)",
+        ]
+
+
+def test_documents_of_a_mixture_say_their_shares_and_have_another_fingerprint(tmp_path: Path) -> None:
+    for name, rows in (("a", 8), ("b", 4)):
+        lines = [json.dumps({"question": f"{name} {i}", "answer": "x" * (i + 1)}) for i in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    plain = load(tmp_path, [a, b])
+    mixed = load(tmp_path, [{"path": a, "weight": 0.5}, b])
+    again = load(tmp_path, [{"path": a, "rows": 3}, b])
+    assert plain.choice is None and not plain.report.notes
+    assert isinstance(mixed.choice, Mixture) and mixed.choice.per_epoch_E == (2, 4)
+    assert f"mixture: an epoch has 6 rows: 2 of 8 from {a} (33% of the rows" in str(mixed.report)
+    assert len({plain.fingerprint, mixed.fingerprint, again.fingerprint}) == 3
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1  # the shares need no new tokenizing

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import RandomDocuments
 
-from verl.data.loader import Loader, Packing, row_order
+from verl.data.loader import Loader, Packing, describe_steps, describe_untrained, row_order
 from verl.data.pack import collate, pack, pad_groups
 
 WORLD_SIZES = (1, 2, 4, 8)
@@ -70,6 +70,25 @@ def test_steps_prepared_ahead_are_the_steps_asked_for() -> None:
     assert [step.number for step in ahead] == list(range(2, 9))
     for step in ahead:
         assert {int(i) for batch in step.micro_batches for i in batch.sample_ids_S} == rows_of_step(loader, step.number)
+
+
+def test_the_rows_of_a_plan_add_up() -> None:
+    assert describe_steps(20, 4) == "4 rows"
+    assert describe_steps(10, 4) == "4 rows, the last of an epoch of 2 (10 = 2 × 4 + 2)"
+    assert describe_steps(3, 16) == "3 rows, all that there are (16 would fit)"
+    assert describe_steps(1, 2, "pairs") == "1 pair, all that there are (2 would fit)"
+    assert describe_untrained(10, 4, 6) == ""
+    assert describe_untrained(10, 4, 5) == "the run ends within epoch 2: 2 of its 10 rows are not trained"
+    assert describe_untrained(10, 4, 1) == "the run ends within epoch 1: 6 of its 10 rows are not trained"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fewer_rows_than_processes_are_each_trained_once(rows: int) -> None:
+    ranks = [Loader(RandomDocuments(rows), Packing(2, 80), 16, 3, rank=rank, world_size=4) for rank in range(4)]
+    assert sorted(int(i) for loader in ranks for batch in loader.step(0).micro_batches for i in batch.sample_ids_S if i >= 0) == list(
+        range(rows)
+    )
+    assert {len(loader.step(0).micro_batches) for loader in ranks} == {1}
 
 
 def test_packing_fills_bins_evenly() -> None:

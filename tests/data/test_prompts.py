@@ -79,7 +79,7 @@ def test_a_system_prompt_stands_before_each_question(folder: Path) -> None:
         ({"question": "2+2?"}, {}, "column 'answer' is missing"),
         ({"chat": '[{"role": "user"', "answer": "4"}, {"messages_key": "chat"}, "found text that is not JSON"),
         ({"chat": [{"role": "assistant", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "no message to answer"),
-        ({"chat": [{"role": "users", "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "unknown role: text ('users')"),
+        ({"chat": [{"role": 5, "content": "4"}], "answer": "4"}, {"messages_key": "chat"}, "unknown role: a number (5)"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_place(folder: Path, row: dict[str, Any], changes: dict[str, Any], found: str) -> None:
@@ -113,3 +113,42 @@ def test_text_without_questions_is_refused(folder: Path) -> None:
     config = PromptConfig(train_files=str(folder / "book.txt"))
     with pytest.raises(UserError, match=r"book\.txt"):
         load_prompts(config, config.train_files, load_tokenizer(str(folder / "model")))
+
+
+def test_prompts_of_a_mixture_are_drawn_by_their_shares(folder: Path) -> None:
+    rows = [{"question": f"{name} {i}", "answer": "4"} for name in "ab" for i in range(6)]
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["question"][0] == name))
+    files = [{"path": str(folder / "a.jsonl"), "rows": 4}, str(folder / "b.jsonl")]
+    config = PromptConfig(train_files=files)
+    prompts = load_prompts(config, files, load_tokenizer(str(folder / "model")))
+    assert len(prompts) == 10 and len(prompts.prompts) == 12
+    epochs = [[prompts.drawn(10 * epoch + number, 7).text for number in range(10)] for epoch in range(3)]
+    for drawn in epochs:
+        assert sum(text[0] == "a" for text in drawn) == 4 and len(set(drawn)) == 10
+    assert {text for drawn in epochs for text in drawn} == {row["question"] for row in rows}
+    assert "mixture: an epoch has 10 rows: 4 of 6 from" in str(prompts)
+    assert (
+        prompts.fingerprint
+        != load_prompts(config, [str(folder / "a.jsonl"), str(folder / "b.jsonl")], load_tokenizer(str(folder / "model"))).fingerprint
+    )
+
+
+def test_what_a_reward_does_not_get_is_said_once(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text('{"question": "a", "answer": 4, "score": NaN}\n{"question": "b", "answer": 5, "score": 1}\n')
+    config = PromptConfig(train_files=str(folder / "rows.jsonl"))
+    prompts = load_prompts(config, config.train_files, load_tokenizer(str(folder / "model")))
+    assert [prompt.row for prompt in prompts.prompts] == [
+        {"question": "a", "answer": 4, "reference": "4"},
+        {"question": "b", "answer": 5, "reference": "5", "score": 1},
+    ]
+    assert prompts.notes == [
+        f"column 'answer': numbers taken as text: 2 rows, the first {folder}/rows.jsonl:1 (4)",
+        f"column 'score' is left out of rows where it cannot be read: 1 row, the first {folder}/rows.jsonl:1 (NaN is not a JSON number)",
+    ]
+
+
+def test_the_answer_may_be_inside_an_object(folder: Path) -> None:
+    row = {"question": "2+2?", "reward_model": {"style": "rule", "ground_truth": "4"}}
+    (prompt,) = load(folder, [row], response_key="reward_model.ground_truth").prompts
+    assert prompt.row == {**row, "reference": "4"}

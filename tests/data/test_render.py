@@ -12,6 +12,7 @@ import pytest
 from places import SHARED
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from verl.data.chat import ChatInput
 from verl.data.render import Rendered, Renderer
 from verl.errors import UserError
 
@@ -119,7 +120,7 @@ def test_gsm8k_gets_the_ids_of_the_tokenizers_own_template() -> None:
     tokenizer = qwen()
     lines = (SHARED / "data" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:300]
     chats = [chat(row["question"], row["answer"]) for row in map(json.loads, lines)]
-    for messages, rendered in zip(chats, Renderer(tokenizer).chats([(messages, None) for messages in chats]), strict=True):
+    for messages, rendered in zip(chats, Renderer(tokenizer).chats([ChatInput(messages) for messages in chats]), strict=True):
         assert isinstance(rendered, Rendered)
         assert rendered.input_ids == template_ids(tokenizer, messages)
         assert trained_text(tokenizer, rendered) == unicodedata.normalize("NFC", f"{messages[1]['content']}<|im_end|>")
@@ -175,22 +176,27 @@ NO_MARKS = families.CHATML_WITH_MARKS.replace("{% generation %}", "{% if false %
 )
 
 
-def test_a_template_that_drops_earlier_thoughts_is_refused_where_they_are() -> None:
+def test_thoughts_of_earlier_turns_that_the_template_drops_are_counted() -> None:
     tokenizer = families.qwen3()
     renderer = Renderer(tokenizer)
     thought = "<think>\n12 + 30 = 42\n</think>\n\n42"
     assert trained_text(tokenizer, renderer.chat(chat("12 + 30?", thought))) == f"{thought}<|im_end|>"
     assert trained_text(tokenizer, renderer.chat(chat("a", "b", "12 + 30?", thought))) == f"b<|im_end|>{thought}<|im_end|>"
-    with pytest.raises(UserError, match="omits the assistant's text") as caught:
-        renderer.chat(chat("12 + 30?", thought, "and then?", "43"))
-    assert caught.value.where == "messages[1]"
+    later = renderer.chat(chat("12 + 30?", thought, "and then?", "43"))
+    assert trained_text(tokenizer, later) == "42<|im_end|><think>\n\n</think>\n\n43<|im_end|>"
+    assert later.notes == ("<think> of earlier turns is left out by the chat template",)
 
 
 def test_a_template_that_writes_history_otherwise_is_refused() -> None:
-    changing = families.CHATML.replace("{% for", "{{ messages | length }}{% for", 1)
+    tokenizer = families.chatml(families.CHATML.replace("{% for", "{{ messages | length }}{% for", 1))
+    renderer = Renderer(tokenizer)
     with pytest.raises(UserError, match="changes the messages before this turn when the chat continues") as caught:
-        Renderer(families.chatml(changing)).chat(ONE_TURN)
-    assert "data.chat_template" in caught.value.fix
+        renderer.chat(TWO_TURNS)
+    assert caught.value.where == "messages[1]" and "data.chat_template" in caught.value.fix
+    # The last answer alone follows the prompt that asks for it.
+    rendered, prompt = renderer.chats([ChatInput(TWO_TURNS, train_turns="last")])[0], renderer.prompt(TWO_TURNS[:3])
+    assert isinstance(rendered, Rendered) and rendered.input_ids[: len(prompt)] == prompt
+    assert trained_text(tokenizer, rendered) == "on the mat<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -214,22 +220,23 @@ def test_a_template_whose_turns_cannot_be_found_is_refused_once(template: str | 
         assert trained_text(renderer._tokenizer, renderer.chat(ONE_TURN)) == "<|channel|>final<|message|>The answer is 42.<|im_end|>"
         return
     with pytest.raises(UserError, match=what) as caught:
-        renderer.chats([(ONE_TURN, None)] * 3)
+        renderer.chats([ChatInput(ONE_TURN)] * 3)
     assert caught.value.where == "chat template"
     assert "data.chat_template" in caught.value.fix or "{% generation %}" in caught.value.what
 
 
-def test_control_tokens_inside_the_turn_need_marks() -> None:
-    with pytest.raises(UserError, match="omits the assistant's text"):
-        Renderer(families.channels()).chat(ONE_TURN)
+def test_control_tokens_inside_the_turn_belong_to_it() -> None:
     tokenizer = families.channels()
+    expected = "<|channel|>final<|message|>The answer is 42.<|end|>"
+    assert trained_text(tokenizer, Renderer(tokenizer).chat(ONE_TURN)) == expected
+    assert trained_text(tokenizer, Renderer(tokenizer).chat(TWO_TURNS)) == expected + expected.replace("The answer is 42.", "on the mat")
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|start|>' + message.role }}"
         "{% if message.role == 'assistant' %}{% generation %}{{ '<|channel|>final<|message|>' + message.content }}{% endgeneration %}"
         "{% else %}{{ '<|message|>' + message.content }}{% endif %}{{ '<|end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
     )
-    assert trained_text(tokenizer, Renderer(tokenizer).chat(ONE_TURN)) == "<|channel|>final<|message|>The answer is 42.<|end|>"
+    assert trained_text(tokenizer, Renderer(tokenizer).chat(ONE_TURN)) == expected
 
 
 def test_marks_that_hold_the_stop_token_and_a_line_end_give_the_same_mask() -> None:
@@ -241,14 +248,14 @@ def test_marks_that_hold_the_stop_token_and_a_line_end_give_the_same_mask() -> N
     assert Renderer(families.chatml(wide)).chat(TWO_TURNS) == exact == Renderer(families.chatml()).chat(TWO_TURNS)
 
 
-def test_marks_around_the_header_of_the_turn_are_refused() -> None:
+def test_marks_around_the_header_of_the_turn_are_cut_to_the_answer() -> None:
     header = "{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}{% generation %}"
     early = families.CHATML_WITH_MARKS.replace(
         header, "{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\\n' }}"
     )
     assert early != families.CHATML_WITH_MARKS
-    with pytest.raises(UserError, match="marks a part of the prompt"):
-        Renderer(families.chatml(early)).chat(ONE_TURN)
+    tokenizer = families.chatml(early)
+    assert trained_text(tokenizer, Renderer(tokenizer).chat(TWO_TURNS)) == "The answer is 42.<|im_end|>on the mat<|im_end|>"
 
 
 # I8
@@ -378,7 +385,7 @@ WORDS = [*PLAIN, "<", "<|", "|>", ">", "[", "]", "\U000f0000", "\U000f0001"]
 def random_text(choose: random.Random, tokens: list[str]) -> str:
     parts = [part for token in tokens for cut in [choose.randrange(1, len(token))] for part in (token, token[:cut], token[cut:])]
     text = "".join(choose.choice(WORDS + parts) for _ in range(choose.randrange(1, 9)))
-    return text if text.strip() else "x"
+    return text if text.strip() and not text.lstrip().startswith("[INST]") else f"x{text}"
 
 
 @pytest.mark.parametrize("family", ["chatml", "chatml_with_marks", "llama3", "gemma", "mistral", "llama2", QWEN])
@@ -389,7 +396,7 @@ def test_random_chats_keep_their_control_tokens_and_their_text(family: str) -> N
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for _ in range(150):
         turns = choose.randrange(1, 4)
-        contents = [random_text(choose, tokens if n % 2 == 0 else special) for n in range(2 * turns)]
+        contents = [random_text(choose, tokens if n % 2 == 0 else special) + "." * (n % 2) for n in range(2 * turns)]
         rendered = renderer.chat(chat(*contents))
         assert controls(tokenizer, rendered.input_ids) == controls(tokenizer, renderer.chat(chat(*["a"] * 2 * turns)).input_ids)
         answers = [unicodedata.normalize("NFC", text) for text in contents[1::2]]
@@ -416,15 +423,13 @@ def calling(calls: object) -> Messages:
         ("hello", "messages", "not JSON"),
         ('"hello"', "messages", "found text ('hello'), expected a list"),
         (["hello"], "messages[0]", "found text ('hello'), expected an object"),
-        ([{"from": "human", "value": "a"}], "messages[0]", "key 'role' is missing (found: from, value)"),
-        ([{"role": "human", "content": "a"}], "messages[0].role", "unknown role: text ('human')"),
+        ([{"text": "a"}], "messages[0]", "key 'role' is missing (found: text)"),
+        ([{"from": "human", "value": 5}], "messages[0].content", "found a number (5), expected text"),
         ([{"role": 3, "content": "a"}], "messages[0].role", "unknown role: a number (3)"),
-        ([ONE_TURN[1]], "messages[0]", "the chat begins with the assistant"),
         ([ONE_TURN[0]], "messages", "no assistant turn"),
-        ([*ONE_TURN, {"role": "system", "content": "a"}], "messages[2]", "the system message is not the first message"),
         ([{"role": "user"}], "messages[0].content", "is missing or null"),
         ([{"role": "user", "content": None}], "messages[0].content", "is missing or null"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content", "found a list"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", "found null, expected text"),
         ([ONE_TURN[0], {"role": "assistant", "content": " \n"}], "messages[1].content", "the assistant's text is empty"),
         ([ONE_TURN[0], {"role": "assistant", "content": 42}], "messages[1].content", "found a number (42), expected text"),
         (calling({}), "messages[1].tool_calls", "found an object ({}), expected a list"),
@@ -452,7 +457,7 @@ def test_a_template_that_refuses_a_chat_is_quoted() -> None:
     renderer = Renderer(families.gemma())
     with pytest.raises(UserError, match="rejects the chat: no system role"):
         renderer.chat([{"role": "system", "content": "a"}, *ONE_TURN])
-    good, bad, last = renderer.chats([(ONE_TURN, None), ([ONE_TURN[0], *ONE_TURN], None), (TWO_TURNS, None)])
+    good, bad, last = renderer.chats([ChatInput(ONE_TURN), ChatInput([ONE_TURN[0], *ONE_TURN]), ChatInput(TWO_TURNS)])
     assert isinstance(good, Rendered) and isinstance(last, Rendered)
     assert isinstance(bad, UserError) and "roles have to alternate" in bad.what
 
@@ -483,7 +488,7 @@ def test_plain_text_begins_as_the_tokenizer_begins_it() -> None:
 @pytest.mark.parametrize("make", [families.chatml, families.llama2, families.qwen3])
 def test_plain_text_holds_no_control_tokens(make: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
-    text = "a " + " ".join(token.content for token in tokenizer.added_tokens_decoder.values())
+    text = "a " + " ".join(token.content for token in tokenizer.added_tokens_decoder.values()) + "."
     rendered = Renderer(tokenizer).text(text)
     assert controls(tokenizer, rendered.input_ids) == [tokenizer.eos_token_id]
     assert rendered.has_control_text
@@ -504,5 +509,12 @@ def test_settings_that_others_left_in_the_tokenizer_change_nothing() -> None:
 
 def test_long_and_strange_texts_come_back_whole() -> None:
     tokenizer = families.chatml()
-    for text in ("a" * 200_000, "\u202eabc\u202c", "👩‍👩‍👧‍👦" * 50, "<" * 5000, "<|im_end|>" * 2000, "\U000f0000<|im_end|>\U000f0001"):
+    for text in (
+        "a" * 200_000,
+        "\u202eabc\u202c",
+        "👩‍👩‍👧‍👦" * 50,
+        "<" * 5000,
+        "<|im_end|>" * 2000 + ".",
+        "\U000f0000<|im_end|>\U000f0001",
+    ):
         assert trained_text(tokenizer, Renderer(tokenizer).chat(chat("a", text))) == f"{text}<|im_end|>"

@@ -12,8 +12,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet
 
-from verl.data import formats
-from verl.data.source import Row, read_rows, read_rows_and_errors, resolve_files
+from verl.data.formats import stream
+from verl.data.row import Row, notes_of
+from verl.data.source import read_rows, read_rows_and_errors, resolve_files
 from verl.errors import UserError
 
 ROWS = [
@@ -138,16 +139,8 @@ def test_files_are_a_path_a_list_or_a_glob(tmp_path: Path, monkeypatch: pytest.M
         ("What is 1 + 1?", "not JSON: Expecting value at column 1"),
         ("[1, 2]", "found a list ([1, 2]), expected an object"),
         ("42", "found a number (42), expected an object"),
-        ('{"question": "a", "question": "b"}', "the key 'question' occurs twice"),
-        ('{"question": NaN}', "NaN is not a JSON number"),
-        ('{"question": -Infinity}', "-Infinity is not a JSON number"),
-        ('{"question": 1e999}', "1e999 is too large"),
-        ('{"question": ' + "1" * 5000 + "}", "Exceeds the limit"),
-        ('{"question": "a\\ud800b"}', "half of a surrogate pair in 'a\\ud800b'"),
-        ('{"\\udc00": "a"}', "half of a surrogate pair"),
-        ('{"question": "a\\u0000b"}', "a NUL character in 'a\\x00b'"),
-        ('{"question": "a\0b"}', "Invalid control character"),
-        ('{"question": ' + "[" * 100 + "]" * 100 + "}", "nested more than 64 levels deep"),
+        ('{"question": "a\0b"}', "not JSON: a NUL byte at column 16"),
+        ('{"question": "a"}\ufeff{"question": "b"}', "a byte order mark (U+FEFF) inside the file"),
         ('{"question": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 64 levels deep"),
     ],
 )
@@ -160,6 +153,53 @@ def test_a_broken_line_is_an_error_at_its_place_and_the_next_rows_are_read(tmp_p
     assert found[1].fix
 
 
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ('"a", "question": "b"', "the key 'question' occurs twice"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ("NaN", "NaN is not a JSON number"),
+        ("-Infinity", "-Infinity is not a JSON number"),
+        ('[{"text": [NaN]}]', "NaN is not a JSON number"),
+        ("1e999", "1e999 is too large"),
+        ("1" * 5000, "Exceeds the limit"),
+        ('"a\\ud800b"', "half of a surrogate pair in 'a\\ud800b'"),
+        ('{"\\udc00": "a"}', "half of a surrogate pair"),
+        ('"a\\u0000b"', "a NUL character in 'a\\x00b'"),
+        ("[" * 100 + "]" * 100, "nested more than 64 levels deep"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_an_error_only_where_it_is_read(tmp_path: Path, value: str, what: str) -> None:
+    first, second = values_and_row(write(tmp_path / "a.jsonl", f'{{"answer": "x"}}\n{{"answer": "a", "question": {value}}}\n'))
+    assert first == {"answer": "x"}
+    assert second.text("answer", "data.response_key") == "a"
+    with pytest.raises(UserError) as caught:
+        second.value("question", "data.prompt_key")
+    assert caught.value.where == f"{tmp_path}/a.jsonl:2" and what in caught.value.what and caught.value.fix
+
+
+def values_and_row(path: Path) -> tuple[dict[str, object], Row]:
+    first, second = read_rows(str(path))
+    return first.values, second
+
+
+def test_a_fault_inside_an_object_is_charged_to_its_key(tmp_path: Path) -> None:
+    line = '{"reward_model": {"ground_truth": "74", "score": NaN}, "tags": ["a", Infinity]}'
+    (row,) = read_rows(str(write(tmp_path / "a.jsonl", line)))
+    assert row.text("reward_model.ground_truth", "data.response_key") == "74"
+    assert row.values == {"reward_model": {"ground_truth": "74"}}  # what a reward gets
+    assert list(row.faults) == ["reward_model.score", "tags"]
+    for column in ("reward_model.score", "reward_model", "tags", "tags.first"):
+        with pytest.raises(UserError, match="is not a JSON number"):
+            row.value(column, "data.response_key")
+    lines = notes_of([row, row])
+    assert len(lines) == 2
+    assert lines[0] == (
+        f"column 'reward_model.score' is left out of rows where it cannot be read: 2 rows, the first {tmp_path}/a.jsonl:1 "
+        "(NaN is not a JSON number)"
+    )
+
+
 def test_a_surrogate_pair_is_one_character(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"question": "\\ud83d\\ude42"}')
     assert values(path) == [{"question": "🙂"}]
@@ -167,12 +207,17 @@ def test_a_surrogate_pair_is_one_character(tmp_path: Path) -> None:
 
 def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"question": "a"}\n{"question": "caf\xe9"}\n{"question": "b"}\n')
-    (error,) = errors(path)
-    assert (error.where, error.what) == (f"{path}:2", "not UTF-8: byte 0xe9 at offset 35")
+    error = error_of_column(path)
+    assert (error.where, error.what) == (f"{path}:2", "column 'question': not UTF-8: byte 0xe9 at offset 35")
     assert path.read_bytes()[35] == 0xE9
     latin = write(tmp_path / "a.csv", "question\ncafé\n".encode("latin-1"))
-    assert "not UTF-8: byte 0xe9 at offset 12" in str(error_of(latin))
-    assert "UTF-16" in str(error_of(write(tmp_path / "utf16.jsonl", jsonl().encode("utf-16"))))
+    assert "not UTF-8: byte 0xe9 at offset 12" in str(error_of_column(latin))
+
+
+def error_of_column(path: Path, column: str = "question") -> UserError:
+    with pytest.raises(UserError) as caught:
+        [row.text(column, "data.prompt_key") for row in read_rows(str(path))]
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -184,7 +229,6 @@ def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path: Path) -> No
         ('[{"a": 1}', ":1 (items[0])", "no ',' or ']'"),
         ('[{"a": 1}] {"a": 2}', "", "more text after the array"),
         ('[{"a": 1}, 2]', ":1 (items[1])", "found a number (2), expected an object"),
-        ('[{"a": 1}, {"a": "\\ud800"}]', ":1 (items[1])", "half of a surrogate pair"),
         ("[]", "", "has no rows"),
         ("[ ] ", "", "has no rows"),
     ],
@@ -201,12 +245,15 @@ def test_a_broken_array_is_an_error_at_its_item(tmp_path: Path, text: str, where
     [
         ("question,answer\na,b\nc\n", ":3", "1 fields, the header has 2"),
         ('question,answer\n"a\nb",c,d\n', ":2-3", "3 fields, the header has 2"),
-        ("question,question\na,b\n", ":1", "the column 'question' twice"),
+        ("question,answer\nquestion,answer\n", ":2", "the header again"),
+        ("question,answer\na,b\n\ufeffquestion,answer\n", ":3", "a byte order mark"),
+        ("question,answer\na,b\rc,d\n", ":2", "a carriage return (CR)"),
+        ("question,answer,,\na,b,,c\n", ":2", "4 fields, the header has 2"),
+        (",,\na,b,c\n", ":1", "the first line is blank"),
         ("\nquestion,answer\n", ":1", "the first line is blank"),
         ('question,answer\n"a"b,c\n', ":2", "not CSV"),
         ('question,answer\n"a,b\n', ":2", "not CSV"),
         ("question,answer\n", "", "has no rows"),
-        ("question\na\0b\n", ":2", "NUL"),
     ],
 )
 def test_a_broken_csv_is_an_error_at_its_lines(tmp_path: Path, text: str, where: str, what: str) -> None:
@@ -217,10 +264,10 @@ def test_a_broken_csv_is_an_error_at_its_lines(tmp_path: Path, text: str, where:
 
 
 def test_a_line_that_is_no_row_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(stream, "MAX_ROW_BYTES", 1000)
     bomb = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"question": "' + b"a" * 10**6))
     assert "longer than" in error_of(bomb).what
-    monkeypatch.setattr(formats, "MAX_WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(stream, "MAX_WHOLE_FILE_BYTES", 1000)
     assert "must fit into memory" in error_of(write(tmp_path / "a.json.gz", gzip.compress(b"[" + b" " * 10**6))).what
 
 
@@ -282,6 +329,40 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
             resolve_files(value)
 
 
+@pytest.mark.parametrize("separator", [",", ", ", ";", " "])
+def test_several_files_in_one_text_are_answered_with_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, jsonl())
+    error = error_of(f"a.jsonl{separator}b.jsonl")
+    assert error.what == f"'a.jsonl{separator}b.jsonl' is one text with 2 files"
+    assert error.fix == "write a list: 'data.train_files=[a.jsonl,b.jsonl]'"
+    assert error_of(f"*.csv{separator}b/*.jsonl").fix == "write a list: 'data.train_files=[*.csv,b/*.jsonl]'"
+    write(tmp_path / f"a.jsonl{separator}b.jsonl", jsonl())
+    assert values(f"a.jsonl{separator}b.jsonl") == ROWS  # a file of that name
+
+
+@pytest.mark.parametrize(
+    ("address", "fix"),
+    [
+        ("https://huggingface.co/datasets/openai/gsm8k", "name the data set: data.train_files=openai/gsm8k"),
+        ("hf://datasets/openai/gsm8k/main/train.parquet", "name the data set: data.train_files=openai/gsm8k"),
+        ("s3://bucket/train.jsonl", "download it, and give its path"),
+    ],
+)
+def test_an_address_is_not_a_file(address: str, fix: str) -> None:
+    error = error_of([address])
+    assert error.what == f"{address!r} is an address, expected a file" and error.fix == fix
+
+
+def test_a_directory_is_answered_with_a_glob_that_finds_its_files(tmp_path: Path) -> None:
+    (tmp_path / "data" / "part").mkdir(parents=True)
+    assert "put data files into it" in error_of(tmp_path / "data").fix
+    write(tmp_path / "data" / "part" / "a.jsonl.gz", gzip.compress(jsonl().encode()))
+    assert f"'{tmp_path}/data/**/*.jsonl.gz'" in error_of(tmp_path / "data").fix
+    assert values(f"{tmp_path}/data/**/*.jsonl.gz") == ROWS
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_a_file_without_permission_shows_its_mode(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", jsonl())
@@ -302,24 +383,9 @@ def test_a_path_that_only_looks_like_a_data_set_is_a_missing_file(tmp_path: Path
     assert "no file 'data/train'" in error_of("data/train").what
 
 
-def test_a_data_set_of_the_hub_gives_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data set in the layout that `datasets` loads by name, from a folder instead of the network."""
-    (tmp_path / "org" / "name").mkdir(parents=True)
-    write(tmp_path / "org" / "name" / "train.jsonl", jsonl())
-    import datasets
-
-    load = datasets.load_dataset
-    cache = str(tmp_path / "cache")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: load(str(tmp_path / name), split=split, cache_dir=cache))
-    monkeypatch.setattr(formats, "MAX_ROW_BYTES", 0)  # no reader of ours is used
-    rows = list(read_rows("org/name"))
-    assert [row.values for row in rows] == ROWS
-    assert rows[2].where == "org/name row 3"
-
-
 def test_a_column_that_is_missing_null_or_of_a_wrong_type_is_named() -> None:
-    row = Row("train.jsonl:17", {"qestion": "a", "answer": None, "number": 42, "blank": " \n", "chat": [{"role": "user"}]})
-    found = "qestion, answer, number, blank, chat"
+    row = Row("train.jsonl:17", {"qestion": "a", "answer": None, "flag": True, "blank": " \n", "chat": [{"role": "user"}]})
+    found = "qestion, answer, flag, blank, chat"
 
     def error(column: str, key: str = "data.prompt_key") -> UserError:
         with pytest.raises(UserError) as caught:
@@ -330,7 +396,7 @@ def test_a_column_that_is_missing_null_or_of_a_wrong_type_is_named() -> None:
     fix = "did you mean data.prompt_key=qestion?"
     assert str(missing) == f"train.jsonl:17: column 'question' is missing (found: {found})\n  fix: {fix}"
     assert error("answer").what == "column 'answer' is null"
-    assert error("number").what == "column 'number' is a number (42), expected text"
+    assert error("flag").what == "column 'flag' is a boolean (True), expected text"
     assert error("blank").what == "column 'blank' is empty"
     assert error("chat").fix == "data.messages_key=chat reads chats"
     assert row.text("qestion", "data.prompt_key") == "a"

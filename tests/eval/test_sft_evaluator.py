@@ -128,12 +128,12 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
-        ({"messages": []}, {}, "no message to answer"),
+        ({"messages": []}, {}, "an empty list"),
         ({"messages": "[{"}, {}, "not JSON"),
         ({"messages": [{"role": "user", "content": "1 + 1?"}]}, {}, "answer"),
         ({"question": "1 + 1?"}, {}, "messages"),
         (chat_of(ROWS[0]), {"system_prompt": "Be brief."}, "both set"),
-        (chat_of(ROWS[0]), {"messages_key": None, "tools_key": "tools"}, "tools_key needs messages_key"),
+        (chat_of(ROWS[0]), {"messages_key": None, "tools_key": "tools"}, "column 'tools' is missing"),
     ],
 )
 def test_a_chat_that_cannot_be_asked_is_named(
@@ -258,9 +258,9 @@ def test_a_metric_that_fails_is_named_with_its_row(tmp_path: Path, checkpoint: P
     [
         ({"question": "1 + 1?"}, "column 'answer' is missing"),
         ({"question": None, "answer": "#### 2"}, "column 'question' is null"),
-        ({"question": "1 + 1?", "answer": 2}, "column 'answer' is a number (2)"),
+        ({"question": "1 + 1?", "answer": [1, 2]}, "column 'answer' is a list ([1, 2])"),
         ({"question": " ", "answer": "#### 2"}, "column 'question' is empty"),
-        ({"question": "1 + 1?", "answer": "two"}, "metric gsm8k finds no answer in 'two'"),
+        ({"question": "1 + 1?", "answer": "many"}, "metric gsm8k finds no answer in 'many'"),
     ],
 )
 def test_a_row_that_cannot_be_graded_is_named_before_a_model_is_loaded(

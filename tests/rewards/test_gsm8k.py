@@ -1,13 +1,14 @@
 """The GSM8K grader: what counts as the same number, on written cases, on the real references, and on hostile text."""
 
 import json
+import re
 import time
 
 import pytest
 from places import SHARED
 
 from verl import plugin
-from verl.rewards.gsm8k import exact_match, extract_answer, score
+from verl.rewards.gsm8k import exact_match, extract_answer, reference_answer, score
 
 GSM8K = SHARED / "data" / "gsm8k"
 LONG = 1_000_000
@@ -31,7 +32,17 @@ def test_negative_numbers(written: str) -> None:
 
 @pytest.mark.parametrize(
     ("written", "number"),
-    [(".5", "0.5"), ("0.50", "0.5"), ("-0", "0"), ("0.0", "0"), ("007", "7"), ("1,234.50", "1234.5"), ("1234,567", "1234567")],
+    [
+        (".5", "0.5"),
+        ("0.50", "0.5"),
+        ("-0", "0"),
+        ("0.0", "0"),
+        ("007", "7"),
+        ("1,234.50", "1234.5"),
+        ("1.000,50", "1000.5"),
+        ("1000,5", "1000.5"),
+        ("twelve", "12"),
+    ],
 )
 def test_canonical_form(written: str, number: str) -> None:
     assert extract_answer(f"#### {written}") == number
@@ -44,31 +55,41 @@ def test_nothing_is_rounded() -> None:
     assert exact_match(f"#### 1{'0' * 400}", f"#### 1{'0' * 400}.0")
 
 
-def test_fractions_are_compared_as_written() -> None:
+def test_fractions_are_shown_as_written_and_compared_in_value() -> None:
     assert extract_answer("#### 3/4") == "3/4" and extract_answer("#### 1 1/2") == "1 1/2"
-    assert exact_match("#### 3/4", "#### 3/4")
-    assert not exact_match("#### 3/4", "#### 3") and not exact_match("#### 1 1/2", "#### 1") and not exact_match("#### 2/4", "#### 1/2")
+    for equal in ("3/4", "6/8", "0.75", r"\frac{3}{4}"):
+        assert exact_match(f"#### {equal}", "#### 3/4")
+    assert not exact_match("#### 3/4", "#### 3") and not exact_match("#### 1 1/2", "#### 1") and not exact_match("#### 1/3", "#### 0.33")
 
 
-def test_strict_takes_the_last_marked_number() -> None:
+def test_strict_takes_the_last_marked_answer() -> None:
     text = "#### 7\nno, wait: 9 - 1 = 8\n#### 8\nso 8 of 10"
     assert extract_answer(text) == "8"
     assert extract_answer(text, "flexible") == "10"
-    assert extract_answer("#### 7\n#### none") == "7"
+    assert extract_answer("#### 7\n#### none") == "none" and extract_answer("#### 7\n####") == "7"
     assert extract_answer("####8") == "8"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "8", "The answer is 8", "### 8", "##### 8", "#### eight", "#### **8**", "#### the answer is 8", "####\n8"]
-)
+def test_a_question_that_the_model_asks_itself_is_not_read() -> None:
+    assert extract_answer("Question: how many?\n#### 7\nQuestion: and then?\n#### 8") == "7"
+    assert extract_answer("<think>\n#### 7\n</think>\n#### 8") == "8"
+
+
+@pytest.mark.parametrize("written", ["**8**", "the answer is 8", "x = 8", "eight", "(8)", "\n8", r"\boxed{8}", "Answer: 8", "€8"])
+def test_decoration_is_no_part_of_the_number(written: str) -> None:
+    assert extract_answer(f"#### {written}") == "8"
+
+
+@pytest.mark.parametrize("text", ["", "8", "The answer is 8", "### 8", "##### 8", "####", r"\boxed{8}"])
 def test_strict_wants_the_mark_and_the_number_behind_it(text: str) -> None:
     assert extract_answer(text) is None
     assert not exact_match(text, "#### 8")
 
 
-@pytest.mark.parametrize("written", ["1,00", "1,0000", "1.000,50", "3/4/2024", "1.2.3", "5,6"])
-def test_a_part_of_a_number_is_not_taken_for_the_whole(written: str) -> None:
-    assert extract_answer(f"#### {written}") is None
+@pytest.mark.parametrize("written", ["3/4/2024", "1.2.3", "3:30", "5+3", "10^2", "12-13", "12 or 13", "12 x 2 = 24", "1 2"])
+def test_a_part_of_what_stands_behind_the_mark_is_not_taken_for_the_whole(written: str) -> None:
+    for number in re.findall("[0-9]+", written)[:2]:
+        assert not exact_match(f"#### {written}", f"#### {number}")
 
 
 @pytest.mark.parametrize(
@@ -90,9 +111,25 @@ def test_flexible_takes_the_last_number_of_any_kind(text: str, number: str | Non
     assert extract_answer(text, "flexible") == number
 
 
-def test_a_reference_may_be_the_number_alone() -> None:
-    assert exact_match("#### 1,000", "1000") and exact_match("#### 5", "The answer is 5.")
-    assert not exact_match("#### 5", "five") and not exact_match("none", "none")
+def test_a_reference_may_be_the_number_alone_or_a_sentence_with_one_number() -> None:
+    assert (
+        exact_match("#### 1,000", "1000") and exact_match("#### 5", "The answer is 5.") and exact_match("#### 5", "The total is 5 dollars")
+    )
+    assert exact_match("#### 5", "five") and not exact_match("none", "none")
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["x^2+3", r"3\sqrt{7}", "[0, 5]", "March 15, 2024", "3:30", "5 or 6", "It takes 3 hours to paint 12 walls", "####", "", "none"],
+)
+def test_a_reference_that_is_no_number_is_not_read(reference: str) -> None:
+    assert reference_answer(reference) is None
+    for number in re.findall("[0-9]+", reference):
+        assert not exact_match(f"#### {number}", reference)
+
+
+def test_a_marked_letter_or_word_is_a_reference() -> None:
+    assert reference_answer("#### A") == "A" and exact_match("#### (A)", "#### A") and not exact_match("#### B", "#### A")
 
 
 def test_an_unknown_method_is_refused() -> None:

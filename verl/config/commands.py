@@ -36,7 +36,7 @@ class EvalConfig:
 
     # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
     model_path: str = MISSING
-    # Rows to answer, in the forms of data.train_files.
+    # Rows to answer, in the forms of data.train_files without shares. Of a Hub data set, the split test, or else validation.
     test_file: Any = MISSING
     # Column of the question.
     prompt_key: str = "question"
@@ -45,8 +45,12 @@ class EvalConfig:
     # Column of a chat to answer, a list of messages; if set, it replaces prompt_key. If the rows have no response_key column, the chat's
     # last answer is the reference.
     messages_key: str | None = None
-    # With messages_key: column of the tools that the chat may call.
+    # Column of the tools that the chat may call, as JSON schemas; null: the column `tools` or `functions`, if it has schemas.
     tools_key: str | None = None
+    # Values of the chat template's variables, such as {enable_thinking: false}. A checkpoint of verl has those of its training.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Column of such values for single rows, an object.
+    chat_template_kwargs_key: str | None = None
     # System prompt before each question; null: the chat template's default.
     system_prompt: str | None = None
     # Directory of results.json and predictions.jsonl.
@@ -76,8 +80,6 @@ class EvalConfig:
 
     def check(self) -> None:
         """Check values and combinations of keys. Raises UserError that names the key."""
-        if self.tools_key and not self.messages_key:
-            raise UserError("tools_key needs messages_key", where="tools_key", fix="set messages_key to the column of the chat")
         if self.system_prompt is not None and self.messages_key:
             what = "messages_key and system_prompt are both set"
             raise UserError(what, where="system_prompt", fix="remove it: each chat has its own system prompt")

@@ -97,9 +97,9 @@ def _defaults(schema: type[Config], given: list[_Given]) -> Config:
     defaults: Config = schema()
     config = OmegaConf.structured(defaults)
     for one in given:
-        if ALIASES.get(one.key, one.key) in _keys(config) and not _asks_resolver(one.value):
+        if _canonical(one.key) in _keys(config) and not _asks_resolver(one.value):
             with suppress(OmegaConfBaseException):  # a value of the wrong type, which `_assign` refuses
-                OmegaConf.update(config, ALIASES.get(one.key, one.key), one.value)
+                OmegaConf.update(config, _canonical(one.key), one.value)
     for key in (group.named_by for group in groups_of(defaults)):
         try:
             name = OmegaConf.select(config, key)
@@ -320,8 +320,8 @@ def _assign(config: DictConfig, given: _Given, defaults: object) -> None:
     known, key = _keys(config), given.key
     if given.value == {} and key in {group.path for group in groups_of(defaults)}:
         return  # a group without keys, as `to_yaml` writes it
-    key_now = ALIASES.get(key, key)
-    if key_now not in known or ALIASES.get(key) not in (None, *known):
+    key_now = _canonical(key)
+    if key_now not in known and not any(key_now.startswith(f"{name}.") for name in known if _is_mapping(config, name)):
         _refuse(given, known, defaults)
     if _asks_resolver(given.value):
         raise UserError(f"found {given.value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
@@ -329,6 +329,17 @@ def _assign(config: DictConfig, given: _Given, defaults: object) -> None:
         OmegaConf.update(config, key_now, given.value)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=given.place, fix="--help shows the key with an example of its type") from error
+
+
+def _canonical(key: str) -> str:
+    """Return the key with an alias replaced, which may be the name of a mapping that the key is a part of."""
+    alias = next((alias for alias in ALIASES if key == alias or key.startswith(f"{alias}.")), "")
+    return ALIASES[alias] + key[len(alias) :] if alias else key
+
+
+def _is_mapping(config: DictConfig, key: str) -> bool:
+    """Return whether the value of a key is a mapping, whose own keys the user chooses."""
+    return OmegaConf.is_dict(OmegaConf.select(config, key, throw_on_missing=False))
 
 
 def _asks_resolver(value: Any) -> bool:
@@ -378,7 +389,10 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key in config:
         child, name = config._get_node(key), prefix + str(key)
-        keys += _keys(child, f"{name}.") if isinstance(child, DictConfig) and not child._is_none() else [name]
+        if isinstance(child, DictConfig) and not child._is_none() and is_dataclass(child._metadata.object_type):
+            keys += _keys(child, f"{name}.")
+        else:
+            keys.append(name)
     return keys
 
 

@@ -13,9 +13,9 @@ from verl.plugin import Plugins
 
 @dataclass
 class PairsConfig:
-    # Pairs of answers, the better one chosen: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    # Pairs of answers, the better one chosen: a path, a glob, a Hub data set or a list, as in fine-tuning, also with shares.
     train_files: Any = MISSING
-    # Pairs to validate with, named the same way; null: none.
+    # Pairs to validate with, named the same way without shares; null: none.
     val_files: Any = None
     # Column of the prompt, a text or a list of {role, content}. Rows whose answers are whole chats need no prompt. null: there is no such
     # column; answers that are texts are then read whole and without a chat template, and the beginning that both share is the prompt.
@@ -26,6 +26,8 @@ class PairsConfig:
     rejected_key: str = "rejected"
     # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
+    # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     # Pairs per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
     train_batch_size: int | None = None
     # Pairs per micro-batch: the token budget is micro_batch_size_per_gpu × 2 × max_length.

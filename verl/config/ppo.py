@@ -65,7 +65,7 @@ def reward_names(reward: RewardConfig) -> list[str]:
 
 @dataclass
 class PromptConfig:
-    # Rows with prompts: a path, a list of paths, a glob, or a Hub data set id, as in fine-tuning.
+    # Rows with prompts: a path, a glob, a Hub data set or a list, as in fine-tuning, also with shares.
     train_files: Any = MISSING
     # Rows for validation, answered greedily; null: none.
     val_files: Any = None
@@ -75,12 +75,16 @@ class PromptConfig:
     response_key: str | None = "answer"
     # Column of a chat, a list of {role, content} that ends with a user's message; if set, it replaces prompt_key.
     messages_key: str | None = None
-    # With messages_key: column of the tools for the chat template.
+    # Column of the tools for the chat template, as JSON schemas; null: the column `tools` or `functions`, if it has schemas.
     tools_key: str | None = None
     # With prompt_key: system prompt before each question; null: the default of the chat template.
     system_prompt: str | None = None
     # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
+    # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Column of such values for single rows, an object; a row's own values come before chat_template_kwargs.
+    chat_template_kwargs_key: str | None = None
     # Prompts per step, over all GPUs.
     prompts_per_step: int = 64
     # Longest prompt, in tokens.
@@ -176,8 +180,6 @@ class PPOConfig:
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
-        if self.data.tools_key and not self.data.messages_key:
-            raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
         one_of("rollout.on_error", self.rollout.on_error, ("stop", "reply"))

@@ -12,22 +12,34 @@ from verl.errors import UserError, at_least, one_of
 
 @dataclass
 class DataConfig:
-    # Training data: a path, a list of paths, a glob, or a Hub data set id. JSONL, JSON, CSV, text or Parquet, optionally gzipped.
+    # Training data: a path, a glob, a Hub data set (org/name, org/name:config or org/name:config:split), or a list of these. JSONL, JSON,
+    # CSV, text, Parquet or Arrow, optionally gzipped. An entry of a list may have a share: {path: a.jsonl, weight: 2.0} is its relative
+    # number of rows in an epoch, {path: a.jsonl, rows: 5000} the number itself.
     train_files: Any = MISSING
-    # Validation data, in the same forms; null: none.
+    # Validation data, in the same forms without shares; null: none. Of a Hub data set, the split test, or else validation.
     val_files: Any = None
-    # Column of the question.
+    # Column of the question, a text or messages. If no column is named and the rows have neither question nor answer, their columns are
+    # recognised by their names (docs/data.md). A column inside an object is named by a path, such as extra_info.question; so with all
+    # columns.
     prompt_key: str = "question"
-    # Column of the answer.
+    # Column of the answer, a text or messages.
     response_key: str = "answer"
     # Column of a chat, a list of {role, content}; if set, it replaces prompt_key and response_key.
     messages_key: str | None = None
-    # Column of the tools that a chat may call, as JSON schemas.
+    # Column of the tools that a chat may call, as JSON schemas; null: the column `tools` or `functions`, if it has schemas.
     tools_key: str | None = None
+    # Which turns of the assistant are trained: "all", or "last" for only the last one of each chat.
+    train_turns: str = "all"
     # Column of plain text that is trained whole; if set, it replaces prompt_key and response_key.
     text_key: str | None = None
+    # The plain text has a chat template applied already: its control tokens are tokens, and all of it is trained.
+    text_is_rendered: bool = False
     # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
+    # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    # Column of such values for single rows, an object; a row's own values come before chat_template_kwargs.
+    chat_template_kwargs_key: str | None = None
     # Rows per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of data-parallel ranks.
     train_batch_size: int | None = None
     # Rows per micro-batch of one GPU, or of the GPUs that share it (model.context_parallel_size). With packing, a micro-batch has at
@@ -66,6 +78,7 @@ class SFTConfig:
         check_optim(self.optim)
         check_offload(self.model, self.optim)
         check_trainer(self.trainer)
+        one_of("data.train_turns", data.train_turns, ("all", "last"))
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         at_least("data.max_length", data.max_length, 2)
         at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
@@ -82,5 +95,8 @@ class SFTConfig:
             )
         if data.messages_key and data.text_key:
             raise UserError("messages_key and text_key are both set", where="data", fix="set only the one that the rows have")
-        if data.tools_key and not data.messages_key:
-            raise UserError("tools_key needs messages_key", where="data.tools_key", fix="set data.messages_key to the column of the chat")
+        if data.tools_key and data.text_key:
+            raise UserError("plain text has no tools", where="data.tools_key", fix="remove it, or give chats (data.messages_key)")
+        if data.text_is_rendered and data.messages_key:
+            what = "messages are not rendered yet"
+            raise UserError(what, where="data.text_is_rendered", fix="remove it, or set data.text_key to the rendered text")

@@ -6,6 +6,7 @@ ALIASES = {
     "model.path": "model.partial_pretrain",
     "data.multiturn.messages_key": "data.messages_key",
     "data.multiturn.tools_key": "data.tools_key",
+    "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
 }
 
 
@@ -20,7 +21,6 @@ REJECTED = {
     "data.use_dynamic_bsz": "leave it out; rows are always packed to a token budget (data.packing)",
     "data.max_token_len_per_gpu": "use data.max_tokens_per_micro_batch",
     "data.pad_mode": "use data.packing=true or data.packing=false",
-    "data.apply_chat_template_kwargs": "write the template you want to a file and set data.chat_template",
     "model.fsdp_config.model_dtype": "use model.param_dtype; model.compute_dtype sets the arithmetic",
     "model.fsdp_config.fsdp_size": "use model.fsdp_config.shard_size",
     "model.fsdp_config.offload_params": "use model.fsdp_config.cpu_offload",

@@ -1,4 +1,4 @@
-"""Tokenized rows on disk: a memory-mapped Arrow file, followed by its SHA-256 checksum."""
+"""Tokenized rows on disk: a memory-mapped Arrow file, followed by its SHA-256 checksum. The metadata of each table is kept with it."""
 
 import hashlib
 import os
@@ -76,7 +76,7 @@ def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
 def _write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for table in tables:
-            writer.write_batch(table)
+            writer.write_batch(table, custom_metadata=table.schema.metadata)
     with pa.memory_map(str(path)) as mapped, path.open("ab") as file:
         file.write(_checksum(mapped.read_buffer()))
         file.flush()
@@ -93,7 +93,8 @@ def read(path: Path) -> list[pa.RecordBatch] | None:
     if _checksum(body) != checksum.to_pybytes():
         return None
     reader = pa.ipc.open_file(pa.BufferReader(body))
-    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    read_back = (reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches))
+    return [table.replace_schema_metadata(dict(metadata or {})) for table, metadata in read_back]
 
 
 def _checksum(content: pa.Buffer) -> bytes:

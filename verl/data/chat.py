@@ -1,30 +1,60 @@
-"""Validation of chats: messages with a role and a content, and the tools that the assistant may call."""
+"""A chat in the form that chat templates expect: messages with a role and a content, and the tools that the assistant may call."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from verl.data.formats import describe
 from verl.errors import UserError
 
 Message = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
-OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "developer": "system", "function": "tool"}
+PLAIN_KEYS = {"role", "content"}
+PLAIN_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class ChatInput:
+    """A chat of a row, before validation.
+
+    Attributes:
+        messages, tools: as for `checked`.
+        context_turns: number of the assistant's first turns that are not trained.
+        place: text between the row's location and the message's in an error; None omits the message's.
+        template_kwargs: variables of the chat template for this row, a mapping or its JSON.
+        train_turns: "all", or "last" to train only the assistant's last turn.
+        notes: what the report says about the row; each note is counted over the rows.
+    """
+
+    messages: object
+    tools: object = None
+    context_turns: int = 0
+    place: str | None = None
+    template_kwargs: object = None
+    train_turns: str = "all"
+    notes: tuple[str, ...] = ()
+
+
+class RenderedText(str):
+    """A text to which a chat template has been applied already: its control tokens are tokens."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A valid chat, in the form that chat templates expect.
+    """A valid chat.
 
     Attributes:
-        messages: messages without null keys; the arguments of tool calls are objects.
+        messages: messages without null keys and without marks; the arguments of tool calls are objects.
         tools: JSON schemas of the tools, or None.
+        template_kwargs: variables of the chat template.
+        untrained: indices of the assistant's messages that their marks exclude from training.
+        notes: what the report says about the chat.
     """
 
     messages: list[Message]
     tools: list[dict[Any, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    untrained: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def answers(self) -> Iterator[tuple[int, Message]]:
         """Yield the assistant's messages with their indices."""
@@ -32,126 +62,73 @@ class Chat:
 
     def up_to(self, number: int) -> "Chat":
         """Return the chat up to, but without, message `number`."""
-        return Chat(self.messages[:number], self.tools)
+        return Chat(self.messages[:number], self.tools, self.template_kwargs)
+
+    def trained_turns(self, given: ChatInput) -> list[int]:
+        """Return the indices of the messages to train.
+
+        Raises:
+            UserError: there are none.
+        """
+        answers = [number for number, _ in self.answers()]
+        if not answers:
+            raise UserError("the chat has no assistant turn to train", where="messages", fix="add the answer, or remove the row")
+        chosen = answers[given.context_turns :]
+        trained = [number for number in (chosen[-1:] if given.train_turns == "last" else chosen) if number not in self.untrained]
+        if not trained:
+            what = "no turn is trained: the marks of the messages (weight, train, loss, …) exclude each assistant turn"
+            raise UserError(what, where="messages", fix="remove the row, or the marks")
+        return trained
 
 
-def checked(messages: object, tools: object = None) -> Chat:
-    """Validate a chat of the data.
+def checked(messages: object, tools: object = None, template_kwargs: object = None) -> Chat:
+    """Validate a chat of the data, and bring it into the form that chat templates expect.
 
     Args:
-        messages: a list of messages, or its JSON.
+        messages: a list of messages, or its JSON. `verl.data.messages` describes the forms of a message.
         tools: None, a list of JSON schemas, or its JSON.
+        template_kwargs: None, a mapping, or its JSON.
     Raises:
-        UserError: a message or a tool is invalid; the error names it.
+        UserError: a message, a tool or a variable is invalid; the error names it.
     """
-    found = _parsed(messages, "messages")
-    if not isinstance(found, list) or not found:
-        what = "an empty list" if found == [] else describe(found)
-        raise UserError(f"found {what}, expected a list of messages", where="messages", fix='write [{"role": "user", "content": …}, …]')
-    chat = Chat([_message(message, number) for number, message in enumerate(found)], _tools(tools))
-    if chat.messages[0]["role"] == "assistant":
-        raise UserError("the chat begins with the assistant", where="messages[0]", fix="begin with a system or user message")
-    return chat
+    if tools is None and template_kwargs is None and _is_plain(messages):
+        assert isinstance(messages, list)
+        return Chat(messages)
+    from verl.data.messages import read_messages, read_template_kwargs, read_tools  # most data has only plain chats
+
+    found, untrained, notes = read_messages(messages)
+    return Chat(found, read_tools(tools), read_template_kwargs(template_kwargs), untrained, notes)
+
+
+def _is_plain(messages: object) -> bool:
+    """Return whether each message has exactly a common role and a text, which is not blank if the assistant says it."""
+    if not isinstance(messages, list) or not messages:
+        return False
+    return all(
+        isinstance(message, dict)
+        and message.keys() == PLAIN_KEYS
+        and message["role"] in PLAIN_ROLES
+        and isinstance(message["content"], str)
+        and (message["role"] != "assistant" or (not message["content"].isspace() and message["content"] != ""))
+        for message in messages
+    )
 
 
 def unanswered(messages: object, where: str) -> tuple[list[Message], str | None]:
     """Split a chat into the messages to answer and the text of the assistant's last message, if the data has one.
 
-    Only the last messages are validated.
-
     Args:
         messages: a list of messages, or its JSON.
         where: location of the row, for errors.
     Raises:
-        UserError: the chat has no message to answer.
+        UserError: a message is invalid, or the chat has no message to answer.
     """
     try:
-        found: Any = json.loads(messages) if isinstance(messages, str) else messages
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write the chat as JSON") from None
-    answer = None
-    if isinstance(found, list) and found and isinstance(found[-1], dict) and found[-1].get("role") == "assistant":
-        *found, said = found
-        answer = said.get("content")
-    last = found[-1] if isinstance(found, list) and found else None
-    if not isinstance(last, dict) or not isinstance(last.get("content"), str):
+        *found, last = checked(messages).messages
+    except UserError as error:
+        raise UserError(error.what, where=f"{where}: {error.where}" if error.where else where, fix=error.fix) from None
+    answer = last.get("content") if last["role"] == "assistant" else None
+    asked = found if last["role"] == "assistant" else [*found, last]
+    if not asked or asked[-1]["role"] == "assistant":
         raise UserError("the chat has no message to answer", where=where, fix="end it with a user message")
-    return list(found), answer
-
-
-def _parsed(value: object, where: str) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write it as JSON") from None
-
-
-def _message(message: object, number: int) -> Message:
-    where = f"messages[{number}]"
-    role = _role(message, where)
-    assert isinstance(message, dict)
-    if role == "system" and number:
-        raise UserError(
-            "the system message is not the first message", where=where, fix="move it to the beginning, or merge it with the first"
-        )
-    present = {key: value for key, value in message.items() if value is not None}
-    if role == "assistant" and "tool_calls" in present:
-        present["tool_calls"] = _tool_calls(present["tool_calls"], f"{where}.tool_calls")
-    _check_content(present, f"{where}.content")
-    return present
-
-
-def _role(message: object, where: str) -> str:
-    if not isinstance(message, dict):
-        raise UserError(f"found {describe(message)}, expected an object", where=where, fix='write {"role": …, "content": …}')
-    role = message.get("role")
-    if isinstance(role, str) and role in ROLES:
-        return role
-    fix = f"one of {', '.join(ROLES)}"
-    if role is None:
-        fix = "rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= set(message) else fix
-        raise UserError(f"key 'role' is missing (found: {', '.join(map(str, message)) or 'no keys'})", where=where, fix=fix)
-    meant = OTHER_ROLES.get(role) if isinstance(role, str) else None
-    raise UserError(f"unknown role: {describe(role)}", where=f"{where}.role", fix=f"write {meant!r}" if meant else fix)
-
-
-def _check_content(message: Message, where: str) -> None:
-    content, is_answer = message.get("content"), message["role"] == "assistant"
-    if content is not None and not isinstance(content, str):
-        raise UserError(f"found {describe(content)}, expected text", where=where, fix="write it as a quoted string")
-    if is_answer and message.get("tool_calls"):
-        return
-    if content is None:
-        raise UserError("is missing or null", where=where, fix="fill it in, or remove the row")
-    if is_answer and not content.strip():
-        raise UserError("the assistant's text is empty", where=where, fix="fill it in, or remove the row")
-
-
-def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"found {describe(calls)}, expected a list of objects", where=where, fix='write [{"name": …, "arguments": …}]')
-    return [_tool_call(call, f"{where}[{number}]") for number, call in enumerate(calls)]
-
-
-def _tool_call(call: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the call with its arguments as an object: some formats write them as JSON text, but templates expect an object."""
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _tool_call(call["function"], f"{where}.function")}
-    name, arguments = call.get("name"), _parsed(call.get("arguments", {}), f"{where}.arguments")
-    if not isinstance(name, str) or not name:
-        raise UserError(f"found {describe(name)}, expected text", where=f"{where}.name", fix="give the name of the function")
-    if not isinstance(arguments, dict):
-        raise UserError(f"found {describe(arguments)}, expected an object", where=f"{where}.arguments", fix='write {"name": value}')
-    return {**call, "arguments": arguments}
-
-
-def _tools(tools: object) -> list[dict[Any, Any]] | None:
-    found = _parsed(tools, "tools")
-    if found is None or found == []:
-        return None
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        what = f"found {describe(found)}, expected a list of JSON schemas"
-        raise UserError(what, where="tools", fix="write a list of objects, or its JSON")
-    return found
+    return asked, answer

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +18,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from verl.data import cache
+from verl.data.loader import RowChoice
 from verl.data.render import Renderer
 from verl.data.report import Report
-from verl.data.source import content_hash, resolve_files
+from verl.data.row import Notes
+from verl.data.source import Entry, content_hash, describe_sources, resolve_entries, sources_of
 from verl.data.tables import ROWS_PER_TABLE, RowReader, tokenized
 from verl.errors import UserError
 
@@ -37,6 +39,7 @@ class _Table:
     ends: np.ndarray  # end offset of each row in B, beginning with 0
     places: pa.Array
     rows_with_control_text: int
+    metadata: Mapping[bytes, bytes]  # as `verl.data.tables.tokenized` writes it
 
     @staticmethod
     def mapped(table: pa.RecordBatch) -> "_Table":
@@ -47,6 +50,7 @@ class _Table:
             ends=_numbers(ids.offsets, np.int32),
             places=table.column("where"),
             rows_with_control_text=table.column("has_control_text").true_count,
+            metadata=table.schema.metadata or {},
         )
 
     def stop_ids(self) -> np.ndarray:
@@ -75,6 +79,7 @@ class Documents:
         report: counts of rows read, used, cut and dropped.
         documents_per_row: consecutive documents that form a row; 2 for preference pairs, the chosen answer first.
         values: per field of the Batch, such as "ref_logprob_M", one array per document, with one value per trained token.
+        choice: choice of an epoch's rows, if the files are a mixture; None: all rows.
     """
 
     lengths_N: np.ndarray
@@ -87,6 +92,7 @@ class Documents:
     _tables: list[_Table]
     documents_per_row: int = 1
     values: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
+    choice: RowChoice | None = None
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -130,14 +136,15 @@ def load_documents(
     Args:
         config: maximum length, truncation and cache directory.
         columns: mapping from a row's columns to its documents.
-        files: a path, a glob, a Hub data set id, or a list of these.
+        files: as in `verl.data.source.resolve_entries`.
         key: the config key that names the files, for errors.
         max_samples: number of rows to use, from the start; None or -1 uses all.
         console: console of the progress bar, which is drawn only in a terminal; None uses standard error.
     Raises:
         UserError: a file, a row or the chat template is invalid, or a row is too long.
     """
-    sources = resolve_files(files, key)
+    entries = resolve_entries(files, key)
+    sources = sources_of(entries)
     limit = None if max_samples == -1 else max_samples
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
@@ -150,7 +157,33 @@ def load_documents(
         raise UserError(
             f"the cache {path} was written, but cannot be read back", where="data.cache_dir", fix="choose a folder on another disk"
         )
-    return _cut([_Table.mapped(table) for table in tables], config, key, name, columns.documents_per_row)
+    mapped = [_Table.mapped(table) for table in tables]
+    documents = _cut(mapped, config, key, name, columns.documents_per_row)
+    notes = [*describe_sources(entries), *_notes(mapped).lines()]
+    if any(entry.has_share for entry in entries):
+        documents, shares = _mixed(documents, entries, key)
+        notes.append(shares)
+    return replace(documents, report=replace(documents.report, notes=notes))
+
+
+def _notes(tables: list[_Table]) -> Notes:
+    notes = Notes()
+    for table in tables:
+        notes.merge(Notes(json.loads(table.metadata.get(b"notes", b"{}"))))
+    return notes
+
+
+def _mixed(documents: Documents, entries: list[Entry], key: str) -> tuple[Documents, str]:
+    """Return the documents with the choice of an epoch's rows, and a line that says it."""
+    from verl.data.mixture import mixture_of  # most runs train all rows
+
+    per_row = documents.documents_per_row
+    rows_by_source = json.loads(documents._tables[-1].metadata[b"rows_by_source"])
+    mixture = mixture_of(entries, rows_by_source, documents.row_numbers_N[::per_row] // per_row, key)
+    assert mixture is not None
+    fingerprint = _hash(documents.fingerprint, mixture.of_entry_E, mixture.per_epoch_E)
+    tokens_N = documents.lengths_N.reshape(-1, per_row).sum(1)
+    return replace(documents, choice=mixture, fingerprint=fingerprint), mixture.describe(tokens_N)
 
 
 def _cache_folder(config: DocumentsConfig) -> Path:
@@ -165,7 +198,7 @@ def _hash(*parts: Any) -> str:
 
 def _code_hash() -> str:
     """Hash of this package's source, so that a cache that other code wrote is not read."""
-    return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))])
+    return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))])
 
 
 def _cut(tables: list[_Table], config: DocumentsConfig, key: str, name: str, per_row: int) -> Documents:

@@ -1,7 +1,7 @@
 """The rows of each optimizer step, and one rank's micro-batches of them, prepared ahead in a thread.
 
-The order of rows depends on (seed, epoch) alone, and each step takes the next slice of it. So the rows of a step do not depend on the
-number of ranks, and a resumed run continues at the next step.
+The order of rows, and in a mixture their choice, depends on (seed, epoch) alone, and each step takes the next slice of it. So the rows of
+a step do not depend on the number of ranks, and a resumed run continues at the next step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,19 @@ from verl.data.pack import Document, collate, pack, pad_groups
 AHEAD = 2  # steps prepared while the device works
 
 
+class RowChoice(Protocol):
+    """The choice of an epoch's rows, as in verl.data.mixture."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the numbers of an epoch's rows in their order, int64 [rows]; none is there twice."""
+        ...
+
+
 class TokenizedRows(Protocol):
     """Tokenized documents with random access. The documents of a row are consecutive and stay in one micro-batch."""
 
@@ -32,6 +45,9 @@ class TokenizedRows(Protocol):
 
     @property
     def values(self) -> Mapping[str, Sequence[np.ndarray]]: ...
+
+    @property
+    def choice(self) -> RowChoice | None: ...
 
     def __len__(self) -> int: ...
 
@@ -74,6 +90,45 @@ class Step:
 def row_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of the rows in an epoch, int64 [rows]."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+
+
+def epoch_rows(documents: TokenizedRows) -> int:
+    """Return the number of rows of an epoch."""
+    return len(documents) if documents.choice is None else documents.choice.rows
+
+
+def epoch_order(documents: TokenizedRows, seed: int, epoch: int) -> np.ndarray:
+    """Return the numbers of an epoch's rows in their order, int64 [epoch_rows]."""
+    return row_order(len(documents), seed, epoch) if documents.choice is None else documents.choice.order(seed, epoch)
+
+
+def epoch_lengths(documents: TokenizedRows, seed: int) -> np.ndarray:
+    """Return the lengths of the documents of the first epoch, in tokens."""
+    if documents.choice is None:
+        return documents.lengths_N
+    lengths: np.ndarray = documents.lengths_N.reshape(-1, documents.documents_per_row)[documents.choice.order(seed, 0)].ravel()
+    return lengths
+
+
+def describe_steps(rows: int, rows_per_step: int, kind: str = "rows") -> str:
+    """Say how many rows a step has, such as `256 rows, the last of an epoch of 49 (7,473 = 29 × 256 + 49)`.
+
+    Args:
+        rows: rows of an epoch.
+        kind: what rows are called.
+    """
+    steps, rest = divmod(rows, rows_per_step)
+    if not steps:
+        return f"{rows:,} {kind if rows > 1 else kind[:-1]}, all that there are ({rows_per_step:,} would fit)"
+    last = f", the last of an epoch of {rest:,} ({rows:,} = {steps:,} × {rows_per_step:,} + {rest:,})" if rest else ""
+    return f"{rows_per_step:,} {kind}{last}"
+
+
+def describe_untrained(rows: int, rows_per_step: int, total_steps: int, kind: str = "rows") -> str:
+    """Say how many rows are not trained where the run ends within an epoch; empty if it does not."""
+    epochs, steps = divmod(total_steps, -(-rows // rows_per_step))
+    left = rows - steps * rows_per_step
+    return f"the run ends within epoch {epochs + 1}: {left:,} of its {rows:,} {kind} are not trained" if steps else ""
 
 
 def micro_batches(
@@ -125,13 +180,13 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.documents) // self.rows_per_step)
+        return -(-epoch_rows(self.documents) // self.rows_per_step)
 
     def step(self, number: int) -> Step:
         """Build step `number`, counted from 0 over all epochs."""
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self.rows_per_step
-        rows = row_order(len(self.documents), self.seed, epoch)[first : first + self.rows_per_step]
+        rows = epoch_order(self.documents, self.seed, epoch)[first : first + self.rows_per_step]
         batches = self.micro_batches(self.documents, rows)
         return Step(
             number=number,
@@ -151,9 +206,12 @@ class Loader:
         rows = "rows" if self.documents.documents_per_row == 1 else "pairs"
         budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
         owners = ("processes" if many else "process") if self.parts == 1 else f"group{'s' if many else ''} of {self.parts} processes"
+        in_epoch = epoch_rows(self.documents)
+        untrained = describe_untrained(in_epoch, self.rows_per_step, total_steps, rows)
         return (
-            f"{total_steps:,} steps ({self.steps_per_epoch:,} an epoch) of {self.rows_per_step} {rows}, "
-            f"in micro-batches of {budget} on each of {self.world_size} {owners}"
+            f"{total_steps:,} step{'s' if total_steps > 1 else ''} ({self.steps_per_epoch:,} an epoch) of "
+            f"{describe_steps(in_epoch, self.rows_per_step, rows)}, in micro-batches of {budget} on each of {self.world_size} {owners}"
+            f"{f'; {untrained}' if untrained else ''}"
         )
 
     def _of_rows(self, values_N: np.ndarray) -> np.ndarray:

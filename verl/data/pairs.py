@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from verl.config.pairs import PairsConfig
 from verl.data.chat import Message
-from verl.data.formats import Row, describe
+from verl.data.row import Row, describe
 from verl.data.tables import ChatInput
 from verl.errors import UserError
 

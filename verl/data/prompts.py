@@ -6,19 +6,20 @@ depend on the number of ranks.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PromptConfig
-from verl.data.chat import unanswered
-from verl.data.formats import Row
-from verl.data.loader import row_order
+from verl.data.loader import RowChoice, row_order
 from verl.data.render import Renderer
-from verl.data.source import read_rows
+from verl.data.row import ReadProgress, Row, notes_of
+from verl.data.shapes import Asked, read_question
+from verl.data.source import Entry, describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError
 
 
@@ -48,24 +49,31 @@ class Prompts:
     Attributes:
         dropped: number of rows dropped because they are longer than data.max_prompt_length.
         fingerprint: a hash that changes when any prompt changes.
+        choice: choice of an epoch's prompts, if the files are a mixture; None: all prompts.
+        notes: what else is to be said about the data, one line each.
     """
 
     prompts: list[Prompt]
     dropped: int
     fingerprint: str
+    choice: RowChoice | None = None
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        """Number of prompts of an epoch."""
+        return len(self.prompts) if self.choice is None else self.choice.rows
 
     def drawn(self, number: int, seed: int) -> Prompt:
         """Return the prompt that is drawn as `number`, counted from 0 over all epochs."""
-        epoch, within = divmod(number, len(self.prompts))
-        return self.prompts[int(_order(len(self.prompts), seed, epoch)[within])]
+        epoch, within = divmod(number, len(self))
+        order = _order(len(self.prompts), seed, epoch) if self.choice is None else self.choice.order(seed, epoch)
+        return self.prompts[int(order[within])]
 
     def __str__(self) -> str:
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         dropped = f", {self.dropped:,} dropped as longer than data.max_prompt_length" if self.dropped else ""
-        return f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
+        prompts = f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
+        return "\n".join([prompts, *self.notes])
 
 
 _order = lru_cache(maxsize=2)(row_order)  # a step may reach into the next epoch
@@ -82,44 +90,56 @@ def load_prompts(
     """Load the prompts of the files.
 
     Args:
-        files: a path, a glob, a Hub data set id, or a list of these.
+        files: as in `verl.data.source.resolve_entries`.
         key: config key that names the files, for errors.
         max_samples: number of rows to use, from the start; None or -1 uses all.
     Raises:
         UserError: a file, a row or the chat template is invalid, or prompts are too long.
     """
     renderer = Renderer(tokenizer)
-    rows = islice(read_rows(files, key), None if max_samples == -1 else max_samples)
+    entries, progress = resolve_entries(files, key), ReadProgress()
+    rows = list(islice(valid_rows(sources_of(entries), progress), None if max_samples == -1 else max_samples))
     found = [_prompt(row, config, renderer) for row in rows]
     long = [prompt for prompt in found if len(prompt.token_ids) > config.max_prompt_length]
     if long and (config.overlong_prompts == "error" or len(long) == len(found)):
         raise _too_long(long, len(found), config, key)
     kept = [prompt for prompt in found if len(prompt.token_ids) <= config.max_prompt_length]
-    return Prompts(kept, len(long), _fingerprint(kept))
+    prompts = Prompts(kept, len(long), _fingerprint(kept), notes=[*describe_sources(entries), *notes_of(rows)])
+    if any(entry.has_share for entry in entries):
+        numbers = [number for number, prompt in enumerate(found) if len(prompt.token_ids) <= config.max_prompt_length]
+        return _mixed(prompts, entries, progress.rows_by_source, numbers, key)
+    return prompts
+
+
+def _mixed(prompts: Prompts, entries: list[Entry], rows_by_source: list[int], numbers: list[int], key: str) -> Prompts:
+    """Return the prompts with the choice of an epoch's prompts. `numbers` are those of the prompts among all rows."""
+    from verl.data.mixture import mixture_of  # most runs draw all prompts
+
+    mixture = mixture_of(entries, rows_by_source, np.array(numbers), key)
+    assert mixture is not None
+    shares = mixture.describe(np.array([len(prompt.token_ids) for prompt in prompts.prompts]))
+    fingerprint = hashlib.sha256(f"{prompts.fingerprint} {mixture.of_entry_E} {mixture.per_epoch_E}".encode()).hexdigest()
+    return replace(prompts, choice=mixture, fingerprint=fingerprint, notes=[*prompts.notes, shares])
 
 
 def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
-    if row.is_text:
-        raise UserError("plain text has no questions", where=row.where, fix="write the questions as JSONL, CSV or Parquet")
-    values = row.values
-    if config.response_key is not None:
-        if config.response_key not in values:
-            fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
-            what = f"column {config.response_key!r} is missing (found: {', '.join(map(str, values))})"
-            raise UserError(what, where=row.where, fix=fix)
-        values = {**values, "reference": row.text(config.response_key, "data.response_key")}
-    tools = None if config.tools_key is None else row.value(config.tools_key, "data.tools_key", may_be_null=True)
-    if config.messages_key is None:
-        text = row.text(config.prompt_key, "data.prompt_key")
-        before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-        messages: list[dict[str, Any]] = [*before, {"role": "user", "content": text}]
-    else:
-        messages, _ = unanswered(row.value(config.messages_key, "data.messages_key"), row.where)
-        text = messages[-1]["content"]
+    asked = _asked(row, config)
+    values = row.values if config.response_key is None else {**row.values, "reference": asked.reference}
     try:
-        return Prompt(row.where, text, messages, renderer.prompt(messages, tools), values)
+        ids = renderer.prompt(asked.messages, asked.tools, asked.template_kwargs)
     except UserError as error:
         raise UserError(error.what, where=f"{row.where}: {error.where}" if error.where else row.where, fix=error.fix) from None
+    return Prompt(row.where, asked.text, asked.messages, ids, values)
+
+
+def _asked(row: Row, config: PromptConfig) -> Asked:
+    try:
+        return read_question(row, config, config.system_prompt, "data.")
+    except UserError as error:
+        if not error.what.startswith(f"column {config.response_key!r} is missing"):
+            raise
+        fix = "set data.response_key to the column of the correct answers, or to null if no reward needs them"
+        raise UserError(error.what, where=error.where, fix=fix) from None
 
 
 def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> UserError:

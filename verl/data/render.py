@@ -2,7 +2,8 @@
 
 The trained span of an assistant's turn begins where its generation prompt ends, and ends with the control token that ends the turn. If the
 span cannot be found exactly in the rendered text, the chat is refused. The text is cut at the span's ends before it is tokenized, so that
-the tokens are the same as in inference, where prompt and answer are never tokenized as one text.
+the tokens are the same as in inference, where prompt and answer are never tokenized as one text. Plain chats are handled here; `turns`
+handles chats with thoughts, tools or marks, and templates that change earlier turns.
 """
 
 import functools
@@ -10,20 +11,22 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from verl.data.chat import Chat, Message, checked
+from verl.data.chat import PLAIN_KEYS, Chat, ChatInput, Message, RenderedText, checked
 from verl.data.encode import ControlText, Disguise, Encoder, strings
-from verl.data.formats import first_line
+from verl.data.row import first_line
 from verl.errors import UserError
 
+if TYPE_CHECKING:
+    from verl.data.turns import Turns
+
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MARK_THE_TURN = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around the assistant's text"
 PROBE = Chat([{"role": "user", "content": "Is the sky blue?"}, {"role": "assistant", "content": "Yes, it is."}])
 
 Result = TypeVar("Result")
@@ -38,33 +41,27 @@ class Rendered:
         input_ids: token ids.
         loss_mask: whether each token is trained, that is, is a target.
         has_control_text: whether the data contained the text of a control token, which was encoded as plain text.
+        notes: what the report says about the document.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     has_control_text: bool = False
-
-    def without_turns(self, number: int) -> "Rendered":
-        """Return a copy with the first `number` turns as context. A turn is an unbroken run of trained tokens."""
-        ends = [
-            here
-            for here, (is_trained, goes_on) in enumerate(zip(self.loss_mask, [*self.loss_mask[1:], False], strict=True), 1)
-            if is_trained and not goes_on
-        ]
-        return self.without_first(ends[number - 1])
+    notes: tuple[str, ...] = ()
 
     def without_first(self, context: int) -> "Rendered":
         """Return a copy with the first `context` tokens untrained."""
-        return Rendered(self.input_ids, [False] * context + self.loss_mask[context:], self.has_control_text)
+        return replace(self, loss_mask=[False] * context + self.loss_mask[context:])
 
 
 @dataclass(frozen=True)
 class _Text:
-    """A rendered chat before tokenization: its text, the trained spans, and the hidden control text."""
+    """A rendered chat before tokenization: its text, the trained spans, the hidden control text, and notes for the report."""
 
     text: str
     trained: list[Span]
     disguise: Disguise | None
+    notes: tuple[str, ...] = ()
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """Yield the text in pieces, alternately outside and inside the trained spans, with whether each is trained."""
@@ -88,21 +85,18 @@ class Renderer:
         """Render one chat, with the assistant's turns trained.
 
         Args:
-            messages: a list of {role, content}, or its JSON; the roles are system, user, assistant and tool.
-            tools: None, a list of JSON schemas, or its JSON.
+            messages, tools: as for `verl.data.chat.checked`.
         Raises:
             UserError: the chat is invalid, or its trained tokens cannot be found exactly.
         """
-        (rendered,) = self.chats([(messages, tools)])
+        (rendered,) = self.chats([ChatInput(messages, tools)])
         if isinstance(rendered, UserError):
             raise rendered
         return rendered
 
-    def chats(self, chats: Sequence[tuple[object, object]]) -> list[Rendered | UserError]:
+    def chats(self, chats: Sequence[ChatInput]) -> list[Rendered | UserError]:
         """Render many chats at once, which is much faster.
 
-        Args:
-            chats: messages and tools of each chat, as for `chat`.
         Returns:
             one result per chat, or the error of a chat that is refused.
         Raises:
@@ -110,16 +104,20 @@ class Renderer:
         """
         if chats:
             self._check_template()
-        texts = [or_error(self._text_of, messages, tools) for messages, tools in chats]
+        texts = [or_error(self._text_of, chat) for chat in chats]
         if not self._encoder.cuts:
             return [text if isinstance(text, UserError) else or_error(self._encode_whole, text) for text in texts]
         rendered = iter(self._encode_in_pieces([text for text in texts if not isinstance(text, UserError)]))
         return [text if isinstance(text, UserError) else next(rendered) for text in texts]
 
-    def prompt(self, messages: object, tools: object = None) -> list[int]:
+    def prompt(self, messages: object, tools: object = None, template_kwargs: object = None) -> list[int]:
         """Return the tokens of a chat with its generation prompt. Raises UserError like `chat`."""
-        chat, disguise = self._disguised(checked(messages, tools))
-        return self._encode_one(self._render(chat, for_answer=True), disguise)
+        chat, disguise = self._disguised(checked(messages, tools, template_kwargs))
+        self._check_contents(chat, disguise)
+        text = self._render(chat, for_answer=True)
+        if not self._shows_plainly(chat, text) or any("</think>" in message["content"] for message in chat.messages):
+            text = self._turns(chat, []).asked()
+        return self._encode_one(text, disguise)
 
     def whole(self, messages: list[Message]) -> list[int]:
         """Return the tokens of a whole chat, without checks on the assistant's text: the input of a reward model.
@@ -140,7 +138,7 @@ class Renderer:
         Raises:
             UserError: as `chat`, or the template changes earlier messages when the chat continues.
         """
-        answered = self._text_of(PROBE.messages, None)
+        answered = self._text_of(ChatInput(PROBE.messages))
         chat, disguise = self._disguised(checked([*PROBE.messages, reply]))
         text, end = self._render(chat, for_answer=True), answered.trained[-1][1]
         if not text.startswith(answered.text[:end]):
@@ -152,25 +150,45 @@ class Renderer:
         """Tokenize a plain text, trained whole. Control tokens in it are encoded as text, and the end-of-text token is appended.
 
         Raises:
-            UserError: the tokenizer has no end-of-text token.
+            UserError: the tokenizer has no end-of-text token, or a chat template has been applied to the text already.
         """
         (rendered,) = self.texts([text])
+        if isinstance(rendered, UserError):
+            raise rendered
         return rendered
 
-    def texts(self, texts: Sequence[str]) -> list[Rendered]:
-        """Tokenize many texts at once. Raises UserError like `text`."""
-        if not texts:
-            return []
-        begin, end = self._text_begin, self._text_end
-        controls = [self._encoder.data.is_in(text) for text in texts]
+    def texts(self, texts: Sequence[str]) -> list[Rendered | UserError]:
+        """Tokenize many texts at once. Control tokens in a RenderedText are tokens.
+
+        Returns:
+            one result per text, or the error of a text that is refused.
+        Raises:
+            UserError: the tokenizer has no end-of-text token.
+        """
+        controls = [not isinstance(text, RenderedText) and self._encoder.data.is_in(text) for text in texts]
         ordinary = iter(self._encoder.encode([text for text, has_control in zip(texts, controls, strict=True) if not has_control]))
         bodies = [
             self._encoder.encode_plain(text) if has_control else next(ordinary) for text, has_control in zip(texts, controls, strict=True)
         ]
-        return [
-            Rendered([*begin, *body, end], [False] * len(begin) + [True] * (len(body) + 1), has_control)
-            for body, has_control in zip(bodies, controls, strict=True)
-        ]
+        return [or_error(self._whole_text, *both) for both in zip(texts, bodies, controls, strict=True)]
+
+    def _whole_text(self, text: str, body: list[int], has_control: bool) -> Rendered:
+        """Return a text that is trained whole, between the tokens that begin and end a text.
+
+        Raises:
+            UserError: a chat template is applied to the text although it is not a RenderedText, or that of another tokenizer.
+        """
+        begin, end = self._text_begin, [self._text_end]
+        if isinstance(text, RenderedText) or _may_be_applied(text):
+            from verl.data import applied_templates  # rarely needed
+
+            if not isinstance(text, RenderedText):
+                applied_templates.check_text(text, self._special)
+            else:
+                applied_templates.check_rendered(text, has_tokens=self._encoder.data.is_in(text))
+                begin = [] if body[: len(begin)] == begin else begin
+                end = [] if applied_templates.ends_with_control(text, self._special) else end
+        return Rendered([*begin, *body, *end], [False] * len(begin) + [True] * len([*body, *end]), has_control)
 
     @property
     def stop_ids(self) -> list[int]:
@@ -196,15 +214,26 @@ class Renderer:
     def _stop(self) -> int:
         """The stop token, found in a chat of one question and its answer."""
         try:
-            text = self._text_of(PROBE.messages, None)
-            prompt = self._render(PROBE.up_to(1), for_answer=True)
+            text = self._text_of(ChatInput(PROBE.messages))
         except UserError as error:
             raise UserError(error.what, where="chat template", fix=error.fix) from None
         ((start, end),) = text.trained
-        if text.text.startswith(prompt) and start < len(prompt):
-            what = "{% generation %} marks a part of the prompt"
-            raise UserError(what, where="chat template", fix="begin the mark after the header of the assistant's turn")
         return self._encoder.encode([text.text[start:end]])[0][-1]
+
+    @functools.cached_property
+    def _reads_parts(self) -> bool:
+        """Whether the template prints a content only as a list of parts, as some templates of vision models do."""
+        answer = PROBE.messages[1]["content"]
+
+        def shows(*, parts: bool) -> bool:
+            text = or_error(self._fill, PROBE, _with_parts(PROBE.messages) if parts else PROBE.messages, {})
+            return not isinstance(text, UserError) and answer in text[0][0]
+
+        return not shows(parts=False) and shows(parts=True)
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        return tuple(self._encoder.special)
 
     @functools.cached_property
     def _text_begin(self) -> list[int]:
@@ -217,28 +246,48 @@ class Renderer:
             raise UserError("the tokenizer has no end-of-text token", where="eos_token", fix="set one in its tokenizer_config.json")
         return int(self._tokenizer.eos_token_id)
 
-    def _text_of(self, messages: object, tools: object) -> _Text:
-        chat, disguise = self._disguised(checked(messages, tools))
-        if not any(chat.answers()):
-            raise UserError("the chat has no assistant turn to train", where="messages", fix="add the answer, or remove the row")
+    def _text_of(self, given: ChatInput) -> _Text:
+        chat, disguise = self._disguised(checked(given.messages, given.tools, given.template_kwargs))
+        trained, notes = chat.trained_turns(given), (*given.notes, *chat.notes)
+        self._check_contents(chat, disguise)
         if GENERATION_MARK.search(self._template(chat)):
-            text, marks = self._render_marked(chat)
-            return _Text(text, self._marked(chat, text, marks), disguise)
-        text = self._render(chat)
-        return _Text(text, self._prompted(chat, text), disguise)
+            found = self._turns(chat, trained).marked(*self._render_marked(chat))
+        else:
+            text = self._render(chat)
+            if (spans := self._plain_spans(chat, text, trained)) is not None:
+                return _Text(text, spans, disguise, notes)
+            found = self._turns(chat, trained).located()
+        return _Text(found.text, found.spans, disguise, (*notes, *found.notes))
+
+    def _check_contents(self, chat: Chat, disguise: Disguise | None) -> None:
+        """Raise UserError if a chat template is already applied to a content."""
+        contents = [message.get("content") or "" for message in chat.messages]
+        if disguise is not None or any(map(_may_be_applied, contents)):
+            from verl.data.applied_templates import check_messages  # rarely needed
+
+            shown = [disguise.show(content) if disguise else content for content in contents]
+            check_messages([{**message, "content": text} for message, text in zip(chat.messages, shown, strict=True)], self._special)
+
+    def _turns(self, chat: Chat, trained: list[int]) -> "Turns":
+        from verl.data.turns import Turns  # most data has only plain chats
+
+        return Turns(
+            chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._encoder.stop, self._template(chat)
+        )
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
         fields = [(self._control(message, value), value) for message in chat.messages for key, value in message.items() if key != "role"]
-        fields.append((self._encoder.data, chat.tools))
+        fields += [(self._encoder.data, chat.tools), (self._encoder.data, chat.template_kwargs)]
         if not any(control.touches(text) for control, value in fields for text in strings(value)):
             return chat, None
-        disguise = Disguise([chat.messages, chat.tools])
+        disguise, hide = Disguise([chat.messages, chat.tools, chat.template_kwargs]), self._encoder.data.hide_in
         messages = [
             {key: value if key == "role" else self._control(message, value).hide_in(value, disguise) for key, value in message.items()}
             for message in chat.messages
         ]
-        return Chat(messages, self._encoder.data.hide_in(chat.tools, disguise)), disguise
+        shown = replace(chat, messages=messages, tools=hide(chat.tools, disguise), template_kwargs=hide(chat.template_kwargs, disguise))
+        return shown, disguise
 
     def _control(self, message: Message, value: object) -> ControlText:
         """Return the control text to hide in a field: special tokens in the assistant's own text, every control token elsewhere."""
@@ -263,56 +312,53 @@ class Renderer:
         return texts[0], marks[0]
 
     def _run_template(self, chat: Chat, **options: bool) -> Any:
+        messages = _with_parts(chat.messages) if self._reads_parts else chat.messages
+        found = or_error(self._fill, chat, messages, options)
+        if isinstance(found, UserError) and any("tool_calls" in message for message in messages):
+            from verl.data.messages import with_arguments_as_text  # DeepSeek's templates
+
+            found = or_error(self._fill, chat, with_arguments_as_text(messages), options)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _fill(self, chat: Chat, messages: list[Message], options: dict[str, bool]) -> Any:
         template = self._template(chat)
-        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options, "tools": chat.tools}
+        names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **chat.template_kwargs, **options, "tools": chat.tools}
         try:
-            return render_jinja_template([chat.messages], chat_template=template, **names)
+            return render_jinja_template([messages], chat_template=template, **names)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             what = f"the chat template rejects the chat: {first_line(error)}"
             raise UserError(what, where="messages", fix="correct the chat, or set data.chat_template") from error
 
     # Trained spans
 
-    def _prompted(self, chat: Chat, text: str) -> list[Span]:
-        """Find each assistant turn, from the end of its generation prompt to the first special token; those of the data are hidden."""
+    def _plain_spans(self, chat: Chat, text: str, trained: list[int]) -> list[Span] | None:
+        """Return the span of each turn to train, from the end of its generation prompt to the first special token.
+
+        Special tokens of the data are hidden. The result is None if `Turns` must find the spans.
+        """
+        if not self._shows_plainly(chat, text) or not any(message["role"] == "user" for message in chat.messages[: trained[0]]):
+            return None
         spans = []
-        for number, message in chat.answers():
+        for number in trained:
             prompt = self._render(chat.up_to(number), for_answer=True)
-            if not text.startswith(prompt):
-                what = "the chat template changes the messages before this turn when the chat continues"
-                raise UserError(what, where=f"messages[{number}]", fix=MARK_THE_TURN)
-            spans.append(self._turn(number, message, text, len(prompt), len(prompt)))
+            stop = self._encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
+            if stop is None or not _says(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
+                return None
+            spans.append((len(prompt), stop.end()))
         return spans
 
-    def _marked(self, chat: Chat, text: str, marks: list[Span]) -> list[Span]:
-        """Extend each of the template's marks to the special token that ends or follows it."""
-        answers = list(chat.answers())
-        if len(marks) != len(answers):
-            what = f"the chat template marks {len(marks)} turns with {{% generation %}}, but the chat has {len(answers)} assistant turns"
-            raise UserError(what, where="messages", fix="mark each assistant turn once")
-        ends = [self._stop_in(text, *mark) for mark in marks]
-        return [self._turn(*answer, text, start, end) for answer, (start, _), end in zip(answers, marks, ends, strict=True)]
-
-    def _stop_in(self, text: str, start: int, end: int) -> int:
-        """Return the start of a mark's last special token if only whitespace follows it in the mark, else the mark's end."""
-        stops = [found.start() for found in self._encoder.stop.finditer(text, start, end) if not text[found.end() : end].strip()]
-        return stops[-1] if stops else end
-
-    def _turn(self, number: int, message: Message, text: str, start: int, not_before: int) -> Span:
-        """Return the span from `start` to the end of the first special token at or after `not_before`.
-
-        Raises:
-            UserError: no special token ends the turn, or the span does not contain the message's text.
-        """
-        where = f"messages[{number}]"
-        stop = self._encoder.stop.search(text, not_before)
-        if stop is None:
-            raise UserError("the chat template ends the assistant turn without a control token", where=where, fix=MARK_THE_TURN)
-        said = text[start : stop.start()]
-        if not _contains(said, message):
-            what = f"the chat template changes or omits the assistant's text, and renders {said!r:.80}"
-            raise UserError(what, where=where, fix=MARK_THE_TURN)
-        return start, stop.end()
+    def _shows_plainly(self, chat: Chat, text: str) -> bool:
+        """Return whether the chat is plain, and the rendered text has what the others say."""
+        return (
+            chat.tools is None
+            and not chat.template_kwargs
+            and all(
+                message.keys() == PLAIN_KEYS and (message["role"] == "assistant" or message["content"].strip() in text)
+                for message in chat.messages
+            )
+        )
 
     # Encoding
 
@@ -327,7 +373,7 @@ class Renderer:
                 tokens = self._encode_one(piece, text.disguise) if text.disguise else next(ordinary)
                 ids += tokens
                 mask += [trained] * len(tokens)
-            rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise)))
+            rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise), text.notes))
         return rendered
 
     def _encode_whole(self, text: _Text) -> Rendered:
@@ -344,7 +390,7 @@ class Renderer:
                 what = "the tokenizer merges the end of the prompt and the beginning of the answer into one token"
                 raise UserError(what, where="messages", fix="let the answer begin with a letter, or remove the row")
             mask[len(before) : len(within)] = [True] * (len(within) - len(before))
-        return Rendered(ids, mask, self._encoder.is_control_in(text.disguise))
+        return Rendered(ids, mask, self._encoder.is_control_in(text.disguise), text.notes)
 
     def _encode_one(self, text: str, disguise: Disguise | None) -> list[int]:
         return self._encoder.encode_disguised(text, disguise) if disguise else self._encoder.encode([text])[0]
@@ -357,11 +403,18 @@ def or_error(function: Callable[..., Result], *args: object) -> Result | UserErr
         return error
 
 
-def _contains(said: str, message: Message) -> bool:
-    """Return whether a rendered turn contains the message's text, at its end if there are no tool calls, and the names of its calls.
+def _with_parts(messages: list[Message]) -> list[Message]:
+    """Return the messages with each content as a list of one part."""
+    return [{**message, "content": [{"type": "text", "text": message.get("content") or ""}]} for message in messages]
 
-    Whitespace is ignored, because templates strip it.
-    """
-    said, content = "".join(said.split()), "".join(message.get("content", "").split())
-    names = ["".join(call.get("function", call)["name"].split()) for call in message.get("tool_calls", [])]
-    return all(name in said for name in names) and (content in said if names else said.endswith(content))
+
+def _may_be_applied(text: str) -> bool:
+    """Return whether a text begins or ends with a bracket, as one does to which a chat template is applied."""
+    return text.lstrip()[:1] in ("<", "[") or text.rstrip()[-1:] in (">", "]")
+
+
+def _says(said: str, content: str) -> bool:
+    """Return whether a rendered turn ends with the message's text, and has no thought besides. Whitespace is ignored."""
+    if "</think>" in content and said.count("</think>") != content.count("</think>"):
+        return False
+    return "".join(said.split()).endswith("".join(content.split()))

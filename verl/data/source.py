@@ -1,32 +1,57 @@
 """The data files that a config names, and their rows in order. A data set on the Hub is a source too."""
 
-import difflib
-import functools
 import glob
 import hashlib
+import math
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from verl.data.formats import FORMATS, SUFFIXES, ReadProgress, Row, Rows, describe, file_rows, first_line, present, row_or_error, suffix_of
+from verl.data.row import ReadProgress, Row, Rows, describe
 from verl.errors import UserError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-Source = Path | str  # a local file, or the id of a data set on the Hub
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
+FORMS = "give a path, a glob, a Hub data set id (org/name, org/name:config or org/name:config:split), or a list of these"
+SHARE_FORMS = "write it as {path: a.jsonl, weight: 2.0} or {path: a.jsonl, rows: 5000}"
+Source = Path | str  # a local file, or a data set on the Hub as `org/name:config:split`
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of a list of files.
+
+    Attributes:
+        name: the path, glob or Hub id, as the config has it.
+        weight: relative number of its rows in an epoch; None: not given.
+        rows: number of its rows in each epoch; None: not given.
+    """
+
+    name: str
+    sources: list[Source]
+    weight: float | None = None
+    rows: int | None = None
+
+    @property
+    def has_share(self) -> bool:
+        return self.weight is not None or self.rows is not None
 
 
 def read_rows(files: object, key: str = "data.train_files") -> Iterator[Row]:
     """Yield the rows of the files, in order.
 
     Args:
-        files: a path, a glob, the id of a data set on the Hub (its split `train` is read), or a list of these.
-        key: config key that names the files, for errors.
+        files, key: as in `resolve_entries`.
     Raises:
         UserError: a file is missing or its format unknown, or a row is invalid.
     """
-    for row in read_rows_and_errors(resolve_files(files, key)):
+    return valid_rows(resolve_files(files, key), ReadProgress())
+
+
+def valid_rows(sources: list[Source], progress: ReadProgress) -> Iterator[Row]:
+    """Yield the rows of the sources. Raises UserError if one is invalid."""
+    for row in read_rows_and_errors(sources, progress):
         if isinstance(row, UserError):
             raise row
         yield row
@@ -38,46 +63,98 @@ def read_rows_and_errors(sources: list[Source], progress: ReadProgress | None = 
     Raises:
         UserError: a file cannot be read any further.
     """
+    from verl.data.formats.files import file_rows  # whoever has the rows in the cache reads no file
+
     progress = progress or ReadProgress()
+    progress.rows_by_source = [0] * len(sources)
     for number, source in enumerate(sources):
-        within, empty = ReadProgress(), True
+        within = ReadProgress()
         for row in _hub_rows(source) if isinstance(source, str) else file_rows(source, within):
-            progress.share, empty = (number + within.share) / len(sources), False
+            progress.share = (number + within.share) / len(sources)
+            progress.rows_by_source[number] += 1
             yield row
-        if empty:
+        if not progress.rows_by_source[number]:
             raise UserError("the file has no rows", where=str(source), fix="add rows to it, or remove it from the list of files")
 
 
 def resolve_files(files: object, key: str = "data.train_files") -> list[Source]:
-    """Return the files that a config value names, with globs expanded in alphabetical order.
+    """Return the sources of `resolve_entries`, in order."""
+    return sources_of(resolve_entries(files, key))
 
-    Returns:
-        a path for each file, and a string for each data set on the Hub.
+
+def sources_of(entries: Sequence[Entry]) -> list[Source]:
+    return [source for entry in entries for source in entry.sources]
+
+
+def resolve_entries(files: object, key: str = "data.train_files") -> list[Entry]:
+    """Return what a config value names, with globs expanded in alphabetical order.
+
+    Args:
+        files: a path, a glob, the id of a data set on the Hub, or a list of these. An entry of the list may also be an object with `path`
+            and `weight`, or `path` and `rows`, if the key names training data.
+        key: config key that names the files, for errors. Of a data set on the Hub without a named split, `data.train_files` takes the
+            split `train`; any other key takes `test`, or else `validation`.
     Raises:
         UserError: the value names no file, or names a directory, a missing file or an unreadable one.
     """
-    entries = list(files) if isinstance(files, (list, tuple)) else [files]
-    if not entries:
-        raise UserError("names no file", where=key, fix="give a path, a glob, a Hub data set id, or a list of these")
-    return [source for entry in entries for source in _resolve(entry, key)]
+    given = list(files) if isinstance(files, (list, tuple)) else [files]
+    if not given:
+        raise UserError("names no file", where=key, fix=FORMS)
+    entries = [_with_share(one, key) if isinstance(one, Mapping) else _entry(one, key) for one in given]
+    if any(entry.weight is not None for entry in entries) and any(entry.rows is not None for entry in entries):
+        raise UserError("some entries have a weight, others a number of rows", where=key, fix="give weights only, or numbers of rows only")
+    return entries
 
 
-def _resolve(entry: object, key: str) -> list[Source]:
-    if isinstance(entry, Path):
-        entry = str(entry)
-    if not isinstance(entry, str) or not entry:
-        raise UserError(f"found {describe(entry)}", where=key, fix="give a path, a glob, a Hub data set id, or a list of these")
+def is_training(key: str) -> bool:
+    """Return whether a config key names rows to train on, rather than rows to evaluate with."""
+    return key.endswith("train_files")
+
+
+def _with_share(given: Mapping[object, object], key: str) -> Entry:
+    unknown = [str(name) for name in given if name not in ("path", "weight", "rows")]
+    if unknown or "path" not in given or not isinstance(given["path"], (str, Path)):
+        what = f"an entry has the unknown key {unknown[0]!r}" if unknown else f"an entry has no path: {dict(given)}"
+        raise UserError(what, where=key, fix=SHARE_FORMS)
+    name, weight, rows = str(given["path"]), given.get("weight"), given.get("rows")
+    if not is_training(key) and (weight is not None or rows is not None):
+        raise UserError(f"{name} has a share, but all rows are used here", where=key, fix="give the path alone")
+    if weight is not None and rows is not None:
+        raise UserError(f"{name} has both a weight and a number of rows", where=key, fix="give one of them")
+    if weight is not None and not (_is_number(weight) and math.isfinite(weight) and weight > 0):  # type: ignore[arg-type,operator]
+        raise UserError(f"the weight of {name} is {weight!r}", where=key, fix="give a number above 0, such as 2.0")
+    if rows is not None and not (isinstance(rows, int) and _is_number(rows) and rows > 0):
+        raise UserError(f"the rows of {name} are {rows!r}", where=key, fix="give a whole number above 0, such as 5000")
+    return Entry(name, _resolve(name, key), None if weight is None else float(weight), rows)  # type: ignore[arg-type]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _entry(given: object, key: str) -> Entry:
+    name = str(given) if isinstance(given, Path) else given
+    if not isinstance(name, str) or not name:
+        raise UserError(f"found {describe(given)}", where=key, fix=FORMS)
+    return Entry(name, _resolve(name, key))
+
+
+def _resolve(entry: str, key: str) -> list[Source]:
     path = Path(entry).expanduser()
     if _exists(path, key):
         return [_checked(path, key)]
+    from verl.data.path_errors import is_file_name, no_file  # most names are those of files
+
     if glob.has_magic(entry):
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
-            raise UserError(f"no file matches {str(path)!r}", where=key, fix=f"check the path; the current folder is {Path.cwd()}")
+            raise no_file(entry, key)
         return [_checked(Path(name), key) for name in found]
-    if HUB_ID.fullmatch(entry) and not path.parent.is_dir() and not entry.lower().endswith((*SUFFIXES, ".gz")):
-        return [entry]
-    raise _missing(path, key)
+    if HUB_ID.fullmatch(entry) and not path.parent.is_dir() and not is_file_name(entry):
+        from verl.data import hub  # it takes half a second, and most data comes from files
+
+        return [hub.resolve(entry, for_training=is_training(key))]
+    raise no_file(entry, key)
 
 
 def _exists(path: Path, key: str) -> bool:
@@ -90,23 +167,17 @@ def _exists(path: Path, key: str) -> bool:
         return False
     except NotADirectoryError:
         return False
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be opened: {error.strerror}", where=key, fix="check the path and its permissions") from error
-
-
-def _missing(path: Path, key: str) -> UserError:
-    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    hint = f"did you mean {path.parent / near[0]}? " if near else "" if beside else f"there is no folder {path.parent}. "
-    return UserError(f"no file {str(path)!r}", where=key, fix=f"{hint}The current folder is {Path.cwd()}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{str(path)!r} cannot be opened: {reason}", where=key, fix="check the path and its permissions") from error
 
 
 def _checked(path: Path, key: str) -> Path:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        inside = sorted({p.name.removesuffix(".gz").rpartition(".")[2] for p in path.iterdir() if suffix_of(p) in SUFFIXES})
-        fix = f"name its files with a glob, such as {path}/*.{inside[0]}" if inside else f"put data files into it ({FORMATS})"
-        raise UserError(f"{str(path)!r} is a directory", where=key, fix=fix)
+        from verl.data.path_errors import files_in
+
+        raise UserError(f"{str(path)!r} is a directory", where=key, fix=files_in(path))
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file", where=key, fix="write the rows to a file first")
     try:
@@ -137,22 +208,25 @@ def size_bytes(sources: list[Source]) -> int:
 
 def _files(sources: list[Source]) -> Iterator[Path]:
     for source in sources:
-        yield from (Path(part["filename"]) for part in _hub_dataset(source).cache_files) if isinstance(source, str) else [source]
+        if isinstance(source, str):
+            from verl.data import hub
+
+            yield from hub.files(source)
+        else:
+            yield source
 
 
-def _hub_rows(name: str) -> Rows:
-    for number, values in enumerate(_hub_dataset(name), start=1):
-        yield row_or_error(f"{name} row {number}", present(values))
+def _hub_rows(source: str) -> Rows:
+    from verl.data import hub
+
+    return hub.rows(source)
 
 
-@functools.cache
-def _hub_dataset(name: str) -> Any:
-    import datasets  # takes half a second, and most data comes from files
+def describe_sources(entries: Sequence[Entry]) -> list[str]:
+    """Return what is to be said about the choice of the sources, one line each: the configuration and the split of data sets on the Hub."""
+    on_hub = [source for source in sources_of(entries) if isinstance(source, str)]
+    if not on_hub:
+        return []
+    from verl.data import hub
 
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(name, split="train")
-    except Exception as error:  # the Hub, the network or the data set's own reader may raise anything
-        found = f"no such file, and the data set cannot be loaded from the Hub: {first_line(error)}"
-        fix = f"check the name and the network, or give a path; the current folder is {Path.cwd()}"
-        raise UserError(found, where=name, fix=fix) from error
+    return [hub.describe(source) for source in on_hub]

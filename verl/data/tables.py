@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
@@ -21,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
-from verl.data.formats import ReadProgress, Row
+from verl.data.chat import ChatInput as ChatInput
+from verl.data.chat import RenderedText
 from verl.data.render import Rendered, Renderer, or_error
+from verl.data.row import Notes, ReadProgress, Row
 from verl.data.source import Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
 from verl.progress import Bar, open_console
@@ -33,22 +36,6 @@ ERRORS_SHOWN = 10
 
 Chunk = list[Row | UserError]
 Done = tuple[pa.RecordBatch, list[UserError]]  # the valid rows of a chunk, and the errors of the others
-
-
-@dataclass(frozen=True)
-class ChatInput:
-    """A chat of a row, before validation.
-
-    Attributes:
-        messages, tools: arguments of `verl.data.render.Renderer.chat`.
-        context_turns: number of the assistant's first turns that are not trained.
-        place: text between the row's location and the message's in an error; None omits the message's.
-    """
-
-    messages: object
-    tools: object = None
-    context_turns: int = 0
-    place: str | None = None
 
 
 class RowReader(Protocol):
@@ -73,21 +60,28 @@ class Columns:
     messages_key: str | None
     tools_key: str | None
     text_key: str | None
+    chat_template_kwargs_key: str | None = None
+    text_is_rendered: bool = False
+    train_turns: str = "all"
     documents_per_row: int = 1
 
     @staticmethod
     def of(data: DataConfig) -> "Columns":
-        return Columns(data.prompt_key, data.response_key, data.messages_key, data.tools_key, data.text_key)
+        return Columns(**{field.name: getattr(data, field.name) for field in fields(Columns) if field.name != "documents_per_row"})
 
     def read(self, row: Row) -> "list[str | ChatInput]":
         """Return a plain text or a chat. Raises UserError if a column is invalid."""
         if row.is_text or self.text_key:
-            return [row.text(self.text_key or "text", "data.text_key")]
-        if self.messages_key:
-            tools = row.value(self.tools_key, "data.tools_key", may_be_null=True) if self.tools_key else None
-            return [ChatInput(row.value(self.messages_key, "data.messages_key"), tools, place="")]
-        question, answer = row.text(self.prompt_key, "data.prompt_key"), row.text(self.response_key, "data.response_key")
-        return [ChatInput([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])]
+            text = row.text(self.text_key or "text", "data.text_key")
+            return [RenderedText(text) if self.text_is_rendered else text]
+        question, answer = row.values.get(self.prompt_key), row.values.get(self.response_key)
+        is_plain = isinstance(question, str) and isinstance(answer, str) and question[:1] != "[" and answer[:1] != "["
+        if is_plain and not (self.messages_key or self.tools_key or self.chat_template_kwargs_key or self.text_is_rendered):
+            question, answer = row.text(self.prompt_key, "data.prompt_key"), row.text(self.response_key, "data.response_key")
+            return [ChatInput([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])]
+        from verl.data.shapes import read_example  # chats, and columns that the user did not name
+
+        return [read_example(row, self)]
 
 
 def tokenized(
@@ -102,6 +96,8 @@ def tokenized(
 ) -> Iterator[pa.RecordBatch]:
     """Yield tables of ROWS_PER_TABLE documents, in the order of the rows; the last table may have fewer.
 
+    The metadata of a table's schema has its rows' notes, and the number of rows read so far from each source: in the last table, of all.
+
     Args:
         limit: number of rows to use, from the start; None uses all.
         workers: processes for large files; None starts one per CPU core. Small files are tokenized in this process.
@@ -115,7 +111,8 @@ def tokenized(
     chunks = _chunks(itertools.islice(read_rows_and_errors(sources, progress), limit), rows)
     processes = 1 if size_bytes(sources) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
     done = _in_this_process(tokenizer, columns, chunks) if processes == 1 else _in_processes(tokenizer, columns, chunks, processes)
-    return _valid(_with_progress(done, progress, console), key)
+    for table in _valid(_with_progress(done, progress, console), key):
+        yield table.replace_schema_metadata({**table.schema.metadata, "rows_by_source": json.dumps(progress.rows_by_source)})
 
 
 def _cpu_cores() -> int:
@@ -130,29 +127,39 @@ def _chunks(rows: Iterator[Row | UserError], size: int) -> Iterator[Chunk]:
 def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
     inputs = [row if isinstance(row, UserError) else or_error(columns.read, row) for row in chunk]
     values = [value for of_row in inputs if not isinstance(of_row, UserError) for value in of_row]
-    chats = iter(renderer.chats([(value.messages, value.tools) for value in values if isinstance(value, ChatInput)]))
+    chats = iter(renderer.chats([value for value in values if isinstance(value, ChatInput)]))
     texts = iter(renderer.texts([value for value in values if isinstance(value, str)]))
-    places, documents, errors = [], [], []
+    places, documents, errors, notes = [], [], [], Notes()
     for row, of_row in zip(chunk, inputs, strict=True):
         if isinstance(row, UserError) or isinstance(of_row, UserError):
             errors += [error for error in (row, of_row) if isinstance(error, UserError)][:1]
             continue
-        results = [_located(next(chats), row, value) if isinstance(value, ChatInput) else next(texts) for value in of_row]
+        results = [_located(next(chats if isinstance(value, ChatInput) else texts), row, value) for value in of_row]
         if columns.documents_per_row > 1 and all(isinstance(value, str) for value in of_row):
             results = _without_common_prefix(results, row)
         wrong = [result for result in results if isinstance(result, UserError)]
         errors += wrong[:1]
         if not wrong:
+            _note(notes, row, results)
             places += [row.where] * len(results)
             documents += [result for result in results if not isinstance(result, UserError)]
-    return table_of(places, documents), errors
+    return table_of(places, documents).replace_schema_metadata({"notes": json.dumps(notes.found)}), errors
 
 
-def _located(result: Rendered | UserError, row: Row, value: ChatInput) -> Rendered | UserError:
-    """Return a rendered chat with its context untrained, or its error with the row's location."""
+def _note(notes: Notes, row: Row, results: Sequence[Rendered | UserError]) -> None:
+    """Count what the readers of the row and the renderer noticed, once for each row."""
+    for result in results:
+        for what in result.notes if isinstance(result, Rendered) else ():
+            row.note(what)
+    notes.add_row(row)
+
+
+def _located(result: Rendered | UserError, row: Row, value: str | ChatInput) -> Rendered | UserError:
+    """Return a rendered document, or its error with the row's location."""
     if isinstance(result, Rendered):
-        return result.without_turns(value.context_turns) if value.context_turns else result
-    where = f"{row.where}: {value.place}{result.where}" if result.where and value.place is not None else row.where
+        return result
+    place = value.place if isinstance(value, ChatInput) else ""
+    where = f"{row.where}: {place}{result.where}" if result.where and place is not None else row.where
     return UserError(result.what, where=where, fix=result.fix)
 
 

@@ -23,6 +23,7 @@ class Question:
         row: all columns, and `reference`.
         messages: the chat to answer.
         tools: tools that the chat may call, or None.
+        template_kwargs: variables of the chat template for this row, or None.
     """
 
     where: str
@@ -31,6 +32,7 @@ class Question:
     row: dict[str, Any]
     messages: list[dict[str, Any]]
     tools: object = None
+    template_kwargs: object = None
 
 
 @dataclass(frozen=True)

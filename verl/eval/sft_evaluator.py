@@ -17,10 +17,10 @@ from rich.console import Console
 
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
-from verl.data.chat import unanswered
-from verl.data.formats import Row
 from verl.data.render import Renderer
-from verl.data.source import read_rows
+from verl.data.row import ReadProgress, Row, notes_of
+from verl.data.shapes import read_question
+from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Answer, Grader, Prediction, Question
@@ -63,8 +63,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if grader.dropped:
         console.print(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
     directory = report.open_directory(config.output_dir)
-    questions = read_questions(config, grader)
-    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
+    questions = read_questions(config, grader, console)
+    variables = config.chat_template_kwargs
+    tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code, chat_template_kwargs=variables)
     renderer = Renderer(tokenizer)
     stop_ids = renderer.stop_ids  # raises if the template is unusable
     systems = [system_of(question.messages) for question in questions]
@@ -134,40 +135,33 @@ def check_one_process() -> None:
         raise UserError("the evaluator runs in one process", fix="start it with python -m verl.eval.sft_evaluator, without torchrun")
 
 
-def read_questions(config: EvalConfig, grader: Grader) -> list[Question]:
-    """Read and check the rows to answer. Raises UserError with the file and line of an invalid row."""
+def read_questions(config: EvalConfig, grader: Grader, console: Console | None = None) -> list[Question]:
+    """Read and check the rows to answer, and print the notes about them. Raises UserError with the file and line of an invalid row."""
     samples = None if config.max_samples == -1 else config.max_samples
-    questions = []
-    for row in islice(read_rows(config.test_file, "test_file"), samples):
-        if row.is_text:
-            raise UserError("plain text has no questions and answers", where=row.where, fix="write them as JSONL, CSV or Parquet")
-        question = read_question(row, config) if config.messages_key is None else read_chat(row, config, config.messages_key)
-        questions.append(question)
+    entries = resolve_entries(config.test_file, "test_file")
+    rows = list(islice(valid_rows(sources_of(entries), ReadProgress()), samples))
+    questions = [question_of(row, config) for row in rows]
     grader.check(questions)
+    if console is not None:
+        for line in [*describe_sources(entries), *notes_of(rows)]:
+            console.print(f"test_file: {line}")
     return questions
 
 
-def read_question(row: Row, config: EvalConfig) -> Question:
-    prompt, reference = row.text(config.prompt_key, "prompt_key"), row.text(config.response_key, "response_key")
-    before = [] if config.system_prompt is None else [{"role": "system", "content": config.system_prompt}]
-    return Question(row.where, prompt, reference, {**row.values, "reference": reference}, [*before, {"role": "user", "content": prompt}])
-
-
-def read_chat(row: Row, config: EvalConfig, key: str) -> Question:
-    """Read a chat up to its last answer, which is the reference if the row has no response column."""
-    messages, answer = unanswered(row.value(key, "messages_key"), row.where)
-    if config.response_key in row.values or not isinstance(answer, str):
-        answer = row.text(config.response_key, "response_key")
-    tools = None if config.tools_key is None else row.value(config.tools_key, "tools_key", may_be_null=True)
-    return Question(row.where, messages[-1]["content"], answer, {**row.values, "reference": answer}, messages, tools)
+def question_of(row: Row, config: EvalConfig) -> Question:
+    """Return a row as a question. The reference of a chat is its last answer, if the row has no response column."""
+    asked = read_question(row, config, config.system_prompt)
+    assert asked.reference is not None  # the evaluator has a response_key
+    values = {**row.values, "reference": asked.reference}
+    return Question(row.where, asked.text, asked.reference, values, asked.messages, asked.tools, asked.template_kwargs)
 
 
 def render(renderer: Renderer, question: Question) -> list[int]:
     """Return the tokens of the question, in the same format as in training."""
     try:
-        return renderer.prompt(question.messages, question.tools)
+        return renderer.prompt(question.messages, question.tools, question.template_kwargs)
     except UserError as error:
-        where = f"{question.where}: {error.where}" if error.where and question.tools is not None else question.where
+        where = question.where if error.where in (None, "messages") else f"{question.where}: {error.where}"
         raise UserError(error.what, where=where, fix=error.fix) from None
 
 

@@ -4,7 +4,7 @@ import gc
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +57,21 @@ class Loaded:
         return self.read(names[0])
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         path: model directory, Hub name, or adapter directory. If an adapter directory has no tokenizer, that of its base model is loaded.
         chat_template: path of a Jinja file that replaces the tokenizer's own chat template.
+        chat_template_kwargs: default values of the template's variables. They become part of the template.
     Raises:
-        UserError: no such model, it has no fast tokenizer, or no such template.
+        UserError: no such model, it has no fast tokenizer, no such template, or the template has no such variable.
     """
     source, adapter = resolve(path), read_adapter_config(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
@@ -82,6 +89,10 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
         if not file.is_file():
             raise UserError("no such file", where=f"data.chat_template={chat_template}", fix="give the path of a Jinja template")
         tokenizer.chat_template = file.read_text(encoding="utf-8")
+    if chat_template_kwargs:
+        from verl.data.template_defaults import set_defaults  # rarely given
+
+        set_defaults(tokenizer, chat_template_kwargs)
     return tokenizer
 
 

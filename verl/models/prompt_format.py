@@ -15,8 +15,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
-from verl.data.chat import checked
+from verl.data.chat import ChatInput, checked
 from verl.data.source import read_rows
+from verl.data.tables import Columns
 from verl.errors import UserError
 from verl.models.load import resolve
 
@@ -86,7 +87,8 @@ def check_format(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequen
     if now.chat_template_sha256 != trained.chat_template_sha256:
         hashes = f"sha256 {trained.chat_template_sha256[:12]}…, now {now.chat_template_sha256[:12]}…"
         what = f"the model was trained with another chat template ({hashes})"
-        raise UserError(what, where=path, fix=f"use the template of the checkpoint's tokenizer, {or_remove}")
+        fix = f"use the template of the checkpoint's tokenizer, and the chat_template_kwargs of its training, {or_remove}"
+        raise UserError(what, where=path, fix=fix)
     if not set(now.stop_ids) <= set(trained.stop_ids):
         what = f"the model was trained to end answers with token {_ids(trained.stop_ids)}, but answers would stop at {_ids(now.stop_ids)}"
         raise UserError(what, where=path, fix=f"use the checkpoint's own tokenizer, {or_remove}")
@@ -100,12 +102,10 @@ def check_format(path: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequen
 
 def system_prompts(data: DataConfig) -> list[str | None] | None:
     """Return the system prompts of the first ROWS_SCANNED training rows; None if the rows are plain text."""
-    if data.text_key is not None:
-        return None
-    if data.messages_key is None:
-        return [None]
-    rows = islice(read_rows(data.train_files), ROWS_SCANNED)
-    return [system_of(checked(row.value(data.messages_key, "data.messages_key")).messages) for row in rows]
+    columns = Columns.of(data)
+    examples = [columns.read(row)[0] for row in islice(read_rows(data.train_files), ROWS_SCANNED)]
+    chats = [example for example in examples if isinstance(example, ChatInput)]
+    return [system_of(checked(chat.messages).messages) for chat in chats] if len(chats) == len(examples) else None
 
 
 def system_of(messages: Sequence[dict[str, Any]]) -> str | None:

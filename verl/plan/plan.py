@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from verl.config.sft import SFTConfig
-from verl.data.loader import Packing, TokenizedRows, row_order
+from verl.data.loader import Packing, TokenizedRows, epoch_lengths, epoch_order, epoch_rows, row_order
 from verl.data.pack import pack, pad_groups
 from verl.engine.cuda_graphs import filled_up
 from verl.engine.decisions import Decisions, Workload, check_multiple, choose_spread, decide, packing_of
@@ -65,18 +65,18 @@ def plan_run(config: SFTConfig, documents: TokenizedRows, outline: Outline, hard
         UserError: there is no such model, or the hardware cannot run this config.
     """
     check_multiple(hardware.processes, config.model.context_parallel_size, key="model.context_parallel_size")
-    spread, steps = choose_spread(outline, hardware), steps_of(config, len(documents), hardware)
-    workload = Workload.of(documents.lengths_N, steps.total, steps.per_epoch, packing_of(config.data, hardware))
+    spread, steps = choose_spread(outline, hardware), steps_of(config, epoch_rows(documents), hardware)
+    workload = Workload.of(epoch_lengths(documents, config.trainer.seed), steps.total, steps.per_epoch, packing_of(config.data, hardware))
     return make_plan(config, documents, outline, decide(outline, hardware, workload, spread))
 
 
 def make_plan(config: SFTConfig, documents: TokenizedRows, outline: Outline, decisions: Decisions) -> Plan:
     """Plan a run from its decisions."""
     hardware, sizes, context = decisions.hardware, decoder(outline), config.model.context_parallel_size
-    steps, packing = steps_of(config, len(documents), hardware), packing_of(config.data, hardware)
+    steps, packing = steps_of(config, epoch_rows(documents), hardware), packing_of(config.data, hardware)
     groups, seed = hardware.processes // context, config.trainer.seed
     largest = largest_micro_batch(documents, steps, packing, groups, context, seed)  # type: ignore[arg-type]  # hashed by identity
-    tokens_per_step = float(documents.lengths_N.sum()) / steps.per_epoch
+    tokens_per_step = float(epoch_lengths(documents, seed).sum()) / steps.per_epoch
     return Plan(type(outline.model).__name__, sizes, decisions, work_of(config, sizes, decisions, largest), steps, tokens_per_step)
 
 
@@ -129,7 +129,7 @@ def largest_micro_batch(documents: TokenizedRows, steps: Steps, packing: Packing
     for number in range(min(steps.total, STEPS_SCANNED)):
         if number // steps.per_epoch != epoch:
             epoch = number // steps.per_epoch
-            order = row_order(len(documents), seed, epoch)
+            order = epoch_order(documents, seed, epoch)
         first = number % steps.per_epoch * steps.rows
         rows = order[first : first + steps.rows]
         lengths, trained = documents.lengths_N[rows], documents.trained_N[rows]

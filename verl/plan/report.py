@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from verl.config.sft import SFTConfig
-from verl.data.loader import TokenizedRows
+from verl.data.loader import TokenizedRows, describe_steps, epoch_rows
 from verl.engine.hardware import CARDS, GIB
 from verl.engine.outline import Outline
 from verl.errors import UserError
@@ -14,10 +14,10 @@ from verl.plan.remedies import adviser
 
 def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str:
     """Return the text that `verl plan` prints."""
-    return "\n".join([*_sizes(plan), *_memory(plan), *_cards(plan, adviser(config, documents, outline, plan))])
+    return "\n".join([*_sizes(plan, epoch_rows(documents)), *_memory(plan), *_cards(plan, adviser(config, documents, outline, plan))])
 
 
-def _sizes(plan: Plan) -> Iterator[str]:
+def _sizes(plan: Plan, rows: int) -> Iterator[str]:
     model, work, steps = plan.decoder, plan.work, plan.steps
     spread = "" if work.gpus == 1 else ", weights replicated" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
     yield (
@@ -25,7 +25,8 @@ def _sizes(plan: Plan) -> Iterator[str]:
         f"layers {'compiled' if work.compiled else 'not compiled'}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
     )
     yield (
-        f"steps: {steps.total:,} ({steps.per_epoch:,} per epoch) of {steps.rows:,} rows, {plan.tokens_per_step:,.0f} tokens on average; "
+        f"steps: {steps.total:,} ({steps.per_epoch:,} per epoch) of {describe_steps(rows, steps.rows)}, "
+        f"{plan.tokens_per_step:,.0f} tokens on average; "
         f"largest micro-batch {work.tokens:,} tokens, micro-batches per GPU and step {work.micro_batches}"
     )
 

@@ -12,7 +12,7 @@ from verl.algorithms import sft
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
-from verl.data.loader import Loader
+from verl.data.loader import Loader, epoch_lengths
 from verl.data.tables import Columns
 from verl.engine import checkpoint
 from verl.engine.build import build
@@ -41,7 +41,7 @@ def train(config: SFTConfig) -> TrainResult:
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
-        tokenizer = read_tokenizer(outline, config.data.chat_template)
+        tokenizer = read_tokenizer(outline, config.data)
         spread = choose_spread(outline, hardware)  # raises before the data is read
         documents, validation = load_data(config.data, Columns.of(config.data), tokenizer, run)
         loader = build_loader(config.data, documents, config.trainer.seed, hardware)
@@ -49,7 +49,7 @@ def train(config: SFTConfig) -> TrainResult:
         start = begin(config.trainer, run, documents, loader.rows_per_step, total_steps)
         if start is None:
             return run.result()
-        workload = Workload.of(documents.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         decisions = decide(outline, hardware, workload, spread)
         warn_of_memory(config, documents, outline, decisions, run)
         built = build(
@@ -82,7 +82,7 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
 
     device = dist.start()
     outline = Outline(config.model)
-    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data.chat_template))
+    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data))
     hardware = measure(device) if device.type == "cuda" else ASSUMED
     plan = plan_run(config, documents, outline, hardware.planned(gpus or dist.world_size()))
     if dist.is_main():

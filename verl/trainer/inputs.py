@@ -25,13 +25,20 @@ class RowsConfig(DocumentsConfig, Protocol):
     val_max_samples: int | None
 
 
-def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTokenizerBase:
+class TemplateConfig(Protocol):
+    """Settings of the chat template."""
+
+    chat_template: str | None
+    chat_template_kwargs: dict[str, Any]
+
+
+def read_tokenizer(outline: Outline, data: TemplateConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer, and check that the model supports the configured adapters and context parallelism.
 
     The tokenizer is the initial adapter's own, if it has one, with the chat template of its training; otherwise the model's.
 
     Args:
-        chat_template: path of a template that replaces the tokenizer's (data.chat_template).
+        data: names a template that replaces the tokenizer's, and values of its variables.
     Raises:
         UserError: there is no such model, or it does not support the adapters or context parallelism.
     """
@@ -39,7 +46,12 @@ def read_tokenizer(outline: Outline, chat_template: str | None) -> PreTrainedTok
     adapter = model.lora_adapter_path
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     path = adapter if adapter is not None and own else model.partial_pretrain
-    tokenizer = load_tokenizer(path, trust_remote_code=model.trust_remote_code, chat_template=chat_template)
+    tokenizer = load_tokenizer(
+        path,
+        trust_remote_code=model.trust_remote_code,
+        chat_template=data.chat_template,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
     if outline.has_adapters:
         from verl.models.adapters.lora import check_adapters
 

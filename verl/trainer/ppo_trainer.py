@@ -53,12 +53,12 @@ def train(config: PPOConfig) -> TrainResult:
     layout = choose_layout(config.mapping, dist.world_size())
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
-        serve_rollout(config, bridge, read_tokenizer(Outline(config.model), config.data.chat_template))
+        serve_rollout(config, bridge, read_tokenizer(Outline(config.model), config.data))
         return TrainResult(None, Path(config.trainer.default_local_dir).expanduser(), [])
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline = Outline(config.model)
-        tokenizer = read_tokenizer(outline, config.data.chat_template)
+        tokenizer = read_tokenizer(outline, config.data)
         prompts, validation = read_prompts(config.data, tokenizer, run)
         total_steps = steps_of(config, prompts)
         start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
@@ -91,7 +91,7 @@ def dry_run(config: PPOConfig) -> None:
     dist.start()
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
     check_names(config, method)
-    tokenizer = read_tokenizer(Outline(config.model), config.data.chat_template)
+    tokenizer = read_tokenizer(Outline(config.model), config.data)
     prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
     rewards = Rewards(config.reward, RewardModelConfig())
     rewards.check_references([prompt.row for prompt in prompts.prompts], [prompt.where for prompt in prompts.prompts])

@@ -17,7 +17,7 @@ from verl import dist
 from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
-from verl.data.loader import Loader
+from verl.data.loader import Loader, epoch_lengths
 from verl.data.pairs import PairColumns
 from verl.engine import checkpoint
 from verl.engine.build import Built, build
@@ -48,7 +48,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
-        tokenizer = read_tokenizer(outline, config.data.chat_template)
+        tokenizer = read_tokenizer(outline, config.data)
         spread = choose_spread(outline, hardware)  # raises before the data is read
         pairs, validation = load_data(config.data, PairColumns.of(config.data), tokenizer, run)
         loader = build_loader(config.data, pairs, config.trainer.seed, hardware)
@@ -56,7 +56,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         start = begin(config.trainer, run, pairs, loader.rows_per_step, total_steps)
         if start is None:
             return run.result()
-        workload = Workload.of(pairs.lengths_N, total_steps, loader.steps_per_epoch, loader.packing)
+        workload = Workload.of(epoch_lengths(pairs, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         decisions = decide(outline, hardware, workload, spread, scalar_head=method.scorer == "score")
         built = build_for(config, method, tokenizer, pairs, decisions)
         run.say(f"{built.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
@@ -64,7 +64,9 @@ def train(config: RewardTrainerConfig) -> TrainResult:
             # The checkpoint is loaded afterwards, so the reference is the initial model even if the run resumes.
             run.say("reference: the initial model; computing its log-probabilities of all pairs")
             engine = built.engine
-            loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=min(total_steps, loader.steps_per_epoch)))
+            # The epochs of a mixture have different rows.
+            steps = min(total_steps, loader.steps_per_epoch) if pairs.choice is None or total_steps <= loader.steps_per_epoch else None
+            loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=steps))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
         if run.checkpoint is not None:
             checkpoint.load(run.checkpoint, built.engine)
@@ -81,7 +83,7 @@ def dry_run(config: RewardTrainerConfig) -> None:
     """
     device = dist.start()
     method = load_preference(config)
-    tokenizer = read_tokenizer(Outline(config.model), config.data.chat_template)
+    tokenizer = read_tokenizer(Outline(config.model), config.data)
     pairs = load_rows(config.data, PairColumns.of(config.data), "train", tokenizer)
     loader = build_loader(config.data, pairs, config.trainer.seed, measure(device))
     if dist.is_main():

@@ -1,0 +1,118 @@
+"""Parquet and Arrow: what cannot be decoded is an error of its row, and only where it is read."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pytest
+from pyarrow import parquet
+
+from verl.data.row import Row
+from verl.data.source import read_rows
+from verl.errors import UserError
+
+
+def not_utf8(values: list[bytes]) -> pa.Array:
+    ends = [0]
+    for value in values:
+        ends.append(ends[-1] + len(value))
+    offsets = b"".join(end.to_bytes(4, "little") for end in ends)
+    return pa.Array.from_buffers(pa.string(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))])
+
+
+BAD: dict[str, pa.Array] = {
+    "latin-1": not_utf8([b"good", b"\xc9U"]),
+    "latin-1 in objects": pa.StructArray.from_arrays([not_utf8([b"good", b"\xc9U"])], ["text"]),
+    "latin-1 in lists": pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), not_utf8([b"good", b"\xc9U"])),
+    "a date beyond 9999": pa.array([1, 9_000_000], pa.date32()),
+    "an infinite timestamp": pa.array([1, 2**63 - 1], pa.timestamp("us")),
+    "a time zone": pa.array([1, 2], pa.timestamp("us", tz="Mars/Olympus")),
+    "a field twice": pa.StructArray.from_arrays([pa.array(["a", "b"]), pa.array(["c", "d"])], ["text", "text"]),
+}
+
+
+def rows_of(path: Path, table: pa.Table) -> list[Row]:
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    return list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("kind", BAD)
+def test_a_value_that_cannot_be_decoded_stops_only_who_reads_it(tmp_path: Path, kind: str, suffix: str) -> None:
+    rows = rows_of(tmp_path / f"a{suffix}", pa.table({"question": ["q1", "q2"], "answer": BAD[kind]}))
+    assert [row.text("question", "data.prompt_key") for row in rows] == ["q1", "q2"]
+    assert "answer" not in rows[1].values or rows[1].values["answer"] == {}
+    with pytest.raises(UserError) as caught:
+        rows[1].value("answer", "data.response_key")
+    assert caught.value.where == f"{tmp_path}/a{suffix} row 2" and "'answer'" in caught.value.what and caught.value.fix
+
+
+def test_a_fault_inside_an_object_is_charged_to_its_key(tmp_path: Path) -> None:
+    parts = {"ground_truth": pa.array(["3", "4"]), "source": BAD["latin-1"], "day": BAD["a date beyond 9999"]}
+    objects = pa.StructArray.from_arrays(list(parts.values()), list(parts))
+    _, row = rows_of(tmp_path / "a.parquet", pa.table({"reward_model": objects}))
+    assert row.text("reward_model.ground_truth", "data.response_key") == "4"
+    assert row.values == {"reward_model": {"ground_truth": "4"}}
+    with pytest.raises(UserError, match=r"'reward_model\.source': not UTF-8: byte 0xc9"):
+        row.text("reward_model.source", "data.response_key")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_that_a_join_leaves_twice_is_refused(tmp_path: Path, suffix: str) -> None:
+    left, right = pa.table({"question": ["q"], "answer": ["good"]}), pa.table({"question": ["q"], "answer": ["bad"]})
+    (row,) = rows_of(tmp_path / f"a{suffix}", left.join(right, keys="question"))
+    assert row.values == {"question": "q"}
+    with pytest.raises(UserError, match="occurs twice"):
+        row.text("answer", "data.response_key")
+
+
+def test_a_column_that_cannot_be_read_at_all_stops_only_who_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"question": [f"q{i}" for i in range(600)], "other": [f"{i}" * 50 for i in range(600)]})
+    parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+    chunk = parquet.ParquetFile(path).metadata.row_group(0).column(1)
+    data = bytearray(path.read_bytes())
+    start = chunk.data_page_offset + 40
+    data[start : start + 200] = b"\xff" * 200
+    path.write_bytes(data)
+    rows = list(read_rows(str(path)))
+    assert [row.text("question", "data.prompt_key") for row in rows] == [f"q{i}" for i in range(600)]
+    with pytest.raises(UserError, match="cannot be read"):
+        rows[599].value("other", "data.prompt_key")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (pa.array([42]), "42"),
+        (pa.array([2**63], pa.uint64()), "9223372036854775808"),
+        (pa.array([0.1]), "0.1"),
+        (pa.array([0.1], pa.float32()), "0.1"),
+        (pa.array(["4.50"]).cast(pa.decimal128(10, 2)), "4.50"),
+        (pa.array(["red"]).dictionary_encode(), "red"),
+        (pa.array([["42"]]), "42"),
+    ],
+)
+def test_numbers_become_text(tmp_path: Path, values: pa.Array, text: str) -> None:
+    (row,) = rows_of(tmp_path / "a.parquet", pa.table({"answer": values}))
+    assert row.text("answer", "data.response_key") == text
+
+
+@pytest.mark.parametrize("value", [True, ["a", "b"], [], datetime.date(2024, 3, 15), b"bytes", float("nan")])
+def test_what_is_no_text_is_refused_without_advice_about_quotes(tmp_path: Path, value: Any) -> None:
+    (row,) = rows_of(tmp_path / "a.parquet", pa.table({"answer": [value]}))
+    with pytest.raises(UserError, match="expected text") as caught:
+        row.text("answer", "data.response_key")
+    assert "quote" not in caught.value.fix
+
+
+def test_the_stream_format_that_datasets_writes_is_read(tmp_path: Path) -> None:
+    table = pa.table({"question": ["a", "b"]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    assert [row.values for row in read_rows(str(tmp_path / "a.arrow"))] == table.to_pylist()

@@ -1,0 +1,247 @@
+"""Whether two answers say the same."""
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from verl.rewards import _units
+from verl.rewards._reading import compact, read
+from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
+
+Same = Callable[[str, str], bool]  # whether two expressions in LaTeX are equal
+MAGNITUDE_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6}
+CHOICES = "ABCDEFGHIJ"  # that may be written in lower case
+MOST_ITEMS = 60  # of a list, compared each with each
+
+
+def equal(expected: str, answer: str, same: Same) -> bool:
+    """Return whether two answers say the same.
+
+    Args:
+        expected: the right answer, alone, as written.
+        answer: the answer that is graded, alone, as written.
+        same: compares two expressions; it may raise an exception of its own to leave the question open.
+    """
+    if compact(expected) == compact(answer) != "":
+        return True
+    right, given = read(expected), read(answer)
+    return right is not None and given is not None and _Comparison(same).equal(right, given)
+
+
+class _Comparison:
+    def __init__(self, same: Same):
+        self._same = same
+
+    def equal(self, right: Value, given: Value) -> bool:
+        """Return whether two values are equal."""
+        if right == given:
+            return True
+        for kind, compare in self._rules():
+            if isinstance(right, kind):
+                return compare(right, given)
+            if isinstance(given, kind):
+                return compare(given, right)
+        return False
+
+    def _rules(self) -> "Sequence[tuple[type, Callable[..., bool]]]":
+        """Return the rule of each kind of value. The first that fits one of two values decides."""
+        return (
+            (Choice, self._choice),
+            (Named, self._named),
+            (Unlike, self._unlike),
+            (Several, self._several),
+            (Interval, self._interval),
+            (Clock, self._clock),
+            (Ratio, self._ratio),
+            (Words, self._words),
+            (Expression, self._expression),
+            (Quantity, _quantities),
+        )
+
+    def _choice(self, choice: Choice, other: Value) -> bool:
+        if isinstance(other, Choice):
+            return choice.letter == other.letter
+        if choice.content is not None:
+            return self.equal(choice.content, other)
+        if isinstance(other, Words | Expression):
+            text = other.text if isinstance(other, Words) else other.latex
+            return text.strip("() ").upper() == choice.letter and choice.letter in CHOICES
+        return isinstance(other, Named) and self.equal(choice, other.value)
+
+    def _named(self, named: Named, other: Value) -> bool:
+        if isinstance(other, Named):
+            return self._both_named(named, _with_variable_of(named, other))
+        if isinstance(other, Expression) and "=" in other.latex:
+            return self._same(other.latex, f"{named.name}={_latex(named.value)}")
+        return self.equal(named.value, other)
+
+    def _both_named(self, named: Named, other: Named) -> bool:
+        if _names_agree(named.name, other.name):
+            return self.equal(named.value, other.value)
+        if isinstance(named.value, Expression) and isinstance(other.value, Expression):  # `y = x + 1` and `x = y - 1`
+            return self._same(f"{named.name}={named.value.latex}", f"{other.name}={other.value.latex}")
+        return False
+
+    def _unlike(self, unlike: Unlike, other: Value) -> bool:
+        return isinstance(other, Unlike) and _names_agree(unlike.name, other.name) and self.equal(unlike.value, other.value)
+
+    def _several(self, several: Several, other: Value) -> bool:
+        if isinstance(other, Several):
+            return self._both_several(several, other)
+        if several.kind == "tuple" and isinstance(other, Interval):
+            return self._open_interval(several, other)
+        if several.decimal is not None and isinstance(other, Quantity | Expression):
+            return self.equal(several.decimal, other)
+        if several.kind in ("set", "list", "union"):
+            return len(several.items) == 1 and self.equal(several.items[0], other)
+        return False
+
+    def _both_several(self, several: Several, other: Several) -> bool:
+        kinds = {several.kind, other.kind}
+        if "tuple" in kinds:
+            ordered = kinds <= {"tuple", "list"} and len(several.items) == len(other.items)
+            return ordered and all(map(self.equal, several.items, other.items))
+        return max(len(several.items), len(other.items)) <= MOST_ITEMS and self._same_items(several.items, other.items)
+
+    def _same_items(self, first: Sequence[Value], second: Sequence[Value]) -> bool:
+        """Return whether each item has its equal among the others; repeated ones count, unless there are at least two different ones."""
+        if len(first) != len(second):
+            first, second = self._different(first), self._different(second)
+            if len(first) != len(second) or len(first) < 2:
+                return False
+        rest = list(second)
+        for item in first:
+            at = next((index for index, one in enumerate(rest) if self.equal(item, one)), None)
+            if at is None:
+                return False
+            del rest[at]
+        return True
+
+    def _different(self, items: Sequence[Value]) -> list[Value]:
+        kept = list[Value]()
+        for item in items:
+            if not any(self.equal(item, one) for one in kept):
+                kept.append(item)
+        return kept
+
+    def _open_interval(self, pair: Several, interval: Interval) -> bool:
+        if len(pair.items) != 2:
+            return False
+        low, high = (None if item in (Words("∞"), Words("-∞")) else item for item in pair.items)
+        return self._interval(Interval(low, high, False, False), interval)
+
+    def _interval(self, interval: Interval, other: Value) -> bool:
+        if isinstance(other, Expression) and (inequality := _inequality(interval)):
+            return self._same(inequality, other.latex)
+        if not isinstance(other, Interval) or not _names_agree(interval.name, other.name):
+            return False
+        if (interval.has_low, interval.has_high) != (other.has_low, other.has_high):
+            return False
+        ends = ((interval.low, other.low), (interval.high, other.high))
+        return all(a is b if a is None or b is None else self.equal(a, b) for a, b in ends)
+
+    def _clock(self, clock: Clock, other: Value) -> bool:
+        if isinstance(other, Clock):
+            return _hours_agree(clock, other)
+        if isinstance(other, Ratio):
+            return clock.ratio is not None and other == _ratio_of(clock, other)
+        return isinstance(other, Quantity) and clock.half is not None and _quantities(other, Quantity(clock.minutes / 60))
+
+    def _ratio(self, ratio: Ratio, other: Value) -> bool:
+        if isinstance(other, Ratio):
+            first, second = ratio.parts, other.parts
+            return len(first) == len(second) and all(a * second[0] == b * first[0] for a, b in zip(first, second, strict=True))
+        if len(ratio.parts) != 2 or not ratio.parts[1]:
+            return False
+        return isinstance(other, Quantity | Expression) and self.equal(Quantity(ratio.parts[0] / ratio.parts[1]), other)
+
+    def _words(self, words: Words, other: Value) -> bool:
+        if isinstance(other, Expression):
+            return words.text.replace(" ", "") == other.latex.casefold().replace(" ", "")
+        return isinstance(other, Words) and _joined(words.text) == _joined(other.text) != ""
+
+    def _expression(self, expression: Expression, other: Value) -> bool:
+        if isinstance(other, Expression):
+            return _units_agree(expression.unit, other.unit) and self._same(expression.latex, other.latex)
+        if not isinstance(other, Quantity) or other.percent or other.compound:
+            return False
+        if expression.latex[-1:] in MAGNITUDE_LETTERS and expression.latex[:-1].strip().replace(".", "").isdigit():  # `5k`
+            return _quantities(
+                Quantity(MAGNITUDE_LETTERS[expression.latex[-1]] * Fraction(expression.latex[:-1].strip().strip("."))), other
+            )
+        if r"\pi" in expression.latex and other.unit == _units.unit("°"):
+            return self._same(expression.latex, rf"{_latex(other)}\cdot \frac{{\pi}}{{180}}")
+        return _units_agree(expression.unit, other.unit) and self._same(expression.latex, _latex(other))
+
+
+def _joined(words: str) -> str:
+    return re.sub(r"(?<=[^\W\d])[ -]+(?=[^\W\d])", "", words)
+
+
+def _names_agree(first: str | None, second: str | None) -> bool:
+    """Whether two names may be those of the same thing: one is missing or a phrase, or they are equal."""
+    return first is None or second is None or first == second or any(len(name) > 4 and name.isalpha() for name in (first, second))
+
+
+def _with_variable_of(named: Named, other: Named) -> Named:
+    """Return `f(t) = t + 1` as `f(x) = x + 1` if the other function is `f(x)`."""
+    mine, its = (re.fullmatch(r"([A-Za-z])\(([a-z])\)", one.name) for one in (named, other))
+    if mine is None or its is None or mine[1] != its[1] or mine[2] == its[2] or not isinstance(other.value, Expression | Quantity):
+        return other
+    if isinstance(other.value, Quantity):
+        return Named(named.name, other.value)
+    latex = re.sub(rf"(?<![a-zA-Z\\]){its[2]}(?![a-zA-Z])", mine[2], other.value.latex)
+    return Named(named.name, Expression(latex, other.value.unit))
+
+
+def _quantities(first: Quantity, second: Quantity) -> bool:
+    if first.percent or second.percent:
+        return _percentages(first, second)
+    if _units.NONE in (first.unit, second.unit):
+        return first.value == second.value and not (first.compound or second.compound)
+    return first.unit.agrees(second.unit) and first.value * first.unit.size == second.value * second.unit.size
+
+
+def _percentages(first: Quantity, second: Quantity) -> bool:
+    """A bare number below 1 is a share, above 1 a number of percent; at 1 it may be either: 50% is 0.5 and 50, 0.5% is not 0.5."""
+    if first.percent and second.percent:
+        return first.value == second.value
+    percent, bare = (first, second) if first.percent else (second, first)
+    if bare.unit != _units.NONE:
+        return False
+    return (abs(bare.value) >= 1 and bare.value == percent.value) or (abs(bare.value) <= 1 and bare.value * 100 == percent.value)
+
+
+def _units_agree(first: _units.Unit, second: _units.Unit) -> bool:
+    return _units.NONE in (first, second) or (first.agrees(second) and first.size == second.size)
+
+
+def _hours_agree(first: Clock, second: Clock) -> bool:
+    if (first.half is None) == (second.half is None):
+        return first.half == second.half and first.minutes == second.minutes
+    half, bare = (first, second) if first.half else (second, first)
+    full = half.minutes % 720 + (720 if half.half == "p" else 0)
+    return bare.minutes == full or bare.minutes == half.minutes
+
+
+def _ratio_of(clock: Clock, like: Ratio) -> Ratio | None:
+    """Return the other ratio if the clock's, read as a ratio, is equal to it."""
+    assert clock.ratio is not None
+    return like if len(like.parts) == 2 and like.parts[1] and like.parts[0] / like.parts[1] == clock.ratio else None
+
+
+def _inequality(interval: Interval) -> str | None:
+    """Return `x < 5` for an interval that has one end."""
+    name = interval.name or "x"
+    if isinstance(interval.low, Quantity | Expression) and interval.high is None:
+        return f"{name} {'>=' if interval.has_low else '>'} {_latex(interval.low)}"
+    if isinstance(interval.high, Quantity | Expression) and interval.low is None:
+        return f"{name} {'<=' if interval.has_high else '<'} {_latex(interval.high)}"
+    return None
+
+
+def _latex(value: Value) -> str:
+    if isinstance(value, Quantity):
+        above, below = value.value.numerator, value.value.denominator
+        return str(above) if below == 1 else rf"\frac{{{above}}}{{{below}}}"
+    return value.latex if isinstance(value, Expression) else ""
