@@ -13,7 +13,7 @@ from places import ROOT
 
 from verl.config.load import load_config
 from verl.config.sft import SFTConfig
-from verl.run import Run
+from verl.run import Run, read_metrics
 
 SFT, PPO, REWARD = (("-m", f"verl.trainer.{name}") for name in ("fsdp_sft_trainer", "ppo_trainer", "reward_trainer"))
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -47,7 +47,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_of(directory: Path) -> Metrics:
-    return lines_of(directory / "metrics.jsonl")
+    return read_metrics(directory)
 
 
 def losses(metrics: Metrics) -> list[float]:

@@ -37,6 +37,13 @@ class UserError(Exception):
         return f"{place}{self.what}{fix}"
 
 
+class AbandonedError(UserError):
+    """Work was given up, because a signal has asked the run to end."""
+
+    def __reduce__(self) -> tuple[Callable[[], "AbandonedError"], tuple[()]]:
+        return partial(AbandonedError, self.what, where=self.where, fix=self.fix), ()
+
+
 class Stopped(KeyboardInterrupt):
     """A signal stopped the run after a step. All files are complete.
 

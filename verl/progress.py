@@ -66,11 +66,11 @@ class Bar:
         if self._drawing is not None and not self._transient:
             self._drawing.show(self._progress)
 
-    def update(self, completed: float, **fields: str) -> None:
+    def update(self, completed: float | None, **fields: str) -> None:
         """Set the progress.
 
         Args:
-            completed: new value.
+            completed: new value; None leaves it.
             fields: new values of the columns' fields, including `description`.
         """
         self._progress.update(self._task, completed=completed, **fields)  # type: ignore[arg-type]

@@ -1,15 +1,16 @@
 """A training run: its directory, messages, metrics, loggers and progress bar, and the signals that stop it early."""
 
 import json
+import math
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any, NoReturn, Protocol
 from uuid import uuid4
 
@@ -56,9 +57,10 @@ class TrainResult:
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """Read a run's metrics.jsonl, one dict per line. Return an empty list if there is no file."""
+    """Read a run's metrics.jsonl, one dict per line, with NaN for null. Return an empty list if there is no file."""
     path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [{name: math.nan if value is None else value for name, value in json.loads(line).items()} for line in lines]
 
 
 class Run:
@@ -85,9 +87,11 @@ class Run:
         self._console = open_console()
         names = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
         self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
-        self._loggers: list[Logger] = []
+        self._names = names
+        self._loggers: list[tuple[Logger, str, ModuleType]] = []
         self._handlers: dict[signal.Signals, Any] = {}
         self._bar: Bar | None = None
+        self._state = ""  # of the progress bar
 
     def __enter__(self) -> "Run":
         self._open_directory()
@@ -107,7 +111,8 @@ class Run:
         if self._bar is not None:
             self._bar.stop()
         while self._loggers:
-            self._loggers.pop(0).finish()
+            logger, name, module = self._loggers.pop(0)
+            self._attempt("finish", logger, name, module)
 
     def _open_directory(self) -> None:
         """Create the directory, and check that all nodes share it, because all processes write their part of a checkpoint.
@@ -148,14 +153,15 @@ class Run:
             start_step: optimizer steps done by the run that this one resumes; 0 for a new run.
             total_steps: optimizer steps of the whole run.
         Raises:
-            UserError: a logger cannot be opened.
+            UserError: on all ranks: a logger cannot be started.
         """
         self.total_steps = total_steps
+        if dist.is_main():
+            (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+            self._drop_metrics_after(start_step)
+        dist.together(self._start_loggers)
         if not dist.is_main():
             return
-        (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
-        self._drop_metrics_after(start_step)
-        self._loggers = [module.start(self) for module in self._modules]
         numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
         self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
         self._bar.start(total_steps, completed=start_step, description="training", state="")
@@ -189,17 +195,62 @@ class Run:
         """
         if not dist.is_main():
             return
-        self._append("metrics.jsonl", json.dumps({"step": step, **metrics}))
-        for logger in self._loggers:
-            logger.log(step, metrics)
+        self._append("metrics.jsonl", _json({"step": step, **metrics}))
+        self._loggers = [
+            (logger, name, module)
+            for logger, name, module in self._loggers
+            if self._attempt("log", logger, name, module, step, dict(metrics))
+        ]
         if self._bar is not None:
-            state = [text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics]
-            self._bar.update(step, state=" · ".join(state))
+            self._state = " · ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
+            self._bar.update(step, state=self._state)
+
+    def _start_loggers(self) -> None:
+        """Start the loggers, on rank 0. Raises UserError if one fails."""
+        if not dist.is_main():
+            return
+        for name, module in zip(self._names, self._modules, strict=True):
+            try:
+                logger = module.start(self)
+            except UserError:
+                raise
+            except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
+                what = f"the logger fails to start: {_described(error, module)}"
+                raise UserError(what, where=f"trainer.logger={name}", fix="correct it, or choose another logger") from error
+            missing = [function for function in ("log", "finish") if not callable(getattr(logger, function, None))]
+            if missing:
+                what = f"start() returned {logger!r:.60}, which has no {missing[0]!r}"
+                raise UserError(what, where=f"trainer.logger={name}", fix="return an object with log(step, metrics) and finish()")
+            self._loggers.append((logger, name, module))
+
+    def _attempt(self, function: str, logger: Logger, name: str, module: ModuleType, *arguments: Any) -> bool:
+        """Call a logger. If it fails, print why, and return False: no failure of a logger stops a run."""
+        try:
+            getattr(logger, function)(*arguments)
+        except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
+            what = f"the logger {name} failed in {function}: {_described(error, module)}"
+            self.say(f"warning: {what}; the run continues without it, and metrics.jsonl has every step")
+            if function == "log":
+                with suppress(Exception, SystemExit):  # it has been told already
+                    logger.finish()
+            return False
+        return True
+
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
+        """Show what the run waits for on the progress bar, and write a line about it if one is due. None: the wait is over."""
+        if self._bar is not None:
+            self._bar.update(None, state=self._state if text is None else text)
+        if text is not None and line_is_due:
+            self.line(text)
+
+    def stopping(self) -> bool:
+        """Return whether a signal asked this process to stop."""
+        return self.stopped_by is not None
 
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
         if dist.is_main():
-            replace_text(self.directory / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+            replace_text(self.directory / "trainer_state.json", _json(state, indent=2) + "\n")
 
     def should_stop(self) -> bool:
         """Return whether a signal asked any rank to stop; the result is the same on every rank."""
@@ -235,8 +286,12 @@ class Run:
             )
 
     def _append(self, name: str, text: str) -> None:
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        try:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            what, fix = f"cannot be written: {error.strerror}", "make room on the disk; the same command resumes from the newest checkpoint"
+            raise UserError(what, where=str(self.directory / name), fix=fix) from error
 
     def _drop_metrics_after(self, step: int) -> None:
         """Remove metrics of the steps after a checkpoint, because a run that resumes from it repeats these steps."""
@@ -246,31 +301,27 @@ class Run:
             path.write_text("".join(line + "\n" for line in kept if step > 0), encoding="utf-8")
 
 
+def _json(values: dict[str, Any], **options: Any) -> str:
+    """Return values as JSON, which has no NaN and no infinity: they are null."""
+    return json.dumps(_without_nan(values), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(child) for key, child in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _described(error: BaseException, module: ModuleType) -> str:
+    """Return an error and its place in a plugin's own file."""
+    from verl.user_files import place_of
+
+    text = str(error).strip()
+    return f"{type(error).__name__}{': ' if text else ''}{text} ({place_of(error, module)})"
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a run that was killed while writing it leaves an incomplete last line
         return float("inf")
-
-
-@contextmanager
-def first_signals_ignored() -> Iterator[None]:
-    """Ignore the first signal of each kind that stops a run; a second one ends the process at once.
-
-    It is for processes that serve the training processes. These finish their step after the signal and need the answers until then.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
-
-    def restore(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, handlers[signal.Signals(number)])
-
-    for number in handlers:
-        signal.signal(number, restore)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -224,3 +224,31 @@ def test_only_the_newest_are_kept(two_checkpoints: Path) -> None:
     assert len(checkpoint.committed(two_checkpoints)) == 2
     checkpoint.prune(two_checkpoints, 1)
     assert [p.name for p in checkpoint.committed(two_checkpoints)] == ["global_step_4"]
+
+
+def test_a_disk_that_fails_is_named_and_the_checkpoint_before_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_for_training(str(write_model(tmp_path / "original")))
+    engine = engine_on(loaded)
+    before = save(tmp_path, engine, loaded)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"global_step_3\.tmp: cannot be written: No space left on device"):
+        save(tmp_path, engine, loaded, step=3)
+    assert checkpoint.committed(tmp_path) == [before] and not (tmp_path / "global_step_3.tmp").exists()
+
+
+def test_any_error_on_a_full_disk_is_one_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_for_training(str(write_model(tmp_path / "original")))
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(checkpoint, "save_file", fails)
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        save(tmp_path, engine_on(loaded), loaded)
+    monkeypatch.setattr(checkpoint, "FULL_BYTES", 2**60)
+    with pytest.raises(UserError, match="No space left on device"):
+        save(tmp_path, engine_on(loaded), loaded)

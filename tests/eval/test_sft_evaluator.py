@@ -220,21 +220,33 @@ def test_a_metric_with_an_extractor_shows_what_it_compared(tmp_path: Path, check
     assert results["exact_match"] == 2.5 and results["confidence_interval_95"] is None
 
 
+def test_a_metric_may_score_the_answers_to_a_question_together(tmp_path: Path, checkpoint: Path) -> None:
+    metric = tmp_path / "mine.py"
+    metric.write_text(
+        "async def score_group(prompt, responses, row):\n    return [len(responses) + i / 10 for i in range(len(responses))]\n"
+    )
+    settings = config(tmp_path, checkpoint, metric=str(metric), n=3, temperature=1.0, batch_size=5)
+    evaluate(settings)
+    assert [line["score"] for line in predictions(settings)] == [3.0, 3.1, 3.2] * 4
+
+
 @pytest.mark.parametrize(
-    ("body", "where", "what"),
+    ("body", "what"),
     [
-        ("return row['no']", "mine.py:3", "KeyError: 'no'"),
-        ("return 'good'", "metric=", "'good'"),
-        ("return float('nan')", "metric=", "nan"),
-        ("return None", "metric=", "None"),
+        ("return row['no']", "raised KeyError: 'no' (.*mine.py:3)"),
+        ("return 'good'", "returned 'good' of type str, expected a finite number"),
+        ("return float('nan')", "returned nan of type float"),
+        ("return None", "returned None of type NoneType"),
+        ("exit()", "raised SystemExit: None (.*mine.py:3)"),
     ],
 )
-def test_a_metric_that_fails_is_named(tmp_path: Path, checkpoint: Path, body: str, where: str, what: str) -> None:
+def test_a_metric_that_fails_is_named_with_its_row(tmp_path: Path, checkpoint: Path, body: str, what: str) -> None:
     metric = tmp_path / "mine.py"
     metric.write_text(f"def score(prompt, response, row):\n    # fails\n    {body}\n")
     with pytest.raises(UserError) as caught:
         evaluate(config(tmp_path, checkpoint, metric=str(metric)))
-    assert where in str(caught.value.where) and what in caught.value.what
+    assert str(caught.value.where).endswith("test.jsonl:1")
+    assert re.match("metric mine " + what.replace("(", r"\(").replace(")", r"\)"), caught.value.what)
 
 
 # What is not right
@@ -248,7 +260,7 @@ def test_a_metric_that_fails_is_named(tmp_path: Path, checkpoint: Path, body: st
         ({"question": None, "answer": "#### 2"}, "column 'question' is null"),
         ({"question": "1 + 1?", "answer": [1, 2]}, "column 'answer' is a list ([1, 2])"),
         ({"question": " ", "answer": "#### 2"}, "column 'question' is empty"),
-        ({"question": "1 + 1?", "answer": "many"}, "metric 'gsm8k' finds no answer in 'many'"),
+        ({"question": "1 + 1?", "answer": "many"}, "metric gsm8k finds no answer in 'many'"),
     ],
 )
 def test_a_row_that_cannot_be_graded_is_named_before_a_model_is_loaded(
@@ -329,7 +341,11 @@ def test_ctrl_c_leaves_the_answers_that_are_done(
     monkeypatch.setattr(NativeRollout, "stream", after_one_batch(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as caught:
         sft_evaluator.main(
-            [f"{key}={value}" for key, value in asdict(settings).items() if value not in (None, "gsm8k") and key != "rollout"]
+            [
+                f"{key}={value}"
+                for key, value in asdict(settings).items()
+                if value not in (None, "gsm8k") and key not in ("rollout", "reward")
+            ]
         )
     assert caught.value.code == 130
     assert "stopped: 1 of 4 answers are in" in capsys.readouterr().out

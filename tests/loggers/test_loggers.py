@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pty
 import socket
@@ -17,7 +18,7 @@ from runs import SECRET, run_with
 from verl.errors import UserError
 from verl.loggers import console, tensorboard, trackio, wandb
 from verl.loggers._redact import redact
-from verl.run import Run
+from verl.run import Run, read_metrics
 
 STEP = {"epoch": 0, "train/loss": 2.31, "train/lr": 2e-5, "train/grad_norm": 0.5, "train/tokens": 900, "perf/tokens_per_second": 1234.4}
 
@@ -263,3 +264,91 @@ def test_redacting_leaves_the_config_as_it_was() -> None:
     config = {"a": {"password": "word"}}
     redact(config)
     assert config == {"a": {"password": "word"}}
+
+
+# Loggers that fail
+
+
+FAILS = """
+class Logger:
+    def __init__(self, run):
+        self.file = open(run.directory / "own.txt", "a")
+
+    def log(self, step, metrics):
+        metrics.clear()
+        print(step, file=self.file)
+        if step == 2:
+            FAIL
+
+    def finish(self):
+        self.file.close()
+        raise OSError("no space left")
+
+
+def start(run):
+    return Logger(run)
+"""
+
+
+@pytest.mark.parametrize("fails", ["raise ConnectionError('it went away')", "exit('it went away')", "[][1]  # it went away"])
+def test_a_logger_that_fails_is_told_once_and_left_aside(tmp_path: Path, fails: str) -> None:
+    (tmp_path / "own.py").write_text(FAILS.replace("FAIL", fails))
+    with run_with(tmp_path / "out", f"trainer.logger=[{tmp_path / 'own.py'},console]") as run:
+        run.start_logging(0, 4)
+        for step in range(1, 5):
+            run.log(step, {"train/loss": 1.0})
+    warnings = [line for line in lines_of(run) if "warning" in line]
+    assert len(warnings) == 1 and "failed in log" in warnings[0] and "own.py:10)" in warnings[0] and "continues without it" in warnings[0]
+    assert (tmp_path / "out/own.txt").read_text().split() == ["1", "2"]
+    assert sum("loss 1.0000" in line for line in lines_of(run)) == 4, "a logger must not change what the next one gets"
+
+
+def test_a_logger_that_fails_at_the_end_is_told(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(FAILS.replace("FAIL", "pass"))
+    with run_with(tmp_path / "out", f"trainer.logger={tmp_path / 'own.py'}") as run:
+        run.start_logging(0, 4)
+        run.log(1, {"train/loss": 1.0})
+    assert any("failed in finish: OSError: no space left" in line and "own.py:14)" in line for line in lines_of(run))
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("raise ConnectionError('no route')", r"the logger fails to start: ConnectionError: no route \(.*own.py:2\)"),
+        ("exit()", r"the logger fails to start: SystemExit: None \(.*own.py:2\)"),
+        ("return None", "returned None, which has no 'log'"),
+    ],
+)
+def test_a_logger_that_does_not_start_stops_the_run_before_training(tmp_path: Path, start: str, said: str) -> None:
+    (tmp_path / "own.py").write_text(f"def start(run):\n    {start}\n")
+    with run_with(tmp_path / "out", f"trainer.logger={tmp_path / 'own.py'}") as run, pytest.raises(UserError, match=said) as caught:
+        run.start_logging(0, 4)
+    assert caught.value.where == f"trainer.logger={tmp_path / 'own.py'}"
+
+
+# What is written
+
+
+def test_metrics_are_json_whatever_the_numbers_and_are_read_back(tmp_path: Path) -> None:
+    with run_with(tmp_path, "trainer.logger=[]") as run:
+        run.start_logging(0, 4)
+        run.log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.5})
+        run.keep_state({"metrics": {"train/loss": float("nan")}})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    expected = {"step": 1, "train/loss": None, "train/grad_norm": None, "train/lr": 0.5}
+    assert json.loads(line, parse_constant=refuse) == expected
+    assert json.loads((tmp_path / "trainer_state.json").read_text(), parse_constant=refuse) == {"metrics": {"train/loss": None}}
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read["train/loss"]) and read["train/lr"] == 0.5
+
+
+def test_a_wait_gets_a_line_where_one_is_due(tmp_path: Path) -> None:
+    run = run_with(tmp_path)
+    run.waiting("waiting, 9 s")
+    run.waiting("waiting, 10 s", line_is_due=True)
+    run.waiting(None)
+    assert lines_of(run) == ["waiting, 10 s"]

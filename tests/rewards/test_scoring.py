@@ -133,3 +133,86 @@ def test_the_form_that_is_asked_for_is_graded_part_by_part_in_order(response: st
 def test_a_form_that_is_no_regular_expression_is_an_error() -> None:
     with pytest.raises(UserError, match=r"'\(' is not a regular expression"):
         form.Settings(["("]).check()
+
+
+# The contract of a user's own grader
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def points(prompt, response, row):\n    return 1\n", "it has no 'score' and no 'score_group'"),
+        ("def score(response, row):\n    return 1\n", r"score\(response, row\) cannot be called as score\(prompt, response, row\)"),
+        ("async def score(prompt, response, row, more):\n    return 1\n", "missing a required argument: 'more'"),
+        ("score = 1\n", "score is no function"),
+        ("def score_group(prompt):\n    return 1\n", r"cannot be called as score_group\(prompt, responses, row\)"),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass Settings:\n    n: int = 1\ndef score(prompt, response, row):\n    pass\n",
+            r"cannot be called as score\(prompt, response, row, settings\)",
+        ),
+    ],
+)
+def test_a_grader_with_another_contract_is_refused_when_it_is_loaded(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=said):
+        scorer(name=str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_group_is_the_adjacent_answers_to_a_prompt(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"import numpy as np\n{kind} score_group(prompt, responses, row):\n    return np.arange(len(responses)) / len(responses)\n"
+    )
+    scored = scorer(name=str(tmp_path / "mine.py")).score(["p"] * 5, ["a"] * 5, [{}] * 5, groups=[7, 7, 7, 7, 9])
+    assert scored.reward_A.tolist() == [0, 0.25, 0.5, 0.75, 0]
+
+
+def test_a_grader_with_keys_gets_them_in_its_process(tmp_path: Path) -> None:
+    text = "from dataclasses import dataclass\n\n\n@dataclass\nclass Settings:\n    # Most points.\n    most: int = 1\n\n\n"
+    (tmp_path / "mine.py").write_text(text + "def score(prompt, response, row, settings):\n    return settings.most\n")
+    reward = completed(PPOConfig(reward=RewardConfig(str(tmp_path / "mine.py")))).reward
+    reward.most = 3  # type: ignore[attr-defined]
+    assert Rewards(reward, RewardModelConfig()).score(["?"], ["!"], [{}]).reward_A.tolist() == [3]
+
+
+def test_a_grader_of_verl_may_score_all_answers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.rewards import gsm8k
+
+    calls = []
+
+    def score_batch(prompts: list[str], responses: list[str], rows: list[dict[str, Any]]) -> list[float]:
+        calls.append(len(responses))
+        return [float(row["reference"] == "#### 5") for row in rows]
+
+    monkeypatch.setattr(gsm8k, "score_batch", score_batch, raising=False)
+    assert scorer().score(QUESTIONS, RESPONSES, ROWS).reward_A.tolist() == [1, 1, 1] and calls == [3]
+    with pytest.raises(UserError, match=r"train.jsonl:9: reward gsm8k needs a right answer"):
+        scorer().score(QUESTIONS, RESPONSES, [*ROWS[:2], {}], places=PLACES)
+
+
+# Right answers that a grader cannot read
+
+
+def test_right_answers_are_checked_before_training() -> None:
+    rows = [*ROWS[:2], {"reference": "it depends"}]
+    with pytest.raises(UserError, match=r"train.jsonl:9: reward gsm8k finds no answer in 'it depends'"):
+        scorer().check_references(rows, PLACES)
+    with pytest.raises(UserError, match=r"train.jsonl:8: reward gsm8k needs a right answer(.|\n)*data.response_key"):
+        scorer().check_references([ROWS[0], {}, ROWS[0]], PLACES)
+    scorer(name="format").check_references([{}], PLACES[:1])
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        ("raise ValueError('two numbers')", "cannot read the right answer '1 or 2': two numbers"),
+        ("return [][0]", "cannot read the right answer '1 or 2': raised IndexError"),
+    ],
+)
+def test_a_grader_of_ones_own_may_check_right_answers(tmp_path: Path, hook: str, said: str) -> None:
+    text = (
+        f"def check_reference(reference):\n    if 'or' in reference:\n        {hook}\n\n\ndef score(prompt, response, row):\n    return 1\n"
+    )
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=f"train.jsonl:8: reward mine {said}"):
+        scorer(name=str(tmp_path / "mine.py")).check_references([{"reference": "1"}, {"reference": "1 or 2"}], PLACES[:2])

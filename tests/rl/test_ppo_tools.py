@@ -1,6 +1,7 @@
 """Answers over several turns with a tool: the ids are those that were drawn, others' tokens are not trained, and it is learned."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from verl.data.render import Renderer
 from verl.demo.problems import make_problems, tool_chat
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
-from verl.rewards._scoring import Rewards
+from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Answerer
 from verl.rl.samples import Sample, pack_samples
 from verl.rollout import Completion, Sampling
@@ -95,11 +96,13 @@ class Desk:
         return turns
 
     def answered(self, rollout: Scripted) -> Sample:
+        return self.answered_and_scored(rollout)[0]
+
+    def answered_and_scored(self, rollout: Scripted) -> tuple[Sample, Scored]:
         scorer = Rewards(RewardConfig(), RewardModelConfig())
         answerer = Answerer(rollout, self.config, scorer, self.tokenizer, seed=1)  # type: ignore[arg-type]
         (sample,) = answerer.sampled([(0, self.prompt)])
-        answerer.score([sample])
-        return sample
+        return sample, answerer.score([sample])
 
 
 def test_an_answer_over_turns_has_the_tokens_and_the_mask_of_the_same_chat_in_fine_tuning(folder: Path) -> None:
@@ -232,3 +235,36 @@ def test_the_worked_example_runs(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "exact match with the calculator: 0.0% before reinforcement learning, 0.0% after" in done.stdout
+
+
+BROKEN_JSON = "import json\n\n\ndef reply(response, prompt, row):\n    row['seen'] = 1\n    return json.loads(response)['answer']\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BROKEN_JSON, r"the tool raised JSONDecodeError: .* \(.*own_tool.py:6\)"),
+        ("def reply(response, prompt, row):\n    exit()\n", r"the tool raised SystemExit: None \(.*own_tool.py:2\)"),
+        ("def reply(response, prompt, row):\n    return 3\n", "the tool returned 3 of type int, expected text or None"),
+    ],
+)
+def test_a_tool_that_fails_ends_the_run_or_replies_so(folder: Path, text: str, said: str) -> None:
+    path = folder / "own_tool.py"
+    path.write_text(text)
+    desk = Desk(folder)
+    desk.config = RolloutConfig(tool=str(path), samples_per_prompt=1, max_new_tokens=200, max_turns=2)
+    with pytest.raises(UserError, match=f"here: {said}(.|\n)*rollout.on_error=reply"):
+        desk.answered(Scripted(desk.turns()))
+    desk.config.on_error = "reply"
+    sample, scored = desk.answered_and_scored(Scripted(desk.turns()))
+    assert sample.earlier[1].startswith("error: the tool ") and sample.turns == 2 and "seen" not in desk.prompt.row
+    told = scored.describe_errors()
+    assert told is not None and "1 calls of the tool failed" in told and re.search(said, told)
+
+
+def test_a_tool_may_be_async(folder: Path) -> None:
+    path = folder / "async_tool.py"
+    path.write_text("import asyncio\n\n\nasync def reply(response, prompt, row):\n    await asyncio.sleep(0)\n    return 'Go on.'\n")
+    desk = Desk(folder)
+    desk.config = RolloutConfig(tool=str(path), samples_per_prompt=1, max_new_tokens=200, max_turns=2)
+    assert desk.answered(Scripted(desk.turns())).earlier[1] == "Go on."

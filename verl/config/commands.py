@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
 
@@ -23,10 +24,10 @@ class EngineConfig:
 
 
 @dataclass
-class GraderConfig:
+class GraderConfig(WorkersConfig):
     """Keys of the grader that `metric` names, spelled as in reinforcement learning."""
 
-    plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score",), named_by="metric")
+    plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score", "score_group"), named_by="metric", any_of=True)
 
 
 @dataclass
@@ -83,6 +84,7 @@ class EvalConfig:
             what = "messages_key and system_prompt are both set"
             raise UserError(what, where="system_prompt", fix="remove it: each chat has its own system prompt")
         check_sampling(self.max_new_tokens, self.temperature, self.n, self.top_k, self.top_p)
+        check_workers(self.reward)
         at_least("batch_size", self.batch_size, 1)
         if self.max_samples is not None and self.max_samples != -1:
             at_least("max_samples", self.max_samples, 1)

@@ -9,13 +9,14 @@ from omegaconf import MISSING
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
 
 
 @dataclass
-class RewardConfig:
-    plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score",))
+class RewardConfig(WorkersConfig):
+    plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score", "score_group"), any_of=True)
 
     # Reward: a name in verl/rewards (gsm8k, math, format), a dotted module, path/to/file.py, or a list of these; null: only the reward
     # model. Rewards may have more keys.
@@ -41,6 +42,7 @@ class RewardModelConfig:
 def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
     """Check the keys of rewards. Raises UserError naming the key."""
     one_of("reward.on_error", reward.on_error, ("stop", "zero"))
+    check_workers(reward)
     names = reward_names(reward)
     if not names and model.path is None:
         fix = "set reward.name, such as gsm8k, or reward_model.path"
@@ -122,6 +124,9 @@ class RolloutConfig:
     tool: str | None = None
     # Maximum number of the model's turns in one answer.
     max_turns: int = 4
+    # If the tool fails: "stop" ends the run with an error that names the row, "reply" gives the model the error as the tool's reply. The
+    # keys reward.workers, reward.timeout_seconds, reward.secrets and reward.use_gpu are also those of your own tool.
+    on_error: str = "stop"
 
 
 @dataclass
@@ -177,6 +182,7 @@ class PPOConfig:
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
+        one_of("rollout.on_error", self.rollout.on_error, ("stop", "reply"))
         at_least("critic.warmup_steps", self.critic.warmup_steps, 0)
         if not 0.0 < self.rollout.temperature < float("inf"):
             what = f"{self.rollout.temperature} is not positive: equal answers have no advantages to learn from"

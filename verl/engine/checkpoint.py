@@ -10,13 +10,15 @@
 A directory is written under a temporary name, flushed to disk and renamed, so a directory with the final name is complete.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl import __version__, dist
@@ -36,6 +39,7 @@ from verl.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+FULL_BYTES = 16 * 2**20  # a disk with less space is full
 _STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -84,6 +88,8 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
         critic: saved too, in a separate directory.
     Returns:
         the committed directory.
+    Raises:
+        UserError: the disk is full or fails. Earlier checkpoints remain.
     """
     final = root / f"global_step_{position.step}"
     temporary = root / f"{final.name}.tmp"
@@ -91,20 +97,42 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "trainer").mkdir(parents=True)
     dist.barrier()
-    export(temporary)
-    dcp.save(_state(engine), checkpoint_id=temporary / "trainer", process_group=dist.group())
-    if critic is not None:
-        dcp.save(_state(critic.engine), checkpoint_id=temporary / "trainer" / "critic", process_group=dist.group())
-        critic.export(temporary / "critic")
-    save_file(_random_states(engine.device), temporary / "trainer" / f"rng_{dist.rank()}.safetensors")
-    if dist.is_main():
-        (temporary / "trainer" / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
-    dist.barrier()
-    if dist.is_main():
-        _write_manifest(temporary, position.step)
-        _commit(temporary, final)
+    with _disk_errors_named(temporary):
+        export(temporary)
+        dcp.save(_state(engine), checkpoint_id=temporary / "trainer", process_group=dist.group())
+        if critic is not None:
+            dcp.save(_state(critic.engine), checkpoint_id=temporary / "trainer" / "critic", process_group=dist.group())
+            critic.export(temporary / "critic")
+        save_file(_random_states(engine.device), temporary / "trainer" / f"rng_{dist.rank()}.safetensors")
+        if dist.is_main():
+            (temporary / "trainer" / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
+        dist.barrier()
+        if dist.is_main():
+            _write_manifest(temporary, position.step)
+            _commit(temporary, final)
     dist.barrier()
     return final
+
+
+@contextmanager
+def _disk_errors_named(directory: Path) -> Iterator[None]:
+    """Raise a UserError in place of an error of the disk, and remove the incomplete checkpoint.
+
+    Libraries raise errors of many kinds. Any of them counts as one of the disk if hardly any space is left.
+    """
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        failures = [error, *(failure for failure, _ in getattr(error, "failures", {}).values())]
+        reason = next((failure.strerror for failure in failures if isinstance(failure, OSError) and failure.strerror), None)
+        if shutil.disk_usage(directory.parent).free < FULL_BYTES:
+            reason = os.strerror(errno.ENOSPC)
+        if reason is None:
+            raise
+        if dist.is_main():
+            shutil.rmtree(directory, ignore_errors=True)
+        fix = "make room or set trainer.default_local_dir to another disk; earlier checkpoints are complete, and the same command resumes"
+        raise UserError(f"cannot be written: {reason}", where=str(directory), fix=fix) from error
 
 
 def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> None:

@@ -1,17 +1,15 @@
 """Grading of answers by a module in verl/rewards or a user's own file."""
 
-import math
-import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import numpy as np
-
 from verl.config.commands import EvalConfig
-from verl.errors import UserError
-from verl.rewards._scoring import functions_of
+from verl.rewards import _scoring
+from verl.rewards._scoring import error_of, load_grader, short_names
 from verl.rollout import Completion
+from verl.workers.calls import Failure
+from verl.workers.pool import Watch
 
 
 @dataclass(frozen=True)
@@ -66,61 +64,95 @@ class Prediction:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer to grade.
+
+    Attributes:
+        question: number of its question.
+        response: the completion's text, without its stop token.
+    """
+
+    question: int
+    response: str
+    completion: Completion
+
+
 class Grader:
     """A grader with its optional functions (see verl/rewards).
 
     Args:
         config: names the grader, and holds its keys.
     Attributes:
+        what: name of the grader in messages.
         measure: display name of the mean score.
+        in_groups: whether it scores all answers to a question together.
+        dropped: names of the environment variables that a user's own grader does not get.
     Raises:
         UserError: no such grader, or it has no function `score`.
     """
 
-    def __init__(self, config: EvalConfig):
-        functions = functions_of(config.reward, config.metric)
-        self.name = config.metric
-        self._score = functions["score"]
-        self._extract = functions.get("extract_answer")
-        self._expect = functions.get("reference_answer", self._extract)
-        self._matches = functions.get("exact_match")
+    def __init__(self, config: EvalConfig, watch: Watch | None = None):
+        self._grader = _scoring.Grader(
+            load_grader(config.reward, config.metric), f"metric {short_names([config.metric])[0]}", config.reward, watch
+        )
+        self._extract = "extract_answer" if self._grader.has("extract_answer") else None
+        self._expect = "reference_answer" if self._grader.has("reference_answer") else self._extract
+        self._matches = "exact_match" if self._grader.has("exact_match") else None
+        self._fix = f"correct the grader (metric={config.metric}) or the row"
         self.measure = "exact match" if self._matches else "mean score"
+        self.what = self._grader.what
+        self.in_groups, self.dropped = self._grader.in_groups, self._grader.dropped
 
-    def check(self, question: Question) -> None:
-        """Raise UserError if the grader finds no answer in the reference, because no response could then be correct."""
-        if self._expect is not None and self._call(self._expect, question.reference) is None:
-            fix = "correct the row, or set metric to a grader for such answers"
-            raise UserError(f"metric {self.name!r} finds no answer in {question.reference!r:.60}", where=question.where, fix=fix)
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raise UserError if the grader cannot read the reference of a question, because no response could then be correct."""
+        references, places = [question.reference for question in questions], [question.where for question in questions]
+        for function in ("check_reference" if self._grader.has("check_reference") else None, self._expect):
+            if function is not None:
+                self._grader.check_references(references, places, function)
 
-    def grade(self, question: Question, response: str, completion: Completion) -> Prediction:
-        """Grade an answer.
+    def grade(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Prediction]:
+        """Grade answers. If the grader scores in groups, all answers to a question are adjacent.
 
-        Args:
-            response: the completion's text, without its stop token.
         Raises:
             UserError: the grader fails, or its score is not a number.
         """
-        reference = question.reference
-        score = self._call(self._score, question.prompt, response, question.row)
-        if not isinstance(score, (Real, np.bool_)) or not math.isfinite(score):
-            raise UserError(f"score() returned {score!r}", where=f"metric={self.name}", fix="return a finite number, such as 0.0 or 1.0")
-        return Prediction(
-            prompt=question.prompt,
-            response=response,
-            reference=reference,
-            extracted=self._call(self._extract, response) if self._extract else None,
-            expected=self._call(self._expect, reference) if self._expect else None,
-            correct=bool(score == 1),
-            correct_flexible=self._call(self._matches, response, reference, "flexible") if self._matches else None,
-            score=float(score),
-            finish_reason=completion.finish_reason,
-            tokens=len(completion.token_ids),
-        )
+        asked, responses = [questions[answer.question] for answer in answers], [answer.response for answer in answers]
+        references, groups = [question.reference for question in asked], [answer.question for answer in answers]
+        prompts, rows = [question.prompt for question in asked], [question.row for question in asked]
+        scores = self._checked(asked, self._grader.scores(prompts, responses, rows, groups, until_failure=True))
+        extracted = self._called(self._extract, asked, [(response,) for response in responses])
+        expected = self._called(self._expect, asked, [(reference,) for reference in references])
+        pairs = [(response, reference, "flexible") for response, reference in zip(responses, references, strict=True)]
+        flexible = self._called(self._matches, asked, pairs)
+        return [
+            Prediction(
+                prompt=question.prompt,
+                response=answer.response,
+                reference=question.reference,
+                extracted=extracted[number],
+                expected=expected[number],
+                correct=scores[number] == 1,
+                correct_flexible=flexible[number],
+                score=scores[number],
+                finish_reason=answer.completion.finish_reason,
+                tokens=len(answer.completion.token_ids),
+            )
+            for number, (question, answer) in enumerate(zip(asked, answers, strict=True))
+        ]
 
-    def _call(self, function: Any, *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except Exception as error:  # a user's own code may raise anything
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{function.__name__}() raised {type(error).__name__}: {error}"
-            raise UserError(what, where=f"{frame.filename}:{frame.lineno}", fix=f"correct the grader (metric={self.name})") from error
+    def close(self) -> None:
+        """End the processes of a user's own grader."""
+        self._grader.close()
+
+    def _called(self, function: str | None, asked: Sequence[Question], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Return the results of an optional function; None for each answer if the grader does not have it."""
+        if function is None:
+            return [None] * len(arguments)
+        return self._checked(asked, self._grader.run(function, arguments, until_failure=True), f"{function}() ")
+
+    def _checked(self, asked: Sequence[Question], results: Sequence[Any], function: str = "") -> list[Any]:
+        for question, result in zip(asked, results, strict=True):
+            if isinstance(result, Failure):
+                raise error_of(f"{self._grader.what}{': ' if function else ''}{function.strip()}", result, question.where, self._fix)
+        return list(results)

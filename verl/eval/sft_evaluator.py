@@ -8,7 +8,7 @@ Read `evaluate` first.
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,29 @@ from verl.data.shapes import read_question
 from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
-from verl.eval.grader import Grader, Prediction, Question
+from verl.eval.grader import Answer, Grader, Prediction, Question
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import check_format, system_of
 from verl.progress import open_console
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.session import session
+
+Batch = list[tuple[int, Completion]]  # numbered answers that are finished at the same time
+
+
+class Waiting:
+    """Prints a line if a user's own metric is waited for."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
+        if text is not None and line_is_due:
+            self._console.print(text)
+
+    def stopping(self) -> bool:
+        """Return False: a signal ends an evaluation at once."""
+        return False
 
 
 @session()
@@ -42,7 +59,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     console = open_console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
-    grader = Grader(config)
+    grader = Grader(config, Waiting(console))
+    if grader.dropped:
+        console.print(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
     directory = report.open_directory(config.output_dir)
     questions = read_questions(config, grader, console)
     variables = config.chat_template_kwargs
@@ -56,25 +75,38 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     max_new_tokens = longest_answer(config, rollout, questions, prompts, console)
     sampling = Sampling(max_new_tokens, config.temperature, config.n, config.seed, config.top_k, config.top_p, logprobs=False)
 
-    def grade(number: int, completion: Completion) -> Prediction:
-        return grader.grade(questions[number // config.n], completion.text(tokenizer), completion)
+    def grade(batch: Batch) -> list[Prediction]:
+        return grader.grade(questions, [Answer(number // config.n, done.text(tokenizer), done) for number, done in batch])
 
     device = rollout.describe()
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
     report.clear_earlier(directory)
     since = time.perf_counter()
-    predictions = answer(prompts, sampling, rollout, grade, grader.measure, directory, console)
+    stream = rollout.stream(prompts, sampling)
+    stream = whole_groups(stream, config.n) if grader.in_groups else stream
+    predictions = answer(stream, len(prompts) * config.n, grade, grader.measure, directory, console)
+    grader.close()
     results = report.summarize(config, predictions, seconds=time.perf_counter() - since, device=device)
     report.write_results(directory, results)
     report.print_table(console, results, grader.measure, directory)
     return results
 
 
+def whole_groups(stream: Iterable[Batch], n: int) -> Iterator[Batch]:
+    """Hold back answers until all n answers to their question are there."""
+    groups: dict[int, Batch] = {}
+    for batch in stream:
+        for number, completion in batch:
+            groups.setdefault(number // n, []).append((number, completion))
+        complete = [question for question, group in groups.items() if len(group) == n]
+        if complete:
+            yield [pair for question in complete for pair in sorted(groups.pop(question), key=lambda pair: pair[0])]
+
+
 def answer(
-    prompts: list[list[int]],
-    sampling: Sampling,
-    rollout: Rollout,
-    grade: Callable[[int, Completion], Prediction],
+    stream: Iterable[Batch],
+    total: int,
+    grade: Callable[[Batch], list[Prediction]],
     measure: str,
     directory: Path,
     console: Console,
@@ -83,14 +115,13 @@ def answer(
 
     If this is interrupted, predictions.jsonl has the answers that were finished.
     """
-    total = len(prompts) * sampling.n
     done: dict[int, Prediction] = {}
     try:
         with report.AnswerProgress(total, measure, console) as progress:
-            for batch in rollout.stream(prompts, sampling):
-                graded = {number: grade(number, completion) for number, completion in batch}
-                done |= graded
-                progress.add(list(graded.values()))
+            for batch in stream:
+                graded = grade(batch)
+                done |= dict(zip([number for number, _ in batch], graded, strict=True))
+                progress.add(graded)
     finally:
         report.write_predictions(directory, [done[number] for number in sorted(done)])
         if len(done) < total:
@@ -109,11 +140,8 @@ def read_questions(config: EvalConfig, grader: Grader, console: Console | None =
     samples = None if config.max_samples == -1 else config.max_samples
     entries = resolve_entries(config.test_file, "test_file")
     rows = list(islice(valid_rows(sources_of(entries), ReadProgress()), samples))
-    questions = []
-    for row in rows:
-        question = question_of(row, config)
-        grader.check(question)
-        questions.append(question)
+    questions = [question_of(row, config) for row in rows]
+    grader.check(questions)
     if console is not None:
         for line in [*describe_sources(entries), *notes_of(rows)]:
             console.print(f"test_file: {line}")

@@ -3,12 +3,11 @@
 Dimensions: A answers.
 """
 
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import wraps
-from itertools import chain, count
+from dataclasses import dataclass, field
+from itertools import chain, count, groupby
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,11 @@ import numpy as np
 from verl.config.commands import GraderConfig
 from verl.config.plugin_settings import settings_of
 from verl.config.ppo import RewardConfig, RewardModelConfig, reward_names
+from verl.config.workers import WorkersConfig
 from verl.errors import UserError
+from verl.user_files import is_own
+from verl.workers.calls import Failure, InProcess, check_function
+from verl.workers.pool import Watch, Workers, load_code
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +29,8 @@ if TYPE_CHECKING:
     from verl.rewards._model import RewardModel
 
 MODEL = "model"  # the reward model's name among the rewards
-Functions = dict[str, Callable[..., Any]]  # a grader's functions, by name
-GRADER = ("score", "extract_answer", "reference_answer", "exact_match")
+GRADER = ("score", "score_group", "extract_answer", "reference_answer", "check_reference", "exact_match")  # functions of a user's grader
 ERRORS_SHOWN = 3
-LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,32 @@ class Scored:
         reward_A: weighted sum of the rewards, float32, finite.
         each: unweighted rewards by name, float32 [A]; 0 where the reward failed.
         errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
+        tool_errors: failures of the tool (`rollout.on_error=reply`), each with the place of its row.
     """
 
     reward_A: np.ndarray
     each: dict[str, np.ndarray]
     errors: list[UserError]
+    tool_errors: list[UserError] = field(default_factory=list)
 
     def describe_errors(self) -> str | None:
-        """Return a warning with the number of failures and the first of them; None if there are none."""
-        if not self.errors:
-            return None
-        times = Counter(f"{error.where}: {error.what}" for error in self.errors)
-        first = list(times.items())[:ERRORS_SHOWN]
-        shown = "".join(f"\n  {said}{f' ({many:,} answers)' if many > 1 else ''}" for said, many in first)
-        rest = len(self.errors) - sum(many for _, many in first)
-        more = f"\n  and {rest:,} more" if rest else ""
-        return f"warning: {len(self.errors):,} rewards failed and count as 0 (reward.on_error=zero):{shown}{more}"
+        """Return warnings with the number of failures and the first of them; None if there are none."""
+        found = [
+            _described(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
+            _described(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
+        ]
+        return "\n".join(text for text in found if text) or None
+
+
+def _described(errors: Sequence[UserError], what: str) -> str | None:
+    if not errors:
+        return None
+    times = Counter(f"{error.where}: {error.what}" for error in errors)
+    first = list(times.items())[:ERRORS_SHOWN]
+    shown = "".join(f"\n  {said}{f' ({many:,} answers)' if many > 1 else ''}" for said, many in first)
+    rest = len(errors) - sum(many for _, many in first)
+    more = f"\n  and {rest:,} more" if rest else ""
+    return f"warning: {len(errors):,} {what}:{shown}{more}"
 
 
 class Rewards:
@@ -67,6 +78,7 @@ class Rewards:
         tokenizer: the policy's; if the reward model's differs, the log says so.
         device: device of the reward model.
         say: prints a message.
+        watch: is told if the processes of users' rewards are waited for.
     Attributes:
         exact: name of the first grader with `exact_match`; None if there is none.
         model: the reward model, or None.
@@ -82,17 +94,42 @@ class Rewards:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         device: "torch.device | str" = "cpu",
         say: Callable[[str], None] = print,
+        watch: Watch | None = None,
     ):
-        self._graders = load_graders(reward)
-        self.exact = next((name for name, grader in self._graders.items() if "exact_match" in grader), None)
+        self._graders = {name: Grader(loaded, f"reward {name}", reward, watch) for name, loaded in load_graders(reward).items()}
+        self.exact = next((name for name, grader in self._graders.items() if grader.has("exact_match")), None)
         self._weights = dict(zip(self._graders, reward.weights or [1.0] * len(self._graders), strict=True))
         self._stops = reward.on_error == "stop"
+        for grader in self._graders.values():
+            if grader.dropped:
+                say(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
         self.model: RewardModel | None = None
         if model.path is not None:
             from verl.rewards import _model  # torch and transformers are slow to import
 
             self.model = _model.RewardModel(model, device=device, tokenizer=tokenizer, say=say)
             self._weights[MODEL] = model.weight
+
+    def close(self) -> None:
+        """End the processes of users' rewards."""
+        for grader in self._graders.values():
+            grader.close()
+
+    def check_references(self, rows: Sequence[dict[str, Any]], places: Sequence[str]) -> None:
+        """Check that the graders can read all right answers.
+
+        Args:
+            rows: data rows, with `reference` if they have a right answer.
+            places: the place of each row, for errors.
+        Raises:
+            UserError: a grader needs a right answer that a row does not have, or cannot read it.
+        """
+        for grader in self._graders.values():
+            if grader.has("check_reference") or grader.has("reference_answer"):
+                for row, place in zip(rows, places, strict=True):
+                    if "reference" not in row:
+                        raise UserError(f"{grader.what} {NO_REFERENCE}", where=place, fix=REFERENCE_FIX)
+                grader.check_references([row["reference"] for row in rows], places)
 
     def score(
         self,
@@ -102,6 +139,7 @@ class Rewards:
         *,
         places: Sequence[str] | None = None,
         chats: "Sequence[Sequence[Message]] | None" = None,
+        groups: Sequence[int] | None = None,
     ) -> Scored:
         """Score answers. Ranks may have different numbers of them. Call it in `dist.together`, so that all ranks learn of an error.
 
@@ -111,43 +149,145 @@ class Rewards:
             rows: the data row of each answer, with `reference` if it has a right answer.
             places: the place of each row, such as `train.jsonl:17`, for errors.
             chats: the messages before each answer, for the reward model; None: only the question.
+            groups: a number for each answer; adjacent answers with the same number are the group of a prompt. None: each is a group.
         Raises:
             UserError: a reward failed or is not a number, and `reward.on_error=stop`.
         """
         where = list(places) if places is not None else [f"answer {number + 1}" for number in range(len(rows))]
         errors: list[UserError] = []
         each = {}
+        numbers = groups if groups is not None else range(len(rows))
         for name, grader in self._graders.items():
-            inputs = zip(questions, responses, rows, strict=True)
-            each[name] = self._kept([_graded(name, grader["score"], *values) for values in inputs], where, errors)
+            results = grader.scores(questions, responses, rows, numbers, until_failure=self._stops)
+            each[name] = self._kept(grader.what, results, where, errors)
         if self.model is not None:
             before = chats if chats is not None else [[{"role": "user", "content": question}] for question in questions]
             scores = self.model.score(before, responses)
-            each[MODEL] = self._kept([_checked(MODEL, float(score)) for score in scores], where, errors)
+            results = [InProcess.checked(float(score)) for score in scores]
+            each[MODEL] = self._kept(f"reward {MODEL}", results, where, errors)
         total = sum((self._weights[name] * values for name, values in each.items()), np.zeros(len(rows)))
         return Scored(np.asarray(total, dtype=np.float32), each, errors)
 
-    def _kept(self, results: Sequence[float | UserError], where: Sequence[str], errors: list[UserError]) -> np.ndarray:
-        """Replace errors by 0 and add them to `errors`, with the place of their row. Raises the first one if `on_error=stop`."""
-        failed = [UserError(r.what, where=at, fix=r.fix) for r, at in zip(results, where, strict=True) if isinstance(r, UserError)]
+    def _kept(self, what: str, results: Sequence[Any], where: Sequence[str], errors: list[UserError]) -> np.ndarray:
+        """Replace failures by 0 and add them to `errors`, with the place of their row. Raises the first one if `on_error=stop`."""
+        failed = [error_of(what, result, at, FIX) for result, at in zip(results, where, strict=True) if isinstance(result, Failure)]
         if failed and self._stops:
             raise failed[0]
         errors += failed
-        return np.array([0.0 if isinstance(result, UserError) else result for result in results], dtype=np.float32)
+        return np.array([0.0 if isinstance(result, Failure) else result for result in results], dtype=np.float32)
 
 
-def load_graders(reward: RewardConfig) -> dict[str, Functions]:
+@dataclass(frozen=True)
+class Loaded:
+    """A grader's module and settings.
+
+    Attributes:
+        settings: an instance of the module's `Settings`; None if it has none.
+    """
+
+    module: ModuleType
+    settings: Any
+
+
+class Grader:
+    """A grader that is ready to run: one of verl in this process, a user's own in processes of its own.
+
+    Args:
+        what: name of the grader in messages, such as "reward mine".
+    Attributes:
+        dropped: names of the environment variables that a user's own grader does not get.
+        in_groups: whether it scores all answers to a prompt together.
+    """
+
+    def __init__(self, loaded: Loaded, what: str, config: WorkersConfig, watch: Watch | None = None):
+        self._module, self.what = loaded.module, what
+        self.in_groups = self.has("score_group")
+        self._code = load_code(loaded.module, loaded.settings, "score_group" if self.in_groups else "score", what, config, watch)
+        self.dropped = self._code.dropped if isinstance(self._code, Workers) else []
+
+    def has(self, function: str) -> bool:
+        return hasattr(self._module, function)
+
+    def scores(
+        self,
+        questions: Sequence[str],
+        responses: Sequence[str],
+        rows: Sequence[dict[str, Any]],
+        groups: Sequence[int],
+        *,
+        until_failure: bool = False,
+    ) -> list[Any]:
+        """Return the score of each answer, or the Failure of an answer on which the grader fails.
+
+        Args:
+            groups: a number for each answer; adjacent answers with the same number are the group of a prompt.
+            until_failure: stop at the first failure; answers that have not been scored then have None.
+        Raises:
+            UserError: the grader cannot be used for any answer.
+        """
+        if self.in_groups:
+            return self._group_scores(questions, responses, rows, groups, until_failure)
+        if self.has("score_batch") and isinstance(self._code, InProcess):
+            return self._code.run_batch("score_batch", "score", [questions, responses, rows])
+        return self.run("score", list(zip(questions, responses, rows, strict=True)), until_failure=until_failure)
+
+    def _group_scores(
+        self, questions: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]], groups: Sequence[int], until_failure: bool
+    ) -> list[Any]:
+        members = [list(numbers) for _, numbers in groupby(range(len(rows)), key=lambda number: groups[number])]
+        calls = [(questions[of[0]], [responses[number] for number in of], rows[of[0]]) for of in members]
+        found = self.run("score_group", calls, until_failure=until_failure)
+        each = [result if isinstance(result, list) else [result] * len(of) for of, result in zip(members, found, strict=True)]
+        return [score for of_group in each for score in of_group]
+
+    def run(self, function: str, arguments: Sequence[tuple[Any, ...]], *, until_failure: bool = False) -> list[Any]:
+        """Call a function of the grader once for each tuple of arguments. Return the results; a Failure in place of each that failed."""
+        return self._code.run(function, arguments, until_failure=until_failure)
+
+    def check_references(self, references: Sequence[str], places: Sequence[str], function: str | None = None) -> None:
+        """Raise UserError with the place of the first right answer that the grader cannot read.
+
+        Args:
+            function: reads a right answer, and returns None if it cannot; None: the grader's own `check_reference` or `reference_answer`.
+        """
+        function = function or ("check_reference" if self.has("check_reference") else "reference_answer")
+        found = self.run(function, [(reference,) for reference in references], until_failure=True)
+        for reference, place, result in zip(references, places, found, strict=True):
+            if isinstance(result, Failure):
+                fix = result.fix or "correct the row, or choose a grader for such answers"
+                raise UserError(f"{self.what} cannot read the right answer {reference!r:.60}: {result}", where=place, fix=fix)
+            if result is None and function != "check_reference" and not any(isinstance(result, Failure) for result in found):
+                fix = "correct the row, or choose a grader for such answers"
+                raise UserError(f"{self.what} finds no answer in {reference!r:.60}", where=place, fix=fix)
+
+    def close(self) -> None:
+        self._code.close()
+
+
+def error_of(what: str, failure: Failure, where: str, fix: str) -> UserError:
+    """Return the error of a row on which a grader or a tool fails.
+
+    Args:
+        what: name of the code, such as "reward mine".
+        fix: what to do, unless the failure knows.
+    """
+    if failure.what == "raised KeyError: 'reference'":
+        return UserError(f"{what} {NO_REFERENCE}", where=where, fix=REFERENCE_FIX)
+    return UserError(f"{what} {failure}", where=where, fix=failure.fix or fix)
+
+
+def load_graders(reward: RewardConfig) -> dict[str, Loaded]:
     """Load the graders of `reward.name`, by their names in the log.
 
     Raises:
         UserError: no such grader, or it lacks a function or a package.
     """
     names = reward_names(reward)
-    return dict(zip(_distinct(names), [functions_of(reward, name) for name in names], strict=True))
+    return dict(zip(short_names(names), [load_grader(reward, name) for name in names], strict=True))
 
 
-def functions_of(keys: RewardConfig | GraderConfig, name: str) -> Functions:
-    """Load the functions of a grader (see verl.rewards), with its settings already bound.
+def load_grader(keys: RewardConfig | GraderConfig, name: str) -> Loaded:
+    """Load a grader (see verl.rewards), and check its functions.
 
     Args:
         keys: the config group that has the grader's keys.
@@ -155,18 +295,17 @@ def functions_of(keys: RewardConfig | GraderConfig, name: str) -> Functions:
     Raises:
         UserError: no such grader, or it lacks a function or a package.
     """
-    module = keys.plugins.load(keys.plugins.named_by or "reward.name", name)
+    named_by = keys.plugins.named_by or "reward.name"
+    module = keys.plugins.load(named_by, name)
     getattr(module, "check_installed", lambda: None)()
-    found = {function: getattr(module, function) for function in GRADER if hasattr(module, function)}
-    return {name: _with_settings(f, settings_of(keys, module)) for name, f in found.items()} if hasattr(module, "Settings") else found
+    if is_own(module):
+        for function in GRADER:
+            if hasattr(module, function):
+                check_function(module, function, f"{named_by}={name}")
+    return Loaded(module, settings_of(keys, module) if hasattr(module, "Settings") else None)
 
 
-def _with_settings(function: Callable[..., Any], settings: object) -> Callable[..., Any]:
-    """Bind the settings as the last argument."""
-    return wraps(function)(lambda *arguments: function(*arguments, settings))
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Return unique names for the log: `mine` for `a/mine.py`, and `mine_2` or the next free number for a second one."""
     short = [name.removesuffix(".py").replace("\\", "/").rpartition("/")[2].rpartition(".")[2] for name in names]
     found: list[str] = []
@@ -176,25 +315,5 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _graded(
-    name: str, score: Callable[[str, str, dict[str, Any]], object], question: str, response: str, row: dict[str, Any]
-) -> float | UserError:
-    """Return the score of one answer, or the error of a row on which the grader fails."""
-    try:
-        return _checked(name, score(question, response, row))
-    except UserError:  # the reward cannot be used for any row
-        raise
-    except Exception as error:  # a user's file may raise anything
-        if isinstance(error, KeyError) and error.args == ("reference",):
-            return UserError(f"reward {name} needs a right answer, and the row has none", fix="set data.response_key to its column")
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return UserError(f"reward {name} raised {type(error).__name__}: {error} ({frame.filename}:{frame.lineno})", fix=FIX)
-
-
-def _checked(name: str, value: object) -> float | UserError:
-    if isinstance(value, (int, float, np.number, np.bool_)) and abs(float(value)) <= LARGEST:  # NaN compares false
-        return float(value)
-    return UserError(f"reward {name} returned {value!r}, expected a finite number", fix=FIX)
-
-
 FIX = "correct the reward or the row, or set reward.on_error=zero, which counts it as 0"
+NO_REFERENCE, REFERENCE_FIX = "needs a right answer, and the row has none", "set data.response_key to its column"

@@ -1,28 +1,25 @@
-"""Sample answers to prompts and score them. A tool may reply between the turns of an answer.
+"""Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools).
 
-A tool is a module with one function,
-
-    reply(response: str, prompt: str, row: dict) -> str | None
-
-It gets the text of the model's turn and returns the tool's reply, or None if the answer is complete. The reply is rendered with the chat
-template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized again from text.
+A reply is rendered with the chat template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized
+again from text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 from transformers import PreTrainedTokenizerBase
 
-from verl import dist, plugin
+from verl import dist
 from verl.config.ppo import PPOConfig, RolloutConfig
+from verl.config.workers import WorkersConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
-from verl.errors import UserError
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.clock import Clock
 from verl.rl.samples import Sample
+from verl.rl.tool import Tool, tool_of
 from verl.rollout import Completion, Rollout, Sampling
+from verl.workers.pool import Watch
 
 SEED_STRIDE = 1_000_003  # distance between the seeds of an answer's turns
 
@@ -61,6 +58,8 @@ class Answerer:
     """Answers prompts with a rollout.
 
     Args:
+        workers: settings of the processes that run a user's own tool.
+        watch: is told if these processes are waited for.
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
@@ -68,11 +67,21 @@ class Answerer:
         UserError: there is no such tool.
     """
 
-    def __init__(self, rollout: Rollout, config: RolloutConfig, scorer: Rewards, tokenizer: PreTrainedTokenizerBase, seed: int):
+    def __init__(
+        self,
+        rollout: Rollout,
+        config: RolloutConfig,
+        scorer: Rewards,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        *,
+        workers: WorkersConfig | None = None,
+        watch: Watch | None = None,
+    ):
         self.rollout = rollout
         self._config, self._scorer, self._tokenizer, self._seed = config, scorer, tokenizer, seed
         self.exact_grader = scorer.exact
-        self._tool = None if config.tool is None else plugin.load("verl.tools", config.tool, needs=("reply",))
+        self._tool = tool_of(config, workers or WorkersConfig(), watch)
         self._renderer = Renderer(tokenizer)
 
     def sampled(self, prompts: Sequence[tuple[int, Prompt]]) -> list[Sample]:
@@ -85,7 +94,7 @@ class Answerer:
         return self._answered(list(enumerate(prompts)), Sampling(self._config.max_new_tokens, logprobs=False))
 
     def score(self, samples: Sequence[Sample]) -> Scored:
-        """Set the rewards of the answers. Ranks may have different numbers of answers.
+        """Set the rewards of the answers. Ranks may have different numbers of answers. Answers to one prompt are adjacent.
 
         Raises:
             UserError: on all ranks, if a reward failed and reward.on_error=stop.
@@ -95,7 +104,14 @@ class Answerer:
         for number, sample in enumerate(samples):
             sample.reward = float(found[0].reward_A[number])
             sample.parts = {name: float(values[number]) for name, values in found[0].each.items()}
-        return found[0]
+        return found[0] if self._tool is None else replace(found[0], tool_errors=self._tool.take_errors())
+
+    def close(self) -> None:
+        """Free the rollout, and end the processes of users' rewards and tool."""
+        self.rollout.close()
+        self._scorer.close()
+        if self._tool is not None:
+            self._tool.close()
 
     def _scored(self, samples: Sequence[Sample]) -> Scored:
         return self._scorer.score(
@@ -104,6 +120,7 @@ class Answerer:
             [sample.prompt.row for sample in samples],
             places=[sample.prompt.where for sample in samples],
             chats=[sample.prompt.messages for sample in samples],
+            groups=[sample.group for sample in samples],
         )
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
@@ -125,13 +142,15 @@ class Answerer:
         text = done.text(self._tokenizer)
         return Sample(prompt, number, prompt.token_ids, list(done.token_ids), mask, logprobs, text, done.finish_reason, done.version)
 
-    def _take_turns(self, samples: list[Sample], tool: ModuleType, sampling: Sampling) -> None:
+    def _take_turns(self, samples: list[Sample], tool: Tool, sampling: Sampling) -> None:
         """Append tool replies and the model's next turns until no answer calls the tool."""
+        asked = list(range(len(samples)))
         for turn in range(1, self._config.max_turns):
             waiting: list[int] = []
-            dist.together(lambda: waiting.extend(number for number, sample in enumerate(samples) if self._reply(sample, tool)))  # noqa: B023
+            dist.together(lambda: waiting.extend(self._replied(samples, asked, tool)))  # noqa: B023
             if dist.most(len(waiting)) == 0:
                 return
+            asked = waiting
             seed, calls = sampling.seed + turn * SEED_STRIDE, self._calls(samples, waiting)
             for place in range(dist.most(len(calls))):
                 self._next_turns(samples, calls[place] if place < len(calls) else [], sampling, seed)
@@ -165,14 +184,16 @@ class Answerer:
         """Return the number of tokens left for an answer."""
         return self._config.max_new_tokens - len(sample.answer_ids)
 
-    def _reply(self, sample: Sample, tool: ModuleType) -> bool:
+    def _replied(self, samples: list[Sample], asked: list[int], tool: Tool) -> list[int]:
+        """Append the tool's replies to the numbered answers. Return the numbers of those for which the model gets another turn."""
+        complete = [number for number in asked if samples[number].finish_reason == "stop"]
+        replies = tool.replies([samples[number] for number in complete])
+        said = [(number, reply) for number, reply in zip(complete, replies, strict=True) if reply is not None]
+        return [number for number, reply in said if self._append_reply(samples[number], reply, tool.role)]
+
+    def _append_reply(self, sample: Sample, reply: str, role: str) -> bool:
         """Append the tool's reply. Return whether the model gets another turn."""
-        if sample.finish_reason != "stop":
-            return False
-        reply = _call_tool(tool, sample)
-        if reply is None:
-            return False
-        ids = self._renderer.turn_after({"role": getattr(tool, "ROLE", "tool"), "content": reply})
+        ids = self._renderer.turn_after({"role": role, "content": reply})
         if len(sample.answer_ids) + len(ids) >= self._config.max_new_tokens:
             sample.finish_reason = "length"
             return False
@@ -231,18 +252,6 @@ def groups_with_spread(samples: Sequence[Sample]) -> list[int]:
         rewards.setdefault(sample.group, set()).add(sample.reward)
     mine = [number for number, found in rewards.items() if len(found) > 1]
     return sorted(number for numbers in dist.gathered(mine) for number in numbers)
-
-
-def _call_tool(tool: ModuleType, sample: Sample) -> str | None:
-    try:
-        reply: str | None = tool.reply(sample.text, sample.prompt.text, sample.prompt.row)
-    except Exception as error:  # a user's own program may raise anything
-        what = f"the tool raised {type(error).__name__}: {error}"
-        fix = "correct rollout.tool; if a call cannot be answered, let the tool reply so"
-        raise UserError(what, where=sample.prompt.where, fix=fix) from error
-    if reply is not None and not isinstance(reply, str):
-        raise UserError(f"the tool returned {reply!r}, expected text or None", where=sample.prompt.where, fix="correct rollout.tool")
-    return reply
 
 
 def _cut(done: Completion, most: int) -> Completion:

@@ -4,10 +4,14 @@ Training processes use a `RemoteRollout`; the others `serve` it. Messages go thr
 objects among all processes; the first training process broadcasts weights to the rollout processes.
 """
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.rl.mapping import Layout
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
-from verl.run import first_signals_ignored
+from verl.run import STOP_SIGNALS
 
 BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
 
@@ -161,7 +165,7 @@ def serve_rollout(config: PPOConfig, bridge: Bridge, tokenizer: PreTrainedTokeni
         UserError: the model cannot be loaded, or another process raised an error.
     """
     path, stop_ids, options = config.model.partial_pretrain, Renderer(tokenizer).stop_ids, rollout_options(config)
-    with first_signals_ignored():  # training processes need the answers to finish their step, and then end this process
+    with _first_signals_ignored():  # training processes need the answers to finish their step, and then end this process
         serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
 
 
@@ -226,3 +230,26 @@ def _buckets(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple
 
 def _bytes(bucket: list[tuple[str, Tensor]]) -> Tensor:
     return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
+
+
+@contextmanager
+def _first_signals_ignored() -> Iterator[None]:
+    """Ignore the first signal of each kind that stops a run; a second one ends the process at once.
+
+    It is for processes that serve the training processes. These finish their step after the signal and need the answers until then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
+
+    def restore(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, handlers[signal.Signals(number)])
+
+    for number in handlers:
+        signal.signal(number, restore)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """Builds the models of a run for their roles: actor, critic, reference, reward, rollout."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl import dist, plugin
 from verl.config.ppo import PPOConfig, longest_sample
-from verl.data.prompts import Prompts
+from verl.data.prompts import Prompt
 from verl.data.render import Renderer
 from verl.engine.build import Built, build
 from verl.engine.build_heads import Critic, build_critic
@@ -30,6 +30,7 @@ from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.answering import Answerer
 from verl.rl.method import Method
 from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
+from verl.rl.tool import load_tool
 from verl.rollout import Rollout, load_rollout, share
 from verl.run import Run
 
@@ -132,7 +133,7 @@ def build_roles(
     config: PPOConfig,
     method: Method,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Prompts,
+    prompts: Sequence[Prompt],
     bridge: Bridge | None,
     decisions: RoleDecisions,
     run: Run,
@@ -140,16 +141,18 @@ def build_roles(
     """Load every model of the run.
 
     Args:
+        prompts: of training and validation; their right answers are checked.
         bridge: communication with the rollout's processes; None: the rollout is in this process.
     Raises:
         UserError: a model or a grader cannot be used, or prompts and answers exceed the model's positions.
     """
     warn_of_dropout(config, run)
     stop_ids = Renderer(tokenizer).stop_ids
-    systems = [system_of(prompt.messages) for prompt in prompts.prompts]
+    systems = [system_of(prompt.messages) for prompt in prompts]
     trained = config.model.lora_adapter_path or config.model.partial_pretrain
     check_format(trained, tokenizer, stop_ids, systems, key="data.system_prompt")
-    scorer = Rewards(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=run.say)
+    scorer = Rewards(config.reward, config.reward_model, tokenizer=tokenizer, device=decisions.actor.device, say=run.say, watch=run)
+    dist.together(lambda: scorer.check_references([prompt.row for prompt in prompts], [prompt.where for prompt in prompts]))
     seed = config.trainer.seed
     actor = build(
         config.model, config.optim, tokenizer, decisions.actor, stop_ids=stop_ids, system_prompts=systems, seed=seed, dropout=False
@@ -164,7 +167,7 @@ def build_roles(
     reference = build_reference(config.model, actor, method.reference) if method.shared.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
-    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed)
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
 
 
@@ -209,7 +212,7 @@ def check_names(config: PPOConfig, method: Method) -> None:
     """
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
-        plugin.load("verl.tools", config.rollout.tool, needs=("reply",))
+        load_tool(config.rollout.tool)
     load_graders(config.reward)
     check_checkpoint(config)
     if config.reward_model.path is not None:

@@ -8,17 +8,18 @@ Start it with `torchrun` to use several processes. To read the code, start at `t
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from verl import dist
 from verl.config.load import load_config
-from verl.config.ppo import PPOConfig
+from verl.config.ppo import PPOConfig, RewardModelConfig
 from verl.data.prompts import Prompts, describe_draws, load_prompts
 from verl.engine import checkpoint
 from verl.engine.checkpoint import Position
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
-from verl.errors import Stopped, UserError, exit_on_user_error
-from verl.rewards._scoring import Scored
+from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
+from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
 from verl.rl.experience import pack_experience
@@ -64,7 +65,8 @@ def train(config: PPOConfig) -> TrainResult:
         if start is None:
             return run.result()
         decisions = decide_roles(config, method, outline, measure(device), total_steps)
-        roles = build_roles(config, method, tokenizer, prompts, bridge, decisions, run)
+        asked = [*prompts.prompts, *(validation.prompts if validation is not None else [])]
+        roles = build_roles(config, method, tokenizer, asked, bridge, decisions, run)
         run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
         run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}\n{describe_epochs(config, prompts, total_steps)}")
         if run.checkpoint is not None:
@@ -73,9 +75,9 @@ def train(config: PPOConfig) -> TrainResult:
         try:
             train_loop(config, method, prompts, validation, roles, start, run)
         except Stopped:  # on every training process, after the same step
-            roles.answerer.rollout.close()
+            roles.answerer.close()
             raise
-        roles.answerer.rollout.close()
+        roles.answerer.close()
         return run.result()
 
 
@@ -91,6 +93,9 @@ def dry_run(config: PPOConfig) -> None:
     check_names(config, method)
     tokenizer = read_tokenizer(Outline(config.model), config.data)
     prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
+    rewards = Rewards(config.reward, RewardModelConfig())
+    rewards.check_references([prompt.row for prompt in prompts.prompts], [prompt.where for prompt in prompts.prompts])
+    rewards.close()
     if dist.is_main():
         steps = steps_of(config, prompts)
         plan = f"{describe_steps(config, steps)}\n{describe_epochs(config, prompts, steps)}"
@@ -113,8 +118,11 @@ def train_loop(
         run.log(0, validate(roles, validation, 0, run))
     for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
-        with roles.generating():
-            collected = collect(roles.answerer, prompts, here.drawn, config, clock)
+        try:
+            with roles.generating():
+                collected = collect(roles.answerer, prompts, here.drawn, config, clock)
+        except AbandonedError:
+            leave_early(config, roles, here, start, run)
         budget, multiple, separate = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.skips_zero_advantage
         experience = pack_experience(collected, updates.per_step, budget, multiple_of_tokens=multiple, separate=separate)
         with clock.phase("logprobs"):
@@ -137,6 +145,7 @@ def train_loop(
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, done, run)
+            stop = run.should_stop()
         report_answers(collected, method, done, run)
         saved = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
@@ -161,7 +170,10 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
         samples = roles.answerer.greedy(mine)
     for place, sample in enumerate(samples):
         sample.group = dist.rank() + place * dist.world_size()
-    scored = roles.answerer.score(samples)
+    try:
+        scored = roles.answerer.score(samples)
+    except AbandonedError:  # on every rank, as the run stops
+        return {}
     write_samples(run.directory, f"validation_{step}", samples)
     say_errors(scored, f"validation after step {step}", run)
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
@@ -169,6 +181,15 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
     shown = ["exact_match" if name == roles.answerer.exact_grader else name for name in names]
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
+
+
+def leave_early(config: PPOConfig, roles: Roles, here: Position, start: Position, run: Run) -> NoReturn:
+    """Stop the run in a step that waits for rewards, because of a signal, with a checkpoint of the step before. Every rank calls it."""
+    is_saved = here.step == start.step or run.checkpoint == run.directory / f"global_step_{here.step}"
+    if not is_saved and config.trainer.save_freq != "never":
+        saved = checkpoint.save(run.directory, roles.actor.engine, here, roles.actor.export, roles.critic)
+        keep(saved, config.trainer, run, here.step, {})
+    run.leave(here.step)
 
 
 def report_answers(collected: Collected, method: Method, step: int, run: Run) -> None:
@@ -185,10 +206,11 @@ def report_answers(collected: Collected, method: Method, step: int, run: Run) ->
 
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:
-    """Log failed rewards of all ranks, which count as 0. Every rank calls it."""
-    everywhere = replace(scored, errors=[error for of_rank in dist.gathered(scored.errors) for error in of_rank])
-    if (errors := everywhere.describe_errors()) is not None:
-        run.say(f"{place}: {errors}")
+    """Log failed rewards of all ranks, which count as 0, and failed calls of the tool. Every rank calls it."""
+    errors, tool_errors = ([error for of_rank in dist.gathered(mine) for error in of_rank] for mine in (scored.errors, scored.tool_errors))
+    everywhere = replace(scored, errors=errors, tool_errors=tool_errors)
+    if (text := everywhere.describe_errors()) is not None:
+        run.say(f"{place}: {text}")
 
 
 def steps_of(config: PPOConfig, prompts: Prompts) -> int:

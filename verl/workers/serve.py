@@ -1,0 +1,211 @@
+"""The inside of a worker: it imports the user's module and answers calls until the trainer closes the connection.
+
+A worker is two processes: a keeper and, forked from it, the one that runs the user's code. The keeper ends them both, and all that the
+user's code has started, when the trainer has ended, even by SIGKILL.
+"""
+
+import asyncio
+import faulthandler
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from inspect import isawaitable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from verl import plugin, user_files
+from verl.errors import UserError
+from verl.workers.calls import failure_of, late, packed, result_of
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a worker runs.
+
+    Attributes:
+        name: path or dotted name of the user's module.
+        settings: the pickled settings that each function gets as its last argument; None: it has none.
+        is_async: whether calls run at the same time.
+    """
+
+    name: str
+    settings: bytes | None
+    is_async: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, as it is sent to a worker.
+
+    Attributes:
+        number: identifies its result.
+        seconds: time limit. The worker keeps it if the function is `async`; otherwise the trainer does.
+        arguments: pickled, so that no call sees what another has changed.
+    """
+
+    number: int
+    function: str
+    seconds: float
+    arguments: bytes
+
+
+def serve(connection: int, lifeline: int, trace: int) -> None:
+    """Run a worker. The arguments are file descriptors.
+
+    Args:
+        connection: a socket for calls and results.
+        lifeline: a pipe that the trainer never writes to; its end is the end of the trainer.
+        trace: a file that gets the stack if the process crashes, or receives SIGUSR1.
+    """
+    _fork_from_keeper(connection, lifeline)
+    _record_stacks(trace)
+    pipe = Connection(connection)
+    os.set_inheritable(connection, False)
+    try:
+        _Server(pipe).serve()
+    except (EOFError, OSError):  # the trainer has closed the connection
+        os._exit(0)
+
+
+class _Server:
+    def __init__(self, pipe: Connection):
+        self._pipe, self._process, self._sending = pipe, os.getpid(), threading.Lock()
+        code: Code = pipe.recv()
+        self._module, settings = self._loaded(code)
+        self._more = () if settings is None else (settings,)
+        self._is_async = code.is_async
+        self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._send(process=self._process)
+
+    def serve(self) -> None:
+        if self._is_async:
+            self._loop.run_until_complete(self._serve_together())
+        while True:
+            call: Call = self._pipe.recv()
+            self._reply(call, self._called(call))
+
+    def _loaded(self, code: Code) -> tuple[ModuleType, Any]:
+        try:
+            module = plugin.load("verl", code.name)
+            sys.path.append(str(Path(module.__file__ or "").resolve().parent))  # for `importlib.import_module` and pickles of the user's
+            return module, None if code.settings is None else pickle.loads(code.settings)  # noqa: S301
+        except UserError as error:
+            self._send(value=error)
+        except Exception as error:  # settings of a class of the user's
+            self._send(value=UserError(f"cannot read its settings: {type(error).__name__}: {error}", where=code.name))
+        raise EOFError
+
+    def _reply(self, call: Call, value: object) -> None:
+        if os.getpid() != self._process:  # a fork that the user's code has made and not ended
+            os._exit(1)
+        self._send(number=call.number, value=value)
+
+    def _send(self, **message: object) -> None:
+        with self._sending:
+            self._pipe.send_bytes(packed(**message))
+
+    def _called(self, call: Call) -> object:
+        try:
+            arguments = pickle.loads(call.arguments)  # noqa: S301 - from the trainer
+            value = getattr(self._module, call.function)(*arguments, *self._more)
+            if isawaitable(value):
+                value = self._loop.run_until_complete(_awaited(value))
+            return result_of(call.function, value, arguments)
+        except BaseException as error:  # `exit()` and KeyboardInterrupt in the user's code are failures too
+            return failure_of(error, call.function, self._module)
+
+    async def _serve_together(self) -> NoReturn:
+        """Run each call as a task of its own. Calls are read in a thread, so that they also arrive while tasks run."""
+        calls: asyncio.Queue[Call | None] = asyncio.Queue()
+        threading.Thread(target=self._read, args=(calls,), daemon=True).start()
+        running: set[asyncio.Task[None]] = set()
+        while (call := await calls.get()) is not None:
+            task = self._loop.create_task(self._answer(call))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        raise EOFError
+
+    def _read(self, calls: "asyncio.Queue[Call | None]") -> None:
+        call: Call | None = None
+        while True:
+            try:
+                call = self._pipe.recv()
+            except (EOFError, OSError):
+                call = None
+            self._loop.call_soon_threadsafe(calls.put_nowait, call)
+            if call is None:
+                return
+
+    async def _answer(self, call: Call) -> None:
+        try:
+            value = await asyncio.wait_for(self._called_async(call), call.seconds)
+        except (TimeoutError, asyncio.TimeoutError):
+            value = late(call.seconds)
+        self._reply(call, value)
+
+    async def _called_async(self, call: Call) -> object:
+        try:
+            arguments = pickle.loads(call.arguments)  # noqa: S301 - from the trainer
+            value = getattr(self._module, call.function)(*arguments, *self._more)
+            return result_of(call.function, await value if isawaitable(value) else value, arguments)
+        except asyncio.CancelledError as error:  # at the time limit
+            return late(call.seconds, user_files.place_of(error, self._module))
+        except BaseException as error:
+            return failure_of(error, call.function, self._module)
+
+
+async def _awaited(value: Awaitable[object]) -> object:
+    return await value
+
+
+def _record_stacks(trace: int) -> None:
+    """Write the stack to the file if the process crashes, is asked by SIGUSR1, or leaves by `os._exit`."""
+    faulthandler.enable(file=trace)
+    faulthandler.register(signal.SIGUSR1, file=trace)
+    leave, process = os._exit, os.getpid()
+
+    def record_and_leave(status: int) -> NoReturn:
+        if os.getpid() == process:
+            faulthandler.dump_traceback(file=trace)
+        leave(status)
+
+    os._exit = record_and_leave
+
+
+class _WorkerEnded(BaseException):
+    pass
+
+
+def _fork_from_keeper(connection: int, lifeline: int) -> None:
+    """Return in a new process. This one waits for its end, or for that of the trainer, and ends all processes of the group."""
+
+    def worker_ended(*_: object) -> NoReturn:
+        raise _WorkerEnded
+
+    try:
+        signal.signal(signal.SIGCHLD, worker_ended)
+        worker = os.fork()
+        if worker == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(lifeline)
+            return
+        os.close(connection)
+        os.read(lifeline, 1)
+    except _WorkerEnded:
+        _end_as(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+    os.killpg(0, signal.SIGKILL)
+
+
+def _end_as(code: int) -> NoReturn:
+    """End with the exit code of another process, or by the signal that ended it."""
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -code)
+    os._exit(code)
