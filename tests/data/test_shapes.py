@@ -248,3 +248,19 @@ def test_rendered_text_is_read_as_its_tokens(tmp_path: Path) -> None:
         load(tmp_path, other, tokenizer, text_key="text", text_is_rendered=True)
     with pytest.raises(UserError, match="text that is trained whole"):
         load(tmp_path, write(tmp_path / "chat.jsonl", [{"question": "a", "answer": "b"}]), tokenizer, text_is_rendered=True)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2?", "completion": "5", "label": False},
+        {"prompt": "2+2?", "completion": "4", "label": True},
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        {"question": "2+2?", "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
+    ],
+)
+def test_bad_answers_are_not_trained_unnoticed(row: Values, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"labelled good or bad|a pair of answers"):
+        load(tmp_path, write(tmp_path / "rows.jsonl", [row]))
+    if "completion" in row:
+        load(tmp_path, write(tmp_path / "rows.jsonl", [row]), prompt_key="prompt", response_key="completion")

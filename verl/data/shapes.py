@@ -164,6 +164,8 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
     is_default = columns.prompt_key == "question" and answer in ("answer", None)
     if not is_default or (columns.prompt_key in row.values and (answer is None or answer in row.values)):
         return named
+    if for_training:
+        _refuse_labels(row, prefix)
     found = _recognised(row, for_training=for_training, needs_answer=answer is not None)
     if len(found) == 1:
         return found[0]
@@ -172,6 +174,17 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
     ways = "; or ".join(_keys_of(shape, prefix) for shape in found)
     what = f"it is not clear which columns to read (found: {', '.join(map(str, row.values))})"
     raise UserError(what, where=row.where, fix=f"set {ways}")
+
+
+def _refuse_labels(row: Row, prefix: str) -> None:
+    """Raise UserError for one answer with a label, good or bad, or a pair of answers: a bad answer must not be trained unnoticed."""
+    if "completion" in row.values and isinstance(row.values.get("label"), bool):
+        what = "the row is an answer that is labelled good or bad (columns 'completion' and 'label')"
+        fix = f"keep the rows whose label is true, and remove the label; or set {prefix}prompt_key and {prefix}response_key to train all"
+        raise UserError(what, where=row.where, fix=fix)
+    if {"chosen", "rejected"} <= row.values.keys():
+        fix = f"train pairs with verl reward; or set {prefix}prompt_key and {prefix}response_key (or {prefix}messages_key) to train one of them"
+        raise UserError("the row is a pair of answers (columns 'chosen' and 'rejected')", where=row.where, fix=fix)
 
 
 def _recognised(row: Row, *, for_training: bool, needs_answer: bool) -> list[Shape]:
