@@ -183,7 +183,7 @@ def _refuse_labels(row: Row, prefix: str) -> None:
         fix = f"keep the rows whose label is true, and remove the label; or set {prefix}prompt_key and {prefix}response_key to train all"
         raise UserError(what, where=row.where, fix=fix)
     if {"chosen", "rejected"} <= row.values.keys():
-        fix = f"train pairs with verl reward; or set {prefix}prompt_key and {prefix}response_key (or {prefix}messages_key) to train one of them"
+        fix = f"train pairs with verl reward; or set {prefix}prompt_key and {prefix}response_key to train one of the answers"
         raise UserError("the row is a pair of answers (columns 'chosen' and 'rejected')", where=row.where, fix=fix)
 
 
