@@ -23,7 +23,8 @@ from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.adapters.lora import add_adapters
-from verl.models.load import Loaded, load_for_inference, load_for_training
+from verl.models.inference import load_for_inference
+from verl.models.load import Loaded, load_for_training
 from verl.models.saved import export_adapter, export_model
 
 pytestmark = pytest.mark.usefixtures("process_group")

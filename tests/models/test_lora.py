@@ -36,7 +36,8 @@ from verl.models.adapters import files, lora
 from verl.models.adapters.lora import add_adapters
 from verl.models.adapters.operators import use_operators
 from verl.models.adapters.trained_tokens import token_ids, untrained_stop_tokens
-from verl.models.load import Loaded, load_for_inference, load_for_training, outline
+from verl.models.inference import load_for_inference
+from verl.models.load import Loaded, load_for_training, outline
 from verl.models.saved import export_adapter
 from verl.models.tiny import tiny_tokenizer
 from verl.trainer import fsdp_sft_trainer

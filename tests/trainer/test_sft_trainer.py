@@ -29,7 +29,8 @@ from verl.data.tables import Columns
 from verl.engine import checkpoint
 from verl.engine.contract import LossOut, TokenOut
 from verl.errors import UserError, exit_on_user_error
-from verl.models.load import load_for_inference, load_tokenizer
+from verl.models.inference import load_for_inference
+from verl.models.load import load_tokenizer
 from verl.trainer import fsdp_sft_trainer
 
 
