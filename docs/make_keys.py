@@ -6,12 +6,13 @@ from typing import Any
 
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT
 from verl.config.algorithm import AlgorithmConfig
-from verl.config.load import describe, shown
+from verl.config.help import comment_on, shown
+from verl.config.load import ALIASES, describe
 from verl.config.pairs import PreferenceConfig
-from verl.config.plugin_settings import comment_on, completed, fields_of, groups_of, settings_class
+from verl.config.plugin_settings import completed, fields_of, groups_of, settings_class
 from verl.config.ppo import RewardConfig
 from verl.config.shared import OptimConfig
-from verl.config.spellings import ALIASES, REJECTED
+from verl.config.unknown_keys import REJECTED
 
 PAGE = Path(__file__).with_name("keys.md")
 COMMANDS: dict[str, Any] = {

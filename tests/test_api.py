@@ -26,7 +26,7 @@ from tiny import write_problems_and_model
 
 import verl
 from verl import dist
-from verl.config.load import config_of
+from verl.config.objects import config_of
 from verl.models.attention import packed
 from verl.models.attention.packed import AttentionChoice, use_attention
 from verl.session import session

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl.commands import EVALUATE, EXPORT, PPO, REWARD, SFT, Command
 from verl.config.commands import keyed
-from verl.config.load import Given, config_of
+from verl.config.objects import Given, config_of
 from verl.rollout import DEFAULTS, Options
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from verl.config.commands import check_sampling
 from verl.data.render import Renderer
 from verl.errors import UserError
+from verl.models.format_check import check_format
 from verl.models.load import load_tokenizer
-from verl.models.prompt_format import check_format, system_of
+from verl.models.prompt_format import system_of
 from verl.progress import quiet_libraries
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 

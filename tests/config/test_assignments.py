@@ -7,7 +7,8 @@ from typing import Any, Literal
 import pytest
 
 from verl.config.assignments import argument, assignments_in, type_of
-from verl.config.load import config_of, load_config, to_yaml
+from verl.config.load import load_config, to_yaml
+from verl.config.objects import config_of
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError

@@ -9,11 +9,13 @@ import pytest
 
 import verl
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig
-from verl.config.load import ALIASES, REJECTED, config_of, describe, load_config, to_yaml
+from verl.config.load import ALIASES, describe, load_config, to_yaml
+from verl.config.objects import config_of
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.plugin_settings import completed
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
+from verl.config.unknown_keys import REJECTED
 from verl.errors import UserError
 
 NEEDED = ["data.train_files=train.jsonl", "model.partial_pretrain=model"]

@@ -7,7 +7,8 @@ import pytest
 
 from verl.algorithms import dapo
 from verl.config.commands import EvalConfig
-from verl.config.load import config_of, describe, load_config, to_yaml
+from verl.config.load import describe, load_config, to_yaml
+from verl.config.objects import config_of
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.plugin_settings import completed, settings_of
 from verl.config.ppo import AlgorithmConfig, PPOConfig, RewardConfig

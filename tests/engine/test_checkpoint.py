@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM
 from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.adapters.lora import add_adapters
-from verl.models.load import Loaded, load_for_inference, load_for_training
+from verl.models.inference import load_for_inference
+from verl.models.load import Loaded, load_for_training
 from verl.models.saved import export_adapter, export_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -85,7 +86,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one_bit_for_bit(tm
     begun = train(first, 0, 3)
     save(tmp_path, first, loaded, step=3)
     resumed = engine_on(load_for_training(original))
-    checkpoint.load(tmp_path / "global_step_3", resumed)
+    restore.load(tmp_path / "global_step_3", resumed)
     assert begun + train(resumed, 3, 8) == whole
 
 
@@ -98,7 +99,7 @@ def test_a_lost_data_position_shows(tmp_path: Path) -> None:
     train(first, 0, 3)
     save(tmp_path, first, loaded, step=3)
     resumed = engine_on(load_for_training(original))
-    checkpoint.load(tmp_path / "global_step_3", resumed)
+    restore.load(tmp_path / "global_step_3", resumed)
     assert train(resumed, 0, 1) != whole[3:]
 
 
@@ -157,7 +158,7 @@ def test_an_adapter_trains_nothing_else_and_resumes(tmp_path: Path) -> None:
     assert all(torch.equal(frozen[n], p) for n, p in engine.scorer.named_parameters() if not p.requires_grad)
     again, _ = adapted_model(tmp_path, tied=True)
     resumed = engine_on(again, lr=1e-2)
-    checkpoint.load(tmp_path / "global_step_3", resumed)
+    restore.load(tmp_path / "global_step_3", resumed)
     assert train(resumed, 3, 6) == rest
 
 

@@ -19,7 +19,7 @@ from verl.config.load import load_config
 from verl.config.sft import SFTConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.build import Built, build
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
@@ -163,7 +163,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     losses = train(built[0].engine, 0, 3)
     saved = checkpoint.save(tmp_path, built[0].engine, WHERE, lambda directory: None)
     losses += train(built[0].engine, 3, 6)
-    checkpoint.load(saved, built[1].engine)
+    restore.load(saved, built[1].engine)
     assert train(built[1].engine, 3, 6) == losses[3:]
     for one, other in zip(built[0].engine.trained, built[1].engine.trained, strict=True):
         assert torch.equal(one, other)
@@ -175,7 +175,7 @@ def test_a_lost_scale_of_the_moments_shows_on_resuming(model_path: Path, tmp_pat
     train(first, 0, 3)
     saved = checkpoint.save(tmp_path, first, WHERE, lambda directory: None)
     whole = train(first, 3, 5)
-    checkpoint.load(saved, resumed)
+    restore.load(saved, resumed)
     for p in resumed.trained:
         for key, tensor in optimizer_state(resumed.optimizer, p).items():
             if key.endswith("_scales"):
@@ -189,7 +189,7 @@ def test_another_rounding_shows_on_resuming(model_path: Path, tmp_path: Path) ->
     train(first, 0, 3)
     saved = checkpoint.save(tmp_path, first, WHERE, lambda directory: None)
     whole = train(first, 3, 6)
-    checkpoint.load(saved, resumed)
+    restore.load(saved, resumed)
     torch.manual_seed(99)
     assert train(resumed, 3, 6) != whole
 
@@ -199,7 +199,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(now: tuple[str, str], mode
     first = built_of(model_path, "adamw_8bit").engine
     saved = checkpoint.save(tmp_path, first, WHERE, lambda directory: None)
     with pytest.raises(UserError, match="this run trains other tensors") as caught:
-        checkpoint.load(saved, built_of(model_path, *now).engine)
+        restore.load(saved, built_of(model_path, *now).engine)
     assert caught.value.fix is not None and "optim.name" in caught.value.fix
 
 

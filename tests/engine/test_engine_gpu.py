@@ -19,7 +19,7 @@ from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing, micro_batches
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.contract import TokenOut
 from verl.engine.engine import Engine
@@ -291,7 +291,7 @@ def test_a_run_resumed_on_a_gpu_is_the_uninterrupted_one(model_path: Path, devic
         device=device,
         compute_dtype=torch.bfloat16,
     )
-    checkpoint.load(saved, resumed)
+    restore.load(saved, resumed)
     np.testing.assert_allclose(train(resumed, 3, 8), rest, rtol=1e-3)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.loader import Packing, micro_batches
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -120,7 +120,7 @@ def test_a_resumed_engine_computes_with_the_weights_of_the_checkpoint(model_path
     where = Position(step=1, tokens=0, supervised_tokens=0, rows=8, rows_per_step=8, seed=1, data_fingerprint="f")
     saved = checkpoint.save(tmp_path, engine, where, export=lambda directory: None)
     resumed = engine_of(model_path)
-    checkpoint.load(saved, resumed)
+    restore.load(saved, resumed)
     for found, expected in zip(resumed.scorer.parameters(), engine.scorer.parameters(), strict=True):
         assert torch.equal(found, expected)
     assert torch.equal(resumed.train_step(batches, sft, 1)["loss"], engine.train_step(batches, sft, 1)["loss"])

@@ -25,7 +25,6 @@ from verl.engine.outline import Outline
 from verl.errors import UserError, exit_on_user_error
 from verl.models.attention.flash import Heads
 from verl.models.attention.packed import packed_attention
-from verl.models.attention.ulysses import heads_of_each
 from verl.trainer import fsdp_sft_trainer
 
 # Of PyTorch's own making, while it traces.
@@ -63,7 +62,7 @@ def test_a_rank_without_rows_has_filler_for_every_part() -> None:
     ("query", "key_value", "size", "expected"), [(14, 2, 2, (7, 1)), (14, 2, 7, (2, 2)), (6, 3, 2, (3, 3)), (8, 1, 4, (2, 1))]
 )
 def test_each_process_has_the_key_heads_of_its_query_heads(query: int, key_value: int, size: int, expected: tuple[int, int]) -> None:
-    heads = heads_of_each(Heads(query, key_value, 64), size)
+    heads = Heads(query, key_value, 64).of_each(size)
     assert (heads.query, heads.key_value) == expected
 
 

@@ -22,7 +22,7 @@ from verl.config.load import load_config
 from verl.errors import UserError
 from verl.models import export as exporting
 from verl.models.adapters import files
-from verl.models.load import load_for_inference
+from verl.models.inference import load_for_inference
 from verl.models.tiny import tiny_tokenizer
 
 IDS = torch.arange(3, 15)[None]

@@ -9,8 +9,7 @@ from tiny import write_model
 from transformers import AutoModelForCausalLM
 
 from verl.errors import UserError
-from verl.models.foreign import check_is_model
-from verl.models.load import cannot_load, load_for_training, load_tokenizer, outline, resolve
+from verl.models.load import cannot_load, check_is_model, load_for_training, load_tokenizer, outline, resolve
 
 
 @pytest.fixture

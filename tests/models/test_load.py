@@ -14,7 +14,8 @@ from tiny import qwen2_config, write_model
 from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 from verl.errors import UserError
-from verl.models.load import load_for_inference, load_for_training
+from verl.models.inference import load_for_inference
+from verl.models.load import load_for_training
 from verl.models.saved import export_model
 
 NORMS = ("norm.weight", "layernorm.weight")

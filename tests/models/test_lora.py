@@ -27,7 +27,7 @@ from verl.algorithms import sft
 from verl.config.checks import check_lora
 from verl.config.shared import FsdpConfig, ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -36,7 +36,8 @@ from verl.models.adapters import files, lora
 from verl.models.adapters.lora import add_adapters
 from verl.models.adapters.operators import use_operators
 from verl.models.adapters.trained_tokens import token_ids, untrained_stop_tokens
-from verl.models.load import Loaded, load_for_inference, load_for_training, outline
+from verl.models.inference import load_for_inference
+from verl.models.load import Loaded, load_for_training, outline
 from verl.models.saved import export_adapter
 from verl.models.tiny import tiny_tokenizer
 from verl.trainer import fsdp_sft_trainer
@@ -157,7 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, base: Pat
     first.save(tmp_path)
     rest = first.train(3, 6)
     resumed = Run(config, tokenizer)
-    checkpoint.load(tmp_path / "global_step_3", resumed.engine)
+    restore.load(tmp_path / "global_step_3", resumed.engine)
     assert resumed.train(3, 6) == rest
 
 
@@ -169,7 +170,7 @@ def test_dropout_without_its_random_state_shows(tied: Path, tokenizer: Qwen2Toke
     first.save(tmp_path)
     rest = first.train(3, 5)
     resumed = Run(config, tokenizer)
-    checkpoint.load(tmp_path / "global_step_3", resumed.engine)
+    restore.load(tmp_path / "global_step_3", resumed.engine)
     torch.manual_seed(6)
     assert resumed.train(3, 5) != rest
 

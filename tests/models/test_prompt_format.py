@@ -16,7 +16,8 @@ from verl.config.sft import SFTConfig
 from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.eval import sft_evaluator
-from verl.models.prompt_format import FILE, read_format
+from verl.models.format_check import read_format
+from verl.models.prompt_format import FILE
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 SYSTEM = "You count well."

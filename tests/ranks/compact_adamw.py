@@ -13,7 +13,7 @@ from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.optim import optimizer_state
@@ -53,7 +53,7 @@ def main(model: str, folder: str, name: str) -> None:
         checkpoint.save(root, engine, Position(3, 0, 0, 24, 4, 1, "f"), lambda directory: None)
         result["whole"] = train(engine, 3, 6)
     engine = engine_of(model, device)
-    checkpoint.load(root / "global_step_3", engine)
+    restore.load(root / "global_step_3", engine)
     result["moments"], result["codes"] = digest_of_moments(engine)
     result["resumed"] = train(engine, 3, 6)
     if dist.is_main():

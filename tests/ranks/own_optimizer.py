@@ -13,7 +13,7 @@ from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -44,7 +44,7 @@ def main(model: str, folder: str, file: str) -> None:
         saved = checkpoint.save(Path(folder) / strategy, engine, where, export)
         whole = losses(engine, 3, 6)
         resumed, _ = build(model, file, strategy)
-        checkpoint.load(saved, resumed)
+        restore.load(saved, resumed)
         found[strategy] = {"begun": begun, "whole": whole, "resumed": losses(resumed, 3, 6)}
     if dist.is_main():
         (Path(folder) / "found.json").write_text(json.dumps(found))

@@ -16,7 +16,7 @@ from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.loader import Loader, Packing, micro_batches
-from verl.engine import checkpoint, weights
+from verl.engine import checkpoint, restore, weights
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -80,10 +80,10 @@ def main(model: str, folder: str) -> None:
     assert isinstance(engine.weights, ReplicatedWeights) == (dist.world_size() > 1)
     found["ddp, many buckets"] = {"gradient": gradient(engine), "losses": losses(engine, 0, 6)}
     save(Path(folder) / "replicated", engine, loaded, 6)
-    checkpoint.load(Path(folder) / "sharded" / "global_step_6", engine)
+    restore.load(Path(folder) / "sharded" / "global_step_6", engine)
     found["ddp after fsdp2"] = losses(engine, 6, 10)
     engine, _ = build(model, SPREADS["groups"], empty=dist.world_size() > 1)
-    checkpoint.load(Path(folder) / "replicated" / "global_step_6", engine)
+    restore.load(Path(folder) / "replicated" / "global_step_6", engine)
     found["fsdp2 after ddp"] = losses(engine, 6, 10)
     sent, send = 0, torch.distributed.all_reduce
 

@@ -13,7 +13,7 @@ from verl import dist
 from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -52,7 +52,7 @@ def main(model: str, folder: str) -> None:
         saved = checkpoint.save(root, run.engine, WHERE, partial(export_adapter, adapted=run.adapted))
         losses[f"gone on {dropout}"] = run.train(3, 5)
         resumed = Run(model, dropout)
-        checkpoint.load(saved, resumed.engine)
+        restore.load(saved, resumed.engine)
         losses[f"resumed {dropout}"] = resumed.train(3, 5)
     if dist.is_main():
         (Path(folder) / "losses.json").write_text(json.dumps(losses))

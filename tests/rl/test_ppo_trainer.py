@@ -18,7 +18,7 @@ from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
 from verl.data.prompts import Prompt
 from verl.data.render import Renderer
-from verl.engine import checkpoint
+from verl.engine import checkpoint, restore
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
 from verl.rl.roles import check_checkpoint
@@ -149,8 +149,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ppo
 def test_a_resumed_run_that_has_lost_its_place_is_noticed(
     folder: Path, ppo: Metrics, lost: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = checkpoint.read_position
-    monkeypatch.setattr(checkpoint, "read_position", lambda directory: replace(whole(directory), **lost))
+    whole = restore.read_position
+    monkeypatch.setattr(restore, "read_position", lambda directory: replace(whole(directory), **lost))
     assert timeless(resumed(folder, f"lost_{next(iter(lost))}"))[2:] != timeless(ppo)[2:]
 
 

@@ -26,10 +26,11 @@ from verl.data.batch import Batch
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import row_order
 from verl.data.tables import Columns
-from verl.engine import checkpoint
+from verl.engine import restore
 from verl.engine.contract import LossOut, TokenOut
 from verl.errors import UserError, exit_on_user_error
-from verl.models.load import load_for_inference, load_tokenizer
+from verl.models.inference import load_for_inference
+from verl.models.load import load_tokenizer
 from verl.trainer import fsdp_sft_trainer
 
 
@@ -301,8 +302,8 @@ def test_a_run_goes_on_after_its_file_has_moved(
 def test_a_checkpoint_that_does_not_record_its_rows_is_resumed_with_a_warning(
     folder: Path, plain_run: Metrics, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = checkpoint.read_position
-    monkeypatch.setattr(checkpoint, "read_position", lambda directory: replace(whole(directory), data_fingerprint="0" * 64))
+    whole = restore.read_position
+    monkeypatch.setattr(restore, "read_position", lambda directory: replace(whole(directory), data_fingerprint="0" * 64))
     train(folder, "plain")
     said = capsys.readouterr().out
     assert "does not record the tokens of its rows, because an older version wrote it" in said and "nothing left to do" in said

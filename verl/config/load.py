@@ -1,13 +1,9 @@
 """Builds a typed config from the command line: `--config FILE.yaml` (repeatable, later files win) and `key=value` (wins over files)."""
 
-import difflib
-import math
-import numbers
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +11,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl import __version__
-from verl.config.assignments import NULL, Assignment, argument, assignments_in, type_of
-from verl.config.plugin_settings import check_settings, comment_on, completed, fields_of, groups_of, settings_class
-from verl.config.spellings import ALIASES, HINTS, REJECTED
+from verl.config.assignments import Assignment, argument, assignments_in, type_of
+from verl.config.plugin_settings import check_settings, completed, groups_of
 from verl.errors import UserError
 
 Config = TypeVar("Config")
-Given = Mapping[str, Any] | str  # other forms of a config in the Python API
+
+# Upstream's keys that are accepted, with the keys that they stand for.
+ALIASES = {
+    "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
+    "model.path": "model.partial_pretrain",
+    "data.multiturn.messages_key": "data.messages_key",
+    "data.multiturn.tools_key": "data.tools_key",
+    "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
+}
 
 
 def load_config(schema: type[Config], argv: list[str]) -> Config:
@@ -126,63 +129,6 @@ def _is_supported(keys: object) -> bool:
     return True
 
 
-def config_of(schema: type[Config], given: Sequence[object]) -> Config:
-    """Build a config from the arguments of the Python API. They are converted to command-line arguments and checked like them.
-
-    Args:
-        schema: a dataclass of `verl.config`.
-        given: instances of `schema`, mappings, and command-line arguments; later ones win. From a dataclass, only values that differ from
-            the defaults are used.
-    Raises:
-        UserError: an argument is none of these, or a key, type or value is invalid.
-    """
-    return load_config(schema, [word for part in given for word in _words_of(part, schema)])
-
-
-def _words_of(part: object, schema: type) -> list[str]:
-    """Return one argument of the Python API as command-line arguments."""
-    if isinstance(part, str):
-        if part in ("-h", "--help", "--version"):
-            raise UserError(f"found {part!r}", fix="docs/keys.md lists all keys, and verl.__version__ is the version")
-        return [part]
-    if isinstance(part, schema):
-        completed(part)  # raises if a group has the keys of a plugin other than the one that it names
-        defaults = dict(_leaves(_tree(schema())))
-        return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part)) if key not in defaults or defaults[key] != value]
-    if isinstance(part, Mapping):
-        return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part))]
-    what = f"the class {part.__name__}" if isinstance(part, type) else f"{type(part).__name__}"
-    raise UserError(f"found {what}, expected {schema.__name__}, a dict or key=value", fix=f"{schema.__name__}() has the defaults")
-
-
-def _tree(part: object) -> dict[str, Any]:
-    """Return a dataclass or mapping as nested dicts, including attributes that are no fields, so that misspelled ones are reported."""
-    values = dict(part) if isinstance(part, Mapping) else vars(part)
-    return {str(key): _tree(value) if isinstance(value, Mapping) or _is_group(value) else value for key, value in values.items()}
-
-
-def _is_group(value: object) -> bool:
-    return is_dataclass(value) and not isinstance(value, type)
-
-
-def _word(key: str, value: object) -> str:
-    """Return a value as text that `argument` reads back."""
-    if value is None or isinstance(value, bool):
-        return {None: NULL, True: "true", False: "false"}[value]
-    if isinstance(value, numbers.Integral):
-        return str(int(value))
-    if isinstance(value, numbers.Real):
-        return repr(float(value)) if math.isfinite(value) else str(float(value)).replace("inf", ".inf").replace("nan", ".nan")
-    if isinstance(value, (str, os.PathLike)):
-        text = str(os.fspath(value))
-        return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_word(key, item) for item in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_word(key, str(name))}: {_word(key, item)}" for name, item in value.items()) + "}"
-    raise UserError(f"found {type(value).__name__}", where=key, fix="give text, a path, a number, true, false, null, or a list of these")
-
-
 def to_yaml(config: object) -> str:
     """Return a config as YAML that `--config` reads."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
@@ -196,34 +142,10 @@ def describe(schema: type, argv: Sequence[str] = ()) -> str:
     Raises:
         UserError: no such plugin.
     """
-    lines = [
-        (schema.__doc__ or "").strip(),
-        "",
-        "  --config FILE.yaml   keys from a file; repeatable, later files win, key=value wins over all",
-        "",
-    ]
+    from verl.config.help import help_text  # a run does not print it
+
     words = [word for number, word in enumerate(argv) if "=" in word or "--config" in argv[max(0, number - 1) : number + 1]]
-    defaults: Any = _defaults(schema, _given([word for word in words if word not in ("-h", "--help")]))
-    return "\n".join([*lines, *_describe(defaults)])
-
-
-def _describe(defaults: Any, prefix: str = "") -> list[str]:
-    lines: list[str] = []
-    for f in fields(defaults):
-        value = getattr(defaults, f.name)
-        if is_dataclass(value):
-            lines += _describe(value, f"{prefix}{f.name}.")
-            continue
-        lines.append(f"  {prefix}{f.name}={shown(value)}")
-        lines += [f"      {line}" for line in comment_on(type(defaults), f.name)]
-    return lines
-
-
-def shown(default: object) -> object:
-    """Return a default as it is printed."""
-    if default == "???":
-        return "required"
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")])))
 
 
 def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -242,21 +164,15 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
     return files, pairs
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        leaves += _leaves(value, f"{path}.") if isinstance(value, dict) and value else [(path, value)]
-    return leaves
-
-
 def _assign(config: DictConfig, given: Assignment, defaults: object) -> None:
     known, key = _keys(config), given.key
     if given.value == {} and key in {group.path for group in groups_of(defaults)}:
         return  # a group without keys, as `to_yaml` writes it
     key_now = _canonical(key)
     if key_now not in known and not any(key_now.startswith(f"{name}.") for name in known if _is_mapping(config, name)):
-        _refuse(given, known, defaults)
+        from verl.config.unknown_keys import refuse  # a right key needs none of its hints
+
+        refuse(given, known, defaults)
     value = given.value_for(type_of(defaults, key_now))
     if _asks_resolver(value):
         raise UserError(f"found {value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
@@ -279,45 +195,6 @@ def _is_mapping(config: DictConfig, key: str) -> bool:
 
 def _asks_resolver(value: Any) -> bool:
     return isinstance(value, str) and re.search(r"\$\{[^}]*:", value) is not None
-
-
-def _refuse(given: Assignment, known: list[str], defaults: object) -> None:
-    key, place = given.key, None if given.where == given.key else given.where
-    for rejected, fix in REJECTED.items():
-        if key == rejected or key.startswith(f"{rejected}."):
-            raise UserError(f"{key} is not supported here", where=place, fix=fix)
-    if any(name.startswith(f"{key}.") for name in known):
-        raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
-    _refuse_key_of_another(given, defaults)
-    last = key.rpartition(".")[2]
-    near = [name for name in known if name == HINTS.get(last) or name.rpartition(".")[2] == last]
-    near = near[:1] or _nearest(key, known)
-    raise UserError(f"unknown key {key!r}", where=place, fix=f"did you mean {near[0]}?" if near else "--help lists all keys")
-
-
-def _nearest(key: str, known: list[str]) -> list[str]:
-    """Return the known key that is most similar, as a list of at most one: in its group, by its last part, or by its full name.
-
-    Within a group, only the last parts are compared, because the group's name would make all of its keys similar.
-    """
-    path, _, last = key.rpartition(".")
-    last_parts = {name.rpartition(".")[2]: name for name in known}
-    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == path}
-    for names, cutoff in ((beside, 0.6), (last_parts, 0.75)):
-        if found := difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
-            return [names[found[0]]]
-    return difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-
-
-def _refuse_key_of_another(given: Assignment, defaults: object) -> None:
-    """Raises UserError: the key belongs to another plugin."""
-    path, _, name = given.key.rpartition(".")
-    for group in groups_of(defaults):
-        others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
-        if path == group.path and others:
-            others_lack = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
-            what = f"is a key of {', '.join(others)}; {others_lack}"
-            raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:

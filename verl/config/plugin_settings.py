@@ -222,17 +222,3 @@ def _placed(path: str, where: str | None, settings: Any) -> str:
 
 def fields_of(kind: type) -> dict[str, Any]:
     return {f.name: f for f in dataclasses.fields(kind)}
-
-
-def comment_on(kind: type, name: str) -> list[str]:
-    """Return the lines of the comment above a field, in the class itself or else in the base class that declares it."""
-    for source in _sources(kind):
-        found = re.search(rf"((?:^[ \t]+#.*\n)+)[ \t]+{name}:", source, re.MULTILINE)
-        if found:
-            return [line.strip().removeprefix("#").strip() for line in found[1].splitlines()]
-    return []
-
-
-def _sources(kind: type) -> Iterator[str]:
-    bases: list[type] = [base for part in (*getattr(kind, "made_of", ()), kind) for base in part.__mro__]
-    return (inspect.getsource(base) for base in bases if hasattr(base, "__dataclass_fields__") and "made_of" not in vars(base))

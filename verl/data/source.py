@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import math
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from verl.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 FORMS = "give a path, a glob, a Hub data set id (org/name, org/name:config or org/name:config:split), or a list of these"
-SHARE_FORMS = "write it as {path: a.jsonl, weight: 2.0} or {path: a.jsonl, rows: 5000}"
 Source = Path | str  # a local file, or a data set on the Hub as `org/name:config:split`
 
 
@@ -112,24 +110,10 @@ def is_training(key: str) -> bool:
 
 
 def _with_share(given: Mapping[object, object], key: str) -> Entry:
-    unknown = [str(name) for name in given if name not in ("path", "weight", "rows")]
-    if unknown or "path" not in given or not isinstance(given["path"], (str, Path)):
-        what = f"an entry has the unknown key {unknown[0]!r}" if unknown else f"an entry has no path: {dict(given)}"
-        raise UserError(what, where=key, fix=SHARE_FORMS)
-    name, weight, rows = str(given["path"]), given.get("weight"), given.get("rows")
-    if not is_training(key) and (weight is not None or rows is not None):
-        raise UserError(f"{name} has a share, but all rows are used here", where=key, fix="give the path alone")
-    if weight is not None and rows is not None:
-        raise UserError(f"{name} has both a weight and a number of rows", where=key, fix="give one of them")
-    if weight is not None and not (_is_number(weight) and math.isfinite(weight) and weight > 0):  # type: ignore[arg-type,operator]
-        raise UserError(f"the weight of {name} is {weight!r}", where=key, fix="give a number above 0, such as 2.0")
-    if rows is not None and not (isinstance(rows, int) and _is_number(rows) and rows > 0):
-        raise UserError(f"the rows of {name} are {rows!r}", where=key, fix="give a whole number above 0, such as 5000")
-    return Entry(name, _resolve(name, key), None if weight is None else float(weight), rows)  # type: ignore[arg-type]
+    from verl.data.shares import read_share  # most lists of files have none
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    name, weight, rows = read_share(given, key, for_training=is_training(key))
+    return Entry(name, _resolve(name, key), weight, rows)
 
 
 def _entry(given: object, key: str) -> Entry:

@@ -20,7 +20,6 @@ from verl.errors import UserError
 from verl.models.attention import flash
 from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import AttentionChoice, has_flash
-from verl.models.attention.ulysses import heads_of_each
 
 if TYPE_CHECKING:
     from verl.config.pairs import PairsConfig
@@ -144,7 +143,7 @@ def decide(
     settings = outline.settings
     dtype = choose_compute_dtype(settings.compute_dtype, hardware.device)
     compiled, why = _choose_compiling(outline, hardware, workload, scalar_head=scalar_head)
-    heads = tuple(dict.fromkeys([heads_of_each(outline.heads, settings.context_parallel_size), *other_heads]))
+    heads = tuple(dict.fromkeys([outline.heads.of_each(settings.context_parallel_size), *other_heads]))
     return Decisions(
         hardware=hardware,
         workload=workload,

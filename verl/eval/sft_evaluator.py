@@ -24,8 +24,9 @@ from verl.data.source import describe_sources, resolve_entries, sources_of, vali
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Answer, Grader, Prediction, Question
+from verl.models.format_check import check_format
 from verl.models.load import load_tokenizer
-from verl.models.prompt_format import check_format, system_of
+from verl.models.prompt_format import system_of
 from verl.progress import open_console
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.session import session

@@ -21,8 +21,8 @@ from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
 from verl.errors import UserError, exit_on_user_error
 from verl.models.adapters import files
+from verl.models.format_check import read_format
 from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
-from verl.models.prompt_format import read_format
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
 

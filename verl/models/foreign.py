@@ -33,22 +33,17 @@ FORMATS = (
 )
 
 
-def check_is_model(path: str) -> None:
-    """Check that a local directory has a whole model in safetensors, or only a config; a Hub name is not checked.
-
-    Raises:
-        UserError: it is a LoRA adapter, or its weights have another format.
-    """
+def refuse_adapter(path: str) -> None:
+    """Raise UserError if a local directory has a LoRA adapter and no whole model."""
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
         further = f"model.partial_pretrain={base} model.lora_adapter_path={path}"
         fix = f"merge it first with `verl export {path} NEW_DIR`; or train it further with {further}"
         raise UserError("is a LoRA adapter, not a whole model", where=path, fix=fix)
-    check_format(path)
 
 
-def check_format(path: str) -> None:
+def refuse_formats(path: str) -> None:
     """Raise UserError if a local directory or file has weights in another format than safetensors, and none in safetensors."""
     place = Path(path).expanduser()
     folder = place if place.is_dir() else place.parent

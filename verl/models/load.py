@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,7 +26,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-from verl.models.foreign import check_format, check_is_model
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 
@@ -119,10 +117,39 @@ def load_for_training(
         UserError: no such model, or its weights cannot be loaded from safetensors.
     """
     options = {} if quantization is None else {"quantization_config": quantization}
-    model = _from_pretrained(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options)
+    model = load_language_model(
+        path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options
+    )
     saved_dtypes = find_saved_dtypes(model, resolve(path))
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
+
+
+def check_is_model(path: str) -> None:
+    """Check that a local directory has a whole model in safetensors, or only a config; a Hub name is not checked.
+
+    Raises:
+        UserError: it is a LoRA adapter, or its weights have another format.
+    """
+    if not _has_model(path):
+        from verl.models.foreign import refuse_adapter, refuse_formats  # what the directory has instead is rarely asked
+
+        refuse_adapter(path)
+        refuse_formats(path)
+
+
+def check_format(path: str) -> None:
+    """Raise UserError if a local directory or file has weights in another format than safetensors, and none in safetensors."""
+    if not _has_model(path):
+        from verl.models.foreign import refuse_formats  # as in check_is_model
+
+        refuse_formats(path)
+
+
+def _has_model(path: str) -> bool:
+    """Return whether a local directory has a model in safetensors. A name that is no local path counts as one that has."""
+    place = Path(path).expanduser()
+    return not place.exists() or ((place / "config.json").is_file() and any(place.glob("*.safetensors")))
 
 
 def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -153,39 +180,6 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load("model", path, error) from error
     return model
-
-
-def load_for_inference(
-    path: str, *, device: torch.device | str, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a causal language model for generation. An adapter is merged into its base model.
-
-    Args:
-        path: model directory, LoRA adapter directory, or Hub name.
-        device: device of the weights.
-        dtype: dtype of the weights in memory; None: the dtype on disk.
-    Raises:
-        UserError: no such model, or the base model of an adapter cannot be loaded.
-    """
-    adapter = read_adapter_config(path)
-    base = path if adapter is None else adapter["base_model_name_or_path"]
-    try:
-        model = _from_pretrained(
-            base, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-        )
-    except UserError as error:
-        if adapter is None:
-            raise
-        raise UserError(f"the adapter's base model cannot be loaded: {error.what}", where=path, fix=f"restore it at {base}") from error
-    if adapter is not None:
-        from verl.models.adapters.files import attach
-
-        directory = resolve(path)
-        attach(model, directory).merge_and_unload()
-        if (Path(directory) / "generation_config.json").is_file():  # it has the stop tokens of the adapter's training
-            model.generation_config = GenerationConfig.from_pretrained(directory)
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
 
 
 def read_adapter_config(path: str) -> dict[str, Any] | None:
@@ -246,9 +240,17 @@ def check_language_model(config: PretrainedConfig, path: str) -> None:
         )
 
 
-def _from_pretrained(
+def load_language_model(
     path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str, **options: Any
 ) -> PreTrainedModel:
+    """Load a causal language model with all of its weights.
+
+    Args:
+        dtype: dtype of the weights in memory; "auto": the dtype on disk.
+        options: further arguments of transformers' `from_pretrained`.
+    Raises:
+        UserError: no such model, it is a reward model or a critic, or its weights cannot be loaded from safetensors.
+    """
     source = resolve(path)
     check_is_model(path)
     try:

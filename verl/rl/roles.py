@@ -23,8 +23,9 @@ from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
 from verl.models.attention.packed import heads_of
+from verl.models.format_check import check_format
 from verl.models.load import read_adapter_config, read_config, resolve
-from verl.models.prompt_format import check_format, system_of
+from verl.models.prompt_format import system_of
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.answering import Answerer

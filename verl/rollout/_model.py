@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from verl import dist
 from verl.engine.layers import decoder_layers
 from verl.errors import UserError
-from verl.models.load import check_vocabulary, load_for_inference
+from verl.models.inference import load_for_inference
+from verl.models.load import check_vocabulary
 from verl.rollout import Options, Sampling
 
 

@@ -14,7 +14,6 @@ from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, epoch_lengths
 from verl.data.tables import Columns
-from verl.engine import checkpoint
 from verl.engine.build import build
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of
 from verl.engine.hardware import ASSUMED, Hardware, measure
@@ -63,7 +62,9 @@ def train(config: SFTConfig) -> TrainResult:
         )
         run.say(f"{built.describe()}\nplan: {loader.describe(total_steps)}; into {run.directory}")
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, built.engine)
+            from verl.engine import restore  # a new run restores nothing
+
+            restore.load(run.checkpoint, built.engine)
         train_loop(config.trainer, sft, loader, validation, built, start, run)
         return run.result()
 

@@ -12,8 +12,7 @@ from verl.data.report import show_first_row
 from verl.data.tables import RowReader
 from verl.engine.build import check_context
 from verl.engine.outline import Outline
-from verl.models.foreign import check_is_model
-from verl.models.load import load_tokenizer
+from verl.models.load import check_is_model, load_tokenizer
 from verl.run import Run
 
 

@@ -70,7 +70,9 @@ def train(config: PPOConfig) -> TrainResult:
         run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
         run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}\n{describe_epochs(config, prompts, total_steps)}")
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, roles.actor.engine, roles.critic)
+            from verl.engine import restore  # a new run restores nothing
+
+            restore.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
         try:
             train_loop(config, method, prompts, validation, roles, start, run)

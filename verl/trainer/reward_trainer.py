@@ -19,7 +19,6 @@ from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, epoch_lengths
 from verl.data.pairs import PairColumns
-from verl.engine import checkpoint
 from verl.engine.build import Built, build
 from verl.engine.build_heads import build_reward_model
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of_pairs
@@ -69,7 +68,9 @@ def train(config: RewardTrainerConfig) -> TrainResult:
             loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=steps))
             validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
         if run.checkpoint is not None:
-            checkpoint.load(run.checkpoint, built.engine)
+            from verl.engine import restore  # a new run restores nothing
+
+            restore.load(run.checkpoint, built.engine)
         train_loop(config.trainer, method.loss, loader, validation, built, start, run)
         return run.result()
 

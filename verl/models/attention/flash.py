@@ -9,6 +9,7 @@ Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D he
 
 import importlib
 import inspect
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class Heads:
     query: int
     key_value: int
     size: int
+
+    def of_each(self, ranks: int) -> "Heads":
+        """Return the heads that each of these ranks computes. A key head is on every rank that has one of its query heads."""
+        return Heads(self.query // ranks, math.lcm(self.key_value, ranks) // ranks, self.size)
 
 
 def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:

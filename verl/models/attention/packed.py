@@ -26,7 +26,6 @@ from verl import dist
 from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models.attention import flash
-from verl.models.attention.ulysses import to_heads, to_tokens
 
 PACKED = "verl_packed"
 USE_ANOTHER = "this architecture cannot read packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
@@ -138,6 +137,8 @@ def packed_attention(
         raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=USE_ANOTHER)
     query_TND, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_1NTD, key_1KTD, value_1KTD))
     if context:
+        from verl.models.attention.ulysses import to_heads, to_tokens  # only where ranks share a batch
+
         query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
     if _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
         output_TND = flash.flash_attention(

@@ -33,11 +33,6 @@ def check_heads(config: PretrainedConfig, heads: Heads, size: int) -> None:
         )
 
 
-def heads_of_each(heads: Heads, size: int) -> Heads:
-    """Return the heads that each of `size` ranks computes. A key head is on every rank that has one of its query heads."""
-    return Heads(heads.query // size, math.lcm(heads.key_value, size) // size, heads.size)
-
-
 def to_heads(parts_UXD: Sequence[Tensor], group: str) -> list[Tensor]:
     """Exchange slices of tokens with all heads for all tokens with this rank's heads, in one all-to-all.
 

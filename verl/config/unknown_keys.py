@@ -1,14 +1,11 @@
-"""Other names of keys: accepted aliases, and keys of other trainers with hints on what to use instead."""
+"""Errors about unknown keys: keys of other trainers and of other plugins, and misspelled ones."""
 
-# Upstream's keys that are accepted, with the keys that they stand for.
-ALIASES = {
-    "optim.lr_warmup_steps_ratio": "optim.warmup_steps_ratio",
-    "model.path": "model.partial_pretrain",
-    "data.multiturn.messages_key": "data.messages_key",
-    "data.multiturn.tools_key": "data.tools_key",
-    "data.apply_chat_template_kwargs": "data.chat_template_kwargs",
-}
+import difflib
+from typing import NoReturn
 
+from verl.config.assignments import Assignment
+from verl.config.plugin_settings import fields_of, groups_of, settings_class
+from verl.errors import UserError
 
 # Upstream's keys that are rejected, with what to use instead.
 REJECTED = {
@@ -64,3 +61,48 @@ HINTS = {
     "kl_loss_coef": "algorithm.kl_coef",
     "beta": "algorithm.kl_coef",
 }
+
+
+def refuse(given: Assignment, known: list[str], defaults: object) -> NoReturn:
+    """Raise the UserError of a key that a config does not have.
+
+    Args:
+        known: the keys that it has.
+        defaults: the config with default values and the keys of its plugins.
+    """
+    key, place = given.key, None if given.where == given.key else given.where
+    for rejected, fix in REJECTED.items():
+        if key == rejected or key.startswith(f"{rejected}."):
+            raise UserError(f"{key} is not supported here", where=place, fix=fix)
+    if any(name.startswith(f"{key}.") for name in known):
+        raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
+    _refuse_key_of_another(given, defaults)
+    last = key.rpartition(".")[2]
+    near = [name for name in known if name == HINTS.get(last) or name.rpartition(".")[2] == last]
+    near = near[:1] or _nearest(key, known)
+    raise UserError(f"unknown key {key!r}", where=place, fix=f"did you mean {near[0]}?" if near else "--help lists all keys")
+
+
+def _nearest(key: str, known: list[str]) -> list[str]:
+    """Return the known key that is most similar, as a list of at most one: in its group, by its last part, or by its full name.
+
+    Within a group, only the last parts are compared, because the group's name would make all of its keys similar.
+    """
+    path, _, last = key.rpartition(".")
+    last_parts = {name.rpartition(".")[2]: name for name in known}
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == path}
+    for names, cutoff in ((beside, 0.6), (last_parts, 0.75)):
+        if found := difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
+            return [names[found[0]]]
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+
+
+def _refuse_key_of_another(given: Assignment, defaults: object) -> None:
+    """Raises UserError: the key belongs to another plugin."""
+    path, _, name = given.key.rpartition(".")
+    for group in groups_of(defaults):
+        others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
+        if path == group.path and others:
+            others_lack = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
+            what = f"is a key of {', '.join(others)}; {others_lack}"
+            raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")
