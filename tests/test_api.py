@@ -40,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_problems_and_model(tmp_path_factory.mktemp("api"))
     (folder / "stops.py").write_text(LOGGER.format(action="signal.raise_signal(signal.SIGTERM)"))
     (folder / "interrupts.py").write_text(LOGGER.format(action="signal.raise_signal(signal.SIGINT)"))
-    (folder / "fails.py").write_text(LOGGER.format(action='raise RuntimeError("a logger of a user")'))
-    (folder / "runs_another.py").write_text(LOGGER.format(action="import verl; verl.sft(run.config)"))
+    (folder / "fails.py").write_text('def start(run):\n    raise RuntimeError("a logger of a user")\n')
+    (folder / "runs_another.py").write_text("import verl\n\ndef start(run):\n    verl.sft(run.config)\n")
     return folder
 
 
@@ -362,7 +362,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_call_goes_on(
     [
         ({"model__partial_pretrain": "./nowhere"}, verl.UserError, "no such model directory"),
         ({"data__prompt_key": "questoin"}, verl.UserError, "questoin"),
-        ({"trainer__logger": "fails.py"}, RuntimeError, "a logger of a user"),
+        ({"trainer__logger": "fails.py"}, verl.UserError, "a logger of a user"),
         ({"trainer__logger": "runs_another.py"}, verl.UserError, "another run is active in this process"),
         ({"model__context_parallel_size": 2}, verl.UserError, "1 processes are not a multiple of 2"),
     ],
@@ -528,7 +528,7 @@ def test_a_question_may_be_a_text_a_chat_or_several_of_either(model: verl.TextRo
     [
         (7, "found int, expected a question or a list of questions"),
         ([7], "prompts: found 7"),
-        ([[{"role": "tourist", "content": "Where?"}]], "tourist"),
+        ([[{"content": "Where?"}]], "role"),
         ("word " * 3000, "do not fit into the model's 2,048 positions"),
         (
             [{"role": "system", "content": "Be rude."}, {"role": "user", "content": "Hi"}],
