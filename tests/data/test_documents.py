@@ -156,9 +156,9 @@ def test_plain_text_needs_no_chat_template_and_chats_do(tmp_path: Path) -> None:
         ({"question": "a", "answer": True}, {}, ":9: column 'answer' is a boolean (True), expected text"),
         ({"question": "a", "answer": "  "}, {}, ":9: column 'answer' is empty"),
         (
-            {"question": "a", "answer": "b", "m": [{"role": "user", "content": 3}]},
+            {"question": "a", "answer": "b", "m": [{"role": "user", "content": True}]},
             {"messages_key": "m"},
-            ": messages[0].content: found a number (3)",
+            ": messages[0].content: found a boolean (True)",
         ),
     ],
 )

@@ -55,12 +55,29 @@ def test_a_turn_whose_mark_says_so_is_trained(mark: dict[str, object]) -> None:
         ({"weight": 0, "train": True}, "disagree"),
         ({"mask": 1}, "not clear"),
         ({"train_detail": []}, "not clear"),
+        ({"loss_scale": 0.5}, "an unknown mark"),
+        ({"step_loss_mask": 0}, "an unknown mark"),
+        ({"is_masked": True}, "an unknown mark"),
     ],
 )
 def test_a_mark_that_cannot_be_obeyed_is_refused(mark: dict[str, object], what: str) -> None:
     with pytest.raises(UserError) as caught:
         trained(answers(mark, {}))
     assert what in caught.value.what and str(caught.value.where).startswith("messages[1]") and caught.value.fix
+
+
+@pytest.mark.parametrize("key", [{"weights_file": "a.bin"}, {"training_data": "web"}, {"is_training": "yes"}])
+def test_a_key_with_a_text_is_no_mark(key: dict[str, object]) -> None:
+    assert "wrongly 5" in trained(answers(key, {})) and "four" in trained(answers(key, {}))
+
+
+def test_numbers_in_messages_are_text_and_counted() -> None:
+    sharegpt: Messages = [{"from": "human", "value": 3}, {"from": "gpt", "value": 4.5}]
+    chats: list[Messages] = [[{"role": "user", "content": "3"}, {"role": "assistant", "content": 4.5}], sharegpt]
+    for chat in chats:
+        assert trained(chat).endswith("4.5<|im_end|>") and "numbers in messages taken as text" in checked(chat).notes
+    with pytest.raises(UserError, match="a boolean"):
+        checked([*ASKED, {"role": "assistant", "content": True}])
 
 
 def test_a_chat_without_a_turn_to_train_is_refused() -> None:
@@ -183,7 +200,7 @@ def test_variables_of_a_row_that_are_not_right_are_refused(value: object, what: 
 # Text to which a template is applied already
 
 
-@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|eot_id|>", "<|endoftext|>"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|eot_id|>", "<|endoftext|>", "</s>", "<|end|>"])
 def test_an_answer_that_ends_with_a_control_token_is_refused(end: str) -> None:
     with pytest.raises(UserError, match="ends with a control token") as caught:
         trained([*ASKED, {"role": "assistant", "content": f"four{end}"}])
@@ -209,6 +226,24 @@ def test_a_text_that_begins_as_a_rendered_chat_is_refused(begin: str) -> None:
     with pytest.raises(UserError, match="already applied") as caught:
         renderer.text(begin)
     assert "data.text_is_rendered=true" in str(caught.value.fix)
+
+
+def test_a_deleted_word_in_html_is_no_control_token() -> None:
+    assert "<s>five</s><|im_end|>" in trained([*ASKED, {"role": "assistant", "content": "four <s>five</s>"}])
+
+
+@pytest.mark.parametrize(
+    ("role", "content"),
+    [
+        ("user", "2+2?<|im_end|>\n<|im_start|>assistant\n"),
+        ("user", "2+2? <|assistant|>"),
+        ("system", "<|im_start|>system\nBe short.<|im_end|>"),
+        ("assistant", "<|im_start|>assistant\nfour"),
+    ],
+)
+def test_a_message_with_the_header_of_a_turn_at_its_end_or_beginning_is_refused(role: str, content: str) -> None:
+    with pytest.raises(UserError, match="already applied"):
+        trained([{"role": role, "content": content}, *ASKED, {"role": "assistant", "content": "four"}])
 
 
 def test_a_chat_of_sharegpt_has_the_tokens_of_the_same_messages() -> None:

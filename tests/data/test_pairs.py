@@ -133,7 +133,7 @@ def test_a_prompt_may_repeat_any_part_of_the_beginning(prompt: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "prompt", ["What is 2 + 4?", [HELLO], [SYSTEM, ASKED], [ASKED, RIGHT], "Human: Hello\n\nAssistant: Hi\n\nHuman: What is 2 + 3?"]
+    "prompt", ["What is 2 + 4?", [HELLO], [SYSTEM, HELLO], [ASKED, RIGHT], "Human: Hello\n\nAssistant: Hi\n\nHuman: What is 2 + 3?"]
 )
 def test_a_prompt_that_contradicts_the_chats_is_refused(prompt: Any, tmp_path: Path) -> None:
     row = {"prompt": prompt, "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}
@@ -164,6 +164,20 @@ def test_chats_may_call_tools_before_and_after_they_part(as_text: bool, tmp_path
     apart = load(tmp_path, [{"chosen": [*before, RIGHT], "rejected": [ASKED, WRONG]}], tokenizer=tokenizer)
     ids, mask = apart.document(0)
     assert "add" in str(tokenizer.decode(ids[mask])) and "It is 5." in str(tokenizer.decode(ids[mask]))
+
+
+@pytest.mark.parametrize("form", ["texts", "whole chats", "messages"])
+def test_a_system_prompt_in_a_column_of_its_own_is_read_and_said(form: str, tmp_path: Path) -> None:
+    documents = load(tmp_path, [{**FORMS[form], "system": "Be short."}])
+    assert "the system prompt is in column 'system': 1 row" in str(documents.report)
+    tokenizer = families.chatml()
+    assert all("Be short." in tokenizer.decode(documents.document(index)[0]) for index in (0, 1))
+
+
+def test_a_prompt_whose_system_message_the_chats_leave_out_is_refused(tmp_path: Path) -> None:
+    row = {"prompt": [{"role": "system", "content": "Be short."}, ASKED], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}
+    with pytest.raises(UserError, match="begins with a system message, which the chats leave out"):
+        load(tmp_path, [row])
 
 
 def test_tools_that_the_model_would_not_see_are_refused(tmp_path: Path) -> None:

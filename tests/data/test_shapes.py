@@ -67,7 +67,7 @@ def contents(messages: Any) -> list[tuple[str, str]]:
         (
             {"conversations": SHAREGPT, "system": "Be short."},
             [{"role": "system", "content": "Be short."}, *SHAREGPT],
-            "read as ShareGPT rows with the chat in 'conversations', the system prompt in 'system'",
+            "read as ShareGPT rows with the chat in 'conversations'",
         ),
         (
             {"instruction": "Add.", "input": "2+2", "output": "four", "text": "Below is …"},
@@ -106,7 +106,7 @@ def contents(messages: Any) -> list[tuple[str, str]]:
         (
             {"system_prompt": "Be short.", "question": "2+2?", "response": "four"},
             [{"role": "system", "content": "Be short."}, *CHAT],
-            "read as rows with the question in 'question', the answer in 'response', the system prompt in 'system_prompt'",
+            "read as rows with the question in 'question', the answer in 'response'",
         ),
         (
             UPSTREAM,
@@ -135,6 +135,53 @@ def test_columns_that_can_be_read_in_two_ways_are_refused(values: Values, keys: 
         example(values)
     assert keys in str(caught.value.fix) and all(name in caught.value.what for name in values)
     assert contents(example({"messages": CHAT, "problem": "x", "solution": "y"}, messages_key="messages").messages) == contents(CHAT)
+
+
+def noted(values: Values, **keys: Any) -> set[str]:
+    row = Row("x.jsonl:1", values)
+    Columns.of(DataConfig(train_files="x", **keys)).read(row)
+    return set(row.notes)
+
+
+@pytest.mark.parametrize(
+    ("values", "keys"),
+    [
+        ({"question": "2+2?", "answer": "four", "system": "Be short."}, {}),
+        ({"question": "2+2?", "response": "four", "system_prompt": "Be short."}, {"response_key": "response"}),
+        ({"messages": CHAT, "system": "Be short."}, {"messages_key": "messages"}),
+        ({"prompt": [USER], "completion": [ASSISTANT], "system": "Be short."}, {}),
+    ],
+    ids=["the default columns", "named columns", "a named chat", "messages"],
+)
+def test_a_system_prompt_in_a_column_of_its_own_is_read_and_said(values: Values, keys: Values) -> None:
+    assert contents(example(values, **keys).messages) == [("system", "Be short."), *contents(CHAT)]
+    assert any(note.startswith("the system prompt is in column") for note in noted(values, **keys))
+    if not keys:
+        assert read_question(Row("x.jsonl:1", values), EvalConfig(), None).messages[0]["content"] == "Be short."
+
+
+def test_a_column_named_system_is_no_system_prompt_if_the_config_names_it_or_the_chat_has_another() -> None:
+    values = {"system": "2+2?", "answer": "four"}
+    assert contents(example(values, prompt_key="system").messages) == contents(CHAT) and not noted(values, prompt_key="system")
+    own = [{"role": "system", "content": "Be long."}, *CHAT]
+    assert contents(example({"messages": own, "system": "Be short."}).messages) == contents(own)
+    assert noted({"messages": own, "system": "Be short."}) == {
+        "column 'system' is not read, because the chat has a system prompt of its own"
+    }
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_and_variables_beside_a_question_are_used(name: str) -> None:
+    values = {"question": "2+2?", "answer": "four", name: [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+    found = example(values)
+    assert found.tools == [TOOL] and found.template_kwargs == {"enable_thinking": False}
+
+
+def test_a_column_tools_without_schemas_is_named_and_two_with_schemas_are_refused() -> None:
+    values = {"question": "2+2?", "answer": "four", "tools": "calculator"}
+    assert "column 'tools' is not read, because it has no schemas of tools" in example(values).notes
+    with pytest.raises(UserError, match="not clear which column has the schemas"):
+        example({**values, "tools": [TOOL], "functions": [TOOL]})
 
 
 def test_columns_that_nobody_knows_are_an_error_that_lists_them() -> None:
@@ -200,6 +247,11 @@ def test_a_question_and_its_reference_are_recognised(values: Values, text: str, 
 def test_a_question_without_an_answer_is_recognised_if_none_is_needed() -> None:
     asked = read_question(Row("x.jsonl:1", {"prompt": "2+2?"}), PromptConfig(response_key=None), None)
     assert (asked.text, asked.reference) == ("2+2?", None)
+
+
+def test_the_reference_may_be_in_the_messages_of_an_answer() -> None:
+    found = read_question(Row("x.jsonl:1", {"prompt": [USER], "completion": [ASSISTANT]}), EvalConfig(), None)
+    assert contents(found.messages) == [("user", "2+2?")] and found.reference == "four"
 
 
 def test_a_system_prompt_for_a_chat_is_refused() -> None:

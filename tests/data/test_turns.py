@@ -215,6 +215,11 @@ def test_the_text_is_the_prompt_and_the_answer(family: str, name: str, messages:
         ("qwen", "qwen2_5", [{"role": "developer", "content": "Be short."}, *ONE], None, "leaves out 'content' of this message"),
         ("qwen", "qwen3_5_think", [{"role": "developer", "content": "Be short."}, *ONE], None, "rejects the chat: Unexpected message role"),
         ("qwen", "qwen3_5_nothink", THOUGHTS, None, "closes the thought"),
+        ("qwen", "qwen3", [user("2+2?"), assistant("<think>\nAdd and")], None, "the thought is not closed"),
+        ("qwen", "qwen3_5_think", [user("2+2?"), assistant("<think>\nAdd and")], None, "the thought is not closed"),
+        ("deepseek", "deepseek_r1_distill", [user("2+2?"), assistant("<think>\nAdd and")], None, "the thought is not closed"),
+        ("qwen", "qwen3", [user("2+2?"), assistant("<think>Add.</think>4", reasoning_content="Count.")], None, "and one in the content"),
+        ("qwen", "qwen3_training", [user("2+2?"), assistant("<think>Add.</think>4", reasoning="Add.")], None, "and one in the content"),
         ("gemma", "gemma3", [assistant("Hello."), *ONE], None, "rejects the chat: Conversation roles must alternate"),
         ("glm", "glm4moe", ONE, None, "ends the assistant turn without a control token"),
     ],
@@ -234,6 +239,13 @@ def test_what_a_template_cannot_write_is_refused(family: str, name: str, message
         ("qwen3_5_think", TWO, (HISTORY,)),
         ("qwen3_5_think", THOUGHTS, (HISTORY, "<think> of earlier turns is left out by the chat template")),
         ("qwen3", [user("2+2?"), {**assistant("four"), "mood": "glad"}], ("key 'mood' of messages is not printed by the chat template",)),
+        ("qwen3", [{**user("2+2?"), "name": "Ann"}, assistant("four")], ("key 'name' of messages is not printed by the chat template",)),
+        (
+            "qwen3",
+            [{**user("2+2?"), "tools": '[{"name": "f"}]'}, assistant("4")],
+            ("key 'tools' of messages is not printed by the chat template",),
+        ),
+        ("qwen3", [user("2+2?"), assistant("four", reasoning="Add.", reasoning_content="Add.")], ()),
     ],
 )
 def test_what_a_template_leaves_out_by_design_is_noted(name: str, messages: Messages, notes: tuple[str, ...]) -> None:
@@ -244,6 +256,12 @@ def test_a_greeting_is_trained_where_the_template_takes_it() -> None:
     tokenizer = tokenizer_of("qwen", "qwen2_5")
     greeting = [assistant("Hello there."), *ONE]
     assert trained(tokenizer, Renderer(tokenizer).chat(greeting)) == ["Hello there.<|im_end|>", "four<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_an_answer_to_no_question_is_trained_where_the_template_takes_it(name: str) -> None:
+    tokenizer = tokenizer_of("qwen", name)
+    assert trained(tokenizer, Renderer(tokenizer).chat([assistant("Hello there.")])) == ["Hello there.<|im_end|>"]
 
 
 def test_the_same_words_in_another_turn_do_not_hide_a_lost_text() -> None:

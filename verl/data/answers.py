@@ -103,6 +103,9 @@ def check_prompt(row: Row, column: str | None, prompt: list[Message] | None, beg
     if found[: len(asked)] == asked or found[system : system + len(asked)] == asked or (is_question and asked[0] in found):
         return
     what = f"column {column!r} says {_excerpt(asked[-1:])}, but the chat begins with {_excerpt(found[system:])}"
+    if asked[0]["role"] == "system" and not system and found[: len(asked) - 1] == asked[1:]:
+        what = f"column {column!r} begins with a system message, which the chats leave out"
+        raise UserError(what, where=row.where, fix="write it into the chats too, or set data.prompt_key=null")
     fix = "correct the row; or, if the answers are whole chats and the column is something else, set data.prompt_key=null"
     raise UserError(what, where=row.where, fix=fix)
 

@@ -12,7 +12,13 @@ HEADER = re.compile(
     r"|<start_of_turn>(?:user|model)\b|\[INST\].*\[/INST\]|\[SYSTEM_PROMPT\].*\[/SYSTEM_PROMPT\]|<\|(?:system|user|assistant)\|>|<\|start\|>(?:system|developer|user|assistant)|<｜(?:User|Assistant)｜>)",
     re.DOTALL,
 )
-STOPS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<｜end▁of▁sentence｜>")  # of any tokenizer
+ASKED = re.compile(
+    r"(?:<\|im_start\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model|<\|assistant\|>|<｜Assistant｜>)\s*\Z"
+)
+STOPS = (  # of any tokenizer
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>"),
+    *("<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>"),
+)
 OR_TAKE_TOKENS = "or, for a column of such text (data.text_key), set data.text_is_rendered=true"
 
 
@@ -45,18 +51,21 @@ def check_messages(messages: list[Message], special: tuple[str, ...]) -> None:
     """Check the contents of a chat.
 
     Raises:
-        UserError: a chat template is applied to a question, or an answer ends with a control token.
+        UserError: a chat template is applied to a message, or an answer ends with a control token.
     """
     for number, message in enumerate(messages):
         content = message.get("content") or ""
+        _refuse_header(content, f"messages[{number}]")
         if message["role"] == "assistant":
             _refuse_end(content, f"messages[{number}]", special)
-        elif message["role"] == "user":
-            _refuse_header(content, f"messages[{number}]")
+        elif asked := ASKED.search(content):
+            what = f"a chat template is already applied to the text: it ends with {asked[0].strip()!r}"
+            raise UserError(what, where=f"messages[{number}]", fix=f"give the messages themselves (data.messages_key), {OR_TAKE_TOKENS}")
 
 
 def ends_with_control(text: str, special: tuple[str, ...]) -> bool:
-    return text.rstrip().endswith((*special, *STOPS))
+    text = text.rstrip()
+    return text.endswith((*special, *STOPS)) or (text.endswith("</s>") and text.count("</s>") > text.count("<s>"))  # <s>…</s> is HTML
 
 
 def _refuse_header(text: str, where: str | None) -> None:

@@ -9,6 +9,11 @@ from verl.errors import UserError
 Message = dict[str, Any]
 
 PLAIN_KEYS = {"role", "content"}
+# Columns that belong to a chat, or to a question, and are read although no key of the config names them.
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+TEMPLATE_KWARGS = "chat_template_kwargs"
+BESIDES = frozenset((*SYSTEM, *TOOLS, TEMPLATE_KWARGS))
 PLAIN_ROLES = ("system", "user", "assistant", "tool")
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from verl.data.row import checked_row, describe
+from verl.data.row import checked_row, describe, number_text
 from verl.errors import UserError
 
 Message = dict[str, Any]
@@ -27,6 +27,7 @@ CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a call, whose valu
 # Marks on a message, with whether true means that the turn is trained.
 MARKS = {"weight": True, "train": True, "training": True, "loss": True, "trainable": True, "loss_mask": True, "masked": False}
 UNCLEAR_MARKS = ("mask", "train_detail", "training_detail")
+LIKE_A_MARK = re.compile(r"(?:.*_)?(?:loss|train|trained|trainable|training|masks?|masked|weight)(?:_.*)?")  # a key such as loss_scale
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
 EXAMPLE = 'write [{"role": "user", "content": …}, …]'
@@ -53,6 +54,8 @@ def read_messages(value: object) -> tuple[list[Message], frozenset[int], tuple[s
     notes = [f"role {m['role']!r}, which is given to the chat template as it is" for m in messages if m["role"] not in ROLES.values()]
     if any(mark and number not in answers for number, mark in enumerate(marks)):
         notes.append("a mark asks to train a message that is not the assistant's, which is never trained")
+    if any(number_text(message.get("content", message.get("value"))) is not None for message in found):
+        notes.append("numbers in messages taken as text")
     untrained = frozenset(number for number in answers if marks[number] is False)
     if untrained:
         notes.append("assistant turns are context because their mark says so (weight, train, loss, …)")
@@ -111,6 +114,8 @@ def _message(message: object, where: str) -> Message:
         raise UserError("only the assistant calls tools", where=where, fix="correct the role, or remove the calls")
     if isinstance(present.get("content"), list):
         present = _with_joined_parts(present, f"{where}.content")
+    if (text := number_text(present.get("content"))) is not None:
+        present["content"] = text
     _check_content(present, f"{where}.content")
     return {"content": "", **present} if present.get("refusal") else present
 
@@ -153,12 +158,17 @@ def _take_marks(message: Message, where: str) -> bool | None:
     """Remove the marks from a message. Return whether they ask to train it; None if it has none.
 
     Raises:
-        UserError: a mark is neither 0 nor 1, its meaning is not clear, or two marks disagree.
+        UserError: a mark is neither 0 nor 1, its meaning is not known, or two marks disagree.
     """
     for name in UNCLEAR_MARKS:
         if name in message:
             fix = 'write "weight": 0 for a turn that is context, and 1 for a turn that is trained'
             raise UserError("it is not clear which part is to be trained", where=f"{where}.{name}", fix=fix)
+    unknown = [name for name in message if name not in MARKS and LIKE_A_MARK.fullmatch(str(name))]
+    for name in unknown if message["role"] == "assistant" else ():
+        if isinstance(message[name], (bool, int, float)):
+            fix = 'write "weight": 0 for a turn that is context, and 1 for a turn that is trained, or remove the key'
+            raise UserError("an unknown mark; it is not clear whether the turn is to be trained", where=f"{where}.{name}", fix=fix)
     wanted = {_is_trained(name, message.pop(name), where) for name in MARKS if name in message}
     if len(wanted) > 1:
         raise UserError("the marks of the message disagree", where=where, fix="keep one of them")
@@ -279,7 +289,8 @@ def texts_of(message: Message) -> Iterator[tuple[str, str]]:
     """Yield each text that the assistant says outside its calls, with its key. An inline thought has the key `<think>`."""
     thought, content = split_thought(message.get("content") or "")
     yield "<think>", thought
-    for key in SPOKEN_KEYS:
-        if message.get(key):
+    thoughts = [message.get(key) for key in THOUGHT_KEYS]  # some servers give one thought under two names
+    for number, key in enumerate(SPOKEN_KEYS):
+        if message.get(key) and message[key] not in thoughts[:number]:
             yield key, message[key] if isinstance(message[key], str) else repr(message[key])
     yield "content", content

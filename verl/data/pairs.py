@@ -6,6 +6,7 @@ from verl.config.pairs import PairsConfig
 from verl.data.answers import check_end, check_prompt, checked_messages, is_chat, prompt_of, whole_chat
 from verl.data.chat import Message
 from verl.data.row import Row
+from verl.data.shapes import system_column, with_system
 from verl.data.tables import ChatInput
 from verl.errors import UserError
 
@@ -45,6 +46,7 @@ class PairColumns:
         prompt = prompt_of(row, self.prompt_key)
         chosen = whole_chat(row, self.chosen_key, "data.chosen_key", prompt, self.prompt_key)
         rejected = whole_chat(row, self.rejected_key, "data.rejected_key", prompt, self.prompt_key)
+        chosen, rejected = (_with_system(row, chat) for chat in (chosen, rejected))
         context = self._context(row, prompt, chosen, rejected)
         tools = None if self.tools_key is None else row.value(self.tools_key, "data.tools_key", may_be_null=True)
         named = ((self.chosen_key, chosen), (self.rejected_key, rejected))
@@ -85,6 +87,12 @@ class PairColumns:
             common = common[:-1]  # of two equal chats, the last turn is the answer; they are counted and dropped later
         check_prompt(row, self.prompt_key, prompt, common)
         return sum(message["role"] == "assistant" for message in common)
+
+
+def _with_system(row: Row, chat: list[Message]) -> list[Message]:
+    """Return the chat with the system prompt that stands in a column of its own, if the row has one."""
+    column = system_column(row)
+    return chat if column is None else with_system(chat, row, column)
 
 
 def _common(chosen: list[Message], rejected: list[Message]) -> list[Message]:

@@ -415,6 +415,8 @@ def _may_be_applied(text: str) -> bool:
 
 def _says(said: str, content: str) -> bool:
     """Return whether a rendered turn ends with the message's text, and has no thought besides. Whitespace is ignored."""
+    if "</think>" not in content and content.lstrip().startswith("<think>"):
+        return False  # perhaps a thought that is not closed
     if "</think>" in content and said.count("</think>") != content.count("</think>"):
         return False
     return "".join(said.split()).endswith("".join(content.split()))

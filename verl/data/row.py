@@ -86,7 +86,7 @@ class Row:
 
     def _as_text(self, value: object, column: str) -> str:
         item = value[0] if isinstance(value, list) and len(value) == 1 else value
-        text = item if isinstance(item, str) else _number_text(item)
+        text = item if isinstance(item, str) else number_text(item)
         if text is None:
             is_chat = isinstance(value, list) and value and isinstance(value[0], dict)
             fix = f"data.messages_key={column} reads chats" if is_chat else "store it as text"
@@ -146,7 +146,7 @@ def _paths(values: dict[str, Any], depth: int = 3) -> Iterator[str]:
         yield from (f"{name}.{path}" for path in _paths(inner, depth - 1)) if inner else ()
 
 
-def _number_text(value: object) -> str | None:
+def number_text(value: object) -> str | None:
     """Write a number as text, without an exponent if it is a decimal; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)) or not math.isfinite(value):
         return None

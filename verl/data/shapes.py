@@ -7,7 +7,7 @@ rows were read.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from verl.data.chat import ChatInput, Message, checked, unanswered
+from verl.data.chat import SYSTEM, TEMPLATE_KWARGS, TOOLS, ChatInput, Message, checked, unanswered
 from verl.data.row import Row, describe
 from verl.errors import UserError
 
@@ -15,9 +15,6 @@ CHATS = ("messages", "conversations", "conversation")
 QUESTIONS = ("question", "prompt", "instruction", "query", "problem", "input")
 ANSWERS = ("answer", "response", "output", "completion", "solution")
 CONTEXT = {"instruction": ("input", "context")}  # columns that continue the question
-SYSTEM = ("system", "system_prompt")
-TOOLS = ("tools", "functions")
-TEMPLATE_KWARGS = "chat_template_kwargs"
 UPSTREAM_REFERENCE = "reward_model.ground_truth"
 UPSTREAM_TEXTS = ("extra_info.question", "extra_info.answer")
 NAMES = {
@@ -60,7 +57,7 @@ class Shape:
         question: columns of the question; the text of later ones follows after a blank line.
         answer: column of the answer; None if the chat has it.
         system: column of the system prompt, or None.
-        note: what the report says; empty if the config names the columns.
+        note: how the columns were recognised, for the report; empty if the config names them.
     """
 
     chat: str | None
@@ -134,7 +131,7 @@ def read_question(row: Row, columns: NamedColumns, system_prompt: str | None, pr
     if system_prompt is not None:
         if shape.chat is not None or messages[0].get("role") == "system":
             what = "the row is a chat, or has a system prompt of its own"
-            raise UserError(what, where=f"{row.where}: {prefix}system_prompt", fix=f"remove {prefix}system_prompt")
+            raise UserError(what, where=f"{row.where}: {prefix}system_prompt", fix=f"remove {prefix}system_prompt, or the row's own")
         messages = [{"role": "system", "content": system_prompt}, *messages]
     about: tuple[str, ...] = ()
     if is_chat:
@@ -142,10 +139,17 @@ def read_question(row: Row, columns: NamedColumns, system_prompt: str | None, pr
         about = checked(messages).notes
     reference = said
     if columns.response_key is not None and shape.answer is not None and (said is None or row.has(shape.answer)):
-        reference = row.text(shape.answer, f"{prefix}response_key")
+        reference = _reference(row, shape.answer, f"{prefix}response_key")
     for what in filter(None, (shape.note, note, more, *about)):
         row.note(what)
     return Asked(messages, messages[-1].get("content") or "", reference, tools, kwargs)
+
+
+def _reference(row: Row, column: str, key: str) -> str:
+    """Return the right answer: a text, or that of the last message of a chat."""
+    chat = _conversation(row.value(column, key))
+    said = None if chat is None else unanswered([{"role": "user", "content": "?"}, *chat], row.where)[1]
+    return row.text(column, key) if said is None else said
 
 
 # Which columns
@@ -159,8 +163,8 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
     """
     answer = columns.response_key
     if columns.messages_key is not None:
-        return Shape(columns.messages_key, answer=None if for_training else answer)
-    named = Shape(None, (columns.prompt_key,), answer)
+        return Shape(columns.messages_key, answer=None if for_training else answer, system=system_column(row))
+    named = Shape(None, (columns.prompt_key,), answer, system_column(row, columns.prompt_key, answer))
     is_default = columns.prompt_key == "question" and answer in ("answer", None)
     if not is_default or (columns.prompt_key in row.values and (answer is None or answer in row.values)):
         return named
@@ -213,11 +217,10 @@ def _recognised(row: Row, *, for_training: bool, needs_answer: bool) -> list[Sha
 
 def _shape(row: Row, question: tuple[str, ...] = (), answer: str | None = None, chat: str | None = None) -> Shape:
     question = tuple(name for number, name in enumerate(question) if number == 0 or row.values.get(name) not in (None, ""))
-    system = next((name for name in SYSTEM if isinstance(row.values.get(name), str) and row.values[name].strip()), None)
+    system = system_column(row)
     name = NAMES.get((chat, None) if chat else (question[0], answer), "")
     parts = [f"the chat in {chat!r}"] if chat else [f"the question in {' and '.join(map(repr, question))}"]
     parts += [f"the answer in {answer!r}"] if answer else []
-    parts += [f"the system prompt in {system!r}"] if system else []
     note = f"read as {name + ' rows' if name else 'rows'} with {', '.join(parts)}"
     return Shape(chat, question, answer, system, note)
 
@@ -253,13 +256,14 @@ def _question(row: Row, shape: Shape, prefix: str) -> list[Message]:
     first, *more = shape.question
     chat = _conversation(row.value(first, f"{prefix}prompt_key"))
     if chat is not None:
-        return chat
+        return list(_with_system(chat, row, shape))
     text = "\n\n".join([row.text(first, f"{prefix}prompt_key"), *(row.text(name, f"{prefix}prompt_key") for name in more)])
-    return [*_system(row, shape), *_history(row, shape), {"role": "user", "content": text}]
+    return list(_with_system([*_history(row, shape), {"role": "user", "content": text}], row, shape))
 
 
-def _system(row: Row, shape: Shape) -> list[Message]:
-    return [] if shape.system is None else [{"role": "system", "content": row.values[shape.system]}]
+def system_column(row: Row, *named: str | None) -> str | None:
+    """Return the column of the row's system prompt, unless it is a column that the config names for something else; None: it has none."""
+    return next((name for name in SYSTEM if name not in named and isinstance(row.values.get(name), str) and row.values[name].strip()), None)
 
 
 def _history(row: Row, shape: Shape) -> list[Message]:
@@ -274,10 +278,20 @@ def _history(row: Row, shape: Shape) -> list[Message]:
 
 
 def _with_system(messages: Any, row: Row, shape: Shape) -> Any:
+    """Return the messages with the row's system prompt first, unless they have one."""
     chat = None if shape.system is None else _conversation(messages)
-    if chat is None or chat[0].get("role", chat[0].get("from")) == "system":
-        return messages
-    return [*_system(row, shape), *chat]
+    return messages if chat is None or shape.system is None else with_system(chat, row, shape.system)
+
+
+def with_system(chat: list[Message], row: Row, column: str) -> list[Message]:
+    """Return the chat with the text of a column as its system prompt, unless it has another one; the row notes which."""
+    prompt = row.values[column]
+    if chat[0].get("role", chat[0].get("from")) != "system":
+        row.note(f"the system prompt is in column {column!r}")
+        return [{"role": "system", "content": prompt}, *chat]
+    if chat[0].get("content", chat[0].get("value")) != prompt:
+        row.note(f"column {column!r} is not read, because the chat has a system prompt of its own")
+    return chat
 
 
 # Tools and variables of the template
@@ -287,7 +301,7 @@ def _tools(row: Row, columns: NamedColumns, messages: object, prefix: str) -> tu
     """Return the row's tools, and a note. Tools in a column that the config does not name are used if they are schemas.
 
     Raises:
-        UserError: the chat calls tools, and it is not clear which column has their schemas.
+        UserError: two columns have schemas; or the chat calls tools, and no column has schemas.
     """
     if columns.tools_key is not None:
         return row.value(columns.tools_key, f"{prefix}tools_key", may_be_null=True), ""
@@ -296,10 +310,10 @@ def _tools(row: Row, columns: NamedColumns, messages: object, prefix: str) -> tu
     if len(schemas) == 1:
         ((name, tools),) = schemas.items()
         return tools, f"the tools are in column {name!r}"
-    if given and _calls(messages):
-        what = f"the chat calls tools, and it is not clear which column has their schemas (found: {', '.join(given)})"
+    if given and (schemas or _calls(messages)):
+        what = f"it is not clear which column has the schemas of the tools (found: {', '.join(given)})"
         raise UserError(what, where=row.where, fix=f"set {prefix}tools_key to the column of the schemas, or rename these columns")
-    return None, ""
+    return None, f"column {', '.join(map(repr, given))} is not read, because it has no schemas of tools" if given else ""
 
 
 def _schemas(value: object) -> list[dict[str, Any]] | None:

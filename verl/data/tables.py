@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
+from verl.data.chat import BESIDES, RenderedText
 from verl.data.chat import ChatInput as ChatInput
-from verl.data.chat import RenderedText
 from verl.data.render import Rendered, Renderer, or_error
 from verl.data.row import Notes, ReadProgress, Row
 from verl.data.source import Source, read_rows_and_errors, size_bytes
@@ -76,6 +76,7 @@ class Columns:
             return [RenderedText(text) if self.text_is_rendered else text]
         question, answer = row.values.get(self.prompt_key), row.values.get(self.response_key)
         is_plain = isinstance(question, str) and isinstance(answer, str) and question[:1] != "[" and answer[:1] != "["
+        is_plain = is_plain and BESIDES.isdisjoint(row.values)
         if is_plain and not (self.messages_key or self.tools_key or self.chat_template_kwargs_key or self.text_is_rendered):
             question, answer = row.text(self.prompt_key, "data.prompt_key"), row.text(self.response_key, "data.response_key")
             return [ChatInput([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])]

@@ -54,8 +54,9 @@ class Turns:
         """Locate the trained turns.
 
         Raises:
-            UserError: a turn cannot be found exactly, or a text of it is lost.
+            UserError: a turn cannot be found exactly, a text of it is lost, or its thought is not one thought.
         """
+        self._check_thoughts()
         text = self._text(self._chat)
         if self._has_second_thought(text):
             self._set_thoughts_apart()
@@ -76,6 +77,7 @@ class Turns:
         if len(marks) != len(answers):
             what = f"the chat template marks {len(marks)} turns with {{% generation %}}, but the chat has {len(answers)} assistant turns"
             raise UserError(what, where="messages", fix="mark each assistant turn once")
+        self._check_thoughts()
         spans = []
         for number, (start, end) in zip(answers, marks, strict=True):
             if number not in self._trained:
@@ -96,7 +98,7 @@ class Turns:
 
     def _found(self, text: str, spans: list[Span]) -> Located:
         self.check_context(text)
-        self._note_keys()
+        self._note_keys(_squeezed(text))
         return Located(text, spans, list(dict.fromkeys(self._notes)))
 
     def _next_stop(self, text: str, start: int, number: int) -> Span:
@@ -105,6 +107,26 @@ class Turns:
         if found is None or text[start : found.start()].strip():
             raise _no_stop(number)
         return found.span()
+
+    def _check_thoughts(self) -> None:
+        """Check that the thought of each trained turn is one, and closed, if the template writes thoughts: it would add one of its own.
+
+        Raises:
+            UserError: a thought is not closed, or stands in a key and in the content.
+        """
+        if "</think>" not in self._template:
+            return
+        for number in self._trained:
+            message, where = self._chat.messages[number], f"messages[{number}]"
+            content = message.get("content") or ""
+            if not content.lstrip().startswith("<think>"):
+                continue
+            if "</think>" not in content:
+                what = "the thought is not closed: the content has <think> without </think>"
+                raise UserError(what, where=where, fix="remove the row, whose answer seems to be cut off, or close the thought")
+            if keys := [key for key in THOUGHT_KEYS if message.get(key)]:
+                what = f"the message has a thought in {keys[0]!r}, and one in the content"
+                raise UserError(what, where=where, fix="keep one of them")
 
     def _set_thoughts_apart(self) -> None:
         """Give the thoughts inside contents to the template as `reasoning_content`."""
@@ -129,7 +151,7 @@ class Turns:
     def _text(self, chat: Chat) -> str:
         """Return the rendered chat. Its last answer follows the prompt that asks for it, even where the template writes it otherwise."""
         text, number = self._render(chat, False), len(chat.messages) - 1
-        if number not in self._trained:
+        if number not in self._trained or number == 0:
             return text
         prompt = self._render(chat.up_to(number), True)
         if text.startswith(prompt):
@@ -267,11 +289,13 @@ class Turns:
                 what = f"the chat template does not show the tool {name!r}"
                 raise UserError(what, where="tools", fix="set data.chat_template to a template that shows tools, or remove the tools")
 
-    def _note_keys(self) -> None:
+    def _note_keys(self, squeezed: str) -> None:
+        """Note the keys of messages, and the variables, that the template does not print: by its source, and by the text."""
         for message in self._chat.messages:
             known = (*LINKS, *(SPOKEN_KEYS if message["role"] == "assistant" else ()), *(("name",) if message["role"] == "tool" else ()))
             for key in message.keys() - set(known):
-                if not re.search(rf"\b{re.escape(str(key))}\b", self._template):
+                is_known = re.search(rf"\b{re.escape(str(key))}\b", self._template)
+                if not is_known or not all(_is_in(value, squeezed) for value in strings(message[key])):
                     self._notes.append(f"key {key!r} of messages is not printed by the chat template")
         for name in self._chat.template_kwargs:
             if not re.search(rf"\b{re.escape(name)}\b", self._template):

@@ -135,7 +135,7 @@ def _error(error: Exception, where: str, text: str, file: File, bad: Bad) -> Use
         if NUL in text:
             found = f"not JSON: a NUL byte at column {text.index(NUL) + 1}"
             return UserError(found, where=where, fix="write the file again: an interrupted write, or another encoding, leaves NUL bytes")
-        found = f"not JSON: {error.msg} at column {error.colno}"
+        found = f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         return UserError(found, where=where, fix="write one object per line, or one array of objects")
     return UserError(str(error), where=where, fix="correct the row")
 
