@@ -311,6 +311,11 @@ def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> Non
     assert str(Path.cwd()) in error.fix
     assert f"there is no folder {tmp_path}/nowhere" in error_of(tmp_path / "nowhere" / "train.jsonl").fix
     assert "no file matches" in error_of(tmp_path / "*.csv").what
+    assert "write data.train_files=openai/gsm8k:main" in error_of(Path("openai/gsm8k/main")).fix
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "b.jsonl").write_text("{}")
+    if not (tmp_path / "A.jsonl").exists():  # a file system that tells them apart
+        assert f"did you mean {tmp_path}/a.jsonl?" in error_of(tmp_path / "A.jsonl").fix
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,12 @@ def _missing(path: Path, key: str) -> UserError:
     if glob.has_magic(str(path)):
         return UserError(f"no file matches {str(path)!r}", where=key, fix=f"check the path; the current folder is {Path.cwd()}")
     beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    same = [name for name in beside if name.lower() == path.name.lower()]  # another case
+    near = same or difflib.get_close_matches(path.name, beside, n=1)
+    if not beside and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+/[\w.-]+", str(path)) and not is_file_name(str(path)):
+        *data_set, config = path.parts
+        fix = f"for the configuration {config!r} of a data set on the Hub, write {key}={'/'.join(data_set)}:{config}"
+        return UserError(f"no file {str(path)!r}", where=key, fix=f"{fix}. The current folder is {Path.cwd()}")
     hint = f"did you mean {path.parent / near[0]}? " if near else "" if beside else f"there is no folder {path.parent}. "
     return UserError(f"no file {str(path)!r}", where=key, fix=f"{hint}The current folder is {Path.cwd()}")
 
