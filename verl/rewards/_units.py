@@ -19,6 +19,9 @@ _TABLE = {
     "pound sterling": "£ gbp sterling quid=1; pence=1/100",
     "yuan": "¥ yuan rmb yen jpy 元 块 块钱 人民币 円=1",
     "rupee": "₹ rupee rs inr=1",
+    "won": "₩ won krw=1",
+    "rouble": "₽ rouble ruble rub=1",
+    "resistance": "Ω ohm=1",
     "force": "N newton=1",
     "energy": "J joule=1; kJ kilojoule=1000",
     "power": "W watt=1; kW kilowatt=1000",
@@ -38,7 +41,7 @@ _ABBREVIATIONS = {
 _ARTICLES = {"a", "an", "the", "of", "each", "total", "us", "american", "in", "unit"}
 _POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TOKEN = re.compile(r"[^\s^/*]+|[\^/*]")
-_UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹\u00c0-\u024f\u4e00-\u9fff'./* -]|\^ ?-?[0-9])+")
+_UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹₩₽Ω\u00c0-\u024f\u4e00-\u9fff'./* -]|\^ ?-?[0-9])+")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def unit(text: str) -> Unit | None:
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace(r"\cdot", "*")
     if not text:
         return NONE
-    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹]", text) or text[-1] in "-*/":
+    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹₩₽]", text) or text[-1] in "-*/":
         return None
     for short, long in _ABBREVIATIONS.items():
         text = re.sub(rf"(?<![\w°]){re.escape(short)}(?!\w)", long, text, flags=re.IGNORECASE)
