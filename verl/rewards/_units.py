@@ -80,7 +80,7 @@ def unit(text: str) -> Unit | None:
         return None
     for short, long in _ABBREVIATIONS.items():
         text = re.sub(rf"(?<![\w°]){re.escape(short)}(?!\w)", long, text, flags=re.IGNORECASE)
-    return _product(_TOKEN.findall(re.sub(r"\bper\b|\ban?(?= hour| day| week| month| year)", "/", text)))
+    return _product(_TOKEN.findall(re.sub(r"\bper\b|(?<!of )\ban?(?= hour| day| week| month| year)", "/", text)))
 
 
 def _product(tokens: list[str]) -> Unit | None:
@@ -113,7 +113,9 @@ def _product(tokens: list[str]) -> Unit | None:
 
 def _is_variable(word: str) -> bool:
     """Whether a word of a formula is no unit: `x`, `-x`."""
-    return (len(word) == 1 and word.isascii() and word.casefold() not in _ARTICLES) or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
+    if word.casefold() in _ARTICLES:
+        return False
+    return (len(word) == 1 and word.isascii()) or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
 
 
 def _power(tokens: list[str], position: int, before: int) -> tuple[int | None, int]:
