@@ -95,3 +95,15 @@ def test_a_named_module_that_fails_is_named_with_its_line(tmp_path: Path, monkey
     with pytest.raises(UserError, match="JSONDecodeError") as caught:
         plugin.load("verl.rewards", "failing_package.mine")
     assert str(caught.value.where).endswith("mine.py:2")
+
+
+@pytest.mark.parametrize("end", ["import os\nos._exit(0)\n", "import sys\nsys.exit(0)\n", "from os import _exit\n_exit(3)\n"])
+def test_a_file_that_ends_the_process_when_it_is_imported_is_an_error(tmp_path: Path, end: str) -> None:
+    with pytest.raises(UserError, match=r"fails when it is imported: SystemExit: [03]") as error:
+        plugin.load("verl.rewards", str(write(tmp_path, mine=end) / "mine.py"))
+    assert str(error.value.where).endswith("mine.py:2")
+
+
+def test_a_fork_that_a_file_makes_when_it_is_imported_may_end(tmp_path: Path) -> None:
+    fork = "import os\nchild = os.fork()\nif child == 0:\n    os._exit(7)\nCODE = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+    assert plugin.load("verl.rewards", str(write(tmp_path, mine=fork) / "mine.py")).CODE == 7

@@ -7,6 +7,7 @@ names, libraries are not affected, and files in two folders may import different
 import builtins
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -17,7 +18,7 @@ from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from verl.errors import UserError
 
@@ -53,7 +54,7 @@ def _run(path: Path, source: bytes, package: str) -> ModuleType:
     module.__dict__["__builtins__"] = _builtins_of(package)
     sys.modules[name] = module
     try:
-        with _on_path(module):
+        with _on_path(module), _exits_are_errors():
             # The spec's loader is not used, because it could load stale bytecode of a file that has just changed.
             exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
     except (Exception, SystemExit) as error:  # a user's file may raise anything
@@ -78,10 +79,28 @@ def _on_path(module: ModuleType) -> Iterator[None]:
         sys.path.remove(folder)
 
 
+@contextmanager
+def _exits_are_errors() -> Iterator[None]:
+    """In this context, `os._exit` raises SystemExit: an import must not end the run without a word. Forks end as they do otherwise."""
+    leave, process = os._exit, os.getpid()
+
+    def leave_or_raise(status: int) -> NoReturn:
+        if os.getpid() != process:
+            leave(status)
+        raise SystemExit(status)
+
+    os._exit = leave_or_raise
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
 def from_name(name: str, kind: str) -> ModuleType:
     """Import a dotted module. One that is not found is looked for in the current folder too, which a console script has not on its path."""
     try:
-        return importlib.import_module(name)
+        with _exits_are_errors():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         here = str(Path.cwd())
         if f"{name}.".startswith(f"{error.name}.") and not {"", here} & {*sys.path}:

@@ -277,12 +277,12 @@ def test_workers_and_all_that_they_have_started_end_with_a_trainer_that_is_kille
     (tmp_path / "mine.py").write_text(
         "import ctypes, os, subprocess, time\n"
         "def score(prompt, response, row):\n"
-        "    child = subprocess.Popen(['sleep', '100'])\n"
-        f"    open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}} {{child.pid}} ')\n"
+        "    child, far = (subprocess.Popen(['sleep', '100'], start_new_session=new) for new in (False, True))\n"
+        f"    open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}} {{child.pid}} {{far.pid}} ')\n"
         f"    {hold}\n"
     )
     trainer = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path / "mine.py", "a"], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 3)
+    wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 4)
     processes = [int(text) for text in pids.read_text().split()]
     assert all(map(is_running, processes))
     trainer.send_signal(signal.SIGKILL)
@@ -295,3 +295,20 @@ def test_closed_workers_leave_no_process(workers: Callable[..., Workers]) -> Non
     (process,) = scores(mine, "a")
     mine.close()
     assert not is_running(int(process))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["return 1.0", "os._exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(100)", "ctypes.string_at(0)"])
+def test_processes_in_sessions_of_their_own_end_with_their_worker(workers: Callable[..., Workers], tmp_path: Path, end: str) -> None:
+    """Also a daemon, whose parent has ended before."""
+    daemon = tmp_path / "daemon"
+    mine = workers(
+        "import ctypes, os, subprocess, time\n"
+        "def score(prompt, response, row):\n"
+        "    subprocess.Popen(['sh', '-c', 'sleep 100 & echo $! > ' + response], start_new_session=True).wait()\n"
+        f"    {end}\n",
+        timeout_seconds=2.0,
+    )
+    scores(mine, str(daemon))
+    mine.close()
+    wait_for(lambda: not is_running(int(daemon.read_text())), seconds=5)

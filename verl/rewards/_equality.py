@@ -83,6 +83,9 @@ class _Comparison:
         return False
 
     def _unlike(self, unlike: Unlike, other: Value) -> bool:
+        if isinstance(other, Several) and other.kind == "union":
+            ends = (Interval(None, unlike.value, False, False), Interval(unlike.value, None, False, False))
+            return self._same_items(ends, other.items)
         return isinstance(other, Unlike) and _names_agree(unlike.name, other.name) and self.equal(unlike.value, other.value)
 
     def _several(self, several: Several, other: Value) -> bool:
@@ -98,6 +101,9 @@ class _Comparison:
 
     def _both_several(self, several: Several, other: Several) -> bool:
         kinds = {several.kind, other.kind}
+        lone = next((one for one in (several, other) if one.kind == "set" and len(one.items) == 1), None)
+        if lone and kinds == {"tuple", "set"}:  # `{(1,2)}` and `(1,2)`
+            return self.equal(lone.items[0], other if lone is several else several)
         if "tuple" in kinds:
             ordered = kinds <= {"tuple", "list"} and len(several.items) == len(other.items)
             return ordered and all(map(self.equal, several.items, other.items))

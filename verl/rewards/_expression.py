@@ -29,7 +29,9 @@ _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
 _LARGE_BINOMIAL = re.compile(r"\\[dt]?binom ?\{? ?[0-9]{6}|\\binom.*\^.*\^")
 _SPELLINGS = (
-    (re.compile(r"([0-9]+) ?/ ?([0-9]+)(?= ?[a-zA-Z(\\])"), r"\\frac{\1}{\2}"),  # 1/2x is (1/2)x
+    # `1/2x` is `(1/2)x`, and `x^2/3y` is `(x^2/3)y`.
+    (re.compile(r"(?<![0-9.^_])(?<![\^_] )([0-9]+) ?/ ?([0-9]+)(?= ?[a-zA-Z(\\])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"/ ?([0-9]+) ?(?=(?!x ?[0-9])[a-zA-Z(]|\\(?:sqrt|pi|frac|sin|cos|tan|ln|log|theta)(?![a-zA-Z]))"), r"/\1\\cdot "),
     (re.compile(r"(?<=[0-9)]) ?(?:\*|x(?= ?[0-9])) ?"), r"\\cdot "),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\\lg(?![a-z])"), r"\\log_{10} "),

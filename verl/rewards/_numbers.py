@@ -23,8 +23,9 @@ _POWER = re.compile(
     r"(.+?) ?(?:[eE]([-+]?[0-9]+)|(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([-+]?[0-9]+) ?\}|\(([-+]?[0-9]+)\)|([-+]?[0-9]+)))"
 )
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*) ?\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?")
+_IN_PARENTHESES = re.compile(r"([0-9]*)\.([0-9]*)\(([0-9]+)\)")  # 0.(3)
 _GOING_ON = re.compile(r"([0-9]*)\.([0-9]*?)([0-9])\3{2,} ?(?:\\ldots ?|\.\.\.)")  # 0.333...
-_BASED = re.compile(r"([0-9]+) ?_ ?(?:\{ ?([0-9]+)(?: ten)? ?\}|([0-9]+))")
+_BASED = re.compile(r"([0-9]+|[0-9A-F]{2,}(?= ?_ ?\{? ?16)) ?_ ?(?:\{ ?([0-9]+)(?: ten)? ?\}|([0-9]+))")
 _SIGN = re.compile(r"([-+]) ?(?![-+ ])")
 
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
@@ -33,6 +34,9 @@ _WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
 }
 MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _FIXED = {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2), "a dozen": Fraction(12), "a hundred": Fraction(100)}
+_PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
+    name: value for value, name in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)
+}
 _CHINESE = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2, "兩": 2}
 _CHINESE_PLACES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_UNITS = {"万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
@@ -96,7 +100,7 @@ def _power(text: str) -> Fraction | None:
 
 
 def _repeating(text: str) -> Fraction | None:
-    match = _REPEATING.fullmatch(text) or _GOING_ON.fullmatch(text)
+    match = _REPEATING.fullmatch(text) or _IN_PARENTHESES.fullmatch(text) or _GOING_ON.fullmatch(text)
     if match is None:
         return None
     start, period = match[2], match[3]
@@ -108,7 +112,7 @@ def _based(text: str) -> Fraction | None:
     if match is None or len(match[2] or match[3]) > 2:
         return None
     base = int(match[2] or match[3])
-    if not 2 <= base <= 36 or any(int(digit) >= base for digit in match[1]):
+    if not 2 <= base <= 36 or any(int(digit, 16) >= base for digit in match[1]):
         return None
     return Fraction(int(match[1], base))
 
@@ -117,7 +121,14 @@ def _spelled(text: str) -> Fraction | None:
     """Return the value of `twenty-five`, `one hundred and five`, `two thousand`."""
     if text.casefold() in _FIXED:
         return _FIXED[text.casefold()]
+    first, _, rest = text.casefold().rpartition(" and ")
+    if first and (below_one := _spelled(rest)) is not None and 0 < below_one < 1:  # `two and a half`
+        whole = _unsigned(first)
+        return None if whole is None else whole + below_one
     words = text.casefold().replace("-", " ").replace(" and ", " ").split()
+    if len(words) > 1 and (part := _part(words[-1], is_one=words[:-1] in (["one"], ["a"], ["an"]))):
+        count = Fraction(1) if words[0] in ("a", "an") else _spelled(" ".join(words[:-1]))
+        return None if count is None else count * part
     if not words or not all(word in _WORDS or word in MAGNITUDES for word in words):
         return None
     total, group, smallest = 0, 0, None
@@ -132,6 +143,12 @@ def _spelled(text: str) -> Fraction | None:
         else:
             total, group, smallest = total + (group or 1) * MAGNITUDES[word], 0, 1000
     return Fraction(total + group)
+
+
+def _part(word: str, *, is_one: bool) -> Fraction | None:
+    """Return the value of the last word of `one third` or `two thirds`; `twenty third` is a place in an order."""
+    name = word if is_one else word.removesuffix("s")
+    return Fraction(1, _PARTS[name]) if name in _PARTS and (is_one or name != word) else None
 
 
 def _chinese(text: str) -> Fraction | None:

@@ -17,7 +17,7 @@ _HEAD = re.compile(
     rf"[零〇一二两兩三四五六七八九十百千万萬亿億]+)"
 )
 _SPELLED = re.compile(r"[a-z]+(?:[ -][a-z]+)*", re.IGNORECASE)
-_MONEY = re.compile(rf"([-+]?) ?(?:US|USD|CA|AU|HK|A|C)? ?([{CURRENCY}€£¥₹]|USD|EUR|GBP|INR|CNY|RMB|Rs\.?)\s*([-+]?) ?(.*)")
+_MONEY = re.compile(rf"([-+]?) ?(?:US|USD|CA|AU|HK|A|C)? ?([{CURRENCY}€£¥₹₩₽]|USD|EUR|GBP|INR|CNY|RMB|Rs\.?)\s*([-+]?) ?(.*)")
 _PERCENT = re.compile(r"\s*(?:%|percentage points?|percentage|percents?|per cent|pct\.?)\s*", re.IGNORECASE)
 _MAGNITUDE = re.compile(r"\s*(hundred|thousand|million|billion|trillion|mn|bn|dozens?|万|萬|亿|億)(?![a-zA-Z])", re.IGNORECASE)
 _TIMES = _numbers.MAGNITUDES | {"mn": 10**6, "bn": 10**9, "dozen": 12, "dozens": 12, "万": 10**4, "萬": 10**4, "亿": 10**8, "億": 10**8}
@@ -33,7 +33,7 @@ NO_UNIT = re.compile(
 def quantity(text: str) -> Quantity | None:
     """Return the number with its unit that a text in plain spelling is wholly, else None."""
     value = number(text)
-    return Quantity(value) if value is not None else quantity_in_one_unit(text) or _compound(text)
+    return Quantity(value) if value is not None else quantity_in_one_unit(text) or sum_of_units(text)
 
 
 def quantity_in_one_unit(text: str) -> Quantity | None:
@@ -100,15 +100,17 @@ def _starts_a_product(rest: str) -> bool:
     return not space and len(word) < 4 and not _units.is_known(word)
 
 
-def _compound(text: str) -> Quantity | None:
-    """Read `5 ft 3 in`, `2 hours and 30 minutes`, `5' 3''`."""
+def sum_of_units(text: str) -> Quantity | None:
+    """Read `5 ft 3 in`, `2 hours and 30 minutes`: each unit is smaller than the one before; `3 cm and 4 cm` are two quantities."""
     parts = re.findall(r"([0-9][0-9.,/]*) ?([a-zA-Z]+)(?:,? and |, | |$)", text)
     if len(parts) < 2 or "".join(a + b for a, b in parts) != re.sub(r",? and |, | ", "", text):
         return None
-    total, dimension = Fraction(0), None
+    total, dimension, last = Fraction(0), None, None
+    is_time = any(name == "h" for _, name in parts)  # `2h 30m`: no metres
     for digits, name in parts:
-        size, of = number(digits), unit(name)
-        if size is None or of is None or not of.known or dimension not in (None, of.powers):
+        size, of = number(digits), unit("min" if name == "m" and is_time else name)
+        if size is None or of is None or not of.known or dimension not in (None, of.powers) or (last and of.size >= last):
             return None
-        total, dimension = total + size * of.size, of.powers
-    return Quantity(total, Unit(dimension or ()), compound=True)
+        total, dimension, last = total + size * of.size, of.powers, of.size
+    # A bare number of money is one of dollars, but one of a length may be of feet or inches.
+    return Quantity(total, Unit(dimension or ()), compound=dimension != (("dollar", 1),))

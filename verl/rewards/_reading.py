@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from verl.rewards._brackets import depths, is_one_group, parts_of_bracket, split
 from verl.rewards._numbers import number
-from verl.rewards._quantity import NO_UNIT, quantity, quantity_in_one_unit
+from verl.rewards._quantity import NO_UNIT, quantity, quantity_in_one_unit, sum_of_units
 from verl.rewards._spelling import plain
 from verl.rewards._units import unit
 from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
@@ -24,7 +24,8 @@ _SAME_WORDS = {
     "oo": "∞", "+∞": "∞", "infinity": "∞", "+oo": "∞", "positive infinity": "∞", "inf": "∞", "-oo": "-∞",
     "negative infinity": "-∞", "- ∞": "-∞",
     "-infinity": "-∞", "-inf": "-∞",
-    "no solution": "∅", "no solutions": "∅", "no real solution": "∅", "no real solutions": "∅", "empty set": "∅", "the empty set": "∅",
+    "no solution": "∅", "no solutions": "∅", "no real solution": "∅", "no real solutions": "∅", "no real roots": "∅", "no roots": "∅",
+    "infinite": "∞", "infinitely many": "∞", "infinitely many solutions": "∞", "empty set": "∅", "the empty set": "∅",
     r"\{\}": "∅", r"\{ \}": "∅", "none": "∅",
 }  # fmt: skip
 _VERDICT = re.compile(r"(yes|no|true|false)(?:[,.:;](?= )|$)")
@@ -49,7 +50,8 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 _ABOUT = re.compile(
-    r"(?:≈|~|大约|大約|约|約|about |approximately |approx\.? |roughly |around |exactly |just |only |a total of )\s*", re.IGNORECASE
+    r"(?:≈|~|大约|大約|约|約|about |nearly |almost |approximately |approx\.? |roughly |around |exactly |just |only |a total of )\s*",
+    re.IGNORECASE,
 )
 _LOWEST = re.compile(r"(?:at least|no less than|not less than|no fewer than|a minimum of|minimum) ", re.IGNORECASE)
 _HIGHEST = re.compile(r"(?:at most|no more than|not more than|no greater than|up to|a maximum of|maximum) ", re.IGNORECASE)
@@ -60,10 +62,10 @@ _OR_MORE = re.compile(r"(.+?)(?: ?\+| (?:or|and) (?:more|greater|above|higher|la
 _OR_LESS = re.compile(r"(.+?) (?:or|and) (?:less|fewer|below|lower|smaller|under)", re.IGNORECASE)
 _BOUNDS = ((_LOWEST, ">="), (_HIGHEST, "<="), (_ABOVE, ">"), (_BELOW, "<"), (_NOT, "!="))
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.:)]?")
-_CHOICE_WITH_CONTENT = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])[.):](?= ))\s*(\S.*)")
+_CHOICE_WITH_CONTENT = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])[.):](?= ))\s*(?!(?:and|or)\b|[,;&/])(\S.*)")  # `(A) and (B)` is a list
 _CLOCK = re.compile(r"([01]?[0-9]|2[0-4]):([0-5][0-9])(?::([0-5][0-9]))? ?(?:([ap])\.? ?m\.?)?(?: ?(?:o'clock|hours))?", re.IGNORECASE)
 _HOUR = re.compile(r"(1[0-2]|0?[1-9]) ?(?:o'clock ?)?([ap])\.? ?m\.?", re.IGNORECASE)
-_RATIO = re.compile(r"([^:]+)(?::| to )([^:]+?)(?::([^:]+))?")
+_RATIO = re.compile(r"([^:]+)(?::| to | out of )([^:]+?)(?::([^:]+))?")
 _DATES = (
     re.compile(rf"(?P<month>{_MONTH}) (?P<day>[0-3]?[0-9])(?:st|nd|rd|th)?(?:,? (?P<year>[0-9]{{4}}))?", re.IGNORECASE),
     re.compile(rf"(?P<day>[0-3]?[0-9])(?:st|nd|rd|th)?(?: of)? (?P<month>{_MONTH})(?:,? (?P<year>[0-9]{{4}}))?", re.IGNORECASE),
@@ -78,6 +80,7 @@ _NAME = re.compile(
     rf"\\frac\{{[A-Z]{{1,3}}\}}\{{[A-Z]{{1,3}}\}}|{_SYMBOL} ?[:/] ?{_SYMBOL}|\[[A-Z]+\]"
 )
 _WORD_NAME = re.compile(r"[a-zA-Z]{2}[a-zA-Z_'-]*(?: [a-zA-Z]+)*")
+_ARITHMETIC = re.compile(r"(?:[-+*/(). 0-9]|(?:(?<=[0-9])|(?<=[0-9] ))x(?= ?[0-9])|\\times|\\cdot)+")
 _TIMES_SIGN = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
 _COMMAND = re.compile(
     r"\\[a-zA-Z]+|(?<![a-zA-Z])(?:arc)?(?:sin|cos|tan|cot|sec|csc|ln|log|exp|max|min|gcd|lcm|sqrt|abs|det|mod)h?(?![a-zA-Z])"
@@ -235,7 +238,7 @@ def _several(text: str, depth: int) -> Value | None:
             if not re.fullmatch("[-+]?[1-9][0-9]*,[0-9]+", text) or _grouped(text)
             else _listed(parts, depth, Quantity(value))
         )
-    if not union and isinstance(whole := quantity_in_one_unit(text), Quantity):
+    if not union and isinstance(whole := quantity_in_one_unit(text) or sum_of_units(text), Quantity):
         return whole
     if union:
         items = [_read(_unwrapped(part), depth + 1) for part in split(text, "∪")[0]]
@@ -365,6 +368,8 @@ def _equation(parts: list[str], text: str, depth: int) -> Value | None:
         return _read(last, depth + 1)
     if not re.search("[a-zA-Z]", _COMMAND.sub("", _TIMES_SIGN.sub("", first))) and isinstance(result := _read(last, depth + 1), Quantity):
         return result  # `2 + 3 = 5`
+    if isinstance(result := _read(first, depth + 1), Quantity) and _ARITHMETIC.fullmatch(last):
+        return result  # `5 = 2 + 3`
     if _is_name(first):
         value = _read(last, depth + 1)
         return Named(_name(first), value) if value is not None else None
@@ -418,7 +423,7 @@ def _words(text: str, depth: int) -> Value | None:
 
 
 def _canonical(text: str) -> str:
-    return re.sub(r"\s+", " ", text.casefold()).strip(" .,;:!'\"").removeprefix("the ")
+    return re.sub(r"^(?:the|an?) (?=\S{2})", "", re.sub(r"\s+", " ", text.casefold()).strip(" .,;:!'\"")).removesuffix(" only")
 
 
 _READINGS: tuple[Callable[[str, int], Value | None], ...] = (

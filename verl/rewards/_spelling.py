@@ -17,7 +17,7 @@ _SYMBOLS = {
     "￥": "¥", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "⁄": "/", "π": r"\pi ", "√": r"\sqrt ",
     "…": r"\ldots ", "、": ",",
     "，": ",", "；": ";", "。": ".",
-    "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ℝ": r"\mathbb{R}", "ø": "∅", "Ø": "∅",
+    "\N{OHM SIGN}": "Ω", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "ℝ": r"\mathbb{R}", "ø": "∅", "Ø": "∅",
     "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅕": " 1/5", "⅙": " 1/6", "⅛": " 1/8",
     "⅜": " 3/8", "⅝": " 5/8", "⅞": " 7/8",
     "⁰": "^0", "¹": "^1", "²": "^2", "³": "^3", "⁴": "^4", "⁵": "^5", "⁶": "^6", "⁷": "^7", "⁸": "^8", "⁹": "^9",
@@ -49,6 +49,7 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\(?:approx|simeq|sim|doteq|thickapprox)(?![a-zA-Z])|~=|≃|≅", "≈"),
+        (r"(?<=[0-9] )\\(?:Omega|ohm)(?![a-zA-Z])|(?<=[0-9])\\(?:Omega|ohm)(?![a-zA-Z])", "Ω"),
         (r"\\pm(?![a-zA-Z])|\+/-|\+-", "±"),
         (r"\\mp(?![a-zA-Z])", "∓"),
         (r"\\cup(?![a-zA-Z])", "∪"),
@@ -77,6 +78,7 @@ _TEXT = re.compile(
 )
 _FUNCTION_NAME = re.compile(r"(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|lcm|gcd|max|min|det")
 _CANCELLED = re.compile(r"\\(?:cancel|bcancel|xcancel|phantom|hphantom|vphantom|tag|label) ?\{[^{}]*\}")
+_COLOR = re.compile(r"\\(?:textcolor|colorbox|color) ?\{[a-zA-Z0-9!, ]*\}")
 _HTML = re.compile(r"</?(?:b|i|u|em|strong|span|p|div|br|code|mark) ?/?>", re.IGNORECASE)
 _BOLD = re.compile(r"(?<![\w)*])\*\*([^*]+)\*\*(?![\w*])")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
@@ -94,7 +96,7 @@ def plain(text: str) -> str:
     text = _HTML.sub("", text)
     if r"\begin" not in text:
         text = _DOUBLED.sub(r"\\", text)
-    text = _CANCELLED.sub("", text)
+    text = _COLOR.sub("", _CANCELLED.sub("", text))
     for _ in range(_NESTED):
         text, changed = _TEXT.subn(_unwrapped, text)
         if not changed:

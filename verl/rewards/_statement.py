@@ -22,8 +22,11 @@ PHRASE = re.compile(
     r"\b(?:correct|right|final) (?:option|choice|result|value)s?[ *_]{0,6}(?:(?:is|are)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
     r"\banswers?[ *_]{0,6}(?=\$|\\[(\[])|"
     r"\bfinal answer[*_#]{0,6}[^\S\n]{0,3}(?=\n)|"
+    r"(?<=[#*] )answer[*_#]{0,6}[^\S\n]{0,3}(?=\n)|(?<=\*\*)answer\*\*[^\S\n]{0,3}(?=\n)|"
+    r"\bans\b\.?[*_]{0,6} ?[:=]|"
     r"(?:最终|最後|最后|正确|正確)?(?:的)?答案[*_ ]{0,6}(?:是|为|為|應該是|应该是)?[*_ ]{0,6}[:：]?|"
-    r"\b(?:Réponse|Respuesta|Resposta|Antwort|Risposta|Ответ)(?: finale?| final)?[ *_]{0,6}[:：]|(?:答え|정답)(?:は|은|는)?[:： ]?",
+    r"\b(?:Réponse|Respuesta|Resposta|Antwort|Risposta|Ответ)(?: finale?| final)?[ *_]{0,6}(?:[:：]|(?:est|es|é|ist|è)\b[ *_]{0,6}[:：]?)|"
+    r"(?:答え|정답)(?:は|은|는)?[:： ]?",
     re.IGNORECASE,
 )
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
@@ -37,7 +40,7 @@ NEXT_QUESTION = re.compile(
 # Words that begin a reason or a remark, after the answer itself.
 REMARK = re.compile(
     r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|"
-    r"and (?:we|the|this|that|it))\b|\s(?:-{2,}|—)\s|"
+    r"and (?:we|the|this|that|it))\b|,\snot\b|\s(?:-{2,}|—)\s|"
     r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;]|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )

@@ -19,6 +19,9 @@ _TABLE = {
     "pound sterling": "£ gbp sterling quid=1; pence=1/100",
     "yuan": "¥ yuan rmb yen jpy 元 块 块钱 人民币 円=1",
     "rupee": "₹ rupee rs inr=1",
+    "won": "₩ won krw=1",
+    "rouble": "₽ rouble ruble rub=1",
+    "resistance": "Ω ohm=1",
     "force": "N newton=1",
     "energy": "J joule=1; kJ kilojoule=1000",
     "power": "W watt=1; kW kilowatt=1000",
@@ -38,7 +41,7 @@ _ABBREVIATIONS = {
 _ARTICLES = {"a", "an", "the", "of", "each", "total", "us", "american", "in", "unit"}
 _POWER_WORDS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _TOKEN = re.compile(r"[^\s^/*]+|[\^/*]")
-_UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹\u00c0-\u024f\u4e00-\u9fff'./* -]|\^ ?-?[0-9])+")
+_UNIT = re.compile(r"(?:[A-Za-z°¢$＄€£¥₹₩₽Ω\u00c0-\u024f\u4e00-\u9fff'./* -]|\^ ?-?[0-9])+")
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ def unit(text: str) -> Unit | None:
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace(r"\cdot", "*")
     if not text:
         return NONE
-    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹]", text) or text[-1] in "-*/":
+    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹₩₽]", text) or text[-1] in "-*/":
         return None
     for short, long in _ABBREVIATIONS.items():
         text = re.sub(rf"(?<![\w°]){re.escape(short)}(?!\w)", long, text, flags=re.IGNORECASE)
-    return _product(_TOKEN.findall(re.sub(r"\bper\b|\ban?(?= hour| day| week| month| year)", "/", text)))
+    return _product(_TOKEN.findall(re.sub(r"\bper\b|(?<!of )\ban?(?= hour| day| week| month| year)", "/", text)))
 
 
 def _product(tokens: list[str]) -> Unit | None:
@@ -110,7 +113,9 @@ def _product(tokens: list[str]) -> Unit | None:
 
 def _is_variable(word: str) -> bool:
     """Whether a word of a formula is no unit: `x`, `-x`."""
-    return (len(word) == 1 and word.isascii() and word.casefold() not in _ARTICLES) or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
+    if word.casefold() in _ARTICLES:
+        return False
+    return (len(word) == 1 and word.isascii()) or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
 
 
 def _power(tokens: list[str], position: int, before: int) -> tuple[int | None, int]:

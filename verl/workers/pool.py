@@ -24,7 +24,7 @@ from verl import user_files
 from verl.config.workers import WorkersConfig
 from verl.errors import AbandonedError, UserError
 from verl.workers.calls import Failure, InProcess, is_async, late, unpacked
-from verl.workers.serve import Call, Code
+from verl.workers.serve import Call, Code, end_descendants
 
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
 SECONDS_BEFORE_LINE = 10.0  # of a wait; the time to each next line is twice as long
@@ -354,6 +354,7 @@ class _Worker:
 def _end_process(keeper: "subprocess.Popen[bytes]", connection: Connection, lifeline: int, trace: IO[bytes], owner: int) -> None:
     if os.getpid() != owner:  # a fork of the trainer
         return
+    end_descendants(keeper.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(keeper.pid, signal.SIGKILL)
     keeper.wait()

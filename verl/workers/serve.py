@@ -5,6 +5,8 @@ user's code has started, when the trainer has ended, even by SIGKILL.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import faulthandler
 import os
 import pickle
@@ -22,6 +24,9 @@ from typing import Any, NoReturn
 from verl import plugin, user_files
 from verl.errors import UserError
 from verl.workers.calls import failure_of, late, packed, result_of
+
+PR_SET_CHILD_SUBREAPER = 36
+ROUNDS = 5  # of looking for processes to end
 
 
 @dataclass(frozen=True)
@@ -180,27 +185,69 @@ def _record_stacks(trace: int) -> None:
 
 
 class _WorkerEnded(BaseException):
-    pass
+    """The process that runs the user's code has ended; the argument is its exit code."""
 
 
 def _fork_from_keeper(connection: int, lifeline: int) -> None:
-    """Return in a new process. This one waits for its end, or for that of the trainer, and ends all processes of the group."""
+    """Return in a new process. This one waits for its end, or for that of the trainer, and ends all that the user's code has started."""
+    worker = 0
 
-    def worker_ended(*_: object) -> NoReturn:
-        raise _WorkerEnded
+    def child_ended(*_: object) -> None:
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == worker:
+                raise _WorkerEnded(os.waitstatus_to_exitcode(ended[1]))
 
+    _adopt_orphans()
+    signal.signal(signal.SIGCHLD, child_ended)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    worker = os.fork()
+    if worker == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        os.close(lifeline)
+        return
     try:
-        signal.signal(signal.SIGCHLD, worker_ended)
-        worker = os.fork()
-        if worker == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.close(lifeline)
-            return
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         os.close(connection)
         os.read(lifeline, 1)
-    except _WorkerEnded:
-        _end_as(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+    except _WorkerEnded as end:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        end_descendants(os.getpid())
+        _end_as(end.args[0])
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    end_descendants(os.getpid())
     os.killpg(0, signal.SIGKILL)
+
+
+def _adopt_orphans() -> None:
+    """Let processes whose parent ends become children of this one, so that it finds those that left its group (on Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(process: int) -> None:
+    """End the processes that descend from one, also those in sessions of their own (on Linux). They may start others meanwhile."""
+    for _ in range(ROUNDS):
+        found = _descendants(process)
+        for one in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(one, signal.SIGKILL)
+        if not found:
+            break
+
+
+def _descendants(process: int) -> list[int]:
+    """Return the running processes that descend from one."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, parent = status.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                children.setdefault(int(parent), []).append(int(status.parent.name))
+    found = [process]
+    for one in found:  # it grows meanwhile
+        found += children.get(one, [])
+    return found[1:]
 
 
 def _end_as(code: int) -> NoReturn:
