@@ -487,7 +487,7 @@ def test_the_command_plans_for_gpus_that_are_not_here(
         ({"model__partial_pretrain": "/nowhere"}, "no such model directory"),
         ({"model__fsdp_config__shard_size": 2}, "1 processes are not a multiple of 2"),
         ({"model__context_parallel_size": 2}, "1 processes are not a multiple of 2"),
-        ({"model__lora_rank": 10_000}, "10000 is above"),
+        ({"model__lora_rank": 4, "model__target_modules": "[nowhere]"}, "no module matches 'nowhere'"),
         ({"data__max_length": 8}, "longer than data.max_length"),
     ],
 )
