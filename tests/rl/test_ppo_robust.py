@@ -393,11 +393,11 @@ def test_what_is_named_and_is_not_there_is_said_before_anything_is_read(
     [
         (
             {"reward__name": "raises.py"},
-            r"train\.jsonl:\d+: reward raises raised ValueError: never \(raises\.py:2\)\n  fix: correct the reward or .*on_error=zero",
+            r"train\.jsonl:\d+: reward raises raised ValueError: never \(\S*raises\.py:2\)\n  fix: correct the reward or .*on_error=zero",
         ),
         (
             {"reward__name": "nan.py"},
-            r"train\.jsonl:\d+: reward nan returned nan, expected a finite number\n  fix: correct the reward or the row",
+            r"train\.jsonl:\d+: reward nan returned nan of type float, expected a finite number\n  fix: correct the reward or the row",
         ),
         (
             {"data__max_prompt_length": 33},
