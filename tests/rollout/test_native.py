@@ -175,7 +175,7 @@ def test_weights_of_its_own_are_filled_by_name() -> None:
         after = rollout.generate(prompts, GREEDY)
         assert (flat_logprobs(after) - engine_logprobs(trained, prompts, after)).abs().max() < 1e-5
         assert {answer.version for answer in after} == {version}
-    with pytest.raises(ValueError, match="is no parameter"):
+    with pytest.raises(ValueError, match="is not a parameter"):
         rollout.update_weights([("model.nothing", torch.zeros(1))], 4)
 
 
