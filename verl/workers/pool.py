@@ -28,7 +28,8 @@ from verl.workers.serve import Call, Code, end_descendants
 
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
 SECONDS_BEFORE_LINE = 10.0  # of a wait; the time to each next line is twice as long
-GRACE_SECONDS = 5.0  # for a worker to keep the time limit of an `async` function, and for calls to end after a signal
+GRACE_SECONDS = 5.0  # for a worker to keep the time limit of an `async` function
+STOP_SECONDS = 3.0  # for calls to end after a signal, so that the run has saved and ended within 10 seconds
 START = (
     "import sys; given, sys.path[:] = sys.argv[1:4], sys.argv[4:]; del sys.argv[1:]; "
     "from verl.workers.serve import serve; serve(*map(int, given))"
@@ -278,7 +279,7 @@ class _Wait:
             self._next_line = 2 * max(self._next_line, now - self._since) if line_is_due else self._next_line
             self._watch.waiting(text, line_is_due=line_is_due)
         if self._stop_at == float("inf") and self._watch.stopping():
-            self._stop_at = now + GRACE_SECONDS
+            self._stop_at = now + STOP_SECONDS
         if now > self._stop_at:
             raise AbandonedError(f"stopped {self._what} after {now - self._since:.0f} s")
 
