@@ -116,7 +116,8 @@ def _interrupts_noticed() -> Iterator[list[int]]:
 
     def notice(number: int, frame: FrameType | None) -> None:
         found.append(number)
-        handler(number, frame)  # type: ignore[operator]
+        if callable(handler):
+            handler(number, frame)
 
     if threading.current_thread() is not threading.main_thread() or not callable(handler):  # Python allows handlers only there
         yield found
