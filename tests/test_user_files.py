@@ -1,5 +1,6 @@
 """Users' files that import their neighbours, and modules of the current folder."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from verl import plugin
+from verl import plugin, user_files
 from verl.errors import UserError
 
 
@@ -107,3 +108,35 @@ def test_a_file_that_ends_the_process_when_it_is_imported_is_an_error(tmp_path: 
 def test_a_fork_that_a_file_makes_when_it_is_imported_may_end(tmp_path: Path) -> None:
     fork = "import os\nchild = os.fork()\nif child == 0:\n    os._exit(7)\nCODE = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
     assert plugin.load("verl.rewards", str(write(tmp_path, mine=fork) / "mine.py")).CODE == 7
+
+
+def test_an_interrupt_that_a_file_raises_when_it_is_imported_is_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, mine="X = 1\nraise KeyboardInterrupt\n", beside="import mine\n")
+    with pytest.raises(UserError, match="fails when it is imported: RuntimeError: raised KeyboardInterrupt") as error:
+        plugin.load("verl.rewards", str(folder / "mine.py"))
+    assert str(error.value.where).endswith("mine.py:2")
+    with pytest.raises(UserError, match="raised KeyboardInterrupt"):
+        plugin.load("verl.rewards", str(folder / "beside.py"))
+
+
+def test_ctrl_c_while_a_file_is_imported_is_an_interrupt(tmp_path: Path) -> None:
+    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n"
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        plugin.load("verl.rewards", str(write(tmp_path, mine=text) / "mine.py"))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_file_that_takes_long_to_import_is_named_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(user_files, "SECONDS_BEFORE_NOTE", 0.2)
+    plugin.load("verl.rewards", str(write(tmp_path, mine="import time\ntime.sleep(1)\n") / "mine.py"))
+    assert "mine.py is being imported, for 0.2 s so far" in capfd.readouterr().err
+
+
+def test_a_file_that_was_edited_is_imported_anew_with_its_neighbours(tmp_path: Path) -> None:
+    path = write(tmp_path, mine="import helper\nX = helper.X\n", helper="X = 1\n") / "mine.py"
+    assert plugin.load("verl.rewards", str(path)).X == 1
+    write(tmp_path, mine="import helper\nX = 10 * helper.X\n", helper="X = 2\n")
+    assert plugin.load("verl.rewards", str(path)).X == 20

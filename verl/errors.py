@@ -3,6 +3,8 @@
 A command exits with code 2 and no traceback after a `UserError`, and with 128 + the signal's number after `Stopped`.
 """
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -69,6 +71,7 @@ def print_error(error: UserError) -> None:
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
     """Run `main(*args)` and exit: with code 2 after printing a UserError, with 128 + the signal's number after Stopped, else with 0."""
+    atexit.register(gc.freeze)  # at exit, Python searches all objects for cycles: with torch imported, this takes seconds
     try:
         main(*args)
     except UserError as error:

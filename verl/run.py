@@ -211,7 +211,7 @@ class Run:
             return
         for name, module in zip(self._names, self._modules, strict=True):
             try:
-                logger = module.start(self)
+                logger = _called(module.start, f"the logger {name} is being started", self)
             except UserError:
                 raise
             except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
@@ -226,13 +226,13 @@ class Run:
     def _attempt(self, function: str, logger: Logger, name: str, module: ModuleType, *arguments: Any) -> bool:
         """Call a logger. If it fails, print why, and return False: no failure of a logger stops a run."""
         try:
-            getattr(logger, function)(*arguments)
+            _called(getattr(logger, function), f"the logger {name} is busy in {function}", *arguments)
         except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
             what = f"the logger {name} failed in {function}: {_described(error, module)}"
             self.say(f"warning: {what}; the run continues without it, and metrics.jsonl has every step")
             if function == "log":
                 with suppress(Exception, SystemExit):  # it has been told already
-                    logger.finish()
+                    _called(logger.finish, f"the logger {name} is busy in finish")
             return False
         return True
 
@@ -310,6 +310,14 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(child) for key, child in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _called(function: Callable[..., Any], doing: str, *arguments: Any) -> Any:
+    """Call a function of a logger. It cannot end the process without a word, and a line is printed if it takes long."""
+    from verl.user_files import ends_are_errors, noted_if_slow
+
+    with ends_are_errors(), noted_if_slow(doing):
+        return function(*arguments)
 
 
 def _described(error: BaseException, module: ModuleType) -> str:

@@ -8,8 +8,10 @@ import builtins
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 import sysconfig
+import threading
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +19,14 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from verl.errors import UserError
 
 FOLDER = "verl_folder_"  # a package of this name and a checksum has the files of a user's folder as its modules
+
+SECONDS_BEFORE_NOTE = 10.0
 
 _files: dict[Path, tuple[bytes, ModuleType]] = {}  # imported users' files: content and module by path
 
@@ -34,7 +38,7 @@ def from_file(path: Path, kind: str) -> ModuleType:
     place, source = path.resolve(), _read(path)
     before, module = _files.get(place, (None, None))
     if module is None or before != source:
-        module = _run(path, source, _package_of(place.parent, anew=module is not None))
+        module = _run(path, source, package_of(place.parent, anew=module is not None))
         _files[place] = source, module
     return module
 
@@ -54,7 +58,7 @@ def _run(path: Path, source: bytes, package: str) -> ModuleType:
     module.__dict__["__builtins__"] = _builtins_of(package)
     sys.modules[name] = module
     try:
-        with _on_path(module), _exits_are_errors():
+        with _on_path(module), ends_are_errors(), noted_if_slow(f"{path} is being imported"):
             # The spec's loader is not used, because it could load stale bytecode of a file that has just changed.
             exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102
     except (Exception, SystemExit) as error:  # a user's file may raise anything
@@ -80,8 +84,11 @@ def _on_path(module: ModuleType) -> Iterator[None]:
 
 
 @contextmanager
-def _exits_are_errors() -> Iterator[None]:
-    """In this context, `os._exit` raises SystemExit: an import must not end the run without a word. Forks end as they do otherwise."""
+def ends_are_errors() -> Iterator[None]:
+    """In this context, users' code cannot end the run without a word.
+
+    `os._exit` raises SystemExit, except in forks. `raise KeyboardInterrupt` becomes a RuntimeError; Ctrl-C is still a KeyboardInterrupt.
+    """
     leave, process = os._exit, os.getpid()
 
     def leave_or_raise(status: int) -> NoReturn:
@@ -91,15 +98,62 @@ def _exits_are_errors() -> Iterator[None]:
 
     os._exit = leave_or_raise
     try:
-        yield
+        with _interrupts_noticed() as interrupts:
+            yield
+    except KeyboardInterrupt as error:
+        if interrupts:
+            raise
+        raise RuntimeError("raised KeyboardInterrupt").with_traceback(error.__traceback__) from None
     finally:
         os._exit = leave
+
+
+@contextmanager
+def _interrupts_noticed() -> Iterator[list[int]]:
+    """Yield a list that gets an item for each SIGINT in this context. The handler of the signal is called as before."""
+    found: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        found.append(number)
+        if callable(handler):
+            handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):  # Python allows handlers only there
+        yield found
+        return
+    signal.signal(signal.SIGINT, notice)
+    try:
+        yield found
+    finally:
+        if signal.getsignal(signal.SIGINT) is notice:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def noted_if_slow(doing: str) -> Iterator[None]:
+    """Print a line to standard error if this context lasts long, so that nobody waits for users' code without knowing it.
+
+    Args:
+        doing: what is being done, such as "mine.py is being imported".
+    """
+
+    def note() -> None:
+        os.write(2, f"{doing}, for {SECONDS_BEFORE_NOTE:g} s so far\n".encode())
+
+    timer = threading.Timer(SECONDS_BEFORE_NOTE, note)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def from_name(name: str, kind: str) -> ModuleType:
     """Import a dotted module. One that is not found is looked for in the current folder too, which a console script has not on its path."""
     try:
-        with _exits_are_errors():
+        with ends_are_errors(), noted_if_slow(f"{name} is being imported"):
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
         here = str(Path.cwd())
@@ -151,7 +205,7 @@ def is_own_file(filename: str, module: ModuleType) -> bool:
 # The files beside a user's file
 
 
-def _package_of(folder: Path, *, anew: bool) -> str:
+def package_of(folder: Path, *, anew: bool = False) -> str:
     """Return the name of the package whose modules are the files of a folder.
 
     Args:

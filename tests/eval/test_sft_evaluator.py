@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from verl.config.commands import EngineConfig, EvalConfig
+from verl.config.commands import EngineConfig, EvalConfig, GraderConfig
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import sft_evaluator
@@ -247,6 +247,37 @@ def test_a_metric_that_fails_is_named_with_its_row(tmp_path: Path, checkpoint: P
         evaluate(config(tmp_path, checkpoint, metric=str(metric)))
     assert str(caught.value.where).endswith("test.jsonl:1")
     assert re.match("metric mine " + what.replace("(", r"\(").replace(")", r"\)"), caught.value.what)
+
+
+@pytest.mark.parametrize("function", ["score", "score_group", "extract_answer", "exact_match"])
+def test_answers_on_which_a_metric_fails_count_as_zero_and_are_marked(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], function: str
+) -> None:
+    fails = "    if '45' in str(a) or '45' in str(b):\n        raise ValueError('no 45')\n"
+    metric = tmp_path / "mine.py"
+    metric.write_text(
+        "".join(
+            f"def {name}({arguments}):\n{fails if name == function else ''}    return {value}\n\n\n"
+            for name, arguments, value in (
+                ("score", "a, b, row", "1"),
+                ("extract_answer", "a, b=''", "'x'"),
+                ("exact_match", "a, b, method", "True"),
+                *((("score_group", "a, b, row", "[1] * len(b)"),) if function == "score_group" else ()),
+            )
+        )
+    )
+    given: dict[str, Any] = {"metric": str(metric), "reward": GraderConfig(on_error="zero")}
+    if function == "extract_answer":  # it must read the right answers
+        metric.write_text(metric.read_text().replace("'45' in str(a)", "'45' in str(a) and not a.startswith('####')"))
+    settings = config(tmp_path, checkpoint, **given)
+    results, lines = evaluate(settings), predictions(settings)
+    (marked,) = [line for line in lines if line["error"] is not None]
+    assert "ValueError: no 45" in marked["error"] and "45" in marked["reference"] and results["errors"] == 1
+    in_score = function.startswith("score")
+    assert (marked["score"], marked["correct"]) == ((0, False) if in_score else (1, True))
+    assert results["exact_match"] == (0.75 if in_score else 1)
+    assert results["exact_match_flexible"] == (0.75 if function == "exact_match" else 1)
+    assert "warning: 1 answers failed and count as 0 (reward.on_error=zero):" in capsys.readouterr().out
 
 
 # What is not right

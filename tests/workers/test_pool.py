@@ -1,9 +1,11 @@
 """Users' own code in worker processes: what it returns, how it fails, and what becomes of its processes."""
 
+import http.server
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +66,14 @@ def is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def ends(process: int, seconds: float = 10) -> bool:
+    """Return whether a process ends within this time."""
+    deadline = time.monotonic() + seconds
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_running(process)
 
 
 ENDS = """
@@ -287,7 +297,7 @@ def test_workers_and_all_that_they_have_started_end_with_a_trainer_that_is_kille
     assert all(map(is_running, processes))
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    wait_for(lambda: not any(map(is_running, processes)), seconds=10)
+    assert all(map(ends, processes))
 
 
 def test_closed_workers_leave_no_process(workers: Callable[..., Workers]) -> None:
@@ -306,9 +316,62 @@ def test_processes_in_sessions_of_their_own_end_with_their_worker(workers: Calla
         "import ctypes, os, subprocess, time\n"
         "def score(prompt, response, row):\n"
         "    subprocess.Popen(['sh', '-c', 'sleep 100 & echo $! > ' + response], start_new_session=True).wait()\n"
-        f"    {end}\n",
+        f"    open(response + '.stat', 'w').write(open(f'/proc/{{open(response).read().strip()}}/stat').read())\n    {end}\n",
         timeout_seconds=2.0,
     )
     scores(mine, str(daemon))
+    process = int(daemon.read_text())
+    assert (tmp_path / "daemon.stat").read_text().startswith(f"{process} (")  # it was running
     mine.close()
-    wait_for(lambda: not is_running(int(daemon.read_text())), seconds=5)
+    assert ends(process)
+
+
+def test_processes_that_multiprocessing_spawns_find_the_users_file_and_the_files_beside_it(workers: Any, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("def twice(x):\n    return 2 * x\n")
+    mine = workers(
+        "import multiprocessing, helper\n"
+        "def double(x):\n    return helper.twice(x)\n"
+        "def score(prompt, response, row):\n"
+        "    with multiprocessing.get_context(response).Pool(2) as pool:\n        return sum(pool.map(double, [1, 2, 3]))\n",
+        timeout_seconds=30.0,
+    )
+    assert scores(mine, "spawn", "forkserver", "fork") == [12, 12, 12]
+
+
+JUDGE = """
+import asyncio, json
+
+
+async def score(prompt, response, row):
+    reader, writer = await asyncio.open_connection("127.0.0.1", row["port"])
+    writer.write(f"POST / HTTP/1.0\\r\\nContent-Length: {len(response)}\\r\\n\\r\\n{response}".encode())
+    reply = (await reader.read()).decode()
+    writer.close()
+    return json.loads(reply.rpartition("\\r\\n")[2])
+"""
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        answer = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        time.sleep(0.3)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"no number" if answer == "bad" else str(len(answer)).encode())
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+
+
+def test_an_async_reward_may_ask_a_server_many_questions_at_once(workers: Any) -> None:
+    with Server(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mine, row = workers(JUDGE), {"port": server.server_port}
+        scores(mine, "warm", row=row)
+        since = time.monotonic()
+        *good, bad = scores(mine, *["abc"] * 60, "bad", row=row)
+        assert good == [3] * 60 and bad.what.startswith("raised JSONDecodeError") and time.monotonic() - since < 10  # 18 s one by one
+        server.shutdown()

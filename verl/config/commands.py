@@ -29,6 +29,10 @@ class GraderConfig(WorkersConfig):
 
     plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score", "score_group"), named_by="metric", any_of=True)
 
+    # If the metric fails on an answer or gives no finite number: "stop" ends the evaluation with an error that names the row, "zero" counts
+    # the answer as 0 and writes the error into its line of predictions.jsonl.
+    on_error: str = "stop"
+
 
 @dataclass
 class EvalConfig:
@@ -84,6 +88,7 @@ class EvalConfig:
             what = "messages_key and system_prompt are both set"
             raise UserError(what, where="system_prompt", fix="remove it: each chat has its own system prompt")
         check_sampling(self.max_new_tokens, self.temperature, self.n, self.top_k, self.top_p)
+        one_of("reward.on_error", self.reward.on_error, ("stop", "zero"))
         check_workers(self.reward)
         at_least("batch_size", self.batch_size, 1)
         if self.max_samples is not None and self.max_samples != -1:

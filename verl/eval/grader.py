@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.commands import EvalConfig
+from verl.errors import UserError
 from verl.rewards import _scoring
 from verl.rewards._scoring import error_of, load_grader, short_names
 from verl.rollout import Completion
@@ -50,6 +51,7 @@ class Prediction:
         score: the grader's score.
         finish_reason: "stop", or "length" for an answer cut at max_new_tokens.
         tokens: number of generated tokens, including the stop token.
+        error: why the grader failed on this answer (`reward.on_error=zero`), or None. Such an answer has score 0 and is not correct.
     """
 
     prompt: str
@@ -62,6 +64,7 @@ class Prediction:
     score: float
     finish_reason: str
     tokens: int
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Grader:
         measure: display name of the mean score.
         in_groups: whether it scores all answers to a question together.
         dropped: names of the environment variables that a user's own grader does not get.
+        errors: failures so far (`reward.on_error=zero`), one for each answer, with the place of its row.
     Raises:
         UserError: no such grader, or it has no function `score`.
     """
@@ -99,7 +103,9 @@ class Grader:
         self._extract = "extract_answer" if self._grader.has("extract_answer") else None
         self._expect = "reference_answer" if self._grader.has("reference_answer") else self._extract
         self._matches = "exact_match" if self._grader.has("exact_match") else None
-        self._fix = f"correct the grader (metric={config.metric}) or the row"
+        self._fix = f"correct the grader (metric={config.metric}) or the row, or set reward.on_error=zero, which counts it as 0"
+        self._stops = config.reward.on_error == "stop"
+        self.errors: list[UserError] = []
         self.measure = "exact match" if self._matches else "mean score"
         self.what = self._grader.what
         self.in_groups, self.dropped = self._grader.in_groups, self._grader.dropped
@@ -115,16 +121,18 @@ class Grader:
         """Grade answers. If the grader scores in groups, all answers to a question are adjacent.
 
         Raises:
-            UserError: the grader fails, or its score is not a number.
+            UserError: the grader fails or its score is not a number, and `reward.on_error=stop`.
         """
         asked, responses = [questions[answer.question] for answer in answers], [answer.response for answer in answers]
         references, groups = [question.reference for question in asked], [answer.question for answer in answers]
         prompts, rows = [question.prompt for question in asked], [question.row for question in asked]
-        scores = self._checked(asked, self._grader.scores(prompts, responses, rows, groups, until_failure=True))
-        extracted = self._called(self._extract, asked, [(response,) for response in responses])
-        expected = self._called(self._expect, asked, [(reference,) for reference in references])
         pairs = [(response, reference, "flexible") for response, reference in zip(responses, references, strict=True)]
-        flexible = self._called(self._matches, asked, pairs)
+        errors: list[UserError | None] = [None] * len(answers)
+        scores = self._kept(asked, self._grader.scores(prompts, responses, rows, groups, until_failure=self._stops), errors, instead=0.0)
+        extracted = self._called(self._extract, asked, [(response,) for response in responses], errors)
+        expected = self._called(self._expect, asked, [(reference,) for reference in references], errors)
+        flexible = self._called(self._matches, asked, pairs, errors, instead=False)
+        self.errors += [error for error in errors if error is not None]
         return [
             Prediction(
                 prompt=question.prompt,
@@ -137,6 +145,7 @@ class Grader:
                 score=scores[number],
                 finish_reason=answer.completion.finish_reason,
                 tokens=len(answer.completion.token_ids),
+                error=None if (error := errors[number]) is None else error.what,
             )
             for number, (question, answer) in enumerate(zip(asked, answers, strict=True))
         ]
@@ -145,14 +154,28 @@ class Grader:
         """End the processes of a user's own grader."""
         self._grader.close()
 
-    def _called(self, function: str | None, asked: Sequence[Question], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Return the results of an optional function; None for each answer if the grader does not have it."""
+    def _called(
+        self,
+        function: str | None,
+        asked: Sequence[Question],
+        arguments: Sequence[tuple[Any, ...]],
+        errors: list[UserError | None],
+        *,
+        instead: object = None,
+    ) -> list[Any]:
+        """Return the results of an optional function; None for each answer if the grader does not have it. See `_kept`."""
         if function is None:
             return [None] * len(arguments)
-        return self._checked(asked, self._grader.run(function, arguments, until_failure=True), f"{function}() ")
+        return self._kept(asked, self._grader.run(function, arguments, until_failure=self._stops), errors, instead, f": {function}()")
 
-    def _checked(self, asked: Sequence[Question], results: Sequence[Any], function: str = "") -> list[Any]:
-        for question, result in zip(asked, results, strict=True):
+    def _kept(
+        self, asked: Sequence[Question], results: Sequence[Any], errors: list[UserError | None], instead: object, function: str = ""
+    ) -> list[Any]:
+        """Replace failures by `instead`, and set the errors of their answers. Raises the first one if `on_error=stop`."""
+        for number, (question, result) in enumerate(zip(asked, results, strict=True)):
             if isinstance(result, Failure):
-                raise error_of(f"{self._grader.what}{': ' if function else ''}{function.strip()}", result, question.where, self._fix)
-        return list(results)
+                error = error_of(f"{self._grader.what}{function}", result, question.where, self._fix)
+                if self._stops:
+                    raise error
+                errors[number] = errors[number] or error
+        return [instead if isinstance(result, Failure) else result for result in results]

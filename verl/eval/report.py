@@ -118,6 +118,7 @@ def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds:
         "confidence_interval_95": list(interval) if interval else None,
         "n": questions,
         "answers": len(predictions),
+        "errors": sum(p.error is not None for p in predictions),
         "truncated": _mean([p.finish_reason == "length" for p in predictions]),
         "tokens": tokens,
         "seconds": seconds,

@@ -6,12 +6,14 @@ Read `evaluate` first.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -28,6 +30,7 @@ from verl.models.format_check import check_format
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
 from verl.progress import open_console
+from verl.rewards._scoring import warning_of
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.session import session
 
@@ -89,6 +92,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     grader.close()
     results = report.summarize(config, predictions, seconds=time.perf_counter() - since, device=device)
     report.write_results(directory, results)
+    if (warning := warning_of(grader.errors, "answers failed and count as 0 (reward.on_error=zero)")) is not None:
+        console.print(warning)
     report.print_table(console, results, grader.measure, directory)
     return results
 
@@ -197,10 +202,16 @@ def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Questio
 
 
 def main(argv: list[str]) -> None:
+    signal.signal(signal.SIGTERM, leave)
     try:
         evaluate(load_config(EvalConfig, argv))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit as after a signal, but write the answers that are finished."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

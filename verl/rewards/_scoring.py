@@ -52,13 +52,14 @@ class Scored:
     def describe_errors(self) -> str | None:
         """Return warnings with the number of failures and the first of them; None if there are none."""
         found = [
-            _described(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
-            _described(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
+            warning_of(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
+            warning_of(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
         ]
         return "\n".join(text for text in found if text) or None
 
 
-def _described(errors: Sequence[UserError], what: str) -> str | None:
+def warning_of(errors: Sequence[UserError], what: str) -> str | None:
+    """Return a warning with the number of errors and the first of them; None if there are none."""
     if not errors:
         return None
     times = Counter(f"{error.where}: {error.what}" for error in errors)

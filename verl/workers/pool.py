@@ -26,6 +26,7 @@ from verl.errors import AbandonedError, UserError
 from verl.workers.calls import Failure, InProcess, is_async, late, unpacked
 from verl.workers.serve import Call, Code, end_descendants
 
+SECONDS_BETWEEN_LOOKS = 0.2  # at deadlines and signals, while no result arrives
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
 SECONDS_BEFORE_LINE = 10.0  # of a wait; the time to each next line is twice as long
 GRACE_SECONDS = 5.0  # for a worker to keep the time limit of an `async` function
@@ -181,10 +182,10 @@ class Workers:
         worker.running[number] = time.monotonic() + limit, seconds
 
     def _collect(self, calls: _Calls) -> None:
-        """Wait up to a second for results, and for workers that end or are late."""
+        """Wait a moment for results, then attend to each worker: one may have ended or be late."""
         now = time.monotonic()
-        next_deadline = min((deadline for worker in self._workers for deadline, _ in worker.running.values()), default=now + 1)
-        wait([worker.connection for worker in self._workers], timeout=max(0.0, min(1.0, next_deadline - now)))
+        next_deadline = min((deadline for worker in self._workers for deadline, _ in worker.running.values()), default=float("inf"))
+        wait([worker.connection for worker in self._workers], timeout=max(0.0, min(SECONDS_BETWEEN_LOOKS, next_deadline - now)))
         for worker in list(self._workers):
             self._attend(worker, calls)
 

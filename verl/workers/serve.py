@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from verl import plugin, user_files
 from verl.errors import UserError
 from verl.workers.calls import failure_of, late, packed, result_of
+from verl.workers.spawned import run_in_children
 
 PR_SET_CHILD_SUBREAPER = 36
 ROUNDS = 5  # of looking for processes to end
@@ -99,7 +100,10 @@ class _Server:
     def _loaded(self, code: Code) -> tuple[ModuleType, Any]:
         try:
             module = plugin.load("verl", code.name)
-            sys.path.append(str(Path(module.__file__ or "").resolve().parent))  # for `importlib.import_module` and pickles of the user's
+            path = Path(module.__file__ or "").resolve()
+            if module.__name__.startswith(user_files.FOLDER):
+                run_in_children(path)
+            sys.path.append(str(path.parent))  # for `importlib.import_module` and pickles of the user's
             return module, None if code.settings is None else pickle.loads(code.settings)  # noqa: S301
         except UserError as error:
             self._send(value=error)
