@@ -6,6 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM_VENV ?= .venv-vllm
+# The tests of a file stay in one process: they share models.
+JOBS ?= 2
+IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=loadfile)
 VLLM_STAMP := $(VLLM_VENV)/installed
 # The first Python that is new enough; `make PYTHON=… setup` takes another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -31,8 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Train a small model from nothing and prove that it learned; offline, minutes on a CPU
 	$(BIN)/verl demo
 
-test: $(STAMP) ## Run the tests; ARGS='-k name' picks some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## Run the tests, a process for each of two cores; ARGS='-k name' picks some, JOBS=8 takes more processes, JOBS=0 this one
+	$(BIN)/python -m pytest $(IN_PROCESSES) $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)
@@ -63,7 +66,7 @@ shape: ## Print how the code hangs together, in numbers beside the wanted ones; 
 # Each room by itself, so that a well-tested one does not make up for another.
 coverage: $(STAMP) ## Run the tests and see that they reach 90% of the lines and branches of the rooms that train; twice the time of test
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage run -m pytest $(IN_PROCESSES) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	@missed=0; for room in algorithms config data engine; do \
 		$(BIN)/coverage report --include='*/verl/'$$room'/*' --fail-under=90 || missed=1; \
