@@ -24,4 +24,5 @@ def run_in_children(path: Path) -> None:
 if __name__ == "__mp_main__":
     folder = Path(os.environ[USER_FILE]).parent
     user_files.package_of(folder)
-    sys.path.append(str(folder)) if str(folder) not in sys.path else None
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
