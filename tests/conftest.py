@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models of the tests are so small that threads would mostly wait for each other, and the cores have other tests to run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
