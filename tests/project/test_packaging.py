@@ -125,7 +125,7 @@ SETUP = ["python -m venv .venv", "python -m pip install --disable-pip-version-ch
 
 @pytest.mark.parametrize(
     ("target", "then"),
-    [("demo", ["verl demo"]), ("test", ["python -m pytest -k one"]), ("golden", ["python tests/golden.py -k one"]), ("setup", [])],
+    [("demo", ["verl demo"]), ("test", ["python -m pytest --numprocesses=2 --dist=loadfile -k one"]), ("golden", ["python tests/golden.py -k one"]), ("setup", [])],
 )
 def test_each_target_sets_up_by_itself_and_only_once(fresh_clone: Path, target: str, then: list[str]) -> None:
     words = (target, "PYTHON=./python", "ARGS=-k one")
@@ -157,7 +157,7 @@ def test_coverage_looks_at_each_room_by_itself(fresh_clone: Path) -> None:
     script(fresh_clone / ".venv" / "bin" / "coverage", 'echo "coverage $*" >> calls\ncase "$*" in *config*) exit 2; esac\n')
     assert make("coverage", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone).returncode == 2
     erase, run, combine, *reports = calls(fresh_clone)[2:]
-    assert (erase, run, combine) == ("coverage erase", "coverage run -m pytest -k one", "coverage combine --quiet")
+    assert (erase, run, combine) == ("coverage erase", "coverage run -m pytest --numprocesses=2 --dist=loadfile -k one", "coverage combine --quiet")
     assert [line.split("/")[2] for line in reports] == ["algorithms", "config", "data", "engine"]
     assert all(line.endswith("--fail-under=90") for line in reports)
 
