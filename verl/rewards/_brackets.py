@@ -3,7 +3,7 @@
 import re
 
 _OPENING, _CLOSING = "([{", ")]}"
-_JOINED = re.compile(r"[,;]|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|∪|∨|\\(?:lor|vee)(?![a-zA-Z])", re.IGNORECASE)
+_JOINED = re.compile(r"[,;]|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])|∪|∨|∧|或者?|(?<=[0-9a-z})\] ])[和与及](?=[-0-9a-z\\( ])", re.IGNORECASE)
 
 
 def split(text: str, only: str | None = None) -> tuple[list[str], list[str]]:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from verl.rewards import _units
-from verl.rewards._reading import compact, read
+from verl.rewards._reading import compact, read, vector
+from verl.rewards._region import open_interval, region
 from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
 
 Same = Callable[[str, str], bool]  # whether two expressions in LaTeX are equal
 MAGNITUDE_LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6}
 CHOICES = "ABCDEFGHIJ"  # that may be written in lower case
+CONSTANTS = ("e", "i")  # alone, these letters are numbers and no choices
 MOST_ITEMS = 60  # of a list, compared each with each
 
 
@@ -36,6 +38,10 @@ class _Comparison:
         """Return whether two values are equal."""
         if right == given:
             return True
+        if _is_set_of_numbers(right) or _is_set_of_numbers(given):
+            first, second = region(right), region(given)
+            if first is not None and second is not None and _names_agree(_variable(right), _variable(given)):
+                return first == second
         for kind, compare in self._rules():
             if isinstance(right, kind):
                 return compare(right, given)
@@ -65,7 +71,8 @@ class _Comparison:
             return self.equal(choice.content, other)
         if isinstance(other, Words | Expression):
             text = other.text if isinstance(other, Words) else other.latex
-            return text.strip("() ").upper() == choice.letter and choice.letter in CHOICES
+            is_constant = isinstance(other, Expression) and text in CONSTANTS
+            return not is_constant and text.strip("() ").upper() == choice.letter and choice.letter in CHOICES
         return isinstance(other, Named) and self.equal(choice, other.value)
 
     def _named(self, named: Named, other: Value) -> bool:
@@ -76,6 +83,8 @@ class _Comparison:
         return self.equal(named.value, other)
 
     def _both_named(self, named: Named, other: Named) -> bool:
+        if isinstance(named.value, Words):  # `Alice is taller` and `Bob is taller`
+            return named.name.casefold() == other.name.casefold() and self.equal(named.value, other.value)
         if _names_agree(named.name, other.name):
             return self.equal(named.value, other.value)
         if isinstance(named.value, Expression) and isinstance(other.value, Expression):  # `y = x + 1` and `x = y - 1`
@@ -83,20 +92,31 @@ class _Comparison:
         return False
 
     def _unlike(self, unlike: Unlike, other: Value) -> bool:
+        points = _points(unlike)
         if isinstance(other, Several) and other.kind == "union":
-            ends = (Interval(None, unlike.value, False, False), Interval(unlike.value, None, False, False))
-            return self._same_items(ends, other.items)
-        return isinstance(other, Unlike) and _names_agree(unlike.name, other.name) and self.equal(unlike.value, other.value)
+            return self._all_but(points, other.items)
+        return isinstance(other, Unlike) and _names_agree(unlike.name, other.name) and self._same_items(points, _points(other))
+
+    def _all_but(self, points: Sequence[Value], parts: Sequence[Value]) -> bool:
+        """Return whether a union is that of all open intervals between points: each point ends one interval and begins another."""
+        intervals = [open_interval(part) for part in parts]
+        if len(parts) != len(points) + 1 or any(one is None or one.has_low or one.has_high for one in intervals):
+            return False
+        lows = [one.low for one in intervals if one and one.low is not None]
+        highs = [one.high for one in intervals if one and one.high is not None]
+        return self._same_items(points, lows) and self._same_items(points, highs)
 
     def _several(self, several: Several, other: Value) -> bool:
         if isinstance(other, Several):
             return self._both_several(several, other)
         if several.kind == "tuple" and isinstance(other, Interval):
             return self._open_interval(several, other)
+        if several.kind == "tuple" and isinstance(other, Expression) and (row := vector(other.latex)):
+            return self._both_several(several, row)
         if several.decimal is not None and isinstance(other, Quantity | Expression):
             return self.equal(several.decimal, other)
         if several.kind in ("set", "list", "union"):
-            return len(several.items) == 1 and self.equal(several.items[0], other)
+            return len(several.items) == 1 and several.items[0] != Words("∅") and self.equal(several.items[0], other)
         return False
 
     def _both_several(self, several: Several, other: Several) -> bool:
@@ -107,14 +127,23 @@ class _Comparison:
         if "tuple" in kinds:
             ordered = kinds <= {"tuple", "list"} and len(several.items) == len(other.items)
             return ordered and all(map(self.equal, several.items, other.items))
-        return max(len(several.items), len(other.items)) <= MOST_ITEMS and self._same_items(several.items, other.items)
+        return max(len(several.items), len(other.items)) <= MOST_ITEMS and self._same_sets_or_lists(several, other)
+
+    def _same_sets_or_lists(self, several: Several, other: Several) -> bool:
+        """Repeated items count in lists of numbers. In a set or among points they do not, but `{5, 5}` is not written for `{5}`."""
+        first: Sequence[Value] = several.items
+        second: Sequence[Value] = other.items
+        points = all(isinstance(item, Several) and item.kind == "tuple" for item in (*first, *second))
+        if points or "list" not in (several.kind, other.kind) or "set" in (several.kind, other.kind):
+            different = self._different(first), self._different(second)
+            if len(different[0]) >= 2:
+                first, second = different
+        return self._same_items(first, second)
 
     def _same_items(self, first: Sequence[Value], second: Sequence[Value]) -> bool:
-        """Return whether each item has its equal among the others; repeated ones count, unless there are at least two different ones."""
+        """Return whether each item has its equal among the others."""
         if len(first) != len(second):
-            first, second = self._different(first), self._different(second)
-            if len(first) != len(second) or len(first) < 2:
-                return False
+            return False
         rest = list(second)
         for item in first:
             at = next((index for index, one in enumerate(rest) if self.equal(item, one)), None)
@@ -123,7 +152,7 @@ class _Comparison:
             del rest[at]
         return True
 
-    def _different(self, items: Sequence[Value]) -> list[Value]:
+    def _different(self, items: Sequence[Value]) -> Sequence[Value]:
         kept = list[Value]()
         for item in items:
             if not any(self.equal(item, one) for one in kept):
@@ -131,10 +160,7 @@ class _Comparison:
         return kept
 
     def _open_interval(self, pair: Several, interval: Interval) -> bool:
-        if len(pair.items) != 2:
-            return False
-        low, high = (None if item in (Words("∞"), Words("-∞")) else item for item in pair.items)
-        return self._interval(Interval(low, high, False, False), interval)
+        return (between := open_interval(pair)) is not None and self._interval(between, interval)
 
     def _interval(self, interval: Interval, other: Value) -> bool:
         if isinstance(other, Expression) and (inequality := _inequality(interval)):
@@ -149,9 +175,14 @@ class _Comparison:
     def _clock(self, clock: Clock, other: Value) -> bool:
         if isinstance(other, Clock):
             return _hours_agree(clock, other)
-        if isinstance(other, Ratio):
-            return clock.ratio is not None and other == _ratio_of(clock, other)
-        return isinstance(other, Quantity) and clock.half is not None and _quantities(other, Quantity(clock.minutes / 60))
+        if clock.ratio is not None and (isinstance(other, Ratio) or (isinstance(other, Quantity) and other.is_fraction)):
+            return self._ratio(clock.ratio, other)
+        if not isinstance(other, Quantity):
+            return False
+        if clock.half is None and other.unit.powers == (("time", 1),):  # `2:05` and `2 hours 5 minutes`
+            return clock.minutes * 60 == other.value * other.unit.size
+        is_hour = clock.half is not None or other.unit.words == {"o'clock"}
+        return is_hour and _quantities(other, Quantity(clock.minutes / 60))
 
     def _ratio(self, ratio: Ratio, other: Value) -> bool:
         if isinstance(other, Ratio):
@@ -163,7 +194,7 @@ class _Comparison:
 
     def _words(self, words: Words, other: Value) -> bool:
         if isinstance(other, Expression):
-            return words.text.replace(" ", "") == other.latex.casefold().replace(" ", "")
+            return words.text.replace(" ", "") == _PRODUCT_SIGN.sub("", other.latex).casefold()
         return isinstance(other, Words) and _joined(words.text) == _joined(other.text) != ""
 
     def _expression(self, expression: Expression, other: Value) -> bool:
@@ -180,13 +211,34 @@ class _Comparison:
         return _units_agree(expression.unit, other.unit) and self._same(expression.latex, _latex(other))
 
 
+_PRODUCT_SIGN = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])|[* ]")  # `a \cdot b` is `ab`
+
+
+def _is_set_of_numbers(value: Value) -> bool:
+    return isinstance(value, Interval | Unlike) or (isinstance(value, Several) and value.kind in ("union", "all"))
+
+
+def _variable(value: Value) -> str | None:
+    """Return the name of the variable of a condition, `x` for `0 < x < 1`."""
+    first = value.items[0] if isinstance(value, Several) and value.items else value
+    return first.name if isinstance(first, Interval | Unlike) else None
+
+
+def _points(unlike: Unlike) -> Sequence[Value]:
+    return unlike.value.items if isinstance(unlike.value, Several) and unlike.value.kind != "tuple" else (unlike.value,)
+
+
 def _joined(words: str) -> str:
     return re.sub(r"(?<=[^\W\d])[ -]+(?=[^\W\d])", "", words)
 
 
 def _names_agree(first: str | None, second: str | None) -> bool:
-    """Whether two names may be those of the same thing: one is missing or a phrase, or they are equal."""
-    return first is None or second is None or first == second or any(len(name) > 4 and name.isalpha() for name in (first, second))
+    """Whether two names may be those of the same thing: one is missing or a phrase, they are equal, or they are `y` and `f(x)`."""
+    if first is None or second is None or first == second:
+        return True
+    if any(len(name) > 4 and name.isalpha() for name in (first, second)):
+        return True
+    return "y" in (first, second) and any(re.fullmatch(r"[a-z]\(x\)", name) for name in (first, second))
 
 
 def _with_variable_of(named: Named, other: Named) -> Named:
@@ -213,9 +265,11 @@ def _percentages(first: Quantity, second: Quantity) -> bool:
     if first.percent and second.percent:
         return first.value == second.value
     percent, bare = (first, second) if first.percent else (second, first)
-    if bare.unit != _units.NONE:
+    if bare.unit.powers:
         return False
-    return (abs(bare.value) >= 1 and bare.value == percent.value) or (abs(bare.value) <= 1 and bare.value * 100 == percent.value)
+    return (abs(bare.value) >= 1 and bare.unit == _units.NONE and bare.value == percent.value) or (
+        abs(bare.value) <= 1 and bare.value * 100 == percent.value
+    )
 
 
 def _units_agree(first: _units.Unit, second: _units.Unit) -> bool:
@@ -228,12 +282,6 @@ def _hours_agree(first: Clock, second: Clock) -> bool:
     half, bare = (first, second) if first.half else (second, first)
     full = half.minutes % 720 + (720 if half.half == "p" else 0)
     return bare.minutes == full or bare.minutes == half.minutes
-
-
-def _ratio_of(clock: Clock, like: Ratio) -> Ratio | None:
-    """Return the other ratio if the clock's, read as a ratio, is equal to it."""
-    assert clock.ratio is not None
-    return like if len(like.parts) == 2 and like.parts[1] and like.parts[0] / like.parts[1] == clock.ratio else None
 
 
 def _inequality(interval: Interval) -> str | None:

@@ -13,6 +13,7 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from math_verify import verify
 
+from verl.rewards._numbers import number
 from verl.rewards._reading import compact
 
 DIGITS = 40
@@ -27,6 +28,7 @@ FEWEST_POINTS = 3  # of these, at which both are real
 _NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False)
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _DECIMAL = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]+)(?![0-9.])")
+_REPEATING = re.compile(r"[0-9]*\.[0-9]*\\overline ?\{[0-9]{1,20}\}")  # 0.\overline{3}
 _LARGE_BINOMIAL = re.compile(r"\\[dt]?binom ?\{? ?[0-9]{6}|\\binom.*\^.*\^")
 _SPELLINGS = (
     # `1/2x` is `(1/2)x`, and `x^2/3y` is `(x^2/3)y`.
@@ -78,15 +80,22 @@ def parsed(latex: str) -> Any:
         raise TooLargeError
     for pattern, spelling in _SPELLINGS:
         latex = pattern.sub(spelling, latex)
-    latex = _DECIMAL.sub(_exact, latex)
+    latex = _DECIMAL.sub(_exact, _REPEATING.sub(_as_fraction, latex))
     found = latex2sympy(latex, is_real=True, convert_degrees=True, normalization_config=_NORMALIZATION, conversion_config=_CONVERSION)
     _check_size(found)
+    if r"\sqrt[" in latex and isinstance(found, sympy.Basic):
+        found = found.replace(_is_odd_root_of_negative, lambda root: -((-root.base) ** root.exp))
     return _with_imaginary_unit(found)
 
 
 def _exact(decimal: re.Match[str]) -> str:
     whole, digits = decimal[1] or "0", decimal[2]
     return rf"\frac{{{int(whole + digits)}}}{{{10 ** len(digits)}}}"
+
+
+def _as_fraction(repeating: re.Match[str]) -> str:
+    value = number(repeating[0])
+    return repeating[0] if value is None else rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _depth(latex: str) -> int:
@@ -101,6 +110,13 @@ def _with_imaginary_unit(found: Any) -> Any:
     if not isinstance(found, sympy.Basic) or found.has(sympy.Sum, sympy.Product):
         return found
     return found.subs({symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"})
+
+
+def _is_odd_root_of_negative(part: Any) -> bool:
+    """Whether a part is `\\sqrt[3]{-8}`, for which SymPy takes a complex root."""
+    return bool(
+        part.is_Pow and part.base.is_negative and part.base.is_number and part.exp.is_Rational and part.exp.p == 1 and part.exp.q % 2
+    )
 
 
 def _check_size(found: Any) -> None:

@@ -24,16 +24,29 @@ _POWER = re.compile(
 )
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*) ?\\(?:overline|bar|dot) ?\{? ?([0-9]+) ?\}?")
 _IN_PARENTHESES = re.compile(r"([0-9]*)\.([0-9]*)\(([0-9]+)\)")  # 0.(3)
-_GOING_ON = re.compile(r"([0-9]*)\.([0-9]*?)([0-9])\3{2,} ?(?:\\ldots ?|\.\.\.)")  # 0.333...
-_BASED = re.compile(r"([0-9]+|[0-9A-F]{2,}(?= ?_ ?\{? ?16)) ?_ ?(?:\{ ?([0-9]+)(?: ten)? ?\}|([0-9]+))")
-_SIGN = re.compile(r"([-+]) ?(?![-+ ])")
+# `0.333...` and `0.4545...`: one digit stands three times, several stand twice
+_GOING_ON = re.compile(r"([0-9]{0,20})\.([0-9]{0,20}?)([0-9](?=([0-9])\4)|[0-9]{2,12}?)\3+ ?(?:\\ldots ?|\.\.\.)")
+_REMAINDER = re.compile(r"([0-9]{1,30}) ?(?:\\[bp]?mod|mod) ?\{? ?([1-9][0-9]{0,30}) ?\}?")  # 17 mod 5
+_CHINESE_FRACTION = re.compile(r"(?:(.+)又)?(.+)分之(.+)")  # 三分之一
+_BASED = re.compile(r"([0-9]+|[0-9A-F]{2,}(?= ?_ ?\{? ?16)) ?_ ?(?:\{ ?([0-9]+|[a-z]+)(?: ten)? ?\}|([0-9]+))")
+_SIGN = re.compile(r"([-+]|negative |minus ) ?(?![-+ ])", re.IGNORECASE)
 
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())} | {
     word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
 }
+_BASES = {str(base): base for base in range(2, 37)} | {word: base for word, base in _WORDS.items() if 2 <= base <= 36}
+NUMBER_WORDS = tuple(_WORDS)
 MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_FIXED = {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2), "a dozen": Fraction(12), "a hundred": Fraction(100)}
+_FIXED = {
+    "half": Fraction(1, 2),
+    "a half": Fraction(1, 2),
+    "one half": Fraction(1, 2),
+    "a dozen": Fraction(12),
+    "half a dozen": Fraction(6),
+    "half a million": Fraction(500_000),
+    "a hundred": Fraction(100),
+}
 _PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
     name: value for value, name in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)
 }
@@ -47,7 +60,7 @@ def number(text: str) -> Fraction | None:
     text = text.strip()
     sign = _SIGN.match(text)
     size = _unsigned(text[sign.end() :] if sign else text)
-    return -size if size is not None and sign and sign[1] == "-" else size
+    return -size if size is not None and sign and sign[1] != "+" else size
 
 
 def _unsigned(text: str) -> Fraction | None:
@@ -107,12 +120,17 @@ def _repeating(text: str) -> Fraction | None:
     return Fraction(f"{match[1] or 0}.{start or 0}") + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(start))
 
 
+def _remainder(text: str) -> Fraction | None:
+    match = _REMAINDER.fullmatch(text)
+    return Fraction(int(match[1]) % int(match[2])) if match and "pmod" not in text else None
+
+
 def _based(text: str) -> Fraction | None:
     match = _BASED.fullmatch(text)
-    if match is None or len(match[2] or match[3]) > 2:
+    base = _BASES.get(match[2] or match[3]) if match else None
+    if match is None or base is None:
         return None
-    base = int(match[2] or match[3])
-    if not 2 <= base <= 36 or any(int(digit, 16) >= base for digit in match[1]):
+    if any(int(digit, 16) >= base for digit in match[1]):
         return None
     return Fraction(int(match[1], base))
 
@@ -122,7 +140,7 @@ def _spelled(text: str) -> Fraction | None:
     if text.casefold() in _FIXED:
         return _FIXED[text.casefold()]
     first, _, rest = text.casefold().rpartition(" and ")
-    if first and (below_one := _spelled(rest)) is not None and 0 < below_one < 1:  # `two and a half`
+    if first and (below_one := _spelled(rest) or _fraction(rest)) is not None and 0 < below_one < 1:  # `two and a half`
         whole = _unsigned(first)
         return None if whole is None else whole + below_one
     words = text.casefold().replace("-", " ").replace(" and ", " ").split()
@@ -167,13 +185,21 @@ def _chinese(text: str) -> Fraction | None:
     return Fraction(total + section + digit)
 
 
+def _chinese_fraction(text: str) -> Fraction | None:
+    match = _CHINESE_FRACTION.fullmatch(text)
+    whole, below, above = (_chinese(part) if part else Fraction(0) for part in match.groups()) if match else (None, None, None)
+    return None if whole is None or not below or above is None else whole + above / below
+
+
 _READINGS: tuple[Callable[[str], Fraction | None], ...] = (
     _pointed,
     _pointed_with_comma,
     _fraction,
     _power,
     _repeating,
+    _remainder,
     _based,
     _spelled,
     _chinese,
+    _chinese_fraction,
 )

@@ -13,19 +13,26 @@ from verl.rewards._spelling import CURRENCY
 
 Mark = Literal["box", "hashes", "tag", "phrase", "bold"]
 
-BOX_OR_BRACE = re.compile(r"\\{1,2}(?:boxed|fbox|framebox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|\\.|[{}]", re.DOTALL)
+# `boxed{5}` has lost its backslash, or it has become a backspace, `\b`.
+BOX_OR_BRACE = re.compile(
+    r"\\{1,2}(?:boxed|fbox|framebox)\s*(?:(?P<box>\{)|(?P<short>[^\s{}\\]))|(?<![a-zA-Z])(?:boxed|\x08oxed|fbox|\x0cbox)(?P<bare>\{)|\\.|[{}]",
+    re.DOTALL,
+)
 HASHES = re.compile(r"(?<!#)####(?!#)")
 TAG = re.compile(r"<answer>|</answer>", re.IGNORECASE)
 PHRASE = re.compile(
-    r"\banswers?\b[^\S\n]{0,3}(?:\([^()\n]{1,40}\)|(?:to|for|of|in)\b(?:(?!\bis\b|\bare\b)[^.:=\n$\\]){1,80})?[ *_]{0,6}"
-    r"(?:(?:is|are|was|(?:(?:would|will|should|must|could) )?be|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
+    r"\banswers?\b[^\S\n]{0,3}(?:\([^()\n]{1,40}\)|(?:to|for|of|in)\b(?:(?!\bis\b|\bare\b)[^.:=\n$\\]){1,80})?[ *_\"]{0,6}"
+    r"(?:→|[-=]>|(?:is|are|was|(?:(?:would|will|should|must|could) )?be|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
     r"\b(?:correct|right|final) (?:option|choice|result|value)s?[ *_]{0,6}(?:(?:is|are)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
+    r"\banswer (?=(?:cannot|can't|can not) be (?:determined|found)|does not exist)|"
     r"\banswers?[ *_]{0,6}(?=\$|\\[(\[])|"
     r"\bfinal answer[*_#]{0,6}[^\S\n]{0,3}(?=\n)|"
     r"(?<=[#*] )answer[*_#]{0,6}[^\S\n]{0,3}(?=\n)|(?<=\*\*)answer\*\*[^\S\n]{0,3}(?=\n)|"
-    r"\bans\b\.?[*_]{0,6} ?[:=]|"
-    r"(?:最终|最後|最后|正确|正確)?(?:的)?答案[*_ ]{0,6}(?:是|为|為|應該是|应该是)?[*_ ]{0,6}[:：]?|"
-    r"\b(?:Réponse|Respuesta|Resposta|Antwort|Risposta|Ответ)(?: finale?| final)?[ *_]{0,6}(?:[:：]|(?:est|es|é|ist|è)\b[ *_]{0,6}[:：]?)|"
+    r"(?:故|应|应该|所以|因此)选(?:项|择)?[:： ]{0,2}(?=[(（]?[A-Z])|"
+    r"\bans\b\.?[*_]{0,6} ?(?:[:=]|(?=[-$\\0-9]))|"
+    r"(?:最终|最後|最后|正确|正確)?(?:的)?(?:答案|选项)】?[*_ ]{0,6}(?:是|为|為|應該是|应该是)?[*_ ]{0,6}[:：]?|"
+    r"\b(?:Réponse|Respuesta|Resposta|Antwort|Risposta|Ответ)(?: finale?| final)?[ *_]{0,6}"
+    r"(?:[:：]|(?:est|es|é|ist|è|lautet|beträgt)\b[ *_]{0,6}[:：]?)|"
     r"(?:答え|정답)(?:は|은|는)?[:： ]?",
     re.IGNORECASE,
 )
@@ -39,9 +46,11 @@ NEXT_QUESTION = re.compile(
 )
 # Words that begin a reason or a remark, after the answer itself.
 REMARK = re.compile(
-    r",?\s(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|"
-    r"and (?:we|the|this|that|it))\b|,\snot\b|\s(?:-{2,}|—)\s|"
-    r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;]|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
+    r",?\s\(?(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|"
+    r"and (?:we|the|this|that|it))\b|,\snot\b|,\sas\s(?=\d)|\s(?:-{2,}|—)\s|\s-\s(?=(?:the|this|that|which)\b)|"
+    r",?\s(?:i\.e\.|that is\b|namely\b|or equivalently\b|equivalently\b)|"
+    r"(?<=[0-9}%$)])\s(?=(?-i:That|This|It|So|Thus|Therefore|Hence|Done|Let|Hope|I|We|The|Note)\b)|"
+    r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;](?!\s+-?[\d.,]+\s*$)|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )
 BETWEEN_BOXES = re.compile(
@@ -52,9 +61,11 @@ FORMULA = re.compile(
     r"\$\$(?P<display>[^$]+)\$\$|\$(?P<inline>[^$]+)\$|\\\((?P<round>(?:(?!\\\().)+?)\\\)|\\\[(?P<square>(?:(?!\\\[).)+?)\\\]", re.DOTALL
 )
 
+MOST_BETWEEN_BOXES = 90  # characters
+_OPENING_BOX = re.compile(r"[\\\x08\x0c]{0,2}[a-z]+\s*\{?$")
 DELIMITERS = (("\\[", "\\]"), ("$$", "$$"))
 DECORATION = " \t\r\n*_:：#`$"
-LEADING = re.compile(r"[\s:：]*(?:[*_]{1,3}(?=\s|$)[\s:：]*)?")
+LEADING = re.compile(r"[\s:：]*(?:(?:the )?(?:final )?answer[*_:： ]*\n\s*)?(?:[*_]{1,3}(?=\s|$)[\s:：]*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -123,8 +134,8 @@ def boxed(text: str) -> list[Statement]:
     for match in BOX_OR_BRACE.finditer(text):
         if match["short"]:
             found.append(Statement("box", match["short"], *match.span("short")))
-        elif match[0] == "{" or match["box"]:
-            opened.append(match.end() if match["box"] else None)
+        elif match[0] == "{" or match["box"] or match["bare"]:
+            opened.append(match.end() if match["box"] or match["bare"] else None)
         elif match[0] == "}" and opened and (start := opened.pop()) is not None and not (found and found[-1].start >= start):
             found.append(Statement("box", text[start : match.start()], start, match.start()))
     return found
@@ -140,7 +151,7 @@ def joined(boxes: list[Statement], text: str, adjacent: bool) -> Statement | Non
         return None
     together = [boxes[-1]]
     for box in reversed(boxes[:-1]):
-        between = text[box.end + 1 : text.rfind("\\", box.end, together[0].start)] if box.end + 1 < together[0].start else ""
+        between = text[box.end + 1 : together[0].start]
         if not _joins(between, adjacent) or "," in _outside_brackets(box.text) or len(together) >= 20:
             break
         together.insert(0, box)
@@ -150,9 +161,12 @@ def joined(boxes: list[Statement], text: str, adjacent: bool) -> Statement | Non
 
 
 def _joins(between: str, adjacent: bool) -> bool:
+    if len(between) > MOST_BETWEEN_BOXES:
+        return False
+    between = _OPENING_BOX.sub("", between)
     if not between.strip(" \n$"):
         return adjacent
-    return len(between) <= 80 and BETWEEN_BOXES.fullmatch(between) is not None and re.search(r"[,;]|and|or", between) is not None
+    return BETWEEN_BOXES.fullmatch(between) is not None and re.search(r"[,;]|and|or", between) is not None
 
 
 def _outside_brackets(text: str) -> str:
@@ -204,7 +218,10 @@ def _end_of_line(text: str, start: int, stop: int) -> int:
 def _sentence(rest: str) -> str:
     """Return a line up to the end of its first sentence or to a remark: `12.5` for `12.5. I hope it is correct.`"""
     rest = rest.strip()
-    rest = rest.removesuffix("**") if rest.count("**") == 1 else rest  # opened before the mark: `**Answer: 12**`
+    if rest.endswith("**") and "*" not in rest.rstrip("*"):  # opened before the mark: `**Answer: 12**`
+        rest = rest.rstrip("*")
+    if rest.count("}") > rest.count("{"):  # {"answer": 12}
+        rest = rest.removesuffix("}")
     for match in REMARK.finditer(rest):
         before = rest[: match.start()]
         if before.strip(" *_$") and before.count("$") % 2 == 0 and before.count("{") == before.count("}"):

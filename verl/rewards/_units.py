@@ -34,6 +34,7 @@ _SYMBOLS = {
     for spellings, size in [entry.strip().rsplit("=", 1)]
     for spelling in spellings.split()
 }
+MONEY = {"dollar", "euro", "pound sterling", "yuan", "rupee", "won", "rouble"}
 _ABBREVIATIONS = {
     "mph": "mile/hour", "kmh": "km/h", "kph": "km/h", "km/hr": "km/h", "sqft": "ft^2", "sqm": "m^2", "cc": "cm^3",
     "°c": "celsius", "°f": "fahrenheit",
@@ -76,7 +77,7 @@ def unit(text: str) -> Unit | None:
     text = text.strip().rstrip(".").replace("{", "").replace("}", "").replace(r"\cdot", "*")
     if not text:
         return NONE
-    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹₩₽]", text) or text[-1] in "-*/":
+    if len(text) > 80 or not _UNIT.fullmatch(text) or not re.search(r"[^\W\d]|[°¢$＄€£¥₹₩₽]", text) or text[-1] in "-*/" or text[0] == "*":
         return None
     for short, long in _ABBREVIATIONS.items():
         text = re.sub(rf"(?<![\w°]){re.escape(short)}(?!\w)", long, text, flags=re.IGNORECASE)
@@ -100,12 +101,16 @@ def _product(tokens: list[str]) -> Unit | None:
             next_power = 1
             if power is None:
                 return None
-            found = _known(word)
+            is_preposition = word == "in" and position < len(tokens)  # `5 clips in April`; `5 in` is inches
+            found = None if is_preposition else _known(word)
             if found is None and _is_variable(word):
                 return None
             if found is None:
                 words |= {_singular(word.casefold().strip("."))} - _ARTICLES
             else:
+                if side < 0 and MONEY & powers.keys():  # `$12 per hour` may be called `$12`
+                    words.add(f"per {found}")
+                    continue
                 powers[found[0]] = powers.get(found[0], 0) + side * power
                 size *= found[1] ** (side * power)
     return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), frozenset(words), size)
@@ -115,7 +120,11 @@ def _is_variable(word: str) -> bool:
     """Whether a word of a formula is no unit: `x`, `-x`."""
     if word.casefold() in _ARTICLES:
         return False
-    return (len(word) == 1 and word.isascii()) or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
+    return (
+        word in ("pi", "sqrt", "sin", "cos", "tan", "log", "ln")
+        or (len(word) == 1 and word.isascii())
+        or re.fullmatch("-?[a-zA-Z]?-?|-..?", word) is not None
+    )
 
 
 def _power(tokens: list[str], position: int, before: int) -> tuple[int | None, int]:

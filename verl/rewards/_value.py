@@ -1,6 +1,6 @@
 """What an answer may say: a quantity, an expression, a list, an interval, a relation, a choice, a time or words."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -14,6 +14,7 @@ class Quantity:
 
     Attributes:
         value: the number as written, in the first unit.
+        is_fraction: whether it is written as `3/4`, as no decimal number.
         compound: whether it is a sum of quantities in several units, which no bare number equals.
     """
 
@@ -21,6 +22,12 @@ class Quantity:
     unit: Unit = _units.NONE
     percent: bool = False
     compound: bool = False
+    is_fraction: bool = field(default=False, compare=False)
+
+    @property
+    def share(self) -> Fraction:
+        """The value of `60%` as 0.6."""
+        return self.value / 100 if self.percent else self.value
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Clock:
-    """A time of day: minutes since midnight or, without `half`, perhaps since noon."""
-
-    minutes: Fraction
-    half: str | None
-    ratio: Fraction | None
-
-
-@dataclass(frozen=True)
 class Ratio:
     """`3:2`."""
 
@@ -63,15 +61,25 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """A time of day: minutes since midnight or, without `half`, perhaps since noon; it may have been meant as a ratio."""
+
+    minutes: Fraction
+    half: str | None
+    ratio: Ratio | None
+
+
+@dataclass(frozen=True)
 class Several:
     """Several values.
 
     Attributes:
-        kind: a list is in any order, as is a set; a tuple is in its order; a union is of intervals and sets.
+        kind: a list is in any order, as is a set; a tuple is in its order; a union is of intervals and sets; `all` are
+            conditions for one variable that hold together.
         decimal: the value if its comma is a decimal point: `1,5`.
     """
 
-    kind: Literal["list", "set", "tuple", "union"]
+    kind: Literal["list", "set", "tuple", "union", "all"]
     items: "tuple[Value, ...]"
     decimal: Quantity | None = None
 
@@ -97,7 +105,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Unlike:
-    """`x != 5`."""
+    """`x != 5`; all numbers but several for `x != 5, 6`."""
 
     value: "Value"
     name: str | None = None

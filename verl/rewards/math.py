@@ -17,7 +17,7 @@ from verl.rewards._equality import equal
 from verl.rewards._judge import Judge
 from verl.rewards._reading import LONGEST, compact, read
 from verl.rewards._statement import Statement
-from verl.rewards._value import Several, Value, Words
+from verl.rewards._value import Named, Several, Value, Words
 
 ExtractionMethod = Literal["strict", "flexible"]
 
@@ -167,6 +167,7 @@ def _states(statement: Statement, only_values: bool) -> bool:
 
 def _is_value(value: Value | None) -> bool:
     """Whether an answer is more than words."""
+    value = value.value if isinstance(value, Named) else value
     return all(_is_value(item) for item in value.items) if isinstance(value, Several) else not isinstance(value, Words | None)
 
 
