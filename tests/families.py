@@ -172,3 +172,8 @@ def phi3() -> PreTrainedTokenizerFast:
 
 def channels() -> PreTrainedTokenizerFast:
     return byte_level(CHANNELS, ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"], eos_token="<|end|>")
+
+
+def glm(template: str) -> PreTrainedTokenizerFast:
+    special = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    return byte_level(template, [*special], eos_token="<|endoftext|>")

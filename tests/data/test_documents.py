@@ -17,11 +17,12 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from verl.config.sft import DataConfig
-from verl.data import cache, documents, tables
+from verl.data import cache, documents, source, tables
 from verl.data.documents import Documents, load_documents
 from verl.data.mixture import Mixture
 from verl.data.render import Renderer
 from verl.data.report import Report, show_first_row
+from verl.data.tables import Columns
 from verl.errors import UserError
 
 ROWS = [{"question": f"What is {n} + 30?", "answer": "the cat " * n + f"sat.\n#### {n + 30}"} for n in range(1, 9)]
@@ -410,3 +411,13 @@ def test_documents_of_a_mixture_say_their_shares_and_have_another_fingerprint(tm
     assert f"mixture: an epoch has 6 rows: 2 of 8 from {a} (33% of the rows" in str(mixed.report)
     assert len({plain.fingerprint, mixed.fingerprint, again.fingerprint}) == 3
     assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1  # the shares need no new tokenizing
+
+
+def test_a_column_that_nobody_reads_does_not_start_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"question": ["2+2?"] * 3, "answer": ["4"] * 3, "other": [f"{i}" * 5000 for i in range(3)]})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    for module, name in ((source, "LARGE_BYTES"), (tables, "BYTES_FOR_PROCESSES")):
+        monkeypatch.setattr(module, name, 10_000)
+    monkeypatch.setattr(tables, "_in_processes", None)
+    config = DataConfig(train_files=str(tmp_path / "a.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert len(load_documents(config, Columns.of(config), config.train_files, families.chatml())) == 3

@@ -124,3 +124,13 @@ def test_what_datasets_says_online_is_understood(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert error_of("org/name").what == f"the data set has several configurations: {configs}"
+
+
+def test_only_the_wanted_columns_of_a_data_set_are_decoded(hub_folder: Path) -> None:
+    write_data_set(hub_folder, "org/name")
+    (row,) = read_rows("org/name", wanted=lambda names: ("answer",))
+    assert row.values == {"answer": "2"} and row.unread == {"question": None}
+    with pytest.raises(UserError, match=r"'text' is missing \(found: answer, question\)"):
+        row.text("text", "data.text_key")
+    (whole,) = read_rows("org/name")
+    assert whole.values == {"question": "default train", "answer": "2"} and not whole.unread

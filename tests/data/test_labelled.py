@@ -6,6 +6,7 @@ from typing import Any
 
 import families
 import pytest
+from rich.console import Console
 
 from verl.config.pairs import PairsConfig
 from verl.data.labelled import LabelColumns, LabelledDocuments, load_labelled
@@ -18,15 +19,20 @@ FORMS: dict[str, dict[str, Any]] = {
     "messages": {"prompt": [ASKED], "completion": [ANSWER]},
     "text and messages": {"prompt": ASKED["content"], "completion": [ANSWER]},
     "a whole chat": {"completion": [ASKED, ANSWER]},
+    "lists of one text": {"prompt": [ASKED["content"]], "completion": [ANSWER["content"]]},
+    "one message": {"prompt": ASKED, "completion": ANSWER},
+    "a chat that waits for the answer": {"conversations": [{"from": "human", "value": ASKED["content"]}], "completion": ANSWER},
     "a whole chat beside its prompt": {"prompt": ASKED["content"], "completion": json.dumps([ASKED, ANSWER])},
 }
 
 
-def load(tmp_path: Path, rows: list[dict[str, Any]], columns: LabelColumns | None = None, **keys: Any) -> LabelledDocuments:
+def load(
+    tmp_path: Path, rows: list[dict[str, Any]], columns: LabelColumns | None = None, tokenizer: Any = None, **keys: Any
+) -> LabelledDocuments:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PairsConfig(cache_dir=str(tmp_path / "cache"), **keys)
-    return load_labelled(config, columns or LabelColumns(), str(file), families.chatml(), max_samples=-1)
+    return load_labelled(config, columns or LabelColumns(), str(file), tokenizer or families.chatml(), max_samples=-1)
 
 
 @pytest.mark.parametrize("row", FORMS.values(), ids=FORMS)
@@ -72,3 +78,41 @@ def test_labels_stay_with_their_answers_when_rows_are_dropped(tmp_path: Path) ->
         found = load(tmp_path, rows, max_length=30, truncation="right")
         assert found.is_good_N.tolist() == [False, True, True, False, False, True]
         assert "3 dropped" in str(found) and "; 3 good and 3 bad answers" in str(found)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {}}]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def test_a_system_prompt_in_a_column_of_its_own_is_read_and_said(tmp_path: Path) -> None:
+    for form in ("texts", "messages", "a whole chat"):
+        found = load(tmp_path, [{**FORMS[form], "label": True, "system": "Be short."}])
+        assert "the system prompt is in column 'system': 1 row" in str(found)
+        ids, mask = found.documents.document(0)
+        assert "Be short." in families.chatml().decode(ids) and families.chatml().decode(ids[mask]) == "It is 5.<|im_end|>"
+
+
+def test_tools_are_shown_to_the_model_or_refused(tmp_path: Path) -> None:
+    row = {**FORMS["texts"], "label": True, "tools": [TOOL]}
+    with pytest.raises(UserError, match=r"jsonl:1: column 'tools' has tools, but tools_key is not set"):
+        load(tmp_path, [row])
+    tokenizer = families.qwen3()
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    found = load(tmp_path, [row], LabelColumns(tools_key="tools"), tokenizer)
+    assert '"name": "add"' in tokenizer.decode(found.documents.document(0)[0])
+
+
+def test_all_turns_after_the_prompt_are_trained_whatever_form_the_prompt_has(tmp_path: Path) -> None:
+    tokenizer = families.qwen3()
+    answer = [CALL, {"role": "tool", "content": "5"}, ANSWER]
+    for prompt in ([ASKED], [{"from": "human", "value": ASKED["content"]}], ASKED["content"]):
+        ids, mask = load(tmp_path, [{"prompt": prompt, "completion": answer, "label": True}], None, tokenizer).documents.document(0)
+        assert "<tool_call>" in tokenizer.decode(ids[mask]) and "It is 5." in tokenizer.decode(ids[mask])
+
+
+def test_options_are_those_of_documents(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": "5", "label": i == 1}) + "\n" for i in range(5)))
+    config = PairsConfig(cache_dir=str(tmp_path / "cache"))
+    found = load_labelled(config, LabelColumns(), str(file), families.chatml(), max_samples=3, console=Console())
+    assert found.is_good_N.tolist() == [False, True, False]

@@ -7,8 +7,10 @@ from typing import Any
 
 import families
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from places import ROOT, SHARED
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from verl.config.load import load_config
@@ -45,6 +47,23 @@ FORMS: dict[str, dict[str, Any]] = {
         "prompt": "\n\nHuman: What is 2 + 3?\n\nAssistant:",
         "chosen": " It is 5.",
         "rejected": [WRONG],
+    },
+    "lists of one text": {"prompt": ["What is 2 + 3?"], "chosen": ["It is 5."], "rejected": ["It is 6, I am sure."]},
+    "LLaMA-Factory's messages": {
+        "conversations": [{"from": "human", "value": "What is 2 + 3?"}],
+        "chosen": {"from": "gpt", "value": "It is 5."},
+        "rejected": {"from": "gpt", "value": "It is 6, I am sure."},
+    },
+    "LLaMA-Factory's texts": {
+        "conversations": [{"from": "human", "value": "What is 2 + 3?"}],
+        "chosen": "It is 5.",
+        "rejected": "It is 6, I am sure.",
+    },
+    "a chat of messages and lists of one message": {"messages": [ASKED], "chosen": [RIGHT], "rejected": json.dumps([WRONG])},
+    "roles under other names": {
+        "prompt": [ASKED],
+        "chosen": {"from": "ChatGPT", "value": "It is 5."},
+        "rejected": {"role": "AI", "content": "It is 6, I am sure."},
     },
     "chats as text beside the prompt": {
         "prompt": "What is 2 + 3?",
@@ -87,8 +106,8 @@ def examples(heading: str) -> list[list[dict[str, Any]]]:
 def test_the_examples_of_the_documentation_are_read_as_it_says(tmp_path: Path) -> None:
     chats, texts, labelled = examples("## Pairs of answers")
     pairs = load(tmp_path, chats)
-    assert len(pairs) == len(chats) == 8
-    for number in range(16):
+    assert len(pairs) == len(chats) == 11
+    for number in range(2 * len(chats)):
         answer = "It is 6." if number % 2 else "It is 5."
         expected = Renderer(families.chatml()).chat([ASKED, {"role": "assistant", "content": answer}])
         assert pairs.document(number)[0].tolist() == expected.input_ids and trained(pairs, number) == f"{answer}<|im_end|>"
@@ -353,3 +372,28 @@ def test_a_pair_with_a_long_answer_is_an_error_that_counts_rows(tmp_path: Path) 
     rows = [FORMS["texts"], {**FORMS["texts"], "chosen": "five " * 90, "rejected": "six " * 90}]
     with pytest.raises(UserError, match=r"1 of 2 rows are longer than data.max_length=60"):
         load(tmp_path, rows, max_length=60)
+
+
+def test_the_chat_that_is_the_prompt_is_said(tmp_path: Path) -> None:
+    said = str(load(tmp_path, [FORMS["LLaMA-Factory's texts"]]).report)
+    assert "the prompt is the chat in 'conversations': 1 row" in said
+
+
+def test_earlier_turns_and_the_system_prompt_of_llama_factory_are_context(tmp_path: Path) -> None:
+    before = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}, {"from": "human", "value": "What is 2 + 3?"}]
+    pairs = load(tmp_path, [{"system": "Be short.", "conversations": before, "chosen": "It is 5.", "rejected": "It is 6."}])
+    assert trained(pairs, 0) == "It is 5.<|im_end|>" and trained(pairs, 1) == "It is 6.<|im_end|>"
+    assert all(text in families.chatml().decode(pairs.document(1)[0]) for text in ("Be short.", "Hello", "Hi"))
+
+
+def test_a_chat_that_is_answered_already_is_no_prompt(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'prompt' is missing \(found: conversations, chosen, rejected\)"):
+        load(tmp_path, [{"conversations": [ASKED, RIGHT], "chosen": "It is 5.", "rejected": "It is 6."}])
+
+
+def test_pairs_in_parquet_are_read_with_what_stands_beside_them(tmp_path: Path) -> None:
+    rows = [{"conversations": [ASKED], "chosen": RIGHT, "rejected": WRONG, "system": "Be short.", "other": "x"}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    config = PairsConfig(train_files=str(tmp_path / "pairs.parquet"), cache_dir=str(tmp_path / "cache"))
+    pairs = load_documents(config, PairColumns.of(config), config.train_files, families.chatml())
+    assert trained(pairs, 0) == "It is 5.<|im_end|>" and "Be short." in families.chatml().decode(pairs.document(0)[0])

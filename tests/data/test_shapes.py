@@ -316,3 +316,26 @@ def test_bad_answers_are_not_trained_unnoticed(row: Values, tmp_path: Path) -> N
         load(tmp_path, write(tmp_path / "rows.jsonl", [row]))
     if "completion" in row:
         load(tmp_path, write(tmp_path / "rows.jsonl", [row]), prompt_key="prompt", response_key="completion")
+
+
+@pytest.mark.parametrize("message", [USER, SHAREGPT[0], {**USER, "name": "Ann"}])
+@pytest.mark.parametrize("keys", [{}, {"messages_key": "messages"}])
+def test_a_row_that_is_one_message_is_named(message: Values, keys: Values) -> None:
+    with pytest.raises(UserError, match="the row is one message of a chat, expected a whole chat") as caught:
+        example(message, **keys)
+    assert '{"messages": [' in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (f"{json.dumps(CHAT)}\n{json.dumps(CHAT)}\n", "a second array begins here"),
+        (json.dumps([CHAT, CHAT]), "expected an object with named columns"),
+        (json.dumps([SHAREGPT]), "expected an object with named columns"),
+    ],
+)
+def test_a_chat_without_a_name_of_its_column_is_answered_with_an_object(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=what) as caught:
+        load(tmp_path, str(tmp_path / "a.json"))
+    assert '{"messages": […]}' in str(caught.value)

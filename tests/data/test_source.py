@@ -293,6 +293,9 @@ def test_damaged_files_say_what_is_damaged(tmp_path: Path) -> None:
         ("a.csv", b"PK\x03\x04....", "a ZIP archive or a spreadsheet"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.docx", b"hello", "unknown file format: 'a.docx'"),
+        ("a.yaml", b"- role: user\n  content: Hello\n", "the file is YAML, which is not read as data"),
+        ("a.yml", b"---\nquestion: a\nanswer: b\n", "the file is YAML, which is not read as data"),
+        ("a.yaml", b"", "the file is empty"),
     ],
 )
 def test_what_is_no_data_is_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from verl.data.chat import ChatInput
 from verl.data.render import Rendered, Renderer
+from verl.data.template_end import add_end
 from verl.errors import UserError
 
 Messages = list[dict[str, Any]]
@@ -222,6 +223,30 @@ def test_the_text_is_the_prompt_and_the_answer(family: str, name: str, messages:
         ("qwen", "qwen3_training", [user("2+2?"), assistant("<think>Add.</think>4", reasoning="Add.")], None, "and one in the content"),
         ("gemma", "gemma3", [assistant("Hello."), *ONE], None, "rejects the chat: Conversation roles must alternate"),
         ("glm", "glm4moe", ONE, None, "ends the assistant turn without a control token"),
+        ("qwen", "qwen3", [user("2+2?"), assistant("four", cot="Add them.")], None, "text in 'cot'"),
+        ("qwen", "qwen2_5", [user("2+2?"), assistant("four", thoughts=["Add", "them."])], None, "text in 'thoughts'"),
+        (
+            "qwen",
+            "qwen3_5_think",
+            [user("2+2?"), assistant("four", reasoning_details=[{"type": "reasoning.text", "text": "Add them."}])],
+            None,
+            "text in 'reasoning_details'",
+        ),
+        ("qwen", "qwen3", [user("2+2?"), assistant("four", Complex_CoT="Add them.")], None, "text in 'Complex_CoT'"),
+        (
+            "qwen",
+            "qwen3",
+            [user("2+2?"), assistant("four", rationale="Add."), user("sure?"), assistant("yes")],
+            None,
+            "text in 'rationale'",
+        ),
+        (
+            "qwen",
+            "qwen3",
+            [user("2+2?"), assistant("four", reasoning="Add them.", reasoning_details=[{"type": "reasoning.encrypted", "data": "x"}])],
+            None,
+            "text in 'reasoning_details'",
+        ),
     ],
 )
 def test_what_a_template_cannot_write_is_refused(family: str, name: str, messages: Messages, tools: Any, what: str) -> None:
@@ -246,10 +271,24 @@ def test_what_a_template_cannot_write_is_refused(family: str, name: str, message
             ("key 'tools' of messages is not printed by the chat template",),
         ),
         ("qwen3", [user("2+2?"), assistant("four", reasoning="Add.", reasoning_content="Add.")], ()),
+        ("qwen3", [user("2+2?"), assistant("four", reasoning="Add.", reasoning_details=[{"type": "reasoning.text", "text": "Add."}])], ()),
+        (
+            "qwen3",
+            [user("2+2?"), assistant("<think>\nAdd.\n</think>\n\nfour", thinking_blocks=[{"type": "thinking", "thinking": "Add."}])],
+            (),
+        ),
+        (
+            "qwen3",
+            [user("2+2?"), assistant("four", reasoning_effort="high", reasoning_tokens=5)],
+            (
+                "key 'reasoning_effort' of messages is not printed by the chat template",
+                "key 'reasoning_tokens' of messages is not printed by the chat template",
+            ),
+        ),
     ],
 )
 def test_what_a_template_leaves_out_by_design_is_noted(name: str, messages: Messages, notes: tuple[str, ...]) -> None:
-    assert Renderer(tokenizer_of("qwen", name)).chat(messages).notes == notes
+    assert sorted(Renderer(tokenizer_of("qwen", name)).chat(messages).notes) == sorted(notes)
 
 
 def test_a_greeting_is_trained_where_the_template_takes_it() -> None:
@@ -287,3 +326,29 @@ def test_variables_of_a_row_reach_the_template_in_training_and_in_the_prompt() -
     assert trained(tokenizer, rendered) == ["four<|im_end|>"]
     (unknown,) = renderer.chats([ChatInput(ONE, template_kwargs='{"mood": "glad"}')])
     assert isinstance(unknown, Rendered) and unknown.notes == ("the variable 'mood' of the row is not used by the chat template",)
+
+
+def test_a_thought_under_another_name_is_answered_with_the_name_that_the_template_prints() -> None:
+    for name, fix in (("qwen3", "give the key 'cot' the name 'reasoning_content', remove it"), ("qwen2_5", "remove it from the data")):
+        with pytest.raises(UserError) as caught:
+            Renderer(tokenizer_of("qwen", name)).chat([user("2+2?"), assistant("four", cot="Add them.")])
+        assert str(caught.value.fix).startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        (TWO, ["\n<think></think>\nfour<|user|>", "\n<think></think>\nyes<|user|>"]),
+        (THOUGHTS, ["\n<think></think>\nfour<|user|>", "\n<think>so it is</think>\nyes<|user|>"]),
+        (TOOLS, ["\n<think></think>\n<tool_call>look_up", "\n<think></think>\nsunny<|user|>"]),
+    ],
+)
+def test_glm_4_5_with_an_end_is_trained_as_by_its_template_with_marks(messages: Messages, expected: list[str]) -> None:
+    found, tools = [], [TOOL] if messages is TOOLS else None
+    for name in ("glm4moe", "glm4moe_training"):
+        tokenizer = tokenizer_of("glm", name)
+        add_end(tokenizer)
+        rendered = Renderer(tokenizer).chat(messages, tools)
+        found.append((rendered.input_ids, rendered.loss_mask))
+        assert all(text.startswith(start) for text, start in zip(trained(tokenizer, rendered), expected, strict=True))
+    assert found[0] == found[1]

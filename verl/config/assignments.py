@@ -75,11 +75,14 @@ def assignments_in(path: Path) -> list[Assignment]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"not YAML: {getattr(error, 'problem', error)}", where=f"{path}:{mark.line + 1}" if mark else str(path)) from error
-    if loaded is not None and not isinstance(loaded, dict):
-        raise UserError(f"found a {type(loaded).__name__}, expected keys and values", where=str(path))
-    return [Assignment(key, value, text, str(path)) for key, value, text in _paired_leaves(loaded or {}, texts or {})]
+        from verl.config.file_errors import not_yaml  # most files are right
+
+        raise not_yaml(path, error) from error
+    if not isinstance(loaded, dict):
+        from verl.config.file_errors import without_keys
+
+        raise without_keys(path, loaded)
+    return [Assignment(key, value, text, str(path)) for key, value, text in _paired_leaves(loaded, texts)]
 
 
 def type_of(config: object, key: str) -> Any:

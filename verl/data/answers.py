@@ -6,23 +6,52 @@ also be JSON text, or text with `Human:` and `Assistant:` before its turns.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from verl.data.chat import Message, checked
-from verl.data.row import Row, describe
+from verl.data.chat import SYSTEM, TOOLS, Message, checked
+from verl.data.messages import CALLS, ROLES
+from verl.data.row import Row, describe, number_text
+from verl.data.shapes import CHATS, system_column, with_system
 from verl.errors import UserError
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # the start of a turn, in preference data that holds whole chats as text
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 MESSAGES_AS_TEXT = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value)["']\s*:""")  # JSON, or a list as Python prints it
-ASSISTANT = ("assistant", "gpt", "model", "bot")  # the assistant's role, as data sets name it
+PROMPT = "prompt"  # the default column of prompts
 EXAMPLE = 'write the answer as text, or as [{"role": …, "content": …}, …]'
 
 
 def is_chat(value: object) -> bool:
-    """Return whether a column holds messages, and not a text."""
+    """Return whether a column holds messages, and not a text. A list of one text or number is a text, as `Row.text` reads it."""
+    if isinstance(value, list) and len(value) == 1:
+        return not isinstance(value[0], str) and number_text(value[0]) is None
     return isinstance(value, (list, dict)) or (isinstance(value, str) and (_is_json(value) or _is_transcript(value)))
+
+
+def columns_beside(prompt: str | None, names: Collection[str]) -> tuple[str, ...]:
+    """Return the columns that are read beside those that the config names.
+
+    Args:
+        prompt: column of the prompt.
+        names: the columns of the table.
+    """
+    return (*SYSTEM, *TOOLS, *(CHATS if prompt == PROMPT and prompt not in names else ()))
+
+
+def prompt_column(row: Row, column: str | None) -> str | None:
+    """Return the column of a row's prompt: the given one, or, if that is the default one and missing, a chat that waits for an answer.
+
+    LLaMA-Factory writes pairs with such a chat in `conversations`.
+    """
+    if column != PROMPT or row.has(column):
+        return column
+    chats = [name for name in CHATS if row.values.get(name) and is_chat(row.values[name])]
+    waiting = [name for name in chats if not _is_assistants(_messages(row.values[name], f"{row.where}: {name}")[-1])]
+    if not waiting:
+        return column
+    row.note(f"the prompt is the chat in {waiting[0]!r}")
+    return waiting[0]
 
 
 def prompt_of(row: Row, column: str | None) -> list[Message] | None:
@@ -66,6 +95,30 @@ def whole_chat(row: Row, column: str, key: str, prompt: list[Message] | None, pr
         fix = "end the prompt with the message to answer, or write the answers as whole chats"
         raise UserError("the prompt ends with the assistant's turn", where=f"{row.where}: {prompt_key}", fix=fix)
     return [*prompt, *answer]
+
+
+def with_system_of(row: Row, chat: list[Message]) -> list[Message]:
+    """Return the chat with the system prompt that stands in a column of its own, if the row has one."""
+    column = system_column(row)
+    return chat if column is None else with_system(chat, row, column)
+
+
+def tools_of(row: Row, column: str | None, key: str) -> object:
+    """Return the tools of a row, or None.
+
+    Args:
+        column: column of the tools, or None.
+        key: the config key that names it, for errors.
+    Raises:
+        UserError: `column` is None, but the row has tools, which the model would not see.
+    """
+    if column is not None:
+        return row.value(column, key, may_be_null=True)
+    unread = next((name for name in TOOLS if row.values.get(name) not in (None, "", "[]", [])), None)
+    if unread is not None:
+        what = f"column {unread!r} has tools, but {key} is not set, so the model would not see them"
+        raise UserError(what, where=row.where, fix=f"set {key}={unread}, or remove the column")
+    return None
 
 
 def checked_messages(messages: list[Message], place: str) -> list[Message]:
@@ -128,7 +181,8 @@ def _messages(value: Any, place: str) -> list[Message]:
 
 
 def _is_assistants(message: Message) -> bool:
-    return message.get("role", message.get("from")) in ASSISTANT
+    role = str(message.get("role", message.get("from")))
+    return role in CALLS or ROLES.get(role.lower()) == "assistant"
 
 
 def _is_json(text: str) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 import datasets
 
-from verl.data.formats.arrow import ROWS_PER_BATCH, table_rows
-from verl.data.row import Rows, first_line
+from verl.data.formats.arrow import ROWS_PER_BATCH, table_rows, used_columns
+from verl.data.row import Rows, Wanted, first_line
 from verl.errors import UserError
 
 TRAINING, EVALUATION = ("train",), ("test", "validation", "valid", "val", "dev")  # splits, the first that exists is taken
@@ -45,9 +45,11 @@ def describe(source: str) -> str:
     return f"{name}: configuration {config}, split {split} (of {', '.join(_splits(name, config))})"
 
 
-def rows(source: str) -> Rows:
-    """Yield the rows of a resolved data set."""
-    return table_rows(source, _batches(_dataset(source)))
+def rows(source: str, wanted: Wanted | None = None) -> Rows:
+    """Yield the rows of a resolved data set. `wanted` is as in `verl.data.source.read_rows_and_errors`."""
+    dataset = _dataset(source)
+    used, unread = used_columns(dataset.features.arrow_schema, wanted)
+    return table_rows(source, _batches(dataset.select_columns(used) if unread else dataset), unread)
 
 
 def files(source: str) -> list[Path]:

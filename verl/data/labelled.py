@@ -1,6 +1,6 @@
 """Labelled answers: rows with one answer that is good or bad, as in KTO."""
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from verl.data.answers import check_end, check_prompt, checked_messages, prompt_of, whole_chat
+from verl.data.answers import (
+    check_end,
+    check_prompt,
+    checked_messages,
+    columns_beside,
+    prompt_column,
+    prompt_of,
+    tools_of,
+    whole_chat,
+    with_system_of,
+)
 from verl.data.documents import Documents, DocumentsConfig, load_documents
 from verl.data.row import Row, describe
 from verl.data.source import read_rows
@@ -25,7 +35,13 @@ class LabelColumns:
     prompt_key: str | None = "prompt"
     completion_key: str = "completion"
     label_key: str = "label"
+    tools_key: str | None = None
     documents_per_row: int = 1
+
+    def columns_read(self, names: Collection[str]) -> Collection[str]:
+        """Return the columns that are named, and those that are read beside them."""
+        keys = filter(None, (self.prompt_key, self.completion_key, self.label_key, self.tools_key))
+        return (*keys, *columns_beside(self.prompt_key, names))
 
     def read(self, row: Row) -> list[ChatInput]:
         """Return the answer with its prompt; without a prompt column, the answer is the assistant's last turn of a whole chat.
@@ -36,14 +52,17 @@ class LabelColumns:
         if row.is_text:
             raise UserError("plain text has no labels", where=row.where, fix="write the rows as JSONL, CSV or Parquet")
         self.label(row)
-        prompt = prompt_of(row, self.prompt_key)
-        chat = whole_chat(row, self.completion_key, "completion_key", prompt, self.prompt_key)
+        tools = tools_of(row, self.tools_key, "tools_key")
+        prompt_key = prompt_column(row, self.prompt_key)
+        prompt = prompt_of(row, prompt_key)
+        chat = whole_chat(row, self.completion_key, "completion_key", prompt, prompt_key)
         messages = checked_messages(chat, f"{row.where}: {self.completion_key}")
         check_end(messages, f"{row.where}: {self.completion_key}")
-        begins = len(prompt) if prompt is not None and messages[: len(prompt)] == prompt else len(messages) - 1
-        check_prompt(row, self.prompt_key, prompt, messages[:begins])
+        asked = [] if prompt is None else checked_messages(prompt, f"{row.where}: {prompt_key}")
+        begins = len(asked) if asked and messages[: len(asked)] == asked else len(messages) - 1
+        check_prompt(row, prompt_key, prompt, messages[:begins])
         context = sum(message["role"] == "assistant" for message in messages[:begins])
-        return [ChatInput(chat, None, context, f"{self.completion_key}: ")]
+        return [ChatInput(with_system_of(row, chat), tools, context, f"{self.completion_key}: ")]
 
     def label(self, row: Row) -> bool:
         """Return whether the row's answer is good.
@@ -83,15 +102,11 @@ def load_labelled(
     tokenizer: PreTrainedTokenizerBase,
     *,
     key: str = "data.train_files",
-    max_samples: int | None = None,
+    **options: Any,
 ) -> LabelledDocuments:
-    """Load labelled answers. The arguments and errors are those of `verl.data.documents.load_documents`."""
-    documents = load_documents(config, columns, files, tokenizer, key=key, max_samples=max_samples)
-    labels = np.fromiter(_labels(columns, files, key, max_samples), bool)
+    """Load labelled answers. All arguments and errors are those of `verl.data.documents.load_documents`."""
+    documents = load_documents(config, columns, files, tokenizer, key=key, **options)
+    # The cache of tokenized rows has no labels, so they are read from the files, up to the last row that is used.
+    rows = islice(read_rows(files, key, lambda names: (columns.label_key,)), int(documents.row_numbers_N[-1]) + 1)
+    labels = np.array([columns.label(row) for row in rows], bool)
     return LabelledDocuments(documents, labels[documents.row_numbers_N])
-
-
-def _labels(columns: LabelColumns, files: object, key: str, max_samples: int | None) -> Iterator[bool]:
-    """Yield the label of each row. They are read from the files, because the cache of tokenized rows has no labels."""
-    rows = islice(read_rows(files, key), None if max_samples == -1 else max_samples)
-    return (columns.label(row) for row in rows)

@@ -30,6 +30,7 @@ UNCLEAR_MARKS = ("mask", "train_detail", "training_detail")
 LIKE_A_MARK = re.compile(r"(?:.*_)?(?:loss|train|trained|trainable|training|masks?|masked|weight)(?:_.*)?")  # a key such as loss_scale
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
+PART_TEXTS = ("text", "thinking", "summary")  # keys of a part's text
 EXAMPLE = 'write [{"role": "user", "content": …}, …]'
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
 
@@ -269,7 +270,13 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 # What the assistant says
 
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # transformers treats them as one
-SPOKEN_KEYS = (*THOUGHT_KEYS, "thought", "thoughts", "refusal", "audio")
+SPOKEN_KEYS = (*THOUGHT_KEYS, "refusal", "audio")
+# Other names of a thought, such as `thoughts`, `cot`, `reasoning_details` and `thinking_blocks`. Chat templates rarely print them.
+LIKE_A_THOUGHT = re.compile(
+    r"(?:\w+_)?(?:reasoning|thinking|thoughts?|cot|chain_of_thoughts?|rationales?|scratchpad)"
+    r"(?:_(?:content|text|details|process|trace|steps|summary|blocks))?",
+    re.IGNORECASE,
+)
 LINKS = ("role", "content", "tool_calls", "tool_call_id", "id")  # keys that hold nothing else that is said
 INLINE_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 
@@ -289,8 +296,29 @@ def texts_of(message: Message) -> Iterator[tuple[str, str]]:
     """Yield each text that the assistant says outside its calls, with its key. An inline thought has the key `<think>`."""
     thought, content = split_thought(message.get("content") or "")
     yield "<think>", thought
-    thoughts = [message.get(key) for key in THOUGHT_KEYS]  # some servers give one thought under two names
-    for number, key in enumerate(SPOKEN_KEYS):
-        if message.get(key) and message[key] not in thoughts[:number]:
-            yield key, message[key] if isinstance(message[key], str) else repr(message[key])
+    said = ["".join(thought.split())]  # some servers give one thought under several names
+    for key in spoken_keys(message):
+        text = _said(message[key])
+        if "".join(text.split()) not in said:
+            yield key, text
+        said.append("".join(text.split()))
     yield "content", content
+
+
+def spoken_keys(message: Message) -> list[str]:
+    """Return the keys besides the content that hold a text of the assistant, thoughts first."""
+    others = [key for key in message if key not in SPOKEN_KEYS and LIKE_A_THOUGHT.fullmatch(str(key))]
+    return [key for key in (*THOUGHT_KEYS, *others, *SPOKEN_KEYS[len(THOUGHT_KEYS) :]) if message.get(key) and message[key] is not True]
+
+
+def _said(value: object) -> str:
+    """Return the text of a value: of a list of parts, as servers write thoughts, that of the parts together."""
+    texts = [_part_text(part) for part in (value if isinstance(value, list) else [value])]
+    known = [text for text in texts if text is not None]
+    return "".join(known) if len(known) == len(texts) else repr(value)
+
+
+def _part_text(part: object) -> str | None:
+    """Return the text of a part, itself or under one of PART_TEXTS; None if it has none."""
+    found = [part, *(part.get(key) for key in PART_TEXTS)] if isinstance(part, dict) else [part]
+    return next((text for text in found if isinstance(text, str)), None)

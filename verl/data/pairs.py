@@ -1,12 +1,24 @@
 """Preference data: rows with a chosen and a rejected answer to the same question become two chats each."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from verl.config.pairs import PairsConfig
-from verl.data.answers import check_end, check_prompt, checked_messages, is_chat, prompt_of, whole_chat
+from verl.data.answers import (
+    check_end,
+    check_prompt,
+    checked_messages,
+    columns_beside,
+    is_chat,
+    prompt_column,
+    prompt_of,
+    tools_of,
+    whole_chat,
+    with_system_of,
+)
 from verl.data.chat import Message
 from verl.data.row import Row
-from verl.data.shapes import system_column, with_system
+from verl.data.shapes import LABELLED
 from verl.data.tables import ChatInput
 from verl.errors import UserError
 
@@ -32,6 +44,11 @@ class PairColumns:
     def of(data: PairsConfig) -> "PairColumns":
         return PairColumns(data.prompt_key, data.chosen_key, data.rejected_key, data.tools_key)
 
+    def columns_read(self, names: Collection[str]) -> Collection[str]:
+        """Return the columns that the config names, and those that are read beside them."""
+        keys = filter(None, (self.prompt_key, self.chosen_key, self.rejected_key, self.tools_key))
+        return (*keys, *columns_beside(self.prompt_key, names), *(() if self.chosen_key in names else LABELLED))
+
     def read(self, row: Row) -> list[ChatInput] | list[str]:
         """Return the two chats, or two whole texts. Their common beginning is context and not trained.
 
@@ -42,13 +59,15 @@ class PairColumns:
             raise UserError("plain text has no pairs", where=row.where, fix="write the pairs as JSONL or Parquet")
         if self.prompt_key is None and (texts := self._texts(row)):
             return texts
-        self._check_columns(row)
-        prompt = prompt_of(row, self.prompt_key)
-        chosen = whole_chat(row, self.chosen_key, "data.chosen_key", prompt, self.prompt_key)
-        rejected = whole_chat(row, self.rejected_key, "data.rejected_key", prompt, self.prompt_key)
-        chosen, rejected = (_with_system(row, chat) for chat in (chosen, rejected))
-        context = self._context(row, prompt, chosen, rejected)
-        tools = None if self.tools_key is None else row.value(self.tools_key, "data.tools_key", may_be_null=True)
+        self._refuse_label(row)
+        tools = tools_of(row, self.tools_key, "data.tools_key")
+        prompt_key = prompt_column(row, self.prompt_key)
+        prompt = prompt_of(row, prompt_key)
+        chosen = with_system_of(row, whole_chat(row, self.chosen_key, "data.chosen_key", prompt, prompt_key))
+        rejected = with_system_of(row, whole_chat(row, self.rejected_key, "data.rejected_key", prompt, prompt_key))
+        common = self._common_messages(row, chosen, rejected)
+        check_prompt(row, prompt_key, prompt, common)
+        context = sum(message["role"] == "assistant" for message in common)
         named = ((self.chosen_key, chosen), (self.rejected_key, rejected))
         return [ChatInput(chat, tools, context, f"{column}: ") for column, chat in named]
 
@@ -58,18 +77,14 @@ class PairColumns:
             return []
         return [row.text(self.chosen_key, "data.chosen_key"), row.text(self.rejected_key, "data.rejected_key")]
 
-    def _check_columns(self, row: Row) -> None:
-        """Raise UserError if the row is no pair at all, or has tools that the model would not see."""
-        if self.chosen_key not in row.values and {"completion", "label"} <= row.values.keys():
+    def _refuse_label(self, row: Row) -> None:
+        """Raise UserError if the row is one answer with a label."""
+        if self.chosen_key not in row.values and row.values.keys() >= set(LABELLED):
             what = "the row is one answer with a label (columns 'completion' and 'label'), not a pair of answers"
             raise UserError(what, where=row.where, fix="the methods of `verl reward` compare two answers; give rows with both")
-        unread = [] if self.tools_key else [name for name in ("tools", "functions") if row.values.get(name) not in (None, "", "[]", [])]
-        if unread:
-            what = f"column {unread[0]!r} has tools, but data.tools_key is not set, so the model would not see them"
-            raise UserError(what, where=row.where, fix=f"set data.tools_key={unread[0]}, or remove the column")
 
-    def _context(self, row: Row, prompt: list[Message] | None, chosen: list[Message], rejected: list[Message]) -> int:
-        """Return how many of the assistant's turns are context.
+    def _common_messages(self, row: Row, chosen: list[Message], rejected: list[Message]) -> list[Message]:
+        """Return the messages before the two answers.
 
         Raises:
             UserError: the chats do not begin alike, do not part at the assistant's turn, or do not end with it.
@@ -85,14 +100,7 @@ class PairColumns:
         _check_structure(chats, len(common), row.where)
         if all(len(chat) == len(common) for chat in chats.values()):
             common = common[:-1]  # of two equal chats, the last turn is the answer; they are counted and dropped later
-        check_prompt(row, self.prompt_key, prompt, common)
-        return sum(message["role"] == "assistant" for message in common)
-
-
-def _with_system(row: Row, chat: list[Message]) -> list[Message]:
-    """Return the chat with the system prompt that stands in a column of its own, if the row has one."""
-    column = system_column(row)
-    return chat if column is None else with_system(chat, row, column)
+        return common
 
 
 def _common(chosen: list[Message], rejected: list[Message]) -> list[Message]:

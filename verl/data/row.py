@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -37,6 +37,7 @@ class Row:
         is_text: whether the row is a paragraph of a plain text file, in the column `text`.
         faults: the columns and paths whose values cannot be used.
         notes: what readers of the row noticed, each with an example; see `Notes`.
+        unread: columns of the file that were not read, for errors that list the columns; the keys of an object are known, its values not.
     """
 
     where: str
@@ -44,6 +45,15 @@ class Row:
     is_text: bool = False
     faults: dict[str, Fault] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    unread: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def found(self) -> str:
+        """The names of all columns of the row, for errors."""
+        return ", ".join(map(str, self._all())) or "no columns"
+
+    def _all(self) -> dict[str, Any]:
+        return {**self.values, **self.unread} if self.unread else self.values
 
     def value(self, column: str, key: str, *, may_be_null: bool = False) -> Any:
         """Return the column's value.
@@ -105,12 +115,12 @@ class Row:
         return next((self.faults[path] for path in paths), None)
 
     def _missing(self, column: str, key: str) -> UserError:
-        paths = list(_paths(self.values))
+        paths = list(_paths(self._all()))
         head = column.rpartition(".")[0]
         beside = [path for path in paths if head and path.startswith(f"{head}.")]
-        found = ", ".join(beside or map(str, self.values)) or "no columns"
+        found = ", ".join(beside) or self.found
         last = [path for path in paths if path.rpartition(".")[2] == column.rpartition(".")[2]]
-        near = difflib.get_close_matches(column, beside or list(self.values), n=1) or last or difflib.get_close_matches(column, paths, n=1)
+        near = difflib.get_close_matches(column, beside or list(self._all()), n=1) or last or difflib.get_close_matches(column, paths, n=1)
         fix = f"did you mean {key}={near[0]}?" if near else f"set {key} to the right column"
         what = f"column {column!r} is missing (found: {found})"
         if self.faults and not near:  # it may be the column whose name cannot be read
@@ -168,6 +178,7 @@ def first_line(error: Exception) -> str:
 
 
 Rows = Iterator[Row | UserError]  # an invalid row is replaced by its error
+Wanted = Callable[[Collection[str]], Collection[str]]  # given the columns of a table: names and paths of those to read
 
 
 class ReadProgress:
@@ -190,7 +201,14 @@ def unusable(text: str) -> Fault | None:
     return Fault(f"{'a NUL character' if found[0] == NUL else 'half of a surrogate pair'} in {around!a}", "remove it from the row")
 
 
-def checked_row(where: str, values: dict[str, Any], find: Callable[[str], Fault | None] = unusable, *, is_text: bool = False) -> Row:
+def checked_row(
+    where: str,
+    values: dict[str, Any],
+    find: Callable[[str], Fault | None] = unusable,
+    *,
+    is_text: bool = False,
+    unread: dict[str, Any] | None = None,
+) -> Row:
     """Return a row whose unusable values are in `faults`.
 
     A fault inside an object is charged to its key alone; a fault inside a list to the whole list.
@@ -198,9 +216,10 @@ def checked_row(where: str, values: dict[str, Any], find: Callable[[str], Fault 
     Args:
         values: may contain Faults.
         find: returns why a text cannot be used, or None.
+        is_text, unread: as in Row.
     """
     faults: dict[str, Fault] = {}
-    return Row(where, _usable_part(values, "", find, faults, 0), is_text, faults)
+    return Row(where, _usable_part(values, "", find, faults, 0), is_text, faults, unread=unread or {})
 
 
 def _usable_part(values: dict[str, Any], path: str, find: Callable[[str], Fault | None], faults: dict[str, Fault], depth: int) -> Any:

@@ -4,10 +4,11 @@ If the config names no columns, they are recognised from their names, but only i
 rows were read.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from verl.data.chat import SYSTEM, TEMPLATE_KWARGS, TOOLS, ChatInput, Message, checked, unanswered
+from verl.data.chat import BESIDES, SYSTEM, TEMPLATE_KWARGS, TOOLS, ChatInput, Message, checked, unanswered
 from verl.data.row import Row, describe
 from verl.errors import UserError
 
@@ -15,6 +16,8 @@ CHATS = ("messages", "conversations", "conversation")
 QUESTIONS = ("question", "prompt", "instruction", "query", "problem", "input")
 ANSWERS = ("answer", "response", "output", "completion", "solution")
 CONTEXT = {"instruction": ("input", "context")}  # columns that continue the question
+HISTORY = "history"  # earlier turns of an Alpaca row
+LABELLED, PAIR = ("completion", "label"), ("chosen", "rejected")  # columns of answers that are not simply trained
 UPSTREAM_REFERENCE = "reward_model.ground_truth"
 UPSTREAM_TEXTS = ("extra_info.question", "extra_info.answer")
 NAMES = {
@@ -155,6 +158,25 @@ def _reference(row: Row, column: str, key: str) -> str:
 # Which columns
 
 
+def columns_of_shapes(columns: NamedColumns, names: Collection[str]) -> set[str]:
+    """Return names and paths of the columns from which a row to train is read, or for which it is refused.
+
+    Args:
+        names: the columns of the table.
+    """
+    texts = {columns.prompt_key, columns.response_key} if columns.messages_key is None else {columns.messages_key}
+    named = {name for name in (*texts, columns.tools_key, columns.chat_template_kwargs_key, *BESIDES) if name is not None}
+    if columns.messages_key is not None or not _are_defaults(columns) or texts <= set(names):
+        return named
+    more = (name for beside in CONTEXT.values() for name in beside)
+    return {*named, *CHATS, *QUESTIONS, *ANSWERS, *more, HISTORY, UPSTREAM_REFERENCE, *UPSTREAM_TEXTS, *LABELLED, *PAIR}
+
+
+def _are_defaults(columns: NamedColumns) -> bool:
+    """Return whether the config names no columns of questions and answers."""
+    return columns.prompt_key == "question" and columns.response_key in ("answer", None)
+
+
 def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool) -> Shape:
     """Return how to read the row: by the columns that the config names, or, if they are the defaults and missing, by their names.
 
@@ -162,11 +184,12 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
         UserError: it is not clear which columns to read.
     """
     answer = columns.response_key
+    if not row.has(columns.messages_key or columns.prompt_key):
+        _refuse_message(row)
     if columns.messages_key is not None:
         return Shape(columns.messages_key, answer=None if for_training else answer, system=system_column(row))
     named = Shape(None, (columns.prompt_key,), answer, system_column(row, columns.prompt_key, answer))
-    is_default = columns.prompt_key == "question" and answer in ("answer", None)
-    if not is_default or (columns.prompt_key in row.values and (answer is None or answer in row.values)):
+    if not _are_defaults(columns) or (columns.prompt_key in row.values and (answer is None or answer in row.values)):
         return named
     if for_training:
         _refuse_labels(row, prefix)
@@ -176,17 +199,25 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
     if not found:  # an error will say what is wrong with the chat, or that the columns of the config are missing
         return next((_shape(row, chat=name) for name in CHATS if name in row.values), named)
     ways = "; or ".join(_keys_of(shape, prefix) for shape in found)
-    what = f"it is not clear which columns to read (found: {', '.join(map(str, row.values))})"
+    what = f"it is not clear which columns to read (found: {row.found})"
     raise UserError(what, where=row.where, fix=f"set {ways}")
+
+
+def _refuse_message(row: Row) -> None:
+    """Raise UserError for a row that is a message, as in a JSON file whose array is one chat."""
+    if any(row.values.keys() >= keys for keys in ({"role", "content"}, {"from", "value"})):
+        what = f"the row is one message of a chat, expected a whole chat (found: {row.found})"
+        fix = 'write the messages of a chat into one row: {"messages": [{"role": …, "content": …}, …]}'
+        raise UserError(what, where=row.where, fix=fix)
 
 
 def _refuse_labels(row: Row, prefix: str) -> None:
     """Raise UserError for one answer with a label, good or bad, or a pair of answers: a bad answer must not be trained unnoticed."""
-    if "completion" in row.values and isinstance(row.values.get("label"), bool):
+    if LABELLED[0] in row.values and isinstance(row.values.get(LABELLED[1]), bool):
         what = "the row is an answer that is labelled good or bad (columns 'completion' and 'label')"
         fix = f"keep the rows whose label is true, and remove the label; or set {prefix}prompt_key and {prefix}response_key to train all"
         raise UserError(what, where=row.where, fix=fix)
-    if {"chosen", "rejected"} <= row.values.keys():
+    if row.values.keys() >= set(PAIR):
         fix = f"train pairs with verl reward; or set {prefix}prompt_key and {prefix}response_key to train one of the answers"
         raise UserError("the row is a pair of answers (columns 'chosen' and 'rejected')", where=row.where, fix=fix)
 
@@ -239,7 +270,7 @@ def _is_chat(value: object) -> bool:
 
 
 def _conversation(value: object) -> list[Message] | None:
-    """Return a value that is a list of messages, or its JSON; None if it is something else."""
+    """Return a value that is a list of messages, its JSON, or one message; None if it is something else."""
     if isinstance(value, str) and value.lstrip()[:1] == "[" and ('"role"' in value or '"from"' in value):
         from verl.data.formats.json import STRICT  # most rows have lists, not JSON text
 
@@ -247,6 +278,7 @@ def _conversation(value: object) -> list[Message] | None:
             value = STRICT.decode(value)
         except (ValueError, RecursionError):
             return None
+    value = [value] if isinstance(value, dict) else value
     is_chat = isinstance(value, list) and value and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
     return list(value) if isinstance(value, list) and is_chat else None
 
@@ -268,7 +300,7 @@ def system_column(row: Row, *named: str | None) -> str | None:
 
 def _history(row: Row, shape: Shape) -> list[Message]:
     """Return the earlier turns of an Alpaca row: pairs of a question and an answer."""
-    history = row.values.get("history") if shape.question[:1] == ("instruction",) and shape.note else None
+    history = row.values.get(HISTORY) if shape.question[:1] == ("instruction",) and shape.note else None
     if not history:
         return []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):

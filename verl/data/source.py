@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl.data.row import ReadProgress, Row, Rows, describe
+from verl.data.row import ReadProgress, Row, Rows, Wanted, describe
 from verl.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[^:/]*){0,2}")
 FORMS = "give a path, a glob, a Hub data set id (org/name, org/name:config or org/name:config:split), or a list of these"
+LARGE_BYTES = 32 * 2**20
 Source = Path | str  # a local file, or a data set on the Hub as `org/name:config:split`
 
 
@@ -36,28 +37,32 @@ class Entry:
         return self.weight is not None or self.rows is not None
 
 
-def read_rows(files: object, key: str = "data.train_files") -> Iterator[Row]:
+def read_rows(files: object, key: str = "data.train_files", wanted: Wanted | None = None) -> Iterator[Row]:
     """Yield the rows of the files, in order.
 
     Args:
         files, key: as in `resolve_entries`.
+        wanted: as in `read_rows_and_errors`.
     Raises:
         UserError: a file is missing or its format unknown, or a row is invalid.
     """
-    return valid_rows(resolve_files(files, key), ReadProgress())
+    return valid_rows(resolve_files(files, key), ReadProgress(), wanted)
 
 
-def valid_rows(sources: list[Source], progress: ReadProgress) -> Iterator[Row]:
+def valid_rows(sources: list[Source], progress: ReadProgress, wanted: Wanted | None = None) -> Iterator[Row]:
     """Yield the rows of the sources. Raises UserError if one is invalid."""
-    for row in read_rows_and_errors(sources, progress):
+    for row in read_rows_and_errors(sources, progress, wanted):
         if isinstance(row, UserError):
             raise row
         yield row
 
 
-def read_rows_and_errors(sources: list[Source], progress: ReadProgress | None = None) -> Rows:
+def read_rows_and_errors(sources: list[Source], progress: ReadProgress | None = None, wanted: Wanted | None = None) -> Rows:
     """Yield the rows of the sources; an invalid row is replaced by its error.
 
+    Args:
+        wanted: returns the columns that the caller uses; None: all. Parquet, Arrow and the Hub decode no others, and a row has the names
+            of the others in `Row.unread`.
     Raises:
         UserError: a file cannot be read any further.
     """
@@ -67,7 +72,7 @@ def read_rows_and_errors(sources: list[Source], progress: ReadProgress | None = 
     progress.rows_by_source = [0] * len(sources)
     for number, source in enumerate(sources):
         within = ReadProgress()
-        for row in _hub_rows(source) if isinstance(source, str) else file_rows(source, within):
+        for row in _hub_rows(source, wanted) if isinstance(source, str) else file_rows(source, within, wanted):
             progress.share = (number + within.share) / len(sources)
             progress.rows_by_source[number] += 1
             yield row
@@ -185,9 +190,14 @@ def content_hash(sources: list[Source]) -> str:
     return digest.hexdigest()
 
 
-def size_bytes(sources: list[Source]) -> int:
-    """Return the total size of the sources' files."""
-    return sum(path.stat().st_size for path in _files(sources))
+def size_bytes(sources: list[Source], wanted: Wanted | None = None) -> int:
+    """Return the total size of the sources' files; of large Parquet and Arrow files, that of the columns that are read."""
+    size = sum(path.stat().st_size for path in _files(sources))
+    if size < LARGE_BYTES:
+        return size
+    from verl.data.formats.arrow import read_bytes  # small files have no need of it
+
+    return sum(read_bytes(path, wanted) for path in _files(sources))
 
 
 def _files(sources: list[Source]) -> Iterator[Path]:
@@ -200,10 +210,10 @@ def _files(sources: list[Source]) -> Iterator[Path]:
             yield source
 
 
-def _hub_rows(source: str) -> Rows:
+def _hub_rows(source: str, wanted: Wanted | None) -> Rows:
     from verl.data import hub
 
-    return hub.rows(source)
+    return hub.rows(source, wanted)
 
 
 def describe_sources(entries: Sequence[Entry]) -> list[str]:

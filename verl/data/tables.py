@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,12 +26,12 @@ from verl.data.chat import BESIDES, RenderedText
 from verl.data.chat import ChatInput as ChatInput
 from verl.data.render import Rendered, Renderer, or_error
 from verl.data.row import Notes, ReadProgress, Row
-from verl.data.source import Source, read_rows_and_errors, size_bytes
+from verl.data.source import LARGE_BYTES, Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
 from verl.progress import Bar, open_console
 
 ROWS_PER_TABLE = 1024
-BYTES_FOR_PROCESSES = 32 * 2**20  # smaller files are finished before other processes have started
+BYTES_FOR_PROCESSES = LARGE_BYTES  # smaller files are finished before other processes have started
 ERRORS_SHOWN = 10
 
 Chunk = list[Row | UserError]
@@ -45,6 +45,10 @@ class RowReader(Protocol):
 
     @property
     def documents_per_row(self) -> int: ...
+
+    def columns_read(self, names: Collection[str]) -> Collection[str]:
+        """Return names and paths of the columns that `read` uses of a table with these columns."""
+        ...
 
     def read(self, row: Row) -> "Sequence[str | ChatInput]":
         """Return the row's documents, plain texts or chats. Raises UserError if a column is invalid."""
@@ -68,6 +72,14 @@ class Columns:
     @staticmethod
     def of(data: DataConfig) -> "Columns":
         return Columns(**{field.name: getattr(data, field.name) for field in fields(Columns) if field.name != "documents_per_row"})
+
+    def columns_read(self, names: Collection[str]) -> Collection[str]:
+        """Return the columns that the config names; if these are the default ones and missing, those of the shapes that are recognised."""
+        if self.text_key:
+            return (self.text_key,)
+        from verl.data.shapes import columns_of_shapes  # whoever has the rows in the cache reads none
+
+        return columns_of_shapes(self, names)
 
     def read(self, row: Row) -> "list[str | ChatInput]":
         """Return a plain text or a chat. Raises UserError if a column is invalid."""
@@ -109,8 +121,8 @@ def tokenized(
     """
     progress = ReadProgress()
     rows = ROWS_PER_TABLE // columns.documents_per_row
-    chunks = _chunks(itertools.islice(read_rows_and_errors(sources, progress), limit), rows)
-    processes = 1 if size_bytes(sources) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
+    chunks = _chunks(itertools.islice(read_rows_and_errors(sources, progress, columns.columns_read), limit), rows)
+    processes = 1 if size_bytes(sources, columns.columns_read) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
     done = _in_this_process(tokenizer, columns, chunks) if processes == 1 else _in_processes(tokenizer, columns, chunks, processes)
     for table in _valid(_with_progress(done, progress, console), key):
         yield table.replace_schema_metadata({**table.schema.metadata, "rows_by_source": json.dumps(progress.rows_by_source)})

@@ -13,7 +13,7 @@ from typing import Any
 
 from verl.data.chat import Chat, Message
 from verl.data.encode import strings
-from verl.data.messages import LINKS, SPOKEN_KEYS, THOUGHT_KEYS, split_thought, texts_of, thought_of
+from verl.data.messages import LINKS, SPOKEN_KEYS, THOUGHT_KEYS, split_thought, spoken_keys, texts_of, thought_of
 from verl.errors import UserError
 
 Span = tuple[int, int]  # start and end (exclusive) in a text, in characters
@@ -261,9 +261,16 @@ class Turns:
                 raise UserError(what, where=where, fix=FIX)
             if not (is_history and self._leaves_out(key)):
                 what = f"the chat template changes or omits the assistant's text in {key!r}, and renders {said!r:.80}"
-                fix = f"remove it from the data, write it into 'content', or set data.chat_template to a template that prints {key!r}"
+                rename = f"give the key {key!r} the name 'reasoning_content', " if self._should_be_renamed(key) else ""
+                fix = (
+                    f"{rename}remove it from the data, write it into 'content', or set data.chat_template to a template that prints {key!r}"
+                )
                 raise UserError(what, where=where, fix=fix)
             self._notes.append(f"{key} of earlier turns is left out by the chat template")
+
+    def _should_be_renamed(self, key: str) -> bool:
+        """Return whether the key is another name of a thought, and the template prints thoughts."""
+        return key not in (*SPOKEN_KEYS, "<think>") and "reasoning_content" in self._template
 
     def _leaves_out(self, key: str) -> bool:
         """Return whether the template knows the key, so that it leaves it out by design."""
@@ -292,7 +299,8 @@ class Turns:
     def _note_keys(self, squeezed: str) -> None:
         """Note the keys of messages, and the variables, that the template does not print: by its source, and by the text."""
         for message in self._chat.messages:
-            known = (*LINKS, *(SPOKEN_KEYS if message["role"] == "assistant" else ()), *(("name",) if message["role"] == "tool" else ()))
+            spoken = (*SPOKEN_KEYS, *spoken_keys(message)) if message["role"] == "assistant" else ()
+            known = (*LINKS, *spoken, *(("name",) if message["role"] == "tool" else ()))
             for key in message.keys() - set(known):
                 is_known = re.search(rf"\b{re.escape(str(key))}\b", self._template)
                 if not is_known or not all(_is_in(value, squeezed) for value in strings(message[key])):

@@ -62,6 +62,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     chat_template: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    completes_template: bool = True,
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
@@ -69,6 +70,7 @@ def load_tokenizer(
         path: model directory, Hub name, or adapter directory. If an adapter directory has no tokenizer, that of its base model is loaded.
         chat_template: path of a Jinja file that replaces the tokenizer's own chat template.
         chat_template_kwargs: default values of the template's variables. They become part of the template.
+        completes_template: whether a template that does not end a chat's last answer gets an end (`verl.data.template_end`).
     Raises:
         UserError: no such model, it has no fast tokenizer, no such template, or the template has no such variable.
     """
@@ -93,6 +95,10 @@ def load_tokenizer(
         from verl.data.template_defaults import set_defaults  # rarely given
 
         set_defaults(tokenizer, chat_template_kwargs)
+    if completes_template:
+        from verl.data.template_end import add_end
+
+        add_end(tokenizer)
     return tokenizer
 
 

@@ -53,7 +53,7 @@ class PromptFormat:
 def system_prompts(data: DataConfig) -> list[str | None] | None:
     """Return the system prompts of the first ROWS_SCANNED training rows; None if the rows are plain text."""
     columns = Columns.of(data)
-    examples = [columns.read(row)[0] for row in islice(read_rows(data.train_files), ROWS_SCANNED)]
+    examples = [columns.read(row)[0] for row in islice(read_rows(data.train_files, wanted=columns.columns_read), ROWS_SCANNED)]
     chats = [example for example in examples if isinstance(example, ChatInput)]
     return [system_of(checked(chat.messages).messages) for chat in chats] if len(chats) == len(examples) else None
 

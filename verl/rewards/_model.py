@@ -58,7 +58,7 @@ class RewardModel:
         check_scores(config)
         dtype = choose_compute_dtype("auto", device)
         model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
-        own = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+        own = load_tokenizer(path, trust_remote_code=config.trust_remote_code, completes_template=False)
         check_vocabulary(model, own, path)
         # In bfloat16, rounding hides errors of packing: check a small float32 model of the same architecture instead.
         check_hidden(RewardScorer(model if dtype == torch.float32 else small_twin(model, device)), where=WHERE)

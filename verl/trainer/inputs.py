@@ -70,7 +70,11 @@ def load_data(data: RowsConfig, columns: RowReader, tokenizer: PreTrainedTokeniz
         run.say(f"{key}: {documents.report}")
         return documents
 
+    from verl.data.template_end import added_end  # few templates need it
+
     train, validation = load("train"), None if data.val_files is None else load("val")
+    if end := added_end(tokenizer):
+        run.say(f"the chat template writes no end after a chat's last answer; verl adds {end}, and the checkpoint's template has it too")
     for number, name in enumerate(("chosen", "rejected") if train.documents_per_row == 2 else ("trained",)):
         run.show(partial(show_first_row, tokenizer, *train.document(number), name=name))
     return train, validation

@@ -1,6 +1,8 @@
 """Parquet and Arrow: what cannot be decoded is an error of its row, and only where it is read."""
 
 import datetime
+import gzip
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet
 
+from verl.config.sft import DataConfig
+from verl.data import source
+from verl.data.formats import arrow
+from verl.data.pairs import PairColumns
 from verl.data.row import Row
 from verl.data.source import read_rows
+from verl.data.tables import Columns
 from verl.errors import UserError
 
 
@@ -71,8 +78,9 @@ def test_a_column_that_a_join_leaves_twice_is_refused(tmp_path: Path, suffix: st
         row.text("answer", "data.response_key")
 
 
-def test_a_column_that_cannot_be_read_at_all_stops_only_who_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
+def damaged(folder: Path) -> Path:
+    """A Parquet file whose column `other` cannot be read."""
+    path = folder / "a.parquet"
     table = pa.table({"question": [f"q{i}" for i in range(600)], "other": [f"{i}" * 50 for i in range(600)]})
     parquet.write_table(table, path, compression="zstd", use_dictionary=False)
     chunk = parquet.ParquetFile(path).metadata.row_group(0).column(1)
@@ -80,7 +88,11 @@ def test_a_column_that_cannot_be_read_at_all_stops_only_who_reads_it(tmp_path: P
     start = chunk.data_page_offset + 40
     data[start : start + 200] = b"\xff" * 200
     path.write_bytes(data)
-    rows = list(read_rows(str(path)))
+    return path
+
+
+def test_a_column_that_cannot_be_read_at_all_stops_only_who_reads_it(tmp_path: Path) -> None:
+    rows = list(read_rows(str(damaged(tmp_path))))
     assert [row.text("question", "data.prompt_key") for row in rows] == [f"q{i}" for i in range(600)]
     with pytest.raises(UserError, match="cannot be read"):
         rows[599].value("other", "data.prompt_key")
@@ -116,3 +128,86 @@ def test_the_stream_format_that_datasets_writes_is_read(tmp_path: Path) -> None:
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     assert [row.values for row in read_rows(str(tmp_path / "a.arrow"))] == table.to_pylist()
+
+
+# Columns that nobody reads
+
+
+def write(path: Path, table: pa.Table) -> Path:
+    if path.suffix == ".gz":
+        sink = pa.BufferOutputStream()
+        parquet.write_table(table, sink)
+        path.write_bytes(gzip.compress(sink.getvalue().to_pybytes()))
+    elif path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        new = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+FILES = ["a.parquet", "a.parquet.gz", "a.arrow", "stream.arrow"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_wanted_columns_are_decoded(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"other": ["x"], "question": ["q"], "a.b": ["dotted"], "reward": [{"truth": "4", "style": "rule"}], "answer": ["a"]}
+    path = write(tmp_path / name, pa.table(columns))
+    decoded: list[pa.DataType] = []
+    monkeypatch.setattr(arrow, "decoded", lambda column: decoded.append(column.type) or column.to_pylist())
+    (row,) = read_rows(str(path), wanted=lambda names: ("question", "reward.truth", "a.b", "missing"))
+    assert row.values == {"question": "q", "a.b": "dotted", "reward": {"truth": "4", "style": "rule"}}
+    assert len(decoded) == 3 and row.unread == {"other": None, "answer": None}
+    with pytest.raises(UserError) as caught:
+        row.value("othr", "data.prompt_key")
+    assert all(column in caught.value.what for column in columns) and caught.value.fix == "did you mean data.prompt_key=other?"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_table_without_the_wanted_columns_still_has_rows(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, pa.table({"first": [1, 2], "extra": [{"question": "q"}, {"question": "r"}]}))
+    rows = list(read_rows(str(path), wanted=lambda names: ("question",)))
+    assert len(rows) == 2
+    with pytest.raises(UserError, match=r"'question' is missing \(found: first, extra\)") as caught:
+        rows[0].value("question", "data.prompt_key")
+    assert caught.value.fix == "did you mean data.prompt_key=extra.question?"
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_column_that_is_not_wanted_leaves_no_fault(tmp_path: Path, kind: str) -> None:
+    for name in FILES:
+        path = write(tmp_path / name, pa.table({"question": ["q1", "q2"], "other": BAD[kind]}))
+        rows = list(read_rows(str(path), wanted=lambda names: ("question",)))
+        assert [(row.values, row.faults) for row in rows] == [({"question": "q1"}, {}), ({"question": "q2"}, {})]
+
+
+def test_a_damaged_column_that_is_not_wanted_is_not_noticed(tmp_path: Path) -> None:
+    path = damaged(tmp_path)
+    rows = list(read_rows(str(path), wanted=lambda names: ("question",)))
+    assert len(rows) == 600 and not rows[0].faults
+    with pytest.raises(UserError, match="incomplete or damaged Parquet file"):
+        list(read_rows(str(path), wanted=lambda names: ("other",)))
+
+
+def test_a_run_reads_a_column_beside_its_own_only_if_its_shape_needs_it() -> None:
+    names = ("question", "answer", "messages", "system", "generations", "chosen", "prompt", "rejected")
+    assert not {"messages", "generations", "chosen"} & set(Columns.of(DataConfig(train_files="x")).columns_read(names))
+    assert {"messages", "prompt", "system"} <= set(Columns.of(DataConfig(train_files="x")).columns_read(names[2:]))
+    chats = Columns.of(DataConfig(train_files="x", messages_key="messages")).columns_read(names)
+    assert {"messages", "system", "tools"} <= set(chats) and not {"question", "answer"} & set(chats)
+    assert set(Columns.of(DataConfig(train_files="x", text_key="text")).columns_read(names)) == {"text"}
+    pairs = PairColumns("prompt", "chosen", "rejected")
+    assert not {"messages", "label"} & set(pairs.columns_read(names)) and "conversations" in pairs.columns_read(("chosen",))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_wide_column_that_is_not_wanted_does_not_make_a_file_large(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "LARGE_BYTES", 1000)
+    content = [random.Random(number).randbytes(2000).hex() for number in range(20)]
+    path = write(tmp_path / name, pa.table({"question": ["q"] * 20, "other": content}))
+    read, whole = source.size_bytes([path], lambda names: ("question",)), path.stat().st_size
+    assert read == whole if name.endswith(".gz") else 0 < read < whole / 20
+    assert source.size_bytes([path], lambda names: ("other",)) > whole / 4
+    path.write_bytes(path.read_bytes()[:2000])
+    assert source.size_bytes([path], lambda names: ("question",)) == 2000, "a damaged file has its size"

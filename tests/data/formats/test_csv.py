@@ -89,3 +89,25 @@ def test_a_name_that_is_not_utf8_is_an_error_only_if_a_column_is_missing(tmp_pat
     with pytest.raises(UserError, match="not UTF-8: byte 0xe9") as caught:
         row.text("zzz", "prompt_key")
     assert "CP1252 reads 'question,été'" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# exported on 2024-03-01\nquestion,answer\nq1,a1\n",
+        "#questions of grade 3, by Ann, checked\nquestion,answer\nq1,a1\n",
+        "# one comment\n# and another\nquestion,answer\nq1,a1\n",
+        "\ufeff# made by a script\nquestion;answer\nq1;a1\n",
+    ],
+)
+def test_a_comment_before_the_header_is_named(tmp_path: Path, content: str) -> None:
+    for name in ("a.csv", "b.tsv"):
+        with pytest.raises(UserError, match="the first line is a comment, expected column names: '#") as caught:
+            rows_of(tmp_path, content.replace(",a", "\ta").replace(";a", "\ta") if name == "b.tsv" else content, name)
+        assert caught.value.where == f"{tmp_path}/{name}:1" and "remove the comment" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("content", ["# of legs,answer\n4,cat\n", "#,answer\n#1,a1\n", "#id;answer\n1;a1\n"])
+def test_a_name_of_a_column_may_begin_with_a_number_sign(tmp_path: Path, content: str) -> None:
+    (row,) = rows_of(tmp_path, content)
+    assert list(row)[1] == "answer" and len(row) == 2

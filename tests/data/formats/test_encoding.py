@@ -20,6 +20,16 @@ TEXTS = {
     "cp1252": "Où est le café ?,Près de l’église – tout droit.",
     "latin-1": "Où est le café ?,Près de la forêt à droite.",
     "cp1251": "Какая столица России?,Москва.",
+    "koi8-r": "Какая столица России?,Москва.",
+    "euc_jp": "日本の首都はどこですか？,東京です。",
+}
+MORE = {
+    "gb18030": ("天空为什么是蓝色的？,因为空气散射蓝光。", "二加三等于多少？,等于五。"),
+    "big5": ("天空為什麼是藍色的？,因為空氣散射藍光。", "臺灣最高的山是哪一座？,玉山。"),
+    "shift_jis": ("空はなぜ青いのですか？,空気が青い光を散乱するからです。", "「吾輩は猫である」の作者は誰ですか？,夏目漱石です。"),
+    "euc_kr": ("하늘은 왜 파란색인가요?,공기가 푸른 빛을 산란시키기 때문입니다.", "이 더하기 삼은 얼마입니까?,오입니다."),
+    "cp1251": ("Почему небо голубое?,Воздух рассеивает синий свет.", "Сколько будет два плюс три?,Пять."),
+    "koi8-r": ("Почему небо голубое?,Воздух рассеивает синий свет.", "Сколько будет два плюс три?,Пять."),
 }
 
 
@@ -47,6 +57,30 @@ def test_without_a_mark_it_is_named(tmp_path: Path, name: str, question: str) ->
         (tmp_path / file).write_bytes(content.encode(name))
         error = error_of(tmp_path / file)
         assert f"the file is {name[:6]}" in error.what and f"iconv -f {name} -t UTF-8" in error.fix
+
+
+@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_the_right_text_comes_first(tmp_path: Path, name: str, suffix: str) -> None:
+    for number, lines in enumerate(([TEXTS[name]], [*MORE[name]], [TEXTS[name], *MORE[name]])):
+        pairs = [line.split(",") for line in lines]
+        path = tmp_path / f"{number}{suffix}"
+        text = "question,answer\n" + "\n".join(lines)
+        if suffix == ".jsonl":
+            text = "\n".join(json.dumps({"question": question, "answer": answer}, ensure_ascii=False) for question, answer in pairs)
+        path.write_bytes(text.encode(name))
+        encoding, shown = re.findall(r"([A-Z0-9-]+) reads '([^']*)'", error_of(path).fix)[0]
+        assert shown in text.replace("\n", " ") and path.read_bytes().decode(encoding) == text, f"{number}: {encoding} {shown}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("big5", "問題,答案"), ("euc_kr", "질문,답변"), ("koi8-r", "вопрос,ответ"), ("gb18030", "问题,答案")]
+)
+def test_of_a_few_characters_half_width_kana_are_not_the_first_reading(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "a.csv").write_bytes(f"question,answer\n{text}\n".encode(name))
+    readings = re.findall(r"([A-Z0-9-]+) reads '([^']*)'", error_of(tmp_path / "a.csv").fix)
+    assert readings[0][0] != "CP932" and text in [shown for _, shown in readings]
+    assert name == "koi8-r" or readings[0][0] not in ("CP1251", "CP874"), "of two readings, the one of several bytes a character"
 
 
 @pytest.mark.parametrize("name", TEXTS)

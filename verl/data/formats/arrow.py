@@ -3,6 +3,7 @@
 import gzip
 import io
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,42 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import parquet
 
 from verl.data.formats.stream import File, whole
-from verl.data.row import Fault, Rows, checked_row, first_line
+from verl.data.row import Fault, Rows, Wanted, checked_row, first_line
 from verl.errors import UserError
 
 ROWS_PER_BATCH = 256
 TWICE = Fault("the column occurs twice", "rename one of them, or remove it")
 Damaged = dict[str, Fault]  # columns that cannot be read at all
 Batches = Iterator[tuple[pa.RecordBatch, Damaged]]
+Unread = dict[str, Any]  # as in Row
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open table: its number of rows, its batches, and the columns that these leave out."""
+
+    rows: int
+    batches: Batches
+    unread: Unread
 
 
 def parquet_rows(file: File) -> Rows:
-    source = io.BytesIO(whole(file)) if isinstance(file.stream.raw, gzip.GzipFile) else file.path
-    yield from _rows(file, "Parquet", lambda: _parquet(source))
+    yield from _rows(file, "Parquet", _parquet)
 
 
 def arrow_rows(file: File) -> Rows:
     """Yield the rows of Arrow's file format, or of its stream format, in which `datasets` writes."""
-    yield from _rows(file, "Arrow", lambda: _arrow(whole(file)))
+    yield from _rows(file, "Arrow", _arrow)
 
 
-def _rows(file: File, kind: str, opened: Callable[[], tuple[int, Batches]]) -> Rows:
+def _rows(file: File, kind: str, opened: Callable[[File], _Opened]) -> Rows:
     read = 0
     try:
-        total, batches = opened()
-        for batch, damaged in batches:
-            for row in batch_rows(str(file.path), read, batch, damaged):
+        table = opened(file)
+        for batch, damaged in table.batches:
+            for row in batch_rows(str(file.path), read, batch, damaged, table.unread):
                 read += 1
-                file.share = _constant(read / max(1, total))
+                file.share = _constant(read / max(1, table.rows))
                 yield row
     except (pa.ArrowException, OSError) as error:
         where = f"{file.path} row {read + 1}" if read else str(file.path)
@@ -49,25 +59,69 @@ def _constant(share: float) -> Callable[[], float]:
     return lambda: share
 
 
-def _parquet(source: io.BytesIO | Path) -> tuple[int, Batches]:
-    table = parquet.ParquetFile(source)
-    return table.metadata.num_rows, _parquet_batches(table)
+def used_columns(schema: pa.Schema, wanted: Wanted | None) -> tuple[list[str], Unread]:
+    """Return the columns of a table to read, and those that are not read.
+
+    If the table has none of the columns, its first one is read, so that there are rows, whose errors say what is missing.
+
+    Args:
+        wanted: as in `verl.data.source.read_rows_and_errors`.
+    """
+    names = list(dict.fromkeys(schema.names))
+    paths = names if wanted is None else wanted(names)
+    used = [name for name in names if any(path == name or path.startswith(f"{name}.") for path in paths)] or names[:1]
+    return used, {name: _keys(schema.field(schema.names.index(name)).type) for name in names if name not in used}
 
 
-def _parquet_batches(table: parquet.ParquetFile) -> Batches:
-    """Yield the batches. If some columns cannot be read at all, go on with the others.
+def _keys(kind: pa.DataType) -> Unread | None:
+    """Return the keys of an object, and of objects in it; None for values of another type."""
+    if not pa.types.is_struct(kind):
+        return None
+    return {field.name: _keys(field.type) for field in map(kind.field, range(kind.num_fields))}
+
+
+def read_bytes(path: Path, wanted: Wanted | None) -> int:
+    """Return the size of the columns of a file that are read; of a file of another format, or a damaged one, its whole size."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head == b"PAR1":
+            table = parquet.ParquetFile(path)
+            used, groups = used_columns(table.schema_arrow, wanted)[0], map(table.metadata.row_group, range(table.num_row_groups))
+            columns = (group.column(index) for group in groups for index in range(group.num_columns))
+            return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] in used)
+        if head == b"ARRO" or path.suffix == ".arrow":
+            return int(_mapped(pa.memory_map(str(path)).read_buffer(), wanted)[0].nbytes)
+    except (pa.ArrowException, OSError):
+        pass  # whoever reads the file says what is wrong
+    return size
+
+
+def _parquet(file: File) -> _Opened:
+    table = parquet.ParquetFile(io.BytesIO(whole(file)) if _is_gzip(file) else file.path)
+    used, unread = used_columns(table.schema_arrow, file.wanted)
+    return _Opened(table.metadata.num_rows, _parquet_batches(table, used), unread)
+
+
+def _is_gzip(file: File) -> bool:
+    return isinstance(file.stream.raw, gzip.GzipFile)
+
+
+def _parquet_batches(table: parquet.ParquetFile, used: list[str]) -> Batches:
+    """Yield the batches of the used columns. If some columns cannot be read at all, go on with the others.
 
     Raises:
         pyarrow.ArrowException, OSError: no column can be read.
     """
     done = 0
     try:
-        for batch in table.iter_batches(batch_size=ROWS_PER_BATCH):
+        for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=used):
             yield batch, {}
             done += len(batch)
     except (pa.ArrowException, OSError) as error:
-        damaged = {name: fault for name in table.schema_arrow.names if (fault := _damage(table, name))}
-        good = [name for name in table.schema_arrow.names if name not in damaged]
+        damaged = {name: fault for name in used if (fault := _damage(table, name))}
+        good = [name for name in used if name not in damaged]
         if not good or not damaged:
             raise error
         for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=good):
@@ -85,13 +139,23 @@ def _damage(table: parquet.ParquetFile, name: str) -> Fault | None:
     return None
 
 
-def _arrow(data: bytes) -> tuple[int, Batches]:
-    opened = pa.ipc.open_file(data) if data.startswith(b"ARROW1") else pa.ipc.open_stream(data)
-    table = opened.read_all()
-    return len(table), ((batch, {}) for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH))
+def _arrow(file: File) -> _Opened:
+    """Open a table. Its file is mapped into memory, so that columns that are not used stay on the disk."""
+    data = pa.py_buffer(whole(file)) if _is_gzip(file) else pa.memory_map(str(file.path)).read_buffer()
+    table, unread = _mapped(data, file.wanted)
+    return _Opened(len(table), ((batch, {}) for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH)), unread)
 
 
-def batch_rows(name: str, before: int, batch: pa.RecordBatch, damaged: Damaged | None = None) -> Rows:
+def _mapped(data: pa.Buffer, wanted: Wanted | None) -> tuple[pa.Table, Unread]:
+    """Return the table in a buffer, without the columns that are not read, and these."""
+    opened = pa.ipc.open_file if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream
+    schema = opened(data).schema
+    used, unread = used_columns(schema, wanted)
+    fields = [index for index, name in enumerate(schema.names) if name in used]
+    return opened(data, options=pa.ipc.IpcReadOptions(included_fields=fields)).read_all(), unread
+
+
+def batch_rows(name: str, before: int, batch: pa.RecordBatch, damaged: Damaged | None = None, unread: Unread | None = None) -> Rows:
     """Yield the rows of a batch; `before` is the number of rows before it, and `name` that of the file or data set."""
     names = batch.schema.names
     columns = {
@@ -100,7 +164,7 @@ def batch_rows(name: str, before: int, batch: pa.RecordBatch, damaged: Damaged |
     columns |= {column: [fault] * len(batch) for column, fault in (damaged or {}).items()}
     for index in range(len(batch)):
         values = {column: present(items[index]) for column, items in columns.items()}
-        yield checked_row(f"{name} row {before + index + 1}", values)
+        yield checked_row(f"{name} row {before + index + 1}", values, unread=unread)
 
 
 def decoded(column: pa.Array) -> list[Any]:
@@ -137,9 +201,9 @@ def present(value: Any) -> Any:
     return [present(item) for item in value] if isinstance(value, list) else value
 
 
-def table_rows(name: str, batches: Iterable[pa.RecordBatch]) -> Rows:
+def table_rows(name: str, batches: Iterable[pa.RecordBatch], unread: Unread) -> Rows:
     """Yield the rows of consecutive batches of a data set."""
     before = 0
     for batch in batches:
-        yield from batch_rows(name, before, batch)
+        yield from batch_rows(name, before, batch, unread=unread)
         before += len(batch)

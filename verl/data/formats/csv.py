@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from verl.data.formats.stream import MARK, MARK_INSIDE, MAX_ROW_BYTES, REMOVE_MARKS, File, Line, finder, lines
 from verl.data.row import NUL, Fault, Row, Rows, checked_row
@@ -33,6 +34,7 @@ class _Records:
         self._first = [first, *itertools.islice(self._lines, 1)]
         is_tsv = file.path.name.lower().removesuffix(".gz").endswith(".tsv")
         self.delimiter = separator[1] if separator else "\t" if is_tsv else _delimiter([line.text for line in self._first])
+        _refuse_comment(file.path, self._first)
 
     def __iter__(self) -> Iterator[list[str]]:
         reader = csv.reader(self._taken_lines(), delimiter=self.delimiter, strict=True)
@@ -89,6 +91,16 @@ def _delimiter(lines: list[str]) -> str:
     header, second = (QUOTED.sub("", line) for line in (*lines, "", "")[:2])
     agreeing = [one for one in DELIMITERS if 0 < header.count(one) == second.count(one)]
     return max(agreeing or DELIMITERS, key=header.count)
+
+
+def _refuse_comment(path: Path, lines: list[Line]) -> None:
+    """Raise UserError if the first line is a comment: it begins with #, and the next line has another number of fields, or is one too."""
+    first, second = (line.text for line in (*lines, Line(2, ""), Line(2, ""))[:2])
+    separator = _delimiter([second])
+    has_other_fields = len({QUOTED.sub("", text).count(separator) for text in (first, second)}) == 2
+    if first.startswith("#") and second.strip() and (has_other_fields or (first.startswith("# ") and second.startswith("# "))):
+        what = f"the first line is a comment, expected column names: {first!r:.80}"
+        raise UserError(what, where=f"{path}:{lines[0].number}", fix="remove the comment, so that the file begins with its header")
 
 
 def _header(records: _Records, names: list[str]) -> list[str]:

@@ -4,9 +4,14 @@ import codecs
 import gzip
 import re
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from verl.data.row import Fault
+
+if TYPE_CHECKING:
+    from charset_normalizer import CharsetMatch
 
 BOM = codecs.BOM_UTF8
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
@@ -14,14 +19,15 @@ WIDE = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
 # Encodings that files are written in, each with those that it contains: GB18030 has GBK and GB2312, CP932 has Shift-JIS, CP949 has EUC-KR,
 # CP1252 has Latin-1. A file in the smaller one is read right by the larger one. Of two that fit equally well, the earlier one comes first.
 LEGACY = (
-    *("cp1252", "gb18030", "big5hkscs", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r"),
+    *("cp1252", "cp1251", "koi8_r", "euc_jp", "gb18030", "big5hkscs", "cp932", "cp949"),
     *("cp1250", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874", "iso8859_2", "mac_roman", "cp850"),
 )
 CUT_CHARACTER = re.compile(rb"[\x80-\xff]+\Z")  # what may be half of a character, at the end of a cut line
 WORD = re.compile(rb"[A-Za-z]{3,}")
 SAMPLE_BYTES = 2**16
 SHOWN_BYTES = 24  # of the text around the first byte that is not UTF-8
-MOST_SHOWN = 4
+MOST_SHOWN = 6
+LITTLE_CHAOS = 0.06
 
 
 def marked(head: bytes) -> str | None:
@@ -88,13 +94,22 @@ def likely(path: Path, changed_ns: int) -> list[tuple[str, str]] | None:
     sample = b"".join(wrong)
     first = _bad_byte(sample) or 0
     found: dict[str, str] = {}
-    matches = [
-        (match.chaos, -match.coherence, min(LEGACY.index(name) for name in match.could_be_from_charset if name in LEGACY))
-        for match in from_bytes(sample, cp_isolation=list(LEGACY))
-    ]
-    for *_, number in sorted(matches):
+    matches = [(_rank(match), match) for match in from_bytes(sample, cp_isolation=list(LEGACY), language_threshold=0.2)]
+    for (*_, number), _ in sorted(matches, key=itemgetter(0)):
         found.setdefault(_around(sample, first, LEGACY[number]), LEGACY[number])
     return [(name.upper().replace("_", "-"), text) for text, name in found.items()][:MOST_SHOWN]
+
+
+def _rank(match: "CharsetMatch") -> tuple[float, float, float, int]:
+    """Return what orders matches, best first, by what `charset_normalizer` measures; of equal ones, the earlier one in LEGACY.
+
+    Of two readings that are as plausible, the one with more characters of several bytes is likelier: CP932 reads single bytes of other
+    encodings as half-width kana. In such a reading, a little disorder means nothing: it is that of rare punctuation.
+    """
+    number = min(LEGACY.index(name) for name in match.could_be_from_charset if name in LEGACY)
+    several_bytes = round(match.multi_byte_usage, 2)
+    chaos = 0.0 if several_bytes > 0.1 and match.chaos < LITTLE_CHAOS else round(match.chaos, 2)
+    return chaos, -round(match.coherence, 2), -several_bytes, number
 
 
 def _sample(path: Path) -> list[bytes]:

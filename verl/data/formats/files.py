@@ -16,7 +16,7 @@ from verl.data.formats.encoding import BOM
 from verl.data.formats.json import json_array_rows, json_lines_rows
 from verl.data.formats.stream import File, as_utf8
 from verl.data.formats.text import text_rows
-from verl.data.row import ReadProgress, Rows
+from verl.data.row import ReadProgress, Rows, Wanted
 from verl.errors import UserError
 
 JSON_SUFFIXES, TEXT_SUFFIXES, TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt", ".md"), (".csv", ".tsv")
@@ -34,11 +34,12 @@ NOT_READ = {
 }
 
 
-def file_rows(path: Path, progress: ReadProgress) -> Rows:
+def file_rows(path: Path, progress: ReadProgress, wanted: Wanted | None = None) -> Rows:
     """Yield the rows of one file.
 
     Args:
         progress: updated with the fraction of the file that has been read.
+        wanted: as in `verl.data.source.read_rows_and_errors`.
     Raises:
         UserError: the format is unknown, or the file is damaged and cannot be read any further.
     """
@@ -46,7 +47,7 @@ def file_rows(path: Path, progress: ReadProgress) -> Rows:
     with path.open("rb") as raw:
         try:
             stream = _decompressed(raw)  # stays open while the reader takes another one, decoded from it
-            file = File(path, stream, lambda: raw.tell() / size)
+            file = File(path, stream, lambda: raw.tell() / size, wanted)
             for row in _reader(file)(file):
                 progress.share = file.share()
                 yield row
@@ -81,6 +82,8 @@ def _reader(file: File) -> Callable[[File], Rows]:
     if suffix in TEXT_SUFFIXES:
         return text_rows
     first = file.stream.peek(4096).removeprefix(BOM).lstrip()[:1]
+    if suffix in (".yaml", ".yml") and first not in (b"{", b"["):
+        raise UserError("the file is YAML, which is not read as data", where=str(path), fix="write its rows as JSONL, one object per line")
     if suffix not in JSON_SUFFIXES and first not in (b"{", b"["):
         raise UserError(f"unknown file format: {path.name!r}", where=str(path), fix=f"rename it with the suffix of its format: {FORMATS}")
     return json_array_rows if first == b"[" else json_lines_rows

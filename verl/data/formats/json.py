@@ -95,6 +95,10 @@ def json_array_rows(file: File) -> Rows:
             raise UserError(
                 "not JSON: no ',' or ']' after the item", where=where, fix="correct the array, or write JSONL, one object per line"
             )
+    if text[position : position + 1] == "[":
+        line += text.count("\n", counted, position)
+        fix = 'write one object per line, such as {"messages": […]} for a chat'
+        raise UserError("a second array begins here", where=f"{file.path}:{line}", fix=fix)
     if position < len(text):
         raise UserError("more text after the array", where=str(file.path), fix="write one array, or JSONL, one object per line")
 
@@ -143,5 +147,6 @@ def _error(error: Exception, where: str, text: str, file: File, bad: Bad) -> Use
 def _row(where: str, value: Any, file: File, bad: Bad, *, suspect: bool) -> Row | UserError:
     if not isinstance(value, dict):
         found = f"found {describe(value)}, expected an object with named columns"
-        return UserError(found, where=where, fix='write {"question": …, "answer": …}')
+        is_chat = isinstance(value, list) and value and all(isinstance(item, dict) and {"role", "from"} & item.keys() for item in value)
+        return UserError(found, where=where, fix='write {"messages": […]}' if is_chat else 'write {"question": …, "answer": …}')
     return checked_row(where, value, finder(file.path, bad)) if suspect else Row(where, value)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from verl.data.formats.encoding import BOM, marked, not_utf8, wide
-from verl.data.row import Fault, unusable
+from verl.data.row import Fault, Wanted, unusable
 from verl.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer line is a broken file or a decompression bomb, not a row
@@ -19,11 +19,18 @@ REMOVE_MARKS = r"remove the marks, for example with `sed -i 's/\xEF\xBB\xBF//g'`
 
 @dataclass
 class File:
-    """An open file: its decompressed bytes, and the fraction read, from 0 to 1."""
+    """An open file.
+
+    Attributes:
+        stream: the decompressed bytes.
+        share: returns the fraction that has been read, from 0 to 1.
+        wanted: the columns to read, as in `verl.data.source.read_rows_and_errors`. Formats whose columns are not stored apart read all.
+    """
 
     path: Path
     stream: io.BufferedReader
     share: Callable[[], float]
+    wanted: Wanted | None = None
 
 
 @dataclass(frozen=True)
