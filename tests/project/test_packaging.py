@@ -120,12 +120,18 @@ def calls(folder: Path) -> list[str]:
     return found
 
 
+PYTEST = "pytest --numprocesses=2 --dist=loadfile -k one"  # with ARGS="-k one"
 SETUP = ["python -m venv .venv", "python -m pip install --disable-pip-version-check -c constraints.txt -e .[dev]"]
 
 
 @pytest.mark.parametrize(
     ("target", "then"),
-    [("demo", ["verl demo"]), ("test", ["python -m pytest --numprocesses=2 --dist=loadfile -k one"]), ("golden", ["python tests/golden.py -k one"]), ("setup", [])],
+    [
+        ("demo", ["verl demo"]),
+        ("test", [f"python -m {PYTEST}"]),
+        ("golden", ["python tests/golden.py -k one"]),
+        ("setup", []),
+    ],
 )
 def test_each_target_sets_up_by_itself_and_only_once(fresh_clone: Path, target: str, then: list[str]) -> None:
     words = (target, "PYTHON=./python", "ARGS=-k one")
@@ -157,7 +163,11 @@ def test_coverage_looks_at_each_room_by_itself(fresh_clone: Path) -> None:
     script(fresh_clone / ".venv" / "bin" / "coverage", 'echo "coverage $*" >> calls\ncase "$*" in *config*) exit 2; esac\n')
     assert make("coverage", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone).returncode == 2
     erase, run, combine, *reports = calls(fresh_clone)[2:]
-    assert (erase, run, combine) == ("coverage erase", "coverage run -m pytest --numprocesses=2 --dist=loadfile -k one", "coverage combine --quiet")
+    assert (erase, run, combine) == (
+        "coverage erase",
+        f"coverage run -m {PYTEST}",
+        "coverage combine --quiet",
+    )
     assert [line.split("/")[2] for line in reports] == ["algorithms", "config", "data", "engine"]
     assert all(line.endswith("--fail-under=90") for line in reports)
 
