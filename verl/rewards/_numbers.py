@@ -28,7 +28,7 @@ _IN_PARENTHESES = re.compile(r"([0-9]*)\.([0-9]*)\(([0-9]+)\)")  # 0.(3)
 _GOING_ON = re.compile(r"([0-9]{0,20})\.([0-9]{0,20}?)([0-9](?=([0-9])\4)|[0-9]{2,12}?)\3+ ?(?:\\ldots ?|\.\.\.)")
 _REMAINDER = re.compile(r"([0-9]{1,30}) ?(?:\\[bp]?mod|mod) ?\{? ?([1-9][0-9]{0,30}) ?\}?")  # 17 mod 5
 _CHINESE_FRACTION = re.compile(r"(?:(.+)又)?(.+)分之(.+)")  # 三分之一
-_BASED = re.compile(r"([0-9]+|[0-9A-F]{2,}(?= ?_ ?\{? ?16)) ?_ ?(?:\{ ?([0-9]+|[a-z]+)(?: ten)? ?\}|([0-9]+))")
+_BASED = re.compile(r"(?=\(.*\)|[^)]*$)\(?([0-9]+|[0-9A-F]{2,}(?=\)? ?_ ?\{? ?16))\)? ?_ ?(?:\{ ?([0-9]+|[a-z]+)(?: ten)? ?\}|([0-9]+))")
 _SIGN = re.compile(r"([-+]|negative |minus ) ?(?![-+ ])", re.IGNORECASE)
 
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"

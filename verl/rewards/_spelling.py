@@ -46,6 +46,7 @@ _COMMAND = re.compile(r"(?<!\\)\\([a-zA-Z]+)")
 _LATEX: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"(\\\\) ?\[-?[\d.]+ ?(?:pt|em|ex|mm|cm)\]", r"\1"),  # the space after a row of a matrix
         (r"\\\$", CURRENCY),
         (r"\\\"", '"'),
         (r",\\! ?", ","),  # 1,\!000
