@@ -20,8 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ FILE = "lock"
 HEARTBEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
 SETTLE_SECONDS = 1.0  # without flock: how long two processes that start together need to see each other's name
 WRITING_SECONDS = 2.0  # an owner writes its name right after it has locked the file
+ABANDONED_SECONDS = 24 * 3600
 UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)  # of flock, on a file system without it
 
 
@@ -192,6 +193,46 @@ def take(directory: Path, purpose: str, note: Callable[[str], None]) -> Lock:
             os.close(handle)
             raise
         return Lock(path, handle, owner)
+
+
+@contextmanager
+def held(directory: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock of a directory in this context.
+
+    Raises:
+        UserError: another process has it, or the directory cannot be written.
+    """
+    try:
+        lock = take(directory, purpose, lambda note: print(note, flush=True))
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(directory), fix="choose another directory") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def mark_in_use(handle: int) -> None:
+    """Mark a temporary file as one that this process writes, until it closes it or ends."""
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def remove_abandoned(files: Iterable[Path]) -> None:
+    """Remove temporary files whose writers have ended. Without flock, which tells, these are files that nobody has written to for a day."""
+    for path in files:
+        with suppress(OSError):
+            age = time.time() - path.stat().st_mtime
+            if age > ABANDONED_SECONDS or (age > STALE_SECONDS and _nobody_writes(path)):
+                path.unlink()
+
+
+def _nobody_writes(path: Path) -> bool:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return _flock(handle) is True
+    finally:
+        os.close(handle)
 
 
 def _flock(handle: int) -> bool | None:

@@ -37,9 +37,7 @@ def check_empty(root: Path) -> None:
     """Raise UserError if a directory has checkpoints, with which those of a new run would be mixed up."""
     if steps := steps_in(root):
         there = steps[0].name if len(steps) == 1 else f"{steps[0].name} to {steps[-1].name}"
-        fix = (
-            "set trainer.default_local_dir to a new directory, or move this one away; trainer.resume_mode=auto goes on in it"
-        )
+        fix = "set trainer.default_local_dir to a new directory, or move this one away; trainer.resume_mode=auto goes on in it"
         raise UserError(f"has checkpoints of another run ({there}), with which a new run would be mixed up", where=str(root), fix=fix)
 
 

@@ -27,7 +27,7 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
         UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are; they are another run's; or the
             settings differ from those of the checkpoint.
     """
-    root, why = run.directory, f" ({run.origin})" if run.origin else ""
+    root, why = run.directory, f": {run.origin}" if run.origin else ""
     checkpoint.remove_unfinished(root)  # this run has the lock, so nobody is writing them
     if config.resume_mode == "disable":
         from verl.trainer.continuation import check_empty
@@ -40,7 +40,8 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
         found, line = find_named(config, run)
     else:
         found = checkpoint.newest(root, run.say)
-        line = f"resuming from {found}{why}" if found else f"starting a new run: no checkpoint in {root} (trainer.resume_mode=auto){why}"
+        new = f"starting a new run in {root}{why}" if why else f"starting a new run: no checkpoint in {root} (trainer.resume_mode=auto)"
+        line = f"resuming from {found}{why}" if found else new
     if found is not None:
         from verl.trainer.continuation import check_settings  # a new run has nothing to compare
 
