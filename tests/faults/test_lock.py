@@ -47,7 +47,9 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(directory: Path, *words: str, then: str = WAITS) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", HOLDER + then, str(directory), *words], stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER + then, str(directory), *words], stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 @contextmanager
