@@ -303,7 +303,8 @@ def _locked(path: Path, owner: Owner | None, what: str = "the directory is in us
     fix = "wait until it has ended, stop it, or choose another directory"
     if owner is not None and owner.host != socket.gethostname():
         fix += f"; if that host is down, wait {STALE_SECONDS:.0f} s and start again, or remove {path}"
-    return LockedError(f"{what} {owner or 'another process'}", where=str(path.parent), fix=fix, owner=owner)
+    me = Owner.this_process("")
+    return LockedError(f"{what} {owner or 'another process'}\n  this is {me}", where=str(path.parent), fix=fix, owner=owner)
 
 
 def _is_at(path: Path, handle: int) -> bool:

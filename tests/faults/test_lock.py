@@ -100,6 +100,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path, how: 
             take(tmp_path, "training", print)
         told = str(refused.value)
         assert f"process {process.pid} on {socket.gethostname()}, started 20" in told and "python" in told and "fix: " in told
+        assert f"this is process {os.getpid()} on {socket.gethostname()}, started 20" in told
         assert (tmp_path / lock.FILE).exists(), "a refusal leaves the lock as it is"
 
 
