@@ -47,11 +47,20 @@ class Claimed:
     why: str = ""
 
     def check(self) -> None:
-        """Check that the lock is still held, and write the metrics to disk. Raises LockedError: another run has taken over."""
-        if self.lock is not None:
+        """Check that the lock is still held, and write the metrics to disk.
+
+        Raises:
+            UserError: another run has taken over, or the directory is gone.
+        """
+        if self.lock is None:
+            return
+        try:
             self.lock.check()
             if (metrics := self.directory / METRICS).exists():
                 flush(metrics)
+        except OSError as error:
+            fix = "restore it; the same command resumes from the newest checkpoint in it"
+            raise UserError(f"cannot be written: {error.strerror}", where=str(self.directory), fix=fix) from error
 
     def release(self) -> None:
         if self.lock is not None:

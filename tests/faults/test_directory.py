@@ -24,7 +24,7 @@ from verl.config import trajectory
 from verl.config.load import load_config
 from verl.config.objects import _leaves, _tree
 from verl.config.sft import SFTConfig
-from verl.directory import begin_files, recorded_settings, settings_of
+from verl.directory import begin_files, claim, recorded_settings, settings_of
 from verl.engine import checkpoint
 from verl.errors import UserError
 from verl.lock import LockedError, Owner, take
@@ -450,6 +450,15 @@ def test_a_run_whose_directory_was_taken_over_writes_no_checkpoint(folder: Path,
     with pytest.raises(LockedError, match="this run stops: the directory now belongs to process 77 on node-7"):
         run(folder, str(tmp_path / "stolen"))
     assert names(tmp_path / "stolen") == []
+
+
+def test_a_directory_that_was_removed_is_an_error_of_one_line(tmp_path: Path) -> None:
+    config = load_config(SFTConfig, ["data.train_files=x", "model.partial_pretrain=x", f"trainer.default_local_dir={tmp_path / 'run'}"])
+    held = claim(config)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
+        held.check()
+    held.release()
 
 
 @pytest.mark.faults

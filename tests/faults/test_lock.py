@@ -240,6 +240,7 @@ def test_without_that_a_fork_would_hold_it(tmp_path: Path) -> None:
             os.kill(forked, signal.SIGKILL)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of Python 3.12 on, as it has threads
 def test_the_lock_that_a_fork_has_is_not_released_by_it(tmp_path: Path) -> None:
     held = take(tmp_path, "training", print)
     if (child := os.fork()) == 0:
