@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from runs import as_words
 from tiny import qwen2_config, write_problems_and_model
-from transformers import AutoModelForTokenClassification, Qwen2ForSequenceClassification
+from transformers import Qwen2ForSequenceClassification, Qwen2ForTokenClassification
 
 import verl
 from verl.errors import UserError
@@ -27,10 +27,9 @@ KINDS = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One directory of each kind, with tokenizers."""
     folder = write_problems_and_model(tmp_path_factory.mktemp("kinds"), train_rows=12, test_rows=4)
-    for name, kind in (("reward", Qwen2ForSequenceClassification), ("critic", AutoModelForTokenClassification)):
-        config = qwen2_config(num_labels=1)
-        model = kind.from_config(config) if kind is AutoModelForTokenClassification else kind(config)
-        model.save_pretrained(folder / name)
+    config = qwen2_config(num_labels=1)
+    Qwen2ForSequenceClassification(config).save_pretrained(folder / "reward")
+    Qwen2ForTokenClassification(config).save_pretrained(folder / "critic")
     for name, task, base in (("adapter", "CAUSAL_LM", "model"), ("reward_adapter", "SEQ_CLS", "reward")):
         settings = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(folder / base)}
         (folder / name).mkdir()

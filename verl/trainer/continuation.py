@@ -127,8 +127,9 @@ def continued(fresh: Position, path: Path, run: Run) -> Position:
         _check_length(fresh, saved, [change for change in found if change.kind == LENGTH], path, run)
     for note in run.notes:
         run.say(note)
-    done = {"step": saved.step, "tokens": saved.tokens, "supervised_tokens": saved.supervised_tokens, "drawn": saved.drawn}
-    return replace(fresh, **done, kl_coef=saved.kl_coef)
+    return replace(
+        fresh, step=saved.step, tokens=saved.tokens, supervised_tokens=saved.supervised_tokens, drawn=saved.drawn, kl_coef=saved.kl_coef
+    )
 
 
 def _changed_order(fresh: Position, saved: Position) -> str | None:
