@@ -25,6 +25,7 @@ from verl.errors import UserError
 from verl.lock import Lock, LockedError, take
 
 CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+COMMANDS = {"SFTConfig": "verl sft", "PPOConfig": "verl ppo", "RewardTrainerConfig": "verl reward"}
 _STEP = re.compile(r"global_step_(\d+)")
 _MARK = re.compile(r"\.[0-9a-f]{32}(\.tmp)?")  # files that a run makes to see whether another node sees them
 
@@ -99,10 +100,10 @@ def _find(found: Claimed) -> None:
 
 
 def settings_of(config: RunConfig) -> dict[str, str]:
-    """Return the values of all keys that change what is learned, and what identifies the content of models and of users' files."""
+    """Return the command, the keys that change what is learned, and what identifies the content of models and of users' files."""
     from verl.models.identity import content_of
 
-    values = values_of(config)
+    values = {"command": json.dumps(COMMANDS.get(type(config).__name__, "")), **values_of(config)}
     names = {key: json.loads(value) for key, value in values.items() if kind_of(key) == MODEL or value.endswith('.py"')}
     contents = {CONTENT + key: content_of(name) for key, name in names.items() if isinstance(name, str)}
     return {**values, **{key: json.dumps(found) for key, found in contents.items() if found is not None}}

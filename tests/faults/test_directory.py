@@ -481,6 +481,7 @@ def test_a_directory_that_cannot_be_written_is_refused(folder: Path, tmp_path: P
 
 # Reinforcement learning and preferences
 
+ONE_STEP: dict[str, object] = {"trainer__total_training_steps": 1, "trainer__logger": "[]"}
 RL_CHANGED: dict[str, dict[str, object]] = {
     "method": {"algorithm__name": "rloo"},
     "a key of the method": {"algorithm__kl_coef": 0.1},
@@ -495,16 +496,19 @@ RL_CHANGED: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module")
 def reinforced(folder: Path) -> Path:
-    ppo_trainer.main(rl_words(folder, "reinforced", trainer__total_training_steps=1, trainer__logger="[]"))
+    ppo_trainer.main(rl_words(folder, "reinforced", **ONE_STEP))
     return folder / "reinforced"
+
+
+def test_a_run_of_another_command_does_not_go_on(folder: Path, whole: Path) -> None:
+    with pytest.raises(UserError, match='command: "verl sft" -> "verl ppo"'):
+        ppo_trainer.main(rl_words(folder, "whole", **ONE_STEP))
 
 
 @pytest.mark.parametrize("change", RL_CHANGED)
 def test_reinforcement_learning_is_compared_too(change: str, folder: Path, reinforced: Path) -> None:
     with pytest.raises(UserError) as capture:
-        ppo_trainer.main(
-            rl_words(folder, "reinforced", **{"trainer__total_training_steps": 1, "trainer__logger": "[]", **RL_CHANGED[change]})
-        )
+        ppo_trainer.main(rl_words(folder, "reinforced", **{**ONE_STEP, **RL_CHANGED[change]}))
     refused(capture, RL_CHANGED[change])
 
 
