@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,6 +65,9 @@ class Position:
         data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
         drawn: prompts drawn so far, in reinforcement learning.
         kl_coef: current KL coefficient, if it is adaptive.
+        settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
+            checkpoints of older versions.
+        total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
     """
 
     step: int
@@ -76,6 +79,8 @@ class Position:
     data_fingerprint: Fingerprint | str
     drawn: int = 0
     kl_coef: float | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    total_steps: int = 0
 
 
 def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None], critic: SavedCritic | None = None) -> Path:

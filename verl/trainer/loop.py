@@ -55,7 +55,7 @@ def train_loop(
             run.say(meter.end_epoch(step.epoch))
         if saves:
             here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
-            keep(checkpoint.save(run.directory, engine, here, built.export), config, run, done, metrics)
+            keep(checkpoint.save(run.owned(), engine, here, built.export), config, run, done, metrics)
         if stop:
             run.leave(done)
         if pause:

@@ -149,14 +149,10 @@ def train_loop(
                 metrics |= validate(roles, validation, done, run)
             stop = run.should_stop()
         report_answers(collected, method, done, run)
-        saved = None
-        if due(config.trainer.save_freq, done, ends_epoch, last or stop):
-            with clock.phase("save"):
-                saved = checkpoint.save(run.directory, actor, here, roles.actor.export, critic)
         lr = actor.learning_rate(step * updates.per_step)
         run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
-        if saved is not None:
-            keep(saved, config.trainer, run, done, metrics)
+        if due(config.trainer.save_freq, done, ends_epoch, last or stop):
+            keep(checkpoint.save(run.owned(), actor, here, roles.actor.export, critic), config.trainer, run, done, metrics)
         if stop:
             run.leave(done)
 
@@ -189,7 +185,7 @@ def leave_early(config: PPOConfig, roles: Roles, here: Position, start: Position
     """Stop the run in a step that waits for rewards, because of a signal, with a checkpoint of the step before. Every rank calls it."""
     is_saved = here.step == start.step or run.checkpoint == run.directory / f"global_step_{here.step}"
     if not is_saved and config.trainer.save_freq != "never":
-        saved = checkpoint.save(run.directory, roles.actor.engine, here, roles.actor.export, roles.critic)
+        saved = checkpoint.save(run.owned(), roles.actor.engine, here, roles.actor.export, roles.critic)
         keep(saved, config.trainer, run, here.step, {})
     run.leave(here.step)
 
