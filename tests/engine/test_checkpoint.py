@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint, restore
+from verl.engine import checkpoint, draft, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -235,7 +235,7 @@ def test_a_disk_that_fails_is_named_and_the_checkpoint_before_remains(tmp_path: 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(draft, "save_file", full)
     with pytest.raises(UserError, match=r"global_step_3\.tmp: cannot be written: No space left on device"):
         save(tmp_path, engine, loaded, step=3)
     assert checkpoint.committed(tmp_path) == [before] and not (tmp_path / "global_step_3.tmp").exists()
@@ -247,9 +247,9 @@ def test_any_error_on_a_full_disk_is_one_of_the_disk(tmp_path: Path, monkeypatch
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("unexpected pos 704 vs 598")
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(draft, "save_file", fails)
     with pytest.raises(RuntimeError, match="unexpected pos"):
         save(tmp_path, engine_on(loaded), loaded)
-    monkeypatch.setattr(checkpoint, "FULL_BYTES", 2**60)
+    monkeypatch.setattr(draft, "FULL_BYTES", 2**60)
     with pytest.raises(UserError, match="No space left on device"):
         save(tmp_path, engine_on(loaded), loaded)

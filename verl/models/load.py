@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def load_tokenizer(
     """
     source, adapter = resolve(path), read_adapter_config(path)
     check_format(path)
+    check_unchanged(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
         source = resolve(adapter["base_model_name_or_path"])
     try:
@@ -146,6 +148,15 @@ def check_format(path: str) -> None:
         refuse_formats(path)
 
 
+def check_unchanged(path: str) -> None:
+    """Raise UserError if a directory is a checkpoint of verl and its model is not as it was written."""
+    folder = Path(path).expanduser()
+    if os.path.lexists(folder / "manifest.json") or folder.name == "critic":
+        from verl.models.verified import verify  # only checkpoints are verified
+
+        verify(path)
+
+
 def _has_model(path: str) -> bool:
     """Return whether a local directory has a model in safetensors. A name that is no local path counts as one that has."""
     place = Path(path).expanduser()
@@ -160,6 +171,7 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     """
     source = resolve(path)
     check_is_model(path)
+    check_unchanged(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -227,7 +239,7 @@ def resolve(path: str) -> str:
 
 def newest_step(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's directory; None if there is none."""
-    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal()]
+    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal() and path.is_dir()]
     return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
 
 
@@ -253,6 +265,7 @@ def load_language_model(
     """
     source = resolve(path)
     check_is_model(path)
+    check_unchanged(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_language_model(config, path)

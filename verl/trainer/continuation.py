@@ -5,7 +5,7 @@ from pathlib import Path
 
 from verl.data.fingerprint import Fingerprint
 from verl.engine import restore
-from verl.engine.checkpoint import Position
+from verl.engine.position import Position
 from verl.errors import UserError
 from verl.run import Run
 

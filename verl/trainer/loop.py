@@ -12,9 +12,9 @@ from verl.data.documents import Documents
 from verl.data.loader import Loader
 from verl.engine import checkpoint
 from verl.engine.build import Built
-from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
+from verl.engine.position import Position
 from verl.run import Run
 from verl.trainer.meter import Meter
 

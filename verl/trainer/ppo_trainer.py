@@ -15,9 +15,9 @@ from verl.config.load import load_config
 from verl.config.ppo import PPOConfig, RewardModelConfig
 from verl.data.prompts import Prompts, describe_draws, load_prompts
 from verl.engine import checkpoint
-from verl.engine.checkpoint import Position
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
+from verl.engine.position import Position
 from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Collected, collect

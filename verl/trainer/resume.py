@@ -6,8 +6,7 @@ from typing import Protocol
 from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
-from verl.engine import checkpoint
-from verl.engine.checkpoint import Position
+from verl.engine.position import Position
 from verl.errors import UserError
 from verl.run import Run
 
@@ -27,6 +26,8 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
     Raises:
         UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are.
     """
+    from verl.engine import checkpoint
+
     root = run.directory
     checkpoint.remove_unfinished(root)
     if config.resume_mode == "disable":
