@@ -22,7 +22,8 @@ def read(path: Path, kind: type[Kind]) -> Kind:
     Raises:
         DamageError: the file cannot be read, is no regular file, or does not have exactly the fields of the dataclass in their types.
     """
-    return convert(read_json(path), kind, path.name)
+    found: Kind = convert(read_json(path), kind, path.name)
+    return found
 
 
 def read_json(path: Path) -> Any:

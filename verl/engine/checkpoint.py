@@ -97,9 +97,9 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
     return found
 
 
-def find_damage(directory: Path) -> str | None:
-    """Check a checkpoint's files against its manifest, and that nothing is missing. Return what is wrong, or None."""
-    return damage.find_damage(directory)
+def find_damage(directory: Path, *, hashes: bool = True) -> str | None:
+    """Return what is wrong with a checkpoint, in one line, or None. Without `hashes`, only names and sizes are compared."""
+    return damage.find_damage(directory, hashes=hashes)
 
 
 def committed(root: Path) -> list[Path]:

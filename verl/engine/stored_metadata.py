@@ -121,7 +121,7 @@ def _typed(value: Any, kind: Any) -> Any:
 
 def _metadata(value: Any) -> Metadata:
     found = _fields(value, "Metadata")
-    tensors = {_typed(name, str): _tensor(tensor) for name, tensor in _typed(found["state_dict_metadata"], dict).items()}
+    tensors: dict[str, Any] = {_typed(name, str): _tensor(tensor) for name, tensor in _typed(found["state_dict_metadata"], dict).items()}
     storage = {_index(index): _storage(info) for index, info in _typed(found["storage_data"], dict).items()}
     return Metadata(tensors, storage_data=storage, planner_data=_planner(found.get("planner_data")), storage_meta=StorageMeta())
 

@@ -148,13 +148,14 @@ def check_format(path: str) -> None:
         refuse_formats(path)
 
 
-def check_unchanged(path: str) -> None:
-    """Raise UserError if a directory is a checkpoint of verl and its model is not as it was written."""
-    folder = Path(path).expanduser()
-    if os.path.lexists(folder / "manifest.json") or folder.name == "critic":
-        from verl.models.verified import verify  # only checkpoints are verified
+def check_unchanged(*paths: str) -> None:
+    """Raise UserError if one of the directories is a checkpoint of verl and its model is not as it was written."""
+    for path in paths:
+        folder = Path(path).expanduser()
+        if os.path.lexists(folder / "manifest.json") or folder.name == "critic":
+            from verl.models.verified import verify  # only checkpoints are verified
 
-        verify(path)
+            verify(path)
 
 
 def _has_model(path: str) -> bool:

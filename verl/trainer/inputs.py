@@ -46,7 +46,7 @@ def read_tokenizer(outline: Outline, data: TemplateConfig) -> PreTrainedTokenize
     check_is_model(model.partial_pretrain)
     adapter = model.lora_adapter_path
     # The first process of a node reads the files of a checkpoint once for all of them.
-    dist.main_first(lambda: [check_unchanged(path) for path in (model.partial_pretrain, adapter) if path is not None])
+    dist.main_first(lambda: check_unchanged(model.partial_pretrain, *([] if adapter is None else [adapter])))
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     path = adapter if adapter is not None and own else model.partial_pretrain
     tokenizer = load_tokenizer(
