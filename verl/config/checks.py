@@ -89,9 +89,7 @@ def check_best(trainer: TrainerConfig, val_files: object) -> None:
     if val_files is None:
         raise UserError("there are no validation rows", where="trainer.best_metric", fix="set data.val_files")
     if trainer.save_freq == "never":
-        raise UserError(
-            "no checkpoint is saved (trainer.save_freq=never)", where="trainer.best_metric", fix="set another trainer.save_freq"
-        )
+        raise UserError("trainer.save_freq=never saves no checkpoint", where="trainer.best_metric", fix="set another trainer.save_freq")
     best_mode(trainer)
 
 

@@ -89,7 +89,7 @@ def gather(
     only_trained: bool = False,
     copies: Mapping[int, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Gather full tensors in rank 0's host memory, by name. Every rank calls it; other ranks get an empty dict. Tied parameters share memory.
+    """Gather full tensors by name in rank 0's host memory; other ranks get an empty dict. Every rank calls it. Tied ones share memory.
 
     Args:
         copies: copies of parameters in host memory, by the parameter's id. With them, no tensor of the result is the model's own, so that

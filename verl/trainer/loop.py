@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents
@@ -37,7 +38,7 @@ def train_loop(
 
     with Saver(config, run, built) as saver:
         if validation is not None:
-            saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, rows=1))
+            saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, rows=dist.data_size()))
         train_steps(config, algorithm, loader, validation, built, start, run, saver)
         saver.finish()
 
