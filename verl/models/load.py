@@ -75,7 +75,6 @@ def load_tokenizer(
     """
     source, adapter = resolve(path), read_adapter_config(path)
     check_format(path)
-    check_unchanged(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
         source = resolve(adapter["base_model_name_or_path"])
     try:
@@ -148,14 +147,13 @@ def check_format(path: str) -> None:
         refuse_formats(path)
 
 
-def check_unchanged(*paths: str) -> None:
-    """Raise UserError if one of the directories is a checkpoint of verl and its model is not as it was written."""
-    for path in paths:
-        folder = Path(path).expanduser()
-        if os.path.lexists(folder / "manifest.json") or folder.name == "critic":
-            from verl.models.verified import verify  # only checkpoints are verified
+def check_unchanged(path: str) -> None:
+    """Raise UserError if a directory is a checkpoint of verl and its model is not as it was written."""
+    folder = Path(path).expanduser()
+    if os.path.lexists(folder / "manifest.json") or folder.name == "critic":
+        from verl.models.verified import verify  # only checkpoints are verified
 
-            verify(path)
+        verify(path)
 
 
 def _has_model(path: str) -> bool:
@@ -172,7 +170,6 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     """
     source = resolve(path)
     check_is_model(path)
-    check_unchanged(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -198,6 +195,7 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
 def read_adapter_config(path: str) -> dict[str, Any] | None:
     """Read adapter_config.json of an adapter directory. Return None if `path` is anything else."""
     file = Path(path).expanduser() / "adapter_config.json"
+    check_unchanged(path)
     if not file.is_file():
         return None
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -220,10 +218,11 @@ def resolve(path: str) -> str:
     """Return the absolute path of a local model or adapter directory. Any other name is returned unchanged, as a Hub name.
 
     Raises:
-        UserError: the path does not exist, is a file, or has no model.
+        UserError: the path does not exist, is a file, or has no model; or it is a checkpoint of verl that is not as it was written.
     """
     local = Path(path).expanduser()
     if local.is_dir():
+        check_unchanged(path)
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             check_format(path)
             newest = newest_step(local)
@@ -266,7 +265,6 @@ def load_language_model(
     """
     source = resolve(path)
     check_is_model(path)
-    check_unchanged(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_language_model(config, path)

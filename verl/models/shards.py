@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from verl import dist
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, cannot_load, check_unchanged, find_saved_dtypes, resolve, restore_stated_dtype, weight_files
+from verl.models.load import Loaded, cannot_load, find_saved_dtypes, resolve, restore_stated_dtype, weight_files
 
 TWIN_VOCABULARY = 1024
 
@@ -136,7 +136,6 @@ def _first_row(tensor: DTensor) -> int:
 def _local_folder(path: str) -> Path:
     """Return the folder with the model's files; the first process of each node downloads them from the Hub."""
     source = resolve(path)
-    check_unchanged(path)
     if Path(source).is_dir():
         return Path(source)
     try:

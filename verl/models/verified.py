@@ -58,7 +58,8 @@ def _verify(root: Path, prefix: str) -> None:
     if not any(name.endswith(".safetensors") for name in files):
         raise DamageError(f"{MANIFEST} lists no weights")
     mark = _mark(root, files)
-    if mark.name not in _verified and not mark.exists():
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # on each node, one process reads the files for all
+    if is_first and mark.name not in _verified and not mark.exists():
         check_hashes(root, files)
         _remember(mark)
 

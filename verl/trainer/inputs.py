@@ -12,7 +12,7 @@ from verl.data.report import show_first_row
 from verl.data.tables import RowReader
 from verl.engine.build import check_context
 from verl.engine.outline import Outline
-from verl.models.load import check_is_model, check_unchanged, load_tokenizer
+from verl.models.load import check_is_model, load_tokenizer
 from verl.run import Run
 
 
@@ -45,8 +45,6 @@ def read_tokenizer(outline: Outline, data: TemplateConfig) -> PreTrainedTokenize
     model = outline.settings
     check_is_model(model.partial_pretrain)
     adapter = model.lora_adapter_path
-    # The first process of a node reads the files of a checkpoint once for all of them.
-    dist.main_first(lambda: check_unchanged(model.partial_pretrain, *([] if adapter is None else [adapter])))
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()
     path = adapter if adapter is not None and own else model.partial_pretrain
     tokenizer = load_tokenizer(
