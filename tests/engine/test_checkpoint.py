@@ -227,6 +227,31 @@ def test_only_the_newest_are_kept(two_checkpoints: Path) -> None:
     assert [p.name for p in checkpoint.committed(two_checkpoints)] == ["global_step_4"]
 
 
+def test_retention_counts_checkpoints_that_are_as_they_were_written_and_names_the_others(two_checkpoints: Path) -> None:
+    shutil.copytree(two_checkpoints / "global_step_4", two_checkpoints / "global_step_99")
+    said: list[str] = []
+    checkpoint.prune(two_checkpoints, 1, good=[two_checkpoints / "global_step_4"], say=said.append)
+    assert [p.name for p in checkpoint.committed(two_checkpoints)] == ["global_step_4", "global_step_99"]
+    assert len(said) == 1 and "global_step_99 is damaged" in said[0]
+
+
+def test_retention_keeps_what_is_needed_besides(two_checkpoints: Path) -> None:
+    checkpoint.prune(two_checkpoints, 1, needed=[two_checkpoints / "global_step_2"])
+    assert len(checkpoint.committed(two_checkpoints)) == 2
+
+
+def test_a_committed_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    loaded = load_for_training(str(write_model(tmp_path / "original")))
+    engine, said = engine_on(loaded), list[str]()
+    save(tmp_path, engine, loaded)
+    (tmp_path / "global_step_2" / "mine.txt").write_text("mine")
+    export = partial(export_model, model=loaded.model, saved_dtypes=loaded.saved_dtypes)
+    saved = checkpoint.save(tmp_path, engine, WHERE, export, say=said.append)
+    assert checkpoint.find_damage(saved) is None
+    assert (tmp_path / "global_step_2.replaced-1/mine.txt").read_text() == "mine" and "replaced-1" in said[0]
+    assert checkpoint.newest(tmp_path, print) == saved
+
+
 def test_a_disk_that_fails_is_named_and_the_checkpoint_before_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_for_training(str(write_model(tmp_path / "original")))
     engine = engine_on(loaded)
