@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-PHASES = ("generate", "score", "logprobs", "values", "update_critic", "update_actor", "update_rollout", "validate", "save")
+PHASES = ("generate", "score", "logprobs", "values", "update_critic", "update_actor", "update_rollout", "validate")
 
 
 class Clock:
@@ -29,8 +29,8 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - since
 
     def total(self) -> float:
-        """Return the seconds since the step began, without validation and saving."""
-        return self._now() - self._since - self.seconds.get("validate", 0.0) - self.seconds.get("save", 0.0)
+        """Return the seconds since the step began, without validation."""
+        return self._now() - self._since - self.seconds.get("validate", 0.0)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
