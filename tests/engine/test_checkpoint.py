@@ -235,6 +235,16 @@ def test_retention_counts_checkpoints_that_are_as_they_were_written_and_names_th
     assert len(said) == 1 and "global_step_99 is damaged" in said[0]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(two_checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    said: list[str] = []
+    monkeypatch.setattr(Path, "rename", refused)
+    checkpoint.prune(two_checkpoints, 1, say=said.append)
+    assert said == ["global_step_2 cannot be deleted: Permission denied"]
+
+
 def test_retention_keeps_what_is_needed_besides(two_checkpoints: Path) -> None:
     checkpoint.prune(two_checkpoints, 1, needed=[two_checkpoints / "global_step_2"])
     assert len(checkpoint.committed(two_checkpoints)) == 2

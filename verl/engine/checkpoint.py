@@ -22,7 +22,7 @@ from verl.engine.engine import Engine
 from verl.engine.optim import optimizer_state
 from verl.engine.position import Position as Position
 from verl.engine.stored_state import StoredState, local_tensors
-from verl.errors import UserError
+from verl.errors import DiskError, UserError
 
 
 class SavedCritic(Protocol):
@@ -127,7 +127,10 @@ def prune(
         if found is not None:
             say(f"{directory.name} is damaged ({found}): it does not count for trainer.max_ckpt_to_keep, and is not deleted")
         elif enough and directory not in needed:
-            _delete(directory)
+            try:
+                _delete(directory)
+            except OSError as error:  # no reason to end a run
+                say(f"{directory.name} cannot be deleted: {error.strerror or error}")
         else:
             kept += 1
 
@@ -141,7 +144,12 @@ def _delete(directory: Path) -> None:
 
 
 def remove_unfinished(root: Path) -> None:
-    """Delete unfinished checkpoints that a killed run left behind."""
-    if dist.is_main():
+    """Delete unfinished checkpoints that a killed run left behind. Raises DiskError: one cannot be deleted."""
+    if not dist.is_main():
+        return
+    try:
         for path in root.glob("global_step_*.tmp"):
             remove(path)
+    except OSError as error:
+        where, fix = error.filename or str(root), "delete it, or set trainer.default_local_dir to another directory"
+        raise DiskError(f"cannot be deleted: {error.strerror or error}", where=where, fix=fix) from error
