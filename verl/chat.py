@@ -13,6 +13,7 @@ from verl.config.commands import ChatConfig
 from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error, print_error
+from verl.models.kind import GENERATES, check_kind
 from verl.models.load import load_tokenizer
 from verl.progress import quiet_libraries
 from verl.rollout import Options, Rollout, Sampling, load_rollout, stream_tokens
@@ -107,6 +108,7 @@ def talk(chat: Chat) -> None:
 
 def open_chat(config: ChatConfig) -> Chat:
     """Load the checkpoint. Raises UserError if it is invalid."""
+    check_kind(config.model_path, GENERATES)
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code)
     renderer = Renderer(tokenizer)
     options = Options(

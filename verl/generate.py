@@ -10,6 +10,7 @@ from verl.config.commands import check_sampling
 from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.models.format_check import check_format
+from verl.models.kind import GENERATES, check_kind
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
 from verl.progress import quiet_libraries
@@ -112,6 +113,7 @@ def open_rollout(path: str, name: str, options: Options) -> TextRollout:
     Raises:
         UserError: no such engine, or it cannot load the checkpoint.
     """
+    check_kind(path, GENERATES)
     with quiet_libraries():
         tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
         renderer = Renderer(tokenizer)

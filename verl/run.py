@@ -4,15 +4,13 @@ import json
 import math
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, ModuleType, TracebackType
-from typing import Any, NoReturn, Protocol
-from uuid import uuid4
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -23,6 +21,9 @@ from verl.config.shared import RunConfig
 from verl.durable import replace_text
 from verl.errors import Stopped, UserError
 from verl.progress import Bar, open_console
+
+if TYPE_CHECKING:
+    from verl.directory import Claimed
 
 # Signals that stop a run: SIGTERM from schedulers, SIGINT from Ctrl-C, and SIGUSR1, which SLURM can send before a time limit
 # (`sbatch --signal`).
@@ -68,7 +69,9 @@ class Run:
 
     Attributes:
         directory: directory of checkpoints, metrics and logs (trainer.default_local_dir).
-        config: the config as nested dicts of plain values.
+        config, settings: the config, as nested dicts of plain values and as given.
+        origin: why the directory is not the one that trainer.default_local_dir names; empty if it is.
+        notes: what to say after the first line of the run.
         stopped_by: name of the signal that asked the run to stop, or None.
         total_steps: optimizer steps of the whole run; 0 until it is known.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
@@ -80,10 +83,11 @@ class Run:
         self.config: dict[str, Any] = asdict(config)
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
+        self.origin, self.notes = "", list[str]()
         self.stopped_by: str | None = None
         self.total_steps = 0
         self.checkpoint: Path | None = None
-        self._config = config
+        self.settings = config
         self._console = open_console()
         names = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
         self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
@@ -92,9 +96,13 @@ class Run:
         self._handlers: dict[signal.Signals, Any] = {}
         self._bar: Bar | None = None
         self._state = ""  # of the progress bar
+        self._claim: Claimed | None = None
 
     def __enter__(self) -> "Run":
-        self._open_directory()
+        from verl.directory import claimed  # once in a run
+
+        self._claim = claimed(self.settings)
+        self.directory, self.origin, self.notes = self._claim.directory, self._claim.why, self._claim.notes
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
         for number in self._handlers:
@@ -102,9 +110,13 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._finish()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        try:
+            self._finish()
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        finally:
+            if self._claim is not None:
+                self._claim.release()
 
     def _finish(self) -> None:
         """Stop the progress bar and finish the loggers."""
@@ -114,37 +126,14 @@ class Run:
             logger, name, module = self._loggers.pop(0)
             self._attempt("finish", logger, name, module)
 
-    def _open_directory(self) -> None:
-        """Create the directory, and check that all nodes share it, because all processes write their part of a checkpoint.
+    def owned(self) -> Path:
+        """Return the directory, after a check that no other run has taken it over. Every rank calls it before a checkpoint is written.
 
-        Raises:
-            UserError: on all ranks: it cannot be written, or a node has another directory of this name.
+        The metrics until now are then on disk, so that each committed step has its line. Raises UserError: another run has it now.
         """
-        mark = self.directory / dist.from_main(f".{uuid4().hex}")
-        dist.together(lambda: self._make_directory(mark) if dist.is_main() else None)
-        try:
-            if self._config.trainer.save_freq != "never":
-                dist.together(lambda: self._find(mark))
-        finally:
-            if dist.is_main():
-                mark.unlink()
-
-    def _make_directory(self, mark: Path) -> None:
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "train.log").open("a").close()
-            mark.touch()
-        except OSError as error:
-            what = f"cannot be written: {error.strerror}"
-            raise UserError(what, where=str(self.directory), fix="set trainer.default_local_dir") from error
-
-    def _find(self, mark: Path) -> None:
-        if not mark.exists():
-            raise UserError(
-                f"{socket.gethostname()} does not see the first node's folder of this name, so no checkpoint would be complete",
-                where=str(self.directory.absolute()),
-                fix="set trainer.default_local_dir to a folder on a file system that all nodes share",
-            )
+        if self._claim is not None:
+            dist.together(self._claim.check)
+        return self.directory
 
     def start_logging(self, start_step: int, total_steps: int) -> None:
         """Write config.yaml, and open the loggers and the progress bar.
@@ -157,8 +146,10 @@ class Run:
         """
         self.total_steps = total_steps
         if dist.is_main():
-            (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
-            self._drop_metrics_after(start_step)
+            from verl.directory import begin_files  # once in a run
+
+            trainer = replace(self.settings.trainer, default_local_dir=str(self.directory))
+            begin_files(self.directory, to_yaml(replace(self.settings, trainer=trainer)), start_step, self.say)
         dist.together(self._start_loggers)
         if not dist.is_main():
             return
@@ -280,7 +271,7 @@ class Run:
         self.stopped_by = received.name
         signal.signal(received, self._handlers[received])  # a second signal ends the process at once
         if dist.is_main():
-            checkpoint = "without" if self._config.trainer.save_freq == "never" else "with"
+            checkpoint = "without" if self.settings.trainer.save_freq == "never" else "with"
             os.write(
                 2, f"\n{self.stopped_by}: stopping after this step, {checkpoint} a checkpoint; send it again to stop at once\n".encode()
             )
@@ -292,13 +283,6 @@ class Run:
         except OSError as error:
             what, fix = f"cannot be written: {error.strerror}", "make room on the disk; the same command resumes from the newest checkpoint"
             raise UserError(what, where=str(self.directory / name), fix=fix) from error
-
-    def _drop_metrics_after(self, step: int) -> None:
-        """Remove metrics of the steps after a checkpoint, because a run that resumes from it repeats these steps."""
-        path = self.directory / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            path.write_text("".join(line + "\n" for line in kept if step > 0), encoding="utf-8")
 
 
 def _json(values: dict[str, Any], **options: Any) -> str:
@@ -326,10 +310,3 @@ def _described(error: BaseException, module: ModuleType) -> str:
 
     text = str(error).strip()
     return f"{type(error).__name__}{': ' if text else ''}{text} ({place_of(error, module)})"
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a run that was killed while writing it leaves an incomplete last line
-        return float("inf")

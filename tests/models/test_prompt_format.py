@@ -1,6 +1,7 @@
 """A checkpoint says how it was asked in training, and is not asked otherwise."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def reinforce(checkpoint: Path, folder: Path, *more: str) -> list[str]:
     """The answers of its one step."""
     output, validation = f"rl_{checkpoint.parent.name}", {"data__val_files": folder / "test.jsonl", "data__val_max_samples": 2}
     changes: dict[str, object] = {"model__partial_pretrain": checkpoint, "trainer__total_training_steps": 1, "trainer__save_freq": -1}
-    ppo_trainer.main([*rl_words(folder, output, **changes, **validation), "trainer.resume_mode=disable", *more])
+    shutil.rmtree(folder / output, ignore_errors=True)
+    ppo_trainer.main([*rl_words(folder, output, **changes, **validation), *more])
     return [line["response"] for line in lines_of(folder / output / "rollouts/validation_0.jsonl")]
 
 

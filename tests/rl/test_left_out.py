@@ -1,5 +1,6 @@
 """The model does not see answers without an advantage once more, and learns what it would have learned with them."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def uncounted(packed: PackedSamples) -> tuple[list[Batch], list[Batch]]:
 def after(folder: Path, output: str, method: str, changes: dict[str, object]) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights and metrics of a few steps, with gradients as long as they are."""
     words = {"algorithm__name": method.partition(",")[0], "reward__name": folder / "sometimes.py", "optim__clip_grad": 1e9, **changes}
-    metrics = train(folder, output, trainer__total_training_steps=STEPS, trainer__resume_mode="disable", **words)
+    shutil.rmtree(folder / output, ignore_errors=True)
+    metrics = train(folder, output, trainer__total_training_steps=STEPS, **words)
     return load_file(folder / output / f"global_step_{STEPS}" / "model.safetensors"), metrics
 
 

@@ -279,10 +279,10 @@ def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: Metrics,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data__train_batch_size": 7}, "rows per step"),
-        ({"trainer__seed": 2}, "trainer.seed"),
+        ({"data__train_batch_size": 7}, r"data\.train_batch_size: 6 -> 7"),
+        ({"trainer__seed": 2}, r"trainer\.seed: 1 -> 2"),
         ({"data__train_max_samples": 30}, r"the training rows changed \(80 rows then, 30 now\) since this checkpoint"),
-        ({"data__max_length": 30, "data__truncation": "left"}, r"the training rows changed \(as many rows \(80\), but .* length limit"),
+        ({"data__max_length": 30, "data__truncation": "left"}, r"data\.max_length: 256 -> 30"),
     ],
 )
 def test_resuming_with_other_rows_is_refused(change: dict[str, Any], message: str, folder: Path, plain_run: Metrics) -> None:

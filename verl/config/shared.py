@@ -97,7 +97,8 @@ class TrainerConfig:
     # Names of the project and of this run, in loggers and paths.
     project_name: str = "verl-sft"
     experiment_name: str = "run"
-    # Directory of checkpoints, metrics and logs.
+    # Directory of checkpoints, metrics and logs. If it is not given, a run with other settings than the one that is there gets a directory
+    # of its own: run-2, run-3, …
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
     # A logger or a list of loggers: console, wandb, tensorboard, trackio, or path/to/file.py. metrics.jsonl is always written.
     logger: Any = "console"
@@ -114,10 +115,13 @@ class TrainerConfig:
     best_metric: str | None = None
     # Whether best_metric is best where it is smallest ("min") or largest ("max"); null: known from its name.
     best_mode: str | None = None
-    # "auto" resumes from the newest checkpoint in default_local_dir, "resume_path" from resume_from_path; "disable" does not resume.
+    # "auto" resumes from the newest checkpoint in default_local_dir, "resume_path" from resume_from_path; "disable" starts a new run, in a
+    # directory without checkpoints.
     resume_mode: str = "auto"
     # A global_step_N directory, for resume_mode=resume_path.
     resume_from_path: str | None = None
+    # Go on from a checkpoint though settings or rows differ from those that it was trained with.
+    resume_override: bool = False
     # Profile this step (counted from 1, as in the log) and the next two; the traces go to default_local_dir/profile.
     profile_step: int | None = None
     # Print the plan of the run and exit, without reading weights: steps and tokens; for fine-tuning also GPU memory, and what to change
@@ -131,4 +135,6 @@ class RunConfig(Protocol):
     """The config of any trainer."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    model: ModelConfig
+    optim: OptimConfig
     trainer: TrainerConfig

@@ -73,14 +73,18 @@ def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
         UserError: the folder cannot be written.
     """
     try:
+        from verl.lock import mark_in_use, remove_abandoned  # only when something is written
+
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent.glob("*.tmp"))
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+            mark_in_use(file.fileno())
             temporary = Path(file.name)
-        try:
-            _write(temporary, tables)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            try:
+                _write(temporary, tables)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         found = f"cannot write {path.parent}: {error.strerror or error}"
         raise UserError(found, where="data.cache_dir", fix="choose another folder") from error

@@ -23,6 +23,7 @@ from verl.demo.problems import Problem, write_problems
 from verl.durable import replace_text
 from verl.errors import exit_on_user_error
 from verl.eval import sft_evaluator
+from verl.lock import held
 from verl.models.tiny import write_tiny_model
 from verl.progress import quiet_libraries
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
@@ -48,7 +49,13 @@ console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
-    """Run all steps, and return the content of summary.json."""
+    """Run all steps, and return the content of summary.json. Raises UserError: another demo runs in this folder."""
+    FOLDER.mkdir(exist_ok=True)
+    with held(FOLDER, "demo"):  # it deletes the output of an earlier one
+        return all_steps(config)
+
+
+def all_steps(config: DemoConfig) -> dict[str, Any]:
     since = time.perf_counter()
     title("1. Word problems")
     train = make_problems(config)
@@ -92,7 +99,6 @@ def make_problems(config: DemoConfig) -> list[Problem]:
     """Delete the output of an earlier demo, and write train.jsonl and test.jsonl. Return the training problems."""
     for folder in (MODEL, CHECKPOINTS, RL_CHECKPOINTS, BEFORE, AFTER, RL_BEFORE, RL_AFTER):
         shutil.rmtree(folder, ignore_errors=True)
-    FOLDER.mkdir(exist_ok=True)
     train, test = write_problems(TRAIN, TEST, config.train_rows, config.test_rows, config.seed)
     say(f"{len(train):,} in {TRAIN}, {len(test):,} in {TEST}; no pair of numbers is in both\n")
     say(f"{train[0].question}\n{train[0].answer}")

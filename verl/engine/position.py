@@ -1,7 +1,7 @@
 """The position of a run: how far it is, and what identifies its rows. Each checkpoint has it in trainer/state.json."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from verl.data.fingerprint import Fingerprint
 
@@ -23,6 +23,9 @@ class Position:
         data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
         drawn: prompts drawn so far, in reinforcement learning.
         kl_coef: current KL coefficient, if it is adaptive.
+        settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
+            checkpoints of older versions.
+        total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
     """
 
     step: int
@@ -34,3 +37,5 @@ class Position:
     data_fingerprint: Fingerprint | str
     drawn: int = 0
     kl_coef: float | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    total_steps: int = 0

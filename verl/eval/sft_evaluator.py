@@ -26,7 +26,9 @@ from verl.data.source import describe_sources, resolve_entries, sources_of, vali
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Answer, Grader, Prediction, Question
+from verl.lock import held
 from verl.models.format_check import check_format
+from verl.models.kind import GENERATES, check_kind
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
 from verl.progress import open_console
@@ -63,10 +65,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     console = open_console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
+    check_kind(config.model_path, GENERATES, where=f"model_path={config.model_path}")
     grader = Grader(config, Waiting(console))
     if grader.dropped:
         console.print(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
     directory = report.open_directory(config.output_dir)
+    with held(directory, "evaluation"):  # a second one would mix its answers with these
+        return answer_and_grade(config, grader, directory, console)
+
+
+def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, console: Console) -> dict[str, Any]:
+    """Answer and grade every question, as `evaluate` says."""
     questions = read_questions(config, grader, console)
     variables = config.chat_template_kwargs
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code, chat_template_kwargs=variables)

@@ -22,6 +22,7 @@ from verl.config.load import load_config
 from verl.errors import UserError, exit_on_user_error
 from verl.models.adapters import files
 from verl.models.format_check import read_format
+from verl.models.kind import GENERATES, check_kind
 from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
@@ -50,6 +51,7 @@ def export(config: ExportConfig) -> Path:
     target = Path(config.directory).expanduser().absolute()
     check_target(target)
     source = find_source(config.source)
+    check_kind(source, GENERATES)
     with torch.no_grad(), scratch_beside(target) as folder:
         loaded, base = load(source, config)
         tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)

@@ -19,6 +19,7 @@ from verl.engine.decisions import choose_compute_dtype
 from verl.engine.value_scorers import RewardScorer, check_hidden
 from verl.errors import UserError
 from verl.models.heads import has_head, load_reward_model
+from verl.models.kind import LANGUAGE_MODEL, REWARD_MODEL, check_kind, kind_of
 from verl.models.load import check_vocabulary, load_tokenizer
 from verl.models.shards import small_twin
 
@@ -28,6 +29,8 @@ WHERE = "reward_model.path"
 def check_scores(config: RewardModelConfig) -> None:
     """Check that the model has a scoring head, without reading its weights. Raises UserError: it has none, or there is no such model."""
     assert config.path is not None
+    if kind_of(config.path) != LANGUAGE_MODEL:  # of a language model, the error below says what to do
+        check_kind(config.path, (REWARD_MODEL,), where=f"{WHERE}={config.path}")
     if not has_head(config.path, trust_remote_code=config.trust_remote_code):
         fix = "train one with python -m verl.trainer.reward_trainer, or name a sequence classifier with one label"
         raise UserError(f"{config.path} is a language model without a scoring head", where=WHERE, fix=fix)

@@ -24,6 +24,7 @@ from verl.errors import UserError
 from verl.models.attention.flash import Heads
 from verl.models.attention.packed import heads_of
 from verl.models.format_check import check_format
+from verl.models.kind import CRITIC, LANGUAGE_MODEL, REWARD_MODEL, check_kind
 from verl.models.load import read_adapter_config, read_config, resolve
 from verl.models.prompt_format import system_of
 from verl.rewards._model import check_scores
@@ -216,12 +217,15 @@ def check_names(config: PPOConfig, method: Method) -> None:
         load_tool(config.rollout.tool)
     load_graders(config.reward)
     check_checkpoint(config)
+    check_kind(config.model.partial_pretrain, (LANGUAGE_MODEL,), where=f"model.partial_pretrain={config.model.partial_pretrain}")
     if config.reward_model.path is not None:
         check_scores(config.reward_model)
     if method.needs_critic and config.critic.partial_pretrain is not None:
-        resolve(config.critic.partial_pretrain)
+        resolve(path := config.critic.partial_pretrain)
+        check_kind(path, (CRITIC, LANGUAGE_MODEL, REWARD_MODEL), where=f"critic.partial_pretrain={path}")
     if method.reference is not None:
         resolve(method.reference)
+        check_kind(method.reference, (LANGUAGE_MODEL,), where=f"the reference, {method.reference}")
 
 
 def check_checkpoint(config: PPOConfig) -> None:

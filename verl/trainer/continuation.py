@@ -1,13 +1,109 @@
-"""Where a run continues after a checkpoint. It must train the same rows in the same order as the run that wrote the checkpoint."""
+"""Where a run continues after a checkpoint, and whether it may: with the same settings, on the same rows in the same order.
 
+What is compared, and when:
+
+1. Before data is read: the settings that change what is learned, and the models by content. `check_settings`
+2. When the rows are tokenized: the rows themselves, their order, and the length of the run. `continued`
+
+trainer.resume_override=true goes on in spite of a difference, which is then said.
+"""
+
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from verl import dist
+from verl.config.shared import OptimConfig, TrainerConfig
+from verl.config.trajectory import CONTENT, LEARNS, LENGTH, MODEL, ROWS, Change, changes, listed
 from verl.data.fingerprint import Fingerprint
-from verl.engine import restore
+from verl.directory import decisive, is_continued, settings_beside, settings_of, steps_in
+from verl.engine import checkpoint, restore
+from verl.engine.optim import learning_rate
 from verl.engine.position import Position
 from verl.errors import UserError
 from verl.run import Run
+
+NEW_RUN = "start a new run: trainer.resume_mode=disable trainer.default_local_dir=<a new directory>"
+WAYS = f"{NEW_RUN}; or go on from this checkpoint with what is new: trainer.resume_override=true"
+# Keys by which a person recognises a run.
+MAIN = ("model.partial_pretrain", "data.train_files", "algorithm.name", "model.lora_rank", "optim.lr", "trainer.seed")
+
+
+# Which checkpoint
+
+
+def check_empty(root: Path) -> None:
+    """Raise UserError if a directory has checkpoints, with which those of a new run would be mixed up."""
+    if steps := steps_in(root):
+        there = steps[0].name if len(steps) == 1 else f"{steps[0].name} to {steps[-1].name}"
+        fix = "set trainer.default_local_dir to a new directory, or move this one away; trainer.resume_mode=auto goes on in it"
+        raise UserError(f"has checkpoints of another run ({there}), with which a new run would be mixed up", where=str(root), fix=fix)
+
+
+def find_named(config: TrainerConfig, run: Run) -> tuple[Path, str]:
+    """Return the checkpoint to resume from with trainer.resume_from_path, and the run's first line.
+
+    A run that has started from it before, and was interrupted, goes on from its own newest checkpoint.
+
+    Raises:
+        UserError: on all ranks: the checkpoint is damaged, or the run's directory has checkpoints that do not come before it.
+    """
+    named, root = Path(str(config.resume_from_path)).expanduser(), run.directory
+    dist.together(lambda: _check_named(named, root, config) if dist.is_main() else None)
+    if dist.from_main(named.parent.resolve() != root.resolve() and bool(steps_in(root))) and (own := checkpoint.newest(root, run.say)):
+        return own, f"resuming from {own}, which this run has written since it started from {named} (trainer.resume_mode=resume_path)"
+    return named, f"resuming from {named} (trainer.resume_mode=resume_path)"
+
+
+def _check_named(named: Path, root: Path, config: TrainerConfig) -> None:
+    damage = checkpoint.find_damage(named)
+    if damage is not None:
+        raise UserError(damage, where=f"trainer.resume_from_path={named}", fix="give a complete global_step_N directory")
+    steps = steps_in(root)
+    if named.parent.resolve() == root.resolve():
+        names = [path.name for path in steps]
+        if named.name in names and (later := names[names.index(named.name) + 1 :]):
+            fix = "continue in a new directory: set trainer.default_local_dir; or move the later ones away"
+            what = f"has later checkpoints than {named.name}, up to {later[-1]}; those of this run would be mixed up with them"
+            raise UserError(what, where=str(root), fix=fix)
+    elif steps and not is_continued(root, config):
+        check_empty(root)
+
+
+# The same settings
+
+
+def check_settings(path: Path, run: Run) -> None:
+    """Compare this run's settings with those of the checkpoint that it is to resume from, before data is read. Every rank calls it.
+
+    Raises:
+        UserError: on all ranks: a key that changes what is learned differs.
+    """
+    dist.together(lambda: _check_settings(path, run) if dist.is_main() else None)
+
+
+def _check_settings(path: Path, run: Run) -> None:
+    before, now = settings_beside(path), settings_of(run.settings)
+    if not before:
+        run.notes.append(f"warning: {path} does not record its settings, because an older version wrote it; they are not compared")
+    found = changes(before, now)
+    if edited := [change.key.removeprefix(CONTENT) for change in found if not change.kind]:
+        files = ", ".join(f"{key}={json.loads(now[key])}" for key in edited)
+        run.notes.append(f"warning: {files} has been edited since this checkpoint; the run goes on with it as it is now")
+    if any(change.kind in (LEARNS, MODEL) for change in found):
+        _refuse_or_say("this run has other settings than the run that wrote this checkpoint", decisive(found), path, run)
+
+
+def _refuse_or_say(what: str, found: Sequence[Change], path: Path, run: Run) -> None:
+    """Raise UserError that lists the changes, or with trainer.resume_override note them."""
+    text = f"{what}:\n{listed(found)}" if found else what
+    if not run.settings.trainer.resume_override:
+        raise UserError(text, where=str(path), fix=WAYS)
+    run.notes.append(f"warning: {text}\n  The run goes on with what is new (trainer.resume_override=true)")
+
+
+# The same rows, order and length
 
 
 def continued(fresh: Position, path: Path, run: Run) -> Position:
@@ -16,24 +112,33 @@ def continued(fresh: Position, path: Path, run: Run) -> Position:
     Args:
         fresh: position of the same run without a checkpoint.
     Raises:
-        UserError: the rows or their order have changed since.
+        UserError: the rows, their order or the length of the run have changed since.
     """
     saved = restore.read_position(path)
-    changed = _changed_rows(fresh, saved, path, run) or next(
-        (
-            f"{what} changed from {before} to {now}"
-            for what, before, now in (
-                ("the number of rows per step (data.train_batch_size, data.prompts_per_step)", saved.rows_per_step, fresh.rows_per_step),
-                ("trainer.seed", saved.seed, fresh.seed),
-            )
-            if before != now
-        ),
-        None,
-    )
-    if changed is not None:
-        fix = "undo the change, or start a new run with trainer.resume_mode=disable or another trainer.default_local_dir"
-        raise UserError(f"{changed} since this checkpoint", where=str(path), fix=fix)
-    return replace(saved, data_fingerprint=fresh.data_fingerprint)
+    found = changes(dist.from_main(settings_beside(path)), fresh.settings)
+    run.notes.clear()
+    models = [change for change in found if change.key == CONTENT + "model.partial_pretrain"]  # of the Hub, now that it is read
+    if models and not run.settings.trainer.resume_override:
+        _refuse_or_say("the model has changed since this checkpoint", models, path, run)
+    words = _changed_rows(fresh, saved, path, run) or _changed_order(fresh, saved)
+    if words is not None:
+        _refuse_or_say(f"{words} since this checkpoint", [change for change in found if change.kind == ROWS], path, run)
+    else:
+        _check_length(fresh, saved, [change for change in found if change.kind == LENGTH], path, run)
+    for note in run.notes:
+        run.say(note)
+    tokens, trained = saved.tokens, saved.supervised_tokens
+    return replace(fresh, step=saved.step, tokens=tokens, supervised_tokens=trained, drawn=saved.drawn, kl_coef=saved.kl_coef)
+
+
+def _changed_order(fresh: Position, saved: Position) -> str | None:
+    for what, before, now in (
+        ("the number of rows per step (data.train_batch_size, data.prompts_per_step)", saved.rows_per_step, fresh.rows_per_step),
+        ("trainer.seed", saved.seed, fresh.seed),
+    ):
+        if before != now:
+            return f"{what} changed from {before} to {now}"
+    return None
 
 
 def _changed_rows(fresh: Position, saved: Position, path: Path, run: Run) -> str | None:
@@ -52,3 +157,39 @@ def _changed_rows(fresh: Position, saved: Position, path: Path, run: Run) -> str
         "seed are compared, but not what the rows contain"
     )
     return None
+
+
+def _check_length(fresh: Position, saved: Position, found: Sequence[Change], path: Path, run: Run) -> None:
+    """Compare the number of steps. A longer run with the same learning rates so far only trains on, which is no other run."""
+    before, now = saved.total_steps, fresh.total_steps
+    if before == now or (before == 0 and not found):
+        return
+    optimizers = {"optim": run.settings.optim}
+    if (critic := getattr(run.settings, "critic", None)) is not None:
+        optimizers["critic.optim"] = critic.optim
+    for key, optim in optimizers.items():
+        if before == 0 or (step := _first_other_rate(optim, before, now)) is not None:
+            rates = "" if before == 0 else _rates(optim, before, now, step or 0)
+            what = f"this run has {now:,} steps, and the run of this checkpoint {before or 'another number of'}"
+            _refuse_or_say(f"{what}, so that its learning rate ({key}.lr_scheduler={optim.lr_scheduler}) differs{rates}", found, path, run)
+            return
+    run.say(f"the run now has {now:,} steps in place of {before:,}; the learning rates so far do not depend on it")
+
+
+def _first_other_rate(optim: OptimConfig, before: int, now: int) -> int | None:
+    """Return the first step, counted from 0, whose learning rate depends on the length of the run; None if there is none in both."""
+    old, new = learning_rate(optim, before), learning_rate(optim, now)
+    return next((step for step in range(min(before, now)) if old(step) != new(step)), None)
+
+
+def _rates(optim: OptimConfig, before: int, now: int, first: int) -> str:
+    last = max(first, min(before, now) - 1)
+    return f" (of step {last + 1}: {learning_rate(optim, before)(last):.3g} -> {learning_rate(optim, now)(last):.3g})"
+
+
+def nothing_left(done: Position) -> str:
+    """Say that all steps are done, and with which settings."""
+    known = {key: json.loads(value) for key, value in done.settings.items()}
+    main = ", ".join(f"{key}={known[key]}" for key in MAIN if known.get(key) not in (None, 0))
+    longer = "to train longer, raise trainer.total_epochs or trainer.total_training_steps"
+    return f"nothing left to do: {done.step} of {done.total_steps} steps are done ({main}); {longer}, with trainer.resume_override=true"

@@ -32,17 +32,24 @@ class TemplateConfig(Protocol):
     chat_template_kwargs: dict[str, Any]
 
 
-def read_tokenizer(outline: Outline, data: TemplateConfig) -> PreTrainedTokenizerBase:
+def read_tokenizer(outline: Outline, data: TemplateConfig, *, may_have_head: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer, and check that the model supports the configured adapters and context parallelism.
 
     The tokenizer is the initial adapter's own, if it has one, with the chat template of its training; otherwise the model's.
 
     Args:
         data: names a template that replaces the tokenizer's, and values of its variables.
+        may_have_head: whether the model may also be a reward model.
     Raises:
         UserError: there is no such model, or it does not support the adapters or context parallelism.
     """
+    from verl.models.kind import ADAPTER, LANGUAGE_MODEL, REWARD_MODEL, check_kind  # once in a run
+
     model = outline.settings
+    kinds = (LANGUAGE_MODEL, REWARD_MODEL) if may_have_head else (LANGUAGE_MODEL,)
+    check_kind(model.partial_pretrain, kinds, where=f"model.partial_pretrain={model.partial_pretrain}")
+    if model.lora_adapter_path is not None:
+        check_kind(model.lora_adapter_path, (ADAPTER,), where=f"model.lora_adapter_path={model.lora_adapter_path}")
     check_is_model(model.partial_pretrain)
     adapter = model.lora_adapter_path
     own = adapter is not None and (Path(adapter).expanduser() / "tokenizer_config.json").is_file()

@@ -7,7 +7,6 @@ from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
 from verl.engine.position import Position
-from verl.errors import UserError
 from verl.run import Run
 
 
@@ -24,25 +23,33 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
     """Find the checkpoint to resume from, and log it as the run's first line.
 
     Raises:
-        UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are.
+        UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are; they are another run's; or the
+            settings differ from those of the checkpoint.
     """
     from verl.engine import checkpoint
 
-    root = run.directory
-    checkpoint.remove_unfinished(root)
+    root, why = run.directory, f": {run.origin}" if run.origin else ""
+    checkpoint.remove_unfinished(root)  # this run has the lock, so nobody is writing them
     if config.resume_mode == "disable":
-        run.say("starting a new run (trainer.resume_mode=disable)")
-        return None
-    if config.resume_mode == "auto":
+        from verl.trainer.continuation import check_empty
+
+        dist.together(lambda: check_empty(root))
+        found, line = None, f"starting a new run in {root} (trainer.resume_mode=disable){why}"
+    elif config.resume_mode == "resume_path":
+        from verl.trainer.continuation import find_named
+
+        found, line = find_named(config, run)
+    else:
         found = checkpoint.newest(root, run.say)
-        run.say(f"resuming from {found}" if found else f"starting a new run: no checkpoint in {root} (trainer.resume_mode=auto)")
-        return found
-    named = Path(str(config.resume_from_path)).expanduser()
-    damage = dist.from_main(checkpoint.find_damage(named) if dist.is_main() else None)
-    if damage is not None:
-        raise UserError(damage, where=f"trainer.resume_from_path={named}", fix="give a complete global_step_N directory")
-    run.say(f"resuming from {named} (trainer.resume_mode=resume_path)")
-    return named
+        new = f"starting a new run in {root}{why}" if why else f"starting a new run: no checkpoint in {root} (trainer.resume_mode=auto)"
+        line = f"resuming from {found}{why}" if found else new
+    if found is not None:
+        from verl.trainer.continuation import check_settings  # a new run has nothing to compare
+
+        check_settings(found, run)
+    for text in (line, *run.notes):
+        run.say(text)
+    return found
 
 
 def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total_steps: int) -> Position | None:
@@ -54,8 +61,10 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
     Returns:
         None if all steps are already done, which is logged.
     Raises:
-        UserError: the rows or their order differ from the checkpoint's, or a logger cannot be opened.
+        UserError: the rows, their order or the length of the run differ from the checkpoint's, or a logger cannot be opened.
     """
+    from verl.directory import settings_of  # once in a run
+
     start = Position(
         step=0,
         tokens=0,
@@ -64,13 +73,15 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
         rows_per_step=rows_per_step,
         seed=config.seed,
         data_fingerprint=rows.fingerprint,
+        settings=dist.from_main(settings_of(run.settings) if dist.is_main() else {}),
+        total_steps=total_steps,
     )
     if run.checkpoint is not None:
-        from verl.trainer.continuation import continued  # a new run has nothing to compare
+        from verl.trainer.continuation import continued, nothing_left
 
         start = continued(start, run.checkpoint, run)
         if start.step >= total_steps:
-            run.say(f"nothing left to do: {start.step} of {total_steps} steps are done; to train longer, raise trainer.total_epochs")
+            run.say(nothing_left(start))
             return None
     run.start_logging(start.step, total_steps)
     return start

@@ -47,7 +47,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
-        tokenizer = read_tokenizer(outline, config.data)
+        tokenizer = read_tokenizer(outline, config.data, may_have_head=method.scorer == "score")
         spread = choose_spread(outline, hardware)  # raises before the data is read
         pairs, validation = load_data(config.data, PairColumns.of(config.data), tokenizer, run)
         loader = build_loader(config.data, pairs, config.trainer.seed, hardware)
@@ -84,7 +84,7 @@ def dry_run(config: RewardTrainerConfig) -> None:
     """
     device = dist.start()
     method = load_preference(config)
-    tokenizer = read_tokenizer(Outline(config.model), config.data)
+    tokenizer = read_tokenizer(Outline(config.model), config.data, may_have_head=method.scorer == "score")
     pairs = load_rows(config.data, PairColumns.of(config.data), "train", tokenizer)
     loader = build_loader(config.data, pairs, config.trainer.seed, measure(device))
     if dist.is_main():

@@ -55,10 +55,11 @@ class Saver:
         self.finish()
         if self._background is None:
             export, critic, say = self._actor.export, self._critic, self._run.say
-            saved = checkpoint.save(self._run.directory, self._actor.engine, position, export, critic, say)
+            saved = checkpoint.save(self._run.owned(), self._actor.engine, position, export, critic, say)
             self._keep(saved, metrics)
         else:
             self._metrics = metrics
+            self._run.owned()
             self._background.start(position)
 
     def poll(self) -> None:
