@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_CODE = 2
+DISK_EXIT_CODE = 4
 
 
 class UserError(Exception):
@@ -23,7 +24,11 @@ class UserError(Exception):
         what: what was found and what was expected.
         where: the location, such as `train.jsonl:17` or `data.max_length`.
         fix: what to do.
+    Attributes:
+        exit_code: of a command that ends with this error.
     """
+
+    exit_code = EXIT_CODE
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
@@ -37,6 +42,15 @@ class UserError(Exception):
         place = f"{self.where}: " if self.where else ""
         fix = f"\n  fix: {self.fix}" if self.fix else ""
         return f"{place}{self.what}{fix}"
+
+
+class DiskError(UserError):
+    """A disk is full or fails. Nothing that was complete is lost."""
+
+    exit_code = DISK_EXIT_CODE
+
+    def __reduce__(self) -> tuple[Callable[[], "DiskError"], tuple[()]]:
+        return partial(DiskError, self.what, where=self.where, fix=self.fix), ()
 
 
 class AbandonedError(UserError):
@@ -70,13 +84,13 @@ def print_error(error: UserError) -> None:
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
-    """Run `main(*args)` and exit: with code 2 after printing a UserError, with 128 + the signal's number after Stopped, else with 0."""
+    """Run `main(*args)` and exit: with its code after printing a UserError, with 128 + the signal's number after Stopped, else with 0."""
     atexit.register(gc.freeze)  # at exit, Python searches all objects for cycles: with torch imported, this takes seconds
     try:
         main(*args)
     except UserError as error:
         print_error(error)
-        raise SystemExit(EXIT_CODE) from None
+        raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signal) from None
     raise SystemExit(0)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from verl.algorithms import sft
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.loader import Loader, Packing
-from verl.engine import checkpoint, restore
+from verl.engine import checkpoint, draft, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
@@ -227,6 +227,41 @@ def test_only_the_newest_are_kept(two_checkpoints: Path) -> None:
     assert [p.name for p in checkpoint.committed(two_checkpoints)] == ["global_step_4"]
 
 
+def test_retention_counts_checkpoints_that_are_as_they_were_written_and_names_the_others(two_checkpoints: Path) -> None:
+    shutil.copytree(two_checkpoints / "global_step_4", two_checkpoints / "global_step_99")
+    said: list[str] = []
+    checkpoint.prune(two_checkpoints, 1, good=[two_checkpoints / "global_step_4"], say=said.append)
+    assert [p.name for p in checkpoint.committed(two_checkpoints)] == ["global_step_4", "global_step_99"]
+    assert len(said) == 1 and "global_step_99 is damaged" in said[0]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_does_not_end_the_run(two_checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    said: list[str] = []
+    monkeypatch.setattr(Path, "rename", refused)
+    checkpoint.prune(two_checkpoints, 1, say=said.append)
+    assert said == ["global_step_2 cannot be deleted: Permission denied"]
+
+
+def test_retention_keeps_what_is_needed_besides(two_checkpoints: Path) -> None:
+    checkpoint.prune(two_checkpoints, 1, needed=[two_checkpoints / "global_step_2"])
+    assert len(checkpoint.committed(two_checkpoints)) == 2
+
+
+def test_a_committed_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    loaded = load_for_training(str(write_model(tmp_path / "original")))
+    engine, said = engine_on(loaded), list[str]()
+    save(tmp_path, engine, loaded)
+    (tmp_path / "global_step_2" / "mine.txt").write_text("mine")
+    export = partial(export_model, model=loaded.model, saved_dtypes=loaded.saved_dtypes)
+    saved = checkpoint.save(tmp_path, engine, WHERE, export, say=said.append)
+    assert checkpoint.find_damage(saved) is None
+    assert (tmp_path / "global_step_2.replaced-1/mine.txt").read_text() == "mine" and "replaced-1" in said[0]
+    assert checkpoint.newest(tmp_path, print) == saved
+
+
 def test_a_disk_that_fails_is_named_and_the_checkpoint_before_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_for_training(str(write_model(tmp_path / "original")))
     engine = engine_on(loaded)
@@ -235,7 +270,7 @@ def test_a_disk_that_fails_is_named_and_the_checkpoint_before_remains(tmp_path: 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(draft, "save_file", full)
     with pytest.raises(UserError, match=r"global_step_3\.tmp: cannot be written: No space left on device"):
         save(tmp_path, engine, loaded, step=3)
     assert checkpoint.committed(tmp_path) == [before] and not (tmp_path / "global_step_3.tmp").exists()
@@ -247,9 +282,9 @@ def test_any_error_on_a_full_disk_is_one_of_the_disk(tmp_path: Path, monkeypatch
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("unexpected pos 704 vs 598")
 
-    monkeypatch.setattr(checkpoint, "save_file", fails)
+    monkeypatch.setattr(draft, "save_file", fails)
     with pytest.raises(RuntimeError, match="unexpected pos"):
         save(tmp_path, engine_on(loaded), loaded)
-    monkeypatch.setattr(checkpoint, "FULL_BYTES", 2**60)
+    monkeypatch.setattr(draft, "FULL_BYTES", 2**60)
     with pytest.raises(UserError, match="No space left on device"):
         save(tmp_path, engine_on(loaded), loaded)

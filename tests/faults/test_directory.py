@@ -25,9 +25,9 @@ from verl.config.load import load_config
 from verl.config.objects import _leaves, _tree
 from verl.config.sft import SFTConfig
 from verl.directory import begin_files, claim, recorded_settings, settings_of
-from verl.engine import checkpoint
 from verl.errors import UserError
 from verl.lock import LockedError, Owner, take
+from verl.manifest import entry_of
 from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer, ppo_trainer, reward_trainer
 
@@ -262,8 +262,7 @@ def forget_settings(directory: Path) -> None:
         path.write_text(json.dumps(state, indent=2) + "\n")
         manifest = path.parent.parent / "manifest.json"
         listed = json.loads(manifest.read_text())
-        sums = checkpoint._checksums(path.parent.parent, ["trainer/state.json"])
-        listed["files"]["trainer/state.json"] = {"size": path.stat().st_size, "sha256": sums["trainer/state.json"]}
+        listed["files"]["trainer/state.json"] = asdict(entry_of(path))
         manifest.write_text(json.dumps(listed))
 
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.checks import check_best, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
@@ -76,6 +76,7 @@ class RewardTrainerConfig:
         check_optim(self.optim)
         check_offload(model, self.optim)
         check_trainer(self.trainer)
+        check_best(self.trainer, self.data.val_files)
         check_samples(data)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         if data.chosen_key == data.rejected_key:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from verl.config.algorithm import AlgorithmConfig
-from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.checks import check_best, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
 from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
@@ -172,6 +172,7 @@ class PPOConfig:
             check_optim(optim, key)
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
+        check_best(self.trainer, self.data.val_files)
         check_samples(self.data)
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from verl.config.checks import check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.checks import check_best, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 
@@ -78,6 +78,7 @@ class SFTConfig:
         check_optim(self.optim)
         check_offload(self.model, self.optim)
         check_trainer(self.trainer)
+        check_best(self.trainer, self.data.val_files)
         one_of("data.train_turns", data.train_turns, ("all", "last"))
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         at_least("data.max_length", data.max_length, 2)

@@ -106,8 +106,15 @@ class TrainerConfig:
     save_freq: int | str = "epoch"
     # Compute the validation loss every N steps; "epoch": at the end of each epoch; -1: only at the end.
     test_freq: int | str = "epoch"
-    # Number of newest checkpoints to keep; null or -1: all.
+    # Number of newest checkpoints to keep; null or -1: all. Damaged ones do not count, and the best one (best_metric) is kept besides.
     max_ckpt_to_keep: int | None = None
+    # Write checkpoints beside training, from a copy of weights and optimizer in host memory, which each process keeps for the whole run.
+    async_save: bool = False
+    # Metric of the validation, such as val/loss, by which the best checkpoint is kept as default_local_dir/best. A step that improves it
+    # is saved, also between two steps of save_freq. null: none.
+    best_metric: str | None = None
+    # Whether best_metric is best where it is smallest ("min") or largest ("max"); null: known from its name.
+    best_mode: str | None = None
     # "auto" resumes from the newest checkpoint in default_local_dir, "resume_path" from resume_from_path; "disable" starts a new run, in a
     # directory without checkpoints.
     resume_mode: str = "auto"

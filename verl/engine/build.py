@@ -1,7 +1,9 @@
 """Build an engine from a model's name and settings: load the model, check it, add adapters, and shard it."""
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from verl.engine.weights import MasterWeights
 from verl.models.attention.packed import describe_attention, use_attention
 from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, numel, read_adapter_config
 from verl.models.prompt_format import PromptFormat
-from verl.models.saved import export_adapter, export_model, export_tokenizer
+from verl.models.saved import cast, export_adapter, export_model, export_tokenizer, gather, write_adapter, write_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,6 +57,37 @@ class Built:
                 export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
             else:
                 export_adapter(directory, self.adapted)
+        self._write_beside(directory)
+
+    def gathered(self, copies: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+        """Prepare `export`, and return the part of it that writes. Every rank calls it; what it returns waits for no other rank.
+
+        Args:
+            copies: copies of the trained parameters in host memory, by the engine's names; a sharded one is gathered instead.
+        """
+        trained = self.engine.weights.trained
+        of_id = {id(trained[name]): copy for name, copy in copies.items()}
+        dtypes = {} if self.adapted is not None else self.loaded.saved_dtypes
+        with self.engine.weights.in_model():
+            weights = gather(self.adapted or self.loaded.model, dtypes, only_trained=self.adapted is not None, copies=of_id)
+        return partial(self._write, weights=weights, beside=self._files_beside)
+
+    @cached_property
+    def _files_beside(self) -> dict[str, bytes]:
+        """Contents of the files beside the weights. They are the same in each checkpoint, and writing a tokenizer takes a while."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._write_beside(Path(folder))
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def _write(self, directory: Path, *, weights: dict[str, torch.Tensor], beside: dict[str, bytes]) -> None:
+        if self.adapted is None:
+            write_model(directory, self.loaded.model, cast(weights, self.loaded.saved_dtypes))
+        else:
+            write_adapter(directory, self.adapted, weights)
+        for name, content in beside.items():
+            (directory / name).write_bytes(content)
+
+    def _write_beside(self, directory: Path) -> None:
         export_tokenizer(directory, self.tokenizer, getattr(self.loaded.model, "generation_config", None), self.stop_ids)
         if dist.is_main():
             PromptFormat.of(self.tokenizer, self.stop_ids, self.system_prompts).write(directory)

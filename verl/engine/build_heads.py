@@ -1,5 +1,6 @@
 """Build the engines of critics and reward models, which have a scalar head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from verl.engine.engine import Engine
 from verl.engine.value_scorers import RewardScorer, ValueScorer, check_hidden
 from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import Loaded, check_vocabulary
-from verl.models.saved import export_model
+from verl.models.saved import cast, export_model, gather, write_model
 from verl.models.shards import small_twin
 
 
@@ -29,6 +30,18 @@ class Critic:
         directory.mkdir(exist_ok=True)
         with self.engine.weights.in_model():
             export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
+
+    def gathered(self, copies: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+        """Prepare `export`, as `Built.gathered` does."""
+        trained, dtypes = self.engine.weights.trained, self.loaded.saved_dtypes
+        with self.engine.weights.in_model():
+            weights = gather(self.loaded.model, dtypes, copies={id(trained[name]): copy for name, copy in copies.items()})
+
+        def write(directory: Path) -> None:
+            directory.mkdir(exist_ok=True)
+            write_model(directory, self.loaded.model, cast(weights, dtypes))
+
+        return write
 
 
 def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Built, decisions: Decisions, *, seed: int) -> Critic:

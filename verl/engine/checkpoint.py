@@ -10,36 +10,19 @@
 A directory is written under a temporary name, flushed to disk and renamed, so a directory with the final name is complete.
 """
 
-import errno
-import hashlib
-import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-
-from verl import __version__, dist
-from verl.data.fingerprint import Fingerprint
-from verl.durable import flush, replace_text
+from verl import dist
+from verl.engine import damage
+from verl.engine.draft import LATEST as LATEST
+from verl.engine.draft import Draft, Written, random_states, remove
 from verl.engine.engine import Engine
 from verl.engine.optim import optimizer_state
-from verl.errors import UserError
-
-LATEST = "latest_checkpointed_iteration.txt"
-MANIFEST = "manifest.json"
-FULL_BYTES = 16 * 2**20  # a disk with less space is full
-_STEP = re.compile(r"global_step_(\d+)")
+from verl.engine.position import Position as Position
+from verl.engine.stored_state import StoredState, local_tensors
+from verl.errors import DiskError, UserError
 
 
 class SavedCritic(Protocol):
@@ -51,164 +34,43 @@ class SavedCritic(Protocol):
     def export(self, directory: Path) -> None: ...
 
 
-@dataclass(frozen=True)
-class Position:
-    """Progress of a run, and the identity of its data, from which it resumes.
-
-    Attributes:
-        step: finished optimizer steps.
-        tokens: tokens seen so far over all ranks, without filler.
-        supervised_tokens: trained tokens so far.
-        rows: rows of the training set.
-        rows_per_step: global batch size in rows.
-        seed: seed of the row order.
-        data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
-        drawn: prompts drawn so far, in reinforcement learning.
-        kl_coef: current KL coefficient, if it is adaptive.
-        settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
-            checkpoints of older versions.
-        total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
-    """
-
-    step: int
-    tokens: int
-    supervised_tokens: int
-    rows: int
-    rows_per_step: int
-    seed: int
-    data_fingerprint: Fingerprint | str
-    drawn: int = 0
-    kl_coef: float | None = None
-    settings: dict[str, str] = field(default_factory=dict)
-    total_steps: int = 0
-
-
-def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None], critic: SavedCritic | None = None) -> Path:
+def save(
+    root: Path,
+    engine: Engine,
+    position: Position,
+    export: Callable[[Path], None],
+    critic: SavedCritic | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
     """Write and commit `global_step_N`. Every rank calls it.
 
     Args:
         root: the run's directory.
         export: writes the Hugging Face files into a directory; called on every rank.
         critic: saved too, in a separate directory.
+        say: prints a message, on rank 0.
     Returns:
         the committed directory.
     Raises:
-        UserError: the disk is full or fails. Earlier checkpoints remain.
+        DiskError: on all ranks: the disk is full or fails. Earlier checkpoints remain.
     """
-    final = root / f"global_step_{position.step}"
-    temporary = root / f"{final.name}.tmp"
-    if dist.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "trainer").mkdir(parents=True)
-    dist.barrier()
-    with _disk_errors_named(temporary):
-        export(temporary)
-        dcp.save(state_of(engine), checkpoint_id=temporary / "trainer", process_group=dist.group())
-        if critic is not None:
-            dcp.save(state_of(critic.engine), checkpoint_id=temporary / "trainer" / "critic", process_group=dist.group())
-            critic.export(temporary / "critic")
-        save_file(_random_states(engine.device), temporary / "trainer" / f"rng_{dist.rank()}.safetensors")
-        if dist.is_main():
-            (temporary / "trainer" / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n")
-        dist.barrier()
-        if dist.is_main():
-            _write_manifest(temporary, position.step)
-            _commit(temporary, final)
-    dist.barrier()
-    return final
+    states = states_of(engine, critic)
+    draft = Draft(root, position, {folder: StoredState.planned(state) for folder, state in states.items()}, say)
+    draft.begin()
+    draft.together(lambda: export(draft.temporary))
+    if critic is not None:
+        draft.together(lambda: critic.export(draft.temporary / "critic"))
+    written: list[Written] = []
+    tensors = {folder: local_tensors(state) for folder, state in states.items()}
+    draft.together(lambda: written.append(draft.write(tensors, random_states(engine.device))))
+    of_ranks = dist.gathered(written[0])
+    draft.together(lambda: draft.commit(of_ranks) if dist.is_main() else None)
+    return draft.final
 
 
-@contextmanager
-def _disk_errors_named(directory: Path) -> Iterator[None]:
-    """Raise a UserError in place of an error of the disk, and remove the incomplete checkpoint.
-
-    Libraries raise errors of many kinds. Any of them counts as one of the disk if hardly any space is left.
-    """
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        failures = [error, *(failure for failure, _ in getattr(error, "failures", {}).values())]
-        reason = next((failure.strerror for failure in failures if isinstance(failure, OSError) and failure.strerror), None)
-        if shutil.disk_usage(directory.parent).free < FULL_BYTES:
-            reason = os.strerror(errno.ENOSPC)
-        if reason is None:
-            raise
-        if dist.is_main():
-            shutil.rmtree(directory, ignore_errors=True)
-        fix = "make room or set trainer.default_local_dir to another disk; earlier checkpoints are complete, and the same command resumes"
-        raise UserError(f"cannot be written: {reason}", where=str(directory), fix=fix) from error
-
-
-def newest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest committed checkpoint under `root` that matches its manifest. Rank 0 checks, and all ranks get the result.
-
-    Damaged checkpoints are skipped, and the reason is reported.
-
-    Raises:
-        UserError: there are checkpoints, but all are damaged.
-    """
-    found = dist.from_main(_newest(root, say) if dist.is_main() else None)
-    if isinstance(found, UserError):
-        raise found
-    return found
-
-
-def _newest(root: Path, say: Callable[[str], None]) -> Path | UserError | None:
-    directories = committed(root)
-    for directory in reversed(directories):
-        damage = find_damage(directory)
-        if damage is None:
-            return directory
-        say(f"skipping {directory.name}: {damage}")
-    if directories:
-        return UserError(
-            "every checkpoint is damaged", where=str(root), fix="move the directory away, and start again with trainer.resume_mode=disable"
-        )
-    return None
-
-
-def committed(root: Path) -> list[Path]:
-    """Return the committed checkpoints of a run's directory, oldest first."""
-    found = [(int(match[1]), path) for path in root.glob("global_step_*") if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
-    return [path for _, path in sorted(found)]
-
-
-def find_damage(directory: Path) -> str | None:
-    """Check a checkpoint's files against its manifest. Return what is wrong, or None."""
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"no readable {MANIFEST} ({type(error).__name__})"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected['size']}"
-    sums = _checksums(directory, list(files))
-    wrong = [name for name, expected in files.items() if sums[name] != expected["sha256"]]
-    return f"{wrong[0]} does not match its checksum" if wrong else None
-
-
-def prune(root: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints; None or -1 keeps all. Call it only after the newest one is committed."""
-    if keep is None or keep == -1 or not dist.is_main():
-        return
-    for directory in committed(root)[:-keep]:
-        shutil.rmtree(directory)
-
-
-def remove_unfinished(root: Path) -> None:
-    """Delete unfinished checkpoints that a killed run left behind."""
-    if dist.is_main():
-        for path in root.glob("global_step_*.tmp"):
-            shutil.rmtree(path)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def states_of(engine: Engine, critic: SavedCritic | None) -> dict[str, dict[str, Any]]:
+    """Return the trained weights and the optimizer state of each model, by its folder in a checkpoint."""
+    return {"trainer": state_of(engine), **({} if critic is None else {"trainer/critic": state_of(critic.engine)})}
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
@@ -221,38 +83,73 @@ def state_of(engine: Engine) -> dict[str, Any]:
     return {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer}
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+def newest(root: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest committed checkpoint under `root` that is as it was written. Rank 0 checks, and all ranks get the result.
+
+    Damaged checkpoints are skipped, and the reason is said.
+
+    Raises:
+        UserError: there are checkpoints, but all are damaged.
+    """
+    found = dist.from_main(damage.find_newest(root, say) if dist.is_main() else None)
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-def _write_manifest(directory: Path, step: int) -> None:
-    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
-    sums = _checksums(directory, names)
-    files = {name: {"size": (directory / name).stat().st_size, "sha256": sums[name]} for name in names}
-    manifest = {"verl": __version__, "step": step, "world_size": dist.world_size(), "files": files}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+def find_damage(directory: Path, *, hashes: bool = True) -> str | None:
+    """Return what is wrong with a checkpoint, in one line, or None. Without `hashes`, only names and sizes are compared."""
+    return damage.find_damage(directory, hashes=hashes)
 
 
-def _checksums(directory: Path, names: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor() as pool:  # hashing releases the GIL, so files are read in parallel
-        return dict(zip(names, pool.map(lambda name: _sha256(directory / name), names), strict=True))
+def committed(root: Path) -> list[Path]:
+    """Return the committed checkpoints of a run's directory, oldest first."""
+    return [path for path in damage.candidates(root) if damage.oddity(path) is None]
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def prune(
+    root: Path, keep: int | None, *, good: Collection[Path] = (), needed: Collection[Path] = (), say: Callable[[str], None] = print
+) -> None:
+    """Delete all but the newest `keep` checkpoints that are as they were written; None or -1 keeps all.
+
+    Damaged checkpoints neither count nor are deleted; they are named. Call it only after the newest one is committed.
+
+    Args:
+        good: checkpoints that are known to be good, because this run has written or verified them.
+        needed: checkpoints that are kept in any case.
+    """
+    if keep is None or keep == -1 or not dist.is_main():
+        return
+    kept = 0
+    for directory in reversed(committed(root)):
+        enough = kept >= keep
+        found = None if directory in good else damage.find_damage(directory, hashes=not enough)
+        if found is not None:
+            say(f"{directory.name} is damaged ({found}): it does not count for trainer.max_ckpt_to_keep, and is not deleted")
+        elif enough and directory not in needed:
+            try:
+                _delete(directory)
+            except OSError as error:  # no reason to end a run
+                say(f"{directory.name} cannot be deleted: {error.strerror or error}")
+        else:
+            kept += 1
 
 
-def _commit(temporary: Path, final: Path) -> None:
-    for path in [*temporary.rglob("*"), temporary]:
-        path.chmod(0o777 & ~_umask() if path.is_dir() else 0o666 & ~_umask())  # safetensors makes files that only the owner can read
-        flush(path)
-    if final.exists():  # left by an abandoned run; a committed checkpoint is never overwritten in place
-        shutil.rmtree(final)
-    temporary.rename(final)
-    replace_text(final.parent / LATEST, _STEP.fullmatch(final.name)[1] + "\n")  # type: ignore[index]
-    flush(final.parent)
+def _delete(directory: Path) -> None:
+    """Delete a checkpoint. It first loses its name, so that one that is deleted by half is not taken for a damaged one."""
+    unnamed = directory.with_name(f"{directory.name}.tmp")
+    remove(unnamed)
+    directory.rename(unnamed)
+    remove(unnamed)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Delete unfinished checkpoints that a killed run left behind. Raises DiskError: one cannot be deleted."""
+    if not dist.is_main():
+        return
+    try:
+        for path in root.glob("global_step_*.tmp"):
+            remove(path)
+    except OSError as error:
+        where, fix = error.filename or str(root), "delete it, or set trainer.default_local_dir to another directory"
+        raise DiskError(f"cannot be deleted: {error.strerror or error}", where=where, fix=fix) from error

@@ -1,6 +1,5 @@
 """Reads a checkpoint back: weights, optimizer and random states into an engine, and the position of its run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,19 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from verl import dist
-from verl.data.fingerprint import Fingerprint
-from verl.engine.checkpoint import Position, SavedCritic, state_of
+from verl.engine import damage
+from verl.engine.checkpoint import SavedCritic, state_of
 from verl.engine.engine import Engine
+from verl.engine.position import Position
+from verl.engine.stored_metadata import Reader, read_metadata
 from verl.errors import UserError
+from verl.typed_json import DamageError
+
+_ANOTHER = "resume from another checkpoint: trainer.resume_mode=resume_path trainer.resume_from_path=…/global_step_N"
 
 
 def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> None:
@@ -37,22 +42,34 @@ def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> 
 def _load_into(engine: Engine, directory: Path) -> None:
     state = state_of(engine)
     _check_same_tensors(state, directory)
-    dcp.load(state, checkpoint_id=directory, process_group=dist.group())  # in place, because these are the engine's own tensors
+    try:
+        dcp.load(state, storage_reader=Reader(directory), process_group=dist.group())  # in place: these are the engine's own tensors
+    except CheckpointException as error:
+        reason = next((str(failure) for failure, _ in error.failures.values()), "it cannot be read").splitlines()[0]
+        raise UserError(f"the checkpoint is damaged: {reason}", where=str(directory), fix=_ANOTHER) from error
     engine.weights.publish()
 
 
 def read_position(directory: Path) -> Position:
-    """Read the position that a checkpoint was saved at."""
-    state = json.loads((directory / "trainer" / "state.json").read_text())
-    data = state["data_fingerprint"]
-    return Position(**{**state, "data_fingerprint": Fingerprint(**data) if isinstance(data, dict) else data})
+    """Read the position that a checkpoint was saved at. Raises UserError: its file is damaged."""
+    try:
+        return damage.read_position(directory)
+    except DamageError as error:
+        raise UserError(f"the checkpoint is damaged: {error}", where=str(directory), fix=_ANOTHER) from error
+
+
+def _read_metadata(directory: Path) -> Metadata:
+    try:
+        return read_metadata(directory)
+    except DamageError as error:
+        raise UserError(f"the checkpoint is damaged: {error}", where=str(directory), fix=_ANOTHER) from error
 
 
 def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
     """Raise UserError if names, shapes or dtypes of the checkpoint's tensors differ from those of the state to load."""
     found = {
         name: (tensor.properties.dtype, tuple(tensor.size))
-        for name, tensor in dcp.FileSystemReader(directory).read_metadata().state_dict_metadata.items()
+        for name, tensor in _read_metadata(directory).state_dict_metadata.items()
         if isinstance(tensor, TensorStorageMetadata)
     }
     model = {f"model.{name}": tensor for name, tensor in state["model"].items()}

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,6 +153,15 @@ def check_format(path: str) -> None:
         refuse_formats(path)
 
 
+def check_unchanged(path: str) -> None:
+    """Raise UserError if a directory is a checkpoint of verl and its model is not as it was written."""
+    folder = Path(path).expanduser()
+    if os.path.lexists(folder / "manifest.json") or folder.name == "critic":
+        from verl.models.verified import verify  # only checkpoints are verified
+
+        verify(path)
+
+
 def _has_model(path: str) -> bool:
     """Return whether a local directory has a model in safetensors. A name that is no local path counts as one that has."""
     place = Path(path).expanduser()
@@ -191,6 +201,7 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
 def read_adapter_config(path: str) -> dict[str, Any] | None:
     """Read adapter_config.json of an adapter directory. Return None if `path` is anything else."""
     file = Path(path).expanduser() / "adapter_config.json"
+    check_unchanged(path)
     if not file.is_file():
         return None
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -213,10 +224,11 @@ def resolve(path: str) -> str:
     """Return the absolute path of a local model or adapter directory. Any other name is returned unchanged, as a Hub name.
 
     Raises:
-        UserError: the path does not exist, is a file, or has no model.
+        UserError: the path does not exist, is a file, or has no model; or it is a checkpoint of verl that is not as it was written.
     """
     local = Path(path).expanduser()
     if local.is_dir():
+        check_unchanged(path)
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             check_format(path)
             newest = newest_step(local)
@@ -233,7 +245,7 @@ def resolve(path: str) -> str:
 
 def newest_step(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's directory; None if there is none."""
-    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal()]
+    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal() and path.is_dir()]
     return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
 
 

@@ -1,7 +1,7 @@
 """Save a trained model as a Hugging Face directory, with the keys, shapes and dtypes of the original."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,11 @@ def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str
         saved_dtypes: dtype on disk of each tensor, by its name in the model.
         max_shard_size: maximum size of a weight file, such as "50GB".
     """
-    weights = _gather(model, saved_dtypes)
+    write_model(directory, model, gather(model, saved_dtypes), max_shard_size=max_shard_size)
+
+
+def write_model(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], *, max_shard_size: str = "50GB") -> None:
+    """Write config and safetensors of gathered weights. It waits for no other rank, and does not use the model's own weights."""
     if dist.is_main():
         original = copy.deepcopy(model.config)
         model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
@@ -37,9 +41,13 @@ def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str
 
 def export_adapter(directory: Path, adapted: "PeftModel") -> None:
     """Write a LoRA adapter in peft's format. Every rank calls it; rank 0 writes."""
+    write_adapter(directory, adapted, gather(adapted, {}, only_trained=True))
+
+
+def write_adapter(directory: Path, adapted: "PeftModel", weights: dict[str, Tensor]) -> None:
+    """Write gathered weights of an adapter, as `write_model` does."""
     from peft import get_peft_model_state_dict
 
-    weights = _gather(adapted, {}, only_trained=True)
     if dist.is_main():
         # The embeddings were not resized, so peft need not compare them with those of the base model.
         adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
@@ -74,15 +82,46 @@ def export_tokenizer(
     config.save_pretrained(directory)
 
 
-def _gather(model: torch.nn.Module, saved_dtypes: dict[str, torch.dtype], *, only_trained: bool = False) -> dict[str, Tensor]:
-    """Gather full tensors in rank 0's host memory, by name. Tied parameters share memory. Other ranks get an empty dict."""
+def gather(
+    model: torch.nn.Module,
+    saved_dtypes: dict[str, torch.dtype],
+    *,
+    only_trained: bool = False,
+    copies: Mapping[int, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Gather full tensors by name in rank 0's host memory; other ranks get an empty dict. Every rank calls it. Tied ones share memory.
+
+    Args:
+        copies: copies of parameters in host memory, by the parameter's id. With them, no tensor of the result is the model's own, so that
+            training may go on. A copy keeps its dtype, and is cast by `cast` when it is written.
+    """
     gathered: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if only_trained and not tensor.requires_grad:
             continue
         if id(tensor) not in seen:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective, called by every rank
-            seen[id(tensor)] = whole.detach().to(saved_dtypes.get(name, tensor.dtype)).cpu() if dist.is_main() else torch.empty(0)
+            seen[id(tensor)] = _in_host_memory(tensor, saved_dtypes.get(name, tensor.dtype), copies)
         gathered[name] = seen[id(tensor)]
     return gathered if dist.is_main() else {}
+
+
+def _in_host_memory(tensor: Tensor, dtype: torch.dtype, copies: Mapping[int, Tensor] | None) -> Tensor:
+    """Return a full tensor in host memory, on rank 0, and an empty one on others."""
+    if copies is not None and id(tensor) in copies and not isinstance(tensor, DTensor):
+        return copies[id(tensor)]
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective, called by every rank
+    if not dist.is_main():
+        return torch.empty(0)
+    found = whole.detach().to(dtype).cpu()
+    is_own = copies is not None and tensor.requires_grad and found.data_ptr() == whole.data_ptr()
+    return found.clone() if is_own else found
+
+
+def cast(weights: Mapping[str, Tensor], saved_dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Return gathered weights in their dtypes on disk. Tied ones still share memory."""
+    seen: dict[int, Tensor] = {}
+    for name, tensor in weights.items():
+        if id(tensor) not in seen:
+            seen[id(tensor)] = tensor.to(saved_dtypes.get(name, tensor.dtype))
+    return {name: seen[id(tensor)] for name, tensor in weights.items()}

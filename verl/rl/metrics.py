@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from verl import dist
-from verl.engine.checkpoint import Position
+from verl.engine.position import Position
 from verl.rl.answering import Collected
 from verl.rl.clock import PHASES, Clock
 from verl.rl.experience import Experience

@@ -14,9 +14,9 @@ from verl.algorithms._settings import PolicySettings
 from verl.config.ppo import PPOConfig
 from verl.data.batch import Batch
 from verl.engine.build_heads import Critic
-from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
+from verl.engine.position import Position
 from verl.errors import UserError
 from verl.rl.answering import Collected
 from verl.rl.experience import Experience

@@ -19,8 +19,8 @@ from verl.config.trajectory import CONTENT, LEARNS, LENGTH, MODEL, ROWS, Change,
 from verl.data.fingerprint import Fingerprint
 from verl.directory import decisive, is_continued, settings_beside, settings_of, steps_in
 from verl.engine import checkpoint, restore
-from verl.engine.checkpoint import Position
 from verl.engine.optim import learning_rate
+from verl.engine.position import Position
 from verl.errors import UserError
 from verl.run import Run
 
@@ -127,9 +127,8 @@ def continued(fresh: Position, path: Path, run: Run) -> Position:
         _check_length(fresh, saved, [change for change in found if change.kind == LENGTH], path, run)
     for note in run.notes:
         run.say(note)
-    return replace(
-        fresh, step=saved.step, tokens=saved.tokens, supervised_tokens=saved.supervised_tokens, drawn=saved.drawn, kl_coef=saved.kl_coef
-    )
+    tokens, trained = saved.tokens, saved.supervised_tokens
+    return replace(fresh, step=saved.step, tokens=tokens, supervised_tokens=trained, drawn=saved.drawn, kl_coef=saved.kl_coef)
 
 
 def _changed_order(fresh: Position, saved: Position) -> str | None:

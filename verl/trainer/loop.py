@@ -2,21 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents
 from verl.data.loader import Loader
-from verl.engine import checkpoint
 from verl.engine.build import Built
-from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
+from verl.engine.position import Position
 from verl.run import Run
 from verl.trainer.meter import Meter
+
+if TYPE_CHECKING:
+    from verl.trainer.saving import Saver
 
 VALIDATION_ROWS = 1024  # validation rows that are packed at a time
 
@@ -29,6 +32,26 @@ def train_loop(
     built: Built,
     start: Position,
     run: Run,
+) -> None:
+    """Train to the last step, or until a signal stops the run. What is being saved is saved."""
+    from verl.trainer.saving import Saver
+
+    with Saver(config, run, built) as saver:
+        if validation is not None:
+            saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, rows=dist.data_size()))
+        train_steps(config, algorithm, loader, validation, built, start, run, saver)
+        saver.finish()
+
+
+def train_steps(
+    config: TrainerConfig,
+    algorithm: Algorithm,
+    loader: Loader,
+    validation: Documents | None,
+    built: Built,
+    start: Position,
+    run: Run,
+    saver: "Saver",
 ) -> None:
     """In each step, train and log; when due, validate and save."""
     engine, meter = built.engine, Meter(built.engine, start)
@@ -53,21 +76,14 @@ def train_loop(
             run.log(number, metrics)
         if ends_epoch:
             run.say(meter.end_epoch(step.epoch))
-        if saves:
-            here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
-            keep(checkpoint.save(run.owned(), engine, here, built.export), config, run, done, metrics)
+        saver.poll()
+        if saves or (validates and saver.wants(metrics)):
+            saver.save(replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens), metrics)
         if stop:
+            saver.finish()
             run.leave(done)
         if pause:
             meter.start()
-
-
-def keep(saved: Path, config: TrainerConfig, run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Record a new checkpoint as the run's newest, and remove old ones beyond `trainer.max_ckpt_to_keep`."""
-    run.checkpoint = saved
-    checkpoint.prune(run.directory, config.max_ckpt_to_keep)
-    run.keep_state({"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics})
-    run.say(f"saved {saved}")
 
 
 def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
@@ -81,12 +97,12 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
 
 
-def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader) -> dict[str, float]:
-    """Compute the mean loss and metrics over all validation rows, packed like training rows."""
+def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader, rows: int | None = None) -> dict[str, float]:
+    """Compute the mean loss and metrics over validation rows, packed like training rows; over the first `rows`, or all."""
+    total = len(validation) if rows is None else min(rows, len(validation))
 
     def batches() -> Iterator[Batch]:
-        for first in range(0, len(validation), VALIDATION_ROWS):
-            rows = np.arange(first, min(first + VALIDATION_ROWS, len(validation)))
-            yield from loader.micro_batches(validation, rows)
+        for first in range(0, total, VALIDATION_ROWS):
+            yield from loader.micro_batches(validation, np.arange(first, min(first + VALIDATION_ROWS, total)))
 
     return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from verl import dist
 from verl.data.loader import Step
-from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.hardware import peak_flops
 from verl.engine.outline import training_flops
+from verl.engine.position import Position
 from verl.errors import UserError
 
 Moment: TypeAlias = float | torch.cuda.Event  # seconds of the host's clock, or an event in the GPU's stream

@@ -14,10 +14,9 @@ from verl import dist
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig, RewardModelConfig
 from verl.data.prompts import Prompts, describe_draws, load_prompts
-from verl.engine import checkpoint
-from verl.engine.checkpoint import Position
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
+from verl.engine.position import Position
 from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Collected, collect
@@ -34,9 +33,10 @@ from verl.rl.updates import Updates
 from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import read_tokenizer
-from verl.trainer.loop import due, keep
+from verl.trainer.loop import due
 from verl.trainer.profile import profiled
 from verl.trainer.resume import begin, find_checkpoint
+from verl.trainer.saving import Saver
 
 
 @session()
@@ -75,7 +75,9 @@ def train(config: PPOConfig) -> TrainResult:
             restore.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
         try:
-            train_loop(config, method, prompts, validation, roles, start, run)
+            with Saver(config.trainer, run, roles.actor, roles.critic) as saver:
+                train_loop(config, method, prompts, validation, roles, start, run, saver)
+                saver.finish()
         except Stopped:  # on every training process, after the same step
             roles.answerer.close()
             raise
@@ -112,19 +114,21 @@ def train_loop(
     roles: Roles,
     start: Position,
     run: Run,
+    saver: Saver,
 ) -> None:
     """In each step, sample answers, score them, compute advantages, update and log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
     clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
     if validation is not None and start.step == 0:
-        run.log(0, validate(roles, validation, 0, run))
+        run.log(0, before := validate(roles, validation, 0, run))
+        saver.check_metric(lambda: before)
     for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         try:
             with roles.generating():
                 collected = collect(roles.answerer, prompts, here.drawn, config, clock)
         except AbandonedError:
-            leave_early(config, roles, here, start, run)
+            leave_early(config, here, start, run, saver)
         budget, multiple, separate = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.skips_zero_advantage
         experience = pack_experience(collected, updates.per_step, budget, multiple_of_tokens=multiple, separate=separate)
         with clock.phase("logprobs"):
@@ -149,11 +153,13 @@ def train_loop(
                 metrics |= validate(roles, validation, done, run)
             stop = run.should_stop()
         report_answers(collected, method, done, run)
+        saver.poll()
         lr = actor.learning_rate(step * updates.per_step)
         run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
-        if due(config.trainer.save_freq, done, ends_epoch, last or stop):
-            keep(checkpoint.save(run.owned(), actor, here, roles.actor.export, critic), config.trainer, run, done, metrics)
+        if due(config.trainer.save_freq, done, ends_epoch, last or stop) or saver.wants(metrics):
+            saver.save(here, metrics)
         if stop:
+            saver.finish()
             run.leave(done)
 
 
@@ -181,12 +187,13 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
-def leave_early(config: PPOConfig, roles: Roles, here: Position, start: Position, run: Run) -> NoReturn:
+def leave_early(config: PPOConfig, here: Position, start: Position, run: Run, saver: Saver) -> NoReturn:
     """Stop the run in a step that waits for rewards, because of a signal, with a checkpoint of the step before. Every rank calls it."""
+    saver.finish()
     is_saved = here.step == start.step or run.checkpoint == run.directory / f"global_step_{here.step}"
     if not is_saved and config.trainer.save_freq != "never":
-        saved = checkpoint.save(run.owned(), roles.actor.engine, here, roles.actor.export, roles.critic)
-        keep(saved, config.trainer, run, here.step, {})
+        saver.save(here, {})
+        saver.finish()
     run.leave(here.step)
 
 

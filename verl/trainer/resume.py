@@ -6,8 +6,7 @@ from typing import Protocol
 from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
-from verl.engine import checkpoint
-from verl.engine.checkpoint import Position
+from verl.engine.position import Position
 from verl.run import Run
 
 
@@ -27,6 +26,8 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
         UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are; they are another run's; or the
             settings differ from those of the checkpoint.
     """
+    from verl.engine import checkpoint
+
     root, why = run.directory, f": {run.origin}" if run.origin else ""
     checkpoint.remove_unfinished(root)  # this run has the lock, so nobody is writing them
     if config.resume_mode == "disable":

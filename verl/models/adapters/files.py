@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from verl.errors import UserError
+from verl.models.load import check_unchanged
 
 CONFIG, WEIGHTS, ALL_LINEAR = "adapter_config.json", "adapter_model.safetensors", "all-linear"
 _PREFIX = "base_model.model."  # prefix of peft's module names
@@ -35,6 +36,7 @@ def read_config(path: str, *, key: str | None = None) -> LoraConfig:
             if name == WEIGHTS and (folder / "adapter_model.bin").is_file():
                 fix = "load the adapter with peft and save it again: a .bin file, which can run code when it is read, is not read"
             raise UserError(f"{name} is missing", where=place, fix=fix)
+    check_unchanged(path)
     try:
         found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = found.get("peft_type")

@@ -1,0 +1,41 @@
+"""The position of a run: how far it is, and what identifies its rows. Each checkpoint has it in trainer/state.json."""
+
+import re
+from dataclasses import dataclass, field
+
+from verl.data.fingerprint import Fingerprint
+
+STATE = "state.json"
+STEP = re.compile(r"global_step_(0|[1-9][0-9]*)")  # names of committed checkpoints
+
+
+@dataclass(frozen=True)
+class Position:
+    """Progress of a run, and the identity of its data, from which it resumes.
+
+    Attributes:
+        step: finished optimizer steps.
+        tokens: tokens seen so far over all ranks, without filler.
+        supervised_tokens: trained tokens so far.
+        rows: rows of the training set.
+        rows_per_step: global batch size in rows.
+        seed: seed of the row order.
+        data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
+        drawn: prompts drawn so far, in reinforcement learning.
+        kl_coef: current KL coefficient, if it is adaptive.
+        settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
+            checkpoints of older versions.
+        total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
+    """
+
+    step: int
+    tokens: int
+    supervised_tokens: int
+    rows: int
+    rows_per_step: int
+    seed: int
+    data_fingerprint: Fingerprint | str
+    drawn: int = 0
+    kl_coef: float | None = None
+    settings: dict[str, str] = field(default_factory=dict)
+    total_steps: int = 0

@@ -1,0 +1,89 @@
+"""Saves the checkpoints of a run, at once or beside training, and keeps those that the config asks for."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from verl.config.shared import TrainerConfig
+from verl.engine import checkpoint
+from verl.engine.background import Background, SavedModel
+from verl.engine.position import Position
+from verl.run import Run
+from verl.trainer.best import Best
+
+
+class Saver:
+    """Saves checkpoints, as a context manager. Every rank calls its methods, after the same steps.
+
+    Args:
+        actor: the trained model.
+        critic: saved too, if the method has one.
+    Raises:
+        UserError: this machine does not have the memory for trainer.async_save.
+    """
+
+    def __init__(self, config: TrainerConfig, run: Run, actor: SavedModel, critic: SavedModel | None = None):
+        self._config, self._run, self._actor, self._critic = config, run, actor, critic
+        self._good = set() if run.checkpoint is None else {run.checkpoint}
+        self._best = None if config.best_metric is None else Best(config, run)
+        is_async = config.async_save and config.save_freq != "never"
+        self._background = Background(run.directory, actor, critic, run.say) if is_async else None
+        self._metrics: Mapping[str, float] = {}  # of the step whose checkpoint is being written
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._background is not None:
+            self._background.close()
+
+    def check_metric(self, validated: Callable[[], Mapping[str, float]]) -> None:
+        """Raise UserError if trainer.best_metric is none of the metrics of the validation; it is called only if one is named."""
+        if self._best is not None:
+            self._best.check_names(validated())
+
+    def wants(self, metrics: Mapping[str, float]) -> bool:
+        """Return whether a step's metrics make it the best one so far, which is saved even where no save is due."""
+        return self._best is not None and self._best.improves(metrics)
+
+    def save(self, position: Position, metrics: dict[str, float]) -> None:
+        """Save a checkpoint of the current weights. With trainer.async_save, only the copy is waited for, and a save before.
+
+        Raises:
+            DiskError: on all ranks: the disk is full or fails.
+        """
+        self.finish()
+        if self._background is None:
+            export, critic, say = self._actor.export, self._critic, self._run.say
+            saved = checkpoint.save(self._run.owned(), self._actor.engine, position, export, critic, say)
+            self._keep(saved, metrics)
+        else:
+            self._metrics = metrics
+            self._run.owned()
+            self._background.start(position)
+
+    def poll(self) -> None:
+        """Take note of a save that has been done meanwhile. Raises DiskError on all ranks if it failed."""
+        self._advance(until_done=False)
+
+    def finish(self) -> None:
+        """Wait for the save that is being written. Raises DiskError on all ranks if it failed."""
+        self._advance(until_done=True)
+
+    def _advance(self, *, until_done: bool) -> None:
+        if self._background is not None and self._background.is_busy:
+            saved = self._background.advance(until_done=until_done)
+            if saved is not None:
+                self._keep(saved, self._metrics)
+
+    def _keep(self, saved: Path, metrics: Mapping[str, float]) -> None:
+        """Record a new checkpoint as the run's newest, and remove old ones beyond `trainer.max_ckpt_to_keep`."""
+        run, step = self._run, int(saved.name.rpartition("_")[2])
+        run.checkpoint = saved
+        self._good.add(saved)
+        if self._best is not None:
+            self._best.keep(saved, metrics)
+        needed = {saved} if self._best is None or self._best.path is None else {saved, self._best.path}
+        checkpoint.prune(run.directory, self._config.max_ckpt_to_keep, good=self._good, needed=needed, say=run.say)
+        run.keep_state({"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics})
+        run.say(f"saved {saved}")

@@ -1,0 +1,108 @@
+"""Reads a JSON file as a dataclass, without trusting it: any file that is not exactly the dataclass is a `DamageError`."""
+
+import json
+import os
+import stat
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Kind = TypeVar("Kind")
+MAX_BYTES = 64 * 2**20  # a manifest of 100,000 files has 20 MB
+
+
+class DamageError(Exception):
+    """A file is not what was written. The message names it and says what is wrong."""
+
+
+def read(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON object as a dataclass.
+
+    Raises:
+        DamageError: the file cannot be read, is no regular file, or does not have exactly the fields of the dataclass in their types.
+    """
+    found: Kind = convert(read_json(path), kind, path.name)
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON value: no link, no key twice, no NaN. Raises DamageError."""
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise DamageError(f"{path.name} {describe(error)}") from error
+    if len(content) > MAX_BYTES:
+        raise DamageError(f"{path.name} is larger than {MAX_BYTES:,} bytes")
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{path.name} is malformed ({error})") from error
+
+
+def open_file(path: Path) -> int:
+    """Open a regular file for reading, and return its descriptor. Raises OSError, also for a link or a pipe."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError("is not a regular file")
+    return handle
+
+
+def describe(error: OSError) -> str:
+    """Say in words why a file cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"cannot be read: {error.strerror or error}"
+
+
+def convert(value: Any, kind: Any, place: str) -> Any:
+    """Return a JSON value as `kind`: a dataclass, a plain type, a dict, or a union of these. Raises DamageError naming the place."""
+    if is_dataclass(kind):
+        return _convert_fields(value, kind, place)
+    if get_origin(kind) in (Union, UnionType):
+        return _convert_union(value, get_args(kind), place)
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            _refuse(value, kind, place)
+        return {key: convert(child, get_args(kind)[1], f"{place}: {key!r:.80}") for key, child in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:  # a bool is no int here
+        _refuse(value, kind, place)
+    return value
+
+
+def _convert_fields(value: Any, kind: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        _refuse(value, kind, place)
+    types, known = get_type_hints(kind), {field.name: field for field in fields(kind)}
+    if unknown := value.keys() - known.keys():
+        raise DamageError(f"{place} has an unknown field {min(unknown)!r:.80}")
+    required = {name for name, field in known.items() if field.default is MISSING and field.default_factory is MISSING}
+    if missing := required - value.keys():
+        raise DamageError(f"{place} lacks {min(missing)!r}")
+    return kind(**{name: convert(child, types[name], f"{place}: {name}") for name, child in value.items()})
+
+
+def _convert_union(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
+    if value is None and NoneType in kinds:
+        return None
+    fitting = [kind for kind in kinds if is_dataclass(kind) == isinstance(value, dict) and kind is not NoneType]
+    return convert(value, fitting[0] if fitting else kinds[0], place)
+
+
+def _refuse(value: Any, kind: Any, place: str) -> NoReturn:
+    raise DamageError(f"{place} is {value!r:.40}, not {getattr(kind, '__name__', kind)}")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
