@@ -11,6 +11,7 @@
 
 import importlib
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,11 @@ __all__ = sorted(_PLACES)
 for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's in a notebook without ipywidgets, which nothing here needs
+
+
+if sys.argv[:1] == ["-m"] and any(word.startswith("verl.trainer.") for word in sys.orig_argv):  # as `python -m` looks for the module
+    importlib.import_module("verl.signals").own_process()  # before torch is imported, which takes seconds
+    importlib.import_module("verl.parent").end_with_launcher()
 
 
 def __getattr__(name: str) -> object:

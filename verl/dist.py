@@ -1,6 +1,8 @@
 """Processes, devices and collectives. The same code runs in one process and in many under torchrun."""
 
 import os
+import pickle
+import re
 import shutil
 import socket
 import sys
@@ -10,64 +12,76 @@ from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from verl.errors import UserError
+from verl.errors import RankError, UserError
+
+if TYPE_CHECKING:
+    from verl.peers import Peers
 
 Result = TypeVar("Result")
-TIMEOUT = timedelta(minutes=10)
+_BROKEN = re.compile(r"(?i)gloo|nccl|connection|broken pipe|socket|recvvalue|timed out|timeout|store")  # errors of collectives
+UNLIMITED = timedelta(days=100)  # of collectives: `verl.peers` sees which ranks are dead, and which are only busy
+ONE_SECOND = timedelta(seconds=1)
 
 _store: dist.Store | None = None  # torchrun's rendezvous store
 _joined = 0  # number of times that this process has joined a process group
+_peers: "Peers | None" = None  # watches the other ranks; None: there are none
 _group: dist.ProcessGroup | None = None  # the group of this process; None: all processes
 _context_size = 1  # ranks that share a micro-batch
 _context_groups: dict[str, dist.ProcessGroup] = {}  # this process's context-parallel groups by name
 
 
-def start(*, large_pages: bool = False) -> torch.device:
+def start(*, large_pages: bool = False, timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group (a group of one without torchrun) and choose the device: CUDA if available, else the CPU.
 
     Args:
+        timeout_seconds: see `verl.config.shared.DistConfig`.
         large_pages: allocate host memory in pages of 2 MiB. Offloaded gradients are new tensors in each step, and their allocation is
             four times as fast as with pages of 4 KiB (12 GB/s, not 3).
     Raises:
-        UserError: torchrun's environment variables are incomplete; this node has more processes than GPUs; or the calling program has
-            created a process group without gloo.
+        UserError: torchrun's environment variables are incomplete or wrong, or the other ranks cannot be found; this node has more processes
+            than GPUs; or the calling program has created a process group without gloo.
     """
     if large_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at the first allocation, in init_process_group
     device = _device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, rank, processes = _rendezvous()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
+        store, rank, processes = _rendezvous(timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=UNLIMITED)
     elif "cpu" not in (backend := dist.get_backend_config()):
         fix = 'create it with init_process_group("cpu:gloo,cuda:nccl"), or let verl create it'
         raise UserError(f"this process has a process group of {backend!r}, which cannot send CPU tensors", fix=fix)
     return device
 
 
-def _rendezvous() -> tuple[dist.Store, int, int]:
+def _rendezvous(timeout_seconds: float) -> tuple[dist.Store, int, int]:
     """Return the rendezvous store, this process's rank and the world size.
 
     Each call returns a store with a new prefix: a process that joins a second group must not read the addresses of the first.
     """
-    global _store, _joined
+    global _store, _joined, _peers
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} is not", fix="start with torchrun, or unset RANK")
+    from verl import rendezvous  # a single process needs none
+
+    place = rendezvous.read_place()
+    if place.ranks == 1:
+        return dist.HashStore(), 0, 1
     if _store is None:
-        _store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        _store = rendezvous.open_store(place)
     _joined += 1
-    return dist.PrefixStore(f"verl {_joined}", _store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    from verl.peers import Peers
+
+    _peers = Peers(_store, _joined, place, timeout_seconds)
+    return dist.PrefixStore(f"verl {_joined}", _store), place.rank, place.ranks
 
 
 def has_compiler() -> bool:
@@ -81,12 +95,23 @@ HAS_TRITON = find_spec("triton") is not None and has_compiler()  # CPU builds of
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local_rank, gpus = _local_rank(), torch.cuda.device_count()
     if local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this node has no GPU: there are only {gpus}", fix=f"torchrun --nproc_per_node={gpus}")
+        error = UserError(f"process {local_rank} of this node has no GPU: there are only {gpus}", fix=f"torchrun --nproc_per_node={gpus}")
+        error.tells = True
+        raise error
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _local_rank() -> int:
+    text = os.environ.get("LOCAL_RANK", "0")
+    if not text.isdecimal():
+        error = UserError(f"found {text!r}, expected the number of this process on its node", where="LOCAL_RANK", fix="start with torchrun")
+        error.tells = True
+        raise error
+    return int(text)
 
 
 def describe_device(device: torch.device) -> str:
@@ -103,10 +128,20 @@ def host_memory() -> int:
     return min(memory, int(text)) if text.isdigit() else memory
 
 
-def stop() -> None:
-    """Leave the process group, and wait until gloo's threads are idle."""
+def stop(error: BaseException | None = None) -> None:
+    """Leave the process group, and wait until gloo's threads are idle.
+
+    Args:
+        error: what ends the run; other ranks are told. None: it is done.
+    """
+    global _peers
     forget_parts()
+    if _peers is not None:
+        _peers.leave(error)
+        _peers = None
     if dist.is_initialized():
+        if isinstance(error, RankError):
+            return  # other ranks do not answer, and the process ends
         dist.destroy_process_group()
         _wait_until_idle()
 
@@ -160,7 +195,7 @@ def divide(parts: Sequence[Sequence[int]]) -> None:
         parts: the global ranks of each group; each rank is in one group.
     """
     global _group
-    _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
+    _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=UNLIMITED)
 
 
 def group() -> dist.ProcessGroup | None:
@@ -203,7 +238,7 @@ def share_micro_batches(processes: int) -> None:
         raise UserError(f"{world_size()} processes are not a multiple of {processes}", where="model.context_parallel_size", fix=fix)
     _context_size = processes
     if processes > 1 and context_name() not in _context_groups:
-        _context_groups[context_name()], _ = dist.new_subgroups(processes, timeout=TIMEOUT)
+        _context_groups[context_name()], _ = dist.new_subgroups(processes, timeout=UNLIMITED)
 
 
 def context_size() -> int:
@@ -251,7 +286,7 @@ def most(number: int) -> int:
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_group)
+    _wait(dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_group, async_op=True))
     return int(numbers)
 
 
@@ -259,26 +294,80 @@ def total(values: Sequence[float]) -> list[float]:
     """Return the sums over all ranks, in float64, computed on the CPU."""
     sums = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
-        dist.all_reduce(sums, group=_group)
+        _wait(dist.all_reduce(sums, group=_group, async_op=True))
     return [float(value) for value in sums]
 
 
-def gathered(value: Result) -> list[Result]:
-    """Return the values of all ranks, in rank order, on every rank."""
-    if world_size() == 1:
+def gathered(value: Result, *, everywhere: bool = False) -> list[Result]:
+    """Return the values of all ranks, in rank order, on every rank.
+
+    Args:
+        everywhere: of all processes, also those of other groups (see `divide`).
+    """
+    group = None if everywhere else _group
+    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    if ranks == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_group)
-    return values
+    data = _packed(value)
+    sizes_R = torch.zeros(ranks, dtype=torch.int64)
+    _wait(dist.all_gather_into_tensor(sizes_R, torch.tensor([len(data)]), group=group, async_op=True))
+    longest = int(sizes_R.max())
+    everything_RB = torch.zeros(ranks * longest, dtype=torch.uint8)
+    padded_B = torch.cat([data, torch.zeros(longest - len(data), dtype=torch.uint8)])
+    _wait(dist.all_gather_into_tensor(everything_RB, padded_B, group=group, async_op=True))
+    parts = everything_RB.view(ranks, longest)
+    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes_R.tolist(), strict=True)]  # noqa: S301 - ours
 
 
 def from_main(value: Result) -> Result:
     """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
-    values = [value]
-    dist.broadcast_object_list(values, group=_group, group_src=0)
-    return values[0]
+    data = _packed(value) if is_main() else torch.zeros(0, dtype=torch.uint8)
+    size = torch.tensor(len(data))
+    _wait(dist.broadcast(size, group=_group, group_src=0, async_op=True))
+    data = data if is_main() else torch.zeros(int(size), dtype=torch.uint8)
+    _wait(dist.broadcast(data, group=_group, group_src=0, async_op=True))
+    return value if is_main() else pickle.loads(data.numpy().tobytes())  # noqa: S301 - from rank 0
+
+
+def _packed(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _wait(work: Any) -> None:
+    """Wait for a collective on the CPU, however long other ranks work alone, as long as they live.
+
+    Raises:
+        RankError: another rank has died, hangs or has failed.
+    """
+    while True:
+        try:
+            work.wait(timeout=ONE_SECOND)  # returns to Python regularly, which then runs handlers of signals
+            return
+        except RuntimeError as error:
+            if work.is_completed() or "timed out" not in str(error).lower():
+                raise lost(error) from None
+        if _peers is not None:
+            _peers.check()
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what explains an error: of a collective that broke, the RankError that names the rank; else the error itself."""
+    is_broken = _peers is not None and isinstance(error, (RuntimeError, CheckpointException)) and _BROKEN.search(str(error))
+    return lost(error) if is_broken else error
+
+
+def lost(error: BaseException) -> BaseException:
+    """Return the RankError, or Stopped, that explains the error of a collective; the error itself if all other ranks live."""
+    return error if _peers is None else _peers.explain(error)
+
+
+def moved() -> None:
+    """Note that the run gets on, so that no rank takes this one for hung."""
+    from verl import signals
+
+    signals.moved()
 
 
 def main_first(work: Callable[[], Result]) -> Result:

@@ -65,6 +65,7 @@ class Position:
         data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
         drawn: prompts drawn so far, in reinforcement learning.
         kl_coef: current KL coefficient, if it is adaptive.
+        skipped, critic_skipped: updates so far that were skipped, because the loss or the gradient was not finite.
     """
 
     step: int
@@ -76,6 +77,8 @@ class Position:
     data_fingerprint: Fingerprint | str
     drawn: int = 0
     kl_coef: float | None = None
+    skipped: int = 0
+    critic_skipped: int = 0
 
 
 def save(root: Path, engine: Engine, position: Position, export: Callable[[Path], None], critic: SavedCritic | None = None) -> Path:

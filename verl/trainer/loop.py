@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents
@@ -15,6 +16,7 @@ from verl.engine.build import Built
 from verl.engine.checkpoint import Position
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
+from verl.errors import AbandonedError
 from verl.run import Run
 from verl.trainer.meter import Meter
 
@@ -32,12 +34,15 @@ def train_loop(
 ) -> None:
     """In each step, train and log; when due, validate and save."""
     engine, meter = built.engine, Meter(built.engine, start)
+    engine.set_skipped(start.skipped)
     steps = loader.steps(start.step, run.total_steps)
     if config.profile_step is not None:
         from verl.trainer.profile import profiled
 
         steps = profiled(steps, config.profile_step, engine.device, run)
+    run.enter("training", start.step + 1, limited=True)
     for step in steps:
+        run.enter("training", step.number + 1, limited=True)
         meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == run.total_steps, run.should_stop()
@@ -49,12 +54,20 @@ def train_loop(
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
-                metrics |= validate(engine, algorithm, validation, loader)
+                metrics |= validate(engine, algorithm, validation, loader, run, done)
+                stop = run.should_stop()
+                saves = saves or due(config.save_freq, done, ends_epoch, stop)
+            run.enter("logging", done)
             run.log(number, metrics)
+            if meter.skipped_in_a_row:
+                from verl.trainer.skipped import report  # few runs need it
+
+                report(number, metrics, meter.skipped_in_a_row, config.max_nonfinite_steps, loader, built.tokenizer, run)
         if ends_epoch:
             run.say(meter.end_epoch(step.epoch))
         if saves:
-            here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens)
+            run.enter("saving", done)
+            here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens, skipped=engine.skipped)
             keep(checkpoint.save(run.directory, engine, here, built.export), config, run, done, metrics)
         if stop:
             run.leave(done)
@@ -81,12 +94,20 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
 
 
-def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader) -> dict[str, float]:
-    """Compute the mean loss and metrics over all validation rows, packed like training rows."""
+def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader, run: Run, step: int) -> dict[str, float]:
+    """Compute the mean loss and metrics over all validation rows, packed like training rows. If the run stops meanwhile, there are none."""
 
     def batches() -> Iterator[Batch]:
+        run.enter("validating", step, limited=True)
         for first in range(0, len(validation), VALIDATION_ROWS):
             rows = np.arange(first, min(first + VALIDATION_ROWS, len(validation)))
-            yield from loader.micro_batches(validation, rows)
+            for batch in loader.micro_batches(validation, rows):
+                if run.should_stop():
+                    raise AbandonedError("the run stops")
+                dist.moved()
+                yield batch
 
-    return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
+    try:
+        return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
+    except AbandonedError:  # on every rank
+        return {}

@@ -28,6 +28,7 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
         UserError: the named checkpoint is damaged, or all checkpoints in the run's directory are.
     """
     root = run.directory
+    run.enter("verifying the checkpoints")
     checkpoint.remove_unfinished(root)
     if config.resume_mode == "disable":
         run.say("starting a new run (trainer.resume_mode=disable)")
