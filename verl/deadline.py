@@ -1,7 +1,7 @@
 """The time limit of a run, `trainer.max_seconds`: when it must end so that a checkpoint is written before the limit.
 
-A run ends when the time that is left is shorter than a step and a save, as they were measured, with a margin. The time counts from the start
-of the process, or of its launcher.
+A run ends when the time that is left is shorter than a step and a save, as they were measured, with a margin. The time counts from the
+start of the process, or of its launcher.
 """
 
 import os

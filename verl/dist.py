@@ -1,14 +1,9 @@
 """Processes, devices and collectives. The same code runs in one process and in many under torchrun."""
 
 import os
-import pickle
-import re
 import shutil
 import socket
-import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from verl.errors import RankError, UserError
@@ -26,9 +19,7 @@ if TYPE_CHECKING:
     from verl.peers import Peers
 
 Result = TypeVar("Result")
-_BROKEN = re.compile(r"(?i)gloo|nccl|connection|broken pipe|socket|recvvalue|timed out|timeout|store")  # errors of collectives
 UNLIMITED = timedelta(days=100)  # of collectives: `verl.peers` sees which ranks are dead, and which are only busy
-ONE_SECOND = timedelta(seconds=1)
 
 _store: dist.Store | None = None  # torchrun's rendezvous store
 _joined = 0  # number of times that this process has joined a process group
@@ -46,8 +37,8 @@ def start(*, large_pages: bool = False, timeout_seconds: float = 600.0) -> torch
         large_pages: allocate host memory in pages of 2 MiB. Offloaded gradients are new tensors in each step, and their allocation is
             four times as fast as with pages of 4 KiB (12 GB/s, not 3).
     Raises:
-        UserError: torchrun's environment variables are incomplete or wrong, or the other ranks cannot be found; this node has more processes
-            than GPUs; or the calling program has created a process group without gloo.
+        UserError: torchrun's environment variables are wrong, or the other ranks are not found; this node has more processes than GPUs; or
+            the calling program has created a process group without gloo.
     """
     if large_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at the first allocation, in init_process_group
@@ -95,23 +86,14 @@ HAS_TRITON = find_spec("triton") is not None and has_compiler()  # CPU builds of
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, gpus = _local_rank(), torch.cuda.device_count()
-    if local_rank >= gpus:
-        error = UserError(f"process {local_rank} of this node has no GPU: there are only {gpus}", fix=f"torchrun --nproc_per_node={gpus}")
-        error.tells = True
-        raise error
+    local_rank = 0
+    if "LOCAL_RANK" in os.environ:
+        from verl.rendezvous import read_local_rank
+
+        local_rank = read_local_rank(torch.cuda.device_count())
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _local_rank() -> int:
-    text = os.environ.get("LOCAL_RANK", "0")
-    if not text.isdecimal():
-        error = UserError(f"found {text!r}, expected the number of this process on its node", where="LOCAL_RANK", fix="start with torchrun")
-        error.tells = True
-        raise error
-    return int(text)
 
 
 def describe_device(device: torch.device) -> str:
@@ -142,8 +124,10 @@ def stop(error: BaseException | None = None) -> None:
     if dist.is_initialized():
         if isinstance(error, RankError):
             return  # other ranks do not answer, and the process ends
+        from verl.rendezvous import wait_until_idle
+
         dist.destroy_process_group()
-        _wait_until_idle()
+        wait_until_idle()
 
 
 def forget_parts() -> None:
@@ -157,33 +141,6 @@ def forget_parts() -> None:
 def is_started() -> bool:
     """Return whether this process is in a process group."""
     return dist.is_initialized()
-
-
-def _wait_until_idle() -> None:
-    """Wait until gloo's threads are idle, shortly after their last message.
-
-    They then release its tensors, for which they need the GIL. An interpreter that is shutting down does not give it to them and aborts the
-    process (https://github.com/pytorch/pytorch/issues/190489). The threads are checked twice, because one that waits for the GIL looks
-    idle, but gets it before the second check.
-    """
-    if sys.platform != "linux":
-        time.sleep(0.1)
-        return
-    idle_checks = 0
-    while idle_checks < 2:
-        time.sleep(0.002)
-        idle_checks = 0 if "R" in _states_of_threads("pt_gloo_runloop") else idle_checks + 1
-
-
-def _states_of_threads(name: str) -> list[str]:
-    """Return the state of each thread of this process with that name: R is running or runnable, S is sleeping."""
-    states = []
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
-            number_and_name, rest = (thread / "stat").read_text().rsplit(")", 1)
-            if number_and_name.endswith(f"({name}"):
-                states.append(rest.split()[0])
-    return states
 
 
 def divide(parts: Sequence[Sequence[int]]) -> None:
@@ -305,62 +262,32 @@ def gathered(value: Result, *, everywhere: bool = False) -> list[Result]:
         everywhere: of all processes, also those of other groups (see `divide`).
     """
     group = None if everywhere else _group
-    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    if ranks == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    data = _packed(value)
-    sizes_R = torch.zeros(ranks, dtype=torch.int64)
-    _wait(dist.all_gather_into_tensor(sizes_R, torch.tensor([len(data)]), group=group, async_op=True))
-    longest = int(sizes_R.max())
-    everything_RB = torch.zeros(ranks * longest, dtype=torch.uint8)
-    padded_B = torch.cat([data, torch.zeros(longest - len(data), dtype=torch.uint8)])
-    _wait(dist.all_gather_into_tensor(everything_RB, padded_B, group=group, async_op=True))
-    parts = everything_RB.view(ranks, longest)
-    return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes_R.tolist(), strict=True)]  # noqa: S301 - ours
+    from verl import exchange  # a single process needs none
+
+    return exchange.gathered(value, group, _peers)
 
 
 def from_main(value: Result) -> Result:
     """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
-    data = _packed(value) if is_main() else torch.zeros(0, dtype=torch.uint8)
-    size = torch.tensor(len(data))
-    _wait(dist.broadcast(size, group=_group, group_src=0, async_op=True))
-    data = data if is_main() else torch.zeros(int(size), dtype=torch.uint8)
-    _wait(dist.broadcast(data, group=_group, group_src=0, async_op=True))
-    return value if is_main() else pickle.loads(data.numpy().tobytes())  # noqa: S301 - from rank 0
+    from verl import exchange
 
-
-def _packed(value: object) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    return exchange.broadcast(value, _group, _peers)
 
 
 def _wait(work: Any) -> None:
-    """Wait for a collective on the CPU, however long other ranks work alone, as long as they live.
+    """Wait for a collective on the CPU, see `verl.exchange.wait`."""
+    from verl.exchange import wait
 
-    Raises:
-        RankError: another rank has died, hangs or has failed.
-    """
-    while True:
-        try:
-            work.wait(timeout=ONE_SECOND)  # returns to Python regularly, which then runs handlers of signals
-            return
-        except RuntimeError as error:
-            if work.is_completed() or "timed out" not in str(error).lower():
-                raise lost(error) from None
-        if _peers is not None:
-            _peers.check()
+    wait(work, _peers)
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what explains an error: of a collective that broke, the RankError that names the rank; else the error itself."""
-    is_broken = _peers is not None and isinstance(error, (RuntimeError, CheckpointException)) and _BROKEN.search(str(error))
-    return lost(error) if is_broken else error
-
-
-def lost(error: BaseException) -> BaseException:
-    """Return the RankError, or Stopped, that explains the error of a collective; the error itself if all other ranks live."""
-    return error if _peers is None else _peers.explain(error)
+    """Return what explains an error: if a collective broke, the RankError that names the rank; else the error itself."""
+    return error if _peers is None else _peers.cause_of(error)
 
 
 def moved() -> None:
@@ -429,28 +356,3 @@ def _raise_together(error: UserError | None) -> None:
     for found in gathered(error):
         if found is not None:
             raise found
-
-
-def sum_over_parts(part: Tensor, parts: int) -> Tensor:
-    """Sum over the ranks that share a batch, with a gradient; every rank gets the same sum.
-
-    Args:
-        part: this rank's summand, of the same shape on all ranks.
-        parts: number of these ranks (`Batch.parts`).
-    """
-    total: Tensor = part if parts == 1 else _SumOverParts.apply(part)
-    return total
-
-
-class _SumOverParts(torch.autograd.Function):
-    """All-reduce in both passes: every rank's loss depends on every summand, so the gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        total = part.clone()
-        dist.all_reduce(total, group=context_group(context_name()))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _SumOverParts.forward(ctx, gradients[0])

@@ -1,7 +1,7 @@
 """Exceptions that end a run early: `UserError`, which the user can fix, and `Stopped`, after a signal or at a time limit.
 
-A command exits without a traceback after these: with code 2 after a `UserError`, 3 if another rank has died or hangs (`RankError`), and after
-`Stopped` with 75 if there is a checkpoint to go on from, else with 128 + the signal's number.
+A command exits without a traceback after these: with code 2 after a `UserError`, 3 if another rank has died or hangs (`RankError`), and
+after `Stopped` with 75 if there is a checkpoint to go on from, else with 128 + the signal's number.
 """
 
 import atexit

@@ -22,7 +22,7 @@ from verl.parent import LAUNCHER, LIFELINE
 from verl.signals import STOP_SIGNALS
 
 LOOK_SECONDS = 0.05
-END_SECONDS = 30.0  # after one process has failed, for the others to end by themselves
+END_SECONDS = 12.0  # after one process has failed, for the others to end by themselves
 
 
 class Launcher:
@@ -82,8 +82,9 @@ class Launcher:
             process.send_signal(number)
 
     def _kill(self) -> None:
-        for process in self._processes:
+        for rank, process in enumerate(self._processes):
             if process.poll() is None:
+                self._reported.add(rank)
                 process.kill()
 
     def _report_killed(self) -> None:

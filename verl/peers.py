@@ -9,6 +9,7 @@ while no rank works alone. So work of one rank alone, such as tokenizing, has no
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from verl import signals
 from verl.errors import RANK_EXIT_CODE, SAVED_EXIT_CODE, RankError, Stopped, UserError
@@ -31,6 +33,7 @@ STORE_SECONDS = 5.0  # without an answer of the store
 GRACE_SECONDS = 8.0  # after a verdict, for the main thread to end by itself
 LEAVE_SECONDS = 5.0  # for rank 0, which has the store, to wait for the others at the end
 WAITING = ("torch/distributed/", "verl/dist.py")  # innermost files of a main thread that waits for other ranks
+_BROKEN = re.compile(r"(?i)gloo|nccl|connection|broken pipe|socket|recvvalue|timed out|timeout|store")  # errors of collectives
 COMPILING = ("torch/_dynamo/", "torch/_inductor/")
 
 
@@ -114,6 +117,11 @@ class Peers:
             time.sleep(0.2)
         return error if self._verdict is None else self._verdict.error(self._rank)
 
+    def cause_of(self, error: BaseException) -> BaseException:
+        """Return what explains an error: if a collective broke, as `explain`; else the error itself."""
+        is_broken = isinstance(error, (RuntimeError, CheckpointException)) and _BROKEN.search(str(error)) is not None
+        return self.explain(error) if is_broken else error
+
     def leave(self, error: BaseException | None = None) -> None:
         """Tell the others that this rank ends, and why.
 
@@ -124,6 +132,7 @@ class Peers:
         with self._lock:
             self._ended.set()
             try:
+                self._beat()  # the step in which it ends
                 self._store.set(f"left {self._rank}", json.dumps({"code": code, "what": what}))
                 if self._has_server:
                     self._wait_until_left()
@@ -203,7 +212,8 @@ class Peers:
         beat = {
             "count": self._count,
             "host": socket.gethostname(),
-            "doing": f"{phase}, step {step}" if step else phase,
+            "phase": phase,
+            "step": step,
             "still": now - self._moved_at,
             "limited": is_limited and not any(part in file for part in COMPILING),
             "waits": any(part in file for part in WAITING),
@@ -270,10 +280,10 @@ class Peers:
 
     def _conclude(self, rank: int, what: str, code: int = RANK_EXIT_CODE) -> None:
         """Write the verdict, unless there is one."""
-        beat = self._seen[rank].beat
-        if not beat and self._store.check([f"beat {rank}"]):
-            beat = json.loads(self._store.get(f"beat {rank}"))
-        text = f"rank {rank} ({beat.get('host', '?')}) {what}, while {beat.get('doing', 'starting')}; rank {self._rank} waited for it"
+        if self._store.check([f"beat {rank}"]):
+            self._seen[rank].beat = json.loads(self._store.get(f"beat {rank}"))
+        host, doing = self._of(rank)
+        text = f"rank {rank} ({host}) {what}, while {doing}; rank {self._rank} waited for it"
         told = rank == 0 and code not in (RANK_EXIT_CODE, 1)  # rank 0 has printed its own error
         verdict = [text, rank, RANK_EXIT_CODE if code == 1 else code, -1 if told else self._rank]
         self._verdict = Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
@@ -281,10 +291,19 @@ class Peers:
     def _conclude_store(self, error: BaseException) -> None:
         """The store has ended, and with it the rank or the launcher that has it."""
         if self._verdict is None:
-            beat = self._seen[0].beat
-            host, doing = beat.get("host", "?"), beat.get("doing", "starting")
+            host, doing = self._of(0)
             text = f"rank 0 ({host}) or its launcher has died, while {doing}; rank {self._rank} waited for it"
             self._verdict = Verdict(text, 0, RANK_EXIT_CODE, 1)
+
+    def _of(self, rank: int) -> tuple[str, str]:
+        """Return the host of a rank, and what it does or did last, as far as this rank knows.
+
+        A heartbeat may be a second old. All ranks take the same steps together, so a rank for which this one waits is in the same step.
+        """
+        beat, (phase, step, _, _) = self._seen[rank].beat, signals.place()
+        if step <= max(1, int(beat.get("step", 0))):
+            phase, step = str(beat.get("phase", "starting")), int(beat.get("step", 0))
+        return str(beat.get("host", "?")), f"{phase}, step {step}" if step else phase
 
     def _end_with(self, verdict: Verdict) -> None:
         """End this process if its main thread does not, for instance because it waits in a collective."""

@@ -2,9 +2,12 @@
 
 import os
 import socket
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -105,3 +108,39 @@ def _wait_for_server(place: Place, where: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0][:200]
+
+
+def read_local_rank(gpus: int) -> int:
+    """Read the number of this process on its node. Raises UserError: it is wrong, or has no GPU."""
+    local_rank = _number("LOCAL_RANK")
+    if not 0 <= local_rank < gpus:
+        what = f"process {local_rank} of this node has no GPU: there are only {gpus}"
+        raise _refused(what, where="LOCAL_RANK", fix=f"torchrun --nproc_per_node={gpus}")
+    return local_rank
+
+
+def wait_until_idle() -> None:
+    """Wait until gloo's threads are idle, shortly after their last message.
+
+    They then release its tensors, for which they need the GIL. An interpreter that is shutting down does not give it to them and aborts the
+    process (https://github.com/pytorch/pytorch/issues/190489). The threads are checked twice, because one that waits for the GIL looks
+    idle, but gets it before the second check.
+    """
+    if sys.platform != "linux":
+        time.sleep(0.1)
+        return
+    idle_checks = 0
+    while idle_checks < 2:
+        time.sleep(0.002)
+        idle_checks = 0 if "R" in _states_of_threads("pt_gloo_runloop") else idle_checks + 1
+
+
+def _states_of_threads(name: str) -> list[str]:
+    """Return the state of each thread of this process with that name: R is running or runnable, S is sleeping."""
+    states = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            number_and_name, rest = (thread / "stat").read_text().rsplit(")", 1)
+            if number_and_name.endswith(f"({name}"):
+                states.append(rest.split()[0])
+    return states

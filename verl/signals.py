@@ -260,7 +260,7 @@ def _after(seconds: float, number: signal.Signals, *, again: bool) -> None:
         if again:
             _end(number, f"stopped at once by a second signal, {number.name}; nothing more was saved, and checkpoints are complete")
         elif _state.mode != "held" and os.getpid() == _state.process:
-            _end(number, f"stopped by {number.name} while {where()}, which did not end within {seconds:g} s; checkpoints are complete")
+            _end(number, f"stopped by {number.name} while {where()}, which did not end within {seconds:g} s; nothing more was saved")
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

@@ -76,9 +76,7 @@ class Started:
 
 
 @contextmanager
-def started(
-    command: list[str], folder: Path, *, fault: str | None = None, env: Mapping[str, object] | None = None
-) -> Iterator[Started]:
+def started(command: list[str], folder: Path, *, fault: str | None = None, env: Mapping[str, object] | None = None) -> Iterator[Started]:
     """Start a command; whatever is left of it at the end is killed.
 
     Args:
@@ -101,7 +99,9 @@ def started(
         **{name: str(value) for name, value in (env or {}).items()},
     }
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
     found = Started(process, reached)
     found.mark = mark
     try:

@@ -92,9 +92,7 @@ class Engine:
 
     @property
     def skipped(self) -> int:
-        """Number of steps whose update was skipped. On a GPU, this waits for the last step's gradient, which is no wait once the next step's
-        passes are queued.
-        """
+        """Number of steps whose update was skipped. On a GPU, this waits for the last step, unless the next one is queued already."""
         settle = getattr(self.optimizer, "settle", None)
         return self._skipped + (settle() if settle else 0)
 
