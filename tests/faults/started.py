@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from places import ROOT, TESTS
 from rl_runs import write_folder
@@ -57,7 +58,9 @@ class Started:
 
     process: subprocess.Popen[str]
     reached: Path
+    mark: str
     since: float = 0.0
+    took: float = 0.0
 
     def wait_until_reached(self, seconds: float = 120) -> None:
         """Until the fault has happened."""
@@ -99,11 +102,9 @@ def started(command: list[str], folder: Path, *, fault: str | None = None, env: 
         **{name: str(value) for name, value in (env or {}).items()},
     }
     pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-    found = Started(process, reached)
-    found.mark = mark
+    options: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=variables, **options)
+    found = Started(process, reached, mark)
     try:
         yield found
     finally:

@@ -67,7 +67,9 @@ class Finder:
         if name != self.module:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        execute = spec.loader.exec_module
+        assert spec is not None
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
         def execute_and_change(module: ModuleType) -> None:
             execute(module)
@@ -75,7 +77,7 @@ class Finder:
             owner = functools.reduce(getattr, owners, module)
             setattr(owner, last, wrapped(getattr(owner, last), self.action))
 
-        spec.loader.exec_module = execute_and_change
+        loader.exec_module = execute_and_change
         return spec
 
 
