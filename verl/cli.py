@@ -1,5 +1,7 @@
 """The `verl` command line. Each subcommand passes its arguments to its module. Importing this file does not import torch."""
 
+import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -108,11 +110,18 @@ def doctor(context: typer.Context) -> None:
 
 def train(gpus: int | None, words: list[str], trainer: Command) -> None:
     """Run a trainer in this process, or, if `gpus` is given, in that many processes."""
-    signals.own_process()  # before torch is imported, which takes seconds
+    if is_program():
+        signals.own_process()  # before torch is imported, which takes seconds
     if gpus is None or asks_for_help(words):
         hand_on(words, trainer)
     else:
         exit_on_user_error(launch, gpus, words, trainer)
+
+
+def is_program() -> bool:
+    """Return whether this process runs the command line, and not a program that calls it."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    return path.stem == "verl" or path.parent == Path(__file__).parent
 
 
 def hand_on(words: list[str], command: Command) -> None:
