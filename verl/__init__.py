@@ -68,11 +68,6 @@ for _name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
 warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's in a notebook without ipywidgets, which nothing here needs
 
 
-if sys.argv[:1] == ["-m"] and any(word.startswith("verl.trainer.") for word in sys.orig_argv):  # as `python -m` looks for the module
-    importlib.import_module("verl.signals").own_process()  # before torch is imported, which takes seconds
-    importlib.import_module("verl.parent").end_with_launcher()
-
-
 def __getattr__(name: str) -> object:
     """Import what a name stands for when it is first asked for, so that `import verl` loads nothing else."""
     if name not in _PLACES:
@@ -83,3 +78,13 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
+
+
+def _begin_trainer() -> None:
+    """If this process runs a trainer, handle signals from now on: importing torch takes seconds."""
+    if sys.argv[:1] == ["-m"] and any(word.startswith("verl.trainer.") for word in sys.orig_argv):  # as `python -m` looks for the module
+        importlib.import_module("verl.signals").own_process()
+        importlib.import_module("verl.parent").end_with_launcher()
+
+
+_begin_trainer()

@@ -1,4 +1,4 @@
-"""Tokenizing in several processes. They end with this process, even if it is killed, and a signal ends this process alone."""
+"""Tokenizing in several processes, which end with this one, even if it is killed. Signals are handled by this process alone."""
 
 import multiprocessing
 import multiprocessing.connection

@@ -115,7 +115,7 @@ class Updates:
         save_file(_tensors(batches), folder / f"{name}_rank_{dist.rank()}.safetensors")
         found = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
         rows = [row for of_rank in dist.gathered(_rows(batches, experience)) for row in of_rank]
-        self._run.say(tell(f"step {step}", found, f"the update of the {role}", rows, folder / f"{name}.jsonl"))
+        self._run.say(tell(f"step {step}", found, f"the {role} was not updated", rows, folder / f"{name}.jsonl"))
         refuse_more(f"step {step}", found, rows, self._skipped[role], self._most_skipped)
 
 

@@ -29,7 +29,7 @@ def report(
     first = [int(row) * documents.documents_per_row for row in loader.rows(number - 1)]
     rows = [{"place": documents.place(n), "row": n // documents.documents_per_row, "text": _text(documents, n, tokenizer)} for n in first]
     found = f"loss {metrics['train/loss']}, gradient norm {metrics['train/grad_norm']}"
-    run.say(tell(f"step {number}", found, "the update", rows, run.directory / "skipped" / f"step_{number}.jsonl"))
+    run.say(tell(f"step {number}", found, "the update was skipped", rows, run.directory / "skipped" / f"step_{number}.jsonl"))
     refuse_more(f"step {number}", found, rows, in_a_row, most)
 
 
