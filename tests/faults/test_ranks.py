@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,7 @@ def test_a_skipped_step_changes_nothing_and_its_rows_are_written(
     rates = [line["train/lr"] for line in plain]
     assert [line["train/lr"] for line in found] == [rates[0], rates[1], rates[2], rates[2], rates[2], rates[3]]
     weights = [load_file(folder / f"skips/global_step_{step}/model.safetensors") for step in range(1, 7)]
-    changed = [any(not torch.equal(one[name], other[name]) for name in one) for one, other in zip(weights, weights[1:], strict=False)]
+    changed = [any(not torch.equal(one[name], other[name]) for name in one) for one, other in pairwise(weights)]
     assert changed == [True, False, False, True, True]
     said = capsys.readouterr().out
     assert "warning: step 3: loss nan" in said and "the update was skipped; its 6 rows are in" in said

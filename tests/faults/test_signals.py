@@ -283,14 +283,19 @@ def handled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
 def test_a_signal_is_raised_where_it_may_be_and_noted_where_it_may_not(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Stopped) as stopped, signals.handled():
-        signals.enter("loading the model")
-        with signals.held():
-            signal.raise_signal(number)
-            assert signals.received() == number
-            with pytest.raises(Stopped), signals.at_once():
-                raise AssertionError("it should have been raised already")
-        signals._stop(number)
+
+    def run() -> None:
+        with signals.handled():
+            signals.enter("loading the model")
+            with signals.held():
+                signal.raise_signal(number)
+                assert signals.received() == number
+                with pytest.raises(Stopped), signals.at_once():
+                    raise AssertionError("it should have been raised already")
+            signals._stop(number)
+
+    with pytest.raises(Stopped) as stopped:
+        run()
     assert signal.getsignal(number) == before and signals.received() is None
     assert stopped.value.exit_code == 128 + number
     assert str(stopped.value) == f"stopped by {number.name} while loading the model; nothing was saved"
