@@ -129,11 +129,12 @@ class Peers:
             error: what ends it; None: it is done.
         """
         code, what = _end_of(error)
+        number = error.signal if isinstance(error, Stopped) and error.phase else None  # it is left at once
         with self._lock:
             self._ended.set()
             try:
                 self._beat()  # the step in which it ends
-                self._store.set(f"left {self._rank}", json.dumps({"code": code, "what": what}))
+                self._store.set(f"left {self._rank}", json.dumps({"code": code, "what": what, "signal": number}))
                 if self._has_server:
                     self._wait_until_left()
             except RuntimeError:  # the store has ended
@@ -239,6 +240,8 @@ class Peers:
     def _read(self, rank: int, now: float) -> None:
         if self._store.check([f"left {rank}"]):
             left = json.loads(self._store.get(f"left {rank}"))
+            if left.get("signal"):
+                signals.request(left["signal"])
             if left["code"]:
                 self._conclude(rank, left["what"], left["code"])
             self._seen[rank].since = float("inf")  # it is done

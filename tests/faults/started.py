@@ -101,8 +101,7 @@ def started(command: list[str], folder: Path, *, fault: str | None = None, env: 
         **({"FAULT": fault} if fault else {}),
         **{name: str(value) for name, value in (env or {}).items()},
     }
-    pipe = subprocess.PIPE
-    options: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True}
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen([sys.executable, *command], cwd=folder, env=variables, **options)
     found = Started(process, reached, mark)
     try:
@@ -112,6 +111,8 @@ def started(command: list[str], folder: Path, *, fault: str | None = None, env: 
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
         process.wait()
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
 
 
 def processes(mark: str) -> list[int]:

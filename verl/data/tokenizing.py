@@ -19,6 +19,9 @@ from verl.errors import UserError
 from verl.parent import end_with
 from verl.signals import STOP_SIGNALS
 
+if "--multiprocessing-fork" in sys.orig_argv:  # a tokenizing process, which has yet to import most of what it needs
+    end_with(os.getppid(), None)
+
 Chunk = TypeVar("Chunk")
 Done = TypeVar("Done")
 
