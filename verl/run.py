@@ -95,7 +95,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._tell(error)
         try:
-            self.enter("finishing the loggers")
+            if error is None:
+                self.enter("finishing the loggers")
             self._finish()
         except Stopped as stopped:  # every step is done
             self._tell(stopped)

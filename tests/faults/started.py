@@ -111,7 +111,7 @@ def started(command: list[str], folder: Path, *, fault: str | None = None, env: 
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
         process.wait()
-        for pipe in (process.stdout, process.stderr):
+        for pipe in filter(None, (process.stdout, process.stderr)):
             pipe.close()
 
 
