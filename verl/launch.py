@@ -69,12 +69,12 @@ class Launcher:
         failed_at = float("inf")
         while any(process.poll() is None for process in self._processes):
             time.sleep(LOOK_SECONDS)
-            self._report_killed()
+            self._report_ended()
             if failed_at == float("inf") and any(process.returncode for process in self._processes):
                 failed_at = time.monotonic()
             if time.monotonic() > failed_at + END_SECONDS:
                 self._kill()
-        self._report_killed()
+        self._report_ended()
         return code_of([process.returncode for process in self._processes])
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -87,17 +87,20 @@ class Launcher:
                 self._reported.add(rank)
                 process.kill()
 
-    def _report_killed(self) -> None:
-        """Tell the other processes of one that a signal has killed, or the user if there are no others."""
+    def _report_ended(self) -> None:
+        """Tell the other processes of one that has ended without a word, or the user if there are no others."""
         for rank, process in enumerate(self._processes):
             code = process.poll()
-            if code is None or code >= 0 or rank in self._reported:
+            if not code or rank in self._reported:
                 continue
             self._reported.add(rank)
-            what = f"was killed by {signal.Signals(-code).name}"
-            left = json.dumps({"code": RANK_EXIT_CODE, "what": what + (" (is the memory full?)" if code == -signal.SIGKILL else "")})
-            self._store.set(f"/verl/attempt_0/peers 1/left {rank}", left)
-            if all(other.poll() is not None for other in self._processes):
+            key = f"/verl/attempt_0/peers 1/left {rank}"
+            if self._store.check([key]):  # it has told the others itself
+                continue
+            what = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+            left = {"code": RANK_EXIT_CODE, "what": what + (" (is the memory full?)" if code == -signal.SIGKILL else "")}
+            self._store.set(key, json.dumps(left))
+            if code < 0 and all(other.poll() is not None for other in self._processes):
                 print(f"error: rank {rank} ({socket.gethostname()}) {what}", file=sys.stderr, flush=True)
 
 
