@@ -286,7 +286,8 @@ class Peers:
         if self._store.check([f"beat {rank}"]):
             self._seen[rank].beat = json.loads(self._store.get(f"beat {rank}"))
         host, doing = self._of(rank)
-        text = f"rank {rank} ({host}) {what}, while {doing}; rank {self._rank} waited for it"
+        who = "the others" if rank == self._rank else f"rank {self._rank}"
+        text = f"rank {rank} ({host}) {what}, while {doing}; {who} waited for it"
         told = rank == 0 and code not in (RANK_EXIT_CODE, 1)  # rank 0 has printed its own error
         verdict = [text, rank, RANK_EXIT_CODE if code == 1 else code, -1 if told else self._rank]
         self._verdict = Verdict(*json.loads(self._store.compare_set("verdict", "", json.dumps(verdict))))
