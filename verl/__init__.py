@@ -11,6 +11,7 @@
 
 import importlib
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,13 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
+
+
+def _begin_trainer() -> None:
+    """If this process runs a trainer, handle signals from now on: importing torch takes seconds."""
+    if sys.argv[:1] == ["-m"] and any(word.startswith("verl.trainer.") for word in sys.orig_argv):  # as `python -m` looks for the module
+        importlib.import_module("verl.signals").own_process()
+        importlib.import_module("verl.parent").end_with_launcher()
+
+
+_begin_trainer()

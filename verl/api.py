@@ -11,9 +11,9 @@
 A config is a dataclass, a dict (nested or with dotted keys), or command-line arguments (`key=value`, `--config`, `FILE`). You can pass
 several; later ones win. Configs are checked as on the command line, and are not changed.
 
-Wrong input raises `UserError`; no function exits the process. Ctrl-C, SIGTERM and SIGUSR1 stop a training run after the current step: it
-saves a checkpoint and raises `Stopped`, a KeyboardInterrupt. A second signal interrupts at once. Python delivers signals only to the main
-thread, so a run in another thread does not handle them and continues.
+Wrong input raises `UserError`; no function exits the process. Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP stop a training run after the current
+step: it saves a checkpoint and raises `Stopped`, a KeyboardInterrupt. A second signal interrupts at once. Python delivers signals only to
+the main thread, so a run in another thread does not handle them and continues.
 
 A process runs one training at a time. Afterwards, the process group, signal handlers, warnings filters, log levels and random-number state
 are as before, even after an error. For several GPUs, start the program with torchrun and make the same calls in every process.

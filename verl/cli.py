@@ -1,14 +1,12 @@
 """The `verl` command line. Each subcommand passes its arguments to its module. Importing this file does not import torch."""
 
-import logging
-import os
-import signal
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from verl import __version__
+from verl import __version__, signals
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
 from verl.errors import UserError, exit_on_user_error
 
@@ -44,7 +42,7 @@ def options(
 @app.command(context_settings=PASS_ON)
 def sft(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Number of processes to start with torchrun, one per GPU.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of processes to start, one per GPU.", min=1)] = None,
 ) -> None:
     """Fine-tune a model on a file of questions and answers: key=value …"""
     train(gpus, context.args, SFT)
@@ -53,7 +51,7 @@ def sft(
 @app.command(context_settings=PASS_ON)
 def ppo(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Number of processes to start with torchrun, one per GPU.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of processes to start, one per GPU.", min=1)] = None,
 ) -> None:
     """Train a fine-tuned checkpoint with reinforcement learning: key=value …"""
     train(gpus, context.args, PPO)
@@ -62,7 +60,7 @@ def ppo(
 @app.command(context_settings=PASS_ON)
 def reward(
     context: typer.Context,
-    gpus: Annotated[int | None, typer.Option(help="Number of processes to start with torchrun, one per GPU.", min=1)] = None,
+    gpus: Annotated[int | None, typer.Option(help="Number of processes to start, one per GPU.", min=1)] = None,
 ) -> None:
     """Train a reward model on pairs of answers, or with algorithm.name=dpo a policy: key=value …"""
     train(gpus, context.args, REWARD)
@@ -111,11 +109,19 @@ def doctor(context: typer.Context) -> None:
 
 
 def train(gpus: int | None, words: list[str], trainer: Command) -> None:
-    """Run a trainer in this process, or, if `gpus` is given, in that many processes under torchrun."""
+    """Run a trainer in this process, or, if `gpus` is given, in that many processes."""
+    if is_program():
+        signals.own_process()  # before torch is imported, which takes seconds
     if gpus is None or asks_for_help(words):
         hand_on(words, trainer)
     else:
         exit_on_user_error(launch, gpus, words, trainer)
+
+
+def is_program() -> bool:
+    """Return whether this process runs the command line, and not a program that calls it."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    return path.stem == "verl" or path.parent == Path(__file__).parent
 
 
 def hand_on(words: list[str], command: Command) -> None:
@@ -179,36 +185,19 @@ def trainer_of(words: list[str]) -> str | None:
 
 
 def launch(processes: int, words: list[str], trainer: Command) -> None:
-    """Run a trainer under torchrun, on this machine.
+    """Run a trainer in several processes, on this machine.
 
     Raises:
         UserError: the config is invalid (raised before any process starts), or there are more processes than GPUs.
-        SystemExit: with the exit code of the first process that failed, or 128 + the number of the signal that ended it.
+        SystemExit: with the exit code of the processes, see `verl.launch.code_of`.
     """
     from verl.config.load import load_config
 
     load_config(trainer.schema(), words)
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+
+    from verl.launch import Launcher
 
     if 0 < torch.cuda.device_count() < processes:
         raise UserError(f"found {torch.cuda.device_count()} GPUs", where=f"--gpus {processes}", fix="ask for no more than there are")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to write a checkpoint after a signal; torchrun's default is 30
-    logging.disable()  # silences torchrun: a process that fails prints its own error
-    try:
-        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", trainer.module, *words])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # a process killed by a signal printed no error
-            print(f"error: process {rank} was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-        raise SystemExit(exit_code(failure.exitcode)) from None
-    except SignalException as stopped:
-        raise SystemExit(128 + stopped.sigval) from None
-
-
-def exit_code(returncode: int) -> int:
-    """Return the exit code that a shell gives to a process's return code, in which a signal is a negative number."""
-    return returncode if returncode >= 0 else 128 - returncode
+    raise SystemExit(Launcher(trainer.module, words, processes).run())

@@ -3,71 +3,76 @@
 import os
 import shutil
 import socket
-import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.rendezvous import rendezvous
 
-from verl.errors import UserError
+from verl.errors import RankError, UserError
+
+if TYPE_CHECKING:
+    from verl.peers import Peers
 
 Result = TypeVar("Result")
-TIMEOUT = timedelta(minutes=10)
+UNLIMITED = timedelta(days=100)  # of collectives: `verl.peers` sees which ranks are dead, and which are only busy
 
 _store: dist.Store | None = None  # torchrun's rendezvous store
 _joined = 0  # number of times that this process has joined a process group
+_peers: "Peers | None" = None  # watches the other ranks; None: there are none
 _group: dist.ProcessGroup | None = None  # the group of this process; None: all processes
 _context_size = 1  # ranks that share a micro-batch
 _context_groups: dict[str, dist.ProcessGroup] = {}  # this process's context-parallel groups by name
 
 
-def start(*, large_pages: bool = False) -> torch.device:
+def start(*, large_pages: bool = False, timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group (a group of one without torchrun) and choose the device: CUDA if available, else the CPU.
 
     Args:
+        timeout_seconds: see `verl.config.shared.DistConfig`.
         large_pages: allocate host memory in pages of 2 MiB. Offloaded gradients are new tensors in each step, and their allocation is
             four times as fast as with pages of 4 KiB (12 GB/s, not 3).
     Raises:
-        UserError: torchrun's environment variables are incomplete; this node has more processes than GPUs; or the calling program has
-            created a process group without gloo.
+        UserError: torchrun's environment variables are wrong, or the other ranks are not found; this node has more processes than GPUs; or
+            the calling program has created a process group without gloo.
     """
     if large_pages:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at the first allocation, in init_process_group
     device = _device()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, rank, processes = _rendezvous()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
+        store, rank, processes = _rendezvous(timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=UNLIMITED)
     elif "cpu" not in (backend := dist.get_backend_config()):
         fix = 'create it with init_process_group("cpu:gloo,cuda:nccl"), or let verl create it'
         raise UserError(f"this process has a process group of {backend!r}, which cannot send CPU tensors", fix=fix)
     return device
 
 
-def _rendezvous() -> tuple[dist.Store, int, int]:
+def _rendezvous(timeout_seconds: float) -> tuple[dist.Store, int, int]:
     """Return the rendezvous store, this process's rank and the world size.
 
     Each call returns a store with a new prefix: a process that joins a second group must not read the addresses of the first.
     """
-    global _store, _joined
+    global _store, _joined, _peers
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(f"RANK is set but {', '.join(missing)} is not", fix="start with torchrun, or unset RANK")
+    from verl import rendezvous  # a single process needs none
+
+    place = rendezvous.read_place()
+    if place.ranks == 1:
+        return dist.HashStore(), 0, 1
     if _store is None:
-        _store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
+        _store = rendezvous.open_store(place)
     _joined += 1
-    return dist.PrefixStore(f"verl {_joined}", _store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    from verl.peers import Peers
+
+    _peers = Peers(_store, _joined, place, timeout_seconds)
+    return dist.PrefixStore(f"verl {_joined}", _store), place.rank, place.ranks
 
 
 def has_compiler() -> bool:
@@ -81,9 +86,11 @@ HAS_TRITON = find_spec("triton") is not None and has_compiler()  # CPU builds of
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this node has no GPU: there are only {gpus}", fix=f"torchrun --nproc_per_node={gpus}")
+    local_rank = 0
+    if "LOCAL_RANK" in os.environ:
+        from verl.rendezvous import read_local_rank
+
+        local_rank = read_local_rank(torch.cuda.device_count())
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -103,12 +110,24 @@ def host_memory() -> int:
     return min(memory, int(text)) if text.isdigit() else memory
 
 
-def stop() -> None:
-    """Leave the process group, and wait until gloo's threads are idle."""
+def stop(error: BaseException | None = None) -> None:
+    """Leave the process group, and wait until gloo's threads are idle.
+
+    Args:
+        error: what ends the run; other ranks are told. None: it is done.
+    """
+    global _peers
     forget_parts()
+    if _peers is not None:
+        _peers.leave(error)
+        _peers = None
     if dist.is_initialized():
+        if isinstance(error, RankError):
+            return  # other ranks do not answer, and the process ends
+        from verl.rendezvous import wait_until_idle
+
         dist.destroy_process_group()
-        _wait_until_idle()
+        wait_until_idle()
 
 
 def forget_parts() -> None:
@@ -124,33 +143,6 @@ def is_started() -> bool:
     return dist.is_initialized()
 
 
-def _wait_until_idle() -> None:
-    """Wait until gloo's threads are idle, shortly after their last message.
-
-    They then release its tensors, for which they need the GIL. An interpreter that is shutting down does not give it to them and aborts the
-    process (https://github.com/pytorch/pytorch/issues/190489). The threads are checked twice, because one that waits for the GIL looks
-    idle, but gets it before the second check.
-    """
-    if sys.platform != "linux":
-        time.sleep(0.1)
-        return
-    idle_checks = 0
-    while idle_checks < 2:
-        time.sleep(0.002)
-        idle_checks = 0 if "R" in _states_of_threads("pt_gloo_runloop") else idle_checks + 1
-
-
-def _states_of_threads(name: str) -> list[str]:
-    """Return the state of each thread of this process with that name: R is running or runnable, S is sleeping."""
-    states = []
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
-            number_and_name, rest = (thread / "stat").read_text().rsplit(")", 1)
-            if number_and_name.endswith(f"({name}"):
-                states.append(rest.split()[0])
-    return states
-
-
 def divide(parts: Sequence[Sequence[int]]) -> None:
     """Divide the processes into groups. Afterwards, this module's ranks and collectives are those within this process's group.
 
@@ -160,7 +152,7 @@ def divide(parts: Sequence[Sequence[int]]) -> None:
         parts: the global ranks of each group; each rank is in one group.
     """
     global _group
-    _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=TIMEOUT)
+    _group, _ = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=UNLIMITED)
 
 
 def group() -> dist.ProcessGroup | None:
@@ -203,7 +195,7 @@ def share_micro_batches(processes: int) -> None:
         raise UserError(f"{world_size()} processes are not a multiple of {processes}", where="model.context_parallel_size", fix=fix)
     _context_size = processes
     if processes > 1 and context_name() not in _context_groups:
-        _context_groups[context_name()], _ = dist.new_subgroups(processes, timeout=TIMEOUT)
+        _context_groups[context_name()], _ = dist.new_subgroups(processes, timeout=UNLIMITED)
 
 
 def context_size() -> int:
@@ -251,7 +243,7 @@ def most(number: int) -> int:
     if world_size() == 1:
         return number
     numbers = torch.tensor(number)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_group)
+    _wait(dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_group, async_op=True))
     return int(numbers)
 
 
@@ -259,26 +251,50 @@ def total(values: Sequence[float]) -> list[float]:
     """Return the sums over all ranks, in float64, computed on the CPU."""
     sums = torch.tensor(values, dtype=torch.float64)
     if world_size() > 1:
-        dist.all_reduce(sums, group=_group)
+        _wait(dist.all_reduce(sums, group=_group, async_op=True))
     return [float(value) for value in sums]
 
 
-def gathered(value: Result) -> list[Result]:
-    """Return the values of all ranks, in rank order, on every rank."""
-    if world_size() == 1:
+def gathered(value: Result, *, everywhere: bool = False) -> list[Result]:
+    """Return the values of all ranks, in rank order, on every rank.
+
+    Args:
+        everywhere: of all processes, also those of other groups (see `divide`).
+    """
+    group = None if everywhere else _group
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=_group)
-    return values
+    from verl import exchange  # a single process needs none
+
+    return exchange.gathered(value, group, _peers)
 
 
 def from_main(value: Result) -> Result:
     """Return rank 0's value on every rank."""
     if world_size() == 1:
         return value
-    values = [value]
-    dist.broadcast_object_list(values, group=_group, group_src=0)
-    return values[0]
+    from verl import exchange
+
+    return exchange.broadcast(value, _group, _peers)
+
+
+def _wait(work: Any) -> None:
+    """Wait for a collective on the CPU, see `verl.exchange.wait`."""
+    from verl.exchange import wait
+
+    wait(work, _peers)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what explains an error: if a collective broke, the RankError that names the rank; else the error itself."""
+    return error if _peers is None else _peers.cause_of(error)
+
+
+def moved() -> None:
+    """Note that the run gets on, so that no rank takes this one for hung."""
+    from verl import signals
+
+    signals.moved()
 
 
 def main_first(work: Callable[[], Result]) -> Result:
@@ -340,28 +356,3 @@ def _raise_together(error: UserError | None) -> None:
     for found in gathered(error):
         if found is not None:
             raise found
-
-
-def sum_over_parts(part: Tensor, parts: int) -> Tensor:
-    """Sum over the ranks that share a batch, with a gradient; every rank gets the same sum.
-
-    Args:
-        part: this rank's summand, of the same shape on all ranks.
-        parts: number of these ranks (`Batch.parts`).
-    """
-    total: Tensor = part if parts == 1 else _SumOverParts.apply(part)
-    return total
-
-
-class _SumOverParts(torch.autograd.Function):
-    """All-reduce in both passes: every rank's loss depends on every summand, so the gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        total = part.clone()
-        dist.all_reduce(total, group=context_group(context_name()))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _SumOverParts.forward(ctx, gradients[0])

@@ -1,6 +1,7 @@
-"""Exceptions that end a run early: `UserError`, which the user can fix, and `Stopped`, after a signal.
+"""Exceptions that end a run early: `UserError`, which the user can fix, and `Stopped`, after a signal or at a time limit.
 
-A command exits with code 2 and no traceback after a `UserError`, and with 128 + the signal's number after `Stopped`.
+A command exits without a traceback after these: with code 2 after a `UserError`, 3 if another rank has died or hangs (`RankError`), and
+after `Stopped` with 75 if there is a checkpoint to go on from, else with 128 + the signal's number.
 """
 
 import atexit
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_CODE = 2
+RANK_EXIT_CODE = 3
 DISK_EXIT_CODE = 4
+SAVED_EXIT_CODE = 75  # "saved, start me again": the code that sysexits.h calls a temporary failure
 
 
 class UserError(Exception):
@@ -26,9 +29,11 @@ class UserError(Exception):
         fix: what to do.
     Attributes:
         exit_code: of a command that ends with this error.
+        tells: whether this process prints it; None: only rank 0 does.
     """
 
     exit_code = EXIT_CODE
+    tells: bool | None = None
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
@@ -60,31 +65,47 @@ class AbandonedError(UserError):
         return partial(AbandonedError, self.what, where=self.where, fix=self.fix), ()
 
 
+class RankError(UserError):
+    """Another rank has died, hangs or has failed. The message names the rank, its host, and what it was doing."""
+
+    exit_code = RANK_EXIT_CODE
+
+
 class Stopped(KeyboardInterrupt):
-    """A signal stopped the run after a step. All files are complete.
+    """A signal or `trainer.max_seconds` stopped the run. All files are complete.
 
     It is a KeyboardInterrupt, so the calling program or notebook cell ends too unless it catches it, as after Ctrl-C.
 
     Attributes:
-        signal: the signal.
+        signal: the signal; None: the time limit.
         checkpoint: the newest checkpoint, from which the same call resumes; None if nothing was saved.
+        phase: what the run was doing, if a signal left it at once; empty after a step.
+        is_told: whether it has been printed.
     """
 
-    def __init__(self, by: signal.Signals, checkpoint: Path | None):
-        self.signal, self.checkpoint = by, checkpoint
-        where = "nothing was saved" if checkpoint is None else f"the same call resumes from {checkpoint}"
-        super().__init__(f"stopped by {by.name}; {where}")
+    def __init__(self, by: signal.Signals | None, checkpoint: Path | None, *, phase: str = ""):
+        self.signal, self.checkpoint, self.phase, self.is_told = by, checkpoint, phase, False
+        super().__init__()
+
+    def __str__(self) -> str:
+        while_doing = f" while {self.phase}" if self.phase else ""
+        how = "nothing was saved" if self.checkpoint is None else f"the same call resumes from {self.checkpoint}"
+        return f"stopped by {self.signal.name if self.signal else 'trainer.max_seconds'}{while_doing}; {how}"
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a command."""
+        return SAVED_EXIT_CODE if self.checkpoint is not None or self.signal is None else 128 + self.signal
 
 
 def print_error(error: UserError) -> None:
-    """Print to standard error, on rank 0 only: under torchrun, every process raises the same error."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print to standard error, on rank 0 unless the error says otherwise: usually, every process raises the same error."""
+    if os.environ.get("RANK", "0") == "0" if error.tells is None else error.tells:
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
-    """Run `main(*args)` and exit: with its code after printing a UserError, with 128 + the signal's number after Stopped, else with 0."""
+    """Run `main(*args)` and exit: with the code of a UserError or of Stopped after printing it, else with 0."""
     atexit.register(gc.freeze)  # at exit, Python searches all objects for cycles: with torch imported, this takes seconds
     try:
         main(*args)
@@ -92,7 +113,9 @@ def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
         print_error(error)
         raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
-        raise SystemExit(128 + stopped.signal) from None
+        if not stopped.is_told and os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
+        raise SystemExit(stopped.exit_code) from None
     raise SystemExit(0)
 
 

@@ -1,15 +1,13 @@
-"""A training run: its directory, messages, metrics, loggers and progress bar, and the signals that stop it early."""
+"""A training run: its directory, messages, metrics, loggers and progress bar, and how it stops early."""
 
 import json
 import math
-import os
 import signal
-import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType, ModuleType, TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from rich.console import Console
@@ -25,9 +23,7 @@ from verl.progress import Bar, open_console
 if TYPE_CHECKING:
     from verl.directory import Claimed
 
-# Signals that stop a run: SIGTERM from schedulers, SIGINT from Ctrl-C, and SIGUSR1, which SLURM can send before a time limit
-# (`sbatch --signal`).
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+OUT_OF_TIME = 1  # a reason to stop; others are numbers of signals, and one more
 
 # Metrics that the progress bar shows, with their formats.
 _SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}
@@ -72,7 +68,6 @@ class Run:
         config, settings: the config, as nested dicts of plain values and as given.
         origin: why the directory is not the one that trainer.default_local_dir names; empty if it is.
         notes: what to say after the first line of the run.
-        stopped_by: name of the signal that asked the run to stop, or None.
         total_steps: optimizer steps of the whole run; 0 until it is known.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
     Raises:
@@ -84,7 +79,6 @@ class Run:
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
         self.origin, self.notes = "", list[str]()
-        self.stopped_by: str | None = None
         self.total_steps = 0
         self.checkpoint: Path | None = None
         self.settings = config
@@ -93,7 +87,8 @@ class Run:
         self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
         self._names = names
         self._loggers: list[tuple[Logger, str, ModuleType]] = []
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._deadline: Any = None  # a verl.deadline.Deadline, with trainer.max_seconds
+        self._reason = 0  # why the run stops, the same on all ranks: 0, OUT_OF_TIME, or a signal's number and one more
         self._bar: Bar | None = None
         self._state = ""  # of the progress bar
         self._claim: Claimed | None = None
@@ -103,20 +98,26 @@ class Run:
 
         self._claim = claimed(self.settings)
         self.directory, self.origin, self.notes = self._claim.directory, self._claim.why, self._claim.notes
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
-        for number in self._handlers:
-            signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         try:
+            self._tell(error)
+            if error is None:
+                self.enter("finishing the loggers")
             self._finish()
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+        except Stopped as stopped:  # every step is done
+            self._tell(stopped)
+            raise
         finally:
             if self._claim is not None:
                 self._claim.release()
+
+    def _tell(self, error: BaseException | None) -> None:
+        """Print that a signal has left the run in a phase that may be left at any time."""
+        if isinstance(error, Stopped) and not error.is_told:
+            error.checkpoint, error.is_told = self.checkpoint, True
+            self.say(str(error).replace("the same call", "the same command"))
 
     def _finish(self) -> None:
         """Stop the progress bar and finish the loggers."""
@@ -234,9 +235,35 @@ class Run:
         if text is not None and line_is_due:
             self.line(text)
 
+    def enter(self, phase: str, step: int = 0, *, limited: bool = False) -> None:
+        """Say what the run does from now on, for the errors of other ranks and the lines of signals; see `verl.signals.enter`."""
+        from verl import signals
+
+        signals.enter(phase, step, limited=limited)
+        if self._deadline is not None:
+            self._deadline.enter(phase, step)
+
+    @contextmanager
+    def stepping(self, weights: int) -> Iterator[None]:
+        """In this context, which trains, signals are noted, and `should_stop` tells of them.
+
+        Args:
+            weights: number of trained weights, which tells the size of a checkpoint.
+        """
+        from verl import signals
+
+        if self.settings.trainer.max_seconds is not None:
+            from verl.deadline import Deadline, started
+
+            self._deadline = Deadline(self.settings.trainer.max_seconds, started(), weights * 16)
+        with signals.held(f"stopping after this step, {'without' if self.settings.trainer.save_freq == 'never' else 'with'} a checkpoint"):
+            yield
+
     def stopping(self) -> bool:
         """Return whether a signal asked this process to stop."""
-        return self.stopped_by is not None
+        from verl import signals
+
+        return signals.received() is not None
 
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
@@ -244,11 +271,15 @@ class Run:
             replace_text(self.directory / "trainer_state.json", _json(state, indent=2) + "\n")
 
     def should_stop(self) -> bool:
-        """Return whether a signal asked any rank to stop; the result is the same on every rank."""
-        return dist.any_rank(self.stopped_by is not None)
+        """Return whether a signal asked any rank to stop, or the time is up; the result is the same on every rank."""
+        from verl import signals
+
+        number, is_late = signals.received(), self._deadline is not None and self._deadline.is_near()
+        self._reason = dist.most(OUT_OF_TIME + number if number is not None else OUT_OF_TIME * is_late)
+        return self._reason > 0
 
     def leave(self, step: int) -> NoReturn:
-        """Stop the run after a step because of a signal, and print the checkpoint to resume from. Every rank calls it.
+        """Stop the run after a step as `should_stop` told, and print the checkpoint to resume from. Every rank calls it.
 
         Args:
             step: number of optimizer steps done.
@@ -256,25 +287,19 @@ class Run:
             Stopped: always.
         """
         how = "nothing was saved" if self.checkpoint is None else f"the same command resumes from {self.checkpoint}"
-        self.say(f"stopped by {self.stopped_by or 'a signal to another process'} after step {step}; {how}")
+        number = signal.Signals(self._reason - OUT_OF_TIME) if self._reason > OUT_OF_TIME else None
+        by = f"trainer.max_seconds={self.settings.trainer.max_seconds:g}" if number is None else number.name
+        self.say(f"stopped by {by} after step {step}; {how}")
         self._finish()
         dist.barrier()  # torchrun ends all processes as soon as one exits, and rank 0 may still be finishing its loggers
-        raise Stopped(signal.Signals[self.stopped_by or "SIGTERM"], self.checkpoint)
+        stopped = Stopped(number, self.checkpoint)
+        stopped.is_told = True
+        raise stopped
 
     def result(self) -> "TrainResult":
         """Return the result of the run, the same on every rank. Every rank calls it."""
         metrics = read_metrics(self.directory) if dist.is_main() else []
         return TrainResult(self.checkpoint, self.directory, dist.from_main(metrics))
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        received = signal.Signals(number)
-        self.stopped_by = received.name
-        signal.signal(received, self._handlers[received])  # a second signal ends the process at once
-        if dist.is_main():
-            checkpoint = "without" if self.settings.trainer.save_freq == "never" else "with"
-            os.write(
-                2, f"\n{self.stopped_by}: stopping after this step, {checkpoint} a checkpoint; send it again to stop at once\n".encode()
-            )
 
     def _append(self, name: str, text: str) -> None:
         try:

@@ -30,8 +30,11 @@ def session() -> Iterator[None]:
     """
     if not _running.acquire(blocking=False):
         raise UserError("another run is active in this process", fix="wait until it has ended, or start this one in a separate process")
+    from verl import signals
+
     try:
-        with quiet_libraries(), attention_kept(), _restore_compiler(), torch.random.fork_rng(devices=_initialized_gpus()), _restore_group():
+        random_kept = torch.random.fork_rng(devices=_initialized_gpus())
+        with signals.handled(), quiet_libraries(), attention_kept(), _restore_compiler(), random_kept, _restore_group():
             yield
     except (UserError, Stopped, torch.OutOfMemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, whose frames hold the models
@@ -51,13 +54,19 @@ def _initialized_gpus() -> list[int]:
 @contextmanager
 def _restore_group() -> Iterator[None]:
     """Leave the process group at the end, unless this process was in one before."""
-    started, hook = dist.is_started(), sys.excepthook
+    started, hook, error = dist.is_started(), sys.excepthook, None
     try:
         yield
+    except BaseException as raised:
+        error = raised
+        if (cause := dist.cause_of(raised)) is not raised:
+            error = cause
+            raise cause from None
+        raise
     finally:
         if dist.world_size() == 1:
             sys.excepthook = hook  # PyTorch has set one that prefixes each line of an error with the rank
-        dist.forget_parts() if started else dist.stop()
+        dist.forget_parts() if started else dist.stop(error)
 
 
 @contextmanager

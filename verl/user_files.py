@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
-from verl.errors import UserError
+from verl.errors import Stopped, UserError
 
 FOLDER = "verl_folder_"  # a package of this name and a checksum has the files of a user's folder as its modules
 
@@ -101,7 +101,7 @@ def ends_are_errors() -> Iterator[None]:
         with _interrupts_noticed() as interrupts:
             yield
     except KeyboardInterrupt as error:
-        if interrupts:
+        if interrupts or isinstance(error, Stopped):
             raise
         raise RuntimeError("raised KeyboardInterrupt").with_traceback(error.__traceback__) from None
     finally:

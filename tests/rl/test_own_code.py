@@ -77,7 +77,7 @@ def test_a_signal_ends_a_run_that_waits_for_a_reward_with_the_steps_that_are_don
     since = time.monotonic()
     run.send_signal(signal.SIGTERM)
     said, _ = run.communicate(timeout=30)
-    assert run.returncode == 128 + signal.SIGTERM and time.monotonic() - since < 10
+    assert run.returncode == 75 and time.monotonic() - since < 10
     assert "Traceback" not in said
     assert f"after step 1; the same command resumes from {folder}/hangs/global_step_1" in said
     assert (folder / "hangs/global_step_1/manifest.json").is_file()

@@ -9,7 +9,6 @@ import torch
 
 from verl.data.loader import Step
 from verl.engine.checkpoint import Position
-from verl.errors import UserError
 from verl.trainer.meter import Meter
 
 START = Position(step=0, tokens=0, supervised_tokens=0, rows=8, rows_per_step=2, seed=1, data_fingerprint="f")
@@ -87,8 +86,9 @@ def test_where_the_host_updates_the_weights_each_step_is_read_at_once(meter: Met
 
 
 @pytest.mark.parametrize("meter", ["cuda", "cpu"], indirect=True)
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(meter: Meter) -> None:
-    add(meter, 4, math.nan)
-    with pytest.raises(UserError, match="loss nan") as stopped:
-        read(meter, wait=True)
-    assert stopped.value.where == "step 5"
+def test_a_step_whose_loss_is_not_finite_counts_as_skipped_and_does_not_use_up_its_learning_rate(meter: Meter) -> None:
+    meter._engine.learning_rate = lambda step: float(step)
+    for number, loss in enumerate([1.0, math.nan, math.inf, 1.0]):
+        add(meter, number, loss)
+    found = [(metrics["train/lr"], metrics.get("train/skipped"), meter.skipped_in_a_row) for _, metrics in meter.finished(wait=True)]
+    assert found == [(0.0, None, 0), (1.0, 1.0, 1), (1.0, 1.0, 2), (1.0, None, 0)]

@@ -28,7 +28,7 @@ from verl.data.loader import row_order
 from verl.data.tables import Columns
 from verl.engine import restore
 from verl.engine.contract import LossOut, TokenOut
-from verl.errors import UserError, exit_on_user_error
+from verl.errors import SAVED_EXIT_CODE, UserError, exit_on_user_error
 from verl.models.inference import load_for_inference
 from verl.models.load import load_tokenizer
 from verl.trainer import fsdp_sft_trainer
@@ -264,7 +264,7 @@ def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(fold
     wait_for(lambda: (folder / "term" / "metrics.jsonl").exists() and len(metrics_of(folder / "term")) >= 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command resumes from" in output
+    assert process.returncode == SAVED_EXIT_CODE and "the same command resumes from" in output
     done = command(*SFT, *words(folder, "term"))
     assert done.returncode == 0 and done.stdout.startswith("resuming from")
     assert losses(metrics_of(folder / "term")) == losses(plain_run)

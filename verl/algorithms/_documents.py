@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from verl.data.batch import Batch
-from verl.dist import sum_over_parts
+from verl.parts import sum_over_parts
 
 
 def document_of_token(batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, is_share, one_of
 
 
@@ -42,6 +42,11 @@ def check_offload(model: ModelConfig, optim: OptimConfig, key: str = "optim") ->
             )
 
 
+def check_dist(config: DistConfig) -> None:
+    """Check the keys of several processes. Raises UserError naming the key."""
+    at_least("dist.timeout_seconds", config.timeout_seconds, 5)
+
+
 def check_trainer(trainer: TrainerConfig) -> None:
     """Check the keys of a run: length, loggers, checkpoints. Raises UserError naming the key."""
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
@@ -53,6 +58,13 @@ def check_trainer(trainer: TrainerConfig) -> None:
     at_least("trainer.total_training_steps", trainer.total_training_steps, 1)
     at_least("trainer.profile_step", trainer.profile_step, 1)
     at_least("trainer.seed", trainer.seed, 0)
+    at_least("trainer.max_nonfinite_steps", trainer.max_nonfinite_steps, 1)
+    at_least("trainer.max_seconds", trainer.max_seconds, 1)
+    if trainer.max_seconds is not None and trainer.save_freq == "never":
+        fix = "remove trainer.save_freq, or trainer.max_seconds (to try settings out: trainer.total_training_steps)"
+        raise UserError(
+            "the run would end at the time limit without a checkpoint", where="trainer.max_seconds with trainer.save_freq=never", fix=fix
+        )
     if (trainer.resume_mode == "resume_path") != (trainer.resume_from_path is not None):
         raise UserError(
             f"resume_mode={trainer.resume_mode} and resume_from_path={trainer.resume_from_path} do not go together",

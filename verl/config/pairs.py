@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.checks import check_best, check_model, check_offload, check_optim, check_samples, check_trainer
-from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.checks import check_best, check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
 
@@ -68,6 +68,7 @@ class RewardTrainerConfig:
     algorithm: PreferenceConfig = field(default_factory=PreferenceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(project_name="verl-reward"))
+    dist: DistConfig = field(default_factory=DistConfig)
 
     def check(self) -> None:
         """Cross-field checks. Raises UserError naming the key."""
@@ -77,6 +78,7 @@ class RewardTrainerConfig:
         check_offload(model, self.optim)
         check_trainer(self.trainer)
         check_best(self.trainer, self.data.val_files)
+        check_dist(self.dist)
         check_samples(data)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         if data.chosen_key == data.rejected_key:

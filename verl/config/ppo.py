@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from verl.config.algorithm import AlgorithmConfig
-from verl.config.checks import check_best, check_model, check_offload, check_optim, check_samples, check_trainer
-from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.checks import check_best, check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
@@ -158,6 +158,7 @@ class PPOConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, lr_scheduler="constant", warmup_steps_ratio=0.0))
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(project_name="verl-rl", save_freq=-1, test_freq=-1))
+    dist: DistConfig = field(default_factory=DistConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -173,6 +174,7 @@ class PPOConfig:
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
         check_best(self.trainer, self.data.val_files)
+        check_dist(self.dist)
         check_samples(self.data)
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))

@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from verl.config.checks import check_best, check_model, check_offload, check_optim, check_samples, check_trainer
-from verl.config.shared import ModelConfig, OptimConfig, TrainerConfig
+from verl.config.checks import check_best, check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 
 
@@ -70,6 +70,7 @@ class SFTConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    dist: DistConfig = field(default_factory=DistConfig)
 
     def check(self) -> None:
         """Check values and combinations of keys. Raises UserError that names the key."""
@@ -79,6 +80,7 @@ class SFTConfig:
         check_offload(self.model, self.optim)
         check_trainer(self.trainer)
         check_best(self.trainer, self.data.val_files)
+        check_dist(self.dist)
         one_of("data.train_turns", data.train_turns, ("all", "last"))
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         at_least("data.max_length", data.max_length, 2)

@@ -89,6 +89,13 @@ class OptimConfig:
 
 
 @dataclass
+class DistConfig:
+    # With several processes: seconds after which one that gives no sign of life, or does not get on in a step that all take together, ends
+    # the run. Work of one process alone, such as tokenizing, verifying a checkpoint or a slow reward, has no limit.
+    timeout_seconds: float = 600.0
+
+
+@dataclass
 class TrainerConfig:
     # Passes over the training rows.
     total_epochs: int = 1
@@ -127,6 +134,12 @@ class TrainerConfig:
     # Print the plan of the run and exit, without reading weights: steps and tokens; for fine-tuning also GPU memory, and what to change
     # if it does not fit.
     dry_run: bool = False
+    # End the run with a checkpoint (exit code 75) before it has taken this time, in seconds; it counts from the start of the process, and a
+    # step and a save are left time for. null: no limit.
+    max_seconds: float | None = None
+    # An update whose loss or gradient is not finite is skipped, and its rows are written to default_local_dir/skipped. So many in a row end
+    # the run.
+    max_nonfinite_steps: int = 3
     # Seed of row order, adapters and dropout.
     seed: int = 1
 
@@ -138,3 +151,4 @@ class RunConfig(Protocol):
     model: ModelConfig
     optim: OptimConfig
     trainer: TrainerConfig
+    dist: DistConfig

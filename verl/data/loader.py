@@ -182,11 +182,15 @@ class Loader:
     def steps_per_epoch(self) -> int:
         return -(-epoch_rows(self.documents) // self.rows_per_step)
 
-    def step(self, number: int) -> Step:
-        """Build step `number`, counted from 0 over all epochs."""
+    def rows(self, number: int) -> np.ndarray:
+        """Return the numbers of the rows of step `number`, over all ranks."""
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self.rows_per_step
-        rows = epoch_order(self.documents, self.seed, epoch)[first : first + self.rows_per_step]
+        return epoch_order(self.documents, self.seed, epoch)[first : first + self.rows_per_step]
+
+    def step(self, number: int) -> Step:
+        """Build step `number`, counted from 0 over all epochs."""
+        epoch, rows = number // self.steps_per_epoch, self.rows(number)
         batches = self.micro_batches(self.documents, rows)
         return Step(
             number=number,

@@ -3,16 +3,9 @@
 import functools
 import itertools
 import json
-import multiprocessing
 import os
-import sys
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from types import ModuleType
 from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -191,46 +184,14 @@ def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chu
 
 
 def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk], workers: int) -> Iterator[Done]:
-    """Tokenize in worker processes, in order. They are spawned, not forked: this process may have threads and a GPU context."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, columns))
-    waiting: deque[Future[Done]] = deque()
-    try:
-        for chunk in chunks:
-            with _callers_script_hidden():
-                waiting.append(pool.submit(_render_in_worker, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        fix = "use fewer processes, because each needs its own memory"
-        raise UserError("a tokenizing process died", where="data.num_workers", fix=fix) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    from verl.data.tokenizing import in_processes  # small files need no processes
+
+    return in_processes(functools.partial(_prepared, tokenizer, columns), chunks, workers)
 
 
-@contextmanager
-def _callers_script_hidden() -> Iterator[None]:
-    """While this lasts, new interpreters do not run the program's script first, as multiprocessing has them do: it may call a trainer."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
-_worker: Callable[[Chunk], Done]
-
-
-def _start_worker(tokenizer: PreTrainedTokenizerBase, columns: RowReader) -> None:
-    global _worker
+def _prepared(tokenizer: PreTrainedTokenizerBase, columns: RowReader) -> Callable[[Chunk], Done]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = functools.partial(_render, Renderer(tokenizer), columns)
-
-
-def _render_in_worker(chunk: Chunk) -> Done:
-    return _worker(chunk)
+    return functools.partial(_render, Renderer(tokenizer), columns)
 
 
 def _with_progress(done: Iterator[Done], progress: ReadProgress, console: Console | None) -> Iterator[Done]:

@@ -60,6 +60,7 @@ class Engine:
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
         self.captured = _captured(scorer, device, graph_tokens) if graph_tokens else None
         self.trained = list(self.weights.trained.values())
+        self._skipped = 0
         if config is not None:
             self.optimizer = build_optimizer(self.trained, config, self.weights.copies)
             self.learning_rate = learning_rate(config, total_steps)
@@ -70,21 +71,39 @@ class Engine:
     def train_step(
         self, micro_batches: Sequence[Batch], algorithm: Algorithm, step: int, *, left_out: Sequence[Batch] = ()
     ) -> dict[str, Tensor]:
-        """Take one optimizer step. If the loss or the gradient norm is not finite, all ranks skip it: weights and moments do not change.
+        """Take one optimizer step. If the loss or the gradient norm is not finite, all ranks skip it: weights, moments and learning rate do
+        not change.
 
         Args:
             micro_batches: micro-batches of this rank, in host memory; at least one, and the same number on every rank.
-            step: index of the step, counted from 0; it sets the learning rate.
+            step: index of the step, counted from 0; without the skipped ones before it, it sets the learning rate.
             left_out: see `backward`.
         Returns:
             `loss`, the means of its metrics over all ranks, `grad_norm`, and `skipped` (1 if the step was skipped, else 0), as scalars on
             the device.
         """
         metrics = self.backward(micro_batches, algorithm, left_out)
-        set_learning_rate(self.optimizer, self.learning_rate(step))
+        set_learning_rate(self.optimizer, self.learning_rate(step - self.skipped))
         norm, finite = update(self.optimizer, self.weights, self.largest_gradient_norm, metrics["loss"])
+        if not hasattr(self.optimizer, "settle"):
+            self._skipped += not finite  # the update has waited for it, too
         metrics |= {"grad_norm": norm, "skipped": 1.0 - finite.float()}
         return {name: value.to(self.device) for name, value in metrics.items()}  # offloaded weights have their norm in host memory
+
+    @property
+    def skipped(self) -> int:
+        """Number of steps whose update was skipped. On a GPU, this waits for the last step, unless the next one is queued already."""
+        settle = getattr(self.optimizer, "settle", None)
+        return self._skipped + (settle() if settle else 0)
+
+    def set_skipped(self, steps: int) -> None:
+        """Set the number of skipped steps to that of the checkpoint which the run resumes from."""
+        self._skipped = steps
+
+    @property
+    def trained_weights(self) -> int:
+        """Number of trained weights, over all ranks."""
+        return sum(p.numel() for p in self.trained)
 
     def backward(self, micro_batches: Sequence[Batch], algorithm: Algorithm, left_out: Sequence[Batch] = ()) -> dict[str, Tensor]:
         """Accumulate the gradients of the micro-batches, and return the loss and the means of its metrics.
@@ -101,6 +120,7 @@ class Engine:
         scale = processes.world_size() / totals[1]  # gradients are averaged over ranks, but we need their sum
         results: list[LossOut] = []
         for number, batch in enumerate(micro_batches):
+            processes.moved()
             self.weights.begin(last=number == len(micro_batches) - 1)
             found = None
             if self.captured is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):

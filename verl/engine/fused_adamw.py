@@ -23,6 +23,7 @@ class FusedAdamW:
 
     Attributes:
         lr: learning rate of the next step.
+        skipped: number of steps that were skipped, up to the last one that `settle` has waited for.
         is_fused: marks an optimizer that clips, skips non-finite steps and publishes the weights itself.
     """
 
@@ -43,7 +44,7 @@ class FusedAdamW:
             eight_bit: use 8-bit moments; else float32.
             copies: working copies of some parameters, which each step updates too, in their own dtype.
         """
-        self.lr, self._betas = lr, betas
+        self.lr, self._betas, self.skipped = lr, betas, 0
         decays = {p: float(group["weight_decay"]) for group in groups for p in group["params"]}
         self._steps = torch.zeros(len(decays))  # on the CPU; each parameter's "step" is an element of it
         self._latest: _Latest | None = None
@@ -65,7 +66,7 @@ class FusedAdamW:
             factor: scalar on the device that multiplies the gradients in the update; `.grad` itself is unchanged.
             finite: flag on the device; if it is false, nothing is updated.
         """
-        self._settle()
+        self.settle()
         gradients = [None if p.grad is None else _contiguous(moments.local(p.grad)) for p in self._state]
         moved = torch.tensor([float(gradient is not None) for gradient in gradients])
         self._steps += moved
@@ -77,14 +78,16 @@ class FusedAdamW:
         for launch in self._launches:
             launch(gradients, [rates[step] for step in steps], factor)
 
-    def _settle(self) -> None:
-        """Undo the count of the latest step if it was not finite.
+    def settle(self) -> int:
+        """Undo the count of the latest step if it was not finite. Return the number of steps that were skipped so far.
 
         This waits for the device. It is called when the next step's forward and backward pass are queued, so the device never idles.
         """
         if self._latest is not None and not self._latest.was_taken():
             self._steps -= self._latest.moved
+            self.skipped += 1
         self._latest = None
+        return self.skipped
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         assert set_to_none
@@ -93,7 +96,7 @@ class FusedAdamW:
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """Return a parameter's state, sharded like the parameter. Loading into these tensors loads the optimizer, which owns them."""
-        self._settle()
+        self.settle()
         return moments.sharded_like(parameter, self._state[parameter])
 
 

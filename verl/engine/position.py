@@ -23,6 +23,7 @@ class Position:
         data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
         drawn: prompts drawn so far, in reinforcement learning.
         kl_coef: current KL coefficient, if it is adaptive.
+        skipped, critic_skipped: updates so far that were skipped, because the loss or the gradient was not finite.
         settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
             checkpoints of older versions.
         total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
@@ -37,5 +38,7 @@ class Position:
     data_fingerprint: Fingerprint | str
     drawn: int = 0
     kl_coef: float | None = None
+    skipped: int = 0
+    critic_skipped: int = 0
     settings: dict[str, str] = field(default_factory=dict)
     total_steps: int = 0

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from verl.data.batch import Batch
-from verl.dist import sum_over_parts
 from verl.engine.contract import ScoreOut, Slope, ValueOut
 from verl.engine.scorers import TOLERANCE, Scorer, probe_documents
 from verl.errors import UserError
 from verl.models.attention.packed import USE_ANOTHER
 from verl.models.heads import head_of
+from verl.parts import sum_over_parts
 
 
 class ValueScorer(Scorer):

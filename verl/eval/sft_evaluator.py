@@ -6,14 +6,12 @@ Read `evaluate` first.
 """
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +21,7 @@ from verl.data.render import Renderer
 from verl.data.row import ReadProgress, Row, notes_of
 from verl.data.shapes import read_question
 from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
-from verl.errors import UserError, exit_on_user_error
+from verl.errors import Stopped, UserError, exit_on_user_error
 from verl.eval import report
 from verl.eval.grader import Answer, Grader, Prediction, Question
 from verl.lock import held
@@ -211,16 +209,12 @@ def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Questio
 
 
 def main(argv: list[str]) -> None:
-    signal.signal(signal.SIGTERM, leave)
     try:
         evaluate(load_config(EvalConfig, argv))
+    except Stopped as stopped:  # the answers that are finished are written, and it is said how many
+        raise SystemExit(stopped.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-
-
-def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Exit as after a signal, but write the answers that are finished."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Dimensions: A answers.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count, groupby
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from verl import signals
 from verl.config.commands import GraderConfig
 from verl.config.plugin_settings import settings_of
 from verl.config.ppo import RewardConfig, RewardModelConfig, reward_names
@@ -153,17 +155,20 @@ class Rewards:
             groups: a number for each answer; adjacent answers with the same number are the group of a prompt. None: each is a group.
         Raises:
             UserError: a reward failed or is not a number, and `reward.on_error=stop`.
+            AbandonedError: a signal has asked the run to end.
         """
         where = list(places) if places is not None else [f"answer {number + 1}" for number in range(len(rows))]
         errors: list[UserError] = []
         each = {}
         numbers = groups if groups is not None else range(len(rows))
         for name, grader in self._graders.items():
-            results = grader.scores(questions, responses, rows, numbers, until_failure=self._stops)
+            with nullcontext() if grader.has_processes else signals.abandoning():  # processes are waited for a moment
+                results = grader.scores(questions, responses, rows, numbers, until_failure=self._stops)
             each[name] = self._kept(grader.what, results, where, errors)
         if self.model is not None:
             before = chats if chats is not None else [[{"role": "user", "content": question}] for question in questions]
-            scores = self.model.score(before, responses)
+            with signals.abandoning():
+                scores = self.model.score(before, responses)
             results = [InProcess.checked(float(score)) for score in scores]
             each[MODEL] = self._kept(f"reward {MODEL}", results, where, errors)
         total = sum((self._weights[name] * values for name, values in each.items()), np.zeros(len(rows)))
@@ -205,6 +210,11 @@ class Grader:
         self.in_groups = self.has("score_group")
         self._code = load_code(loaded.module, loaded.settings, "score_group" if self.in_groups else "score", what, config, watch)
         self.dropped = self._code.dropped if isinstance(self._code, Workers) else []
+
+    @property
+    def has_processes(self) -> bool:
+        """Return whether it runs in processes of its own."""
+        return isinstance(self._code, Workers)
 
     def has(self, function: str) -> bool:
         return hasattr(self._module, function)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from verl import dist
+from verl import dist, signals
 from verl.config.ppo import PPOConfig, RolloutConfig
 from verl.config.workers import WorkersConfig
 from verl.data.prompts import Prompt, Prompts
@@ -132,9 +132,14 @@ class Answerer:
         return samples
 
     def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
-        """Generate with the rollout. Every rank calls it; an error on one rank is raised on all."""
+        """Generate with the rollout. Every rank calls it; an error on one rank is raised on all: AbandonedError after a signal."""
         found: list[Completion] = []
-        dist.together(lambda: found.extend(self.rollout.generate(prompts, sampling, seeds)))
+
+        def generate() -> None:
+            with signals.abandoning():
+                found.extend(self.rollout.generate(prompts, sampling, seeds))
+
+        dist.together(generate)
         return found
 
     def _sample_of(self, number: int, prompt: Prompt, done: Completion) -> Sample:

@@ -4,14 +4,11 @@ Training processes use a `RemoteRollout`; the others `serve` it. Messages go thr
 objects among all processes; the first training process broadcasts weights to the rollout processes.
 """
 
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist as processes
+from verl import signals
 from verl.config.ppo import PPOConfig, longest_sample
 from verl.data.render import Renderer
-from verl.errors import UserError
+from verl.errors import AbandonedError, UserError
 from verl.rl.mapping import Layout
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
-from verl.run import STOP_SIGNALS
 
 BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
 
@@ -59,7 +56,7 @@ class Bridge:
     def __init__(self, layout: Layout, device: torch.device):
         self.layout, self.device = layout, device
         self.sender = layout.training[0]
-        self.weights_group = dist.new_group([self.sender, *layout.rollout], timeout=processes.TIMEOUT)
+        self.weights_group = dist.new_group([self.sender, *layout.rollout], timeout=processes.UNLIMITED)
 
     @property
     def trains(self) -> bool:
@@ -72,11 +69,7 @@ class Bridge:
         Raises:
             UserError: on all processes, if a process passed it as its value, or has ended.
         """
-        values: list[Any] = [None] * dist.get_world_size()
-        try:
-            dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise UserError("another process has ended", where="mapping", fix=f"read its output; {error}") from error
+        values: list[Any] = processes.gathered(value, everywhere=True)
         for found in values:
             if isinstance(found, UserError):
                 raise found
@@ -110,15 +103,20 @@ class RemoteRollout:
     """The `Rollout` of a training process. All training processes make the same calls in the same order."""
 
     def __init__(self, bridge: Bridge):
-        self._bridge = bridge
+        self._bridge, self._is_open = bridge, True
         answers = bridge.exchange(None)
         self.stop_ids, self.positions, self._device = answers[bridge.layout.rollout[0]]
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
         numbers = None if seeds is None else list(seeds)
-        self._bridge.exchange(_Request([list(prompt) for prompt in prompts], sampling, numbers))
-        answers = self._bridge.exchange(None)
+        try:
+            with signals.held():  # the rollout processes give up, and tell all
+                self._bridge.exchange(_Request([list(prompt) for prompt in prompts], sampling, numbers))
+                answers = self._bridge.exchange(None)
+        except AbandonedError:
+            self._is_open = False  # they end
+            raise
         mine: dict[int, list[Completion]] = {}
         for rank in self._bridge.layout.rollout:
             mine |= answers[rank].get(dist.get_rank(), {})
@@ -143,7 +141,8 @@ class RemoteRollout:
 
     def close(self) -> None:
         """Let the rollout processes end."""
-        self._bridge.exchange(None)
+        if self._is_open:
+            self._bridge.exchange(None)
 
     def describe(self) -> str:
         return f"{self._device} × {len(self._bridge.layout.rollout)}"
@@ -165,7 +164,7 @@ def serve_rollout(config: PPOConfig, bridge: Bridge, tokenizer: PreTrainedTokeni
         UserError: the model cannot be loaded, or another process raised an error.
     """
     path, stop_ids, options = config.model.partial_pretrain, Renderer(tokenizer).stop_ids, rollout_options(config)
-    with _first_signals_ignored():  # training processes need the answers to finish their step, and then end this process
+    with signals.held(), suppress(AbandonedError):  # after a signal, training processes need this one to end together
         serve(bridge, lambda: load_rollout(config.rollout.name, path, tokenizer, stop_ids, options))
 
 
@@ -209,7 +208,8 @@ def _answer(rollout: Rollout, bridge: Bridge, requests: list[Any]) -> dict[int, 
     for rank, entries in groupby(share, key=lambda entry: entry[0]):
         numbers, request = [number for _, number in entries], requests[rank]
         seeds = numbers if request.seeds is None else [request.seeds[number] for number in numbers]
-        done = rollout.generate([request.prompts[number] for number in numbers], request.sampling, seeds)
+        with signals.abandoning():
+            done = rollout.generate([request.prompts[number] for number in numbers], request.sampling, seeds)
         n = request.sampling.n
         found[rank] = {number: done[i * n : (i + 1) * n] for i, number in enumerate(numbers)}
     return found
@@ -230,26 +230,3 @@ def _buckets(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple
 
 def _bytes(bucket: list[tuple[str, Tensor]]) -> Tensor:
     return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
-
-
-@contextmanager
-def _first_signals_ignored() -> Iterator[None]:
-    """Ignore the first signal of each kind that stops a run; a second one ends the process at once.
-
-    It is for processes that serve the training processes. These finish their step after the signal and need the answers until then.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: handler for number in STOP_SIGNALS if (handler := signal.getsignal(number)) is not None}
-
-    def restore(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, handlers[signal.Signals(number)])
-
-    for number in handlers:
-        signal.signal(number, restore)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -13,6 +13,7 @@ from verl.data.prompts import Prompt
 from verl.data.render import Renderer
 from verl.engine.build import Built, build
 from verl.engine.build_heads import Critic, build_critic
+from verl.engine.checkpoint import Position
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, token_budget_of_answers
 from verl.engine.engine import Engine
 from verl.engine.hardware import Hardware
@@ -75,6 +76,24 @@ class Roles:
             scorer.train()
         if self.sleeps:
             self.answerer.rollout.sleep()
+
+    @property
+    def trained_weights(self) -> int:
+        """Number of weights that are trained, over all ranks."""
+        return sum(engine.trained_weights for engine in self._engines())
+
+    def set_skipped(self, position: Position) -> None:
+        """Set the numbers of skipped updates to those of the checkpoint which the run resumes from."""
+        for engine, skipped in zip(self._engines(), (position.skipped, position.critic_skipped), strict=False):
+            engine.set_skipped(skipped)
+
+    def with_skipped(self, position: Position) -> Position:
+        """Return the position with the current numbers of skipped updates."""
+        actor, critic = self.actor.engine, self.critic
+        return replace(position, skipped=actor.skipped, critic_skipped=0 if critic is None else critic.engine.skipped)
+
+    def _engines(self) -> list[Engine]:
+        return [self.actor.engine, *([] if self.critic is None else [self.critic.engine])]
 
     def publish(self, version: int) -> None:
         """Copy the actor's current weights to the rollout."""

@@ -17,13 +17,11 @@ from verl.engine.build_heads import Critic
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.engine.position import Position
-from verl.errors import UserError
+from verl.engine.skipped import refuse_more, tell
 from verl.rl.answering import Collected
 from verl.rl.experience import Experience
 from verl.rl.method import Method
 from verl.run import Run
-
-MOST_SKIPPED = 3  # skipped updates in a row that end the run
 
 Out = list[dict[str, Tensor]]  # results of `Engine.train_step`, one per update
 
@@ -49,6 +47,7 @@ class Updates:
             coef = self.settings.kl_coef if start.kl_coef is None else start.kl_coef
             self._kl = AdaptiveKL(coef, self.settings.kl_target, self.settings.kl_horizon)
             self.settings = replace(self.settings, kl_coef=coef)
+        self._most_skipped = config.trainer.max_nonfinite_steps
         self._skipped = {"critic": 0, "actor": 0}  # number of skipped updates in a row
 
     @property
@@ -92,34 +91,39 @@ class Updates:
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
                 continue  # no answers: with dynamic sampling, every group of the step was excluded
             out = engine.train_step(batches, loss, step * self.per_step + number, left_out=left_out)
-            self._report_skipped(out, batches, f"step {step + 1}", number, role)
+            self._report_skipped(out, batches, experience, step + 1, number, role)
             outs.append(out)
         return outs
 
-    def _report_skipped(self, out: dict[str, Tensor], batches: Sequence[Batch], place: str, number: int, role: str) -> None:
-        """If the update was skipped, save its batch and log a warning.
+    def _report_skipped(
+        self, out: dict[str, Tensor], batches: Sequence[Batch], experience: Experience, step: int, number: int, role: str
+    ) -> None:
+        """If the update was skipped, save its batch and its rows, and log a warning.
 
         Args:
             number: number of the update in its step.
         Raises:
-            UserError: on all ranks, at the role's third skipped update in a row.
+            UserError: on all ranks, if so many of the role's updates were skipped in a row.
         """
         if not float(out["skipped"]):
             self._skipped[role] = 0
             return
         self._skipped[role] += 1
         folder = self._run.directory / "skipped"
-        path = folder / f"{place.replace(' ', '_')}_{role}_{number + 1}_rank_{dist.rank()}.safetensors"
+        name = f"step_{step}_{role}_{number + 1}"
         folder.mkdir(exist_ok=True)
-        save_file(_tensors(batches), path)
-        numbers = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
-        self._run.say(f"warning: {place}: {numbers}: the {role} was not updated; its batch is in {path}")
-        if self._skipped[role] == MOST_SKIPPED:
-            raise UserError(
-                f"{numbers}, {MOST_SKIPPED} times in a row",
-                where=place,
-                fix="lower optim.lr or critic.optim.lr, or inspect the batches in skipped/; the last checkpoint is complete",
-            )
+        save_file(_tensors(batches), folder / f"{name}_rank_{dist.rank()}.safetensors")
+        found = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
+        rows = [row for of_rank in dist.gathered(_rows(batches, experience)) for row in of_rank]
+        self._run.say(tell(f"step {step}", found, f"the {role} was not updated", rows, folder / f"{name}.jsonl"))
+        refuse_more(f"step {step}", found, rows, self._skipped[role], self._most_skipped)
+
+
+def _rows(batches: Sequence[Batch], experience: Experience) -> list[dict[str, Any]]:
+    """Return the row and the answer of each document of the micro-batches."""
+    numbers = [int(number) for batch in batches for number in batch.sample_ids_S[: batch.documents]]
+    samples = [experience.samples[number] for number in numbers]
+    return [{"place": sample.prompt.where, "prompt": sample.prompt.text[:200], "text": sample.text[:200]} for sample in samples]
 
 
 def _tensors(batches: Sequence[Batch]) -> dict[str, Tensor]:

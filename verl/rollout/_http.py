@@ -20,7 +20,7 @@ from verl.errors import UserError
 
 INFO_TIMEOUT = 30.0  # seconds for GET requests, which ask about the server itself
 GENERATE_TIMEOUT = 1800.0  # seconds for a response
-WEIGHTS_TIMEOUT = 0.9 * dist.TIMEOUT.total_seconds()  # shorter than the timeout of the waiting processes, whose message is worse
+WEIGHTS_TIMEOUT = 540.0  # seconds for a server to take new weights
 SHARD_BYTES = 2**31  # weights in one file; they are copied to host memory first
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the files are in memory, and are deleted after use
 

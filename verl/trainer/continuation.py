@@ -127,8 +127,11 @@ def continued(fresh: Position, path: Path, run: Run) -> Position:
         _check_length(fresh, saved, [change for change in found if change.kind == LENGTH], path, run)
     for note in run.notes:
         run.say(note)
-    tokens, trained = saved.tokens, saved.supervised_tokens
-    return replace(fresh, step=saved.step, tokens=tokens, supervised_tokens=trained, drawn=saved.drawn, kl_coef=saved.kl_coef)
+    return replace(
+        saved,
+        data_fingerprint=fresh.data_fingerprint,
+        **{name: getattr(fresh, name) for name in ("rows", "rows_per_step", "seed", "settings", "total_steps")},
+    )
 
 
 def _changed_order(fresh: Position, saved: Position) -> str | None:

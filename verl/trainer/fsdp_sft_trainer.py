@@ -33,9 +33,9 @@ def train(config: SFTConfig) -> TrainResult:
 
     Raises:
         UserError: the config, the data, the model or the checkpoint is invalid.
-        Stopped: a signal ended the run after a step.
+        Stopped: a signal or the time limit ended the run.
     """
-    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
+    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload, timeout_seconds=config.dist.timeout_seconds)
     dist.share_micro_batches(config.model.context_parallel_size)
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
@@ -49,6 +49,7 @@ def train(config: SFTConfig) -> TrainResult:
         if start is None:
             return run.result()
         workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
+        run.enter("loading the model")
         decisions = decide(outline, hardware, workload, spread)
         warn_of_memory(config, documents, outline, decisions, run)
         built = build(
@@ -64,8 +65,10 @@ def train(config: SFTConfig) -> TrainResult:
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
 
+            run.enter("loading the checkpoint")
             restore.load(run.checkpoint, built.engine)
-        train_loop(config.trainer, sft, loader, validation, built, start, run)
+        with run.stepping(built.engine.trained_weights):
+            train_loop(config.trainer, sft, loader, validation, built, start, run)
         return run.result()
 
 

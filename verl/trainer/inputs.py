@@ -72,6 +72,7 @@ def load_data(data: RowsConfig, columns: RowReader, tokenizer: PreTrainedTokeniz
     """Load tokenized training and validation rows. The first process of each node writes the cache; the others read it."""
 
     def load(kind: str) -> Documents:
+        run.enter("reading and tokenizing the rows")
         documents, key = load_rows(data, columns, kind, tokenizer), f"data.{kind}_files"
         dist.check_same(documents.fingerprint, what="the rows", where=key)  # each process packs every step by itself
         run.say(f"{key}: {documents.report}")

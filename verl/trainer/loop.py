@@ -15,6 +15,7 @@ from verl.engine.build import Built
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.engine.position import Position
+from verl.errors import AbandonedError
 from verl.run import Run
 from verl.trainer.meter import Meter
 
@@ -38,7 +39,7 @@ def train_loop(
 
     with Saver(config, run, built) as saver:
         if validation is not None:
-            saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, rows=dist.data_size()))
+            saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, run, start.step, rows=dist.data_size()))
         train_steps(config, algorithm, loader, validation, built, start, run, saver)
         saver.finish()
 
@@ -55,12 +56,15 @@ def train_steps(
 ) -> None:
     """In each step, train and log; when due, validate and save."""
     engine, meter = built.engine, Meter(built.engine, start)
+    engine.set_skipped(start.skipped)
     steps = loader.steps(start.step, run.total_steps)
     if config.profile_step is not None:
         from verl.trainer.profile import profiled
 
         steps = profiled(steps, config.profile_step, engine.device, run)
+    run.enter("training", start.step + 1, limited=True)
     for step in steps:
+        run.enter("training", step.number + 1, limited=True)
         meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == run.total_steps, run.should_stop()
@@ -72,13 +76,22 @@ def train_steps(
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
-                metrics |= validate(engine, algorithm, validation, loader)
+                metrics |= validate(engine, algorithm, validation, loader, run, done)
+                stop = run.should_stop()
+                saves = saves or due(config.save_freq, done, ends_epoch, stop)
+            run.enter("logging", done)
             run.log(number, metrics)
+            if meter.skipped_in_a_row:
+                from verl.trainer.skipped import report  # few runs need it
+
+                report(number, metrics, meter.skipped_in_a_row, config.max_nonfinite_steps, loader, built.tokenizer, run)
         if ends_epoch:
             run.say(meter.end_epoch(step.epoch))
         saver.poll()
         if saves or (validates and saver.wants(metrics)):
-            saver.save(replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens), metrics)
+            run.enter("saving", done)
+            here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens, skipped=engine.skipped)
+            saver.save(here, metrics)
         if stop:
             saver.finish()
             run.leave(done)
@@ -97,12 +110,26 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
 
 
-def validate(engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader, rows: int | None = None) -> dict[str, float]:
-    """Compute the mean loss and metrics over validation rows, packed like training rows; over the first `rows`, or all."""
+def validate(
+    engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader, run: Run, step: int, rows: int | None = None
+) -> dict[str, float]:
+    """Compute the mean loss and metrics over validation rows, packed like training rows. If the run stops meanwhile, there are none.
+
+    Args:
+        rows: only this many rows; None: all.
+    """
     total = len(validation) if rows is None else min(rows, len(validation))
 
     def batches() -> Iterator[Batch]:
+        run.enter("validating", step, limited=True)
         for first in range(0, total, VALIDATION_ROWS):
-            yield from loader.micro_batches(validation, np.arange(first, min(first + VALIDATION_ROWS, total)))
+            for batch in loader.micro_batches(validation, np.arange(first, min(first + VALIDATION_ROWS, total))):
+                if run.should_stop():
+                    raise AbandonedError("the run stops")
+                dist.moved()
+                yield batch
 
-    return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
+    try:
+        return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
+    except AbandonedError:  # on every rank
+        return {}

@@ -15,7 +15,6 @@ from verl.engine.engine import Engine
 from verl.engine.hardware import peak_flops
 from verl.engine.outline import training_flops
 from verl.engine.position import Position
-from verl.errors import UserError
 
 Moment: TypeAlias = float | torch.cuda.Event  # seconds of the host's clock, or an event in the GPU's stream
 
@@ -41,11 +40,13 @@ class Meter:
 
     Args:
         start: position of the checkpoint that the run resumes from.
+    Attributes:
+        skipped_in_a_row: newest steps whose update was skipped, because the loss or the gradient norm was not finite.
     """
 
     def __init__(self, engine: Engine, start: Position):
         self.tokens, self.supervised_tokens = start.tokens, start.supervised_tokens
-        self._engine = engine
+        self._engine, self._skipped, self.skipped_in_a_row = engine, start.skipped, 0
         self._flops = training_flops(engine.scorer.model)
         self._peak = peak_flops(engine.device)
         self._epoch_tokens, self._epoch_seconds = 0, 0.0
@@ -67,7 +68,7 @@ class Meter:
 
     def add(self, step: Step, out: dict[str, Tensor]) -> None:
         """Add a step whose work is queued, with the result of `Engine.train_step`."""
-        names = [name for name in out if name != "skipped"]  # a non-finite loss ends the run
+        names = [name for name in out if name != "skipped"]  # as the loss and the norm tell
         values = torch.stack([out[name].float() for name in names])
         if values.is_cuda:
             values = torch.empty(len(names), pin_memory=True).copy_(values, non_blocking=True)
@@ -78,8 +79,6 @@ class Meter:
 
         Args:
             wait: wait for the newest step too; otherwise it may still run on the GPU.
-        Raises:
-            UserError: the loss or the gradient norm of a step is not finite.
         """
         keep = 0 if wait else self._queued
         while len(self._running) > keep:
@@ -90,13 +89,9 @@ class Meter:
             yield done.step.number + 1, self._measure(done.step, seconds, dict(zip(done.names, done.values.tolist(), strict=True)))
 
     def _measure(self, step: Step, seconds: float, found: dict[str, float]) -> dict[str, float]:
-        loss, norm = found["loss"], found["grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"loss {loss}, gradient norm {norm}",
-                where=f"step {step.number + 1}",
-                fix="lower optim.lr, or inspect the rows of this step; the last checkpoint is complete",
-            )
+        lr = self._engine.learning_rate(step.number - self._skipped)
+        is_skipped = not math.isfinite(found["loss"] + found["grad_norm"])
+        self._skipped, self.skipped_in_a_row = self._skipped + is_skipped, self.skipped_in_a_row + 1 if is_skipped else 0
         self.tokens += step.tokens
         self.supervised_tokens += step.trained_tokens
         self._epoch_tokens += step.tokens
@@ -104,7 +99,8 @@ class Meter:
         metrics = {
             "epoch": step.epoch,
             **{f"train/{name}": value for name, value in found.items()},
-            "train/lr": self._engine.learning_rate(step.number),
+            "train/lr": lr,
+            **({"train/skipped": 1.0} if is_skipped else {}),
             "train/tokens": self.tokens,
             "train/supervised_tokens": self.supervised_tokens,
             "perf/step_seconds": seconds,

@@ -45,9 +45,9 @@ def train(config: PPOConfig) -> TrainResult:
 
     Raises:
         UserError: the config, the data, a model, a reward or the checkpoint is invalid.
-        Stopped: a signal ended the run after a step.
+        Stopped: a signal or the time limit ended the run.
     """
-    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
+    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload, timeout_seconds=config.dist.timeout_seconds)
     method = load_method(config)
     dist.together(lambda: check_names(config, method))
     layout = choose_layout(config.mapping, dist.world_size())
@@ -64,6 +64,7 @@ def train(config: PPOConfig) -> TrainResult:
         start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
         if start is None:
             return run.result()
+        run.enter("loading the models")
         decisions = decide_roles(config, method, outline, measure(device), total_steps)
         asked = [*prompts.prompts, *(validation.prompts if validation is not None else [])]
         roles = build_roles(config, method, tokenizer, asked, bridge, decisions, run)
@@ -72,10 +73,12 @@ def train(config: PPOConfig) -> TrainResult:
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
 
+            run.enter("loading the checkpoint")
             restore.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
+        roles.set_skipped(start)
         try:
-            with Saver(config.trainer, run, roles.actor, roles.critic) as saver:
+            with run.stepping(roles.trained_weights), Saver(config.trainer, run, roles.actor, roles.critic) as saver:
                 train_loop(config, method, prompts, validation, roles, start, run, saver)
                 saver.finish()
         except Stopped:  # on every training process, after the same step
@@ -124,11 +127,14 @@ def train_loop(
         saver.check_metric(lambda: before)
     for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
+        run.enter("generating and scoring answers", step + 1)
+        lr = actor.learning_rate(step * updates.per_step - here.skipped)
         try:
             with roles.generating():
                 collected = collect(roles.answerer, prompts, here.drawn, config, clock)
         except AbandonedError:
             leave_early(config, here, start, run, saver)
+        run.enter("training", step + 1, limited=True)
         budget, multiple, separate = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.skips_zero_advantage
         experience = pack_experience(collected, updates.per_step, budget, multiple_of_tokens=multiple, separate=separate)
         with clock.phase("logprobs"):
@@ -146,7 +152,7 @@ def train_loop(
         metrics = step_metrics(collected, experience, of_critic, of_actor) | updates.adapt(of_actor, collected)
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
-        here = replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef)
+        here = roles.with_skipped(replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef))
         last, stop = done == run.total_steps, run.should_stop()
         if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
@@ -154,9 +160,10 @@ def train_loop(
             stop = run.should_stop()
         report_answers(collected, method, done, run)
         saver.poll()
-        lr = actor.learning_rate(step * updates.per_step)
+        run.enter("logging", done)
         run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
         if due(config.trainer.save_freq, done, ends_epoch, last or stop) or saver.wants(metrics):
+            run.enter("saving", done)
             saver.save(here, metrics)
         if stop:
             saver.finish()
@@ -169,12 +176,13 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     The first grader that compares answers with reference answers is reported as `val/exact_match`, as in the evaluator. The answers are
     written to rollouts/validation_N.jsonl. Every rank calls it and answers its share.
     """
+    run.enter("validating", step)
     mine = validation.prompts[dist.rank() :: dist.world_size()]
-    with roles.generating():
-        samples = roles.answerer.greedy(mine)
-    for place, sample in enumerate(samples):
-        sample.group = dist.rank() + place * dist.world_size()
     try:
+        with roles.generating():
+            samples = roles.answerer.greedy(mine)
+        for place, sample in enumerate(samples):
+            sample.group = dist.rank() + place * dist.world_size()
         scored = roles.answerer.score(samples)
     except AbandonedError:  # on every rank, as the run stops
         return {}
@@ -188,7 +196,9 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
 
 
 def leave_early(config: PPOConfig, here: Position, start: Position, run: Run, saver: Saver) -> NoReturn:
-    """Stop the run in a step that waits for rewards, because of a signal, with a checkpoint of the step before. Every rank calls it."""
+    """Stop the run while it generates or scores, because of a signal, with a checkpoint of the step before. Every rank calls it."""
+    run.should_stop()  # all ranks learn of the signal
+    run.enter("saving", here.step)
     saver.finish()
     is_saved = here.step == start.step or run.checkpoint == run.directory / f"global_step_{here.step}"
     if not is_saved and config.trainer.save_freq != "never":

@@ -29,6 +29,7 @@ def find_checkpoint(config: TrainerConfig, run: Run) -> Path | None:
     from verl.engine import checkpoint
 
     root, why = run.directory, f": {run.origin}" if run.origin else ""
+    run.enter("verifying the checkpoints")
     checkpoint.remove_unfinished(root)  # this run has the lock, so nobody is writing them
     if config.resume_mode == "disable":
         from verl.trainer.continuation import check_empty

@@ -40,9 +40,9 @@ def train(config: RewardTrainerConfig) -> TrainResult:
 
     Raises:
         UserError: the config, the data, the model or the checkpoint is invalid.
-        Stopped: a signal ended the run after a step.
+        Stopped: a signal or the time limit ended the run.
     """
-    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload)
+    device = dist.start(large_pages=config.model.fsdp_config.cpu_offload, timeout_seconds=config.dist.timeout_seconds)
     method = load_preference(config)
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
@@ -56,11 +56,13 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         if start is None:
             return run.result()
         workload = Workload.of(epoch_lengths(pairs, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
+        run.enter("loading the model")
         decisions = decide(outline, hardware, workload, spread, scalar_head=method.scorer == "score")
         built = build_for(config, method, tokenizer, pairs, decisions)
         run.say(f"{built.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
         if method.needs_reference:
             # The checkpoint is loaded afterwards, so the reference is the initial model even if the run resumes.
+            run.enter("computing the reference's log-probabilities")
             run.say("reference: the initial model; computing its log-probabilities of all pairs")
             engine = built.engine
             # The epochs of a mixture have different rows.
@@ -70,8 +72,10 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
 
+            run.enter("loading the checkpoint")
             restore.load(run.checkpoint, built.engine)
-        train_loop(config.trainer, method.loss, loader, validation, built, start, run)
+        with run.stepping(built.engine.trained_weights):
+            train_loop(config.trainer, method.loss, loader, validation, built, start, run)
         return run.result()
 
 
