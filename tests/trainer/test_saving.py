@@ -182,7 +182,7 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(folder: Path, monkeypatc
     found = json.loads((folder / "best/best_checkpoint.json").read_text())
     assert found == {"checkpoint": "global_step_2", "metric": "val/loss", "mode": "min", "value": 1.0}
     with_losses([0, 1.5, 0.5], monkeypatch)  # a resumed run knows the best so far
-    longer = {**RUN, **BEST, "trainer__total_training_steps": 5}
+    longer = {**RUN, **BEST, "trainer__total_training_steps": 5, "trainer__resume_override": True}
     sft_runs.train(folder, "best", data__val_files=folder / "test.jsonl", **longer)
     assert (folder / "best/best").resolve().name == "global_step_2"
     longer["trainer__total_training_steps"] = 6
