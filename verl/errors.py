@@ -1,6 +1,7 @@
 """Exceptions that end a run early: `UserError`, which the user can fix, and `Stopped`, after a signal.
 
-A command exits with code 2 and no traceback after a `UserError`, and with 128 + the signal's number after `Stopped`.
+A command exits with code 2 and no traceback after a `UserError`, with 4 after a `DiskError`, and with 128 + the signal's number after
+`Stopped`.
 """
 
 import atexit
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 EXIT_CODE = 2
+DISK_EXIT_CODE = 4
 
 
 class UserError(Exception):
@@ -23,7 +25,12 @@ class UserError(Exception):
         what: what was found and what was expected.
         where: the location, such as `train.jsonl:17` or `data.max_length`.
         fix: what to do.
+    Attributes:
+        exit_code: exit code of a command that ends with this error.
+        of_one_rank: whether only this process raises it; it is then printed on any rank. It is lost where the error is sent to others.
     """
+
+    exit_code, of_one_rank = EXIT_CODE, False
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
@@ -46,6 +53,15 @@ class AbandonedError(UserError):
         return partial(AbandonedError, self.what, where=self.where, fix=self.fix), ()
 
 
+class DiskError(UserError):
+    """A file could not be written or read while running: the disk is full, read-only or broken. `verl.disk` makes these."""
+
+    exit_code = DISK_EXIT_CODE
+
+    def __reduce__(self) -> tuple[Callable[[], "DiskError"], tuple[()]]:
+        return partial(DiskError, self.what, where=self.where, fix=self.fix), ()
+
+
 class Stopped(KeyboardInterrupt):
     """A signal stopped the run after a step. All files are complete.
 
@@ -63,20 +79,20 @@ class Stopped(KeyboardInterrupt):
 
 
 def print_error(error: UserError) -> None:
-    """Print to standard error, on rank 0 only: under torchrun, every process raises the same error."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print to standard error. Under torchrun, only rank 0 prints an error that every process raises."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or error.of_one_rank:
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
-    """Run `main(*args)` and exit: with code 2 after printing a UserError, with 128 + the signal's number after Stopped, else with 0."""
+    """Run `main(*args)` and exit: with the code of a UserError after printing it, with 128 + the signal's number after Stopped, else with 0.    """
     atexit.register(gc.freeze)  # at exit, Python searches all objects for cycles: with torch imported, this takes seconds
     try:
         main(*args)
     except UserError as error:
         print_error(error)
-        raise SystemExit(EXIT_CODE) from None
+        raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signal) from None
     raise SystemExit(0)

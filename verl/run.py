@@ -1,5 +1,6 @@
 """A training run: its directory, messages, metrics, loggers and progress bar, and the signals that stop it early."""
 
+import io
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from verl import dist, plugin
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
-from verl.durable import replace_text
+from verl.durable import append_text, replace_text
 from verl.errors import Stopped, UserError
 from verl.progress import Bar, open_console
 
@@ -60,7 +61,11 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     """Read a run's metrics.jsonl, one dict per line, with NaN for null. Return an empty list if there is no file."""
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [{name: math.nan if value is None else value for name, value in json.loads(line).items()} for line in lines]
+    return [_values(line) for line in lines]
+
+
+def _values(line: str) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 class Run:
@@ -68,7 +73,7 @@ class Run:
 
     Attributes:
         directory: directory of checkpoints, metrics and logs (trainer.default_local_dir).
-        config: the config as nested dicts of plain values.
+        config, settings: the config, as nested dicts of plain values and as given.
         stopped_by: name of the signal that asked the run to stop, or None.
         total_steps: optimizer steps of the whole run; 0 until it is known.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
@@ -83,7 +88,7 @@ class Run:
         self.stopped_by: str | None = None
         self.total_steps = 0
         self.checkpoint: Path | None = None
-        self._config = config
+        self.settings = config
         self._console = open_console()
         names = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
         self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
@@ -92,6 +97,8 @@ class Run:
         self._handlers: dict[signal.Signals, Any] = {}
         self._bar: Bar | None = None
         self._state = ""  # of the progress bar
+        self._unwritten: dict[str, str] = {}  # lines that a file could not take yet, by its name
+        self._told: set[str] = set()  # names of files whose failure has been told
 
     def __enter__(self) -> "Run":
         self._open_directory()
@@ -123,7 +130,7 @@ class Run:
         mark = self.directory / dist.from_main(f".{uuid4().hex}")
         dist.together(lambda: self._make_directory(mark) if dist.is_main() else None)
         try:
-            if self._config.trainer.save_freq != "never":
+            if self.settings.trainer.save_freq != "never":
                 dist.together(lambda: self._find(mark))
         finally:
             if dist.is_main():
@@ -157,7 +164,7 @@ class Run:
         """
         self.total_steps = total_steps
         if dist.is_main():
-            (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+            (self.directory / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
             self._drop_metrics_after(start_step)
         dist.together(self._start_loggers)
         if not dist.is_main():
@@ -169,21 +176,22 @@ class Run:
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
         if dist.is_main():
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._print(text)
             self._append("train.log", text)
 
     def show(self, write: Callable[[Console], None]) -> None:
         """Print colored output: `write` is called with a console for the terminal, and with a plain one for train.log."""
         if dist.is_main():
             write(self._console)
-            with (self.directory / "train.log").open("a", encoding="utf-8") as file:
-                write(open_console(file=file, width=200))
+            text = io.StringIO()
+            write(open_console(file=text, width=200))
+            self._append("train.log", text.getvalue().removesuffix("\n"))
 
     def line(self, text: str) -> None:
         """Write the line of a step to train.log, and print it unless a progress bar is drawn, which already shows the step."""
         if dist.is_main():
             if self._bar is None or not self._bar.is_drawn:
-                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._print(text)
             self._append("train.log", text)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -250,7 +258,16 @@ class Run:
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
         if dist.is_main():
-            replace_text(self.directory / "trainer_state.json", _json(state, indent=2) + "\n")
+            self.replace("trainer_state.json", _json(state, indent=2) + "\n")
+
+    def replace(self, name: str, text: str) -> None:
+        """Replace a file of the run that training does not read. If the disk fails, this is told once for each folder."""
+        path = self.directory / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            replace_text(path, text)
+        except OSError as error:
+            self._tell(name, error)
 
     def should_stop(self) -> bool:
         """Return whether a signal asked any rank to stop; the result is the same on every rank."""
@@ -272,26 +289,47 @@ class Run:
 
     def result(self) -> "TrainResult":
         """Return the result of the run, the same on every rank. Every rank calls it."""
-        metrics = read_metrics(self.directory) if dist.is_main() else []
+        metrics = self._metrics() if dist.is_main() else []
         return TrainResult(self.checkpoint, self.directory, dist.from_main(metrics))
+
+    def _metrics(self) -> list[dict[str, float]]:
+        """Return the metrics of all steps, also those that the file could not take."""
+        return [*read_metrics(self.directory), *map(_values, self._unwritten.get("metrics.jsonl", "").splitlines())]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         self.stopped_by = received.name
         signal.signal(received, self._handlers[received])  # a second signal ends the process at once
         if dist.is_main():
-            checkpoint = "without" if self._config.trainer.save_freq == "never" else "with"
+            checkpoint = "without" if self.settings.trainer.save_freq == "never" else "with"
             os.write(
                 2, f"\n{self.stopped_by}: stopping after this step, {checkpoint} a checkpoint; send it again to stop at once\n".encode()
             )
 
-    def _append(self, name: str, text: str) -> None:
+    def _print(self, text: str) -> None:
         try:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except (OSError, SystemExit) as error:  # a full disk; rich exits where nobody reads a pipe any more
+            from verl.disk import silence_output
+
+            self._append("train.log", silence_output(error))
+
+    def _append(self, name: str, text: str) -> None:
+        """Append a line to a file. If the disk fails, this is told once, and the line is written with the next one that can be."""
+        lines = f"{self._unwritten.pop(name, '')}{text}\n"
+        try:
+            append_text(self.directory / name, lines)
         except OSError as error:
-            what, fix = f"cannot be written: {error.strerror}", "make room on the disk; the same command resumes from the newest checkpoint"
-            raise UserError(what, where=str(self.directory / name), fix=fix) from error
+            self._unwritten[name] = lines
+            self._tell(name, error)
+
+    def _tell(self, name: str, error: OSError) -> None:
+        """Warn that a file cannot be written, once for each file of the run's directory and each folder in it; the run continues."""
+        if (kind := name.partition("/")[0]) not in self._told:
+            self._told.add(kind)
+            from verl.disk import unwritten
+
+            self.say(unwritten(error, self.directory / name))
 
     def _drop_metrics_after(self, step: int) -> None:
         """Remove metrics of the steps after a checkpoint, because a run that resumes from it repeats these steps."""

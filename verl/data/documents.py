@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from verl.data.report import Report
 from verl.data.row import Notes
 from verl.data.source import Entry, content_hash, describe_sources, resolve_entries, sources_of
 from verl.data.tables import ROWS_PER_TABLE, RowReader, tokenized
-from verl.errors import UserError
+from verl.errors import DiskError, UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
 SAME_ANSWERS = "with two equal answers"
@@ -155,17 +155,20 @@ def load_documents(
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
     tables = cache.read(path)
+    uncached: list[str] = []
     if tables is None:
-        new = tokenized(sources, tokenizer, columns, limit=limit, workers=config.num_workers, console=console, key=key)
-        cache.write(path, new)
-        tables = cache.read(path)
-    if tables is None:
-        raise UserError(
-            f"the cache {path} was written, but cannot be read back", where="data.cache_dir", fix="choose a folder on another disk"
-        )
+
+        def new() -> Iterator[pa.RecordBatch]:
+            return tokenized(sources, tokenizer, columns, limit=limit, workers=config.num_workers, console=console, key=key)
+
+        try:
+            tables = cache.written(path, new())
+        except DiskError as error:
+            uncached.append(f"warning: the tokenized rows are kept in memory, not in the cache: {error}")
+            tables = list(new())
     mapped = [_Table.mapped(table) for table in tables]
     documents = _cut(mapped, config, key, tokenizer.chat_template, columns.documents_per_row)
-    notes = [*describe_sources(entries), *_notes(mapped).lines()]
+    notes = [*describe_sources(entries), *_notes(mapped).lines(), *uncached]
     if any(entry.has_share for entry in entries):
         documents, shares = _mixed(documents, entries, key)
         notes.append(shares)

@@ -10,15 +10,13 @@
 A directory is written under a temporary name, flushed to disk and renamed, so a directory with the final name is complete.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +25,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from verl import __version__, dist
 from verl.data.fingerprint import Fingerprint
@@ -38,7 +35,6 @@ from verl.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
-FULL_BYTES = 16 * 2**20  # a disk with less space is full
 _STEP = re.compile(r"global_step_(\d+)")
 
 
@@ -88,15 +84,17 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
     Returns:
         the committed directory.
     Raises:
-        UserError: the disk is full or fails. Earlier checkpoints remain.
+        DiskError: the disk is full or fails. Earlier checkpoints remain.
     """
     final = root / f"global_step_{position.step}"
     temporary = root / f"{final.name}.tmp"
-    if dist.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "trainer").mkdir(parents=True)
-    dist.barrier()
-    with _disk_errors_named(temporary):
+    from verl.engine.checkpoint_disk import disk_errors_named
+
+    with disk_errors_named(temporary, [*committed(root)[-1:]], state_bytes(engine, critic)):
+        if dist.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "trainer").mkdir(parents=True)
+        dist.barrier()
         export(temporary)
         dcp.save(state_of(engine), checkpoint_id=temporary / "trainer", process_group=dist.group())
         if critic is not None:
@@ -111,27 +109,6 @@ def save(root: Path, engine: Engine, position: Position, export: Callable[[Path]
             _commit(temporary, final)
     dist.barrier()
     return final
-
-
-@contextmanager
-def _disk_errors_named(directory: Path) -> Iterator[None]:
-    """Raise a UserError in place of an error of the disk, and remove the incomplete checkpoint.
-
-    Libraries raise errors of many kinds. Any of them counts as one of the disk if hardly any space is left.
-    """
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        failures = [error, *(failure for failure, _ in getattr(error, "failures", {}).values())]
-        reason = next((failure.strerror for failure in failures if isinstance(failure, OSError) and failure.strerror), None)
-        if shutil.disk_usage(directory.parent).free < FULL_BYTES:
-            reason = os.strerror(errno.ENOSPC)
-        if reason is None:
-            raise
-        if dist.is_main():
-            shutil.rmtree(directory, ignore_errors=True)
-        fix = "make room or set trainer.default_local_dir to another disk; earlier checkpoints are complete, and the same command resumes"
-        raise UserError(f"cannot be written: {reason}", where=str(directory), fix=fix) from error
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:
@@ -214,6 +191,13 @@ def state_of(engine: Engine) -> dict[str, Any]:
     trained = engine.weights.trained
     optimizer = {name: optimizer_state(engine.optimizer, parameter) for name, parameter in trained.items()}
     return {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": optimizer}
+
+
+def state_bytes(engine: Engine, critic: SavedCritic | None = None) -> int:
+    """Return the bytes of the trained weights and the optimizer, of all ranks together; those of a critic too."""
+    states = [state_of(one) for one in (engine, *(() if critic is None else (critic.engine,)))]
+    tensors = [tensor for state in states for part in (state["model"], *state["optimizer"].values()) for tensor in part.values()]
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

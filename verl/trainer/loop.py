@@ -31,6 +31,9 @@ def train_loop(
     run: Run,
 ) -> None:
     """In each step, train and log; when due, validate and save."""
+    from verl.trainer.room import check_room  # once in a run
+
+    check_room(config, run, built, steps=run.total_steps - start.step, steps_per_epoch=loader.steps_per_epoch)
     engine, meter = built.engine, Meter(built.engine, start)
     steps = loader.steps(start.step, run.total_steps)
     if config.profile_step is not None:
@@ -38,7 +41,14 @@ def train_loop(
 
         steps = profiled(steps, config.profile_step, engine.device, run)
     for step in steps:
-        meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
+        try:
+            meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
+        except (RuntimeError, MemoryError) as error:
+            from verl.trainer.memory_errors import step_error
+
+            if (found := step_error(error, step, loader, built, run)) is None:
+                raise
+            raise found from error
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == run.total_steps, run.should_stop()
         validates = not stop and due(config.test_freq, done, ends_epoch, last)

@@ -37,6 +37,7 @@ from verl.trainer.inputs import read_tokenizer
 from verl.trainer.loop import due, keep
 from verl.trainer.profile import profiled
 from verl.trainer.resume import begin, find_checkpoint
+from verl.trainer.room import check_room
 
 
 @session()
@@ -115,6 +116,8 @@ def train_loop(
 ) -> None:
     """In each step, sample answers, score them, compute advantages, update and log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
+    steps_per_epoch = max(1, len(prompts) // config.data.prompts_per_step)
+    check_room(config.trainer, run, roles.actor, critic, steps=run.total_steps - start.step, steps_per_epoch=steps_per_epoch)
     clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
     if validation is not None and start.step == 0:
         run.log(0, validate(roles, validation, 0, run))
@@ -176,7 +179,7 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
         scored = roles.answerer.score(samples)
     except AbandonedError:  # on every rank, as the run stops
         return {}
-    write_samples(run.directory, f"validation_{step}", samples)
+    write_samples(run, f"validation_{step}", samples)
     say_errors(scored, f"validation after step {step}", run)
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
@@ -196,7 +199,7 @@ def leave_early(config: PPOConfig, roles: Roles, here: Position, start: Position
 
 def report_answers(collected: Collected, method: Method, step: int, run: Run) -> None:
     """Write the step's answers to a file, and warn of rewards without differences. Every rank calls it."""
-    write_samples(run.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
+    write_samples(run, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
         say_errors(scored, f"step {step}", run)
     if collected.groups == collected.without_spread and len(collected.kept) == 0:

@@ -1,0 +1,45 @@
+"""What is said when memory runs out in a step: the step, its longest row, what was planned, and what to change."""
+
+from verl import dist
+from verl.config.sft import SFTConfig
+from verl.data.loader import Loader, Step
+from verl.engine.build import Built
+from verl.engine.outline import Outline
+from verl.errors import UserError
+from verl.out_of_memory import FIXES, GIB, is_out_of_memory, memory_error
+from verl.run import Run
+
+
+def step_error(error: BaseException, step: Step, loader: Loader, built: Built, run: Run) -> UserError | None:
+    """Return the one-line error of a step in which memory ran out; None if the exception is something else."""
+    if not is_out_of_memory(error):
+        return None
+    largest = max((len(batch.input_ids_T) for batch in step.micro_batches), default=0)
+    found = f"the longest row of the step has {longest_row(step):,} tokens, its largest micro-batch {largest:,}"
+    planned, fix = plan_and_advice(loader, built, run)
+    return memory_error(error, where=f"step {step.number + 1}", what=f"{found}{planned}", fix=fix)
+
+
+def longest_row(step: Step) -> int:
+    """Return the tokens of the longest document among this process's micro-batches."""
+    return max((int(batch.cu_seqlens.diff().max()) for batch in step.micro_batches), default=0)
+
+
+def plan_and_advice(loader: Loader, built: Built, run: Run) -> tuple[str, str]:
+    """Return what the plan says a step needs, and what to change; of runs that have no plan, only the keys that lower the memory."""
+    config = run.settings
+    if not isinstance(config, SFTConfig):
+        return "", FIXES
+    from verl.plan.plan import make_plan
+    from verl.plan.remedies import adviser
+
+    try:
+        outline = Outline(config.model)
+        plan = make_plan(config, loader.documents, outline, built.decisions)  # type: ignore[arg-type]
+        room = plan.hardware.gpu_bytes or dist.host_memory()
+        advice = adviser(config, loader.documents, outline, plan)
+        # If the plan fits, its estimate was too low: plan for as much less.
+        wanted = min(room, 0.8 * plan.needed)
+        return f"; the plan's figure is {plan.needed / GIB:.1f} of {room / GIB:.1f} GiB", advice(wanted)
+    except Exception:  # the memory error counts, whatever the plan cannot do for this model
+        return "", FIXES
