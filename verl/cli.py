@@ -144,7 +144,6 @@ def print_keys(words: list[str], command: Command) -> None:
 def run_module(name: str, words: list[str]) -> NoReturn:
     """Run `main(words)` of a module, and exit the process with its exit code."""
 
-
     def run() -> None:
         module = load_module(name)
         from verl.machine import machine_errors_named

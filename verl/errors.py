@@ -86,7 +86,7 @@ def print_error(error: UserError) -> None:
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
-    """Run `main(*args)` and exit: with the code of a UserError after printing it, with 128 + the signal's number after Stopped, else with 0.    """
+    """Run `main(*args)` and exit: with a UserError's code after printing it, with 128 + the signal's number after Stopped, else with 0."""
     atexit.register(gc.freeze)  # at exit, Python searches all objects for cycles: with torch imported, this takes seconds
     try:
         main(*args)

@@ -38,7 +38,8 @@ def memory_error(error: BaseException, *, where: str | None = None, what: str = 
 
     on_gpu = _of_gpu(error)
     has = device_text() if on_gpu else f"it has {dist.host_memory() / GIB:.1f} GiB"
-    described = UserError(f"{'the GPU' if on_gpu else 'this machine'} ran out of memory: {has}{f'; {what}' if what else ''}", where=where, fix=fix)
+    details = f"{has}; {what}" if what else has
+    described = UserError(f"{'the GPU' if on_gpu else 'this machine'} ran out of memory: {details}", where=where, fix=fix)
     described.of_one_rank = True
     return described
 

@@ -209,4 +209,4 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

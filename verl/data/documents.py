@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from verl.data import cache
-from verl.data.fingerprint import Fingerprint, digest, fingerprint
+from verl.data.fingerprint import Fingerprint, digest, fingerprint, row_digests
 from verl.data.loader import RowChoice
 from verl.data.render import Renderer
 from verl.data.report import Report
@@ -86,6 +86,7 @@ class Documents:
         documents_per_row: consecutive documents that form a row; 2 for preference pairs, the chosen answer first.
         values: per field of the Batch, such as "ref_logprob_M", one array per document, with one value per trained token.
         choice: choice of an epoch's rows, if the files are a mixture; None: all rows.
+        row_digests_R: hash of each row's tokens and of what is trained of them, uint64; copies of a row have the same one.
     """
 
     lengths_N: np.ndarray
@@ -99,6 +100,7 @@ class Documents:
     documents_per_row: int = 1
     values: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     choice: RowChoice | None = None
+    row_digests_R: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -247,14 +249,16 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: obje
     )
     if not len(kept_N):
         raise UserError(f"no row is left to train: {report}", where=key, fix=_fix_of(report, config))
+    digests = _digests(tables, starts_R, lengths_R, kept_N)
     return Documents(
         lengths_N=lengths_R[kept_N].astype(np.int32),
         trained_N=trained_R[kept_N].astype(np.int32),
         row_numbers_N=kept_N.astype(np.int64),
         stop_ids=sorted({int(i) for table in tables for i in table.stop_ids()}),
-        fingerprint=fingerprint("rows", *_digests(tables, starts_R, lengths_R, kept_N), report.tokens, template, documents_per_row=per_row),
+        fingerprint=fingerprint("rows", *digests, report.tokens, template, documents_per_row=per_row),
         report=report,
         documents_per_row=per_row,
+        row_digests_R=row_digests(digests, per_row),
         _starts_N=starts_R[kept_N],
         _tables=tables,
     )

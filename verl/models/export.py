@@ -22,8 +22,9 @@ from verl.config.load import load_config
 from verl.disk import check_room, disk_errors_named
 from verl.errors import UserError, exit_on_user_error
 from verl.models.adapters import files
+from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
-from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
+from verl.models.load import Loaded, load_for_training, load_tokenizer, read_adapter_config, resolve, weight_files
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
 

@@ -31,10 +31,11 @@ def train_loop(
     run: Run,
 ) -> None:
     """In each step, train and log; when due, validate and save."""
-    from verl.trainer.room import check_room  # once in a run
+    from verl.trainer.oddities import LossWatch  # once in a run
+    from verl.trainer.room import check_room
 
     check_room(config, run, built, steps=run.total_steps - start.step, steps_per_epoch=loader.steps_per_epoch)
-    engine, meter = built.engine, Meter(built.engine, start)
+    engine, meter, watch = built.engine, Meter(built.engine, start), LossWatch(run)
     steps = loader.steps(start.step, run.total_steps)
     if config.profile_step is not None:
         from verl.trainer.profile import profiled
@@ -61,6 +62,7 @@ def train_loop(
             if validates and number == done and validation is not None:
                 metrics |= validate(engine, algorithm, validation, loader)
             run.log(number, metrics)
+            watch.see(number, metrics["train/loss"])
         if ends_epoch:
             run.say(meter.end_epoch(step.epoch))
         if saves:

@@ -35,7 +35,7 @@ def plan_and_advice(loader: Loader, built: Built, run: Run) -> tuple[str, str]:
 
     try:
         outline = Outline(config.model)
-        plan = make_plan(config, loader.documents, outline, built.decisions)  # type: ignore[arg-type]
+        plan = make_plan(config, loader.documents, outline, built.decisions)
         room = plan.hardware.gpu_bytes or dist.host_memory()
         advice = adviser(config, loader.documents, outline, plan)
         # If the plan fits, its estimate was too low: plan for as much less.

@@ -35,6 +35,7 @@ from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import read_tokenizer
 from verl.trainer.loop import due, keep
+from verl.trainer.oddities import RewardWatch, say_oddities
 from verl.trainer.profile import profiled
 from verl.trainer.resume import begin, find_checkpoint
 from verl.trainer.room import check_room
@@ -65,6 +66,7 @@ def train(config: PPOConfig) -> TrainResult:
         start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
         if start is None:
             return run.result()
+        say_oddities(run, prompts, validation, outline, config.data.prompts_per_step, total_steps)
         decisions = decide_roles(config, method, outline, measure(device), total_steps)
         asked = [*prompts.prompts, *(validation.prompts if validation is not None else [])]
         roles = build_roles(config, method, tokenizer, asked, bridge, decisions, run)
@@ -121,6 +123,7 @@ def train_loop(
     clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
     if validation is not None and start.step == 0:
         run.log(0, validate(roles, validation, 0, run))
+    rewards = RewardWatch(run)
     for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         try:
@@ -151,7 +154,8 @@ def train_loop(
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, done, run)
             stop = run.should_stop()
-        report_answers(collected, method, done, run)
+        report_answers(collected, done, run)
+        rewards.see(done, without_differences(collected, method))
         saved = None
         if due(config.trainer.save_freq, done, ends_epoch, last or stop):
             with clock.phase("save"):
@@ -197,17 +201,21 @@ def leave_early(config: PPOConfig, roles: Roles, here: Position, start: Position
     run.leave(here.step)
 
 
-def report_answers(collected: Collected, method: Method, step: int, run: Run) -> None:
-    """Write the step's answers to a file, and warn of rewards without differences. Every rank calls it."""
+def report_answers(collected: Collected, step: int, run: Run) -> None:
+    """Write the step's answers to a file, and log failed rewards. Every rank calls it."""
     write_samples(run, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
         say_errors(scored, f"step {step}", run)
+
+
+def without_differences(collected: Collected, method: Method) -> str | None:
+    """Say which of a step's rewards are equal; None if they differ as the method needs. Every rank calls it."""
+    is_equal = len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
-        run.say(f"warning: step {step}: the answers to each prompt have equal rewards, even after {collected.refills} refills; no update")
-    elif collected.groups == collected.without_spread and method.needs_groups:
-        run.say(f"warning: step {step}: the answers to each prompt have equal rewards, so a group does not tell which is better")
-    elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
-        run.say(f"warning: step {step}: all answers have equal rewards")
+        return f"the answers to each prompt have equal rewards, even after {collected.refills} refills; no update"
+    if collected.groups == collected.without_spread and method.needs_groups:
+        return "the answers to each prompt have equal rewards, so a group does not tell which is better"
+    return "all answers have equal rewards" if is_equal else None
 
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:

@@ -15,9 +15,7 @@ from verl.run import Run
 BESIDES = 16 * 2**20  # bytes of the tokenizer, metrics and logs
 
 
-def check_room(
-    config: TrainerConfig, run: Run, built: Built, critic: Critic | None = None, *, steps: int, steps_per_epoch: int
-) -> None:
+def check_room(config: TrainerConfig, run: Run, built: Built, critic: Critic | None = None, *, steps: int, steps_per_epoch: int) -> None:
     """Compare what the run will write with the free space, and warn if only some of its checkpoints will fit. Every rank calls it.
 
     Args:
