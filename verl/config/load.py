@@ -66,6 +66,10 @@ def _checked(config: DictConfig) -> Any:
         result: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=error.full_key, fix="correct the ${…} in the value") from error
+    from verl.config.values import misfit
+
+    if (found := misfit(result)) is not None:
+        raise UserError(found[1], where=found[0], fix="--help shows the key with an example of its type")
     result.check()
     check_settings(result)
     return result

@@ -1,5 +1,6 @@
 """Values of a config: by the declared type of their key, and what no key can take."""
 
+import dataclasses
 import types
 import typing
 from typing import Any, Literal, Union
@@ -61,3 +62,47 @@ def _options(kind: Any) -> set[Any]:
 def _items_of(kind: Any, container: type) -> Any:
     """Return the type of a container's items; Any if `kind` is another type."""
     return typing.get_args(kind)[-1] if typing.get_origin(kind) is container else Any
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+def misfit(config: Any, prefix: str = "") -> tuple[str, str] | None:
+    """Return the key of a value that is not of its declared type, and what was found; None if all are.
+
+    OmegaConf checks what is assigned, but not what an interpolation gives, nor lists inside lists.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            if (found := misfit(value, f"{key}.")) is not None:
+                return found
+        elif not _fits(value, hints[field.name]):
+            return key, f"found {value!r}, expected {_kind_text(hints[field.name])}"
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a declared type; of a type that is not one of a config's, anything counts as such."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in _NAMES else True
+
+
+def _kind_text(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_kind_text, inner))
+    if origin in (list, dict):
+        return f"{'a list' if origin is list else 'a mapping'} with {_kind_text(inner[-1])} in each place"
+    return _NAMES.get(kind, "anything")

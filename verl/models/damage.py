@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from verl.disk import OF_DISKS, disk_error
@@ -164,9 +165,8 @@ def explained(what: str, path: str, error: Exception) -> UserError:
     if isinstance(error, SafetensorError):
         return UserError(f"damaged weights: {reason}", where=path, fix=SAVE_AGAIN)
     if "size mismatch" in str(error) or "mismatched" in str(error):
-        different = next((line for line in lines if "MISMATCH" in line or "size mismatch" in line), reason)
         fix = "restore the config.json that belongs to these weights, or save the model again"
-        return UserError(f"its weights have other shapes than config.json says: {' '.join(different.split())[:300]}", where=path, fix=fix)
+        return UserError(f"its weights have other shapes than config.json says{_other_shape(path)}", where=path, fix=fix)
     fix = "give a local model directory, or a Hub name; the Hub needs a network connection, and a login for gated models"
     if "gguf" in path.lower():
         fix = f"GGUF is for inference: give the model that it was made from, usually the name without GGUF; otherwise {fix}"
@@ -174,6 +174,22 @@ def explained(what: str, path: str, error: Exception) -> UserError:
         fix = f"only weights in safetensors are read; {fix}"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return UserError(f"cannot load the {what}: {kind}{reason}", where=path, fix=fix)
+
+
+def _other_shape(path: str) -> str:
+    """Name the first weight in a local directory whose shape is not that of the model in its config.json; empty if there is none."""
+    folder = Path(path).expanduser()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    except Exception:  # the description of an error must not be one
+        return ""
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, part in _header(file, file.stat().st_size)[0].items():
+            if name in shapes and part["shape"] != shapes[name]:
+                return f": {name} is {part['shape']} in {file.name}, and {shapes[name]} by config.json"
+    return ""
 
 
 def _is_of_disk(error: Exception) -> bool:

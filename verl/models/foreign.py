@@ -60,6 +60,8 @@ def refuse_formats(path: str) -> None:
 def refuse_path(path: str) -> None:
     """Raise UserError if a name without a model is that of a local directory or file, or looks like one; otherwise it is a Hub name."""
     local = Path(path).expanduser()
+    if not path.strip():
+        raise UserError("the name of the model is empty", fix="give a local model directory, or a Hub name")
     if local.is_dir():
         refuse_formats(path)
         newest = newest_step(local)
@@ -68,8 +70,6 @@ def refuse_path(path: str) -> None:
     if local.exists():
         refuse_formats(path)
         raise UserError("is a file, not a directory", where=path, fix="give the directory that has the file")
-    if not path.strip():
-        raise UserError("the name of the model is empty", fix="give a local model directory, or a Hub name")
     if path.startswith(("~", "/", ".")) or path.endswith("/") or path.count("/") > 1 or "\\" in path or _is_in_folder(local):
         beside = sorted(other.name for other in local.parent.iterdir() if other.is_dir()) if local.parent.is_dir() else []
         near = difflib.get_close_matches(local.name, beside, n=1)
