@@ -76,6 +76,7 @@ class Run:
         config, settings: the config, as nested dicts of plain values and as given.
         stopped_by: name of the signal that asked the run to stop, or None.
         total_steps: optimizer steps of the whole run; 0 until it is known.
+        step: optimizer steps that are done and logged.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
     Raises:
         UserError: no such logger.
@@ -86,7 +87,7 @@ class Run:
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
         self.stopped_by: str | None = None
-        self.total_steps = 0
+        self.total_steps = self.step = 0
         self.checkpoint: Path | None = None
         self.settings = config
         self._console = open_console()
@@ -162,7 +163,7 @@ class Run:
         Raises:
             UserError: on all ranks: a logger cannot be started.
         """
-        self.total_steps = total_steps
+        self.total_steps, self.step = total_steps, start_step
         if dist.is_main():
             (self.directory / "config.yaml").write_text(to_yaml(self.settings), encoding="utf-8")
             self._drop_metrics_after(start_step)
@@ -201,6 +202,7 @@ class Run:
             step: number of optimizer steps done.
             metrics: values by name.
         """
+        self.step = step
         if not dist.is_main():
             return
         self._append("metrics.jsonl", _json({"step": step, **metrics}))

@@ -5,10 +5,8 @@ a small tmpfs.
 """
 
 import errno
-import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -87,7 +85,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, 
     monkeypatch.setattr(owner, name, call)
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("name", ["ENOSPC", *(pytest.param(name, marks=pytest.mark.faults) for name in ERRORS[1:])])
 def test_a_checkpoint_that_cannot_be_written_is_named_and_the_one_before_remains(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -101,6 +99,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named_and_the_one_before_remains
     assert same_weights(folder / name / "global_step_4", folder / "good" / "global_step_4")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("where", ["weights", "state", "random states", "manifest", "flush", "rename"])
 def test_wherever_a_checkpoint_fails_nothing_incomplete_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     fails_at(monkeypatch, where, broken("ENOSPC"))
@@ -108,10 +107,14 @@ def test_wherever_a_checkpoint_fails_nothing_incomplete_is_left(folder: Path, mo
     assert not list((folder / f"at {where}").glob("global_step_*"))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (
+            safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "No space left on device",
+        ),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), "the file was cut short"),
         (OSError(28, "Error writing bytes to file. Detail: [errno 28] No space left on device"), "No space left on device"),
     ],
@@ -124,6 +127,7 @@ def test_errors_of_libraries_that_come_from_a_disk_are_told_as_such(
     assert ended.code == 4 and said in ended.err and "global_step_2.tmp" in ended.err and "needed" in ended.err and "free" in ended.err
 
 
+@pytest.mark.faults
 def test_another_error_while_saving_is_not_taken_for_one_of_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails_at(monkeypatch, "state", RuntimeError("a mistake in the code"))
     with pytest.raises(RuntimeError, match="a mistake"):
@@ -151,6 +155,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused_before_training(folder: 
     assert train(folder, "small", trainer__save_freq="never").code == 0
 
 
+@pytest.mark.faults
 def test_a_tight_disk_is_said_with_the_arithmetic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room_of(monkeypatch, 64 * 2**20)
     ended = train(folder, "tight", trainer__save_freq=1)
@@ -159,6 +164,7 @@ def test_a_tight_disk_is_said_with_the_arithmetic(folder: Path, monkeypatch: pyt
     assert "will not fit" not in train(folder, "tight_kept", trainer__save_freq=1, trainer__max_ckpt_to_keep=1).out
 
 
+@pytest.mark.faults
 def test_the_size_that_is_planned_is_the_size_that_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[int] = []
     monkeypatch.setattr(room, "compared", lambda config, directory, each, saves: planned.append(each))
@@ -172,11 +178,20 @@ def test_room_is_looked_at_before_each_save(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(room, "free_bytes", lambda path: 2**40)
     monkeypatch.setattr(disk, "free_bytes", lambda path: 2**20)
     ended = train(folder, "filled")
-    assert ended.code == 4 and re.search(r"global_step_2\.tmp: there is no room for a checkpoint \(\d+\.\d MiB needed, 1\.0 MiB free\)", ended.err)
+    assert ended.code == 4 and re.search(
+        r"global_step_2\.tmp: there is no room for a checkpoint \(\d+\.\d MiB needed, 1\.0 MiB free\)", ended.err
+    )
 
 
 def test_old_checkpoints_that_will_be_removed_count() -> None:
-    assert [room.number_of_new(keep, 9, there) for keep, there in ((None, 0), (-1, 3), (2, 0), (2, 1), (2, 7), (20, 0))] == [9, 9, 3, 2, 1, 9]
+    assert [room.number_of_new(keep, 9, there) for keep, there in ((None, 0), (-1, 3), (2, 0), (2, 1), (2, 7), (20, 0))] == [
+        9,
+        9,
+        3,
+        2,
+        1,
+        9,
+    ]
     assert [room.number_of_saves(every, 10, 4) for every in (-1, 1, 3, "epoch")] == [1, 10, 4, 3]
 
 
@@ -197,6 +212,7 @@ def test_a_metrics_line_that_fails_is_told_once_and_written_with_the_next(folder
     assert [line["step"] for line in lines_of(folder / "metrics" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+@pytest.mark.faults
 def test_metrics_that_could_never_be_written_are_in_the_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def append(path: Path, text: str) -> None:
         raise broken("EIO", str(path))
@@ -209,6 +225,7 @@ def test_metrics_that_could_never_be_written_are_in_the_result(folder: Path, mon
     assert [line["step"] for line in result.metrics] == [1, 2, 3, 4] and result.checkpoint is not None
 
 
+@pytest.mark.faults
 def test_a_line_that_fails_half_written_leaves_no_half(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     durable.append_text(path, "first\n")
@@ -226,6 +243,7 @@ def limited(module: str, call: str, *, limit: int) -> None:
     assert done.returncode == 7, done.stderr
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["trainer_state.json", "train.log"])
 def test_a_file_for_people_that_fails_does_not_end_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for function in ("append_text", "replace_text"):
@@ -242,7 +260,7 @@ def test_a_file_for_people_that_fails_does_not_end_the_run(folder: Path, monkeyp
     assert (folder / f"people {name}" / "global_step_4").is_dir()
 
 
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("name", ["ENOSPC", *(pytest.param(name, marks=pytest.mark.faults) for name in ERRORS[1:])])
 def test_rows_that_cannot_be_cached_are_trained_without_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def fails(path: Path, tables: object) -> None:
         raise broken(name, str(path))
@@ -267,6 +285,7 @@ def evaluation(folder: Path, output: str) -> list[str]:
     ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["ENOSPC", "EIO", "EROFS"])
 def test_results_of_an_evaluation_that_cannot_be_written_are_still_shown(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     output, real = f"results {name}", durable.replace_text
@@ -282,6 +301,7 @@ def test_results_of_an_evaluation_that_cannot_be_written_are_still_shown(folder:
     assert "exact match" in ended.out and "questions" in ended.out
 
 
+@pytest.mark.faults
 def test_a_disk_too_small_for_the_answers_is_said_before_they_are_generated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "free_bytes", lambda path: 1000)
     assert "make room" in run_command(sft_evaluator.main, evaluation(folder, "few bytes")).out
@@ -297,6 +317,7 @@ def test_an_export_that_fails_leaves_nothing_and_says_what_it_needs(folder: Path
     assert "needed" in ended.err and not (folder / "exported").exists() and not list(folder.glob(".exported*"))
 
 
+@pytest.mark.faults
 def test_an_export_is_refused_where_it_will_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda path: 10)
     ended = run_command(export.main, [str(folder / "good" / "global_step_4"), str(folder / "exported")])
@@ -318,6 +339,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.faults
 def test_a_real_full_disk_keeps_the_checkpoint_that_fits(folder: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "BESIDES", 0)
     output = small_disk / "run"
@@ -327,16 +349,20 @@ def test_a_real_full_disk_keeps_the_checkpoint_that_fits(folder: Path, small_dis
     assert checkpoint.find_damage(output / "global_step_2") is None
 
 
+@pytest.mark.faults
 def test_a_real_limit_on_file_sizes_is_one_line(folder: Path) -> None:
-    given = words(folder, "limited", **FEW)
-    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21)); from verl.cli import main; sys.argv[1:] = %r; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code % ["sft", *given]], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    given = ["sft", *words(folder, "limited", **FEW)]
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21)); "
+        f"from verl.cli import main; sys.argv[1:] = {given!r}; main()"
     )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "global_step_2.tmp" in done.stderr
 
 
+@pytest.mark.faults
 def test_output_that_nobody_can_take_does_not_end_a_run(folder: Path) -> None:
     given = words(folder, "dev_full", **FEW)
     with Path("/dev/full").open("w") as full:
@@ -362,7 +388,9 @@ def test_a_directory_that_may_not_be_written_is_named(folder: Path, tmp_path: Pa
 # What counts as an error of the disk
 
 
-@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), OSError("no such model"), ValueError("x"), UserError("x")])
+@pytest.mark.parametrize(
+    "error", [ConnectionRefusedError(111, "Connection refused"), OSError("no such model"), ValueError("x"), UserError("x")]
+)
 def test_other_errors_are_not_the_disks(error: Exception) -> None:
     assert disk.disk_error(error) is None
 

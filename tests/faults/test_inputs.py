@@ -4,11 +4,12 @@ The catalogue is that of docs/reliability.md: data files (D1 to D44), settings a
 """
 
 import gzip
+import itertools
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ from verl.trainer import fsdp_sft_trainer, ppo_trainer, reward_trainer
 
 GOOD = {"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}
 ROW = json.dumps(GOOD).encode()
+AT_ONCE = 2  # of each group, `make test` tries so many, and `make faults` all
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def each(cases: Iterable[Any]) -> list[Any]:
+    """The cases of a group as parameters; all but the first are left to `make faults`."""
+    many = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=[pytest.mark.faults] if number >= AT_ONCE else []) for number, case in enumerate(many)]
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +161,19 @@ CHATS: dict[str, tuple[object, str]] = {
     "D21 content null": (chat_row({"role": "user", "content": None}, CHAT[1]), "missing or null"),
     "D22 content a number list": (chat_row({"role": "user", "content": [1, 2]}, CHAT[1]), "expected a part of text"),
     "D22 content an object": (chat_row({"role": "user", "content": {"a": 1}}, CHAT[1]), "expected text"),
-    "D22 an image": (chat_row({"role": "user", "content": [{"type": "image", "image": "../../etc/passwd"}]}, CHAT[1]), "only text is trained"),
+    "D22 an image": (
+        chat_row({"role": "user", "content": [{"type": "image", "image": "../../etc/passwd"}]}, CHAT[1]),
+        "only text is trained",
+    ),
     "D27 empty assistant": (chat_row(CHAT[0], {"role": "assistant", "content": " "}), "text is empty"),
     "a weight of 0.5": (chat_row(CHAT[0], {**CHAT[1], "weight": 0.5}), "expected 0 or 1"),
     "every turn untrained": (chat_row(CHAT[0], {**CHAT[1], "weight": 0}), "no turn is trained"),
     "tool calls that are text": (chat_row(CHAT[0], {"role": "assistant", "tool_calls": "x"}), "not JSON"),
     "a tool call without a name": (chat_row(CHAT[0], {"role": "assistant", "tool_calls": [{"arguments": {}}]}), "name"),
-    "arguments that are a list": (chat_row(CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}), "expected an object"),
+    "arguments that are a list": (
+        chat_row(CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}),
+        "expected an object",
+    ),
     "tools that are no schemas": (
         {**chat_row(CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}), "tools": [3]},
         "not clear which column has the schemas",
@@ -186,21 +200,21 @@ RECOGNISED: dict[str, tuple[object, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", each(DATA))
 def test_a_bad_file_is_refused_with_its_place(folder: Path, tmp_path: Path, name: str) -> None:
     file, content, pattern = DATA[name]
     (tmp_path / file).write_bytes(content)
     refused(folder, pattern, f"data.train_files={tmp_path / file}")
 
 
-@pytest.mark.parametrize("name", CHATS)
+@pytest.mark.parametrize("name", each(CHATS))
 def test_a_bad_chat_is_refused_with_its_row_and_message(folder: Path, tmp_path: Path, name: str) -> None:
     value, pattern = CHATS[name]
     (tmp_path / "chats.jsonl").write_bytes(lines(chat_row(*CHAT), value))
     refused(folder, rf"chats\.jsonl:2(?s:.*)({pattern})", f"data.train_files={tmp_path / 'chats.jsonl'}", "data.messages_key=messages")
 
 
-@pytest.mark.parametrize("name", RECOGNISED)
+@pytest.mark.parametrize("name", each(RECOGNISED))
 def test_a_bad_row_of_a_recognised_shape_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     value, pattern = RECOGNISED[name]
     (tmp_path / "rows.jsonl").write_bytes(lines(value))
@@ -279,7 +293,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", each(PLACES))
 def test_a_name_that_names_no_rows_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     make, pattern = PLACES[name]
     monkeypatch.chdir(tmp_path)
@@ -313,7 +327,7 @@ ACCEPTED: dict[str, tuple[str, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", each(ACCEPTED))
 def test_an_odd_file_that_is_right_is_read(folder: Path, tmp_path: Path, name: str) -> None:
     file, content = ACCEPTED[name]
     (tmp_path / file).write_bytes(content)
@@ -328,10 +342,12 @@ def test_a_million_equal_characters_are_read_in_time(folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("words", "pattern"),
-    [
-        (["data.max_length=8"], r"80 of 80 rows are longer than data.max_length=8; the longest"),
-        (["data.max_length=2", "data.truncation=right"], r"no row is left to train: rows 80 read, 0 used"),
-    ],
+    each(
+        [
+            (["data.max_length=8"], r"80 of 80 rows are longer than data.max_length=8; the longest"),
+            (["data.max_length=2", "data.truncation=right"], r"no row is left to train: rows 80 read, 0 used"),
+        ]
+    ),
 )
 def test_rows_of_which_none_fits_are_refused_with_counts(folder: Path, words: list[str], pattern: str) -> None:
     refused(folder, pattern, *words)
@@ -353,7 +369,7 @@ PAIRS: dict[str, tuple[object, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", each(PAIRS))
 def test_a_bad_pair_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
     value, pattern = PAIRS[name]
     (tmp_path / "pairs.jsonl").write_bytes(lines(value))
@@ -374,13 +390,15 @@ def ppo_words(folder: Path, *words: object) -> list[str]:
 
 @pytest.mark.parametrize(
     ("rows", "words", "pattern"),
-    [
-        ([row(answer="no number")], [], "a.jsonl:1"),  # D42
-        ([row(answer=None)], [], "null"),
-        ([{"question": "x"}], [], "'answer' is missing"),
-        ([GOOD], ["data.max_prompt_length=2"], "longer than data.max_prompt_length=2"),
-        ([GOOD], ["data.max_prompt_length=2", "data.overlong_prompts=drop"], "longer than data.max_prompt_length=2"),
-    ],
+    each(
+        [
+            ([row(answer="no number")], [], "a.jsonl:1"),  # D42
+            ([row(answer=None)], [], "null"),
+            ([{"question": "x"}], [], "'answer' is missing"),
+            ([GOOD], ["data.max_prompt_length=2"], "longer than data.max_prompt_length=2"),
+            ([GOOD], ["data.max_prompt_length=2", "data.overlong_prompts=drop"], "longer than data.max_prompt_length=2"),
+        ]
+    ),
 )
 def test_bad_prompts_are_refused(folder: Path, tmp_path: Path, rows: list[object], words: list[str], pattern: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(*rows))
@@ -389,18 +407,20 @@ def test_bad_prompts_are_refused(folder: Path, tmp_path: Path, rows: list[object
 
 @pytest.mark.parametrize(
     ("words", "pattern"),
-    [
-        (["test_file=nowhere.jsonl"], "no file"),
-        (["metric=gsm9k"], "gsm9k"),  # C22
-        (["output_dir=/dev/null/x"], "output_dir=/dev/null/x: cannot be written"),
-        (["seed=-1"], "seed"),
-        (["n=4"], "n=4 answers at temperature=0 are all equal"),
-        (["rollout.name=natve"], "natve"),
-        (["rollout.gpu_memory_utilization=1.5"], "rollout.gpu_memory_utilization"),
-        (["model_path="], "the name of the model is empty|model_path"),
-        (["max_new_tokens=99999999999"], "too large"),
-        (["reward.name=x"], "reward.name"),
-    ],
+    each(
+        [
+            (["test_file=nowhere.jsonl"], "no file"),
+            (["metric=gsm9k"], "gsm9k"),  # C22
+            (["output_dir=/dev/null/x"], "output_dir=/dev/null/x: cannot be written"),
+            (["seed=-1"], "seed"),
+            (["n=4"], "n=4 answers at temperature=0 are all equal"),
+            (["rollout.name=natve"], "natve"),
+            (["rollout.gpu_memory_utilization=1.5"], "rollout.gpu_memory_utilization"),
+            (["model_path="], "the name of the model is empty|model_path"),
+            (["max_new_tokens=99999999999"], "too large"),
+            (["reward.name=x"], "reward.name"),
+        ]
+    ),
 )
 def test_a_bad_evaluation_is_refused(folder: Path, tmp_path: Path, words: list[str], pattern: str) -> None:
     given = [f"model_path={folder / 'model'}", f"test_file={folder / 'test.jsonl'}", f"output_dir={tmp_path / 'results'}"]
@@ -409,17 +429,19 @@ def test_a_bad_evaluation_is_refused(folder: Path, tmp_path: Path, words: list[s
 
 @pytest.mark.parametrize(
     ("main", "words", "pattern"),
-    [
-        (chat.main, ["nowhere/at/all"], "no such model directory"),
-        (chat.main, ["{model}", "temperature=hot"], "temperature"),
-        (chat.main, ["{model}", "max_new_tokens=0"], "max_new_tokens"),
-        (export.main, ["nowhere/at/all", "{out}"], "no such model directory"),
-        (export.main, ["{model}"], "directory"),
-        (export.main, ["{model}", "{model}"], "not empty"),
-        (export.main, ["{model}", "{model}/config.json"], "is a file"),
-        (export.main, ["{model}", "{out}", "dtype=int8"], "dtype"),
-        (export.main, ["{model}", "{out}", "max_shard_size=5"], "max_shard_size"),
-    ],
+    each(
+        [
+            (chat.main, ["nowhere/at/all"], "no such model directory"),
+            (chat.main, ["{model}", "temperature=hot"], "temperature"),
+            (chat.main, ["{model}", "max_new_tokens=0"], "max_new_tokens"),
+            (export.main, ["nowhere/at/all", "{out}"], "no such model directory"),
+            (export.main, ["{model}"], "directory"),
+            (export.main, ["{model}", "{model}"], "not empty"),
+            (export.main, ["{model}", "{model}/config.json"], "is a file"),
+            (export.main, ["{model}", "{out}", "dtype=int8"], "dtype"),
+            (export.main, ["{model}", "{out}", "max_shard_size=5"], "max_shard_size"),
+        ]
+    ),
 )
 def test_a_bad_chat_or_export_is_refused(
     folder: Path, tmp_path: Path, main: Callable[[list[str]], object], words: list[str], pattern: str
@@ -519,7 +541,7 @@ SETTINGS: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("words", SETTINGS)
+@pytest.mark.parametrize("words", each(SETTINGS))
 def test_a_bad_setting_is_refused_with_its_key(folder: Path, words: str) -> None:
     given = [words] if "{a" in words or "{enable" in words else words.split(" ")
     refused(folder, SETTINGS[words], *given)
@@ -554,7 +576,7 @@ RL_SETTINGS: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("words", RL_SETTINGS)
+@pytest.mark.parametrize("words", each(RL_SETTINGS))
 def test_a_bad_setting_of_reinforcement_learning_is_refused_with_its_key(folder: Path, words: str) -> None:
     assert_refused(run_command(ppo_trainer.main, ppo_words(folder, *words.split(" "))), RL_SETTINGS[words])
 
@@ -576,7 +598,7 @@ YAML: dict[str, tuple[str, str]] = {
     "a value that contains itself": ("data:\n  train_files: &a [*a]\n", "contains itself"),
     "a mapping that contains itself": ("optim: &a\n  lr: *a\n", "contains itself"),
     "a bomb of aliases": (
-        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")),
+        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in itertools.pairwise("abcdefghi")),
         "more than",
     ),
     "an anchor that is missing": ("optim: *nothing\n", "not YAML"),
@@ -592,11 +614,14 @@ YAML: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", YAML)
+@pytest.mark.parametrize("name", each(YAML))
 def test_a_bad_file_of_settings_is_refused_with_its_line(folder: Path, tmp_path: Path, name: str) -> None:
     text, pattern = YAML[name]
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
-    words = [f"--config={tmp_path / 'config.yaml'}", *(word for word in sft_words(folder) if "train_files" not in word or "bytes" not in name)]
+    words = [
+        f"--config={tmp_path / 'config.yaml'}",
+        *(word for word in sft_words(folder) if "train_files" not in word or "bytes" not in name),
+    ]
     words = [word for word in words if not (word.startswith("data.train_files") and "train_files" in text)]
     assert_refused(run_command(fsdp_sft_trainer.main, words), pattern)
 
@@ -657,8 +682,14 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "hidden_size that is text": (lambda f: changed_config(f, hidden_size="64"), "hidden_size is '64'"),
     "no layers": (lambda f: changed_config(f, num_hidden_layers=0), "num_hidden_layers is 0"),
     "fewer than no layers": (lambda f: changed_config(f, num_hidden_layers=-2), "num_hidden_layers is -2"),
-    "heads that do not divide": (lambda f: changed_config(f, num_attention_heads=7, head_dim=None), "not a multiple of num_attention_heads"),
-    "shared heads that do not divide": (lambda f: changed_config(f, num_attention_heads=6, num_key_value_heads=4), "not a multiple of num_key_value_heads"),
+    "heads that do not divide": (
+        lambda f: changed_config(f, num_attention_heads=7, head_dim=None),
+        "not a multiple of num_attention_heads",
+    ),
+    "shared heads that do not divide": (
+        lambda f: changed_config(f, num_attention_heads=6, num_key_value_heads=4),
+        "not a multiple of num_key_value_heads",
+    ),
     "a vocabulary of 0": (lambda f: changed_config(f, vocab_size=0), "vocab_size is 0"),
     "shapes that differ": (weights(wide), "other shapes than config.json says"),
     "NaN": (weights(nan), rf"weight {EMBEDDING} has values that are not finite"),
@@ -699,13 +730,16 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tokenizer that is cut": (write("tokenizer.json", b'{"version": "1.0", "model"'), "cannot load the tokenizer"),
     "a tokenizer that is something else": (write("tokenizer.json", b"{}"), "cannot load the tokenizer"),
     "token ids beyond the embeddings": (
-        lambda f: (weights(lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:9].clone()}))(f), changed_config(f, vocab_size=9)),
+        lambda f: (
+            weights(lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:9].clone()}))(f),
+            changed_config(f, vocab_size=9),
+        ),
         "the tokenizer's highest id is",
     ),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS))
 def test_a_bad_model_is_refused_with_its_file(folder: Path, tmp_path: Path, name: str) -> None:
     change, pattern = MODELS[name]
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -723,16 +757,18 @@ def test_a_tokenizer_without_a_chat_template_is_refused(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("name", "pattern"),
-    [
-        ("/no/such/model", "no such model directory"),
-        ("./model-of-mine", "no such model directory"),
-        ("models/qwen/base", "no such model directory"),
-        ("checkpoints/", "no such model directory"),
-        ("here/modle", r"no such model directory(?s:.*)did you mean here/model\?"),
-        ("~nobody/model", "no such model directory"),
-        ("train.jsonl", "is a file, not a directory"),
-        ("here", "has no config.json"),
-    ],
+    each(
+        [
+            ("/no/such/model", "no such model directory"),
+            ("./model-of-mine", "no such model directory"),
+            ("models/qwen/base", "no such model directory"),
+            ("checkpoints/", "no such model directory"),
+            ("here/modle", r"no such model directory(?s:.*)did you mean here/model\?"),
+            ("~nobody/model", "no such model directory"),
+            ("train.jsonl", "is a file, not a directory"),
+            ("here", "has no config.json"),
+        ]
+    ),
 )
 def test_a_missing_folder_is_not_asked_of_the_hub(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pattern: str
@@ -748,17 +784,19 @@ def test_a_missing_folder_is_not_asked_of_the_hub(
 
 @pytest.mark.parametrize(
     ("options", "pattern"),
-    [
-        ({"max_sequences": 0}, "max_sequences"),
-        ({"max_sequences": "many"}, "max_sequences"),
-        ({"max_positions": -1}, "max_positions"),
-        ({"gpu_memory_utilization": 2.0}, "gpu_memory_utilization"),
-        ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
-        ({"trust_remote_code": "no"}, "trust_remote_code"),
-        ({"compile": "yes"}, "compile"),
-        ({"url": 8000}, "url"),
-        ({"url": "localhost"}, "url"),
-    ],
+    each(
+        [
+            ({"max_sequences": 0}, "max_sequences"),
+            ({"max_sequences": "many"}, "max_sequences"),
+            ({"max_positions": -1}, "max_positions"),
+            ({"gpu_memory_utilization": 2.0}, "gpu_memory_utilization"),
+            ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization"),
+            ({"trust_remote_code": "no"}, "trust_remote_code"),
+            ({"compile": "yes"}, "compile"),
+            ({"url": 8000}, "url"),
+            ({"url": "localhost"}, "url"),
+        ]
+    ),
 )
 def test_wrong_options_of_load_rollout_are_refused(folder: Path, options: dict[str, Any], pattern: str) -> None:
     import verl
@@ -782,7 +820,7 @@ SETTINGS_FILES: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS_FILES)
+@pytest.mark.parametrize("name", each(SETTINGS_FILES))
 def test_a_bad_default_of_ones_own_settings_names_the_file(folder: Path, tmp_path: Path, name: str) -> None:
     body, pattern = SETTINGS_FILES[name]
     (tmp_path / "mine.py").write_text(

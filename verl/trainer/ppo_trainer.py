@@ -35,6 +35,7 @@ from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import read_tokenizer
 from verl.trainer.loop import due, keep
+from verl.trainer.memory_errors import rl_error
 from verl.trainer.oddities import RewardWatch, say_oddities
 from verl.trainer.profile import profiled
 from verl.trainer.resume import begin, find_checkpoint
@@ -82,6 +83,10 @@ def train(config: PPOConfig) -> TrainResult:
         except Stopped:  # on every training process, after the same step
             roles.answerer.close()
             raise
+        except (RuntimeError, MemoryError) as error:
+            if (found := rl_error(error, config, run)) is None:
+                raise
+            raise found from error
         roles.answerer.close()
         return run.result()
 
