@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check format shape golden coverage clean
+.PHONY: help setup demo test faults test-vllm check format shape golden coverage clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,6 +36,9 @@ demo: $(STAMP) ## Train a small model from nothing and prove that it learned; of
 
 test: $(STAMP) ## Run the tests, a process for each of two cores; ARGS='-k name' picks some, JOBS=8 takes more processes, JOBS=0 this one
 	$(BIN)/python -m pytest $(IN_PROCESSES) $(ARGS)
+
+faults: $(STAMP) ## Run the fault tests: kills, signals, dead and hung processes; minutes on two cores
+	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) tests/faults $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)

@@ -142,7 +142,9 @@ def _several(prompts: object) -> Sequence[object]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise UserError(f"found {type(prompts).__name__}, expected a question or a list of questions", where="prompts", fix="give a text or a list")
+        raise UserError(
+            f"found {type(prompts).__name__}, expected a question or a list of questions", where="prompts", fix="give a text or a list"
+        )
     return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
 
 

@@ -26,7 +26,7 @@ from verl.config.sft import SFTConfig
 from verl.data.chat import ChatInput
 from verl.data.formats.files import file_rows
 from verl.data.render import Rendered, Renderer
-from verl.data.row import ReadProgress, Row
+from verl.data.row import ReadProgress, Row, checked_row
 from verl.data.shapes import read_question
 from verl.data.source import resolve_entries
 from verl.data.tables import Columns
@@ -152,7 +152,7 @@ def test_any_row_is_tokenized_or_an_error(renderer: Renderer, examples: int) -> 
 
     def check(given: tuple[dict[str, Any], Columns]) -> None:
         values, columns = given
-        row = Row("rows.jsonl:1", values)
+        row = checked_row("rows.jsonl:1", values)
         inputs = columns.read(row)
         chats = [value for value in inputs if isinstance(value, ChatInput)]
         for result in [*renderer.chats(chats), *renderer.texts([value for value in inputs if isinstance(value, str)])]:
@@ -167,7 +167,8 @@ def test_any_row_is_tokenized_or_an_error(renderer: Renderer, examples: int) -> 
 def test_any_chat_is_tokenized_or_an_error(renderer: Renderer, examples: int) -> None:
     def check(given: tuple[Any, Any, Any, str]) -> None:
         messages, tools, kwargs, turns = given
-        chat = ChatInput(messages, tools, 0, "", kwargs, turns)
+        row = checked_row("rows.jsonl:1", {"messages": messages, "tools": tools, "kwargs": kwargs})
+        chat = ChatInput(row.values.get("messages"), row.values.get("tools"), 0, "", row.values.get("kwargs"), turns)
         for result in renderer.chats([chat]):
             assert isinstance(result, Rendered | UserError)
 

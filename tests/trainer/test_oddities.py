@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from rl_runs import train as train_rl
+from rl_runs import write_folder
 from sft_runs import train, words
 from tiny import write_problems_and_model
 

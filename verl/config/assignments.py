@@ -81,7 +81,9 @@ def assignments_in(path: Path) -> list[Assignment]:
         what = f"not YAML: {getattr(error, 'problem', None) or str(error).partition(chr(10))[0]}"
         raise UserError(what, where=f"{path}:{mark.line + 1}" if mark else str(path), fix=fix) from error
     if loaded is not None and not isinstance(loaded, dict):
-        raise UserError(f"found a {type(loaded).__name__}, expected keys and values", where=str(path), fix="write one `key: value` per line")
+        raise UserError(
+            f"found a {type(loaded).__name__}, expected keys and values", where=str(path), fix="write one `key: value` per line"
+        )
     return [Assignment(key, value, text, str(path)) for key, value, text in _paired_leaves(loaded or {}, texts or {})]
 
 
