@@ -36,7 +36,7 @@ def size_text(size: float) -> str:
 
 def free_bytes(path: Path | str) -> int | None:
     """Return the free space of the disk that a path is on, or will be on; None if the disk does not tell."""
-    place = Path(path).expanduser().absolute()
+    place = Path(path).absolute()
     try:
         return shutil.disk_usage(next(one for one in (place, *place.parents) if one.exists())).free
     except (OSError, StopIteration):

@@ -536,6 +536,8 @@ SETTINGS: dict[str, str] = {
     "trainer.project_name=sk-abcdefghijklmnopqrstuvwxyz012345": "looks like a secret",
     "model.partial_pretrain=${": "model.partial_pretrain",
     "trainer.profile_step=0": "trainer.profile_step",
+    "model.partial_pretrain=~no-such-user/model": "there is no user of that name",
+    "data.train_files=${0} data.train_file=x": "unknown key",
     "--config": "--config names no file",
     "--config=nowhere.yaml": "no such config file",
 }

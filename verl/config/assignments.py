@@ -80,11 +80,13 @@ def assignments_in(path: Path) -> list[Assignment]:
         mark, fix = getattr(error, "problem_mark", None), "correct the file: one `key: value` per line, groups indented with spaces"
         what = f"not YAML: {getattr(error, 'problem', None) or str(error).partition(chr(10))[0]}"
         raise UserError(what, where=f"{path}:{mark.line + 1}" if mark else str(path), fix=fix) from error
-    if loaded is not None and not isinstance(loaded, dict):
+    if loaded is None:
+        return []
+    if not isinstance(loaded, dict):
         raise UserError(
             f"found a {type(loaded).__name__}, expected keys and values", where=str(path), fix="write one `key: value` per line"
         )
-    return [Assignment(key, value, text, str(path)) for key, value, text in _paired_leaves(loaded or {}, texts or {})]
+    return [Assignment(key, value, text, str(path)) for key, value, text in _paired_leaves(loaded, texts)]
 
 
 def type_of(config: object, key: str) -> Any:

@@ -194,7 +194,7 @@ def _canonical(key: str) -> str:
 
 def _is_mapping(config: DictConfig, key: str) -> bool:
     """Return whether the value of a key is a mapping, whose own keys the user chooses."""
-    return OmegaConf.is_dict(OmegaConf.select(config, key, throw_on_missing=False))
+    return OmegaConf.is_dict(OmegaConf.select(config, key, throw_on_missing=False, throw_on_resolution_failure=False))
 
 
 def _asks_resolver(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Values of a config: by the declared type of their key, and what no key can take."""
 
 import dataclasses
+import os
 import types
 import typing
 from typing import Any, Literal, Union
@@ -41,6 +42,8 @@ def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
         return f"found {value!r}, expected true or false", "write true or false, or a text in quotes"
     if isinstance(value, str) and "\0" in value:
         return "the text has a NUL character", "remove it"
+    if isinstance(value, str) and _has_no_home(value):
+        return f"found {value!r}, and there is no user of that name", "write ./ before it, if a file or folder has this name"
     if isinstance(value, float) and value != value:
         return f"found {value}, expected a number", "write a number"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -48,6 +51,11 @@ def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
         if int in options and abs(value) > largest:
             return "the number is too large", f"give at most {largest:,}"
     return None
+
+
+def _has_no_home(text: str) -> bool:
+    """Return whether a text is a path in the home of a user that does not exist, such as `~nobody-here/model`."""
+    return text[:1] == "~" and text[1:2] not in ("", "/", "~") and not set(text) & set(" \n") and os.path.expanduser(text) == text
 
 
 def _options(kind: Any) -> set[Any]:
