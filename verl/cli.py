@@ -149,7 +149,15 @@ def print_keys(words: list[str], command: Command) -> None:
 
 def run_module(name: str, words: list[str]) -> NoReturn:
     """Run `main(words)` of a module, and exit the process with its exit code."""
-    exit_on_user_error(lambda: load_module(name).main(words))
+
+    def run() -> None:
+        module = load_module(name)
+        from verl.machine import machine_errors_named
+
+        with machine_errors_named():
+            module.main(words)
+
+    exit_on_user_error(run)
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:

@@ -12,6 +12,18 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append to a file all of the text, or nothing of it if that fails."""
+    with path.open("ab", buffering=0) as file:
+        end, rest = file.tell(), memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def flush(path: Path) -> None:
     """Wait until a file's content, or a directory's entries, are on disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -1,7 +1,7 @@
 """Exceptions that end a run early: `UserError`, which the user can fix, and `Stopped`, after a signal or at a time limit.
 
-A command exits without a traceback after these: with code 2 after a `UserError`, 3 if another rank has died or hangs (`RankError`), and
-after `Stopped` with 75 if there is a checkpoint to go on from, else with 128 + the signal's number.
+A command exits without a traceback after these: with code 2 after a `UserError`, 3 if another rank has died or hangs (`RankError`), 4 if
+the disk fails (`DiskError`), and after `Stopped` with 75 if there is a checkpoint to go on from, else with 128 + the signal's number.
 """
 
 import atexit
@@ -100,8 +100,9 @@ class Stopped(KeyboardInterrupt):
 
 def print_error(error: UserError) -> None:
     """Print to standard error, on rank 0 unless the error says otherwise: usually, every process raises the same error."""
-    if os.environ.get("RANK", "0") == "0" if error.tells is None else error.tells:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" if error.tells is None else error.tells:
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:

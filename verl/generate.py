@@ -114,10 +114,29 @@ def open_rollout(path: str, name: str, options: Options) -> TextRollout:
         UserError: no such engine, or it cannot load the checkpoint.
     """
     check_kind(path, GENERATES)
+    check_options(options)
     with quiet_libraries():
         tokenizer = load_tokenizer(path, trust_remote_code=options.trust_remote_code)
         renderer = Renderer(tokenizer)
         return TextRollout(path, load_rollout(name, path, tokenizer, renderer.stop_ids, options), tokenizer, renderer)
+
+
+def check_options(options: Options) -> None:
+    """Raise UserError that names an option with a wrong value."""
+    for key in ("max_sequences", "max_positions"):
+        value = getattr(options, key)
+        if value is not None and not (type(value) is int and value >= 1):
+            raise UserError(f"found {value!r}", where=key, fix="give a whole number of at least 1, or None")
+    for key, kinds in (("compile", (bool, type(None))), ("trust_remote_code", (bool,))):
+        if not isinstance(getattr(options, key), kinds):
+            raise UserError(f"found {getattr(options, key)!r}", where=key, fix="give True or False")
+    share = options.gpu_memory_utilization
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
+        raise UserError(f"found {share!r}", where="gpu_memory_utilization", fix="give a number above 0, up to 1")
+    if options.url is not None and not (isinstance(options.url, str) and options.url.startswith(("http://", "https://"))):
+        raise UserError(f"found {options.url!r}", where="url", fix="give the address of a server, such as http://localhost:8000")
+    if options.weights_folder is not None and not isinstance(options.weights_folder, str):
+        raise UserError(f"found {options.weights_folder!r}", where="weights_folder", fix="give the path of a folder, or None")
 
 
 def _several(prompts: object) -> Sequence[object]:
@@ -125,7 +144,9 @@ def _several(prompts: object) -> Sequence[object]:
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise UserError(f"found {type(prompts).__name__}, expected a question or a list of questions", where="prompts")
+        raise UserError(
+            f"found {type(prompts).__name__}, expected a question or a list of questions", where="prompts", fix="give a text or a list"
+        )
     return [prompts] if prompts and isinstance(prompts[0], Mapping) else prompts
 
 

@@ -1,5 +1,6 @@
 """A training run: its directory, messages, metrics, loggers and progress bar, and how it stops early."""
 
+import io
 import json
 import math
 import signal
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from verl import dist, plugin
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
-from verl.durable import replace_text
+from verl.durable import append_text, replace_text
 from verl.errors import Stopped, UserError
 from verl.progress import Bar, open_console
 
@@ -57,7 +58,11 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
     """Read a run's metrics.jsonl, one dict per line, with NaN for null. Return an empty list if there is no file."""
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [{name: math.nan if value is None else value for name, value in json.loads(line).items()} for line in lines]
+    return [_values(line) for line in lines]
+
+
+def _values(line: str) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 class Run:
@@ -69,6 +74,7 @@ class Run:
         origin: why the directory is not the one that trainer.default_local_dir names; empty if it is.
         notes: what to say after the first line of the run.
         total_steps: optimizer steps of the whole run; 0 until it is known.
+        step: optimizer steps that are done and logged.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
     Raises:
         UserError: no such logger.
@@ -79,7 +85,7 @@ class Run:
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
         self.origin, self.notes = "", list[str]()
-        self.total_steps = 0
+        self.total_steps = self.step = 0
         self.checkpoint: Path | None = None
         self.settings = config
         self._console = open_console()
@@ -92,6 +98,8 @@ class Run:
         self._bar: Bar | None = None
         self._state = ""  # of the progress bar
         self._claim: Claimed | None = None
+        self._unwritten: dict[str, str] = {}  # lines that a file could not take yet, by its name
+        self._told: set[str] = set()  # names of files whose failure has been told
 
     def __enter__(self) -> "Run":
         from verl.directory import claimed  # once in a run
@@ -145,7 +153,7 @@ class Run:
         Raises:
             UserError: on all ranks: a logger cannot be started.
         """
-        self.total_steps = total_steps
+        self.total_steps, self.step = total_steps, start_step
         if dist.is_main():
             from verl.directory import begin_files  # once in a run
 
@@ -161,21 +169,22 @@ class Run:
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
         if dist.is_main():
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._print(text)
             self._append("train.log", text)
 
     def show(self, write: Callable[[Console], None]) -> None:
         """Print colored output: `write` is called with a console for the terminal, and with a plain one for train.log."""
         if dist.is_main():
             write(self._console)
-            with (self.directory / "train.log").open("a", encoding="utf-8") as file:
-                write(open_console(file=file, width=200))
+            text = io.StringIO()
+            write(open_console(file=text, width=200))
+            self._append("train.log", text.getvalue().removesuffix("\n"))
 
     def line(self, text: str) -> None:
         """Write the line of a step to train.log, and print it unless a progress bar is drawn, which already shows the step."""
         if dist.is_main():
             if self._bar is None or not self._bar.is_drawn:
-                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._print(text)
             self._append("train.log", text)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -185,6 +194,7 @@ class Run:
             step: number of optimizer steps done.
             metrics: values by name.
         """
+        self.step = step
         if not dist.is_main():
             return
         self._append("metrics.jsonl", _json({"step": step, **metrics}))
@@ -268,7 +278,16 @@ class Run:
     def keep_state(self, state: dict[str, Any]) -> None:
         """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
         if dist.is_main():
-            replace_text(self.directory / "trainer_state.json", _json(state, indent=2) + "\n")
+            self.replace("trainer_state.json", _json(state, indent=2) + "\n")
+
+    def replace(self, name: str, text: str) -> None:
+        """Replace a file of the run that training does not read. If the disk fails, this is told once for each folder."""
+        path = self.directory / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            replace_text(path, text)
+        except OSError as error:
+            self._warn(name, error)
 
     def should_stop(self) -> bool:
         """Return whether a signal asked any rank to stop, or the time is up; the result is the same on every rank."""
@@ -298,16 +317,37 @@ class Run:
 
     def result(self) -> "TrainResult":
         """Return the result of the run, the same on every rank. Every rank calls it."""
-        metrics = read_metrics(self.directory) if dist.is_main() else []
+        metrics = self._metrics() if dist.is_main() else []
         return TrainResult(self.checkpoint, self.directory, dist.from_main(metrics))
 
-    def _append(self, name: str, text: str) -> None:
+    def _metrics(self) -> list[dict[str, float]]:
+        """Return the metrics of all steps, also those that the file could not take."""
+        return [*read_metrics(self.directory), *map(_values, self._unwritten.get("metrics.jsonl", "").splitlines())]
+
+    def _print(self, text: str) -> None:
         try:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except (OSError, SystemExit) as error:  # a full disk; rich exits where nobody reads a pipe any more
+            from verl.disk import silence_output
+
+            self._append("train.log", silence_output(error))
+
+    def _append(self, name: str, text: str) -> None:
+        """Append a line to a file. If the disk fails, this is told once, and the line is written with the next one that can be."""
+        lines = f"{self._unwritten.pop(name, '')}{text}\n"
+        try:
+            append_text(self.directory / name, lines)
         except OSError as error:
-            what, fix = f"cannot be written: {error.strerror}", "make room on the disk; the same command resumes from the newest checkpoint"
-            raise UserError(what, where=str(self.directory / name), fix=fix) from error
+            self._unwritten[name] = lines
+            self._warn(name, error)
+
+    def _warn(self, name: str, error: OSError) -> None:
+        """Warn that a file cannot be written, once for each file of the run's directory and each folder in it; the run continues."""
+        if (kind := name.partition("/")[0]) not in self._told:
+            self._told.add(kind)
+            from verl.disk import unwritten
+
+            self.say(unwritten(error, self.directory / name))
 
 
 def _json(values: dict[str, Any], **options: Any) -> str:

@@ -26,7 +26,8 @@ def session() -> Iterator[None]:
     and warnings. Prefer it as a decorator: the function's variables, which hold GPU memory, are then gone before memory is freed.
 
     Raises:
-        UserError: another run is active in this process. A process has only one process group and one set of GPUs.
+        UserError: another run is active in this process, which has only one process group and one set of GPUs; or memory ran out.
+        DiskError: a file could not be written or read.
     """
     if not _running.acquire(blocking=False):
         raise UserError("another run is active in this process", fix="wait until it has ended, or start this one in a separate process")
@@ -36,9 +37,16 @@ def session() -> Iterator[None]:
         random_kept = torch.random.fork_rng(devices=_initialized_gpus())
         with signals.handled(), quiet_libraries(), attention_kept(), _restore_compiler(), random_kept, _restore_group():
             yield
-    except (UserError, Stopped, torch.OutOfMemoryError) as error:
+    except (UserError, Stopped) as error:
         traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, whose frames hold the models
         raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        from verl.machine import of_machine
+
+        if (found := of_machine(error)) is None:
+            raise
+        traceback.clear_frames(error.__traceback__)
+        raise found from error
     finally:
         _running.release()
         gc.collect()

@@ -58,7 +58,7 @@ def test_quotes_of_yaml_are_not_part_of_the_text() -> None:
 def test_other_keys_have_their_own_types(tmp_path: Path) -> None:
     words = [
         "optim.lr=1e-5",
-        "data.packing=off",
+        "data.packing=false",
         "trainer.save_freq=10",
         "trainer.total_training_steps=1_000",
         "data.train_batch_size=null",
@@ -109,7 +109,7 @@ class Keys:
         ("labels", "{a: 1.10, b: on}", {"a": "1.10", "b": "on"}),
         ("labels.a", "1.10", "1.10"),
         ("numbers", "[1e-5, 2]", [1e-5, 2]),
-        ("anything", "[1.10, on, text]", [1.1, True, "text"]),
+        ("anything", "[1.10, true, text]", [1.1, True, "text"]),
         ("unknown", "1.10", 1.1),
     ],
 )

@@ -9,7 +9,8 @@ from tiny import write_model
 from transformers import AutoModelForCausalLM
 
 from verl.errors import UserError
-from verl.models.load import cannot_load, check_is_model, load_for_training, load_tokenizer, outline, resolve
+from verl.models.damage import explained
+from verl.models.load import check_is_model, load_for_training, load_tokenizer, outline, resolve
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_whole_model_beside_its_adapter_is_a_model(model: Path) -> None:
 def test_names_on_the_hub_are_not_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     check_is_model("org/model-GGUF")
-    error = cannot_load("model", "org/model-GGUF", OSError("org/model-GGUF does not appear to have a file named config.json"))
+    error = explained("model", "org/model-GGUF", OSError("org/model-GGUF does not appear to have a file named config.json"))
     assert "GGUF is for inference" in str(error.fix)
-    error = cannot_load("model", "org/model", OSError("org/model does not appear to have a file named model.safetensors"))
+    error = explained("model", "org/model", OSError("org/model does not appear to have a file named model.safetensors"))
     assert "only weights in safetensors are read" in str(error.fix)

@@ -4,19 +4,16 @@ Each value is kept twice: as YAML reads it, and as text. A key that holds text t
 does not become the number 1.1, and `on` does not become true.
 """
 
-import re
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
 
 import yaml
 
 from verl.errors import UserError
 
-NUMBER = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
 NULL = "!!null null"  # null also for a key that holds text, where `null` alone is a text of four letters
 
 
@@ -43,11 +40,15 @@ class Assignment:
         """Return the value for a key of the type `kind`: text is kept as it was written.
 
         Raises:
-            UserError: it is a list that cannot be read, and the key is not text.
+            UserError: it is a list that cannot be read, and the key is not text; or it is no value of any key, such as a text with a NUL.
         """
-        found = _fitted(kind, self.value, self.text)
+        from verl.config.values import fitted, refusal  # a run reads its config once
+
+        found = fitted(kind, self.value, self.text)
         if isinstance(found, UserError):
             raise found
+        if (wrong := refusal(found, kind, self.key)) is not None:
+            raise UserError(wrong[0], where=self.place, fix=wrong[1])
         return found
 
 
@@ -66,14 +67,15 @@ def assignments_in(path: Path) -> list[Assignment]:
     Raises:
         UserError: the file is missing, cannot be read, or is not YAML with keys at the top.
     """
+    from verl.config.yaml_text import Loader, TextLoader  # a run reads its config once
+
     try:
         written = path.read_text(encoding="utf-8")
-        loaded = yaml.load(written, Loader=_Loader)  # noqa: S506 - a SafeLoader
-        texts = yaml.load(written, Loader=_TextLoader)  # noqa: S506 - a SafeLoader
+        loaded, texts = Loader.read(written), TextLoader.read(written)
     except FileNotFoundError as error:
         raise UserError("no such config file", where=str(path), fix=f"the current folder is {Path.cwd()}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from error
+        raise UserError(f"cannot be read: {error}", where=str(path), fix="give a text file in UTF-8") from error
     except yaml.YAMLError as error:
         from verl.config.file_errors import not_yaml  # most files are right
 
@@ -91,37 +93,7 @@ def type_of(config: object, key: str) -> Any:
     kind: Any = typing.get_type_hints(type(config)).get(name, Any) if is_dataclass(config) else Any
     if not rest:
         return kind
-    return _items_of(kind, dict) if typing.get_origin(kind) is dict else type_of(getattr(config, name, None), rest)
-
-
-def _fitted(kind: Any, value: Any, text: Any) -> Any:
-    """Return the value, with its text in place of every scalar that is declared as text."""
-    options = _options(kind)
-    if value is None and (type(None) in options or text == ""):
-        return None
-    if all(option is str for option in options - {type(None)}) and isinstance(text, str):
-        return text
-    if isinstance(value, list | dict):
-        texts = yaml.load(text, Loader=_TextLoader) if isinstance(text, str) else text  # noqa: S506 - a SafeLoader
-        items = next((_items_of(option, type(value)) for option in options if typing.get_origin(option) is type(value)), Any)
-        if isinstance(value, list):
-            return [_fitted(items, *both) for both in zip(value, texts, strict=True)]
-        return {name: _fitted(items, value[name], texts[name]) for name in value}
-    return value
-
-
-def _options(kind: Any) -> set[Any]:
-    """Return the types that a declared type allows: of a union each, of a literal those of its values."""
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return {option for part in typing.get_args(kind) for option in _options(part)}
-    if typing.get_origin(kind) is Literal:
-        return {type(option) for option in typing.get_args(kind)}
-    return {kind}
-
-
-def _items_of(kind: Any, container: type) -> Any:
-    """Return the type of a container's items; Any if `kind` is another type."""
-    return typing.get_args(kind)[-1] if typing.get_origin(kind) is container else Any
+    return typing.get_args(kind)[-1] if typing.get_origin(kind) is dict else type_of(getattr(config, name, None), rest)
 
 
 def _paired_leaves(values: dict[str, Any], texts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -137,37 +109,14 @@ def _value_of(key: str, text: str) -> Any:
     """Return the value of a command-line argument, or the error of a list that cannot be read."""
     if text == "" or text.startswith(("~/", "~\\")):  # `~` alone is YAML's null, `~/x` is a path
         return text
+    from verl.config.yaml_text import Loader, OldBoolean
+
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = Loader.read(text)
     except yaml.YAMLError:
         return UserError(f"cannot read the value {text!r}", where=key, fix="write lists as [a,b]") if text[0] in "[{" else text
     if text[0] in "[{\"'":
         return value
     # Otherwise a number, true, false, null, or the text as typed: YAML would read `#### N` in `system=End with #### N` as a comment.
     is_word = len(text.split()) == 1 and not text.startswith("#")
-    return value if is_word and isinstance(value, (bool, int, float, type(None))) else text
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML for configs: a duplicate key is an error, keys are text, and 1e-5 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is given twice, first on line {seen[key.value]}", key.start_mark
-                )
-            seen[key.value] = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789."))
-
-
-class _TextLoader(_Loader):
-    """The same YAML with every scalar as the text that was written; only an explicit tag, such as `!!null`, gives it another type."""
-
-    yaml_implicit_resolvers = {"<": _Loader.yaml_implicit_resolvers["<"]}  # noqa: RUF012 - the merge of mappings, `<<: *name`
+    return value if is_word and isinstance(value, (bool, int, float, OldBoolean, type(None))) else text

@@ -49,6 +49,10 @@ def check_dist(config: DistConfig) -> None:
 
 def check_trainer(trainer: TrainerConfig) -> None:
     """Check the keys of a run: length, loggers, checkpoints. Raises UserError naming the key."""
+    from verl.config.secret_names import refuse_secret  # once in a run
+
+    for key in ("project_name", "experiment_name"):
+        refuse_secret(f"trainer.{key}", getattr(trainer, key))
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     if not all(isinstance(name, str) and name for name in loggers):
         fix = "give a name such as console, or a list such as [console,wandb]"

@@ -23,6 +23,13 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.5
 
 
+def check_engine(rollout: EngineConfig) -> None:
+    """Check the keys of a generation engine. Raises UserError that names the key."""
+    if not 0.0 < rollout.gpu_memory_utilization <= 1.0:
+        fix = "give a number above 0, up to 1, such as 0.5"
+        raise UserError(f"found {rollout.gpu_memory_utilization}", where="rollout.gpu_memory_utilization", fix=fix)
+
+
 @dataclass
 class GraderConfig(WorkersConfig):
     """Keys of the grader that `metric` names, spelled as in reinforcement learning."""
@@ -91,6 +98,8 @@ class EvalConfig:
         one_of("reward.on_error", self.reward.on_error, ("stop", "zero"))
         check_workers(self.reward)
         at_least("batch_size", self.batch_size, 1)
+        at_least("seed", self.seed, 0)
+        check_engine(self.rollout)
         if self.max_samples is not None and self.max_samples != -1:
             at_least("max_samples", self.max_samples, 1)
 
@@ -128,6 +137,7 @@ class ChatConfig:
         """Check values and combinations of keys. Raises UserError that names the key."""
         at_least("temperature", self.temperature, 0.0)
         at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_engine(self.rollout)
 
 
 @dataclass

@@ -66,6 +66,10 @@ def _checked(config: DictConfig) -> Any:
         result: Any = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error), where=error.full_key, fix="correct the ${…} in the value") from error
+    from verl.config.values import misfit
+
+    if (found := misfit(result)) is not None:
+        raise UserError(found[1], where=found[0], fix="--help shows the key with an example of its type")
     result.check()
     check_settings(result)
     return result
@@ -190,7 +194,7 @@ def _canonical(key: str) -> str:
 
 def _is_mapping(config: DictConfig, key: str) -> bool:
     """Return whether the value of a key is a mapping, whose own keys the user chooses."""
-    return OmegaConf.is_dict(OmegaConf.select(config, key, throw_on_missing=False))
+    return OmegaConf.is_dict(OmegaConf.select(config, key, throw_on_missing=False, throw_on_resolution_failure=False))
 
 
 def _asks_resolver(value: Any) -> bool:
@@ -209,4 +213,4 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -124,6 +124,16 @@ def _completed(group: Group) -> Any:
     if type(group.keys) is not shared:
         fix, where = f"give it a {shared.__name__}, or the Settings of that file", f"{group.named_by}={', '.join(group.names)}"
         raise UserError(f"{group.path} has the keys of another {group.plugins.kind}", where=where, fix=fix)
+    try:
+        return _made(kind, group)
+    except Exception as error:  # a default of a user's own may raise anything
+        what = f"a default of its Settings cannot be made: {type(error).__name__}: {error}"
+        raise UserError(what, where=f"{group.named_by}={', '.join(group.names)}", fix="correct the default there") from error
+
+
+def _made(kind: type, group: Group) -> Any:
+    """Return the group's values in the class that has the keys of its plugins too, with their defaults."""
+    shared = group.shared
     plain = shared()
     values = {name: getattr(group.keys, name) for name in fields_of(shared)}
     return kind(**{name: value for name, value in values.items() if value != getattr(plain, name)})

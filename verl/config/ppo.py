@@ -49,6 +49,8 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
         raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"found {reward.name!r}", where="reward.name", fix="give a name such as gsm8k, or a list such as [gsm8k,format]")
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"names {twice[0]!r} twice", where="reward.name", fix="name each once; reward.weights gives it a larger weight")
     if reward.weights is not None and len(reward.weights) != len(names):
         what = f"{len(reward.weights)} weights for {len(names)} rewards"
         raise UserError(what, where="reward.weights", fix="give one number for each name in reward.name, or remove this key")
@@ -237,6 +239,9 @@ def check_mapping(mapping: MappingConfig) -> None:
 
 def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:
     """Check that the generation engine can run on its ranks. Raises UserError naming the key."""
+    if not 0.0 < rollout.gpu_memory_utilization <= 1.0:
+        fix = "give a number above 0, up to 1, such as 0.5"
+        raise UserError(f"found {rollout.gpu_memory_utilization}", where="rollout.gpu_memory_utilization", fix=fix)
     if rollout.url is not None:
         return
     if rollout.name == "vllm" and mapping.rollout != mapping.actor:

@@ -84,14 +84,16 @@ def refuse(given: Assignment, known: list[str], defaults: object) -> NoReturn:
 
 
 def _nearest(key: str, known: list[str]) -> list[str]:
-    """Return the known key that is most similar, as a list of at most one: in its group, by its last part, or by its full name.
+    """Return the known key that is most similar, as a list of at most one: in its group, by the name that another
+    trainer has for it, by its last part, or by its full name.
 
     Within a group, only the last parts are compared, because the group's name would make all of its keys similar.
     """
     path, _, last = key.rpartition(".")
     last_parts = {name.rpartition(".")[2]: name for name in known}
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == path}
-    for names, cutoff in ((beside, 0.6), (last_parts, 0.75)):
+    other_trainers = {name: meant for name, meant in HINTS.items() if meant in known}
+    for names, cutoff in ((beside, 0.75), (other_trainers, 0.8), (last_parts, 0.75), (beside, 0.6)):
         if found := difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
             return [names[found[0]]]
     return difflib.get_close_matches(key, known, n=1, cutoff=0.8)

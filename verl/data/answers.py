@@ -4,7 +4,6 @@ The prompt is text or messages. The answer is text or messages that follow the p
 also be JSON text, or text with `Human:` and `Assistant:` before its turns.
 """
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -168,12 +167,12 @@ def _messages(value: Any, place: str) -> list[Message]:
     if isinstance(value, str) and _is_transcript(value):
         return list(_turns(value))
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"the chat is text that is not JSON: {error}", where=place, fix="write it as JSON, such as json.dumps"
-            ) from None
+        from verl.data.formats.json import json_in_text  # most chats are lists
+
+        found = json_in_text(value, place)
+        if found is None:
+            raise UserError("the chat is text that is not JSON", where=place, fix="write it as JSON, such as json.dumps")
+        value = found
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"found {describe(value)}, expected text or a list of messages", where=place, fix=EXAMPLE)

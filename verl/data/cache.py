@@ -12,7 +12,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from verl.data.fingerprint import digest
 from verl.data.render import Rendered
-from verl.errors import UserError
+from verl.errors import DiskError, UserError
 
 SCHEMA = pa.schema(
     [
@@ -66,16 +66,22 @@ def _column(kind: pa.DataType, length: int, *buffers: np.ndarray | bytes) -> pa.
     return pa.Array.from_buffers(kind, length, [None, *map(pa.py_buffer, buffers)])
 
 
-def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
-    """Write to a temporary file, and rename it once it is complete.
+def written(path: Path, tables: Iterable[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """Write tables to a temporary file, rename it once it is complete, and return them as `read` does.
 
     Raises:
-        UserError: the folder cannot be written.
+        DiskError: the folder cannot be written, or what was written cannot be read back.
+        UserError: the folder's name is that of a file; or an error of the tables.
     """
-    try:
-        from verl.lock import mark_in_use, remove_abandoned  # only when something is written
+    from verl.disk import disk_errors_named  # only for new rows
+    from verl.lock import mark_in_use, remove_abandoned
 
-        path.parent.mkdir(parents=True, exist_ok=True)
+    fix = "make room, or set data.cache_dir to another folder"
+    with disk_errors_named(path.parent, fix=fix):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"cannot write {path.parent}: {error.strerror}", where="data.cache_dir", fix="choose another folder") from error
         remove_abandoned(path.parent.glob("*.tmp"))
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
             mark_in_use(file.fileno())
@@ -85,9 +91,10 @@ def write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
-    except OSError as error:
-        found = f"cannot write {path.parent}: {error.strerror or error}"
-        raise UserError(found, where="data.cache_dir", fix="choose another folder") from error
+    back = read(path)
+    if back is None:
+        raise DiskError("was written, but cannot be read back", where=str(path), fix=fix)
+    return back
 
 
 def _write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,14 +18,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from verl.data import cache
-from verl.data.fingerprint import Fingerprint, digest, fingerprint
+from verl.data.fingerprint import Fingerprint, digest, fingerprint, row_digests
 from verl.data.loader import RowChoice
 from verl.data.render import Renderer
 from verl.data.report import Report
 from verl.data.row import Notes
 from verl.data.source import Entry, content_hash, describe_sources, resolve_entries, sources_of
 from verl.data.tables import ROWS_PER_TABLE, RowReader, tokenized
-from verl.errors import UserError
+from verl.errors import DiskError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
 SAME_ANSWERS = "with two equal answers"
@@ -86,6 +86,7 @@ class Documents:
         documents_per_row: consecutive documents that form a row; 2 for preference pairs, the chosen answer first.
         values: per field of the Batch, such as "ref_logprob_M", one array per document, with one value per trained token.
         choice: choice of an epoch's rows, if the files are a mixture; None: all rows.
+        row_digests_R: hash of each row's tokens and of what is trained of them, uint64; copies of a row have the same one.
     """
 
     lengths_N: np.ndarray
@@ -99,6 +100,7 @@ class Documents:
     documents_per_row: int = 1
     values: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     choice: RowChoice | None = None
+    row_digests_R: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -155,17 +157,20 @@ def load_documents(
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
     tables = cache.read(path)
+    uncached: list[str] = []
     if tables is None:
-        new = tokenized(sources, tokenizer, columns, limit=limit, workers=config.num_workers, console=console, key=key)
-        cache.write(path, new)
-        tables = cache.read(path)
-    if tables is None:
-        raise UserError(
-            f"the cache {path} was written, but cannot be read back", where="data.cache_dir", fix="choose a folder on another disk"
-        )
+
+        def new() -> Iterator[pa.RecordBatch]:
+            return tokenized(sources, tokenizer, columns, limit=limit, workers=config.num_workers, console=console, key=key)
+
+        try:
+            tables = cache.written(path, new())
+        except DiskError as error:
+            uncached.append(f"warning: the tokenized rows are kept in memory, not in the cache: {error}")
+            tables = list(new())
     mapped = [_Table.mapped(table) for table in tables]
     documents = _cut(mapped, config, key, tokenizer.chat_template, columns.documents_per_row)
-    notes = [*describe_sources(entries), *_notes(mapped).lines()]
+    notes = [*describe_sources(entries), *_notes(mapped).lines(), *uncached]
     if any(entry.has_share for entry in entries):
         documents, shares = _mixed(documents, entries, key)
         notes.append(shares)
@@ -218,7 +223,9 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: obje
     whole = starts_R.copy(), lengths_R
     is_long_R = lengths_R > config.max_length
     if config.truncation == "error" and is_long_R.any():
-        raise _too_long(tables, lengths_R, config, key, per_row)
+        from verl.data.document_errors import too_long
+
+        raise too_long(lengths_R, lambda row: _place(tables, row), config.max_length, key, per_row)
     if config.truncation == "left":
         starts_R += np.maximum(0, lengths_R - config.max_length)
     lengths_R = np.minimum(lengths_R, config.max_length)
@@ -226,7 +233,11 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: obje
     parts = [slice(first, first + len(table.places)) for table, first in zip(tables, first_rows, strict=True)]
     trained_R = np.concatenate([table.trained(starts_R[part], lengths_R[part]) for table, part in zip(tables, parts, strict=True)])
     untrained = (trained_R.reshape(-1, per_row) == 0).any(1)
-    same, same_when_cut = _same(tables, whole, (starts_R, lengths_R)) if per_row == 2 else (np.zeros_like(untrained), untrained)
+    same, same_when_cut = np.zeros_like(untrained), untrained
+    if per_row == 2:
+        from verl.data.equal_pairs import equal_pairs
+
+        same, same_when_cut = equal_pairs([table.ids_B for table in tables], whole, (starts_R, lengths_R))
     kept_N = np.flatnonzero(np.repeat(~(untrained | same | same_when_cut), per_row))
     dropped = {
         SAME_ANSWERS: int(same.sum()),
@@ -243,15 +254,19 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: obje
         rows_with_control_text=sum(table.rows_with_control_text for table in tables),
     )
     if not len(kept_N):
-        raise UserError(f"no row is left to train: {report}", where=key, fix=_fix_of(report, config))
+        from verl.data.document_errors import none_left
+
+        raise none_left(report, SAME_ANSWERS, config.max_length, key)
+    digests = _digests(tables, starts_R, lengths_R, kept_N)
     return Documents(
         lengths_N=lengths_R[kept_N].astype(np.int32),
         trained_N=trained_R[kept_N].astype(np.int32),
         row_numbers_N=kept_N.astype(np.int64),
         stop_ids=sorted({int(i) for table in tables for i in table.stop_ids()}),
-        fingerprint=fingerprint("rows", *_digests(tables, starts_R, lengths_R, kept_N), report.tokens, template, documents_per_row=per_row),
+        fingerprint=fingerprint("rows", *digests, report.tokens, template, documents_per_row=per_row),
         report=report,
         documents_per_row=per_row,
+        row_digests_R=row_digests(digests, per_row),
         _starts_N=starts_R[kept_N],
         _tables=tables,
     )
@@ -267,49 +282,9 @@ def _digests(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray, 
     return ids_R[kept_N], mask_R[kept_N]
 
 
-def _fix_of(report: Report, config: DocumentsConfig) -> str:
-    """Return what helps against the reasons for which all rows were dropped."""
-    fixes = []
-    if SAME_ANSWERS in report.dropped:
-        fixes.append("give each row two different answers (data.chosen_key, data.rejected_key)")
-    if report.dropped.keys() - {SAME_ANSWERS}:
-        fixes.append(f"raise data.max_length above {config.max_length}, or set data.truncation=left, which keeps the end of each row")
-    return "\n       ".join(fixes)
-
-
-def _same(tables: list[_Table], whole: tuple[np.ndarray, np.ndarray], cut: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each pair whether its documents are equal: whole, and as they are cut.
-
-    Args:
-        whole, cut: start and length of each document.
-    """
-    same = _equal_pairs(tables, *whole)
-    return same, same if np.array_equal(whole[1], cut[1]) else _equal_pairs(tables, *cut)
-
-
-def _equal_pairs(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray) -> np.ndarray:
-    """Return for each pair of consecutive documents whether their tokens are equal."""
-    same: np.ndarray = np.diff(lengths_R)[::2] == 0
-    for pair in np.flatnonzero(same):
-        ids_B, both = tables[2 * pair // ROWS_PER_TABLE].ids_B, slice(2 * pair, 2 * pair + 2)
-        first, second = (ids_B[start : start + length] for start, length in zip(starts_R[both], lengths_R[both], strict=True))
-        same[pair] = np.array_equal(first, second)
-    return same
-
-
 def _numbers(column: pa.Array, dtype: type) -> np.ndarray:
     """View a column's buffer as an array: `to_numpy` would first import pandas, which takes half a second."""
     return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
-
-
-def _too_long(tables: list[_Table], lengths_R: np.ndarray, config: DocumentsConfig, key: str, per_row: int) -> UserError:
-    count, longest = int((lengths_R > config.max_length).reshape(-1, per_row).any(1).sum()), int(lengths_R.argmax())
-    what = (
-        f"{count:,} of {len(lengths_R) // per_row:,} rows are longer than data.max_length={config.max_length}; "
-        f"the longest has {lengths_R[longest]:,} tokens ({_place(tables, longest)})"
-    )
-    fix = f"data.max_length={lengths_R[longest]} keeps them whole; data.truncation=right or data.truncation=left cuts them"
-    return UserError(what, where=key, fix=fix)
 
 
 def _place(tables: list[_Table], row: int) -> str:

@@ -81,7 +81,7 @@ def fingerprint(
         tokens=tokens,
         ids=_hash(ids_N),
         targets=_hash(targets_N),
-        any_order=f"{_sum_of_rows([ids_N, targets_N], documents_per_row):016x}",
+        any_order=f"{int(row_digests([ids_N, targets_N], documents_per_row).sum(dtype=np.uint64)):016x}",
         template=hashlib.sha256(repr(template).encode()).hexdigest(),
     )
 
@@ -90,11 +90,11 @@ def _hash(digests_N: np.ndarray) -> str:
     return hashlib.sha256(digests_N.astype("<u8").tobytes()).hexdigest()
 
 
-def _sum_of_rows(digests: Sequence[np.ndarray], documents_per_row: int) -> int:
-    """Return a sum over rows, modulo 2^64, of a hash of all digests of a row; documents within a row keep their places."""
+def row_digests(digests: Sequence[np.ndarray], documents_per_row: int) -> np.ndarray:
+    """Return a hash of each row from all digests of its documents, uint64 [R]; documents within a row keep their places."""
     mixed_R = np.zeros(len(digests[0]) // documents_per_row, dtype=np.uint64)
     for digests_N in digests:
         for place in range(documents_per_row):
             mixed_R = (mixed_R ^ digests_N[place::documents_per_row]) * _ODD
             mixed_R ^= mixed_R >> np.uint64(29)
-    return int(mixed_R.sum(dtype=np.uint64))
+    return mixed_R

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from verl.data.row import checked_row, describe, number_text
+from verl.data.row import describe, number_text
 from verl.errors import UserError
 
 Message = dict[str, Any]
@@ -91,14 +91,11 @@ def read_template_kwargs(value: object) -> dict[str, Any]:
 def _parsed(value: object, where: str) -> object:
     if not isinstance(value, str):
         return value
-    from verl.data.formats.json import STRICT  # most rows have lists, not JSON text
+    from verl.data.formats.json import json_in_text  # most rows have lists, not JSON text
 
-    try:
-        found: object = STRICT.decode(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"found text that is not JSON: {error}", where=where, fix="write it as JSON") from None
-    for fault in checked_row(where, {"value": found}).faults.values():
-        raise UserError(fault.what, where=where, fix=fault.fix)
+    found: object = json_in_text(value, where)
+    if found is None and value.strip() != "null":
+        raise UserError("found text that is not JSON", where=where, fix="write it as JSON")
     return found
 
 

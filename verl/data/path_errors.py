@@ -2,6 +2,7 @@
 
 import difflib
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from verl.errors import UserError
 
 def no_file(entry: str, key: str) -> UserError:
     """Return the error of a name without a file: a list or an address in its place, or a misspelled path."""
-    return _missing_list(entry, key) or _address(entry, key) or _missing(Path(entry).expanduser(), key)
+    return _missing_list(entry, key) or _address(entry, key) or _missing(Path(os.path.expanduser(entry)), key)
 
 
 def is_file_name(name: str) -> bool:
@@ -23,7 +24,7 @@ def _missing_list(entry: str, key: str) -> UserError | None:
     """Return the error of several files in one text, separated by commas, semicolons or spaces; None if it is not that."""
     for separator in (",", ";", " "):
         parts = [part.strip() for part in entry.split(separator) if part.strip()]
-        if len(parts) > 1 and all(is_file_name(part) or Path(part).expanduser().is_file() for part in parts):
+        if len(parts) > 1 and all(is_file_name(part) or Path(os.path.expanduser(part)).is_file() for part in parts):
             return UserError(f"{entry!r} is one text with {len(parts)} files", where=key, fix=f"write a list: '{key}=[{','.join(parts)}]'")
     return None
 

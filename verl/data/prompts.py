@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PromptConfig
-from verl.data.fingerprint import Fingerprint, digest, fingerprint
+from verl.data.fingerprint import Fingerprint, digest, fingerprint, row_digests
 from verl.data.loader import RowChoice, row_order
 from verl.data.render import Renderer
 from verl.data.row import ReadProgress, Row, notes_of
@@ -51,6 +51,7 @@ class Prompts:
         fingerprint: identity of the prompts' tokens, their reference answers, and their order.
         choice: choice of an epoch's prompts, if the files are a mixture; None: all prompts.
         notes: what else is to be said about the data, one line each.
+        row_digests_R: hash of each prompt's tokens and reference answer, uint64; copies of a prompt have the same one.
     """
 
     prompts: list[Prompt]
@@ -58,6 +59,11 @@ class Prompts:
     fingerprint: Fingerprint
     choice: RowChoice | None = None
     notes: list[str] = field(default_factory=list)
+    row_digests_R: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    def place(self, index: int) -> str:
+        """Location of a prompt's row, such as `train.jsonl:17`."""
+        return self.prompts[index].where
 
     def __len__(self) -> int:
         """Number of prompts of an epoch."""
@@ -136,7 +142,9 @@ def load_prompts(
         raise _too_long(long, len(found), config, key)
     kept = [prompt for prompt in found if len(prompt.token_ids) <= config.max_prompt_length]
     notes = [*describe_sources(entries), *notes_of(rows)]
-    prompts = Prompts(kept, len(long), _fingerprint(kept, tokenizer.chat_template), notes=notes)
+    digests, tokens = _digests(kept), sum(len(prompt.token_ids) for prompt in kept)
+    identity = fingerprint("prompts", *digests, tokens, tokenizer.chat_template)
+    prompts = Prompts(kept, len(long), identity, notes=notes, row_digests_R=row_digests(digests, 1))
     if any(entry.has_share for entry in entries):
         numbers = [number for number, prompt in enumerate(found) if len(prompt.token_ids) <= config.max_prompt_length]
         return _mixed(prompts, entries, progress.rows_by_source, numbers, key)
@@ -184,8 +192,8 @@ def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> 
     return UserError(what, where=key, fix=f"data.max_prompt_length={tokens} keeps them all; data.overlong_prompts=drop drops them")
 
 
-def _fingerprint(prompts: list[Prompt], template: object) -> Fingerprint:
+def _digests(prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
+    """Return hashes of the token ids and of the reference answer of each prompt, uint64."""
     ids = [digest(np.array(prompt.token_ids, dtype=np.int32).tobytes()) for prompt in prompts]
     references = [digest(json.dumps(prompt.row.get("reference"), default=str).encode()) for prompt in prompts]
-    tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    return fingerprint("prompts", np.array(ids, dtype=np.uint64), np.array(references, dtype=np.uint64), tokens, template)
+    return np.array(ids, dtype=np.uint64), np.array(references, dtype=np.uint64)

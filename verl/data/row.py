@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -66,7 +67,7 @@ class Row:
         """
         if self.faults and (fault := self._fault(column)):
             raise UserError(f"column {column!r}: {fault.what}", where=self.where, fix=fault.fix)
-        found = [self.values[column]] if column in self.values else list(_inside(self.values, column))
+        found = [self.values[column]] if column in self.values else self._inside(column)
         if not found:
             raise self._missing(column, key)
         if found[0] is None and not may_be_null:
@@ -75,7 +76,10 @@ class Row:
 
     def has(self, column: str) -> bool:
         """Return whether the row has the column, or path, even if its value cannot be used."""
-        return column in self.values or self._fault(column) is not None or any(True for _ in _inside(self.values, column))
+        try:
+            return column in self.values or self._fault(column) is not None or bool(self._inside(column))
+        except UserError:
+            return True
 
     def text(self, column: str, key: str) -> str:
         """Return the column's value as text. A number, or a list of one text or number, is taken as text, and noted.
@@ -93,6 +97,16 @@ class Row:
     def note(self, what: str, example: str = "") -> None:
         """Record something about this row that the run counts and prints once for all rows."""
         self.notes[what] = example
+
+    def _inside(self, column: str) -> list[Any]:
+        """Return the values at a path. Raises UserError if one is in JSON text with a value that cannot be used."""
+        try:
+            found = list(_inside(self.values, column))
+        except ValueError as error:
+            raise UserError(f"column {column!r}: in its JSON: {error}", where=self.where, fix="correct it, or remove the row") from None
+        if found and (fault := _fault_in(found[0], unusable, 0)):
+            raise UserError(f"column {column!r}: {fault.what}", where=self.where, fix=fault.fix)
+        return found
 
     def _as_text(self, value: object, column: str) -> str:
         item = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -139,11 +153,17 @@ def _inside(values: dict[str, Any], path: str) -> Iterator[Any]:
 
 
 def _object(value: object) -> dict[str, Any] | None:
-    """Return an object as it is, or parsed from JSON text; None for anything else."""
+    """Return an object as it is, or parsed from JSON text; None for anything else.
+
+    Raises:
+        ValueError: the JSON has a key twice, or a number that is none.
+    """
     if isinstance(value, str) and value.lstrip()[:1] == "{":
+        from verl.data.strict_json import STRICT  # most rows have no path
+
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = STRICT.decode(value)
+        except (json.JSONDecodeError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
 
@@ -152,7 +172,9 @@ def _paths(values: dict[str, Any], depth: int = 3) -> Iterator[str]:
     """Yield the names of the columns, and those of objects inside them as paths."""
     for name, value in values.items():
         yield str(name)
-        inner = _object(value) if depth else None
+        inner = None
+        with suppress(ValueError):
+            inner = _object(value) if depth else None
         yield from (f"{name}.{path}" for path in _paths(inner, depth - 1)) if inner else ()
 
 

@@ -103,7 +103,7 @@ def read_example(row: Row, columns: TrainedColumns) -> ChatInput:
     else:
         assert shape.answer is not None
         before = _question(row, shape, "data.")
-        answer = _conversation(row.value(shape.answer, "data.response_key"))
+        answer = _conversation(row.value(shape.answer, "data.response_key"), row, shape.answer)
         after = answer or [{"role": "assistant", "content": row.text(shape.answer, "data.response_key")}]
         messages, context = [*before, *after], sum(message.get("role", message.get("from")) in ("assistant", "gpt") for message in before)
     tools, note = _tools(row, columns, messages, "data.")
@@ -150,7 +150,7 @@ def read_question(row: Row, columns: NamedColumns, system_prompt: str | None, pr
 
 def _reference(row: Row, column: str, key: str) -> str:
     """Return the right answer: a text, or that of the last message of a chat."""
-    chat = _conversation(row.value(column, key))
+    chat = _conversation(row.value(column, key), row, column)
     said = None if chat is None else unanswered([{"role": "user", "content": "?"}, *chat], row.where)[1]
     return row.text(column, key) if said is None else said
 
@@ -225,7 +225,7 @@ def _refuse_labels(row: Row, prefix: str) -> None:
 def _recognised(row: Row, *, for_training: bool, needs_answer: bool) -> list[Shape]:
     """Return each way to read the row."""
     names = [name for name, value in row.values.items() if value is not None]
-    chats = [name for name in CHATS if name in names and _is_chat(row.values[name])]
+    chats = [name for name in CHATS if name in names and _conversation(row.values[name], row, name) is not None]
     questions = [name for name in QUESTIONS if name in names]
     answers = [name for name in ANSWERS if name in names]
     if row.has(UPSTREAM_REFERENCE) and questions == ["prompt"]:
@@ -265,19 +265,16 @@ def _keys_of(shape: Shape, prefix: str) -> str:
 # Values
 
 
-def _is_chat(value: object) -> bool:
-    return _conversation(value) is not None
+def _conversation(value: object, row: Row, column: str) -> list[Message] | None:
+    """Return a value that is a list of messages, its JSON, or one message; None if it is something else.
 
-
-def _conversation(value: object) -> list[Message] | None:
-    """Return a value that is a list of messages, its JSON, or one message; None if it is something else."""
+    Raises:
+        UserError: the JSON has a value that cannot be used.
+    """
     if isinstance(value, str) and value.lstrip()[:1] == "[" and ('"role"' in value or '"from"' in value):
-        from verl.data.formats.json import STRICT  # most rows have lists, not JSON text
+        from verl.data.formats.json import json_in_text  # most rows have lists, not JSON text
 
-        try:
-            value = STRICT.decode(value)
-        except (ValueError, RecursionError):
-            return None
+        value = json_in_text(value, f"{row.where}: column {column!r}")
     value = [value] if isinstance(value, dict) else value
     is_chat = isinstance(value, list) and value and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
     return list(value) if isinstance(value, list) and is_chat else None
@@ -286,7 +283,7 @@ def _conversation(value: object) -> list[Message] | None:
 def _question(row: Row, shape: Shape, prefix: str) -> list[Message]:
     """Return the messages before the answer."""
     first, *more = shape.question
-    chat = _conversation(row.value(first, f"{prefix}prompt_key"))
+    chat = _conversation(row.value(first, f"{prefix}prompt_key"), row, first)
     if chat is not None:
         return list(_with_system(chat, row, shape))
     text = "\n\n".join([row.text(first, f"{prefix}prompt_key"), *(row.text(name, f"{prefix}prompt_key") for name in more)])
@@ -311,7 +308,7 @@ def _history(row: Row, shape: Shape) -> list[Message]:
 
 def _with_system(messages: Any, row: Row, shape: Shape) -> Any:
     """Return the messages with the row's system prompt first, unless they have one."""
-    chat = None if shape.system is None else _conversation(messages)
+    chat = None if shape.system is None else _conversation(messages, row, shape.chat or "messages")
     return messages if chat is None or shape.system is None else with_system(chat, row, shape.system)
 
 
@@ -338,35 +335,32 @@ def _tools(row: Row, columns: NamedColumns, messages: object, prefix: str) -> tu
     if columns.tools_key is not None:
         return row.value(columns.tools_key, f"{prefix}tools_key", may_be_null=True), ""
     given = {name: row.values[name] for name in TOOLS if row.values.get(name)}
-    schemas = {name: found for name, value in given.items() if (found := _schemas(value))}
+    schemas = {name: found for name, value in given.items() if (found := _schemas(value, f"{row.where}: column {name!r}"))}
     if len(schemas) == 1:
         ((name, tools),) = schemas.items()
         return tools, f"the tools are in column {name!r}"
-    if given and (schemas or _calls(messages)):
+    if given and (schemas or _calls(messages, row)):
         what = f"it is not clear which column has the schemas of the tools (found: {', '.join(given)})"
         raise UserError(what, where=row.where, fix=f"set {prefix}tools_key to the column of the schemas, or rename these columns")
     return None, f"column {', '.join(map(repr, given))} is not read, because it has no schemas of tools" if given else ""
 
 
-def _schemas(value: object) -> list[dict[str, Any]] | None:
-    """Return schemas of tools, a list or its JSON; None if the value is something else."""
+def _schemas(value: object, where: str) -> list[dict[str, Any]] | None:
+    """Return schemas of tools, a list or its JSON; None if the value is something else. Raises UserError as `_conversation`."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
-        from verl.data.formats.json import STRICT  # most rows have lists, not JSON text
+        from verl.data.formats.json import json_in_text  # most rows have lists, not JSON text
 
-        try:
-            value = STRICT.decode(value)
-        except (ValueError, RecursionError):
-            return None
+        value = json_in_text(value, where)
     if not isinstance(value, list) or not value or not all(isinstance(tool, dict) for tool in value):
         return None
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in value]
     return value if all(isinstance(function.get("name"), str) for function in functions) else None
 
 
-def _calls(messages: object) -> bool:
+def _calls(messages: object, row: Row) -> bool:
     return any(
         message.get("tool_calls") or message.get("function_call") or message.get("role", message.get("from")) in ("tool", "function_call")
-        for message in _conversation(messages) or []
+        for message in _conversation(messages, row, "messages") or []
     )
 
 

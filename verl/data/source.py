@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,7 +130,7 @@ def _entry(given: object, key: str) -> Entry:
 
 
 def _resolve(entry: str, key: str) -> list[Source]:
-    path = Path(entry).expanduser()
+    path = Path(os.path.expanduser(entry))  # Path's own raises an error for a user that does not exist
     if _exists(path, key):
         return [_checked(path, key)]
     from verl.data.path_errors import is_file_name, no_file  # most names are those of files

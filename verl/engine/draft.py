@@ -4,7 +4,6 @@ The steps of a save are those of `checkpoint.save`. Steps that need other ranks 
 need none, so that a thread can run them beside training.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -21,15 +20,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.storage import WriteResult
 
 from verl import __version__, dist
+from verl.disk import check_room, disk_error, folder_bytes, full_disk
 from verl.durable import flush, replace_text
 from verl.engine.position import STATE, Position
 from verl.engine.stored_state import StoredState
-from verl.errors import DiskError
+from verl.errors import DiskError, UserError
 from verl.manifest import MANIFEST, Entry, Manifest, check_sizes, entry_of, find_files
 from verl.typed_json import DamageError
 
 LATEST = "latest_checkpointed_iteration.txt"
-FULL_BYTES = 16 * 2**20  # a disk with less space is full
+FIX = "make room or set trainer.default_local_dir to another disk; earlier checkpoints are complete, and the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Draft:
 
         def make() -> None:
             remove(self.temporary)
+            earlier = max((folder_bytes(path) for path in self.root.glob("global_step_*")), default=0)  # checkpoints have the same size
+            check_room(self.root, earlier, what="a checkpoint", fix=FIX)
             for folder in self.states:
                 (self.temporary / folder).mkdir(parents=True)
 
@@ -171,37 +173,15 @@ def disk_errors(directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except DiskError:
+    except UserError:
         raise
+    except DamageError as error:
+        raise DiskError(f"cannot be written: {error}", where=str(directory), fix=FIX) from error
     except (Exception, CheckpointException) as error:
-        reason = _reason(error)
-        free = _free_bytes(directory.parent)
-        if reason is None and free is not None and free < FULL_BYTES:
-            reason = os.strerror(errno.ENOSPC)
-        if reason is None:
+        found = disk_error(error, where=directory, fix=FIX) or full_disk(directory, fix=FIX)
+        if found is None:
             raise
-        space = "" if free is None else f" ({free:,} bytes are free)"
-        fix = "make room or set trainer.default_local_dir to another disk; earlier checkpoints are complete, and the same command resumes"
-        raise DiskError(f"cannot be written: {reason}{space}", where=str(directory), fix=fix) from error
-
-
-def _reason(error: BaseException) -> str | None:
-    """Return the disk's own words if an error comes from it. safetensors and PyTorch quote them in errors of their own."""
-    if isinstance(error, DamageError):
-        return str(error)
-    failures = [error, error.__cause__, error.__context__, *(one for one, _ in getattr(error, "failures", {}).values())]
-    for failure in failures:
-        if isinstance(failure, OSError) and failure.strerror:
-            return failure.strerror
-    quoted = (os.strerror(number) for number in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT, errno.ENOENT, errno.EACCES))
-    return next((words for words in quoted if words in str(error)), None)
-
-
-def _free_bytes(directory: Path) -> int | None:
-    try:
-        return shutil.disk_usage(directory).free
-    except OSError:
-        return None
+        raise found from error
 
 
 def remove(path: Path) -> None:

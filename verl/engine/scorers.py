@@ -114,6 +114,10 @@ def check_scorer(scorer: TokenScorer) -> None:
     model.set_attn_implementation(packed_attention)
     model.train(training)
     difference = (found_M - torch.cat(expected)).abs().max().item()
+    if difference != difference:
+        from verl.models.damage import check_finite
+
+        check_finite(model, model.name_or_path or type(model).__name__)
     if not difference < TOLERANCE:
         raise UserError(
             f"the log-probabilities of {type(model).__name__} in packed batches differ from those of single documents by {difference:.2g}",

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from verl import __version__
 from verl.config.commands import EvalConfig
+from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction
@@ -93,11 +94,36 @@ def clear_earlier(directory: Path) -> None:
 
 
 def write_predictions(directory: Path, predictions: Sequence[Prediction]) -> None:
-    replace_text(directory / PREDICTIONS, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
+    """Write predictions.jsonl. Raises DiskError if the disk is full or fails."""
+    _replace(directory / PREDICTIONS, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions))
 
 
-def write_results(directory: Path, results: dict[str, Any]) -> None:
-    replace_text(directory / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+def write_files(directory: Path, predictions: Sequence[Prediction], results: dict[str, Any], console: Console) -> None:
+    """Write predictions.jsonl, then results.json, and name both. Raises DiskError if the disk is full or fails."""
+    write_predictions(directory, predictions)
+    _replace(directory / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    for name in (RESULTS, PREDICTIONS):
+        console.print(f"wrote {directory / name}")
+
+
+def _replace(path: Path, text: str) -> None:
+    size = len(text.encode(errors="surrogatepass"))
+    with disk_errors_named(path, needed=size, fix="make room, or set output_dir to a folder on another disk"):
+        replace_text(path, text)
+
+
+def check_room(directory: Path, answers: int, characters: int, max_new_tokens: int, console: Console) -> None:
+    """Warn if the answers may not fit on the disk.
+
+    Args:
+        characters: of all prompts and references together, each counted once for each answer.
+    """
+    needed, free = 4 * characters + 4 * max_new_tokens * answers, free_bytes(directory)
+    if free is not None and free < needed + FULL_BYTES:
+        console.print(
+            f"warning: {directory}: the answers may take {size_text(needed)}, and {size_text(free)} are free; make room, or set output_dir "
+            "to a folder on another disk"
+        )
 
 
 def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds: float, device: str) -> dict[str, Any]:
@@ -151,7 +177,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float] | None:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def print_table(console: Console, results: dict[str, Any], measure: str, directory: Path) -> None:
+def print_table(console: Console, results: dict[str, Any], measure: str) -> None:
     """Print the results, framed in a terminal and as plain lines in a log."""
     table = Table(show_header=False, box=box.ROUNDED if console.is_terminal else None)
     interval, flexible = results["confidence_interval_95"], results["exact_match_flexible"]
@@ -165,5 +191,3 @@ def print_table(console: Console, results: dict[str, Any], measure: str, directo
     table.add_row("cut at max_new_tokens", f"{results['truncated']:.2%}")
     table.add_row("generated", f"{results['tokens']:,} tokens in {results['seconds']:,.1f} s: {results['tokens_per_second']:,.0f} tokens/s")
     console.print(table)
-    for name in (RESULTS, PREDICTIONS):
-        console.print(f"wrote {directory / name}")

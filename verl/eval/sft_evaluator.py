@@ -91,6 +91,8 @@ def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, consol
 
     device = rollout.describe()
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
+    characters = config.n * sum(len(question.prompt) + len(question.reference) for question in questions)
+    report.check_room(directory, len(questions) * config.n, characters, max_new_tokens, console)
     report.clear_earlier(directory)
     since = time.perf_counter()
     stream = rollout.stream(prompts, sampling)
@@ -98,10 +100,10 @@ def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, consol
     predictions = answer(stream, len(prompts) * config.n, grade, grader.measure, directory, console)
     grader.close()
     results = report.summarize(config, predictions, seconds=time.perf_counter() - since, device=device)
-    report.write_results(directory, results)
     if (warning := warning_of(grader.errors, "answers failed and count as 0 (reward.on_error=zero)")) is not None:
         console.print(warning)
-    report.print_table(console, results, grader.measure, directory)
+    report.print_table(console, results, grader.measure)  # before the files: a full disk does not hide the result
+    report.write_files(directory, predictions, results, console)
     return results
 
 
@@ -126,7 +128,7 @@ def answer(
 ) -> list[Prediction]:
     """Generate and grade all answers, and return them in the order of the prompts.
 
-    If this is interrupted, predictions.jsonl has the answers that were finished.
+    Only if this is interrupted, it writes predictions.jsonl, with the answers that were finished.
     """
     done: dict[int, Prediction] = {}
     try:
@@ -135,10 +137,10 @@ def answer(
                 graded = grade(batch)
                 done |= dict(zip([number for number, _ in batch], graded, strict=True))
                 progress.add(graded)
-    finally:
+    except BaseException:
         report.write_predictions(directory, [done[number] for number in sorted(done)])
-        if len(done) < total:
-            console.print(f"stopped: {len(done):,} of {total:,} answers are in {directory / report.PREDICTIONS}")
+        console.print(f"stopped: {len(done):,} of {total:,} answers are in {directory / report.PREDICTIONS}")
+        raise
     return [done[number] for number in sorted(done)]
 
 

@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
+from verl.disk import check_room, disk_errors_named
 from verl.errors import UserError, exit_on_user_error
 from verl.models.adapters import files
+from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
 from verl.models.kind import GENERATES, check_kind
-from verl.models.load import Loaded, load_for_training, load_tokenizer, newest_step, read_adapter_config, resolve, weight_files
+from verl.models.load import Loaded, load_for_training, load_tokenizer, read_adapter_config, resolve, weight_files
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
 
+FIX = "make room, or choose a directory on another disk"
 PROBE = [
     {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
     {"role": "assistant", "content": "In May she sold 48 / 2 = 24 clips, so 48 + 24 = 72 in all."},
@@ -47,6 +50,7 @@ def export(config: ExportConfig) -> Path:
     Raises:
         UserError: the checkpoint or its base is missing, the directory is not empty, the adapter has no effect, or the result has
             wrong logits.
+        DiskError: the disk has no room, or fails.
     """
     target = Path(config.directory).expanduser().absolute()
     check_target(target)
@@ -60,14 +64,23 @@ def export(config: ExportConfig) -> Path:
         dtypes = cast(loaded, config.dtype)
         cast_TV = logits(loaded.model, ids_T)
         check_cast(cast_TV, expected_TV, effect_TV, set(dtypes.values()))
-        export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
-        tokenizer.save_pretrained(folder)
-        keep_format(source, folder)
+        needed = size_of(loaded, dtypes)
+        check_room(target, needed, what="the exported model", fix=FIX)
+        with disk_errors_named(target, needed=needed, fix=FIX):
+            export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
+            tokenizer.save_pretrained(folder)
+            keep_format(source, folder)
         del loaded
         check_written(folder, cast_TV, ids_T, config)
         commit(folder, target)
     say(f"wrote {target}: {describe(target)}")
     return target
+
+
+def size_of(loaded: Loaded, dtypes: dict[str, torch.dtype]) -> int:
+    """Return the bytes of the weights in their dtypes on disk; a tied weight is written once."""
+    tensors = {id(tensor): (name, tensor) for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
+    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.values())
 
 
 def keep_format(source: str, folder: Path) -> None:
@@ -250,8 +263,6 @@ def scratch_beside(target: Path) -> Iterator[Path]:
         raise UserError(f"cannot be created: {error.strerror}", where=str(target), fix="choose a writable directory") from error
     try:
         yield folder
-    except OSError as error:
-        raise UserError(f"cannot be written: {error}", where=str(target), fix="free disk space, or choose another directory") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:

@@ -1,7 +1,10 @@
 """What a directory has in place of a model in safetensors, and how to get a model from it."""
 
+import difflib
 import json
 from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
 
 from verl.errors import UserError
 
@@ -52,3 +55,36 @@ def refuse_formats(path: str) -> None:
     for pattern, what, fix in FORMATS:
         if place.match(pattern) or (place.is_dir() and any(place.glob(pattern))):
             raise UserError(what, where=path, fix=fix.format(folder=str(folder)))
+
+
+def refuse_path(path: str) -> None:
+    """Raise UserError if a name without a model is that of a local directory or file, or looks like one; otherwise it is a Hub name."""
+    local = Path(path).expanduser()
+    if not path.strip():
+        raise UserError("the name of the model is empty", fix="give a local model directory, or a Hub name")
+    if local.is_dir():
+        refuse_formats(path)
+        newest = newest_step(local)
+        hint = f"did you mean {newest}?" if newest else "give the directory that has config.json"
+        raise UserError("has no config.json" if any(local.iterdir()) else "is an empty directory", where=path, fix=hint)
+    if local.exists():
+        refuse_formats(path)
+        raise UserError("is a file, not a directory", where=path, fix="give the directory that has the file")
+    if path.startswith(("~", "/", ".")) or path.endswith("/") or path.count("/") > 1 or "\\" in path or _is_in_folder(local):
+        beside = sorted(other.name for other in local.parent.iterdir() if other.is_dir()) if local.parent.is_dir() else []
+        near = difflib.get_close_matches(local.name, beside, n=1)
+        hint = f"did you mean {local.parent / near[0]}? " if near else ""
+        raise UserError("no such model directory", where=path, fix=f"{hint}The current folder is {Path.cwd()}")
+
+
+def _is_in_folder(local: Path) -> bool:
+    """Return whether a missing path is in a folder that exists, as no Hub name is that has not been downloaded."""
+    if len(local.parts) != 2 or not local.parent.is_dir():
+        return False
+    return not isinstance(try_to_load_from_cache(str(local), "config.json"), str)
+
+
+def newest_step(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a run's directory; None if there is none."""
+    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal()]
+    return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -79,11 +79,12 @@ def load_tokenizer(
     check_format(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
         source = resolve(adapter["base_model_name_or_path"])
-    try:
-        with _without_garbage_collection():
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise cannot_load("tokenizer", path, error) from error
+    if Path(source).is_dir():
+        from verl.models.damage import check_tokenizer_files
+
+        check_tokenizer_files(source)
+    with load_errors_named("tokenizer", path), _without_garbage_collection():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         fix = "convert it with transformers' convert_slow_tokenizer"
         raise UserError("its tokenizer has no fast version (tokenizer.json)", where=path, fix=fix)
@@ -136,13 +137,17 @@ def check_is_model(path: str) -> None:
     """Check that a local directory has a whole model in safetensors, or only a config; a Hub name is not checked.
 
     Raises:
-        UserError: it is a LoRA adapter, or its weights have another format.
+        UserError: it is a LoRA adapter, its weights have another format, or a file is damaged or missing.
     """
     if not _has_model(path):
         from verl.models.foreign import refuse_adapter, refuse_formats  # what the directory has instead is rarely asked
 
         refuse_adapter(path)
         refuse_formats(path)
+    if Path(path).expanduser().is_dir():
+        from verl.models.damage import check_model_files
+
+        check_model_files(path)
 
 
 def check_format(path: str) -> None:
@@ -176,10 +181,8 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     """
     source = resolve(path)
     check_is_model(path)
-    try:
+    with load_errors_named("model", path):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from error
     return config
 
 
@@ -190,11 +193,8 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
         UserError: no such model.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from error
+    with load_errors_named("model", path), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 
@@ -229,24 +229,12 @@ def resolve(path: str) -> str:
     local = Path(path).expanduser()
     if local.is_dir():
         check_unchanged(path)
-        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
-            check_format(path)
-            newest = newest_step(local)
-            hint = f"did you mean {newest}?" if newest else "give the directory that has config.json"
-            raise UserError("has no config.json", where=path, fix=hint)
+    if any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
         return str(local.resolve())
-    if local.exists():
-        check_format(path)
-        raise UserError("is a file, not a directory", where=path, fix="give the directory that has the file")
-    if path.startswith(("~", "/", ".")) or path.count("/") > 1:
-        raise UserError("no such model directory", where=path, fix=f"the current folder is {Path.cwd()}")
+    from verl.models.foreign import refuse_path  # what else it may be is rarely asked
+
+    refuse_path(path)
     return path
-
-
-def newest_step(folder: Path) -> Path | None:
-    """Return the newest checkpoint in a run's directory; None if there is none."""
-    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal() and path.is_dir()]
-    return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
 
 
 def check_language_model(config: PretrainedConfig, path: str) -> None:
@@ -271,7 +259,7 @@ def load_language_model(
     """
     source = resolve(path)
     check_is_model(path)
-    try:
+    with load_errors_named("model", path):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_language_model(config, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -284,10 +272,6 @@ def load_language_model(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from error
-    except SafetensorError as error:
-        raise UserError(f"damaged weights: {error}", where=path, fix="download or save the model again") from error
     model: PreTrainedModel = loaded[0]
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers has initialized them randomly
         what = f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}"
@@ -359,21 +343,17 @@ def restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[s
             part.dtype = dtype
 
 
-def cannot_load(what: str, path: str, error: Exception) -> UserError:
-    """Return the UserError for an exception that transformers or the Hub raised.
+@contextmanager
+def load_errors_named(what: str, path: str) -> Iterator[None]:
+    """Raise a UserError in place of any exception of transformers or the Hub; `what` is "model" or "tokenizer", for the message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a wrong config or file may make a library raise anything
+        from verl.models.damage import explained
 
-    Args:
-        what: "model" or "tokenizer", for the message.
-    """
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "trust_remote_code" in str(error):
-        return UserError(f"the {what} needs Python code from its repository", where=path, fix="if you trust it, set trust_remote_code=true")
-    fix = "give a local model directory, or a Hub name; the Hub needs a network connection, and a login for gated models"
-    if "gguf" in path.lower():
-        fix = f"GGUF is for inference: give the model that it was made from, usually the name without GGUF; otherwise {fix}"
-    elif "safetensors" in reason:
-        fix = f"only weights in safetensors are read; {fix}"
-    return UserError(f"cannot load the {what}: {reason}", where=path, fix=fix)
+        raise explained(what, path, error) from error
 
 
 def is_quantized(parameter: Tensor | None) -> bool:

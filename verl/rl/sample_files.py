@@ -2,18 +2,17 @@
 
 import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from verl import dist
-from verl.durable import replace_text
 from verl.rl.samples import Sample
+from verl.run import Run
 
 
-def write_samples(directory: Path, name: str, samples: Sequence[Sample], trained: Collection[int] | None = None) -> None:
+def write_samples(run: Run, name: str, samples: Sequence[Sample], trained: Collection[int] | None = None) -> None:
     """Write the answers of all ranks into `rollouts/NAME.jsonl`, one JSON object per line, in the order of the prompts' numbers.
 
-    Every rank calls it; rank 0 writes.
+    Every rank calls it; rank 0 writes. If the disk fails, this is told once, and the run continues.
 
     Args:
         trained: numbers of the prompts to train on, for the field `trained` of each line; None: the lines have no such field.
@@ -21,10 +20,8 @@ def write_samples(directory: Path, name: str, samples: Sequence[Sample], trained
     mine = [_line(sample) | ({} if trained is None else {"trained": sample.group in trained}) for sample in samples]
     lines = [line for of_rank in dist.gathered(mine) for line in of_rank]
     if dist.is_main():
-        folder = directory / "rollouts"
-        folder.mkdir(exist_ok=True)
         lines.sort(key=lambda line: line["number"])  # stable: keeps the order of the answers to one prompt
-        replace_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
+        run.replace(f"rollouts/{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
 
 
 def _line(sample: Sample) -> dict[str, Any]:

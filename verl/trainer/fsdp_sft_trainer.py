@@ -48,6 +48,9 @@ def train(config: SFTConfig) -> TrainResult:
         start = begin(config.trainer, run, documents, loader.rows_per_step, total_steps)
         if start is None:
             return run.result()
+        from verl.trainer.oddities import say_oddities  # once in a run
+
+        say_oddities(run, documents, validation, outline, loader.rows_per_step, total_steps)
         workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         run.enter("loading the model")
         decisions = decide(outline, hardware, workload, spread)

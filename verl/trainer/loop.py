@@ -55,7 +55,12 @@ def train_steps(
     saver: "Saver",
 ) -> None:
     """In each step, train and log; when due, validate and save."""
-    engine, meter = built.engine, Meter(built.engine, start)
+    from verl.trainer.memory_errors import memory_errors_named  # once in a run
+    from verl.trainer.oddities import LossWatch
+    from verl.trainer.room import check_room
+
+    check_room(config, run, built, steps=run.total_steps - start.step, steps_per_epoch=loader.steps_per_epoch)
+    engine, meter, watch = built.engine, Meter(built.engine, start), LossWatch(run)
     engine.set_skipped(start.skipped)
     steps = loader.steps(start.step, run.total_steps)
     if config.profile_step is not None:
@@ -65,7 +70,8 @@ def train_steps(
     run.enter("training", start.step + 1, limited=True)
     for step in steps:
         run.enter("training", step.number + 1, limited=True)
-        meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
+        with memory_errors_named(step, loader, built, run):
+            meter.add(step, engine.train_step(step.micro_batches, algorithm, step.number))
         done = step.number + 1
         ends_epoch, last, stop = done % loader.steps_per_epoch == 0, done == run.total_steps, run.should_stop()
         validates = not stop and due(config.test_freq, done, ends_epoch, last)
@@ -85,6 +91,7 @@ def train_steps(
                 from verl.trainer.skipped import report  # few runs need it
 
                 report(number, metrics, meter.skipped_in_a_row, config.max_nonfinite_steps, loader, built.tokenizer, run)
+            watch.see(number, metrics["train/loss"])
         if ends_epoch:
             run.say(meter.end_epoch(step.epoch))
         saver.poll()

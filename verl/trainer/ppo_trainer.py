@@ -34,8 +34,11 @@ from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import read_tokenizer
 from verl.trainer.loop import due
+from verl.trainer.memory_errors import rl_error
+from verl.trainer.oddities import RewardWatch, say_oddities
 from verl.trainer.profile import profiled
 from verl.trainer.resume import begin, find_checkpoint
+from verl.trainer.room import check_room
 from verl.trainer.saving import Saver
 
 
@@ -64,6 +67,7 @@ def train(config: PPOConfig) -> TrainResult:
         start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
         if start is None:
             return run.result()
+        say_oddities(run, prompts, validation, outline, config.data.prompts_per_step, total_steps)
         run.enter("loading the models")
         decisions = decide_roles(config, method, outline, measure(device), total_steps)
         asked = [*prompts.prompts, *(validation.prompts if validation is not None else [])]
@@ -77,6 +81,8 @@ def train(config: PPOConfig) -> TrainResult:
             restore.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
         roles.set_skipped(start)
+        steps_per_epoch = max(1, len(prompts) // config.data.prompts_per_step)
+        check_room(config.trainer, run, roles.actor, roles.critic, steps=total_steps - start.step, steps_per_epoch=steps_per_epoch)
         try:
             with run.stepping(roles.trained_weights), Saver(config.trainer, run, roles.actor, roles.critic) as saver:
                 train_loop(config, method, prompts, validation, roles, start, run, saver)
@@ -84,6 +90,10 @@ def train(config: PPOConfig) -> TrainResult:
         except Stopped:  # on every training process, after the same step
             roles.answerer.close()
             raise
+        except (RuntimeError, MemoryError) as error:
+            if (found := rl_error(error, config, run)) is None:
+                raise
+            raise found from error
         roles.answerer.close()
         return run.result()
 
@@ -125,6 +135,7 @@ def train_loop(
     if validation is not None and start.step == 0:
         run.log(0, before := validate(roles, validation, 0, run))
         saver.check_metric(lambda: before)
+    rewards = RewardWatch(run)
     for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         run.enter("generating and scoring answers", step + 1)
@@ -158,7 +169,8 @@ def train_loop(
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, done, run)
             stop = run.should_stop()
-        report_answers(collected, method, done, run)
+        report_answers(collected, done, run)
+        rewards.see(done, without_differences(collected, method))
         saver.poll()
         run.enter("logging", done)
         run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
@@ -186,7 +198,7 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
         scored = roles.answerer.score(samples)
     except AbandonedError:  # on every rank, as the run stops
         return {}
-    write_samples(run.directory, f"validation_{step}", samples)
+    write_samples(run, f"validation_{step}", samples)
     say_errors(scored, f"validation after step {step}", run)
     names = max(dist.gathered(list(samples[0].parts) if samples else []), key=len)
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
@@ -207,17 +219,21 @@ def leave_early(config: PPOConfig, here: Position, start: Position, run: Run, sa
     run.leave(here.step)
 
 
-def report_answers(collected: Collected, method: Method, step: int, run: Run) -> None:
-    """Write the step's answers to a file, and warn of rewards without differences. Every rank calls it."""
-    write_samples(run.directory, f"step_{step}", collected.answered, trained=set(collected.kept))
+def report_answers(collected: Collected, step: int, run: Run) -> None:
+    """Write the step's answers to a file, and log failed rewards. Every rank calls it."""
+    write_samples(run, f"step_{step}", collected.answered, trained=set(collected.kept))
     for scored in collected.scored:
         say_errors(scored, f"step {step}", run)
+
+
+def without_differences(collected: Collected, method: Method) -> str | None:
+    """Say which of a step's rewards are equal; None if they differ as the method needs. Every rank calls it."""
+    is_equal = len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
-        run.say(f"warning: step {step}: the answers to each prompt have equal rewards, even after {collected.refills} refills; no update")
-    elif collected.groups == collected.without_spread and method.needs_groups:
-        run.say(f"warning: step {step}: the answers to each prompt have equal rewards, so a group does not tell which is better")
-    elif len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1:
-        run.say(f"warning: step {step}: all answers have equal rewards")
+        return f"the answers to each prompt have equal rewards, even after {collected.refills} refills; no update"
+    if collected.groups == collected.without_spread and method.needs_groups:
+        return "the answers to each prompt have equal rewards, so a group does not tell which is better"
+    return "all answers have equal rewards" if is_equal else None
 
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:

@@ -30,6 +30,7 @@ from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
 from verl.trainer.loop import VALIDATION_ROWS, train_loop
+from verl.trainer.oddities import say_oddities
 from verl.trainer.preference import Preference, load_preference
 from verl.trainer.resume import begin, find_checkpoint
 
@@ -55,6 +56,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         start = begin(config.trainer, run, pairs, loader.rows_per_step, total_steps)
         if start is None:
             return run.result()
+        say_oddities(run, pairs, validation, outline, loader.rows_per_step, total_steps)
         workload = Workload.of(epoch_lengths(pairs, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         run.enter("loading the model")
         decisions = decide(outline, hardware, workload, spread, scalar_head=method.scorer == "score")

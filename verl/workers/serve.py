@@ -108,7 +108,9 @@ class _Server:
         except UserError as error:
             self._send(value=error)
         except Exception as error:  # settings of a class of the user's
-            self._send(value=UserError(f"cannot read its settings: {type(error).__name__}: {error}", where=code.name))
+            self._send(
+                value=UserError(f"cannot read its settings: {type(error).__name__}: {error}", where=code.name, fix="correct its Settings")
+            )
         raise EOFError
 
     def _reply(self, call: Call, value: object) -> None:

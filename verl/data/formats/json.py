@@ -1,35 +1,16 @@
 """JSON Lines, and JSON files with one array of objects."""
 
 import json
-import math
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from verl.data.formats.stream import MARK, MARK_INSIDE, REMOVE_MARKS, File, decoded, finder, raw_lines, whole_text
 from verl.data.row import MAX_NESTING, NUL, Fault, Row, Rows, checked_row, describe
+from verl.data.strict_json import STRICT, decoder
 from verl.errors import UserError
 
 NO_JSON_SPACE = re.compile(r"[^ \t\n\r]")
 Bad = tuple[int, int] | None  # the first byte that is not UTF-8, and its offset
-
-
-def _unique(repeated: Callable[[str], Any], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        values |= {name: repeated(f"the key {name!r} occurs twice in one object") for name in names if names.count(name) > 1}
-    return values
-
-
-def _constant(wrong: Callable[[str], Any], name: str) -> Any:
-    return wrong(f"{name} is not a JSON number")
-
-
-def _finite(wrong: Callable[[str], Any], digits: str) -> Any:
-    number = float(digits)
-    return number if math.isfinite(number) else wrong(f"{digits} is too large for a number")
 
 
 def _integer(digits: str) -> Any:
@@ -39,21 +20,28 @@ def _integer(digits: str) -> Any:
         return Fault(str(error).partition(";")[0])
 
 
-def _refuse(what: str) -> None:
-    raise ValueError(what)
+LENIENT = decoder(Fault, _integer)  # puts a Fault in place of a value that cannot be used
 
 
-def _decoder(wrong: Callable[[str], Any], integer: Callable[[str], Any]) -> json.JSONDecoder:
-    return json.JSONDecoder(
-        object_pairs_hook=partial(_unique, wrong),
-        parse_constant=partial(_constant, wrong),
-        parse_float=partial(_finite, wrong),
-        parse_int=integer,
-    )
+def json_in_text(text: str, where: str) -> Any:
+    """Return the value that a column has as JSON text; None if the text is not JSON.
 
-
-STRICT = _decoder(_refuse, int)  # the faster one
-LENIENT = _decoder(Fault, _integer)  # puts a Fault in place of a value that cannot be used
+    Args:
+        where: location of the column, for errors.
+    Raises:
+        UserError: it is JSON, but a value in it cannot be used: a key that occurs twice, NaN, a NUL character, or too deep.
+    """
+    fix = "correct it, or remove the row"
+    try:
+        found = STRICT.decode(text)
+    except json.JSONDecodeError:
+        return None
+    except (ValueError, RecursionError) as error:
+        what = f"nested more than {MAX_NESTING} levels deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"in its JSON: {what}", where=where, fix=fix) from None
+    for fault in checked_row(where, {"value": found}).faults.values():
+        raise UserError(f"in its JSON: {fault.what}", where=where, fix=fault.fix)
+    return found
 
 
 def json_lines_rows(file: File) -> Rows:

@@ -1,0 +1,116 @@
+"""Values of a config: by the declared type of their key, and what no key can take."""
+
+import dataclasses
+import os
+import types
+import typing
+from typing import Any, Literal, Union
+
+from verl.config.yaml_text import OldBoolean, TextLoader
+
+LARGEST = 2**31 - 1  # of a whole number, except a seed: counts and lengths are 32 bits wide
+LARGEST_SEED = 2**63 - 1
+
+
+def fitted(kind: Any, value: Any, text: Any) -> Any:
+    """Return the value, with its text in place of every scalar that is declared as text."""
+    options = _options(kind)
+    if value is None and (type(None) in options or text == ""):
+        return None
+    if all(option is str for option in options - {type(None)}) and isinstance(text, str):
+        return text
+    if isinstance(value, list | dict):
+        texts = TextLoader.read(text) if isinstance(text, str) else text
+        items = next((_items_of(option, type(value)) for option in options if typing.get_origin(option) is type(value)), Any)
+        if isinstance(value, list):
+            return [fitted(items, *both) for both in zip(value, texts, strict=True)]
+        return {name: fitted(items, value[name], texts[name]) for name in value}
+    return value
+
+
+def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
+    """Say why a value, or one inside it, is wrong for every key of these types, and what to write; None if it is not.
+
+    OmegaConf would take 1 for true, and what YAML 1.1 reads as a boolean is a text in YAML 1.2.
+    """
+    options = _options(kind)
+    if isinstance(value, list | dict):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        items = next((found for option in options if (found := _items_of(option, type(value))) is not Any), Any)
+        return next((wrong for one in inside if (wrong := refusal(one, items, key)) is not None), None)
+    if isinstance(value, OldBoolean) or (bool in options and options <= {bool, type(None)} and not isinstance(value, bool | None)):
+        return f"found {value!r}, expected true or false", "write true or false, or a text in quotes"
+    if isinstance(value, str) and "\0" in value:
+        return "the text has a NUL character", "remove it"
+    if isinstance(value, str) and _has_no_home(value):
+        return f"found {value!r}, and there is no user of that name", "write ./ before it, if a file or folder has this name"
+    if isinstance(value, float) and value != value:
+        return f"found {value}, expected a number", "write a number"
+    if isinstance(value, int) and not isinstance(value, bool):
+        largest = LARGEST_SEED if key.rpartition(".")[2] == "seed" else LARGEST
+        if int in options and abs(value) > largest:
+            return "the number is too large", f"give at most {largest:,}"
+    return None
+
+
+def _has_no_home(text: str) -> bool:
+    """Return whether a text is a path in the home of a user that does not exist, such as `~nobody-here/model`."""
+    return text[:1] == "~" and text[1:2] not in ("", "/", "~") and not set(text) & set(" \n") and os.path.expanduser(text) == text
+
+
+def _options(kind: Any) -> set[Any]:
+    """Return the types that a declared type allows: of a union each, of a literal those of its values."""
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return {option for part in typing.get_args(kind) for option in _options(part)}
+    if typing.get_origin(kind) is Literal:
+        return {type(option) for option in typing.get_args(kind)}
+    return {kind}
+
+
+def _items_of(kind: Any, container: type) -> Any:
+    """Return the type of a container's items; Any if `kind` is another type."""
+    return typing.get_args(kind)[-1] if typing.get_origin(kind) is container else Any
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+
+
+def misfit(config: Any, prefix: str = "") -> tuple[str, str] | None:
+    """Return the key of a value that is not of its declared type, and what was found; None if all are.
+
+    OmegaConf checks what is assigned, but not what an interpolation gives, nor lists inside lists.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            if (found := misfit(value, f"{key}.")) is not None:
+                return found
+        elif not _fits(value, hints[field.name]):
+            return key, f"found {value!r}, expected {_kind_text(hints[field.name])}"
+    return None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a declared type; of a type that is not one of a config's, anything counts as such."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in _NAMES else True
+
+
+def _kind_text(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_kind_text, inner))
+    if origin in (list, dict):
+        return f"{'a list' if origin is list else 'a mapping'} with {_kind_text(inner[-1])} in each place"
+    return _NAMES.get(kind, "anything")
