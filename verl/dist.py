@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from verl.errors import RankError, UserError
+from verl.errors import RankError, Stopped, UserError
 
 if TYPE_CHECKING:
     from verl.peers import Peers
@@ -122,7 +122,8 @@ def stop(error: BaseException | None = None) -> None:
         _peers.leave(error)
         _peers = None
     if dist.is_initialized():
-        if isinstance(error, RankError):
+        is_alone = isinstance(error, RankError) or not (error is None or isinstance(error, UserError | Stopped))
+        if is_alone and world_size() > 1:
             return  # other ranks do not answer, and the process ends
         from verl.rendezvous import wait_until_idle
 

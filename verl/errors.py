@@ -112,6 +112,9 @@ def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
         main(*args)
     except UserError as error:
         print_error(error)
+        if isinstance(error, RankError):
+            sys.stdout.flush()
+            os._exit(error.exit_code)  # the GPU may wait for a rank that is gone, and an ordinary end waits for the GPU
         raise SystemExit(error.exit_code) from None
     except Stopped as stopped:
         if not stopped.is_told and os.environ.get("RANK", "0") == "0":

@@ -22,6 +22,7 @@ from verl.parent import LAUNCHER, LIFELINE
 from verl.signals import STOP_SIGNALS
 
 LOOK_SECONDS = 0.05
+PEERS = "/verl/attempt_0/peers 1"  # where the store has what `verl.peers` writes
 END_SECONDS = 12.0  # after one process has failed, for the others to end by themselves
 
 
@@ -70,12 +71,17 @@ class Launcher:
         while any(process.poll() is None for process in self._processes):
             time.sleep(LOOK_SECONDS)
             self._report_ended()
-            if failed_at == float("inf") and any(process.returncode for process in self._processes):
+            if failed_at == float("inf") and (any(process.returncode for process in self._processes) or self._has_failed()):
                 failed_at = time.monotonic()
             if time.monotonic() > failed_at + END_SECONDS:
                 self._kill()
         self._report_ended()
         return code_of([process.returncode for process in self._processes])
+
+    def _has_failed(self) -> bool:
+        """Return whether a process has told that it fails. Its GPU may keep it from ending."""
+        keys = [f"{PEERS}/left {rank}" for rank in range(len(self._processes))]
+        return any(json.loads(self._store.get(key))["code"] for key in keys if self._store.check([key]))
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         for process in self._processes:
@@ -94,7 +100,7 @@ class Launcher:
             if not code or rank in self._reported:
                 continue
             self._reported.add(rank)
-            key = f"/verl/attempt_0/peers 1/left {rank}"
+            key = f"{PEERS}/left {rank}"
             if self._store.check([key]):  # it has told the others itself
                 continue
             what = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"

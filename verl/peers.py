@@ -185,7 +185,11 @@ class Peers:
 
     def _run(self) -> None:
         answered = before = time.monotonic()
-        while not self._ended.wait(self._seconds()):
+        while True:
+            signals.changed.wait(self._seconds())
+            signals.changed.clear()
+            if self._ended.is_set():
+                return
             now = time.monotonic()
             if now - before > 3 * self._seconds() + 2:  # this process was stopped, and the others perhaps too
                 self._seen = {rank: Seen(seen.beat) for rank, seen in self._seen.items()}

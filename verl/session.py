@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from verl import dist
-from verl.errors import Stopped, UserError
+from verl.errors import RankError, Stopped, UserError
 from verl.models.attention.packed import attention_kept
 from verl.progress import quiet_libraries
 
@@ -33,24 +33,27 @@ def session() -> Iterator[None]:
         raise UserError("another run is active in this process", fix="wait until it has ended, or start this one in a separate process")
     from verl import signals
 
+    may_block = False  # whether the GPU waits for other ranks that are gone, so that freeing its memory would wait, too
     try:
         random_kept = torch.random.fork_rng(devices=_initialized_gpus())
         with signals.handled(), quiet_libraries(), attention_kept(), _restore_compiler(), random_kept, _restore_group():
             yield
     except (UserError, Stopped) as error:
+        may_block = isinstance(error, RankError)
         traceback.clear_frames(error.__traceback__)  # a notebook keeps the last error, whose frames hold the models
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         from verl.machine import of_machine
 
         if (found := of_machine(error)) is None:
+            may_block = dist.is_started()
             raise
         traceback.clear_frames(error.__traceback__)
         raise found from error
     finally:
         _running.release()
         gc.collect()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized() and not may_block:
             torch.cuda.empty_cache()
 
 

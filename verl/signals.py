@@ -52,6 +52,7 @@ class _State:
 
 _state = _State()
 _previous: dict[signal.Signals, Any] = {}
+changed = threading.Event()  # set when a phase without steps begins, of which other ranks are told at once
 
 
 def own_process() -> None:
@@ -176,6 +177,8 @@ def enter(phase: str, step: int = 0, *, limited: bool = False) -> None:
     """
     _state.phase, _state.step, _state.is_limited = phase, step, limited
     _state.moves += 1
+    if step == 0:
+        changed.set()
 
 
 def moved() -> None:

@@ -27,7 +27,8 @@ from verl.data.loader import Loader, Packing
 from verl.data.pack import pack
 from verl.deadline import Deadline
 from verl.engine.contract import LossOut
-from verl.errors import RANK_EXIT_CODE, SAVED_EXIT_CODE, UserError
+from verl.errors import RANK_EXIT_CODE, SAVED_EXIT_CODE, RankError, UserError
+from verl.session import session
 
 SFT, PPO = (["-m", f"verl.trainer.{name}"] for name in ("fsdp_sft_trainer", "ppo_trainer"))
 TWO, TWO_RL = ["-m", "verl", "sft", "--gpus", "2"], ["-m", "verl", "ppo", "--gpus", "2"]
@@ -373,3 +374,22 @@ def test_the_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.Mo
         now[0] += seconds
         assert deadline.is_near() == is_near, step  # 60, 40 and 34 left; 35 needed
     assert np.isclose(now[0], 1046.0)
+
+
+@pytest.mark.parametrize(("error", "frees"), [(RankError("gone"), False), (UserError("wrong"), True)])
+def test_gpu_memory_is_not_freed_while_the_gpu_waits_for_a_rank_that_is_gone(
+    error: UserError, frees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait, too, and hold the interpreter's lock."""
+    freed: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
+    monkeypatch.setattr("verl.session._initialized_gpus", list)
+
+    @session()
+    def run() -> None:
+        raise error
+
+    with pytest.raises(UserError):
+        run()
+    assert bool(freed) == frees

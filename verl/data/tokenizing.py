@@ -19,8 +19,9 @@ from verl.errors import UserError
 from verl.parent import end_with
 from verl.signals import STOP_SIGNALS
 
-if "--multiprocessing-fork" in sys.orig_argv:  # a tokenizing process, which has yet to import most of what it needs
-    end_with(os.getppid(), None)
+PARENT = "VERL_TOKENIZES_FOR"  # variable of a tokenizing process: the process id of its parent
+if PARENT in os.environ and "--multiprocessing-fork" in sys.orig_argv:  # it has yet to import most of what it needs, which takes seconds
+    end_with(int(os.environ[PARENT]), None)
 
 Chunk = TypeVar("Chunk")
 Done = TypeVar("Done")
@@ -39,7 +40,7 @@ def in_processes(prepare: Callable[[], Callable[[Chunk], Done]], chunks: Iterato
     waiting: deque[Future[Done]] = deque()
     try:
         for chunk in chunks:
-            with _callers_script_hidden(), _signals_blocked():
+            with _callers_script_hidden(), _beginning():
                 waiting.append(pool.submit(_apply, chunk))  # type: ignore[arg-type]
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
@@ -69,12 +70,14 @@ def _callers_script_hidden() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """In this context, new processes begin with the signals blocked that stop a run: Ctrl-C reaches them too while they still import."""
+def _beginning() -> Iterator[None]:
+    """In this context, new processes know their parent, and begin with the signals blocked that stop a run: Ctrl-C reaches them, too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    os.environ[PARENT] = str(os.getpid())
     try:
         yield
     finally:
+        del os.environ[PARENT]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -88,8 +91,7 @@ def _start(prepare: Callable[[], Callable[[object], object]]) -> None:
             signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    end_with(parent.pid, None)
+    assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()  # where the kernel does not end it
     _function = prepare()
 
