@@ -9,6 +9,8 @@
 `verl.api` says what each function takes and returns.
 """
 
+import verl.safe_path  # isort: skip - before any library, because it removes the current folder from where they are looked for
+
 import importlib
 import logging
 import warnings

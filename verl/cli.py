@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from verl import __version__
+from verl import __version__, safe_path
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
 from verl.errors import UserError, exit_on_user_error
 
@@ -199,7 +199,8 @@ def launch(processes: int, words: list[str], trainer: Command) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to write a checkpoint after a signal; torchrun's default is 30
     logging.disable()  # silences torchrun: a process that fails prints its own error
     try:
-        torchrun(["--standalone", f"--nproc_per_node={processes}", "-m", trainer.module, *words])
+        os.environ.update(safe_path.variables())
+        torchrun(["--standalone", f"--nproc_per_node={processes}", "--no-python", *safe_path.command(trainer.module, words)])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # a process killed by a signal printed no error

@@ -66,7 +66,9 @@ def print_error(error: UserError) -> None:
     """Print to standard error, on rank 0 only: under torchrun, every process raises the same error."""
     if os.environ.get("RANK", "0") != "0":
         return
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    from verl.redaction import redact_text
+
+    print(f"error: {redact_text(str(error))}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:

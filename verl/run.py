@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from verl import dist, plugin
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
-from verl.durable import replace_text
+from verl.durable import no_link, owner_only, replace_text
 from verl.errors import Stopped, UserError
 from verl.progress import Bar, open_console
+from verl.redaction import redact_text
 
 # Signals that stop a run: SIGTERM from schedulers, SIGINT from Ctrl-C, and SIGUSR1, which SLURM can send before a time limit
 # (`sbatch --signal`).
@@ -132,7 +133,7 @@ class Run:
     def _make_directory(self, mark: Path) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "train.log").open("a").close()
+            open(self.directory / "train.log", "a", opener=owner_only).close()
             mark.touch()
         except OSError as error:
             what = f"cannot be written: {error.strerror}"
@@ -157,7 +158,7 @@ class Run:
         """
         self.total_steps = total_steps
         if dist.is_main():
-            (self.directory / "config.yaml").write_text(to_yaml(self._config), encoding="utf-8")
+            replace_text(self.directory / "config.yaml", to_yaml(self._config), private=True)
             self._drop_metrics_after(start_step)
         dist.together(self._start_loggers)
         if not dist.is_main():
@@ -169,6 +170,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
         if dist.is_main():
+            text = redact_text(text)
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._append("train.log", text)
 
@@ -176,7 +178,7 @@ class Run:
         """Print colored output: `write` is called with a console for the terminal, and with a plain one for train.log."""
         if dist.is_main():
             write(self._console)
-            with (self.directory / "train.log").open("a", encoding="utf-8") as file:
+            with open(self.directory / "train.log", "a", encoding="utf-8", opener=owner_only) as file:
                 write(open_console(file=file, width=200))
 
     def line(self, text: str) -> None:
@@ -287,7 +289,8 @@ class Run:
 
     def _append(self, name: str, text: str) -> None:
         try:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
+            opener = owner_only if name == "train.log" else no_link
+            with open(self.directory / name, "a", encoding="utf-8", opener=opener) as file:
                 file.write(text + "\n")
         except OSError as error:
             what, fix = f"cannot be written: {error.strerror}", "make room on the disk; the same command resumes from the newest checkpoint"

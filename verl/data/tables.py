@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from verl import safe_path
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
 from verl.data.chat import BESIDES, RenderedText
@@ -184,7 +185,7 @@ def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks
     waiting: deque[Future[Done]] = deque()
     try:
         for chunk in chunks:
-            with _callers_script_hidden():
+            with _callers_script_hidden(), safe_path.guarded():
                 waiting.append(pool.submit(_render_in_worker, chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()

@@ -24,6 +24,7 @@ from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction
 from verl.progress import Bar
+from verl.redaction import redact
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 Z_95 = 1.959964  # 97.5th percentile of the normal distribution
@@ -97,7 +98,8 @@ def write_predictions(directory: Path, predictions: Sequence[Prediction]) -> Non
 
 
 def write_results(directory: Path, results: dict[str, Any]) -> None:
-    replace_text(directory / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(redact(results), indent=2, ensure_ascii=False)
+    replace_text(directory / RESULTS, text + "\n", private=True)
 
 
 def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds: float, device: str) -> dict[str, Any]:
