@@ -9,7 +9,7 @@
 `verl.api` says what each function takes and returns.
 """
 
-import verl.safe_path  # isort: skip - before any library, because it removes the current folder from where they are looked for
+import verl.safe_path  # isort: skip # noqa: F401 - before any library: it removes the current folder from where Python looks for them
 
 import importlib
 import logging

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from verl.data.formats.stream import File, whole
+from verl.data.formats.stream import MAX_ROW_BYTES, File, whole
 from verl.data.row import Fault, Rows, checked_row, first_line
 from verl.errors import UserError
 
 ROWS_PER_BATCH = 256
+DENSE, DENSE_BYTES = 100, 2**20  # text is five times smaller in a file than in memory
 TWICE = Fault("the column occurs twice", "rename one of them, or remove it")
 Damaged = dict[str, Fault]  # columns that cannot be read at all
 Batches = Iterator[tuple[pa.RecordBatch, Damaged]]
@@ -22,7 +23,7 @@ Batches = Iterator[tuple[pa.RecordBatch, Damaged]]
 
 def parquet_rows(file: File) -> Rows:
     source = io.BytesIO(whole(file)) if isinstance(file.stream.raw, gzip.GzipFile) else file.path
-    yield from _rows(file, "Parquet", lambda: _parquet(source))
+    yield from _rows(file, "Parquet", lambda: _parquet(source, str(file.path)))
 
 
 def arrow_rows(file: File) -> Rows:
@@ -49,9 +50,22 @@ def _constant(share: float) -> Callable[[], float]:
     return lambda: share
 
 
-def _parquet(source: io.BytesIO | Path) -> tuple[int, Batches]:
+def _parquet(source: io.BytesIO | Path, name: str) -> tuple[int, Batches]:
     table = parquet.ParquetFile(source)
+    dense = _dense_chunks(table.metadata)
+    if dense:
+        from verl.data.formats.dense import refuse_bomb  # few files are packed so densely
+
+        refuse_bomb(dense, name)
+        return table.metadata.num_rows, ((batch, {}) for batch in table.iter_batches(batch_size=1))
     return table.metadata.num_rows, _parquet_batches(table)
+
+
+def _dense_chunks(metadata: parquet.FileMetaData) -> list[parquet.ColumnChunkMetaData]:
+    """Return the column chunks that are more than DENSE times as small in the file as in memory, and large there."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return [one for one in chunks if one.total_uncompressed_size > max(DENSE_BYTES, DENSE * one.total_compressed_size)]
 
 
 def _parquet_batches(table: parquet.ParquetFile) -> Batches:
@@ -95,12 +109,21 @@ def batch_rows(name: str, before: int, batch: pa.RecordBatch, damaged: Damaged |
     """Yield the rows of a batch; `before` is the number of rows before it, and `name` that of the file or data set."""
     names = batch.schema.names
     columns = {
-        column: [TWICE] * len(batch) if names.count(column) > 1 else decoded(batch.column(index)) for index, column in enumerate(names)
+        column: [TWICE] * len(batch) if names.count(column) > 1 else bounded(batch.column(index)) for index, column in enumerate(names)
     }
     columns |= {column: [fault] * len(batch) for column, fault in (damaged or {}).items()}
     for index in range(len(batch)):
         values = {column: present(items[index]) for column, items in columns.items()}
         yield checked_row(f"{name} row {before + index + 1}", values)
+
+
+def bounded(column: pa.Array) -> list[Any]:
+    """Return a column as `decoded` does, with a Fault in place of each value that is larger than any row may be."""
+    if column.nbytes <= MAX_ROW_BYTES and not pa.types.is_dictionary(column.type):
+        return decoded(column)
+    from verl.data.formats.dense import one_by_one
+
+    return one_by_one(column, decoded)
 
 
 def decoded(column: pa.Array) -> list[Any]:
