@@ -21,9 +21,7 @@ _KEYS = re.compile(
     r"|eyJ[\w\-]{8,}\.[\w\-]{8,}(?:\.[\w\-]*)?"  # JSON Web Token
     r")"
 )
-_PRIVATE_KEY = re.compile(
-    r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END \1-----|\Z)", re.DOTALL
-)
+_PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END \1-----|\Z)", re.DOTALL)
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*[\d=]|\S{20})[A-Za-z0-9._~+/=\-]{8,}")
 _URL_LOGIN = re.compile(r"(?<=://)[^/?#\s]+@")
 _URL_PARAMETER = re.compile(r"(?i)(?<=[?&])([^=&\s]*(?:token|secret|password|passwd|pwd|key|signature|sig)[^=&\s]*)=[^&\s]+")

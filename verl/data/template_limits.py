@@ -74,6 +74,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             _check_format(left, right)
         return measured(super().call_binop(context, operator, left, right))
 
+    def wrap_str_format(self, value: Any) -> Any:
+        """Return the sandbox's `str.format` of a text, within the limits; None if the value is another function."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def within_limits(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__, *args, *kwargs.values())
+            return str(wrapped(*args, **kwargs))
+
+        return within_limits
+
     def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Call a function or method within the limits."""
         if called in (step, measured):
@@ -82,8 +94,6 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         for one in (*args, *kwargs.values()):
             _check_number(one, LARGEST_NUMBER)
         if isinstance(text := getattr(called, "__self__", None), str):
-            if getattr(called, "__name__", "") in ("format", "format_map"):
-                _check_format(text, *args, *kwargs.values())
             if getattr(called, "__name__", "") == "replace" and len(args) >= 2:
                 _check_replacement(text, *args[:2])
         return measured(super().call(context, called, *args, **kwargs))
@@ -168,7 +178,9 @@ def _check_product(left: Any, right: Any) -> None:
 
 
 def _check_format(text: str, *values: Any) -> None:
-    if WIDTH.search(text) or any(isinstance(one, int) and abs(one) > LARGEST_NUMBER and ("*" in text or "{" in text) for one in _flat(values)):
+    if WIDTH.search(text) or any(
+        isinstance(one, int) and abs(one) > LARGEST_NUMBER and ("*" in text or "{" in text) for one in _flat(values)
+    ):
         raise SecurityError("it has a format that is too wide")
 
 

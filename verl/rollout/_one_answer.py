@@ -32,6 +32,8 @@ def one_answer(seconds: float) -> Iterator[urllib.request.OpenerDirector]:
     timer.start()
     try:
         yield urllib.request.build_opener(_Noted(connections), _NotedTLS(connections), _NoRedirects)
+        if is_late.is_set():  # what has been read may be a part only
+            raise TimeoutError
     except (OSError, http.client.HTTPException, ValueError) as error:  # what an incomplete answer raises
         if is_late.is_set():
             raise TimeoutError from error
