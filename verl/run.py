@@ -23,7 +23,6 @@ from verl.config.shared import RunConfig
 from verl.durable import no_link, owner_only, replace_text
 from verl.errors import Stopped, UserError
 from verl.progress import Bar, open_console
-from verl.redaction import redact_text
 
 # Signals that stop a run: SIGTERM from schedulers, SIGINT from Ctrl-C, and SIGUSR1, which SLURM can send before a time limit
 # (`sbatch --signal`).
@@ -170,6 +169,8 @@ class Run:
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
         if dist.is_main():
+            from verl.redaction import redact_text
+
             text = redact_text(text)
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
             self._append("train.log", text)

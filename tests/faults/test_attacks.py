@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+from pyarrow import parquet as pq
 import pytest
 import torch
 from tiny import write_problems_and_model
@@ -310,8 +310,8 @@ def _rendered(template: str) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     limit()
-    texts: list[str] = render_jinja_template([[{"role": "user", "content": "hi"}]], chat_template=template)[0]
-    return texts[0]
+    texts: Any = render_jinja_template([[{"role": "user", "content": "hi"}]], chat_template=template)[0]
+    return str(texts[0])
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -427,10 +427,11 @@ def test_files_with_settings_can_be_read_by_their_owner_alone(tmp_path: Path) ->
 
 
 class _Config:
-    max_length, truncation, num_workers = 512, "error", 1
+    max_length, truncation = 512, "error"
 
     def __init__(self, folder: Path):
-        self.cache_dir = str(folder)
+        self.cache_dir: str | None = str(folder)
+        self.num_workers: int | None = 1
 
 
 def _documents(folder: Path, cached: Path) -> Any:
@@ -440,6 +441,7 @@ def _documents(folder: Path, cached: Path) -> Any:
 
 def _poison(path: Path, token: int) -> None:
     tables = cache.read(path)
+    assert tables is not None
     ids = tables[0].column("input_ids")
     changed = pa.ListArray.from_arrays(ids.offsets, pa.array([token] * len(ids.values), pa.int32()))
     columns = [changed if name == "input_ids" else tables[0].column(name) for name in tables[0].schema.names]
@@ -706,5 +708,5 @@ def test_code_in_an_answer_is_text(answer: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_catalogue_has_all_the_attacks() -> None:
-    parametrised = [RESOLVERS, SECRETS, LINES, list(BOMBS), TEMPLATES, ESCAPES, list(COMMANDS), CODE]
+    parametrised: list[Any] = [RESOLVERS, SECRETS, LINES, list(BOMBS), TEMPLATES, ESCAPES, list(COMMANDS), CODE]
     assert sum(map(len, parametrised)) >= 75, "with the single tests of this file, at least 91"

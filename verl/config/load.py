@@ -13,7 +13,6 @@ from verl import __version__
 from verl.config.assignments import Assignment, argument, assignments_in, type_of
 from verl.config.plugin_settings import check_settings, completed, groups_of
 from verl.errors import UserError
-from verl.redaction import HIDDEN
 
 Config = TypeVar("Config")
 
@@ -178,9 +177,9 @@ def _assign(config: DictConfig, given: Assignment, defaults: object) -> None:
     value = given.value_for(type_of(defaults, key_now))
     if _asks_resolver(value) or _asks_resolver(given.key):
         raise UserError(f"found {value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
-    if HIDDEN in str(value) and given.where != given.key:
+    if "[hidden]" in str(value) and given.where != given.key:  # HIDDEN of verl.redaction
         fix = "give it again: verl writes no secrets into a run's config.yaml"
-        raise UserError(f"found {HIDDEN}", where=given.place, fix=fix)
+        raise UserError("found [hidden]", where=given.place, fix=fix)
     try:
         OmegaConf.update(config, key_now, value)
     except OmegaConfBaseException as error:

@@ -26,7 +26,7 @@ _used = threading.local()
 def limit() -> None:
     """Have transformers compile every chat template of this process with limits."""
     if chat_template_utils.ImmutableSandboxedEnvironment is not LimitedEnvironment:
-        chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment
+        chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # type: ignore[misc]
         chat_template_utils._compile_jinja_template.cache_clear()
 
 
@@ -86,16 +86,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
         return within_limits
 
-    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method within the limits."""
         if called in (step, measured):
             return called(*args)
         step()
         for one in (*args, *kwargs.values()):
             _check_number(one, LARGEST_NUMBER)
-        if isinstance(text := getattr(called, "__self__", None), str):
-            if getattr(called, "__name__", "") == "replace" and len(args) >= 2:
-                _check_replacement(text, *args[:2])
+        text = getattr(called, "__self__", None)
+        if isinstance(text, str) and getattr(called, "__name__", "") == "replace" and len(args) >= 2:
+            _check_replacement(text, *args[:2])
         return measured(super().call(context, called, *args, **kwargs))
 
 
@@ -114,7 +114,7 @@ class _Measured(NodeVisitor):
         return _wrapped(node) if is_made and any(node.find_all((nodes.Name, nodes.Call))) else node
 
 
-def _wrapped(node: Any) -> nodes.Node:
+def _wrapped(node: Any) -> Any:
     return nodes.Call(nodes.Name("_measured", "load"), [node], [], None, None).set_lineno(node.lineno)
 
 
@@ -178,9 +178,9 @@ def _check_product(left: Any, right: Any) -> None:
 
 
 def _check_format(text: str, *values: Any) -> None:
-    if WIDTH.search(text) or any(
-        isinstance(one, int) and abs(one) > LARGEST_NUMBER and ("*" in text or "{" in text) for one in _flat(values)
-    ):
+    """Raise SecurityError for a width above LARGEST_NUMBER, in the text or, by `*` or `{}`, among the values."""
+    is_wide = any(isinstance(one, int) and abs(one) > LARGEST_NUMBER for one in _flat(values))
+    if WIDTH.search(text) or (is_wide and ("*" in text or "{" in text)):
         raise SecurityError("it has a format that is too wide")
 
 

@@ -24,10 +24,8 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from verl.data.template_limits import limit
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-from verl.models.inside import check_inside
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 
@@ -74,6 +72,8 @@ def load_tokenizer(
     Raises:
         UserError: no such model, it has no fast tokenizer, no such template, or the template has no such variable.
     """
+    from verl.data.template_limits import limit
+
     limit()
     source, adapter = resolve(path), read_adapter_config(path)
     check_format(path)
@@ -219,6 +219,8 @@ def resolve(path: str) -> str:
             newest = newest_step(local)
             hint = f"did you mean {newest}?" if newest else "give the directory that has config.json"
             raise UserError("has no config.json", where=path, fix=hint)
+        from verl.models.inside import check_inside  # once for each model
+
         check_inside(local)
         return str(local.resolve())
     if local.exists():

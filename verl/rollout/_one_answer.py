@@ -56,7 +56,7 @@ class _Noted(urllib.request.HTTPHandler):
         self._connections = connections
 
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_kept(http.client.HTTPConnection, self._connections), request)  # type: ignore[arg-type]
+        return self.do_open(_kept(http.client.HTTPConnection, self._connections), request)
 
 
 class _NotedTLS(urllib.request.HTTPSHandler):
@@ -65,7 +65,7 @@ class _NotedTLS(urllib.request.HTTPSHandler):
         self._connections = connections
 
     def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_kept(http.client.HTTPSConnection, self._connections), request)  # type: ignore[arg-type]
+        return self.do_open(_kept(http.client.HTTPSConnection, self._connections), request)
 
 
 def _kept(kind: type[http.client.HTTPConnection], connections: list[socket.socket]) -> type[http.client.HTTPConnection]:
