@@ -9,12 +9,13 @@
 `verl.api` says what each function takes and returns.
 """
 
-import verl.safe_path  # isort: skip # noqa: F401 - before any library: it removes the current folder from where Python looks for them
-
 import importlib
-import logging
-import warnings
-from typing import TYPE_CHECKING
+
+importlib.import_module("verl.safe_path")  # first: it removes the current folder from where Python looks for all that follows
+
+import logging  # noqa: E402
+import warnings  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, `__getattr__` below imports a name as it is asked for
     from verl.api import EvalResult as EvalResult

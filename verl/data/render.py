@@ -323,10 +323,12 @@ class Renderer:
         return found
 
     def _fill(self, chat: Chat, messages: list[Message], options: dict[str, bool]) -> Any:
+        from verl.data.template_limits import limit  # whoever has the rows in the cache renders none
+
         template = self._template(chat)
         names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **chat.template_kwargs, **options, "tools": chat.tools}
         try:
-            _limit_templates()
+            limit()
             return render_jinja_template([messages], chat_template=template, **names)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             what = f"the chat template rejects the chat: {first_line(error)}"
@@ -395,13 +397,6 @@ class Renderer:
 
     def _encode_one(self, text: str, disguise: Disguise | None) -> list[int]:
         return self._encoder.encode_disguised(text, disguise) if disguise else self._encoder.encode([text])[0]
-
-
-@functools.cache
-def _limit_templates() -> None:
-    from verl.data.template_limits import limit  # where chats are rendered
-
-    limit()
 
 
 def or_error(function: Callable[..., Result], *args: object) -> Result | UserError:

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from verl import safe_path
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
 from verl.data.chat import BESIDES, RenderedText
@@ -181,6 +180,8 @@ def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chu
 
 def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk], workers: int) -> Iterator[Done]:
     """Tokenize in worker processes, in order. They are spawned, not forked: this process may have threads and a GPU context."""
+    from verl import safe_path  # small files need no processes
+
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, columns))
     waiting: deque[Future[Done]] = deque()
     try:
