@@ -20,7 +20,15 @@ LARGEST_NUMBER = 10**6  # as an argument, or as a factor of a text or list
 MOST_ITEMS = 10**6  # of one list or object, with those inside it
 WIDTH = re.compile(r"\d{6}")  # in a format such as `%1000000d`
 
-_used = threading.local()
+
+class _Used(threading.local):
+    """What the rendering of this thread has used."""
+
+    steps = 0
+    characters = 0
+
+
+_used = _Used()
 
 
 def limit() -> None:
@@ -65,6 +73,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute `left operator right` within the limits."""
+        if operator == "+":
+            return measured(left + right)
         if operator == "**":
             _check_number(right, 1000)
             _check_number(left, LARGEST_NUMBER)
@@ -109,7 +119,9 @@ class _Measured(NodeVisitor):
             elif isinstance(value, nodes.Node):
                 setattr(node, name, self.visit(value))
         if isinstance(node, nodes.Output):
-            node.nodes = [one if isinstance(one, (nodes.TemplateData, nodes.Const)) else _wrapped(one) for one in node.nodes]
+            node.nodes = [
+                one if isinstance(one, (nodes.TemplateData, nodes.Const, nodes.Add, nodes.Call)) else _wrapped(one) for one in node.nodes
+            ]
         is_made = isinstance(node, (nodes.Concat, nodes.List, nodes.Dict)) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
         return _wrapped(node) if is_made and any(node.find_all((nodes.Name, nodes.Call))) else node
 
@@ -120,7 +132,7 @@ def _wrapped(node: Any) -> Any:
 
 def step() -> str:
     """Count an iteration or a call. Raises SecurityError: there are too many."""
-    _used.steps = getattr(_used, "steps", 0) + 1
+    _used.steps += 1
     if _used.steps > MOST_STEPS:
         raise SecurityError(f"it takes more than {MOST_STEPS:,} steps")
     return ""
@@ -128,10 +140,13 @@ def step() -> str:
 
 def measured(value: Any) -> Any:
     """Count the characters of a text that has been made, or the items of a container. Raises SecurityError: there are too many."""
+    if type(value) is str and len(value) <= MOST_CHARACTERS - _used.characters:  # nearly always
+        _used.characters += len(value)
+        return value
     if isinstance(value, (list, tuple, dict)):
         _count_items(value, 0)
     if isinstance(value, (str, list, tuple)):
-        _used.characters = getattr(_used, "characters", 0) + len(value)
+        _used.characters += len(value)
         if _used.characters > MOST_CHARACTERS:
             raise SecurityError(f"it makes more than {MOST_CHARACTERS:,} characters")
     return value

@@ -76,7 +76,7 @@ class Judge:
         return self._server
 
     def _started(self) -> "subprocess.Popen[str]":
-        command = safe_path.command("verl.rewards._judge", [str(_workers())])
+        command = safe_path.command(__name__, [str(_workers())])
         variables = {**os.environ, **safe_path.variables()}
         server = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=variables
