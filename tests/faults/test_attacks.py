@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -559,7 +560,10 @@ def test_an_ordinary_answer_is_read(server: str) -> None:
 
 
 def test_weights_of_a_killed_run_are_removed_by_the_next(tmp_path: Path) -> None:
-    code = f"import os, signal; from pathlib import Path; from verl.rollout._weights_folder import weights_folder\nwith weights_folder(Path({str(tmp_path)!r})) as f: (f / 'model').write_text('w'); os.kill(os.getpid(), signal.SIGKILL)"
+    code = (
+        "import os, signal; from pathlib import Path; from verl.rollout._weights_folder import weights_folder\n"
+        f"with weights_folder(Path({str(tmp_path)!r})) as f: (f / 'model').write_text('w'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     assert len(list(tmp_path.iterdir())) == 1
     with weights_folder(tmp_path) as living:
@@ -606,7 +610,10 @@ def test_processes_of_a_run_do_not_import_from_the_current_folder(folder: Path, 
 @pytest.mark.faults
 def test_the_judge_of_mathematics_does_not_import_from_the_current_folder(tmp_path: Path) -> None:
     _evil(tmp_path, "math_verify", "sympy", "json")
-    code = r"import sys; sys.path.remove(''); from verl.rewards import math; print(math.score('', r'\boxed{1+x}', {'reference': r'\boxed{x+1}'}))"
+    code = (
+        "import sys; sys.path.remove(''); from verl.rewards import math; "
+        r"print(math.score('', r'\boxed{1+x}', {'reference': r'\boxed{x+1}'}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=_environment(), check=False)
     assert done.stdout.strip() == "1.0", done.stderr
     assert not (tmp_path / "CANARY").exists()
@@ -674,10 +681,8 @@ def test_code_of_a_models_directory_is_not_run(field: str, folder: Path, tmp_pat
     config = json.loads((model / "config.json").read_text())
     value = {"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"} if field == "auto_map" else "modeling_x"
     (model / "config.json").write_text(json.dumps({**config, field: value}))
-    try:
+    with suppress(UserError):  # refused is as good
         load_language_model(str(model), device="cpu", dtype=torch.float32, trust_remote_code=False, attn_implementation="eager")
-    except UserError:
-        pass  # refused is as good
     assert not list(model.rglob("CANARY"))
 
 
