@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from pyarrow import parquet as pq
 import pytest
 import torch
+from pyarrow import parquet as pq
 from tiny import write_problems_and_model
 
 import verl
