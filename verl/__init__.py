@@ -10,10 +10,13 @@
 """
 
 import importlib
-import logging
-import sys
-import warnings
-from typing import TYPE_CHECKING
+
+importlib.import_module("verl.safe_path")  # first: it removes the current folder from where Python looks for all that follows
+
+import logging  # noqa: E402
+import sys  # noqa: E402
+import warnings  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, `__getattr__` below imports a name as it is asked for
     from verl.api import EvalResult as EvalResult

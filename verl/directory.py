@@ -284,7 +284,7 @@ def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callabl
             aside = next(path for n in itertools.count(1) if not (path := directory / f"metrics-{n}.jsonl").exists())
             metrics.rename(aside)
             say(f"{METRICS} of the run before, which had other settings and no checkpoint, is now {aside.name}")
-    replace_text(config, config_yaml)
+    replace_text(config, config_yaml, private=True)
     if metrics.exists():
         kept: dict[float, str] = {}
         for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,20 +1,42 @@
-"""Atomic and durable file writes."""
+"""Atomic and durable file writes. None of them follows a link, so a link in a shared directory cannot send a write elsewhere."""
 
 import os
 from pathlib import Path
 
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file atomically: a reader sees the old text or the new one, never a part, even after a power failure."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush(temporary)
-    os.replace(temporary, path)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Append to a file all of the text, or nothing of it if that fails."""
-    with path.open("ab", buffering=0) as file:
+def replace_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replace a file atomically: a reader sees the old text or the new one, never a part, even after a power failure.
+
+    Args:
+        private: only the owner can read the file, because it holds settings.
+    """
+    temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")  # nobody can guess the name and put a link there
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o600 if private else 0o666)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def owner_only(path: str, flags: int) -> int:
+    """Open a file that only its owner can read: the `opener` of Python's `open`. Raises OSError: it is a link."""
+    return os.open(path, flags | _NO_LINK, 0o600)
+
+
+def no_link(path: str, flags: int) -> int:
+    """Open a file: the `opener` of Python's `open`. Raises OSError: it is a link."""
+    return os.open(path, flags | _NO_LINK, 0o666)
+
+
+def append_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Append to a file all of the text, or nothing of it if that fails. Only the owner can read a new file if it is `private`."""
+    with open(path, "ab", buffering=0, opener=owner_only if private else no_link) as file:
         end, rest = file.tell(), memoryview(text.encode())
         try:
             while rest:

@@ -102,7 +102,9 @@ def print_error(error: UserError) -> None:
     """Print to standard error, on rank 0 unless the error says otherwise: usually, every process raises the same error."""
     rank = os.environ.get("RANK", "0")
     if rank == "0" if error.tells is None else error.tells:
-        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        from verl.redaction import redact_text
+
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{redact_text(str(error))}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:

@@ -16,6 +16,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from verl import safe_path
 from verl.deadline import STARTED, started
 from verl.errors import RANK_EXIT_CODE, SAVED_EXIT_CODE
 from verl.parent import LAUNCHER, LIFELINE
@@ -41,6 +42,7 @@ class Launcher:
         reading, self._lifeline = os.pipe()  # its end is the end of this process
         variables = {
             **os.environ,
+            **safe_path.variables(),
             "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1",
@@ -53,7 +55,7 @@ class Launcher:
         }
         self._processes = [
             subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", module, *words],
+                safe_path.command(module, words),
                 env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 pass_fds=[reading],
                 start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on once

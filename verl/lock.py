@@ -14,7 +14,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shlex
 import socket
 import sys
@@ -28,6 +27,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from verl.errors import UserError
+from verl.redaction import redact_text
 
 FILE = "lock"
 HEARTBEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
@@ -61,7 +61,7 @@ class Owner:
     @classmethod
     def this_process(cls, purpose: str) -> "Owner":
         pid = os.getpid()
-        command = re.sub(r"://[^/@\s]*@", "://", " ".join(map(shlex.quote, sys.orig_argv)))[:2000]  # without passwords
+        command = redact_text(" ".join(map(shlex.quote, sys.orig_argv)))[:2000]
         return cls(socket.gethostname(), pid, _start_of_process(), identity(pid), command, purpose, uuid4().hex)
 
     def __str__(self) -> str:

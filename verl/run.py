@@ -169,6 +169,9 @@ class Run:
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
         if dist.is_main():
+            from verl.redaction import redact_text
+
+            text = redact_text(text)
             self._print(text)
             self._append("train.log", text)
 
@@ -336,7 +339,7 @@ class Run:
         """Append a line to a file. If the disk fails, this is told once, and the line is written with the next one that can be."""
         lines = f"{self._unwritten.pop(name, '')}{text}\n"
         try:
-            append_text(self.directory / name, lines)
+            append_text(self.directory / name, lines, private=name == "train.log")
         except OSError as error:
             self._unwritten[name] = lines
             self._warn(name, error)

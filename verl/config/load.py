@@ -1,6 +1,5 @@
 """Builds a typed config from the command line: `--config FILE.yaml` (repeatable, later files win) and `key=value` (wins over files)."""
 
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
@@ -134,8 +133,10 @@ def _is_supported(keys: object) -> bool:
 
 
 def to_yaml(config: object) -> str:
-    """Return a config as YAML that `--config` reads."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    """Return a config as YAML that `--config` reads, with `[hidden]` in place of secrets. Nothing in it is resolved once more."""
+    from verl.config.resolvers import as_written  # a run writes it once
+
+    return OmegaConf.to_yaml(as_written(config))
 
 
 def describe(schema: type, argv: Sequence[str] = ()) -> str:
@@ -178,8 +179,11 @@ def _assign(config: DictConfig, given: Assignment, defaults: object) -> None:
 
         refuse(given, known, defaults)
     value = given.value_for(type_of(defaults, key_now))
-    if _asks_resolver(value):
+    if _asks_resolver(value) or _asks_resolver(given.key):
         raise UserError(f"found {value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
+    if "[hidden]" in str(value) and given.where != given.key:  # HIDDEN of verl.redaction
+        fix = "give it again: verl writes no secrets into a run's config.yaml"
+        raise UserError("found [hidden]", where=given.place, fix=fix)
     try:
         OmegaConf.update(config, key_now, value)
     except OmegaConfBaseException as error:
@@ -198,7 +202,12 @@ def _is_mapping(config: DictConfig, key: str) -> bool:
 
 
 def _asks_resolver(value: Any) -> bool:
-    return isinstance(value, str) and re.search(r"\$\{[^}]*:", value) is not None
+    """Return whether a value, or a part of it at any depth, has a `${name:…}`, which would read the environment or run code."""
+    if "${" not in str(value):
+        return False
+    from verl.config.resolvers import asks_resolver  # few values have an interpolation
+
+    return asks_resolver(value)
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:

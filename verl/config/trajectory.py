@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from verl.redaction import redact
+
 # What is learned depends on it.
 LEARNS = "learns"
 # A model or adapter. It is compared by its content, or else by its name.
@@ -104,7 +106,7 @@ def _leaves(config: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def _json(key: str, value: Any) -> str:
-    return json.dumps(_absolute(key, value), ensure_ascii=False, sort_keys=True, default=str)
+    return json.dumps(redact(_absolute(key, value), key), ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _absolute(key: str, value: Any) -> Any:

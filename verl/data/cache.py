@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
@@ -108,8 +109,10 @@ def _write(path: Path, tables: Iterable[pa.RecordBatch]) -> None:
 
 
 def read(path: Path) -> list[pa.RecordBatch] | None:
-    """Map a file into memory and return its tables; None if the file is missing or damaged."""
+    """Map a file into memory and return its tables; None if the file is missing, damaged, or another user's."""
     try:
+        if not is_own(path):
+            return None
         content = pa.memory_map(str(path)).read_buffer()
     except OSError:
         return None
@@ -119,6 +122,21 @@ def read(path: Path) -> list[pa.RecordBatch] | None:
     reader = pa.ipc.open_file(pa.BufferReader(body))
     read_back = (reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches))
     return [table.replace_schema_metadata(dict(metadata or {})) for table, metadata in read_back]
+
+
+def is_own(path: Path) -> bool:
+    """Return whether only this user can have written a file. Its checksum has no key, so anybody could write another one.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def is_of_another(path: Path) -> bool:
+    """Return whether there is a file that `read` leaves aside because another user may have written it."""
+    return path.is_symlink() or (path.exists() and not is_own(path))
 
 
 def _checksum(content: pa.Buffer) -> bytes:

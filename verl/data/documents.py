@@ -25,7 +25,7 @@ from verl.data.report import Report
 from verl.data.row import Notes
 from verl.data.source import Entry, content_hash, describe_sources, resolve_entries, sources_of
 from verl.data.tables import ROWS_PER_TABLE, RowReader, tokenized
-from verl.errors import DiskError
+from verl.errors import DiskError, UserError
 
 NOTHING_TRAINED = "without a trained token within data.max_length"
 SAME_ANSWERS = "with two equal answers"
@@ -157,6 +157,7 @@ def load_documents(
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
     tables = cache.read(path)
+    left_aside = [f"left aside {path}, which another user can write; the rows are tokenized anew"] if cache.is_of_another(path) else []
     uncached: list[str] = []
     if tables is None:
 
@@ -169,12 +170,21 @@ def load_documents(
             uncached.append(f"warning: the tokenized rows are kept in memory, not in the cache: {error}")
             tables = list(new())
     mapped = [_Table.mapped(table) for table in tables]
+    _check_ids(mapped, len(tokenizer), path)
     documents = _cut(mapped, config, key, tokenizer.chat_template, columns.documents_per_row)
-    notes = [*describe_sources(entries), *_notes(mapped).lines(), *uncached]
+    notes = [*describe_sources(entries), *_notes(mapped).lines(), *left_aside, *uncached]
     if any(entry.has_share for entry in entries):
         documents, shares = _mixed(documents, entries, key)
         notes.append(shares)
     return replace(documents, report=replace(documents.report, notes=notes))
+
+
+def _check_ids(tables: list[_Table], vocabulary: int, path: Path) -> None:
+    """Raises UserError: the tokenizer has no such token."""
+    for table in tables:
+        if len(table.ids_B) and not 0 <= int(table.ids_B.min()) <= int(table.ids_B.max()) < vocabulary:
+            found = f"has a token id that the tokenizer, with {vocabulary:,} tokens, does not have"
+            raise UserError(found, where=str(path), fix="delete this file of the cache")
 
 
 def _notes(tables: list[_Table]) -> Notes:

@@ -323,9 +323,12 @@ class Renderer:
         return found
 
     def _fill(self, chat: Chat, messages: list[Message], options: dict[str, bool]) -> Any:
+        from verl.data.template_limits import limit  # whoever has the rows in the cache renders none
+
         template = self._template(chat)
         names: dict[str, Any] = {**self._tokenizer.special_tokens_map, **chat.template_kwargs, **options, "tools": chat.tools}
         try:
+            limit()
             return render_jinja_template([messages], chat_template=template, **names)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             what = f"the chat template rejects the chat: {first_line(error)}"

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TypeVar
 
+from verl import safe_path
 from verl.errors import UserError
 from verl.parent import end_with
 from verl.signals import STOP_SIGNALS
@@ -40,7 +41,7 @@ def in_processes(prepare: Callable[[], Callable[[Chunk], Done]], chunks: Iterato
     waiting: deque[Future[Done]] = deque()
     try:
         for chunk in chunks:
-            with _callers_script_hidden(), _beginning():
+            with _callers_script_hidden(), _beginning(), safe_path.guarded():
                 waiting.append(pool.submit(_apply, chunk))  # type: ignore[arg-type]
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()

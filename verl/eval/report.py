@@ -25,6 +25,7 @@ from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction
 from verl.progress import Bar
+from verl.redaction import redact
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 Z_95 = 1.959964  # 97.5th percentile of the normal distribution
@@ -101,15 +102,15 @@ def write_predictions(directory: Path, predictions: Sequence[Prediction]) -> Non
 def write_files(directory: Path, predictions: Sequence[Prediction], results: dict[str, Any], console: Console) -> None:
     """Write predictions.jsonl, then results.json, and name both. Raises DiskError if the disk is full or fails."""
     write_predictions(directory, predictions)
-    _replace(directory / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _replace(directory / RESULTS, json.dumps(redact(results), indent=2, ensure_ascii=False) + "\n", private=True)
     for name in (RESULTS, PREDICTIONS):
         console.print(f"wrote {directory / name}")
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, text: str, *, private: bool = False) -> None:
     size = len(text.encode(errors="surrogatepass"))
     with disk_errors_named(path, needed=size, fix="make room, or set output_dir to a folder on another disk"):
-        replace_text(path, text)
+        replace_text(path, text, private=private)
 
 
 def check_room(directory: Path, answers: int, characters: int, max_new_tokens: int, console: Console) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from verl.errors import UserError
-from verl.loggers._redact import redact
+from verl.redaction import redact
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

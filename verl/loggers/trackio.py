@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from verl.errors import UserError
-from verl.loggers._redact import redact
+from verl.redaction import redact
 
 if TYPE_CHECKING:
     from verl.run import Run

@@ -7,10 +7,13 @@ stops for it.
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from verl.loggers import console
-from verl.loggers._redact import redact
+from verl.redaction import redact, redact_text
 
 if TYPE_CHECKING:
     from verl.run import Logger, Run
@@ -72,6 +75,22 @@ def start(run: Run) -> Logger:
 def _open(run: Run) -> Any:
     import wandb
 
+    with _arguments_redacted():
+        return _opened(wandb, run)
+
+
+@contextmanager
+def _arguments_redacted() -> Iterator[None]:
+    """In this context, `sys.argv`, which wandb uploads, has no secrets."""
+    given = sys.argv
+    sys.argv = [redact_text(word) for word in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
+def _opened(wandb: Any, run: Run) -> Any:
     wandb.setup(wandb.Settings(silent=True))
     stays_local = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     if not stays_local and not wandb.login(prompt=False, verify=False):

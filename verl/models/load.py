@@ -75,6 +75,9 @@ def load_tokenizer(
     Raises:
         UserError: no such model, it has no fast tokenizer, no such template, or the template has no such variable.
     """
+    from verl.data.template_limits import limit
+
+    limit()
     source, adapter = resolve(path), read_adapter_config(path)
     check_format(path)
     if adapter is not None and not (Path(source) / "tokenizer_config.json").is_file():
@@ -230,6 +233,9 @@ def resolve(path: str) -> str:
     if local.is_dir():
         check_unchanged(path)
     if any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
+        from verl.models.inside import check_inside  # once for each model
+
+        check_inside(local)
         return str(local.resolve())
     from verl.models.foreign import refuse_path  # what else it may be is rarely asked
 

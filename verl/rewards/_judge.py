@@ -23,6 +23,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from verl import safe_path
 from verl.errors import UserError
 
 SECONDS = 0.9  # of processor time for one comparison
@@ -75,8 +76,11 @@ class Judge:
         return self._server
 
     def _started(self) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", __name__, str(_workers())]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)  # noqa: S603
+        command = safe_path.command(__name__, [str(_workers())])
+        variables = {**os.environ, **safe_path.variables()}
+        server = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, env=variables
+        )
         if _ask(server, json.dumps([["x+1", "1+x"]])) != "[true]":
             self._end(server)
             raise UserError("the process that compares answers does not start", where="reward math", fix=FIX)

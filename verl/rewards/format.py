@@ -38,6 +38,11 @@ def score(prompt: str, response: str, row: dict[str, Any], settings: Settings) -
     return found / len(parts)
 
 
+def needs_limit(settings: Settings) -> bool:
+    """Return whether the patterns are the user's own: one such as `(a+)+$` may run for years, so it needs the time limit of a worker."""
+    return tuple(settings.format or PARTS) != tuple(PARTS)
+
+
 def compiled(parts: Sequence[str]) -> list[re.Pattern[str]]:
     """Compile the parts. Raises UserError: a part is not a regular expression."""
     return [_compiled(part) for part in parts]

@@ -2,7 +2,7 @@
 
 import http.client
 import json
-import shutil
+import os
 import socket
 import tempfile
 import urllib.error
@@ -17,9 +17,15 @@ from torch import Tensor
 
 from verl import dist
 from verl.errors import UserError
+from verl.redaction import redact_text
+from verl.rollout._one_answer import one_answer
+from verl.rollout._weights_folder import remove_abandoned, weights_folder
 
 INFO_TIMEOUT = 30.0  # seconds for GET requests, which ask about the server itself
 GENERATE_TIMEOUT = 1800.0  # seconds for a response
+LARGEST_ANSWER = 256 * 2**20  # bytes
+LARGEST_MESSAGE = 2**16  # bytes of the message of an HTTP error
+KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own; keys come from the environment alone
 WEIGHTS_TIMEOUT = 540.0  # seconds for a server to take new weights
 SHARD_BYTES = 2**31  # weights in one file; they are copied to host memory first
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the files are in memory, and are deleted after use
@@ -48,7 +54,10 @@ class Server:
 
     def __init__(self, url: str, *, start: str, timeout: float = GENERATE_TIMEOUT):
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise UserError(f"{url!r} is not an address", where="rollout.url", fix="write http://HOST:PORT")
+            raise UserError(f"{redact_text(url)!r} is not an address", where="rollout.url", fix="write http://HOST:PORT")
+        if "@" in urlsplit(url).netloc:
+            fix = f"write http://HOST:PORT, and put the server's key into the environment variable {KEY_VARIABLE}"
+            raise UserError("has a user or a password in the address, which logs and other users would see", where="rollout.url", fix=fix)
         self.url, self.start, self.timeout = url.rstrip("/"), start, timeout
 
     def get(self, path: str) -> Any:
@@ -71,16 +80,20 @@ class Server:
 
     def _call(self, request: urllib.request.Request, seconds: float) -> Any:
         url = request.full_url
+        if KEY_VARIABLE in os.environ:
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ[KEY_VARIABLE]}")
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as response:  # noqa: S310 - http, checked above
-                text = response.read()
+            with one_answer(seconds) as opener, opener.open(request, timeout=seconds) as response:
+                text = response.read(LARGEST_ANSWER + 1)
+            if len(text) > LARGEST_ANSWER:
+                fix = "check that it is such a server"
+                raise UserError(f"sends more than {LARGEST_ANSWER // 2**20} MiB in one answer", where=url, fix=fix)
             return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
-            fix = "read the server's log"
-            raise RefusedError(error.code, f"answered {error.code}: {_reason(error)}", where=url, fix=fix) from error
+            raise _refused(error, url) from error
         except ValueError as error:
             raise UserError("did not answer in JSON", where=url, fix=f"give the address of such a server: {self.start}") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, RecursionError) as error:
             raise self._not_reached(error, url, seconds) from error
 
     def _not_reached(self, error: Exception, url: str, seconds: float) -> UserError:
@@ -99,17 +112,28 @@ class Server:
         return host == socket.gethostname() or any(address.startswith("127.") or address == "::1" for address in addresses)
 
 
+def _refused(error: urllib.error.HTTPError, url: str) -> RefusedError:
+    target = urlsplit(error.headers.get("Location") or "")
+    if 300 <= error.code < 400 and target.hostname:
+        what = f"answered {error.code}: it sends to {target.hostname}, and requests do not follow to other addresses"
+        return RefusedError(error.code, what, where=url, fix="give the address of the server itself in rollout.url")
+    return RefusedError(error.code, f"answered {error.code}: {_reason(error)}", where=url, fix="read the server's log")
+
+
 def _reason(error: urllib.error.HTTPError) -> str:
     """Return the error message of an HTTP response, from the fields that servers usually put it in."""
-    text = error.read().decode(errors="replace")
+    try:
+        text = error.read(LARGEST_MESSAGE).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
     try:
         answer = json.loads(text)
     except ValueError:
         return text.strip()[:500] or error.reason
     error_value = answer.get("error", answer) if isinstance(answer, dict) else answer
     if isinstance(error_value, dict):
-        return str(error_value.get("message") or error_value.get("detail") or error_value)
-    return str(error_value)
+        error_value = error_value.get("message") or error_value.get("detail") or error_value
+    return str(error_value)[:500]
 
 
 def find_weights_folder(server: Server, folder: str | None) -> Path:
@@ -134,7 +158,10 @@ def find_weights_folder(server: Server, folder: str | None) -> Path:
             where=server.url,
             fix="set rollout.weights_folder to a folder that both machines can read under the same path",
         )
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    place = SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    if dist.is_main():
+        remove_abandoned(place)
+    return place
 
 
 def send_weights(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load: Callable[[Path], None]) -> None:
@@ -155,14 +182,10 @@ def send_weights(named_tensors: Iterable[tuple[str, Tensor]], place: Path, load:
             pass
         dist.together(lambda: None)
         return
-    folder = Path(tempfile.mkdtemp(prefix="verl-weights-", dir=place))
-    try:
-        folder.chmod(0o755)  # the server may run as another user
+    with weights_folder(place) as folder:
         for number, shard in enumerate(_shards(named_tensors)):
             save_file(shard, folder / f"model-{number:05}.safetensors")
         dist.together(lambda: load(folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shards(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

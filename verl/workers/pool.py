@@ -23,6 +23,7 @@ from typing import IO, Any, Protocol
 from verl import user_files
 from verl.config.workers import WorkersConfig
 from verl.errors import AbandonedError, UserError
+from verl.redaction import holds_secret
 from verl.workers.calls import Failure, InProcess, is_async, late, unpacked
 from verl.workers.serve import Call, Code, end_descendants
 
@@ -35,11 +36,10 @@ START = (
     "import sys; given, sys.path[:] = sys.argv[1:4], sys.argv[4:]; del sys.argv[1:]; "
     "from verl.workers.serve import serve; serve(*map(int, given))"
 )
-# Variables that hold secrets by their names or values, such as HF_TOKEN, AWS_SECRET_ACCESS_KEY, SSH_AUTH_SOCK and URLs with a password.
+# Names of variables that hold secrets, such as HF_TOKEN, AWS_SECRET_ACCESS_KEY and SSH_AUTH_SOCK.
 SECRET_NAME = re.compile(
     r"(?i)token(?!iz)|secret|passw|passphrase|credential|apikey|_key(?:_|$)|(?:^|_)key$|(?:^|_)auth|(?:^|_)pat$|(?:^|_)pass$|_pwd$"
 )
-SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@|\b(?:hf_|sk-|AKIA|ASIA|gh[pousr]_|github_pat_)[A-Za-z0-9_\-]{12,}")
 
 
 class Watch(Protocol):
@@ -255,9 +255,12 @@ def load_code(
 ) -> InProcess | Workers:
     """Make the functions of a module ready to run: a user's own in worker processes, those of verl in this process.
 
+    A module of verl whose `needs_limit(settings)` is true runs in worker processes too: it holds a program of the user's, such as a regex.
+
     The arguments are those of `Workers`.
     """
-    return Workers(module, settings, function, what, config, watch) if user_files.is_own(module) else InProcess(module, settings)
+    needs_limit = user_files.is_own(module) or getattr(module, "needs_limit", lambda _: False)(settings)
+    return Workers(module, settings, function, what, config, watch) if needs_limit else InProcess(module, settings)
 
 
 class _Wait:
@@ -367,7 +370,7 @@ def _end_process(keeper: "subprocess.Popen[bytes]", connection: Connection, life
 
 def environment(config: WorkersConfig) -> tuple[dict[str, str], list[str]]:
     """Return the environment of the workers, and the names of the variables that look like secrets and are left out."""
-    secret = {name for name, value in os.environ.items() if SECRET_NAME.search(name) or SECRET_VALUE.search(value)}
+    secret = {name for name, value in os.environ.items() if SECRET_NAME.search(name) or holds_secret(value)}
     dropped = sorted(secret - set(config.secrets))
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return {**kept, "CUDA_VISIBLE_DEVICES": _own_gpu() if config.use_gpu else ""}, dropped

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from verl.data.formats.stream import File, whole
+from verl.data.formats.stream import MAX_ROW_BYTES, File, whole
 from verl.data.row import Fault, Rows, Wanted, checked_row, first_line
 from verl.errors import UserError
 
 ROWS_PER_BATCH = 256
+DENSE, DENSE_BYTES = 100, 2**20  # text is five times smaller in a file than in memory
 TWICE = Fault("the column occurs twice", "rename one of them, or remove it")
 Damaged = dict[str, Fault]  # columns that cannot be read at all
 Batches = Iterator[tuple[pa.RecordBatch, Damaged]]
@@ -101,7 +102,21 @@ def read_bytes(path: Path, wanted: Wanted | None) -> int:
 def _parquet(file: File) -> _Opened:
     table = parquet.ParquetFile(io.BytesIO(whole(file)) if _is_gzip(file) else file.path)
     used, unread = used_columns(table.schema_arrow, file.wanted)
+    if dense := _dense_chunks(table.metadata, used):
+        from verl.data.formats.dense import refuse_bomb  # few files are packed so densely
+
+        refuse_bomb(dense, str(file.path))
+        batches = ((batch, Damaged()) for batch in table.iter_batches(batch_size=1, columns=used))
+        return _Opened(table.metadata.num_rows, batches, unread)
     return _Opened(table.metadata.num_rows, _parquet_batches(table, used), unread)
+
+
+def _dense_chunks(metadata: parquet.FileMetaData, used: list[str]) -> list[parquet.ColumnChunkMetaData]:
+    """Return the used column chunks that are more than DENSE times as small in the file as in memory, and large there."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    read = (one for one in chunks if one.path_in_schema.split(".")[0] in used)
+    return [one for one in read if one.total_uncompressed_size > max(DENSE_BYTES, DENSE * one.total_compressed_size)]
 
 
 def _is_gzip(file: File) -> bool:
@@ -159,12 +174,21 @@ def batch_rows(name: str, before: int, batch: pa.RecordBatch, damaged: Damaged |
     """Yield the rows of a batch; `before` is the number of rows before it, and `name` that of the file or data set."""
     names = batch.schema.names
     columns = {
-        column: [TWICE] * len(batch) if names.count(column) > 1 else decoded(batch.column(index)) for index, column in enumerate(names)
+        column: [TWICE] * len(batch) if names.count(column) > 1 else bounded(batch.column(index)) for index, column in enumerate(names)
     }
     columns |= {column: [fault] * len(batch) for column, fault in (damaged or {}).items()}
     for index in range(len(batch)):
         values = {column: present(items[index]) for column, items in columns.items()}
         yield checked_row(f"{name} row {before + index + 1}", values, unread=unread)
+
+
+def bounded(column: pa.Array) -> list[Any]:
+    """Return a column as `decoded` does, with a Fault in place of each value that is larger than any row may be."""
+    if column.nbytes <= MAX_ROW_BYTES and not pa.types.is_dictionary(column.type):
+        return decoded(column)
+    from verl.data.formats.dense import one_by_one
+
+    return one_by_one(column, decoded)
 
 
 def decoded(column: pa.Array) -> list[Any]:

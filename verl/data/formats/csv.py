@@ -46,8 +46,12 @@ class _Records:
             raise self._error(str(error)) from None
 
     def _taken_lines(self) -> Iterable[str]:
+        size = 0
         for line in itertools.chain(self._first, self._lines):
+            size = size + len(line.text) if self._taken else len(line.text)
             self._taken.append(line)
+            if size > MAX_ROW_BYTES:
+                raise self._error(f"a record of more than {MAX_ROW_BYTES // 2**20} million characters")
             yield f"{line.text}\n"
 
     @property

@@ -11,6 +11,7 @@ from verl.data.row import Fault, Wanted, unusable
 from verl.errors import UserError
 
 MAX_ROW_BYTES = 64 * 2**20  # a longer line is a broken file or a decompression bomb, not a row
+MAX_BLANK_BYTES = 2**20  # of consecutive blank lines
 MAX_WHOLE_FILE_BYTES = 2 * 2**30  # for what is read into memory: JSON arrays, UTF-16, and gzipped Parquet
 MARK = BOM.decode()
 MARK_INSIDE = "a byte order mark (U+FEFF) inside the file, as joining files leaves it"
@@ -79,13 +80,18 @@ def raw_lines(file: File) -> Iterator[tuple[int, int, bytes]]:
     offset = _skip_mark(file.stream)
     head = file.stream.peek()
     source = io.BytesIO(whole(file).replace(b"\r\n", b"\n").replace(b"\r", b"\n")) if b"\r" in head and b"\n" not in head else file.stream
-    number = 0
+    number, blank = 0, 0
     while line := source.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
             found = f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB"
             raise UserError(found, where=f"{file.path}:{number}", fix="write one row per line")
-        yield number, offset, line.removesuffix(b"\n").rstrip(b"\r")
+        text = line.removesuffix(b"\n").rstrip(b"\r")
+        blank = 0 if text and not text.isspace() else blank + len(line)
+        if blank > MAX_BLANK_BYTES:
+            found = f"more than {MAX_BLANK_BYTES // 2**20} MiB of blank lines, as in a decompression bomb"
+            raise UserError(found, where=f"{file.path}:{number}", fix="remove the blank lines")
+        yield number, offset, text
         offset += len(line)
 
 

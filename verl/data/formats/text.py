@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from verl.data.formats.stream import MARK, MARK_INSIDE, REMOVE_MARKS, File, Line, finder, lines
+from verl.data.formats.stream import MARK, MARK_INSIDE, MAX_ROW_BYTES, REMOVE_MARKS, File, Line, finder, lines
 from verl.data.row import Row, Rows, checked_row
 from verl.errors import UserError
 
@@ -10,9 +10,14 @@ from verl.errors import UserError
 def text_rows(file: File) -> Rows:
     """Yield one row per paragraph, that is, the lines up to a blank one. Its location is its first line."""
     paragraph: list[Line] = []
+    size = 0
     for line in lines(file):
         if line.text.strip():
             paragraph.append(line)
+            size = size + len(line.text) if len(paragraph) > 1 else len(line.text)
+            if size > MAX_ROW_BYTES:
+                found = f"the paragraph is longer than {MAX_ROW_BYTES // 2**20} million characters"
+                raise UserError(found, where=f"{file.path}:{paragraph[0].number}", fix="separate paragraphs by blank lines")
         elif paragraph:
             yield _row(file.path, paragraph)
             paragraph = []
