@@ -320,3 +320,26 @@ def test_without_flock_only_those_of_yesterday_are(tmp_path: Path, monkeypatch: 
         os.utime(tmp_path / f"{name}.tmp", (time.time() - age, time.time() - age))
     lock.remove_abandoned(tmp_path.glob("*.tmp"))
     assert {path.name for path in tmp_path.iterdir()} == {"old.tmp"}
+
+
+def test_a_file_that_its_owner_removes_meanwhile_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock on a file that no longer has its name would exclude nobody."""
+    flock, opened = lock._flock, [0]
+
+    def removed(handle: int) -> bool | None:
+        opened[0] += 1
+        if opened[0] == 1:
+            (tmp_path / lock.FILE).unlink()
+        return flock(handle)
+
+    monkeypatch.setattr(lock, "_flock", removed)
+    held = take(tmp_path, "training", print)
+    assert opened == [2] and held.is_held()
+    held.release()
+
+
+def test_without_flock_the_last_name_that_is_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_flock(monkeypatch)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: write(tmp_path, pid=77, token="of another"))
+    with pytest.raises(LockedError, match="in use by process 77"):
+        take(tmp_path, "training", print)
