@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch.distributed.checkpoint as dcp
-from input_commands import Ended, run_command
+from faults.input_commands import Ended, run_command
 from places import ROOT
 from runs import lines_of
 from sft_runs import words

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
-from input_commands import Ended, assert_refused, is_empty_run, run_command
+from faults.input_commands import Ended, assert_refused, is_empty_run, run_command
 from safetensors.torch import load_file, save_file
 from tiny import write_problems_and_model
 
