@@ -130,6 +130,8 @@ def _entry(given: object, key: str) -> Entry:
 
 
 def _resolve(entry: str, key: str) -> list[Source]:
+    if "\0" in entry:
+        raise UserError(f"found {describe(entry)}", where=key, fix=FORMS)
     path = Path(os.path.expanduser(entry))  # Path's own raises an error for a user that does not exist
     if _exists(path, key):
         return [_checked(path, key)]
