@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -101,6 +102,7 @@ class Peers:
         self._register()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
+        signals.listeners.append(self._beat_now)
         self._wait_for_all()
 
     def check(self) -> None:
@@ -130,6 +132,8 @@ class Peers:
         """
         code, what = _end_of(error)
         number = error.signal if isinstance(error, Stopped) and error.phase else None  # it is left at once
+        if self._beat_now in signals.listeners:
+            signals.listeners.remove(self._beat_now)
         with self._lock:
             self._ended.set()
             try:
@@ -185,11 +189,7 @@ class Peers:
 
     def _run(self) -> None:
         answered = before = time.monotonic()
-        while True:
-            signals.changed.wait(self._seconds())
-            signals.changed.clear()
-            if self._ended.is_set():
-                return
+        while not self._ended.wait(self._seconds()):
             now = time.monotonic()
             if now - before > 3 * self._seconds() + 2:  # this process was stopped, and the others perhaps too
                 self._seen = {rank: Seen(seen.beat) for rank, seen in self._seen.items()}
@@ -206,6 +206,10 @@ class Peers:
                     self._conclude_store(error)
             if self._verdict is not None:
                 self._end_with(self._verdict)
+
+    def _beat_now(self) -> None:
+        with self._lock, suppress(RuntimeError):  # the thread sees that the store has ended
+            self._beat()
 
     def _beat(self) -> None:
         phase, step, moves, is_limited = signals.place()

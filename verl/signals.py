@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -52,7 +52,7 @@ class _State:
 
 _state = _State()
 _previous: dict[signal.Signals, Any] = {}
-changed = threading.Event()  # set when a phase without steps begins, of which other ranks are told at once
+listeners: list[Callable[[], None]] = []  # called when a phase without steps begins, so that other ranks know of it
 
 
 def own_process() -> None:
@@ -178,7 +178,8 @@ def enter(phase: str, step: int = 0, *, limited: bool = False) -> None:
     _state.phase, _state.step, _state.is_limited = phase, step, limited
     _state.moves += 1
     if step == 0:
-        changed.set()
+        for tell in listeners:
+            tell()
 
 
 def moved() -> None:
