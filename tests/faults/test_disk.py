@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch.distributed.checkpoint as dcp
 from faults.input_commands import Ended, run_command
 from places import ROOT
 from runs import lines_of
@@ -26,9 +25,11 @@ from tiny import write_problems_and_model
 from verl import disk, durable
 from verl import run as run_module
 from verl.data import cache
-from verl.engine import checkpoint
+from verl.engine import checkpoint, draft
+from verl.engine.stored_state import StoredState
 from verl.errors import DiskError, UserError
 from verl.eval import report, sft_evaluator
+from verl.manifest import Manifest
 from verl.models import export
 from verl.trainer import fsdp_sft_trainer, room
 
@@ -68,11 +69,11 @@ def fails_at(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, 
     """Let one of the steps of writing a checkpoint fail, the second checkpoint's with `after=1`."""
     owner, name = {
         "weights": (safetensors.torch, "serialize_file"),
-        "state": (dcp, "save"),
-        "random states": (checkpoint, "save_file"),
-        "manifest": (checkpoint, "_write_manifest"),
-        "flush": (checkpoint, "flush"),
-        "rename": (checkpoint, "_commit"),
+        "state": (StoredState, "write"),
+        "random states": (draft, "save_file"),
+        "manifest": (Manifest, "write"),
+        "flush": (draft, "flush"),
+        "rename": (draft.Draft, "_rename"),
     }[where]
     real: Callable[..., Any] = getattr(owner, name)
     calls = iter(range(10**6))
@@ -201,10 +202,10 @@ def test_old_checkpoints_that_will_be_removed_count() -> None:
 def test_a_metrics_line_that_fails_is_told_once_and_written_with_the_next(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, tries = durable.append_text, iter(range(100))
 
-    def append(path: Path, text: str) -> None:
+    def append(path: Path, text: str, **options: Any) -> None:
         if path.name == "metrics.jsonl" and next(tries) < 2:
             raise broken("ENOSPC", str(path))
-        real(path, text)
+        real(path, text, **options)
 
     monkeypatch.setattr(run_module, "append_text", append)
     ended = train(folder, "metrics")
@@ -214,7 +215,7 @@ def test_a_metrics_line_that_fails_is_told_once_and_written_with_the_next(folder
 
 @pytest.mark.faults
 def test_metrics_that_could_never_be_written_are_in_the_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def append(path: Path, text: str) -> None:
+    def append(path: Path, text: str, **options: Any) -> None:
         raise broken("EIO", str(path))
 
     monkeypatch.setattr(run_module, "append_text", append)
@@ -252,7 +253,7 @@ def test_a_file_for_people_that_fails_does_not_end_the_run(folder: Path, monkeyp
         def fails(path: Path, text: str, real: Callable[[Path, str], None] = real) -> None:
             if path.name == name:
                 raise broken("ENOSPC", str(path))
-            real(path, text)
+            real(path, text, **options)
 
         monkeypatch.setattr(run_module, function, fails)
     ended = train(folder, f"people {name}")
@@ -290,10 +291,10 @@ def evaluation(folder: Path, output: str) -> list[str]:
 def test_results_of_an_evaluation_that_cannot_be_written_are_still_shown(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     output, real = f"results {name}", durable.replace_text
 
-    def fails(path: Path, text: str) -> None:
+    def fails(path: Path, text: str, **options: Any) -> None:
         if text:
             raise broken(name, str(path))
-        real(path, text)
+        real(path, text, **options)
 
     monkeypatch.setattr(report, "replace_text", fails)
     ended = run_command(sft_evaluator.main, evaluation(folder, output))

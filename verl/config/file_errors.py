@@ -11,12 +11,13 @@ EXAMPLE = "`data: {train_files: train.jsonl}`"
 
 def not_yaml(path: Path, error: yaml.YAMLError) -> UserError:
     """Return the error of a file that cannot be parsed."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error).partition("\n")[0]
     where = f"{path}:{mark.line + 1}" if mark else str(path)
     if problem == "but found another document":
         fix = "keep the keys of one document; for several, write several files, each with --config"
         return UserError("a second YAML document begins here (---), expected one", where=where, fix=fix)
-    return UserError(f"not YAML: {problem}", where=where)
+    fix = "correct the file: one `key: value` per line, groups indented with spaces"
+    return UserError(f"not YAML: {problem}", where=where, fix=fix)
 
 
 def without_keys(path: Path, loaded: object) -> UserError:

@@ -68,8 +68,9 @@ class Draft:
 
         def make() -> None:
             remove(self.temporary)
-            earlier = max((folder_bytes(path) for path in self.root.glob("global_step_*")), default=0)  # checkpoints have the same size
-            check_room(self.root, earlier, what="a checkpoint", fix=FIX)
+            least = sum(state.size_bytes for state in self.states.values())
+            needed = max(least, *map(folder_bytes, self.root.glob("global_step_*")), 0)  # checkpoints have the same size
+            check_room(self.temporary, needed, what="a checkpoint", fix=FIX)
             for folder in self.states:
                 (self.temporary / folder).mkdir(parents=True)
 

@@ -4,6 +4,7 @@
 and a thread can write while training goes on: all ranks plan together, each rank writes alone, and rank 0 finishes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
@@ -48,6 +49,12 @@ class StoredState:
         plans, metadata = planner.create_global_plan(dist.gathered(planner.create_local_plan()))
         plans = FileSystemWriter(".").prepare_global_plan(plans)
         return StoredState(planner, planner.finish_plan(plans[dist.rank()]), metadata)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all tensors, of all ranks together."""
+        tensors = [one for one in self.metadata.state_dict_metadata.values() if isinstance(one, TensorStorageMetadata)]
+        return sum(math.prod(one.size) * one.properties.dtype.itemsize for one in tensors)
 
     def write(self, directory: Path, tensors: Mapping[str, Tensor]) -> list[WriteResult]:
         """Write this rank's part and wait until it is on disk. No other rank is waited for.
