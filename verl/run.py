@@ -5,20 +5,20 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from verl import dist, plugin
+from verl import dist
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
 from verl.durable import append_text, replace_text
-from verl.errors import Stopped, UserError
+from verl.errors import Stopped
 from verl.progress import Bar, open_console
 
 if TYPE_CHECKING:
@@ -28,14 +28,6 @@ OUT_OF_TIME = 1  # a reason to stop; others are numbers of signals, and one more
 
 # Metrics that the progress bar shows, with their formats.
 _SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}
-
-
-class Logger(Protocol):
-    """A logger: the result of `start(run)` in a module of verl/loggers or in a user's own file."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,8 @@ class Run:
     """
 
     def __init__(self, config: RunConfig):
+        from verl.run_loggers import RunLoggers  # once in a run
+
         self.config: dict[str, Any] = asdict(config)
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
@@ -89,10 +83,7 @@ class Run:
         self.checkpoint: Path | None = None
         self.settings = config
         self._console = open_console()
-        names = [config.trainer.logger] if isinstance(config.trainer.logger, str) else list(config.trainer.logger)
-        self._modules = [plugin.load("verl.loggers", name, needs=("start",)) for name in names]
-        self._names = names
-        self._loggers: list[tuple[Logger, str, ModuleType]] = []
+        self._loggers = RunLoggers(config.trainer.logger, self.say)
         self._deadline: Any = None  # a verl.deadline.Deadline, with trainer.max_seconds
         self._reason = 0  # why the run stops, the same on all ranks: 0, OUT_OF_TIME, or a signal's number and one more
         self._bar: Bar | None = None
@@ -131,9 +122,7 @@ class Run:
         """Stop the progress bar and finish the loggers."""
         if self._bar is not None:
             self._bar.stop()
-        while self._loggers:
-            logger, name, module = self._loggers.pop(0)
-            self._attempt("finish", logger, name, module)
+        self._loggers.finish()
 
     def owned(self) -> Path:
         """Return the directory, after a check that no other run has taken it over. Every rank calls it before a checkpoint is written.
@@ -159,7 +148,7 @@ class Run:
 
             trainer = replace(self.settings.trainer, default_local_dir=str(self.directory))
             begin_files(self.directory, to_yaml(replace(self.settings, trainer=trainer)), start_step, self.say)
-        dist.together(self._start_loggers)
+        dist.together(lambda: self._loggers.start(self) if dist.is_main() else None)
         if not dist.is_main():
             return
         numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
@@ -201,45 +190,10 @@ class Run:
         if not dist.is_main():
             return
         self._append("metrics.jsonl", _json({"step": step, **metrics}))
-        self._loggers = [
-            (logger, name, module)
-            for logger, name, module in self._loggers
-            if self._attempt("log", logger, name, module, step, dict(metrics))
-        ]
+        self._loggers.log(step, metrics)
         if self._bar is not None:
             self._state = " · ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
             self._bar.update(step, state=self._state)
-
-    def _start_loggers(self) -> None:
-        """Start the loggers, on rank 0. Raises UserError if one fails."""
-        if not dist.is_main():
-            return
-        for name, module in zip(self._names, self._modules, strict=True):
-            try:
-                logger = _called(module.start, f"the logger {name} is being started", self)
-            except UserError:
-                raise
-            except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
-                what = f"the logger fails to start: {_described(error, module)}"
-                raise UserError(what, where=f"trainer.logger={name}", fix="correct it, or choose another logger") from error
-            missing = [function for function in ("log", "finish") if not callable(getattr(logger, function, None))]
-            if missing:
-                what = f"start() returned {logger!r:.60}, which has no {missing[0]!r}"
-                raise UserError(what, where=f"trainer.logger={name}", fix="return an object with log(step, metrics) and finish()")
-            self._loggers.append((logger, name, module))
-
-    def _attempt(self, function: str, logger: Logger, name: str, module: ModuleType, *arguments: Any) -> bool:
-        """Call a logger. If it fails, print why, and return False: no failure of a logger stops a run."""
-        try:
-            _called(getattr(logger, function), f"the logger {name} is busy in {function}", *arguments)
-        except (Exception, SystemExit) as error:  # a user's file or a library may raise anything
-            what = f"the logger {name} failed in {function}: {_described(error, module)}"
-            self.say(f"warning: {what}; the run continues without it, and metrics.jsonl has every step")
-            if function == "log":
-                with suppress(Exception, SystemExit):  # it has been told already
-                    _called(logger.finish, f"the logger {name} is busy in finish")
-            return False
-        return True
 
     def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
         """Show what the run waits for on the progress bar, and write a line about it if one is due. None: the wait is over."""
@@ -362,19 +316,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(child) for key, child in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _called(function: Callable[..., Any], doing: str, *arguments: Any) -> Any:
-    """Call a function of a logger. It cannot end the process without a word, and a line is printed if it takes long."""
-    from verl.user_files import ends_are_errors, noted_if_slow
-
-    with ends_are_errors(), noted_if_slow(doing):
-        return function(*arguments)
-
-
-def _described(error: BaseException, module: ModuleType) -> str:
-    """Return an error and its place in a plugin's own file."""
-    from verl.user_files import place_of
-
-    text = str(error).strip()
-    return f"{type(error).__name__}{': ' if text else ''}{text} ({place_of(error, module)})"

@@ -250,7 +250,7 @@ def test_a_file_for_people_that_fails_does_not_end_the_run(folder: Path, monkeyp
     for function in ("append_text", "replace_text"):
         real = getattr(durable, function)
 
-        def fails(path: Path, text: str, real: Callable[[Path, str], None] = real) -> None:
+        def fails(path: Path, text: str, real: Callable[..., None] = real, **options: Any) -> None:
             if path.name == name:
                 raise broken("ENOSPC", str(path))
             real(path, text, **options)

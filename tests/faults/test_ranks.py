@@ -120,7 +120,7 @@ def test_a_users_error_of_one_rank_is_told_and_ends_all_with_code_2(rank: int, f
         ("verl.models.load:load_for_training:sleep=14", 1),
         ("verl.engine.checkpoint:_write_manifest:sleep=14", 1),
         ("verl.run:Run.log:sleep=14", 2),
-        ("verl.run:Run._start_loggers:sleep=14", 1),
+        ("verl.run_loggers:RunLoggers.start:sleep=14", 1),
     ],
     ids=["tokenizing", "loading", "hashing", "logging", "starting-a-logger"],
 )

@@ -22,7 +22,6 @@ from verl.engine.weights import MasterWeights
 from verl.models.attention.packed import describe_attention, use_attention
 from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, numel, read_adapter_config
 from verl.models.prompt_format import PromptFormat
-from verl.models.saved import cast, export_adapter, export_model, export_tokenizer, gather, write_adapter, write_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,11 +51,13 @@ class Built:
 
     def export(self, directory: Path) -> None:
         """Write the Hugging Face files: only the adapter if there is one, else the whole model. Every rank calls it."""
+        from verl.models import saved  # once a checkpoint
+
         with self.engine.weights.in_model():
             if self.adapted is None:
-                export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
+                saved.export_model(directory, self.loaded.model, self.loaded.saved_dtypes)
             else:
-                export_adapter(directory, self.adapted)
+                saved.export_adapter(directory, self.adapted)
         self._write_beside(directory)
 
     def gathered(self, copies: dict[str, torch.Tensor]) -> Callable[[Path], None]:
@@ -65,11 +66,13 @@ class Built:
         Args:
             copies: copies of the trained parameters in host memory, by the engine's names; a sharded one is gathered instead.
         """
+        from verl.models import saved  # once a checkpoint
+
         trained = self.engine.weights.trained
         of_id = {id(trained[name]): copy for name, copy in copies.items()}
         dtypes = {} if self.adapted is not None else self.loaded.saved_dtypes
         with self.engine.weights.in_model():
-            weights = gather(self.adapted or self.loaded.model, dtypes, only_trained=self.adapted is not None, copies=of_id)
+            weights = saved.gather(self.adapted or self.loaded.model, dtypes, only_trained=self.adapted is not None, copies=of_id)
         return partial(self._write, weights=weights, beside=self._files_beside)
 
     @cached_property
@@ -80,15 +83,19 @@ class Built:
             return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
     def _write(self, directory: Path, *, weights: dict[str, torch.Tensor], beside: dict[str, bytes]) -> None:
+        from verl.models import saved  # once a checkpoint
+
         if self.adapted is None:
-            write_model(directory, self.loaded.model, cast(weights, self.loaded.saved_dtypes))
+            saved.write_model(directory, self.loaded.model, saved.cast(weights, self.loaded.saved_dtypes))
         else:
-            write_adapter(directory, self.adapted, weights)
+            saved.write_adapter(directory, self.adapted, weights)
         for name, content in beside.items():
             (directory / name).write_bytes(content)
 
     def _write_beside(self, directory: Path) -> None:
-        export_tokenizer(directory, self.tokenizer, getattr(self.loaded.model, "generation_config", None), self.stop_ids)
+        from verl.models import saved  # once a checkpoint
+
+        saved.export_tokenizer(directory, self.tokenizer, getattr(self.loaded.model, "generation_config", None), self.stop_ids)
         if dist.is_main():
             PromptFormat.of(self.tokenizer, self.stop_ids, self.system_prompts).write(directory)
 

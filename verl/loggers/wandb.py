@@ -16,7 +16,8 @@ from verl.loggers import console
 from verl.redaction import redact, redact_text
 
 if TYPE_CHECKING:
-    from verl.run import Logger, Run
+    from verl.run import Run
+    from verl.run_loggers import Logger
 
 START_SECONDS = 30  # to wait for the server, before the run continues without it
 FINISH_SECONDS = 60  # to upload the remaining data; the rest stays in the run's directory, for `wandb sync`

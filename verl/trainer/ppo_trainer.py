@@ -131,11 +131,10 @@ def train_loop(
 ) -> None:
     """In each step, sample answers, score them, compute advantages, update and log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
-    clock, updates, here = Clock(actor.device), Updates(config, method, start, run), start
+    clock, updates, rewards, here = Clock(actor.device), Updates(config, method, start, run), RewardWatch(run), start
     if validation is not None and start.step == 0:
         run.log(0, before := validate(roles, validation, 0, run))
         saver.check_metric(lambda: before)
-    rewards = RewardWatch(run)
     for step in profiled(range(start.step, run.total_steps), config.trainer.profile_step, actor.device, run, number=int):
         clock.start()
         run.enter("generating and scoring answers", step + 1)
@@ -164,11 +163,11 @@ def train_loop(
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
         here = roles.with_skipped(replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef))
-        last, stop = done == run.total_steps, run.should_stop()
-        if validation is not None and not stop and due(config.trainer.test_freq, done, ends_epoch, last):
+        last = done == run.total_steps
+        if validation is not None and not run.should_stop() and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):
                 metrics |= validate(roles, validation, done, run)
-            stop = run.should_stop()
+        stop = run.should_stop()
         report_answers(collected, done, run)
         rewards.see(done, without_differences(collected, method))
         saver.poll()
