@@ -48,8 +48,8 @@ def _missing(path: Path, key: str) -> UserError:
         *data_set, config = path.parts
         fix = f"for the configuration {config!r} of a data set on the Hub, write {key}={'/'.join(data_set)}:{config}"
         return UserError(f"no file {str(path)!r}", where=key, fix=f"{fix}. The current folder is {Path.cwd()}")
-    hint = f"did you mean {path.parent / near[0]}? " if near else "" if beside else f"there is no folder {path.parent}. "
-    return UserError(f"no file {str(path)!r}", where=key, fix=f"{hint}The current folder is {Path.cwd()}")
+    hint = f"did you mean {path.parent / near[0]}? The" if near else "the" if beside else f"there is no folder {path.parent}. The"
+    return UserError(f"no file {str(path)!r}", where=key, fix=f"{hint} current folder is {Path.cwd()}")
 
 
 def files_in(folder: Path) -> str:

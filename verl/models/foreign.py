@@ -73,8 +73,8 @@ def refuse_path(path: str) -> None:
     if path.startswith(("~", "/", ".")) or path.endswith("/") or path.count("/") > 1 or "\\" in path or _is_in_folder(local):
         beside = sorted(other.name for other in local.parent.iterdir() if other.is_dir()) if local.parent.is_dir() else []
         near = difflib.get_close_matches(local.name, beside, n=1)
-        hint = f"did you mean {local.parent / near[0]}? " if near else ""
-        raise UserError("no such model directory", where=path, fix=f"{hint}The current folder is {Path.cwd()}")
+        hint = f"did you mean {local.parent / near[0]}? The" if near else "the"
+        raise UserError("no such model directory", where=path, fix=f"{hint} current folder is {Path.cwd()}")
 
 
 def _is_in_folder(local: Path) -> bool:

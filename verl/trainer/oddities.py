@@ -10,6 +10,7 @@ from verl.config.ppo import PPOConfig
 from verl.config.shared import OptimConfig
 from verl.engine.outline import Outline
 from verl.errors import UserError
+from verl.rl.method import load_method
 from verl.run import Run
 
 HIGH_LEARNING_RATE = 1e-2
@@ -109,12 +110,15 @@ def _of_positions(rows: Any, outline: Outline, max_length: int) -> Iterator[str]
 
 
 def _of_policy(config: PPOConfig, total_steps: int) -> Iterator[str]:
-    method: Any = config.algorithm
-    if getattr(method, "clip_ratio_low", None) == 0 and getattr(method, "clip_ratio_high", None) == 0:
+    settings: Any = config.algorithm
+    method = load_method(config)
+    if getattr(settings, "clip_ratio_low", None) == 0 and getattr(settings, "clip_ratio_high", None) == 0:
         yield "algorithm.clip_ratio_low=0 and clip_ratio_high=0: an answer is not trained further once its probability has changed"
-    if config.rollout.samples_per_prompt == 1 and method.name in ("grpo", "dr_grpo", "rloo", "dapo", "gspo"):
-        yield f"rollout.samples_per_prompt=1: {method.name} compares the answers to a prompt, and one answer has no other"
-    yield from _of_rate(config.critic.optim, "critic.optim") if method.name == "ppo" else ()
+    if config.rollout.samples_per_prompt == 1 and method.needs_groups:
+        yield f"rollout.samples_per_prompt=1: {settings.name} compares the answers to a prompt, and one answer has no other"
+    if not method.needs_critic:
+        return
+    yield from _of_rate(config.critic.optim, "critic.optim")
     if config.critic.warmup_steps >= total_steps:
         raise UserError(
             f"the first {config.critic.warmup_steps:,} steps train only the critic, and the run has {total_steps:,} steps",
