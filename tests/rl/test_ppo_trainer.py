@@ -155,7 +155,7 @@ def test_a_resumed_run_that_has_lost_its_place_is_noticed(
 
 
 def test_another_seed_of_the_prompts_is_refused_on_resuming(folder: Path, ppo: Metrics) -> None:
-    with pytest.raises(UserError, match=r"trainer\.seed changed"):
+    with pytest.raises(UserError, match=r"trainer\.seed: 1 -> 2"):
         train(folder, "ppo", trainer__seed=2, trainer__total_training_steps=6, **ALL_PARTS)
 
 
