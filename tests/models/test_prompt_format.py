@@ -137,13 +137,15 @@ def test_with_a_system_prompt_that_it_has_not_seen_it_is_not_asked(
 def test_what_has_changed_is_named(
     ask: Callable[..., list[str]], key: str, field: str, value: object, reason: str, folder: Path, plain: Path
 ) -> None:
-    before = (plain / FILE).read_text()
+    before, manifest = (plain / FILE).read_text(), plain / "manifest.json"
     (plain / FILE).write_text(json.dumps({**json.loads(before), field: value}))
+    manifest.rename(folder / "aside")  # whoever changes a file on purpose deletes it
     try:
         with pytest.raises(UserError, match=reason):
             ask(plain, folder)
     finally:
         (plain / FILE).write_text(before)
+        (folder / "aside").rename(manifest)
 
 
 def test_an_adapter_goes_on_as_it_was_trained(folder: Path) -> None:
