@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -222,11 +223,16 @@ def test_with_the_override_other_rows_are_trained(copied: Callable[[str], Path],
 
 
 @pytest.mark.parametrize("key", ["trainer__total_training_steps", "trainer__total_epochs"])
-def test_a_longer_run_is_another_schedule(key: str, folder: Path, whole: Path) -> None:
-    changes = {key: 6} if key == "trainer__total_training_steps" else {key: 2, "trainer__total_training_steps": "null"}
-    with pytest.raises(UserError, match=r"this run has \d+ steps, and the run of this checkpoint 4, so that its learning rate") as capture:
-        run(folder, "whole", **changes)
-    refused(capture, {key: changes[key]})
+def test_a_longer_run_goes_on_and_says_that_its_learning_rate_is_another_one(
+    key: str, copied: Callable[[str], Path], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = copied(f"longer by {key}")
+    changes = {key: 6} if key == "trainer__total_training_steps" else {key: 1, "trainer__total_training_steps": "null"}
+    run(folder, directory.name, **changes)
+    said = capsys.readouterr().out
+    assert re.search(r"warning: this run has \d+ steps, and the run of this checkpoint 4: from here on, its learning rate .* -> ", said)
+    steps = [line["step"] for line in metrics_of(directory)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 4
 
 
 @pytest.mark.faults

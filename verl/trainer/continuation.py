@@ -124,7 +124,7 @@ def continued(fresh: Position, path: Path, run: Run) -> Position:
     if words is not None:
         _refuse_or_say(f"{words} since this checkpoint", [change for change in found if change.kind == ROWS], path, run)
     else:
-        _check_length(fresh, saved, [change for change in found if change.kind == LENGTH], path, run)
+        _say_length(fresh, saved, [change for change in found if change.kind == LENGTH], run)
     for note in run.notes:
         run.say(note)
     return replace(
@@ -162,8 +162,8 @@ def _changed_rows(fresh: Position, saved: Position, path: Path, run: Run) -> str
     return None
 
 
-def _check_length(fresh: Position, saved: Position, found: Sequence[Change], path: Path, run: Run) -> None:
-    """Compare the number of steps. A longer run with the same learning rates so far only trains on, which is no other run."""
+def _say_length(fresh: Position, saved: Position, found: Sequence[Change], run: Run) -> None:
+    """Say that the number of steps has changed, and whether the learning rate depends on it. To train longer is no other experiment."""
     before, now = saved.total_steps, fresh.total_steps
     if before == now or (before == 0 and not found):
         return
@@ -174,7 +174,7 @@ def _check_length(fresh: Position, saved: Position, found: Sequence[Change], pat
         if before == 0 or (step := _first_other_rate(optim, before, now)) is not None:
             rates = "" if before == 0 else _rates(optim, before, now, step or 0)
             what = f"this run has {now:,} steps, and the run of this checkpoint {before or 'another number of'}"
-            _refuse_or_say(f"{what}, so that its learning rate ({key}.lr_scheduler={optim.lr_scheduler}) differs{rates}", found, path, run)
+            run.say(f"warning: {what}: from here on, its learning rate ({key}.lr_scheduler={optim.lr_scheduler}) is another one{rates}")
             return
     run.say(f"the run now has {now:,} steps in place of {before:,}; the learning rates so far do not depend on it")
 
@@ -195,4 +195,4 @@ def nothing_left(done: Position) -> str:
     known = {key: json.loads(value) for key, value in done.settings.items()}
     main = ", ".join(f"{key}={known[key]}" for key in MAIN if known.get(key) not in (None, 0))
     longer = "to train longer, raise trainer.total_epochs or trainer.total_training_steps"
-    return f"nothing left to do: {done.step} of {done.total_steps} steps are done ({main}); {longer}, with trainer.resume_override=true"
+    return f"nothing left to do: {done.step} of {done.total_steps} steps are done ({main}); {longer}"
