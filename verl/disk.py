@@ -158,7 +158,7 @@ def check_room(where: Path, needed: int, *, what: str, fix: str) -> None:
     """
     free = free_bytes(where)
     if free is not None and free < needed:
-        raise DiskError(f"there is no room for {what}{_room(needed, free)}", where=str(where), fix=fix)
+        raise DiskError(f"no space left on the disk for {what}{_room(needed, free)}", where=str(where), fix=fix)
 
 
 def unwritten(error: OSError, path: Path) -> str:

@@ -151,7 +151,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused_before_training(folder: 
     room_of(monkeypatch, 20 * 2**20)
     ended = train(folder, "small")
     assert ended.code == 2 and "step 1" not in ended.out
-    assert re.search(r"a checkpoint does not fit on the disk: \d+\.\d MiB needed, 20\.0 MiB free", ended.err)
+    assert re.search(r"no space on the disk for a checkpoint: \d+\.\d MiB needed, 20\.0 MiB free", ended.err)
     assert all(way in ended.err for way in ("make room", "trainer.default_local_dir", "model.lora_rank", "trainer.save_freq=never"))
     assert train(folder, "small", trainer__save_freq="never").code == 0
 
@@ -180,7 +180,7 @@ def test_room_is_looked_at_before_each_save(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(disk, "free_bytes", lambda path: 2**20)
     ended = train(folder, "filled")
     assert ended.code == 4 and re.search(
-        r"global_step_2\.tmp: there is no room for a checkpoint \(\d+\.\d MiB needed, 1\.0 MiB free\)", ended.err
+        r"global_step_2\.tmp: no space left on the disk for a checkpoint \(\d+\.\d MiB needed, 1\.0 MiB free\)", ended.err
     )
 
 

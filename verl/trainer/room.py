@@ -49,8 +49,8 @@ def compared(config: TrainerConfig, directory: Path, each: int, saves: int) -> s
     free = free_bytes(directory)
     if free is None or saves == 0:
         return None
-    if each + BESIDES > free:
-        what = f"a checkpoint does not fit on the disk: {size_text(each + BESIDES)} needed, {size_text(free)} free"
+    if each > free:  # what is beside the weights is small, and not known exactly
+        what = f"no space on the disk for a checkpoint: {size_text(each)} needed, {size_text(free)} free"
         fix = (
             "make room; or set trainer.default_local_dir to a directory on another disk; or train adapters, whose checkpoints are small "
             "(model.lora_rank=32); or set trainer.save_freq=never to save nothing"
