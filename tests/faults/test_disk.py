@@ -322,7 +322,9 @@ def test_an_export_that_fails_leaves_nothing_and_says_what_it_needs(folder: Path
 def test_an_export_is_refused_where_it_will_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda path: 10)
     ended = run_command(export.main, [str(folder / "good" / "global_step_4"), str(folder / "exported")])
-    assert ended.code == 4 and re.search(r"no room for the exported model \(\d\.\d MiB needed, 10 bytes free\)", ended.err)
+    assert ended.code == 4 and re.search(
+        r"no space left on the disk for the exported model \(\d\.\d MiB needed, 10 bytes free\)", ended.err
+    )
 
 
 # Real disks

@@ -75,7 +75,7 @@ class Background:
         self._draft, self._commits = draft, dist.world_size() == 1
 
         def work() -> Written | Path:
-            with disk_errors(draft.temporary):
+            with disk_errors(draft.temporary, draft.least_bytes):
                 for directory, write in writes.items():
                     write(directory)
             written = draft.write(tensors, random)

@@ -63,13 +63,17 @@ class Draft:
     def temporary(self) -> Path:
         return self.root / f"{self.final.name}.tmp"
 
+    @property
+    def least_bytes(self) -> int:
+        """The bytes of the weights and optimizer states, without the Hugging Face files."""
+        return sum(state.size_bytes for state in self.states.values())
+
     def begin(self) -> None:
         """Make the directory, as all ranks agree. Every rank calls it. Raises DiskError."""
 
         def make() -> None:
             remove(self.temporary)
-            least = sum(state.size_bytes for state in self.states.values())
-            needed = max(least, *map(folder_bytes, self.root.glob("global_step_*")), 0)  # checkpoints have the same size
+            needed = max(self.least_bytes, *map(folder_bytes, self.root.glob("global_step_*")), 0)  # checkpoints have the same size
             check_room(self.temporary, needed, what="a checkpoint", fix=FIX)
             for folder in self.states:
                 (self.temporary / folder).mkdir(parents=True)
@@ -80,7 +84,7 @@ class Draft:
         """Run the work on every rank. If the disk fails on one, remove the draft and raise DiskError on all."""
 
         def attempt() -> None:
-            with disk_errors(self.temporary):
+            with disk_errors(self.temporary, self.least_bytes):
                 work()
 
         try:
@@ -102,7 +106,7 @@ class Draft:
         Raises:
             DiskError: the disk is full or fails.
         """
-        with disk_errors(self.temporary), ThreadPoolExecutor(4) as pool:
+        with disk_errors(self.temporary, self.least_bytes), ThreadPoolExecutor(4) as pool:
             files = {name: pool.submit(self._stored, name) for name in (find_files(self.temporary) if dist.is_main() else ())}
             results = {folder: state.write(self.temporary / folder, tensors[folder]) for folder, state in self.states.items()}
             name = f"trainer/rng_{dist.rank()}.safetensors"
@@ -126,7 +130,7 @@ class Draft:
         Raises:
             DiskError: the disk is full or fails, or a file is not what its rank has written.
         """
-        with disk_errors(self.temporary):
+        with disk_errors(self.temporary, self.least_bytes):
             for folder, state in self.states.items():
                 state.finish(self.temporary / folder, [of_rank.results[folder] for of_rank in written])
             (self.temporary / "trainer" / STATE).write_text(json.dumps(asdict(self.position), indent=2) + "\n", encoding="utf-8")
@@ -167,7 +171,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 @contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
+def disk_errors(directory: Path, needed: int) -> Iterator[None]:
     """Raise a DiskError in place of an error of the disk.
 
     Libraries raise errors of many kinds. Any of them counts as one of the disk if hardly any space is left.
@@ -179,7 +183,7 @@ def disk_errors(directory: Path) -> Iterator[None]:
     except DamageError as error:
         raise DiskError(f"cannot be written: {error}", where=str(directory), fix=FIX) from error
     except (Exception, CheckpointException) as error:
-        found = disk_error(error, where=directory, fix=FIX) or full_disk(directory, fix=FIX)
+        found = disk_error(error, where=directory, needed=needed, fix=FIX) or full_disk(directory, needed=needed, fix=FIX)
         if found is None:
             raise
         raise found from error
