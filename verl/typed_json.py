@@ -28,17 +28,23 @@ def read(path: Path, kind: type[Kind]) -> Kind:
 
 def read_json(path: Path) -> Any:
     """Read a JSON value: no link, no key twice, no NaN. Raises DamageError."""
-    try:
-        with os.fdopen(open_file(path), "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DamageError(f"{path.name} {describe(error)}") from error
-    if len(content) > MAX_BYTES:
-        raise DamageError(f"{path.name} is larger than {MAX_BYTES:,} bytes")
+    content = read_bytes(path, MAX_BYTES)
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DamageError(f"{path.name} is malformed ({error})") from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a regular file. Raises DamageError: it cannot be read, is a link, or has more bytes than `most`."""
+    try:
+        with os.fdopen(open_file(path), "rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise DamageError(f"{path.name} {describe(error)}") from error
+    if len(content) > most:
+        raise DamageError(f"{path.name} is larger than {most:,} bytes")
+    return content
 
 
 def open_file(path: Path) -> int:

@@ -5,7 +5,6 @@ metadata is built from the records field by field, with every type checked.
 """
 
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from verl.typed_json import DamageError, describe, open_file
+from verl.typed_json import DamageError, read_bytes
 
 FILE = ".metadata"
 MAX_BYTES = 2**30
@@ -83,13 +82,7 @@ def read_metadata(directory: Path) -> Metadata:
     Raises:
         DamageError: it cannot be read, is malformed, names code, holds anything but tensors, or names a file outside the directory.
     """
-    try:
-        with os.fdopen(open_file(directory / FILE), "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise DamageError(f"{FILE} {describe(error)}") from error
-    if len(content) > MAX_BYTES:
-        raise DamageError(f"{FILE} is larger than {MAX_BYTES:,} bytes")
+    content = read_bytes(directory / FILE, MAX_BYTES)
     try:
         return _metadata(_Unpickler(io.BytesIO(content)).load())
     except DamageError:

@@ -10,7 +10,7 @@ from verl import dist
 from verl.config.shared import TrainerConfig
 from verl.data.batch import Batch
 from verl.data.documents import Documents
-from verl.data.loader import Loader
+from verl.data.loader import Loader, Step
 from verl.engine.build import Built
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
@@ -33,25 +33,6 @@ def train_loop(
     built: Built,
     start: Position,
     run: Run,
-) -> None:
-    """Train to the last step, or until a signal stops the run. What is being saved is saved."""
-    from verl.trainer.saving import Saver
-
-    with Saver(config, run, built) as saver:
-        if validation is not None:
-            saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, run, start.step, rows=dist.data_size()))
-        train_steps(config, algorithm, loader, validation, built, start, run, saver)
-        saver.finish()
-
-
-def train_steps(
-    config: TrainerConfig,
-    algorithm: Algorithm,
-    loader: Loader,
-    validation: Documents | None,
-    built: Built,
-    start: Position,
-    run: Run,
     saver: "Saver",
 ) -> None:
     """In each step, train and log; when due, validate and save."""
@@ -60,13 +41,11 @@ def train_steps(
     from verl.trainer.room import check_room
 
     check_room(config, run, built, steps=run.total_steps - start.step, steps_per_epoch=loader.steps_per_epoch)
+    if validation is not None:
+        saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, run, start.step, rows=dist.data_size()))
     engine, meter, watch = built.engine, Meter(built.engine, start), LossWatch(run)
     engine.set_skipped(start.skipped)
-    steps = loader.steps(start.step, run.total_steps)
-    if config.profile_step is not None:
-        from verl.trainer.profile import profiled
-
-        steps = profiled(steps, config.profile_step, engine.device, run)
+    steps = _profiled(loader.steps(start.step, run.total_steps), config, engine, run)
     run.enter("training", start.step + 1, limited=True)
     for step in steps:
         run.enter("training", step.number + 1, limited=True)
@@ -104,6 +83,14 @@ def train_steps(
             run.leave(done)
         if pause:
             meter.start()
+
+
+def _profiled(steps: Iterator[Step], config: TrainerConfig, engine: Engine, run: Run) -> Iterator[Step]:
+    if config.profile_step is None:
+        return steps
+    from verl.trainer.profile import profiled  # few runs need it
+
+    return profiled(steps, config.profile_step, engine.device, run)
 
 
 def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:

@@ -86,7 +86,6 @@ def train(config: PPOConfig) -> TrainResult:
         try:
             with run.stepping(roles.trained_weights), Saver(config.trainer, run, roles.actor, roles.critic) as saver:
                 train_loop(config, method, prompts, validation, roles, start, run, saver)
-                saver.finish()
         except Stopped:  # on every training process, after the same step
             roles.answerer.close()
             raise

@@ -76,8 +76,10 @@ def train(config: RewardTrainerConfig) -> TrainResult:
 
             run.enter("loading the checkpoint")
             restore.load(run.checkpoint, built.engine)
-        with run.stepping(built.engine.trained_weights):
-            train_loop(config.trainer, method.loss, loader, validation, built, start, run)
+        from verl.trainer.saving import Saver
+
+        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built) as saver:
+            train_loop(config.trainer, method.loss, loader, validation, built, start, run, saver)
         return run.result()
 
 

@@ -13,7 +13,7 @@ from verl.trainer.best import Best
 
 
 class Saver:
-    """Saves checkpoints, as a context manager. Every rank calls its methods, after the same steps.
+    """Saves checkpoints, as a context manager, at whose end the last one is waited for. Every rank calls its methods, after the same steps.
 
     Args:
         actor: the trained model.
@@ -34,8 +34,12 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._background is not None:
-            self._background.close()
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            if self._background is not None:
+                self._background.close()
 
     def check_metric(self, validated: Callable[[], Mapping[str, float]]) -> None:
         """Raise UserError if trainer.best_metric is none of the metrics of the validation; it is called only if one is named."""
