@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults test-vllm check format shape golden coverage clean
+.PHONY: help setup demo test faults soak test-vllm check format shape golden coverage clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -39,6 +39,9 @@ test: $(STAMP) ## Run the tests, a process for each of two cores; ARGS='-k name'
 
 faults: $(STAMP) ## Run the fault tests: kills, signals, dead and hung processes; minutes on two cores
 	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) tests/faults $(ARGS)
+
+soak: $(STAMP) ## Kill each trainer 1,000 times at random moments: each time, the same command goes on bit for bit; hours
+	KILLS=1000 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)

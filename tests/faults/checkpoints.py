@@ -9,6 +9,7 @@ from pathlib import Path
 import sft_runs
 from tiny import write_problems_and_model
 
+from verl.engine.damage import find_damage
 from verl.manifest import MANIFEST, Manifest, entries_of, find_files, read_manifest
 
 Damage = Callable[[Path], object]
@@ -50,6 +51,12 @@ def change_json(path: Path, **changes: object) -> None:
 
 def change_manifest(directory: Path, **changes: object) -> None:
     change_json(directory / MANIFEST, **changes)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Of all files of an undamaged checkpoint, but those that hold a path."""
+    assert find_damage(directory) is None
+    return {name: entry.sha256 for name, entry in read_manifest(directory).files.items() if not name.endswith(".metadata")}
 
 
 # Ways to damage any file

@@ -359,7 +359,7 @@ PAIRS: dict[str, tuple[object, str]] = {
     "D41 equal answers": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "no row is left to train"),
     "D41 one missing": ({"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
     "D41 null": ({"prompt": "a", "chosen": "b", "rejected": None}, "null"),
-    "D41 numbers in lists": ({"prompt": "a", "chosen": [1], "rejected": "c"}, "expected text or a list of messages"),
+    "D41 numbers in lists": ({"prompt": "a", "chosen": [1, 2], "rejected": "c"}, "expected text or a list of messages"),
     "a label in place of a pair": ({"prompt": "a", "completion": "b", "label": True}, "not a pair"),
     "JSON text with a duplicate key": (
         {"prompt": "a", "chosen": '[{"role": "user", "role": "user", "content": "x"}]', "rejected": "b"},
@@ -604,7 +604,7 @@ YAML: dict[str, tuple[str, str]] = {
         "more than",
     ),
     "an anchor that is missing": ("optim: *nothing\n", "not YAML"),
-    "two documents": ("optim: {lr: 1}\n---\noptim: {lr: 2}\n", "not YAML"),
+    "two documents": ("optim: {lr: 1}\n---\noptim: {lr: 2}\n", "second YAML document"),
     "not UTF-8": ("\udcff\udcfe", "cannot be read"),
     "NUL": ("optim:\n  lr: \0\n", "not YAML"),
     "an unknown section": ("optimm:\n  lr: 1\n", "unknown key 'optimm.lr'"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import sft_runs
 import torch
+from faults.checkpoints import hashes
 from runs import SFT, command, metrics_of, timeless
 from safetensors import SafetensorError
 from tiny import write_model, write_problems_and_model
@@ -24,7 +25,7 @@ from verl.engine.position import Position
 from verl.engine.scorers import TokenScorer
 from verl.engine.stored_state import StoredState
 from verl.errors import DiskError
-from verl.manifest import Manifest, read_manifest
+from verl.manifest import Manifest
 from verl.models.load import load_for_training
 from verl.models.saved import export_model
 from verl.trainer import fsdp_sft_trainer
@@ -42,12 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(folder: Path) -> Path:
     sft_runs.train(folder, "whole", **RUN)
     return folder / "whole"
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    """Of all files but those that hold a path."""
-    assert find_damage(directory) is None
-    return {name: entry.sha256 for name, entry in read_manifest(directory).files.items() if not name.endswith(".metadata")}
 
 
 # Named points of a save: a function, and whether the process is killed before or after its call. The second call is that of step 4.

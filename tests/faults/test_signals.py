@@ -91,7 +91,7 @@ def test_the_verification_of_a_checkpoint_is_left_at_once_and_the_checkpoint_sta
     argv = words(folder, tmp_path / "run", "trainer.total_training_steps=2")
     subprocess.run([sys.executable, *SFT, *argv], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     more = words(folder, tmp_path / "run", "trainer.total_training_steps=3")
-    with started([*SFT, *more], tmp_path / "work", fault="verl.engine.checkpoint:find_damage:sleep") as found:
+    with started([*SFT, *more], tmp_path / "work", fault="verl.engine.damage:find_damage:sleep") as found:
         found.wait_until_reached()
         found.send(number)
         check(found, 128 + number, "while verifying the checkpoints")
@@ -152,7 +152,7 @@ def test_without_a_checkpoint_the_code_is_that_of_the_signal(folder: Path, tmp_p
 @slow
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
 def test_saving_is_not_interrupted(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
-    fault, argv = "verl.engine.checkpoint:_write_manifest:sleep=3", words(folder, tmp_path / "run", "trainer.save_freq=3")
+    fault, argv = "verl.manifest:Manifest.write:sleep=3", words(folder, tmp_path / "run", "trainer.save_freq=3")
     with started([*SFT, *argv], tmp_path / "work", fault=fault) as found:
         found.wait_until_reached()
         found.send(number)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import rl_runs
 import sft_runs
+from faults.checkpoints import hashes
 from runs import timeless
 from tiny import write_problems_and_model
 
@@ -22,7 +23,6 @@ from verl.engine.draft import Draft
 from verl.engine.engine import Engine
 from verl.engine.stored_state import StoredState
 from verl.errors import DiskError, Stopped, UserError
-from verl.manifest import read_manifest
 
 RUN: dict[str, object] = {"trainer__total_training_steps": 4, "trainer__save_freq": 2}
 ASYNC: dict[str, object] = {**RUN, "trainer__async_save": "true"}
@@ -37,12 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sync(folder: Path) -> Path:
     sft_runs.train(folder, "sync", **RUN)
     return folder / "sync"
-
-
-def hashes(directory: Path, *, but: tuple[str, ...] = (".metadata",)) -> dict[str, str]:
-    """Of all files but those that hold a path."""
-    assert find_damage(directory) is None
-    return {name: entry.sha256 for name, entry in read_manifest(directory).files.items() if not name.endswith(but)}
 
 
 def same(found: Path, expected: Path, *steps: int) -> None:
