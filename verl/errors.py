@@ -104,7 +104,8 @@ def print_error(error: UserError) -> None:
     if rank == "0" if error.tells is None else error.tells:
         from verl.redaction import redact_text
 
-        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{redact_text(str(error))}", file=sys.stderr, flush=True)
+        place = "" if rank == "0" or isinstance(error, RankError) else f"rank {rank}: "  # a RankError names the ranks itself
+        print(f"error: {place}{redact_text(str(error))}", file=sys.stderr, flush=True)
 
 
 def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
