@@ -117,7 +117,7 @@ def test_a_users_error_of_one_rank_is_told_and_ends_all_with_code_2(rank: int, f
     ("fault", "call"),
     [
         ("verl.data.documents:load_documents:sleep=14", 1),
-        ("verl.models.load:load_for_training:sleep=14", 1),
+        ("verl.engine.build:build:sleep=14", 1),
         ("verl.manifest:Manifest.write:sleep=14", 1),
         ("verl.run:Run.log:sleep=14", 2),
         ("verl.run_loggers:RunLoggers.start:sleep=14", 1),
