@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from verl.rewards import _units
-from verl.rewards._reading import compact, read, vector
+from verl.rewards._decoration import compact
+from verl.rewards._reading import read, vector
 from verl.rewards._region import open_interval, region
 from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
 

@@ -13,8 +13,8 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 from math_verify import verify
 
+from verl.rewards._decoration import compact
 from verl.rewards._numbers import number
-from verl.rewards._reading import compact
 
 DIGITS = 40
 LARGEST_NUMBER = 200_000  # decimal digits of an integer that is still evaluated

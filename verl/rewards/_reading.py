@@ -11,14 +11,15 @@ from fractions import Fraction
 from functools import lru_cache
 
 from verl.rewards._brackets import depths, is_one_group, parts_of_bracket, split
+from verl.rewards._decoration import BEGINS_A_NUMBER, LONGEST, about, unwrapped
 from verl.rewards._numbers import number
 from verl.rewards._quantity import NO_UNIT, quantity, quantity_in_one_unit, sum_of_units
 from verl.rewards._region import region
-from verl.rewards._spelling import CURRENCY, plain
+from verl.rewards._spelling import plain
+from verl.rewards._times import clock, date
 from verl.rewards._units import unit
 from verl.rewards._value import Choice, Clock, Expression, Interval, Named, Quantity, Ratio, Several, Unlike, Value, Words
 
-LONGEST = 1000  # characters; what is longer is only compared as text
 DEEPEST = 6  # lists in lists
 _SAME_WORDS = {
     "n/a": "n/a",
@@ -71,41 +72,6 @@ _ALL_BUT = re.compile(
     r"(?: ?(?:\\|-) ?(?=\\\{)|,? (?:except|but|other than)(?: for)? (?:when )?)(.+)",
     re.IGNORECASE,
 )
-_MONTHS = "january february march april may june july august september october november december".split()
-_MONTH = "|".join(rf"{month}|{month[:3]}\.?" for month in _MONTHS) + r"|sept\.?"
-_WRAPPERS = (
-    ("**", "**"),
-    ("__", "__"),
-    ("*", "*"),
-    ("_", "_"),
-    ("`", "`"),
-    ('"', '"'),
-    ("'", "'"),
-    ("{", "}"),
-    ("<", ">"),
-)
-_BEGINS_A_NUMBER = r"(?=-?[.0-9]|\\(?:frac|sqrt|pi)(?![a-zA-Z])|" + CURRENCY + ")"
-_LABEL = re.compile(r"^(?:[Pp]art )?\(?(?:i{1,3}|iv|vi{0,3})\)[.:]? " + _BEGINS_A_NUMBER)  # `(ii) 5` is 5, the answer to a part
-_THEREFORE = re.compile(r"^(?:so|thus|hence|therefore|finally),? (?=\S)", re.IGNORECASE)
-_LEAD = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then)\b,? ?)?(?:the )?(?:(?:final|correct|right|best) )?(?:answer|result|solution|option|choice)s? ?"
-    r"(?:(?:is|are|=|:|would be|should be)(?: ?:)? ?|- (?=\S)|(?=\(?[A-Z]\)?(?:[.):]|$)|-?[0-9]))(?:(?:the )?(?:option|choice|answer)s? )?",
-    re.IGNORECASE,
-)
-# 答案是12, 故选B
-_CHINESE_LEAD = re.compile(
-    r"(?:所以|因此|故)?,? ?(?:最终|最后|最後|正确|正確)?的?答案(?:应该|應該)?(?:是|为|為|:)[: ]*|"
-    r"(?:故|应)?选(?:项|择)?[: ]{0,2}(?=\(?[A-Z])"
-)
-_ABOUT = re.compile(
-    r"(?:≈|~|大约|大約|约|約|about |nearly |almost |approximately |approx\.? |roughly |around |"
-    r"exactly |just |only |altogether[,:]? |in total[,:]? |a total of )\s*",
-    re.IGNORECASE,
-)
-_ABOUT_BEHIND = re.compile(
-    r"[ ,]+(?:or so|or thereabouts|approximately|approx\.?|roughly|more or less|exactly|each|in total|total|altogether|in all)",
-    re.IGNORECASE,
-)
 _LOWEST = re.compile(r"(?:at least|no less than|not less than|no fewer than|a minimum of|minimum) ", re.IGNORECASE)
 _HIGHEST = re.compile(r"(?:at most|no more than|not more than|no greater than|up to|a maximum of|maximum) ", re.IGNORECASE)
 _ABOVE = re.compile(r"(?:more than|greater than|larger than|over|above|exceeds) ", re.IGNORECASE)
@@ -119,26 +85,10 @@ _CHOICE = re.compile(r"\(?([A-Z])\)?[.:)]?|\[([A-Z])\]")
 # `(A) and (B)` is a list, `(a) - 5` a difference
 _CHOICE_WITH_CONTENT = re.compile(
     r"(?:\(([A-Z])\)[.:]?|([A-Z])[.):](?= )|([A-E]) (?=\(.+\)$)|(?:[Pp]art )?\(?([a-h])\)[.:]? "
-    + _BEGINS_A_NUMBER
+    + BEGINS_A_NUMBER
     + r")\s*(?!(?:and|or)\b|[,;&/])(\S.*)"
 )
-# What a parameter may be is no part of the answer: `\frac{\pi}{2}+k\pi, k \in \mathbb{Z}`
-_DOMAIN = re.compile(
-    r"(?<=[\w})]),? \(?(?:where |for (?:all |any |some )?|with )?[a-z] ?"
-    r"(?:∈ ?\\mathbb\{[NZ]\}|is (?:an?|any) (?:positive |non-negative )?integer)\)?$|"
-    r",? for (?:all |any |every |some )?integers? [a-z]$"
-)
-_CLOCK = re.compile(r"([01]?[0-9]|2[0-4]):([0-5][0-9])(?::([0-5][0-9]))? ?(?:([ap])\.? ?m\.?)?(?: ?(?:o'clock|hours))?", re.IGNORECASE)
-_HOUR = re.compile(r"(1[0-2]|0?[1-9]) ?(?:o'clock ?)?([ap])\.? ?m\.?", re.IGNORECASE)
 _RATIO = re.compile(r"([^:]+)(?::| to | out of | in (?:every )?)([^:]+?)(?::([^:]+))?")
-_DATES = (
-    re.compile(rf"(?P<month>{_MONTH}) (?P<day>[0-3]?[0-9])(?:st|nd|rd|th)?(?:,? (?P<year>[0-9]{{4}}))?", re.IGNORECASE),
-    re.compile(rf"(?P<day>[0-3]?[0-9])(?:st|nd|rd|th)?(?: of)? (?P<month>{_MONTH})(?:,? (?P<year>[0-9]{{4}}))?", re.IGNORECASE),
-    re.compile(r"(?P<year>[0-9]{4})[-/.](?P<month>[01]?[0-9])[-/.](?P<day>[0-3]?[0-9])"),
-    re.compile(r"(?P<month>0?[1-9]|1[0-2])[-/](?P<day>[0-3]?[0-9])[-/](?P<year>[0-9]{4})"),  # 12/25/2020
-    re.compile(r"(?P<day>[0-3]?[0-9])[-/.](?P<month>0?[1-9]|1[0-2])[-/.](?P<year>[0-9]{4})"),  # 25/12/2020, 25.12.2020
-)
-_NUMERIC_DATE = re.compile(r"[0-9]{1,4}[/.-][0-9]{1,2}[/.-][0-9]{2,4}")
 _RELATION = re.compile(r"<=|>=|!=|[=<>≈∈∉≡]")
 _DISTANCE = re.compile(r"\| ?([a-z]) ?([-+] ?[^|]+?)? ?\|")  # |x - 1|
 _SYMBOL = r"(?:\\[a-zA-Z]+|[A-Za-z])(?: ?_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
@@ -174,62 +124,17 @@ def read(text: str) -> Value | None:
     shown = plain(text[: 4 * LONGEST]) if len(text) <= 4 * LONGEST else text
     if len(shown) > LONGEST:
         return Words(shown)
-    return _read(_unwrapped(shown), 0)
-
-
-def compact(text: str) -> str:
-    """Return a text for comparison letter by letter: without spaces that mean nothing."""
-    return re.sub(r"(?<![0-9]) +| +(?![0-9])", "", _unwrapped(plain(text)) if len(text) <= LONGEST else text)
-
-
-def _unwrapped(text: str) -> str:
-    """Remove decoration and what leads to an answer: `**The answer is: 12.**` is `12`."""
-    before = None
-    while before != text:
-        before = text
-        text = _THEREFORE.sub("", text.strip(" →").rstrip("\\").strip(";:,").removesuffix("####").strip())
-        text = _DOMAIN.sub("", _LABEL.sub("", text.removeprefix("#")))
-        chinese = _CHINESE_LEAD.match(text)
-        text = text[chinese.end() :] if chinese and chinese.end() < len(text) else text
-        text = text.rstrip(".") if not text.endswith("..") else text
-        text = text.removeprefix("=").strip() if not text.startswith(("==", "=>")) else text
-        text = text.removesuffix("**").removeprefix("**") if text.count("**") == 1 else text
-        for begin, end in _WRAPPERS:
-            if text.startswith(begin) and text.endswith(end) and len(text) > len(begin) + len(end) and _encloses(text, begin, end):
-                text = text[len(begin) : -len(end)].strip()
-        lead = _LEAD.match(text)
-        text = text[lead.end() :] if lead and lead.end() < len(text) else text
-    return text
-
-
-def _encloses(text: str, begin: str, end: str) -> bool:
-    """Whether the first mark is closed by the last one, and not by one between."""
-    inner = text[len(begin) : -len(end)]
-    if begin != "{":
-        return begin not in inner
-    depth = 1
-    for character in re.sub(r"\\.", "  ", inner):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return False
-    return depth == 1
+    return _read(unwrapped(shown), 0)
 
 
 @lru_cache(maxsize=4096)
 def _read(text: str, depth: int) -> Value | None:
-    text = _about(text)
+    text = about(text)
     if not text:
         return None
     if depth > DEEPEST:
         return Words(_canonical(text))
     return next((value for reading in _READINGS if (value := reading(text, depth)) is not None), None)
-
-
-def _about(text: str) -> str:
-    match = _ABOUT.match(text)
-    text = text[match.end() :].strip() if match else text.strip()
-    behind = _ABOUT_BEHIND.search(text)
-    return text[: behind.start()] if behind and behind.end() == len(text) else text
 
 
 def _known_words(text: str, depth: int) -> Value | None:
@@ -292,28 +197,6 @@ def _choice(text: str, depth: int) -> Value | None:
     return Choice((match[1] or match[2] or match[3] or match[4]).upper(), content)
 
 
-def _date(text: str, depth: int) -> Value | None:
-    for pattern in _DATES:
-        match = pattern.fullmatch(text)
-        if match:
-            month = match["month"].casefold()
-            number_of_month = int(month) if month.isdigit() else next(i for i, name in enumerate(_MONTHS, 1) if name.startswith(month[:3]))
-            return Words(f"date {match['year'] or ''}-{number_of_month}-{int(match['day'])}")
-    return Words(f"date {text}") if _NUMERIC_DATE.fullmatch(text) else None
-
-
-def _clock(text: str, depth: int) -> Value | None:
-    match = _CLOCK.fullmatch(text)
-    if match:
-        hour, minute, second = int(match[1]), int(match[2]), int(match[3] or 0)
-        ratio = Ratio(tuple(Fraction(part) for part in match.groups()[:3] if part)) if (minute or second) and not match[4] else None
-        return Clock(60 * hour + minute + Fraction(second, 60), match[4] and match[4].casefold(), ratio)
-    if text.casefold() in ("noon", "midnight"):
-        return Clock(Fraction(720), "p" if text.casefold() == "noon" else "a", None)
-    match = _HOUR.fullmatch(text)
-    return Clock(Fraction(60 * int(match[1])), match[2].casefold(), None) if match else None
-
-
 def _ratio(text: str, depth: int) -> Value | None:
     match = _RATIO.fullmatch(text)
     parts = [part.strip() for part in match.groups() if part] if match else []
@@ -361,7 +244,7 @@ def _several(text: str, depth: int) -> Value | None:
     if not union and isinstance(stated := _sentence(text, depth), Named) and isinstance(stated.value, Quantity):
         return stated  # `Ann sold 5 clips in April and May`
     if union:
-        items = [_read(_unwrapped(part), depth + 1) for part in split(text, "∪")[0]]
+        items = [_read(unwrapped(part), depth + 1) for part in split(text, "∪")[0]]
         return Several("union", tuple(item for item in items if item is not None))
     if conditions := _conditions(parts, set(separators), depth):
         return conditions
@@ -378,7 +261,7 @@ def _several(text: str, depth: int) -> Value | None:
 
 def _conditions(parts: list[str], separators: set[str], depth: int) -> Value | None:
     """Read `x > 0 and x != 1` and `x < 1 or x > 2`: conditions for one variable. Behind a comma they hold together if they can."""
-    items = tuple(item for part in parts if isinstance(item := _read(_unwrapped(part), depth + 1), Interval | Unlike) and item.name)
+    items = tuple(item for part in parts if isinstance(item := _read(unwrapped(part), depth + 1), Interval | Unlike) and item.name)
     if len(items) < len(parts) or len({item.name for item in items}) > 1:
         return None
     if separators <= {"or", "∨", "或", "或者"}:
@@ -410,7 +293,7 @@ def _grouped_list(text: str, depth: int) -> Value | None:
 
 
 def _listed(parts: list[str], depth: int, decimal: Quantity | None, is_either: bool = False) -> Value | None:
-    items = [item for part in parts if (item := _read(_unwrapped(part), depth + 1)) is not None]
+    items = [item for part in parts if (item := _read(unwrapped(part), depth + 1)) is not None]
     if (
         is_either
         and len({item.share for item in items if isinstance(item, Quantity)}) == 1
@@ -455,7 +338,7 @@ def _bracketed(text: str, depth: int) -> Value | None:
     parts = parts_of_bracket(inner)
     if len(parts) == 1:
         return _single_in_bracket(begin, inner, depth)
-    items = tuple(item for part in parts if (item := _read(_unwrapped(part), depth + 1)) is not None)
+    items = tuple(item for part in parts if (item := _read(unwrapped(part), depth + 1)) is not None)
     if len(items) != len(parts):
         return None
     if braces:
@@ -604,7 +487,7 @@ def _sentence(text: str, depth: int) -> Value | None:
     match = _SENTENCE.fullmatch(text)
     if match and _NEGATION.search(match[1]):  # `Ann has not sold 5`
         return None
-    value = _read(_unwrapped(match[2]), depth + 1) if match else None
+    value = _read(unwrapped(match[2]), depth + 1) if match else None
     if match is None or value is None or (isinstance(value, Words) and not _SAYS_WHAT.search(text[: match.start(2)])):
         return None
     return Named(_name(match[1]), value)
@@ -623,6 +506,6 @@ def _canonical(text: str) -> str:
 
 
 _READINGS: tuple[Callable[[str, int], Value | None], ...] = (
-    _known_words, _all_but, _bounded, _choice, _date, _clock, _bracketed, _point, _several, _relation, _plus_or_minus,
+    _known_words, _all_but, _bounded, _choice, date, clock, _bracketed, _point, _several, _relation, _plus_or_minus,
     _read_quantity, _ratio, _sentence, _expression, _words,
 )  # fmt: skip

@@ -9,8 +9,9 @@ from collections import deque
 from typing import Any, Literal
 
 from verl.rewards import _statement
+from verl.rewards._decoration import LONGEST
 from verl.rewards._equality import equal
-from verl.rewards._reading import LONGEST, read
+from verl.rewards._reading import read
 from verl.rewards._spelling import plain
 from verl.rewards._value import Choice, Named, Quantity, Several, Value, Words
 

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from verl.errors import UserError
 from verl.rewards import _statement
+from verl.rewards._decoration import LONGEST, compact
 from verl.rewards._equality import equal
 from verl.rewards._judge import Judge
-from verl.rewards._reading import LONGEST, compact, read
+from verl.rewards._reading import read
 from verl.rewards._statement import Statement
 from verl.rewards._value import Named, Several, Value, Words
 
