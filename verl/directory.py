@@ -20,7 +20,7 @@ import yaml
 from verl import dist
 from verl.config.shared import RunConfig, TrainerConfig
 from verl.config.trajectory import CONTENT, MODEL, Change, changes, kind_of, values_of
-from verl.durable import flush, replace_text
+from verl.durable import UNFINISHED, flush, replace_text
 from verl.errors import UserError
 from verl.lock import Lock, LockedError, take
 
@@ -265,7 +265,7 @@ def _claimed(directory: Path, purpose: str) -> Claimed:
 def _sweep(directory: Path) -> None:
     """Remove what a killed run has left besides checkpoints. The directory is locked, so nobody uses it."""
     for path in directory.iterdir():
-        if _MARK.fullmatch(path.name) or path.name in (f"{METRICS}.tmp", f"{CONFIG}.tmp", "trainer_state.json.tmp"):
+        if _MARK.fullmatch(path.name) or UNFINISHED.fullmatch(path.name) or path.name == "best.tmp":
             path.unlink(missing_ok=True)
 
 

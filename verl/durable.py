@@ -1,7 +1,10 @@
 """Atomic and durable file writes. None of them follows a link, so a link in a shared directory cannot send a write elsewhere."""
 
 import os
+import re
 from pathlib import Path
+
+UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # what replace_text writes, and leaves behind if it is killed
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 

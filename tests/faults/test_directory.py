@@ -26,6 +26,7 @@ from verl.config.load import load_config
 from verl.config.objects import _leaves, _tree
 from verl.config.sft import SFTConfig
 from verl.directory import begin_files, claim, recorded_settings, settings_of
+from verl.durable import replace_text
 from verl.errors import UserError
 from verl.lock import LockedError, Owner, take
 from verl.manifest import entry_of
@@ -430,13 +431,26 @@ def test_the_lock_of_a_killed_run_is_taken_over_after_the_first_line(
     directory = copied("killed")
     dead = replace(Owner.this_process("training"), pid=2**22 + 1)
     (directory / "lock").write_text(json.dumps(asdict(dead)))
-    for name in ("." + "0" * 32, "." + "f" * 32, "metrics.jsonl.tmp"):
+    for name in ("." + "0" * 32, "." + "f" * 32, "best.tmp", "notes.tmp"):
         (directory / name).touch()
+    for name in ("metrics.jsonl", "config.yaml", "latest_checkpointed_iteration.txt", "trainer_state.json", "best.json"):
+        killed_while_replacing(directory / name)
+    assert len(list(directory.glob("*.tmp"))) == 7
     run(folder, directory.name)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("resuming from") and said[1].startswith(f"took over {directory}/lock from process {2**22 + 1}")
     left = {path.name for path in directory.iterdir()}
-    assert left == {path.name for path in (folder / "whole").iterdir()}, "marks and temporary files are swept, and the lock is gone"
+    expected = {path.name for path in (folder / "whole").iterdir()} | {"notes.tmp"}
+    assert left == expected, "marks and temporary files are swept but not a user's own, and the lock is gone"
+
+
+def killed_while_replacing(path: Path) -> None:
+    """Leave what a process leaves that is killed after it has written the new file, before the new one takes the old one's place."""
+    process = os.fork()
+    if process == 0:
+        os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
+        replace_text(path, "half")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
 
 
 @pytest.mark.faults
