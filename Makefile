@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults soak test-vllm check format shape golden coverage clean
+.PHONY: help setup demo test learning faults soak test-vllm check format shape golden coverage clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -37,8 +37,11 @@ demo: $(STAMP) ## Train a small model from nothing and prove that it learned; of
 test: $(STAMP) ## Run the tests, a process for each of two cores; ARGS='-k name' picks some, JOBS=8 takes more processes, JOBS=0 this one
 	$(BIN)/python -m pytest $(IN_PROCESSES) $(ARGS)
 
+learning: $(STAMP) ## Run the tests that train for minutes: PPO, GRPO and the demo learn from several seeds
+	$(BIN)/python -m pytest -m learning $(IN_PROCESSES) $(ARGS)
+
 faults: $(STAMP) ## Run the fault tests: kills, signals, dead and hung processes; minutes on two cores
-	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) tests/faults $(ARGS)
+	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) $(ARGS)
 
 soak: $(STAMP) ## Kill each trainer 1,000 times at random moments: each time, the same command goes on bit for bit; hours
 	KILLS=1000 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a model directory")
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with question and answer")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--every", type=int, default=20, help="steps from one save to the next: more than are done while one is written, for a save waits for the one before")
+    parser.add_argument("--every", type=int, default=20, help="steps between saves; while one is written, another waits")
     parser.add_argument("--rows", type=int, default=16, help="rows of a step")
     parser.add_argument("--work", type=Path, help="where checkpoints are written; a temporary directory by default")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")

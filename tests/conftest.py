@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _skip(items, "gpu", _no_gpu)
-    _skip(items, "learning", lambda: None if "learning" in config.getoption("-m") else "takes minutes: pytest -m learning")
+    _skip(items, "learning", lambda: None if "learning" in config.getoption("-m") else "takes minutes: make learning")
     _skip(items, "faults", lambda: None if "faults" in config.getoption("-m") else "takes minutes: make faults")
     _skip(items, "vllm", lambda: None if importlib.util.find_spec("vllm") else "needs vLLM: make test-vllm")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engines import relative
-from places import torchrun
+from places import run_ranks
 from ranks.methods import ANSWERS, CUTS, METHODS, PAIR_CUTS, PAIRED, POLICIES, batches, engine_of, fields_of_answers, gradient
 from tiny import write_model
 from torch import Tensor
@@ -73,7 +73,7 @@ class MeanOfMeans:
 @pytest.fixture(scope="module")
 def of_two_processes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     saved = tmp_path_factory.mktemp("saved") / "found.pt"
-    torchrun("methods.py", model, saved)
+    run_ranks("methods.py", model, saved)
     found: dict[str, dict[str, Tensor]] = torch.load(saved, weights_only=True)
     return found
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from decided import SHORT_RUN, decided
-from places import torchrun
+from places import run_ranks
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import nn
 
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_two_and_on_one(tmp_path: Path)
     model = write_model(tmp_path / "model", qwen2_config(hidden_size=128, intermediate_size=256, vocab_size=513))
     results = {}
     for processes, name in ((2, "two"), (1, "one")):
-        torchrun("compact_adamw.py", model, tmp_path, name, processes=processes)
+        run_ranks("compact_adamw.py", model, tmp_path, name, processes=processes)
         results[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert results["two"]["resumed"] == results["two"]["whole"]
     assert results["two"]["codes"] > 10

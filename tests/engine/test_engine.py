@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engines import engine_of, gradient, largest_difference, relative
-from places import torchrun
+from places import run_ranks
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,17 +131,17 @@ def test_the_mean_of_micro_batch_means_is_another_gradient(model_path: Path, pla
 
 def test_two_processes_give_the_same_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
     for processes in (1, 2):
-        saved = gradient_under_torchrun(processes, model_path, tmp_path / f"{processes}.pt", wrong=False)
+        saved = gradient_on_ranks(processes, model_path, tmp_path / f"{processes}.pt", wrong=False)
         assert relative(saved, plain_gradient) < 1e-5
 
 
 def test_the_mean_over_ranks_is_another_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
     """Negative control: each rank divides by its own tokens and FSDP takes the mean."""
-    assert relative(gradient_under_torchrun(2, model_path, tmp_path / "wrong.pt", wrong=True), plain_gradient) > 1e-2
+    assert relative(gradient_on_ranks(2, model_path, tmp_path / "wrong.pt", wrong=True), plain_gradient) > 1e-2
 
 
-def gradient_under_torchrun(processes: int, model_path: Path, saved: Path, *, wrong: bool) -> Tensor:
-    torchrun("gradient.py", model_path, saved, "wrong" if wrong else "right", processes=processes)
+def gradient_on_ranks(processes: int, model_path: Path, saved: Path, *, wrong: bool) -> Tensor:
+    run_ranks("gradient.py", model_path, saved, "wrong" if wrong else "right", processes=processes)
     return torch.load(saved, weights_only=True)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import torchrun
+from places import run_ranks
 from tiny import write_problems_and_model
 
 IN_BFLOAT16 = "adapters whose base scored first"
@@ -15,7 +15,7 @@ KINDS = ["all", "adapters", "adapters that drop", "an adapter to go on from", IN
 def run(processes: int, folder: Path) -> dict[str, Any]:
     output = folder / str(processes)
     output.mkdir()
-    torchrun("never_whole.py", folder / "model", output, processes=processes)
+    run_ranks("never_whole.py", folder / "model", output, processes=processes)
     found: dict[str, Any] = torch.load(output / "found.pt", weights_only=True)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from decided import decided
-from places import ROOT, torchrun
+from places import ROOT, run_ranks
 from tiny import qwen2_config, write_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
@@ -49,7 +49,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(processes: int, model_path: Path, folder: Path) -> dict[str, Any]:
-    torchrun("spread.py", model_path, folder, processes=processes)
+    run_ranks("spread.py", model_path, folder, processes=processes)
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
     return found
 

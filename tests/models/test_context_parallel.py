@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engines import relative
-from places import torchrun
+from places import run_ranks
 from ranks.context import CASES, Results, results
 from runs import SFT, Metrics, command, losses, metrics_of
 from sft_runs import words
@@ -70,7 +70,7 @@ def test_each_process_has_the_key_heads_of_its_query_heads(query: int, key_value
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each case's results by two processes that share each micro-batch, and those without an exchange."""
     folder = tmp_path_factory.mktemp("two")
-    torchrun("context.py", folder, *CASES)
+    run_ranks("context.py", folder, *CASES)
     found: dict[str, Any] = torch.load(folder / "found.pt")
     return found
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
-from places import ROOT, torchrun
+from places import ROOT, run_ranks
 from ranks import train_adapters
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, RandomDocuments, qwen2_config, write_model
@@ -476,7 +476,7 @@ def test_4_bits_without_the_library_name_the_extra(tied: Path, monkeypatch: pyte
 def test_two_processes_train_save_and_resume_as_one(tied: Path, tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tied)
     train_adapters.main(str(tied), str(tmp_path / "1"))
-    torchrun("train_adapters.py", tied, tmp_path / "2")
+    run_ranks("train_adapters.py", tied, tmp_path / "2")
     one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("1", "2"))
     for dropout in ("0.0", "0.1"):
         assert two[f"resumed {dropout}"] == two[f"gone on {dropout}"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import ROOT, torchrun
+from places import ROOT, run_ranks
 from tiny import write_model, write_problems_and_model
 from torch import Tensor
 
@@ -262,7 +262,7 @@ def test_a_run_with_lion_resumes_bit_for_bit(folder: Path) -> None:
 
 
 def test_lion_trains_and_resumes_on_two_processes_as_copies_and_as_shards(tmp_path: Path) -> None:
-    torchrun("own_optimizer.py", write_model(tmp_path / "model"), tmp_path, LION)
+    run_ranks("own_optimizer.py", write_model(tmp_path / "model"), tmp_path, LION)
     found = json.loads((tmp_path / "found.json").read_text())
     for strategy in ("ddp", "fsdp2"):
         assert found[strategy]["resumed"] == found[strategy]["whole"]

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from types import ModuleType
 
 import pytest
-from places import ROOT
+from places import ROOT, run_ranks
 from tiny import qwen2_config
 
 from verl.plan import memory
@@ -68,10 +68,10 @@ def test_a_gpu_has_room_for_the_longest_document_and_the_smallest_group_of_shard
 @functools.cache
 def counted_in_step(ranks: int, *, tokens: int = 480) -> dict[str, int]:
     """Calls and bytes of each collective, with at most so many tokens in a micro-batch."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    script = [sys.executable, str(ROOT / "tests" / "ranks" / "bytes_of_step.py"), str(ranks), str(tokens)]
-    done = subprocess.run(script, env=environment, check=True, capture_output=True, text=True)
-    counted: dict[str, int] = json.loads(done.stdout)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "counted.json"
+        run_ranks("bytes_of_step.py", ranks, tokens, file, processes=1)
+        counted: dict[str, int] = json.loads(file.read_text())
     return counted
 
 

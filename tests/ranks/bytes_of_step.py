@@ -1,11 +1,12 @@
 """Run by test_scaling: what FSDP2 hands to its collectives in one step, on the first of N processes; the others are imagined.
 
-bytes_of_step.py N TOKENS, with at most so many tokens in a micro-batch.
+bytes_of_step.py N TOKENS FILE, with at most so many tokens in a micro-batch.
 """
 
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,15 +41,16 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(ranks: int, tokens: int) -> None:
+def main(ranks: int, tokens: int, file: str) -> None:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     model = Qwen2ForCausalLM._from_config(qwen2_config(tie_word_embeddings=False), attn_implementation=PACKED)
     engine = Engine(TokenScorer(model), OptimConfig(), total_steps=1, device=torch.device("cpu"), compute_dtype=torch.bfloat16)
     batches = micro_batches(RandomDocuments(8), np.arange(8), Packing(1, tokens), rank=0, world_size=ranks)
     with Counting(ranks) as counting:
         engine.backward(batches, sft)
-    print(json.dumps({"micro_batches": len(batches), "parameters": model.num_parameters(), **counting.counted}))
+    found = {"micro_batches": len(batches), "parameters": model.num_parameters(), **counting.counted}
+    Path(file).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,4 +1,4 @@
-"""Run by test_compact_adamw under torchrun: train, save, train on; then resume from what was saved. On one process: only resume."""
+"""Run by test_compact_adamw: train, save, train on; then resume from what was saved. On one process: only resume."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Gradients and losses of tiny models whose documents are spread over the processes. Run under torchrun by test_context_parallel,
+"""Gradients and losses of tiny models whose documents are spread over the processes. Run on several ranks by test_context_parallel,
 which calls `results` by itself for what one process gives."""
 
 import sys

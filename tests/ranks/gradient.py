@@ -1,4 +1,4 @@
-"""Run under torchrun by test_engine: the gradient of eight documents spread over the ranks, saved by rank 0."""
+"""Run on several ranks by test_engine: the gradient of eight documents spread over the ranks, saved by rank 0."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Each method's loss with a scorer and a batch for it, cut up in several ways, on one process or several. For test_algorithms.
 
-Under torchrun it saves every method's gradient: methods.py MODEL FILE, the processes first taking other rows, then parts of the same.
+On several ranks it saves every method's gradient: methods.py MODEL FILE, the processes first taking other rows, then parts of the same.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_never_whole: every kind of model from its files to an engine; rank 0 saves weights and first losses.
+"""Run on several ranks by test_never_whole: every kind of model from its files to an engine; rank 0 saves weights and first losses.
 
 Four processes hold two copies of the weights, each in two shards, and none of them may read a model whole.
 """

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_examples: training with an optimizer of one's own, whole and resumed: own_optimizer.py MODEL FOLDER FILE."""
+"""Run on several ranks by test_examples: training with an optimizer of one's own, whole and resumed: own_optimizer.py MODEL FOLDER FILE."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_spread: one training, its weights spread in several ways; rank 0 saves what came of each."""
+"""Run on several ranks by test_spread: one training, its weights spread in several ways; rank 0 saves what came of each."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_lora: adapters trained, saved, resumed and written by several processes; rank 0 keeps the losses."""
+"""Run on several ranks by test_lora: adapters trained, saved, resumed and written by several processes; rank 0 keeps the losses."""
 
 import json
 import sys

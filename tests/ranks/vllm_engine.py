@@ -1,4 +1,4 @@
-"""Run under torchrun by test_rollout_vllm: vllm_engine.py MODEL FILE. Each process has an engine and answers prompts of its own, then
+"""Run under torchrun by test_vllm: vllm_engine.py MODEL FILE. Each process has an engine and answers prompts of its own, then
 with new weights; rank 0 saves how far log-probabilities are from the trainer's, on all ranks."""
 
 import json

@@ -2,7 +2,7 @@
 
 The problems are the demo's, answered with a calculator, so that fine-tuning takes seconds. It is stopped early, and of most two-step
 answers it has seen the end written so that the grader does not read it: what is left to learn is to calculate better, and to answer as is
-asked for. One seed runs with all tests; `pytest -m learning` runs the others.
+asked for. GRPO runs with all tests, from one seed; `make learning` runs the others and more seeds.
 """
 
 import json
@@ -107,11 +107,13 @@ def test_grpo_raises_exact_match_by_a_fifth(start: Start) -> None:
     assert start.after("grpo", GRPO) >= start.exact_match + 0.20
 
 
+@pytest.mark.learning
 @pytest.mark.timeout(600)
 def test_ppo_with_a_critic_raises_it_by_a_seventh(start: Start) -> None:
     assert start.after("ppo", PPO) >= start.exact_match + 0.15
 
 
+@pytest.mark.learning
 @pytest.mark.timeout(600)
 def test_at_a_learning_rate_far_too_high_it_falls(start: Start) -> None:
     assert start.after("wild", f"{GRPO} {FAR_TOO_HIGH} trainer.total_training_steps=5") < start.exact_match

@@ -1,6 +1,6 @@
 """Reinforcement learning raises exact match on the demo's own problems, from an early checkpoint of the demo's own model.
 
-Ten minutes a seed on two cores, so only `pytest -m learning` runs it; tests/test_ppo_learning.py shows the same in a minute on
+Ten minutes a seed on two cores, so only `make learning` runs it; tests/test_ppo_learning.py shows the same in a minute on
 an easier task. With `-s` it tells where each run began and ended, and in how many seconds.
 """
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from places import torchrun
+from places import ROOT, TESTS
+from runs import command
 from served import PROMPTS, STOP_IDS, largest_difference, move, tokenizer_of, trained_model, write_served_model
 from tiny import write_problems_and_model
 
@@ -175,7 +176,9 @@ def test_what_does_not_fit_is_said(path: Path, rollout: VllmRollout) -> None:
 @marked
 def test_under_torchrun_each_process_has_an_engine_of_its_own(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "differences.json"
-    torchrun("vllm_engine.py", path, file, timeout=300)
+    env = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS)))}
+    done = command(TESTS / "ranks" / "vllm_engine.py", path, file, processes=2, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     for before, stale, after in json.loads(file.read_text()):
         assert before < CLOSE and after < CLOSE and stale > 0.1
 

@@ -154,6 +154,7 @@ def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loa
     assert not list(tmp_path.rglob("run/.*"))
 
 
+@pytest.mark.faults
 def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_process: list[float]) -> None:
     output = folder / "signalled"
     with nodes(2, *words(folder, output, f"trainer.logger={folder / 'paced.py'}")) as agents:
@@ -168,6 +169,7 @@ def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_pr
     assert losses(metrics_of(output)) == pytest.approx(one_process, rel=1e-5)
 
 
+@pytest.mark.faults
 def test_no_process_leaves_before_the_first_ones_loggers_are_finished(folder: Path) -> None:
     """torchrun ends those that are left: without a wait, the first process among them."""
     output = folder / "logged"
@@ -207,6 +209,7 @@ def slurm_job(folder: Path, output: Path, *more: str, restarts: int) -> Iterator
         job.kill()
 
 
+@pytest.mark.faults
 def test_a_slurm_job_saves_at_a_signal_goes_back_into_the_queue_and_goes_on(folder: Path, one_process: list[float], tmp_path: Path) -> None:
     output, requeued = tmp_path / "run", tmp_path / "requeued"
 
