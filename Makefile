@@ -43,8 +43,8 @@ learning: $(STAMP) ## Run the tests that train for minutes: PPO, GRPO and the de
 faults: $(STAMP) ## Run the fault tests: kills, signals, dead and hung processes; minutes on two cores
 	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) $(ARGS)
 
-soak: $(STAMP) ## Kill each trainer 1,000 times at random moments: each time, the same command goes on bit for bit; hours
-	KILLS=1000 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)
+soak: $(STAMP) ## Kill the trainers 1,000 times at random moments: each time, the same command goes on bit for bit; an hour or more
+	KILLS=250 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)

@@ -448,7 +448,7 @@ def killed_while_replacing(path: Path) -> None:
     """Leave what a process leaves that is killed after it has written the new file, before the new one takes the old one's place."""
     process = os.fork()
     if process == 0:
-        os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
+        os.replace = lambda *_: os._exit(9)
         replace_text(path, "half")
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
 

@@ -1,6 +1,6 @@
 """Kills at random moments: the same command goes on, and in the end weights, optimizer and metrics are those of a run without kills.
 
-`make soak` does the same with 1,000 kills for each trainer.
+`make soak` does the same with 1,000 kills in all.
 """
 
 import json
