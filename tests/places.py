@@ -1,7 +1,6 @@
 """Folders that tests name, and scripts of tests/ranks on several processes."""
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import runpy
 import socket
@@ -9,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -22,39 +22,41 @@ _FORKS.set_forkserver_preload(
 )
 
 
-def run_ranks(script: str, *words: object, processes: int = 2, timeout: float = 200) -> None:
-    """Run a script of tests/ranks on so many processes, one core each, with torchrun's environment variables.
+def run_ranks(*program: object, processes: int = 2, timeout: float = 200) -> str:
+    """Run a program on so many processes, one core each, with torchrun's environment variables.
 
-    It fails with what was printed if one of them does.
+    Args:
+        program: the name of a script of tests/ranks, or "-m" and a module, and its words.
+    Returns:
+        What was printed, rank after rank.
     """
+    name, *words = map(str, program)
+    argv = [name, *words] if name == "-m" else [str(TESTS / "ranks" / name), *words]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {
-        "WORLD_SIZE": processes,
-        "LOCAL_WORLD_SIZE": processes,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-    }
-    argv = [str(TESTS / "ranks" / script), *map(str, words)]
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": probe.getsockname()[1],
+            "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes,
+        }
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(processes)]
-        ranks = [
-            _FORKS.Process(target=_run_rank, args=(argv, {**variables, "RANK": rank, "LOCAL_RANK": rank}, logs[rank]))
-            for rank in range(processes)
-        ]
+        places = [{**meeting, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1} for rank in range(processes)]
+        ranks = [_FORKS.Process(target=_run_rank, args=(argv, *of_rank)) for of_rank in zip(places, logs, strict=True)]
         for rank in ranks:
             rank.start()
         deadline = time.monotonic() + timeout
-        while any(rank.exitcode is None for rank in ranks) and not any(rank.exitcode for rank in ranks) and time.monotonic() < deadline:
-            multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.exitcode is None], timeout=1)
+        while (running := [rank.sentinel for rank in ranks if rank.exitcode is None]) and time.monotonic() < deadline:
+            wait(running, timeout=1)
+            if any(rank.exitcode for rank in ranks):
+                deadline = min(deadline, time.monotonic() + 10)  # the others may say why they end
         for rank in ranks:
-            rank.join(10 if any(other.exitcode for other in ranks) else 0)  # the others may say why they end
             rank.kill()
             rank.join()
-        codes = [rank.exitcode for rank in ranks]
-        assert not any(codes), f"exit codes {codes} of {argv}\n" + "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
+        codes, texts = [rank.exitcode for rank in ranks], [log.read_text() if log.exists() else "" for log in logs]
+    assert not any(codes), f"exit codes {codes} of {argv}\n" + "\n".join(text[-3000:] for text in texts)
+    return "".join(texts)
 
 
 def _run_rank(argv: list[str], variables: Mapping[str, object], log: Path) -> None:
@@ -62,5 +64,8 @@ def _run_rank(argv: list[str], variables: Mapping[str, object], log: Path) -> No
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update({name: str(value) for name, value in variables.items()})
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    sys.argv = argv if argv[0] != "-m" else argv[1:]
+    if argv[0] == "-m":
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")

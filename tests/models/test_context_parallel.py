@@ -128,9 +128,7 @@ def plain(folder: Path) -> Metrics:
 def shared(folder: Path, plain: Metrics) -> str:
     """Two pairs of processes go on from the second step of one; each pair has rows of its own, and shares them. What they say."""
     arguments = [*goes_on(folder, "shared", "plain", 2), "model.context_parallel_size=2"]
-    done = command(*SFT, *arguments, processes=4)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_ranks(*SFT, *arguments, processes=4)
 
 
 def assert_same_run(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from decided import decided
 from engines import engine_of
+from places import run_ranks
 from reward_models import scores_of_transformers
-from runs import REWARD, as_words, command, metrics_of, timeless
+from runs import REWARD, as_words, metrics_of, timeless
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -154,8 +155,7 @@ def test_two_processes_train_as_one_does(folder: Path) -> None:
     )
     alone = [word.replace("two-dpo", "one-dpo") for word in argv]
     reward_trainer.main(alone)
-    done = command(*REWARD, *argv, processes=2)
-    assert done.returncode == 0, done.stderr
+    run_ranks(*REWARD, *argv)
     for one, two in zip(*(timeless(metrics_of(folder / run)) for run in ("one-dpo", "two-dpo")), strict=True):
         assert two == {key: pytest.approx(value, rel=1e-3, abs=2e-4) for key, value in one.items()}
 
