@@ -60,8 +60,8 @@ def test_after_a_step_the_working_copies_are_the_new_masters_rounded(model_path:
         assert copy.grad is None and master.grad is None
 
 
-def test_every_master_moves_at_a_learning_rate_of_one_in_a_million_beside_copies_in_bfloat16(model_path: Path) -> None:
-    engine = engine_of(model_path, lr=1e-6)
+def test_every_master_moves_at_a_learning_rate_of_one_in_a_million_beside_copies_in_bfloat16(tmp_path: Path) -> None:
+    engine = engine_of(write_model(tmp_path, dtype=torch.bfloat16), lr=1e-6)
     before = [p.detach().clone() for p in engine.trained]
     for step in range(3):
         engine.train_step(micro_batches(RandomDocuments(), ROWS, WHOLE), sft, step)
