@@ -44,6 +44,13 @@ def write_problems_and_model(folder: Path, train_rows: int = 80, test_rows: int 
     return folder
 
 
+def unequal_documents() -> list[Document]:
+    """Eight documents of 3 to 300 tokens. Of the first one, a single token is trained."""
+    random = np.random.default_rng(3)
+    lengths = (3, 300, 17, 5, 120, 64, 200, 9)
+    return [(random.integers(0, VOCABULARY, n).astype(np.int32), np.arange(n) >= (2 if n == 3 else random.integers(1, n))) for n in lengths]
+
+
 class RandomDocuments:
     """Documents of random tokens, the last half of each trained."""
 

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,23 @@ def test_rows_with_nothing_left_to_train_are_dropped_and_counted(tmp_path: Path)
     assert "1 dropped (1 without a trained token within data.max_length)" in str(loaded.report)
     error = error_of(tmp_path, path, max_length=prompt, truncation="right")
     assert "no row is left to train: rows 9 read, 0 used" in error.what
+    # The wrong way: the row is kept, and its loss is 0 / 0.
+    whole = load(tmp_path, path)
+    assert not whole.document(8)[1][: prompt + 5].any() and all(trained > 0 for trained in loaded.trained_N)
+
+
+@pytest.mark.parametrize("limit", [30, 60, 8192])
+def test_every_row_is_used_or_counted_among_the_dropped(limit: int, tmp_path: Path) -> None:
+    rows = [*ROWS, {"question": "a " * 40, "answer": "b"}]
+    report = load(tmp_path, write(tmp_path / "train.jsonl", rows), max_length=limit, truncation="right").report
+    dropped = 1 if limit < 8192 else 0
+    assert (unaccounted(report), sum(report.dropped.values())) == (0, dropped)
+    assert f"rows 9 read, {9 - dropped} used" in str(report) and f"{dropped} dropped" in str(report)
+    assert unaccounted(replace(report, used=8, dropped={})) == 1, "a row that is dropped without a count would not be seen"
+
+
+def unaccounted(report: Report) -> int:
+    return report.read - report.used - sum(report.dropped.values())
 
 
 def test_the_first_token_of_a_document_is_never_predicted(tmp_path: Path) -> None:

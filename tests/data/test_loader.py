@@ -1,14 +1,22 @@
 """Row order, packing and batches, without a model."""
 
+import random
+from itertools import islice
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tiny import RandomDocuments
 
-from verl.data.loader import Loader, Packing, describe_steps, describe_untrained, row_order
+from verl.data.loader import AHEAD, Loader, Packing, Step, describe_steps, describe_untrained, row_order
 from verl.data.pack import collate, pack, pad_groups
 
 WORLD_SIZES = (1, 2, 4, 8)
+
+
+def rows_of(step: Step) -> list[int]:
+    return [int(i) for batch in step.micro_batches for i in batch.sample_ids_S if i >= 0]
 
 
 def rows_of_step(loader: Loader, number: int) -> set[int]:
@@ -43,6 +51,45 @@ def test_an_epoch_takes_every_row_once_and_the_next_in_another_order() -> None:
     for epoch in epochs:
         assert sorted(row for step in epoch for row in step) == list(range(50))
     assert epochs[0] != epochs[1]
+
+
+def test_a_run_that_resumes_within_a_later_epoch_takes_the_rows_of_that_epoch() -> None:
+    epoch = loaders(1)[0].steps_per_epoch
+    log = [rows_of(step) for step in loaders(1)[0].steps(0, 3 * epoch)]
+    middle = 2 * epoch + 2
+    assert [rows_of(step) for step in loaders(1)[0].steps(middle, 3 * epoch)] == log[middle:]
+    assert log[2:epoch] != log[middle:], "the order of the first epoch once more would not be seen"
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_three_interruptions_of_an_epoch_lose_and_repeat_no_row(world_size: int) -> None:
+    """Each time, steps that were prepared ahead have not been trained."""
+
+    def trained(*spans: tuple[int, int]) -> list[int]:
+        rows = []
+        for loader in loaders(world_size):
+            for start, stop in spans:
+                steps: Any = loader.steps(start, loader.steps_per_epoch)
+                rows += [row for step in islice(steps, stop - start) for row in rows_of(step)]
+                steps.close()
+        return sorted(rows)
+
+    assert trained((0, 1), (1, 2), (2, 4), (4, 5)) == list(range(50))
+    assert trained((0, 1), (1 + AHEAD, 5)) != list(range(50)), "going on behind what was prepared would not be seen"
+    assert trained((0, 2), (1, 5)) != list(range(50)), "a repeated step would not be seen"
+
+
+def test_preparing_steps_draws_no_random_numbers_that_training_draws_too() -> None:
+    """So that a resumed run, which does not prepare the steps before, has the dropout of the uninterrupted one."""
+
+    def states() -> list[object]:
+        return [torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()]
+
+    before = states()
+    list(loaders(1)[0].steps(0, 7))
+    assert states() == before
+    torch.randperm(50)  # as a sampler does
+    assert states() != before
 
 
 def test_row_order_depends_on_seed_and_epoch_alone() -> None:
@@ -123,3 +170,12 @@ def test_padding_adds_untrained_tokens_behind_each_document() -> None:
     second = (np.array([8, 9], dtype=np.int32), np.array([False, True]))
     batch = collate([first, second], [0, 1], pad=True)
     assert batch.cu_seqlens.tolist() == [0, 3, 6] and batch.loss_mask_T.tolist() == [True, True, False, True, False, False]
+
+
+def test_an_end_token_with_the_id_of_the_padding_is_trained() -> None:
+    """The id is 0, which fills padded rows, too."""
+    first = (np.array([5, 6, 0], dtype=np.int32), np.array([False, True, True]))
+    second = (np.array([7, 0], dtype=np.int32), np.array([False, True]))
+    batch = collate([first, second], [0, 1], pad=True)
+    assert batch.target_T[batch.trained_M].tolist() == [6, 0, 0]
+    assert batch.target_T[batch.loss_mask_T & (batch.target_T != 0)].tolist() == [6], "a mask by id would not be seen"

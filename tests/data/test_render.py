@@ -1,6 +1,7 @@
 """Chats to tokens: I4, trained tokens are exactly the assistant's text and its stop token; I8, text never becomes a control token."""
 
 import functools
+import itertools
 import json
 import random
 import unicodedata
@@ -8,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import families
+import numpy as np
 import pytest
 from places import SHARED
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from verl.data.chat import ChatInput
+from verl.data.pack import Document, collate
 from verl.data.render import Rendered, Renderer
 from verl.errors import UserError
 
@@ -79,6 +83,9 @@ def test_trained_tokens_are_exactly_the_assistants_text_and_its_stop_token(famil
     no_stop = Rendered(rendered.input_ids, [trained and i != last for i, trained in enumerate(rendered.loss_mask)])
     assert trained_text(tokenizer, early) != expected
     assert trained_text(tokenizer, no_stop) != expected
+    # And the masks of a template whose turns cannot be found: everything, or nothing.
+    for wrong in (True, False):
+        assert trained_text(tokenizer, Rendered(rendered.input_ids, [wrong] * len(rendered.loss_mask))) != expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +111,7 @@ def test_the_prompt_is_what_stands_before_the_answer(family: str) -> None:
 
 
 def test_an_answer_that_begins_with_a_line_end_is_cut_where_inference_cuts_it() -> None:
-    tokenizer = families.chatml()
+    tokenizer = families.chatml(added=("\n\n",))
     renderer, messages = Renderer(tokenizer), chat("a", "\n\nthe cat")
     rendered = renderer.chat(messages)
     prompt = renderer.prompt(messages[:1])
@@ -112,6 +119,7 @@ def test_an_answer_that_begins_with_a_line_end_is_cut_where_inference_cuts_it() 
     assert trained_text(tokenizer, rendered) == "\n\nthe cat<|im_end|>"
     # The wrong way: in the text tokenized as one, a token belongs to the prompt and the answer.
     assert tokenizer.decode(rendered.input_ids) == tokenizer.decode(template_ids(tokenizer, messages))
+    assert template_ids(tokenizer, messages)[: len(prompt)] != prompt
 
 
 @needs_qwen
@@ -164,6 +172,82 @@ def test_one_token_begins_the_text_and_not_two() -> None:
         renderer = Renderer(tokenizer)
         assert renderer.chat(TWO_TURNS).input_ids.count(tokenizer.bos_token_id) == 1
         assert renderer.prompt(TWO_TURNS[:3]).count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "mistral", "llama2"])
+def test_a_tokenizer_that_begins_every_text_with_a_token_gives_a_chat_only_one(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    first = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{first} $A", special_tokens=[(first, tokenizer.bos_token_id)])
+    renderer = Renderer(tokenizer)
+    rendered, prompt = renderer.chat(TWO_TURNS), renderer.prompt(TWO_TURNS[:3])
+    assert rendered.input_ids == template_ids(tokenizer, TWO_TURNS)
+    assert rendered.input_ids.count(tokenizer.bos_token_id) == prompt.count(tokenizer.bos_token_id) == 1
+    last = max(i for i, trained in enumerate(rendered.loss_mask) if trained)
+    assert [rendered.input_ids[last]] == renderer.stop_ids, "nor is the token lost that ends the text"
+    # The wrong way: the rendered text tokenized as any other.
+    text: Any = template_ids(tokenizer, TWO_TURNS, tokenize=False)
+    assert tokenizer(text).input_ids.count(tokenizer.bos_token_id) == 2
+
+
+def test_a_stop_token_that_is_the_padding_token_too_is_trained() -> None:
+    tokenizer = families.chatml()
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = collate([as_arrays(Renderer(tokenizer).chat(chat("a", text))) for text in ("b", "the cat sat on the mat")], range(2), pad=True)
+    trained = batch.target_T[batch.trained_M].tolist()
+    assert trained.count(tokenizer.eos_token_id) == 2
+    assert [i for i in trained if i != tokenizer.pad_token_id].count(tokenizer.eos_token_id) == 0, "a mask by id would not be seen"
+
+
+def as_arrays(rendered: Rendered) -> Document:
+    return np.array(rendered.input_ids, dtype=np.int32), np.array(rendered.loss_mask)
+
+
+# What is trained stands between ⟦ and ⟧.
+MARKED_CHATML = (
+    "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n⟦The answer is 42.<|im_end|>⟧\n"
+    "<|im_start|>user\nthe cat\n\nsat<|im_end|>\n<|im_start|>assistant\n⟦on the mat<|im_end|>⟧\n"
+)
+MARKED = {
+    "chatml": MARKED_CHATML,
+    "chatml_with_marks": MARKED_CHATML,
+    "qwen3": MARKED_CHATML.replace("⟦on", "⟦<think>\n\n</think>\n\non"),
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is 12 + 30?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦The answer is 42.<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nthe cat\n\nsat<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦on the mat<|eot_id|>⟧"
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nWhat is 12 + 30?<end_of_turn>\n<start_of_turn>model\n⟦The answer is 42.<end_of_turn>⟧\n"
+        "<start_of_turn>user\nthe cat\n\nsat<end_of_turn>\n<start_of_turn>model\n⟦on the mat<end_of_turn>⟧\n"
+    ),
+    "mistral": "<s>[INST] What is 12 + 30? [/INST]⟦ The answer is 42.</s>⟧[INST] the cat\n\nsat [/INST]⟦ on the mat</s>⟧",
+    "llama2": "<s>[INST] What is 12 + 30? [/INST]⟦The answer is 42.</s>⟧[INST] the cat\n\nsat [/INST]⟦on the mat</s>⟧",
+    "phi3": (
+        "<|user|>What is 12 + 30?<|end|><|assistant|>⟦The answer is 42.<|end|>⟧"
+        "<|user|>the cat\n\nsat<|end|><|assistant|>⟦on the mat<|end|>⟧"
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MARKED)
+def test_the_mask_of_a_batch_is_the_recorded_one(family: str) -> None:
+    """From the messages to what the loss reads: no step on the way may drop or move the mask."""
+    tokenizer = tokenizer_of(family)
+    document = as_arrays(Renderer(tokenizer).chat(TWO_TURNS))
+    assert marked(tokenizer, document) == MARKED[family]
+    everything = document[0], np.ones_like(document[1])
+    assert marked(tokenizer, everything) != MARKED[family], "a mask that was dropped would not be seen"
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
+    """The text of a document's tokens in a batch, with marks around those that are trained."""
+    batch = collate([document], [0])
+    trained = {i + 1 for i in batch.trained_M.tolist()}
+    runs = itertools.groupby(enumerate(batch.input_ids_T.tolist()), key=lambda token: token[0] in trained)
+    texts = [(is_trained, str(tokenizer.decode([number for _, number in run]))) for is_trained, run in runs]
+    return "".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in texts)
 
 
 # Exact or refused
@@ -376,6 +460,10 @@ def test_a_token_that_joins_prompt_and_answer_is_refused_where_the_text_cannot_b
     assert trained_text(tokenizer, renderer.chat(chat("a", "on the mat"))) == "on the mat</s>"
     with pytest.raises(UserError, match="merges the end of the prompt and the beginning of the answer"):
         renderer.chat(chat("a", "e cat"))
+    # The wrong way: a mask from the length of the prompt, which the tokens of the whole do not begin with.
+    prompt = renderer.prompt(chat("a"))
+    fits, merged = (template_ids(tokenizer, chat("a", answer))[: len(prompt)] for answer in ("on the mat", "e cat"))
+    assert fits == prompt != merged
 
 
 PLAIN = ["the cat", " ", "\n", "\n\n", "42", "#", "é", "e\u0301", "你好", "🙂", "\u200d", "\t", "<<1+2=3>>", "\u2028", "\r\n"]
@@ -474,8 +562,6 @@ def test_plain_text_is_trained_whole_up_to_the_end_of_text_token(make: Callable[
 
 
 def test_plain_text_begins_as_the_tokenizer_begins_it() -> None:
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = families.llama3()
     first = tokenizer.bos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{first} $A", special_tokens=[(first, tokenizer.bos_token_id)])

@@ -1,16 +1,18 @@
 """Checkpoints: the Hugging Face files are the original's twins, a resumed run is the uninterrupted one, damage is found."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import RandomDocuments, qwen2_config, write_model
 from transformers import AutoModelForCausalLM
 
@@ -65,9 +67,38 @@ def test_the_saved_directory_is_the_twin_of_the_original(tied: bool, dtype: torc
     assert header(saved) == header(original)
     before, after = (json.loads((path / "config.json").read_text()) for path in (original, saved))
     assert before == after
+    assert {kind for _, kind in header(saved).values()} == {"BF16" if dtype == torch.bfloat16 else "F32"}
+    assert after["dtype"] == str(dtype).removeprefix("torch.")
     ids = torch.arange(12)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (original, saved)]
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
+
+
+def test_the_weights_as_they_are_in_memory_would_be_no_twin(tmp_path: Path) -> None:
+    """Negative control: they are float32, and so is then the dtype in the config."""
+    original = write_model(tmp_path / "original", dtype=torch.bfloat16)
+    load_for_training(str(original)).model.save_pretrained(tmp_path / "saved")
+    assert header(tmp_path / "saved").keys() == header(original).keys()
+    assert header(tmp_path / "saved") != header(original)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_too_many_or_too_few_would_be_no_twin(tied: bool, tmp_path: Path) -> None:
+    """Negative control: the output layer of a tied model written beside the embedding, and that of an untied one left out or empty."""
+    original = write_model(tmp_path / "original", qwen2_config(tie_word_embeddings=tied))
+    loaded = load_for_training(str(original))
+    saved = save(tmp_path, engine_on(loaded), loaded)
+    expected, weights = header(original), load_file(saved / "model.safetensors")
+    body = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    head = weights["model.embed_tokens.weight"].clone()
+    for wrong in ({**body, "lm_head.weight": head},) if tied else (body, {**body, "lm_head.weight": head[:0]}):
+        save_file(wrong, saved / "model.safetensors", metadata={"format": "pt"})
+        assert header(saved) != expected
+    if not tied:
+        (saved / "manifest.json").unlink()
+        with pytest.raises(UserError):
+            load_for_training(str(saved))
 
 
 def test_the_saved_weights_are_the_trained_ones(tmp_path: Path) -> None:
@@ -114,6 +145,22 @@ def test_a_lost_optimizer_state_shows(tmp_path: Path) -> None:
     saved = save(tmp_path, first, loaded, step=3)
     weights_alone = engine_on(load_for_training(str(saved)))
     assert train(weights_alone, 3, 6) != whole[3:]
+
+
+def test_random_states_are_tensors_that_need_no_pickle(tmp_path: Path) -> None:
+    loaded = load_for_training(str(write_model(tmp_path / "original")))
+    engine = engine_on(loaded)
+    torch.manual_seed(3)
+    saved = save(tmp_path, engine, loaded)
+    expected = torch.rand(8)
+    stored = load_file(saved / "trainer" / "rng_0.safetensors")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {"cpu": torch.uint8}
+    restore.load(saved, engine)
+    assert torch.equal(torch.rand(8), expected)
+    assert not torch.equal(torch.rand(8), expected), "a state that is not restored would not be seen"
+    torch.save(np.random.get_state(), tmp_path / "rng.pt")  # the wrong way: objects, which PyTorch refuses to read
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "rng.pt", weights_only=True)
 
 
 def adapted_model(tmp_path: Path, *, tied: bool) -> tuple[Loaded, PeftModel]:

@@ -1,6 +1,7 @@
 """The engine's invariants, on a real small Qwen2: how rows are cut up, packed and spread changes nothing."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from engines import engine_of, gradient, largest_difference, relative
 from places import run_ranks
-from tiny import RandomDocuments, qwen2_config, write_model
+from tiny import RandomDocuments, qwen2_config, unequal_documents, write_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -39,7 +40,7 @@ from transformers import (
 from verl.algorithms import sft
 from verl.config.shared import OptimConfig
 from verl.data.batch import Batch
-from verl.data.loader import Packing, micro_batches
+from verl.data.loader import Loader, Packing, micro_batches
 from verl.data.pack import collate
 from verl.engine.contract import LossOut, Slope, TokenOut
 from verl.engine.engine import Engine
@@ -67,8 +68,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain_gradient(model_path: Path) -> Tensor:
-    """Token-mean loss over eight documents by transformers alone: its own attention, one document at a time."""
+def plain(model_path: Path) -> tuple[float, Tensor]:
+    """Token-mean loss over eight documents and its gradient by transformers alone: its own attention, one document at a time."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
     documents = RandomDocuments()
     total, tokens = torch.zeros(()), 0
@@ -79,13 +80,58 @@ def plain_gradient(model_path: Path) -> Tensor:
         total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100)
         tokens += int((labels[0, 1:] != -100).sum())
     (total / tokens).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return total.item() / tokens, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def plain_loss(plain: tuple[float, Tensor]) -> float:
+    return plain[0]
+
+
+@pytest.fixture
+def plain_gradient(plain: tuple[float, Tensor]) -> Tensor:
+    return plain[1]
 
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_gradient_is_that_of_the_mean_over_all_tokens_however_rows_are_cut(cut: str, model_path: Path, plain_gradient: Tensor) -> None:
     batches = micro_batches(RandomDocuments(), ROWS, CUTS[cut])
     assert relative(gradient(engine_of(model_path), batches), plain_gradient) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_documents_of_3_to_300_tokens_have_one_gradient_in_micro_batches_of_any_size(rows: int, model_path: Path) -> None:
+    documents = unequal_documents()
+    whole = gradient(engine_of(model_path), [collate(documents, range(8))])
+    cut = [collate(documents[first : first + rows], range(rows)) for first in range(0, 8, rows)]
+    assert relative(gradient(engine_of(model_path), cut), whole) < 1e-5
+    assert relative(gradient(engine_of(model_path), cut, mean_of_means(cut)), whole) > 1e-2, "the usual wrong formula would not be seen"
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_logged_loss_is_the_mean_over_all_tokens_however_rows_are_cut(cut: str, model_path: Path, plain_loss: float) -> None:
+    engine = engine_of(model_path)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS[cut])
+    means = [-out.logprob_M.mean().item() for out in engine.score(batches)]
+    assert engine.train_step(batches, sft, 0)["loss"].item() == pytest.approx(plain_loss, rel=1e-5)
+    # The wrong ways: the means of micro-batches added up, their mean, and the token mean divided once more by their number.
+    if len(batches) > 1:
+        for wrong in (sum(means), sum(means) / len(means), plain_loss / len(means)):
+            assert wrong != pytest.approx(plain_loss, rel=1e-4)
+
+
+def test_the_last_step_of_an_epoch_is_divided_by_its_own_tokens(model_path: Path) -> None:
+    """Of 8 rows in steps of 3, the last step has 2. Each row is a micro-batch."""
+    documents, engine = RandomDocuments(8), engine_of(model_path)
+    loader = Loader(documents, Packing(1, None), rows_per_step=3, seed=1)
+    for step in loader.steps(0, 3):
+        engine.optimizer.zero_grad()
+        found = gradient(engine, step.micro_batches)
+    rows = loader.rows(2).tolist()
+    expected = gradient(engine_of(model_path), [collate([documents.document(row) for row in rows], rows)])
+    assert len(step.micro_batches) == 2
+    assert relative(found, expected) < 1e-5
+    assert relative(found * 2 / 3, expected) > 1e-2, "a division by the micro-batches of a full step would not be seen"
 
 
 def test_no_mask_is_made_for_which_the_host_would_wait(model_path: Path, plain_gradient: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,14 +165,18 @@ def test_the_mean_of_micro_batch_means_is_another_gradient(model_path: Path, pla
     """Negative control: the usual wrong formula."""
     engine = engine_of(model_path)
     batches = micro_batches(RandomDocuments(), ROWS, CUTS["several"])
+    assert relative(gradient(engine, batches, mean_of_means(batches)), plain_gradient) > 1e-2
+
+
+def mean_of_means(batches: list[Batch]) -> SimpleNamespace:
+    """Supervised fine-tuning whose loss is the mean over micro-batches of their means over tokens."""
     tokens = sum(len(batch.trained_M) for batch in batches)
 
-    def mean_of_means(out: TokenOut, batch: Batch) -> LossOut:
+    def loss(out: TokenOut, batch: Batch) -> LossOut:
         wrong = -out.logprob_M.mean() / len(batches) * tokens
         return LossOut(wrong, {"loss": wrong.detach()})
 
-    algorithm = SimpleNamespace(loss=mean_of_means, slope=lambda batch: None)
-    assert relative(gradient(engine, batches, algorithm), plain_gradient) > 1e-2
+    return SimpleNamespace(loss=loss, slope=lambda batch: None)
 
 
 def test_two_processes_give_the_same_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
@@ -138,6 +188,18 @@ def test_two_processes_give_the_same_gradient(model_path: Path, plain_gradient: 
 def test_the_mean_over_ranks_is_another_gradient(model_path: Path, plain_gradient: Tensor, tmp_path: Path) -> None:
     """Negative control: each rank divides by its own tokens and FSDP takes the mean."""
     assert relative(gradient_on_ranks(2, model_path, tmp_path / "wrong.pt", wrong=True), plain_gradient) > 1e-2
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_rank_with_one_trained_token_counts_for_one_token(processes: int, model_path: Path, tmp_path: Path) -> None:
+    """The gradient and its logged norm are those of one process; the wrong ways would not be."""
+    expected = gradient(engine_of(model_path), [collate(unequal_documents(), range(8))])
+    run_ranks("gradient.py", model_path, tmp_path / "found.pt", "unequal", processes=processes)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert relative(found["gradient"], expected) < 1e-5
+    assert relative(found["mean over ranks"], expected) > 1e-2
+    assert found["norm"].item() == pytest.approx(expected.norm().item(), rel=1e-5)
+    assert found["norm of one shard"].item() != pytest.approx(expected.norm().item(), rel=1e-2)
 
 
 def gradient_on_ranks(processes: int, model_path: Path, saved: Path, *, wrong: bool) -> Tensor:
@@ -178,7 +240,13 @@ def test_gpt2_with_learned_positions_is_served_too(tmp_path: Path) -> None:
         kind=GPT2LMHeadModel,
     )
     alone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    assert largest_difference(TokenScorer(load_for_training(str(path)).model).eval(), alone) < 2e-5
+    scorer = TokenScorer(load_for_training(str(path)).model).eval()
+    assert largest_difference(scorer, alone) < 2e-5
+    batch = collate([RandomDocuments().document(i) for i in range(4)], range(4))
+    counted_on = replace(batch, position_ids_T=torch.arange(len(batch.input_ids_T)))
+    with torch.no_grad():
+        difference = scorer(counted_on).logprob_M - scorer(batch).logprob_M
+    assert difference.abs().max() > 1e-2, "positions that do not begin anew with each document would not be seen"
 
 
 def test_without_document_bounds_packed_logprobs_differ(model_path: Path) -> None:
@@ -325,6 +393,21 @@ def test_without_the_check_such_a_step_would_ruin_the_weights(model_path: Path, 
     engine = engine_of(model_path)
     engine.train_step(micro_batches(RandomDocuments(), ROWS, CUTS["several"]), Broken(gradient=math.nan), 0)
     assert all(p.isnan().any() for p in engine.trained)
+
+
+def test_a_step_that_is_not_taken_uses_up_no_learning_rate(model_path: Path) -> None:
+    config = OptimConfig(lr=1e-3, lr_scheduler="linear", warmup_steps_ratio=0.0)
+    batches = micro_batches(RandomDocuments(), ROWS, CUTS["one micro-batch"])
+
+    def weights_after(*algorithms: tuple[int, Any]) -> Tensor:
+        engine = engine_of(model_path, config=config)
+        for step, algorithm in algorithms:
+            engine.train_step(batches, algorithm, step)
+        return torch.cat([p.detach().flatten() for p in engine.trained])
+
+    skipping = weights_after((0, sft), (1, Broken(loss=math.nan)), (2, sft))
+    assert torch.equal(skipping, weights_after((0, sft), (1, sft)))
+    assert not torch.equal(skipping, weights_after((0, sft), (2, sft))), "a schedule that goes on would not be seen"
 
 
 def test_scores_are_those_of_training_to_the_bit_and_have_no_gradient(model_path: Path) -> None:

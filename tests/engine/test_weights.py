@@ -1,6 +1,7 @@
 """Master weights of one process beside the working copies that the model computes with, in bfloat16 on the CPU."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
+from verl.engine.weights import Sharding, Spread
 from verl.models.load import load_for_training
+from verl.models.shards import load_without_values
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -55,6 +58,42 @@ def test_after_a_step_the_working_copies_are_the_new_masters_rounded(model_path:
         assert not torch.equal(old, master)
         assert torch.equal(copy, master.to(torch.bfloat16))
         assert copy.grad is None and master.grad is None
+
+
+def test_every_master_moves_at_a_learning_rate_of_one_in_a_million_beside_copies_in_bfloat16(tmp_path: Path) -> None:
+    engine = engine_of(write_model(tmp_path, dtype=torch.bfloat16), lr=1e-6)
+    before = [p.detach().clone() for p in engine.trained]
+    for step in range(3):
+        engine.train_step(micro_batches(RandomDocuments(), ROWS, WHOLE), sft, step)
+    moved = [not torch.equal(old, new) for old, new in zip(before, engine.trained, strict=True)]
+    rounded = [not torch.equal(old.bfloat16(), new.bfloat16()) for old, new in zip(before, engine.trained, strict=True)]
+    assert all(moved)
+    assert not all(rounded), "weights that are rounded to bfloat16 would not be seen"
+
+
+SPREADS = {"one process": Spread(), "fsdp2": Spread(sharding=Sharding(cpu_offload=True))}
+
+
+@pytest.mark.parametrize(("spread", "empty"), [("one process", False), ("fsdp2", False), ("fsdp2", True)])
+def test_rotary_tables_are_exact_at_position_8191_beside_weights_in_bfloat16(spread: str, empty: bool, model_path: Path) -> None:
+    loaded = load_without_values(str(model_path), dtype=torch.float32) if empty else load_for_training(str(model_path))
+    assert loaded is not None
+    options: dict[str, Any] = {"total_steps": 1, "device": torch.device("cpu"), "compute_dtype": torch.bfloat16}
+    engine = Engine(TokenScorer(loaded.model), OptimConfig(), **options, spread=SPREADS[spread], fill=loaded.fill)
+    engine.train_step(micro_batches(RandomDocuments(), ROWS, WHOLE), sft, 0)
+    rotary = loaded.model.model.rotary_emb
+    assert rotary.inv_freq.dtype == torch.float32
+    assert rotary_error(rotary) < 1e-3  # float32 rounds an angle of 8191 by up to 2.4e-4
+    rotary.inv_freq = rotary.inv_freq.bfloat16()
+    assert rotary_error(rotary) > 0.1, "a table in bfloat16 would not be seen"
+
+
+def rotary_error(rotary: Any) -> float:
+    """The largest difference of cosines and sines at position 8191 from those of float64."""
+    size = 2 * len(rotary.inv_freq)
+    angle_D = 8191 * 10_000 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size).repeat(2)
+    cos, sin = (table[0, 0].double() for table in rotary(torch.zeros(1), torch.tensor([[8191]])))
+    return max((cos - angle_D.cos()).abs().max().item(), (sin - angle_D.sin()).abs().max().item())
 
 
 def test_gradients_are_added_up_over_micro_batches_in_float32(model_path: Path) -> None:

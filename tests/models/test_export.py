@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from places import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -129,11 +130,34 @@ def test_an_adapter_with_a_resized_vocabulary_is_exported_and_loaded(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_rows_of_new_tokens_leave_the_old_rows_as_they_were(base: Path, tmp_path: Path) -> None:
+    adapter = write_resized_adapter(tmp_path / "adapter", base, VOCABULARY + 3)
+    before, model, shrunk = load(base), load(base), load(base)
+    files.fit_vocabulary(model, str(adapter))
+    for rows in (VOCABULARY - 3, VOCABULARY + 3):  # the wrong way: first as many rows as the tokenizer has tokens
+        shrunk.resize_token_embeddings(rows, mean_resizing=False)
+    old, new, lost = (rows_of(one) for one in (before, model, shrunk))
+    assert (len(old), len(new)) == (VOCABULARY, VOCABULARY + 3)
+    assert torch.equal(old, new[:VOCABULARY]) and not torch.equal(old, lost[:VOCABULARY])
+
+
+def rows_of(model: PreTrainedModel) -> Tensor:
+    embedding: Any = model.get_input_embeddings()
+    weight: Tensor = embedding.weight
+    return weight
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
 def test_an_adapter_may_replace_embeddings(saved: list[str], base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, modules_to_save=saved, target_modules=["q_proj"])
-    expected = logits(PeftModel.from_pretrained(load(base), adapter))
+    adapted = PeftModel.from_pretrained(load(base), adapter)
+    expected = logits(adapted)
     torch.testing.assert_close(logits(load(export(adapter, tmp_path / "out"))), expected, rtol=0, atol=1e-4)
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save["default"].load_state_dict(module.original_module.state_dict())
+    assert (logits(adapted) - expected).abs().max() > 1e-2, "trained embeddings that are lost would not be seen"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from decided import decided
 from reward_models import write_reward_model
 from safetensors.torch import load_file, save_file
 from tiny import qwen2_config, write_model
 from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
+from verl.config.shared import ModelConfig, OptimConfig
+from verl.engine.build import build
 from verl.errors import UserError
 from verl.models.inference import load_for_inference
 from verl.models.load import load_for_training
 from verl.models.saved import export_model
+from verl.models.tiny import tiny_tokenizer
 
 NORMS = ("norm.weight", "layernorm.weight")
 
@@ -79,6 +83,21 @@ def test_weights_of_bfloat16_may_stay_so_while_positions_are_computed_in_float32
     assert set(narrow.saved_dtypes.values()) == {torch.float32}
     frequencies = [dict(loaded.model.named_buffers())["model.rotary_emb.inv_freq"] for loaded in (narrow, wide)]
     assert frequencies[0].dtype == torch.float32 and torch.equal(*frequencies)
+
+
+def test_embeddings_beyond_the_tokenizers_tokens_are_kept(process_group: None, tmp_path: Path) -> None:
+    """Models have more rows than tokens, because their makers round the number up."""
+    path, tokenizer = write_model(tmp_path / "model"), tiny_tokenizer(["to be or not to be"], vocab_size=400)
+    settings = ModelConfig(partial_pretrain=str(path))
+    built = build(settings, OptimConfig(), tokenizer, decided(settings), stop_ids=[1], seed=1)
+    (tmp_path / "saved").mkdir()
+    built.export(tmp_path / "saved")
+    before, after = (load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (path, tmp_path / "saved"))
+    assert len(tokenizer) < len(before) and torch.equal(before, after)
+    # The wrong way: as many rows as the tokenizer has tokens.
+    built.loaded.model.resize_token_embeddings(len(tokenizer))
+    export_model(tmp_path / "resized", built.loaded.model, built.loaded.saved_dtypes)
+    assert load_file(tmp_path / "resized" / "model.safetensors")["model.embed_tokens.weight"].shape != before.shape
 
 
 def test_inference_takes_the_dtype_of_the_file_or_the_one_asked_for(tmp_path: Path) -> None:

@@ -162,8 +162,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, base: Pat
     assert resumed.train(3, 6) == rest
 
 
-def test_dropout_without_its_random_state_shows(tied: Path, tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
-    """Negative control of resuming."""
+@pytest.mark.parametrize("wrong", [lambda: torch.manual_seed(6), lambda: torch.rand(1)], ids=["lost", "drawn from before training"])
+def test_dropout_without_its_random_state_shows(wrong: Callable[[], object], tied: Path, tokenizer: Qwen2Tokenizer, tmp_path: Path) -> None:
+    """Negative control of resuming: also of batches that are skipped only after the state is restored, and draw from it."""
     config = settings(tied, lora_dropout=0.1)
     first = Run(config, tokenizer)
     first.train(0, 3)
@@ -171,7 +172,7 @@ def test_dropout_without_its_random_state_shows(tied: Path, tokenizer: Qwen2Toke
     rest = first.train(3, 5)
     resumed = Run(config, tokenizer)
     restore.load(tmp_path / "global_step_3", resumed.engine)
-    torch.manual_seed(6)
+    wrong()
     assert resumed.train(3, 5) != rest
 
 

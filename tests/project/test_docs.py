@@ -212,3 +212,27 @@ def test_a_path_that_is_gone_is_noticed() -> None:
         "helpers/",
         "walk.py",
     ]
+
+
+# docs/reliability.md
+
+
+def named_tests(page: str) -> list[tuple[str, str]]:
+    """File and name of each `tests/…::test_name` of a page."""
+    return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+
+
+def lost_tests(page: str) -> list[str]:
+    return [f"{file}::{name}" for file, name in named_tests(page) if name not in defined(ROOT / file)]
+
+
+def test_every_test_that_the_reliability_page_names_is_there() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert len(named_tests(page)) >= 24 and page.count("::") == len(named_tests(page))
+    assert lost_tests(page) == []
+
+
+def test_a_test_that_is_gone_is_noticed() -> None:
+    here = "tests/project/test_docs.py"
+    page = f"| `{here}::test_a_test_that_is_gone_is_noticed` | `{here}::test_gone` | `tests/gone.py::test_gone` |"
+    assert lost_tests(page) == [f"{here}::test_gone", "tests/gone.py::test_gone"]
