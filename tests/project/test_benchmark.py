@@ -60,6 +60,7 @@ def speed_against_trl(folder: Path) -> float:
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed (it needs Python 3.11)")
 @pytest.mark.skipif(not GSM8K.exists() or not TOKENIZER.exists(), reason=f"GSM8K or the tokenizer is not in {SHARED}")
+@pytest.mark.learning  # beside other tests its ratio would say little
 def test_on_a_cpu_verl_is_at_least_twice_as_fast_as_trl(tmp_path: Path) -> None:
     """On a quiet machine it is far more; one run may be disturbed by what else the machine does, so the better of two counts."""
     assert speed_against_trl(tmp_path) >= 2 or speed_against_trl(tmp_path) >= 2

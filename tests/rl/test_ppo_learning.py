@@ -2,7 +2,7 @@
 
 The problems are the demo's, answered with a calculator, so that fine-tuning takes seconds. It is stopped early, and of most two-step
 answers it has seen the end written so that the grader does not read it: what is left to learn is to calculate better, and to answer as is
-asked for. GRPO runs with all tests, from one seed; `make learning` runs the others and more seeds.
+asked for. It takes minutes, so only `make learning` runs it; the notebook and the demo show with all tests that fine-tuning learns.
 """
 
 import json
@@ -25,6 +25,7 @@ from verl.rl.answering import Answerer
 from verl.rollout import Options, load_rollout
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
+pytestmark = [pytest.mark.learning, pytest.mark.timeout(600)]
 STEPS = 220
 UNREAD = 0.7  # of the answers in two steps, the share that ends otherwise than the grader reads it
 FINE_TUNING = (
@@ -94,26 +95,18 @@ def exact_match(checkpoint: Path, folder: Path) -> float:
     return sum(sample.reward for sample in samples) / len(samples)
 
 
-SEEDS = [pytest.param(1, id="seed 1"), *(pytest.param(seed, id=f"seed {seed}", marks=pytest.mark.learning) for seed in (2, 3))]
-
-
-@pytest.fixture(scope="module", params=SEEDS)
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda seed: f"seed {seed}")
 def start(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Start:
     return Start(tmp_path_factory.mktemp("learning"), request.param)
 
 
-@pytest.mark.timeout(600)
 def test_grpo_raises_exact_match_by_a_fifth(start: Start) -> None:
     assert start.after("grpo", GRPO) >= start.exact_match + 0.20
 
 
-@pytest.mark.learning
-@pytest.mark.timeout(600)
 def test_ppo_with_a_critic_raises_it_by_a_seventh(start: Start) -> None:
     assert start.after("ppo", PPO) >= start.exact_match + 0.15
 
 
-@pytest.mark.learning
-@pytest.mark.timeout(600)
 def test_at_a_learning_rate_far_too_high_it_falls(start: Start) -> None:
     assert start.after("wild", f"{GRPO} {FAR_TOO_HIGH} trainer.total_training_steps=5") < start.exact_match
