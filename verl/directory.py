@@ -7,6 +7,7 @@ experiment, a run with other settings than the one that is there gets a director
 import hashlib
 import itertools
 import json
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -17,16 +18,21 @@ from uuid import uuid4
 
 import yaml
 
-from verl import dist
+from verl import dist, regular_file
 from verl.config.shared import RunConfig, TrainerConfig
 from verl.config.trajectory import CONTENT, MODEL, Change, changes, kind_of, values_of
-from verl.durable import UNFINISHED, flush, replace_text
+from verl.config.yaml_text import Loader
+from verl.durable import STEP, UNFINISHED, append_text, flush, replace_text
 from verl.errors import UserError
 from verl.lock import Lock, LockedError, take
+from verl.typed_json import DamageError, read_json
 
-CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "train.log"
+FILES = ("lock", LOG, METRICS, CONFIG, "trainer_state.json", "latest_checkpointed_iteration.txt")  # that a run writes into its directory
+LARGEST_CONFIG = 2**20  # bytes
+LONGEST_LINE = 2**20  # bytes, of metrics.jsonl
+ANOTHER = "remove it, or set trainer.default_local_dir to another directory"
 COMMANDS = {"SFTConfig": "verl sft", "PPOConfig": "verl ppo", "RewardTrainerConfig": "verl reward"}
-_STEP = re.compile(r"global_step_(\d+)")
 _MARK = re.compile(r"\.[0-9a-f]{32}(\.tmp)?")  # files that a run makes to see whether another node sees them
 
 
@@ -120,18 +126,23 @@ def recorded_settings(directory: Path) -> dict[str, str]:
 def settings_of_checkpoint(directory: Path) -> dict[str, str]:
     """Return the settings that a checkpoint records; nothing if it records none, because an older version wrote it."""
     try:
-        found = json.loads((directory / "trainer" / "state.json").read_text(encoding="utf-8"))["settings"]
+        found = read_json(directory / "trainer" / "state.json")["settings"]
         return {str(key): str(value) for key, value in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (DamageError, KeyError, TypeError, AttributeError):
         return {}
 
 
 def _settings_in_yaml(path: Path) -> dict[str, str]:
+    found = _read_yaml(path)
+    return values_of(found) if isinstance(found, dict) else {}
+
+
+def _read_yaml(path: Path) -> Any:
+    """Return what config.yaml of an earlier run holds; None if it cannot be read, or is no config of a run."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return values_of(found) if isinstance(found, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
+        return Loader.read(regular_file.read(path, LARGEST_CONFIG).decode("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def settings_beside(checkpoint: Path) -> dict[str, str]:
@@ -141,7 +152,7 @@ def settings_beside(checkpoint: Path) -> dict[str, str]:
 
 def steps_in(directory: Path) -> list[Path]:
     """Return everything in a directory that has a checkpoint's name, oldest first."""
-    found = [(int(match[1]), path) for path in directory.glob("global_step_*") if (match := _STEP.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in directory.glob("global_step_*") if (match := STEP.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
@@ -223,9 +234,8 @@ def is_continued(directory: Path, trainer: TrainerConfig) -> bool:
     """Return whether the run of a directory has itself started from trainer.resume_from_path, or is the one that wrote it."""
     named = Path(str(trainer.resume_from_path)).expanduser().resolve()
     try:
-        found = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-        before = found["trainer"]["resume_from_path"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError):
+        before = _read_yaml(directory / CONFIG)["trainer"]["resume_from_path"]
+    except (KeyError, TypeError):
         before = None
     return named.parent == directory.resolve() or (before is not None and Path(str(before)).expanduser().resolve() == named)
 
@@ -252,9 +262,11 @@ def _claimed(directory: Path, purpose: str) -> Claimed:
     notes: list[str] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            regular_file.check_regular(directory / name, ANOTHER)
         lock = take(directory, purpose, notes.append)
         _sweep(directory)
-        (directory / "train.log").open("a").close()
+        append_text(directory / LOG, "", private=True)
         (mark := directory / f".{uuid4().hex}").touch()
     except OSError as error:
         what = f"cannot be written: {error.strerror}"
@@ -279,7 +291,7 @@ def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callabl
     """
     config, metrics = directory / CONFIG, directory / METRICS
     if start_step == 0 and metrics.is_file() and metrics.stat().st_size > 0:
-        before, now = _settings_in_yaml(config), values_of(yaml.safe_load(config_yaml))
+        before, now = _settings_in_yaml(config), values_of(Loader.read(config_yaml))
         if before and decisive(changes(before, now)):
             aside = next(path for n in itertools.count(1) if not (path := directory / f"metrics-{n}.jsonl").exists())
             metrics.rename(aside)
@@ -287,12 +299,21 @@ def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callabl
     replace_text(config, config_yaml, private=True)
     if metrics.exists():
         kept: dict[float, str] = {}
-        for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in _lines(metrics):
             step = _step_of(line)
             if 0 < start_step >= step:
                 kept[step] = line
         replace_text(metrics, "".join(line + "\n" for _, line in sorted(kept.items())))
     flush(directory)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of the metrics. Raises UserError: one is too long to be of metrics, as in a file with a hole."""
+    with os.fdopen(regular_file.open_file(path), "rb") as file:
+        while line := file.readline(LONGEST_LINE):
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"has a line of more than {LONGEST_LINE:,} bytes", where=str(path), fix="move the file away")
+            yield line.decode("utf-8", errors="replace").rstrip("\r\n")
 
 
 def _step_of(line: str) -> float:

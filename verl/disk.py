@@ -16,12 +16,15 @@ OF_DISKS = {
     for name in ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EMFILE", "ENFILE", "ESTALE", "ENODEV", "ENXIO", "EBUSY")
     if (number := getattr(errno, name, None)) is not None
 }
+# These are errors of a name that was given, or of what is in its place.
+OF_NAMES = {errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR}
 NO_SPACE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 NO_FILES = {errno.EMFILE, errno.ENFILE}
 # Libraries in Rust and C++ name the system's error only in their text: "(os error 28)", "[errno 28]", "[Errno 28]".
 IN_TEXT = re.compile(r"\(os error (\d+)\)|\[[eE]rrno (\d+)\]")
 # PyTorch's writer does not keep the system's error.
 CUT_SHORT = re.compile(r"unexpected pos \d+ vs \d+|iostream error|failed writing file")
+MOST_SHOWN = 200  # characters of a name
 FULL_BYTES = 16 * 2**20  # a disk with less space is full
 MAKE_ROOM = "make room, or choose a directory on another disk"
 
@@ -55,8 +58,10 @@ def disk_error(
     needed: int | None = None,
     fix: str | None = None,
     doing: str = "written",
-) -> DiskError | None:
+) -> UserError | None:
     """Return the one-line error for an exception that comes from a disk; None if it comes from something else.
+
+    It is a DiskError, unless a name is wrong, such as that of a directory in place of a file.
 
     Args:
         where: what was being written or read; the exception's own file name comes first.
@@ -73,12 +78,22 @@ def disk_error(
             return None
         number = None
     place = _file_of(found) or (None if where is None else str(where))
+    if number in OF_NAMES:
+        return _error_of_name(number, place, doing)
     free = None if place is None else free_bytes(place)
     if number is None and free is not None and free < FULL_BYTES:
         number = errno.ENOSPC
     reason = "the file was cut short (a quota, a limit on file sizes, or a failing disk)" if number is None else os.strerror(number)
     what = f"cannot be {doing}: {reason}{_room(needed, free)}"
     described = DiskError(what, where=place, fix=_fix(number, fix))
+    described.tells = True  # perhaps only this rank raises it
+    return described
+
+
+def _error_of_name(number: int, place: str | None, doing: str) -> UserError:
+    where = None if place is None else place if len(place) <= MOST_SHOWN else f"{place[:MOST_SHOWN]}… ({len(place):,} characters)"
+    fix = "give a shorter name" if number == errno.ENAMETOOLONG else "remove what is in its place, or give another name"
+    described = UserError(f"cannot be {doing}: {os.strerror(number)}", where=where, fix=fix)
     described.tells = True  # perhaps only this rank raises it
     return described
 

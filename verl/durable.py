@@ -6,7 +6,9 @@ from pathlib import Path
 
 UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # what replace_text writes, and leaves behind if it is killed
 
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+STEP = re.compile(r"global_step_(0|[1-9][0-9]*)")  # names of committed checkpoints
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor is a pipe waited for
 
 
 def replace_text(path: Path, text: str, *, private: bool = False) -> None:
@@ -51,7 +53,7 @@ def append_text(path: Path, text: str, *, private: bool = False) -> None:
 
 def flush(path: Path) -> None:
     """Wait until a file's content, or a directory's entries, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         os.fsync(handle)
     finally:

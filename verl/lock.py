@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ from uuid import uuid4
 
 from verl.errors import UserError
 from verl.redaction import redact_text
+from verl.regular_file import check_regular, open_file
 
 FILE = "lock"
 HEARTBEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
@@ -172,7 +174,7 @@ def take(directory: Path, purpose: str, note: Callable[[str], None]) -> Lock:
     """
     path = directory / FILE
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open(path)
         try:
             is_alone = _flock(handle)
             if is_alone is False:
@@ -193,6 +195,17 @@ def take(directory: Path, purpose: str, note: Callable[[str], None]) -> Lock:
             os.close(handle)
             raise
         return Lock(path, handle, owner)
+
+
+def _open(path: Path) -> int:
+    """Open the file of a lock, or make it. Raises UserError: a link, which may lead to anybody's file, or no file is in its place."""
+    fix = "remove it, or choose another directory"
+    check_regular(path, fix)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):  # put there meanwhile
+        os.close(handle)
+        raise UserError("is no file", where=str(path), fix=fix)
+    return handle
 
 
 @contextmanager
@@ -228,7 +241,7 @@ def remove_abandoned(files: Iterable[Path]) -> None:
 
 
 def _nobody_writes(path: Path) -> bool:
-    handle = os.open(path, os.O_RDONLY)
+    handle = open_file(path)
     try:
         return _flock(handle) is True
     finally:
@@ -281,7 +294,7 @@ def _beats(path: Path, before: Owner, note: Callable[[str], None]) -> bool:
 def _modified(path: Path) -> float:
     """Return a file's modification time. The file is opened, because a network file system may answer `stat` from its memory."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = open_file(path)
     except FileNotFoundError:
         return 0.0
     try:
@@ -324,7 +337,7 @@ def _read_soon(handle: int) -> Owner | None:
 
 def _read_at(path: Path) -> Owner | None:
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = open_file(path)
     except OSError:
         return None
     try:

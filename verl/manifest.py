@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from verl.typed_json import DamageError, describe, open_file, read
+from verl.regular_file import open_file
+from verl.typed_json import DamageError, describe, read
 
 MANIFEST = "manifest.json"
 

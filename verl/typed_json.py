@@ -1,15 +1,14 @@
 """Reads a JSON file as a dataclass, without trusting it: any file that is not exactly the dataclass is a `DamageError`."""
 
 import json
-import os
-import stat
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from verl import regular_file
+
 Kind = TypeVar("Kind")
-MAX_BYTES = 64 * 2**20  # a manifest of 100,000 files has 20 MB
 
 
 class DamageError(Exception):
@@ -28,7 +27,7 @@ def read(path: Path, kind: type[Kind]) -> Kind:
 
 def read_json(path: Path) -> Any:
     """Read a JSON value: no link, no key twice, no NaN. Raises DamageError."""
-    content = read_bytes(path, MAX_BYTES)
+    content = read_bytes(path, regular_file.MAX_BYTES)
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -38,29 +37,16 @@ def read_json(path: Path) -> Any:
 def read_bytes(path: Path, most: int) -> bytes:
     """Read a regular file. Raises DamageError: it cannot be read, is a link, or has more bytes than `most`."""
     try:
-        with os.fdopen(open_file(path), "rb") as file:
-            content = file.read(most + 1)
+        return regular_file.read(path, most)
     except OSError as error:
         raise DamageError(f"{path.name} {describe(error)}") from error
-    if len(content) > most:
-        raise DamageError(f"{path.name} is larger than {most:,} bytes")
-    return content
-
-
-def open_file(path: Path) -> int:
-    """Open a regular file for reading, and return its descriptor. Raises OSError, also for a link or a pipe."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError("is not a regular file")
-    return handle
 
 
 def describe(error: OSError) -> str:
     """Say in words why a file cannot be read."""
     if isinstance(error, FileNotFoundError):
         return "is missing"
-    return f"cannot be read: {error.strerror or error}"
+    return str(error) if error.errno is None else f"cannot be read: {error.strerror}"
 
 
 def convert(value: Any, kind: Any, place: str) -> Any:

@@ -57,6 +57,8 @@ def check_trainer(trainer: TrainerConfig) -> None:
     if not all(isinstance(name, str) and name for name in loggers):
         fix = "give a name such as console, or a list such as [console,wandb]"
         raise UserError(f"found {trainer.logger!r}", where="trainer.logger", fix=fix)
+    if not trainer.default_local_dir.strip():
+        raise UserError("is empty", where="trainer.default_local_dir", fix="name a directory, or leave the key out for the default one")
     one_of("trainer.resume_mode", trainer.resume_mode, ("auto", "disable", "resume_path"))
     at_least("trainer.total_epochs", trainer.total_epochs, 1)
     at_least("trainer.total_training_steps", trainer.total_training_steps, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 from verl import __version__
 from verl.config.assignments import Assignment, argument, assignments_in, type_of
 from verl.config.plugin_settings import check_settings, completed, groups_of
+from verl.config.shared import TrainerConfig
 from verl.errors import UserError
 
 Config = TypeVar("Config")
+
+PLACE, NULLS = "trainer.default_local_dir", ("null", "Null", "NULL", "None", "~")
+DEFAULT_PLACE = TrainerConfig().default_local_dir  # also for null, which would be a folder of that name
 
 # Upstream's keys that are accepted, with the keys that they stand for.
 ALIASES = {
@@ -77,7 +81,8 @@ def _checked(config: DictConfig) -> Any:
 def _given(argv: list[str]) -> list[Assignment]:
     """Return the assignments of files and arguments; later ones win."""
     files, pairs = _split(argv)
-    return [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
+    given = [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
+    return [replace(one, text=DEFAULT_PLACE) if one.key == PLACE and one.text in (None, *NULLS) else one for one in given]
 
 
 def _defaults(schema: type[Config], given: list[Assignment]) -> Config:

@@ -2,12 +2,15 @@
 
 import difflib
 import glob
+import itertools
 import os
 import re
 from pathlib import Path
 
 from verl.data.formats.files import FORMATS, SUFFIXES, suffix_of
 from verl.errors import UserError
+
+MOST_LOOKED_AT = 10_000  # files of a folder that was given in place of its files
 
 
 def no_file(entry: str, key: str) -> UserError:
@@ -54,7 +57,8 @@ def _missing(path: Path, key: str) -> UserError:
 
 def files_in(folder: Path) -> str:
     """Say how to name the data files of a folder."""
-    for pattern, files in (("*", folder.glob("*")), ("**/*", folder.rglob("*"))):
+    for pattern, every in (("*", folder.glob("*")), ("**/*", folder.rglob("*"))):
+        files = itertools.islice(every, MOST_LOOKED_AT)
         if inside := sorted({file.name[file.name.lower().rindex(suffix_of(file)) :] for file in files if suffix_of(file) in SUFFIXES}):
             return f"name its files with a glob, such as '{folder}/{pattern}{inside[0]}'"
     return f"put data files into it ({FORMATS})"

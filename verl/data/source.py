@@ -138,7 +138,9 @@ def _resolve(entry: str, key: str) -> list[Source]:
     from verl.data.path_errors import is_file_name, no_file  # most names are those of files
 
     if glob.has_magic(entry):
-        found = sorted(glob.glob(str(path), recursive=True))
+        from verl.data.globs import expand
+
+        found = expand(str(path), key)
         if not found:
             raise no_file(entry, key)
         return [_checked(Path(name), key) for name in found]

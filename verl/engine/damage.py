@@ -4,7 +4,8 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from verl.engine.position import STATE, STEP, Position
+from verl.durable import STEP
+from verl.engine.position import STATE, Position
 from verl.errors import UserError
 from verl.manifest import Manifest, check_hashes, check_sizes, find_files, is_inside, read_manifest
 from verl.typed_json import DamageError, describe, read, read_json

@@ -1,12 +1,10 @@
 """The position of a run: how far it is, and what identifies its rows. Each checkpoint has it in trainer/state.json."""
 
-import re
 from dataclasses import dataclass, field
 
 from verl.data.fingerprint import Fingerprint
 
 STATE = "state.json"
-STEP = re.compile(r"global_step_(0|[1-9][0-9]*)")  # names of committed checkpoints
 
 
 @dataclass(frozen=True)

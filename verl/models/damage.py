@@ -1,6 +1,7 @@
 """What is wrong with a model's files: found in the files themselves before anything is loaded, or from the error of a library."""
 
 import json
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from verl.disk import OF_DISKS, disk_error
 from verl.errors import UserError
 from verl.out_of_memory import memory_error
+from verl.regular_file import check_regular, open_file, read
 
 LFS_POINTER = b"version https://git-lfs"
 SAVE_AGAIN = "download or save the model again"
@@ -55,6 +57,7 @@ def check_tokenizer_files(path: str) -> None:
         fix = "copy the tokenizer of the model that it was made from (tokenizer.json, tokenizer_config.json) into the directory"
         raise UserError("has no tokenizer", where=path, fix=fix)
     for file in found:
+        check_regular(file, SAVE_AGAIN, follow=True)
         with file.open("rb") as opened:
             head = opened.read(64)
         if head.startswith(LFS_POINTER):
@@ -67,14 +70,14 @@ def check_tokenizer_files(path: str) -> None:
 def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file is something else."""
     try:
-        text = file.read_bytes()
+        text = read(file, follow=True)
         if text.startswith(LFS_POINTER):
             raise _pointer(file)
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON: {error}" if text.strip() else "is empty", where=str(file), fix=SAVE_AGAIN) from error
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", where=str(file), fix="check its permissions and its disk") from error
+        raise _unreadable(file, error) from error
     if not isinstance(found, dict):
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(found), f"a {type(found).__name__}")
         raise UserError(f"is {kind}, expected an object", where=str(file), fix=SAVE_AGAIN)
@@ -90,6 +93,12 @@ def files_in_index(index: Path) -> set[str]:
     if outside:
         raise UserError(f"names a file of another folder: {outside[0]!r}", where=str(index), fix="give a directory with all of its files")
     return set(names.values())
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    if error.errno is None:  # see verl.regular_file
+        return UserError(str(error), where=str(file), fix=SAVE_AGAIN)
+    return UserError(f"cannot be read: {error.strerror}", where=str(file), fix="check its permissions and its disk")
 
 
 def _pointer(file: Path) -> UserError:
@@ -131,7 +140,7 @@ def _check_weights(file: Path, size: int, changed_ns: int) -> None:
 def _header(file: Path, size: int) -> tuple[dict[str, Any], int]:
     """Return the header of a safetensors file, and where the tensors begin."""
     try:
-        with file.open("rb") as opened:
+        with os.fdopen(open_file(file, follow=True), "rb") as opened:
             head = opened.read(8)
             if (head + opened.peek(64)).startswith(LFS_POINTER):
                 raise _pointer(file)
@@ -141,7 +150,7 @@ def _header(file: Path, size: int) -> tuple[dict[str, Any], int]:
                 raise UserError(what, where=str(file), fix=SAVE_AGAIN)
             header = json.loads(opened.read(length))
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}", where=str(file), fix="check its permissions and its disk") from error
+        raise _unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
         raise UserError("is not a safetensors file: its header is not JSON", where=str(file), fix=SAVE_AGAIN) from error
     if not isinstance(header, dict):

@@ -1,12 +1,13 @@
 """What a directory has in place of a model in safetensors, and how to get a model from it."""
 
 import difflib
-import json
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from verl.durable import STEP
 from verl.errors import UserError
+from verl.models.damage import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 FROM_GGUF = "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW_DIR), and the same for AutoTokenizer"
@@ -40,7 +41,7 @@ def refuse_adapter(path: str) -> None:
     """Raise UserError if a local directory has a LoRA adapter and no whole model."""
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
         further = f"model.partial_pretrain={base} model.lora_adapter_path={path}"
         fix = f"merge it first with `verl export {path} NEW_DIR`; or train it further with {further}"
         raise UserError("is a LoRA adapter, not a whole model", where=path, fix=fix)
@@ -86,5 +87,5 @@ def _is_in_folder(local: Path) -> bool:
 
 def newest_step(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's directory; None if there is none."""
-    steps = [path for path in folder.glob("global_step_*") if path.name.removeprefix("global_step_").isdecimal()]
-    return max(steps, key=lambda path: int(path.name.removeprefix("global_step_")), default=None)
+    steps = [(int(match[1]), path) for path in folder.glob("global_step_*") if (match := STEP.fullmatch(path.name))]
+    return max(steps)[1] if steps else None

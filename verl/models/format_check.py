@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from verl.errors import UserError
 from verl.models.load import resolve
 from verl.models.prompt_format import FILE, PromptFormat
+from verl.regular_file import read
 
 
 def read_format(path: str) -> PromptFormat | None:
@@ -21,7 +22,7 @@ def read_format(path: str) -> PromptFormat | None:
     if not file.is_file():
         return None
     try:
-        return PromptFormat(**json.loads(file.read_text(encoding="utf-8")))
+        return PromptFormat(**json.loads(read(file, follow=True)))
     except (ValueError, TypeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(file), fix="copy it again from the checkpoint") from error
 

@@ -7,6 +7,8 @@ from typing import BinaryIO
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from verl.regular_file import MAX_BYTES
+
 CONFIGS = ("config.json", "adapter_config.json")
 BLOCKS, BLOCK_BYTES = 16, 4096  # of each file of weights, besides its beginning
 HEADER_BYTES = 1 << 16
@@ -34,7 +36,7 @@ def _content_of(name: str) -> str | None:
                 digest.update(_sample(file))
         return digest.hexdigest()[:16]
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(_sample(path)).hexdigest()[:16]
     try:
         found = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
@@ -44,9 +46,8 @@ def _content_of(name: str) -> str | None:
 
 def _sample(path: Path) -> bytes:
     with path.open("rb") as file:
-        if not path.name.endswith(".safetensors"):
-            return file.read()
-        return b"".join(_parts(file, path.stat().st_size))
+        size = path.stat().st_size
+        return b"".join(_parts(file, size)) if path.name.endswith(".safetensors") or size > MAX_BYTES else file.read()
 
 
 def _parts(file: BinaryIO, size: int) -> list[bytes]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.errors import UserError
+from verl.regular_file import read
 
 LANGUAGE_MODEL, REWARD_MODEL, CRITIC, ADAPTER = "a language model", "a reward model", "a critic", "a LoRA adapter"
 # What can be done with something that is given where something else is wanted.
@@ -76,7 +77,7 @@ def _architecture(path: str) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read(path, follow=True))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

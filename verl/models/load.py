@@ -207,8 +207,9 @@ def read_adapter_config(path: str) -> dict[str, Any] | None:
     check_unchanged(path)
     if not file.is_file():
         return None
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
+    from verl.models.damage import read_object
+
+    return read_object(file)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

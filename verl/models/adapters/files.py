@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from verl.errors import UserError
 from verl.models.load import check_unchanged
+from verl.regular_file import read
 
 CONFIG, WEIGHTS, ALL_LINEAR = "adapter_config.json", "adapter_model.safetensors", "all-linear"
 _PREFIX = "base_model.model."  # prefix of peft's module names
@@ -38,7 +39,7 @@ def read_config(path: str, *, key: str | None = None) -> LoraConfig:
             raise UserError(f"{name} is missing", where=place, fix=fix)
     check_unchanged(path)
     try:
-        found: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(read(folder / CONFIG, follow=True))
         kind = found.get("peft_type")
         settings: LoraConfig | None = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -1,0 +1,49 @@
+"""Regular files alone are opened for reading: to open a named pipe or a device waits for a writer, perhaps for ever.
+
+A file may also be of any size in little space, because holes take none. What is read whole has a limit.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from verl.errors import UserError
+
+MAX_BYTES = 64 * 2**20  # a manifest of 100,000 files has 20 MB
+
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def open_file(path: Path, *, follow: bool = False) -> int:
+    """Open a regular file for reading, and return its descriptor.
+
+    Args:
+        follow: links are followed, as in the Hub's cache.
+    Raises:
+        OSError: also for a pipe, a device or a directory, and for a link that is not followed.
+    """
+    no_link = 0 if follow else getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(path, os.O_RDONLY | no_link | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError("is not a regular file")
+    return handle
+
+
+def read(path: Path, most: int = MAX_BYTES, *, follow: bool = False) -> bytes:
+    """Read a regular file. Raises OSError: it cannot be opened, see `open_file`, or has more bytes than `most`."""
+    with os.fdopen(open_file(path, follow=follow), "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"is larger than {most:,} bytes")
+    return content
+
+
+def check_regular(path: Path, fix: str, *, follow: bool = False) -> None:
+    """Raise UserError if there is something else than a regular file at a path; nothing at all is right too."""
+    try:
+        mode = (path.stat() if follow else path.lstat()).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise UserError(f"is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, expected a file", where=str(path), fix=fix)
