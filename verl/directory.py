@@ -25,6 +25,7 @@ from verl.config.yaml_text import Loader
 from verl.durable import STEP, UNFINISHED, append_text, flush, replace_text
 from verl.errors import UserError
 from verl.lock import Lock, LockedError, take
+from verl.manifest import refuse_inside
 from verl.typed_json import DamageError, read_json
 
 CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "train.log"
@@ -147,7 +148,7 @@ def _read_yaml(path: Path) -> Any:
 
 def settings_beside(checkpoint: Path) -> dict[str, str]:
     """Return the settings of a checkpoint, or else those of the run in whose directory it is."""
-    return settings_of_checkpoint(checkpoint) or _settings_in_yaml(checkpoint.parent / CONFIG)
+    return settings_of_checkpoint(checkpoint) or _settings_in_yaml(checkpoint.resolve().parent / CONFIG)
 
 
 def steps_in(directory: Path) -> list[Path]:
@@ -169,7 +170,7 @@ def claim(config: RunConfig) -> Claimed:
     """Find the directory of a run, make it, and lock it. Only rank 0 calls it.
 
     Raises:
-        UserError: it cannot be written, or another process has it.
+        UserError: it cannot be written, is inside a checkpoint, or another process has it.
     """
     named, mine = Path(config.trainer.default_local_dir).expanduser(), settings_of(config)
     if not _is_default(config.trainer):
@@ -259,6 +260,7 @@ def _reasons(named: Path, directory: Path, trainer: TrainerConfig, mine: dict[st
 
 
 def _claimed(directory: Path, purpose: str) -> Claimed:
+    refuse_inside(directory, str(directory), "set trainer.default_local_dir to a directory outside it")
     notes: list[str] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -287,15 +289,15 @@ def _sweep(directory: Path) -> None:
 def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callable[[str], None]) -> None:
     """Write config.yaml, and keep the metrics of the steps that a run resumes from, one line for each.
 
-    A new run sets the metrics of an earlier one with other settings aside. Each file is replaced: a kill leaves the old one or the new one.
+    A new run sets the metrics of an earlier one aside. Each file is replaced: a kill leaves the old one or the new one.
     """
     config, metrics = directory / CONFIG, directory / METRICS
     if start_step == 0 and metrics.is_file() and metrics.stat().st_size > 0:
         before, now = _settings_in_yaml(config), values_of(Loader.read(config_yaml))
-        if before and decisive(changes(before, now)):
-            aside = next(path for n in itertools.count(1) if not (path := directory / f"metrics-{n}.jsonl").exists())
-            metrics.rename(aside)
-            say(f"{METRICS} of the run before, which had other settings and no checkpoint, is now {aside.name}")
+        other = "other settings and " if before and decisive(changes(before, now)) else ""
+        aside = next(path for n in itertools.count(1) if not (path := directory / f"metrics-{n}.jsonl").exists())
+        metrics.rename(aside)
+        say(f"{METRICS} of the run before, which has {other}no checkpoint here, is now {aside.name}")
     replace_text(config, config_yaml, private=True)
     if metrics.exists():
         kept: dict[float, str] = {}

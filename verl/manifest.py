@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from verl.errors import UserError
 from verl.regular_file import open_file
 from verl.typed_json import DamageError, describe, read
 
@@ -41,6 +42,20 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether verl wrote a directory as a checkpoint: another program's manifest.json is not ours to read."""
+    return os.path.lexists(folder / MANIFEST) and ((folder / "trainer").is_dir() or (folder / "prompt_format.json").is_file())
+
+
+def refuse_inside(path: Path, where: str, fix: str) -> None:
+    """Raise UserError if a directory to write into is a checkpoint, or is inside one: an added file is damage."""
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        if is_checkpoint(folder):
+            what = f"{'is' if folder == real else 'is inside'} the checkpoint {folder}, which may not be changed"
+            raise UserError(what, where=where, fix=fix)
 
 
 def read_manifest(directory: Path) -> Manifest:

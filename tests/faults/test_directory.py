@@ -22,14 +22,18 @@ from verl.commands import PPO
 from verl.commands import REWARD as REWARD_COMMAND
 from verl.commands import SFT as SFT_COMMAND
 from verl.config import trajectory
+from verl.config.commands import EvalConfig, ExportConfig
 from verl.config.load import load_config
 from verl.config.objects import _leaves, _tree
 from verl.config.sft import SFTConfig
 from verl.directory import begin_files, claim, recorded_settings, settings_of
 from verl.durable import replace_text
+from verl.engine.damage import find_damage
 from verl.errors import UserError
+from verl.eval.sft_evaluator import evaluate
 from verl.lock import LockedError, Owner, take
 from verl.manifest import entry_of
+from verl.models.export import export
 from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer, ppo_trainer, reward_trainer
 
@@ -302,6 +306,43 @@ def test_a_named_checkpoint_with_other_settings_is_refused_too(folder: Path, who
 def test_going_back_below_later_checkpoints_is_refused(folder: Path, whole: Path) -> None:
     with pytest.raises(UserError, match="has later checkpoints than global_step_2, up to global_step_4"):
         run(folder, "whole", **named(whole / "global_step_2"))
+
+
+@pytest.mark.parametrize("name", ["best", "best/", "../whole/best", "global_step_2/", "../whole/global_step_2"])
+def test_a_link_or_another_spelling_goes_back_below_no_later_checkpoint_either(name: str, folder: Path, whole: Path) -> None:
+    if not (whole / "best").is_symlink():
+        (whole / "best").symlink_to("global_step_2")
+    with pytest.raises(UserError, match="has later checkpoints than global_step_2, up to global_step_4"):
+        run(folder, "whole", **named(f"{whole}/{name}"))  # type: ignore[arg-type]
+
+
+def test_a_run_of_another_command_does_not_go_on_even_with_the_override(folder: Path, whole: Path) -> None:
+    before = contents(whole)
+    with pytest.raises(UserError, match='command: "verl sft" -> "verl reward"'):
+        reward_trainer.main(reward_words(folder, whole, "trainer.resume_override=true"))
+    assert contents(whole) == before
+
+
+def reward_words(folder: Path, output: Path, *more: str) -> list[str]:
+    rows = [{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}] * 8
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"data.train_files": folder / "pairs.jsonl", "model.partial_pretrain": folder / "model", "trainer.default_local_dir": output}
+    return [*as_words({**keys, "trainer.total_training_steps": STEPS}, {}), *more]
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still", "trainer"])
+@pytest.mark.parametrize("what", ["run", "eval", "export", "link"])
+def test_nothing_is_written_into_a_checkpoint(what: str, below: str, folder: Path, whole: Path, tmp_path: Path) -> None:
+    before, step = contents(whole), whole / "global_step_4"
+    (tmp_path / "link").symlink_to(step)
+    into = step / below if what != "link" else tmp_path / "link" / below
+    commands = {
+        "eval": lambda: evaluate(EvalConfig(model_path=str(step), test_file=str(folder / "test.jsonl"), output_dir=str(into))),
+        "export": lambda: export(ExportConfig(source=str(step), directory=str(into))),
+    }
+    with pytest.raises(UserError, match=r"the checkpoint \S+/global_step_4, which may not be changed\n  fix: .*outside it"):
+        commands.get(what, lambda: run(folder, str(into)))()
+    assert contents(whole) == before and find_damage(step) is None and not list(whole.rglob("deeper"))
 
 
 def test_a_named_checkpoint_is_not_continued_among_another_runs(folder: Path, whole: Path, copied: Callable[[str], Path]) -> None:
@@ -604,7 +645,16 @@ def test_metrics_of_other_settings_are_set_aside(tmp_path: Path) -> None:
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write(line(rate))
     assert (tmp_path / "metrics-1.jsonl").read_text() == line(1) and (tmp_path / "metrics.jsonl").read_text() == line(2)
-    assert len(said) == 1 and "metrics-1.jsonl" in said[0]
+    assert "metrics-1.jsonl" in said[0] and "other settings" in said[0]
+
+
+def test_metrics_whose_checkpoints_were_moved_away_are_set_aside_too(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "metrics.jsonl").write_text(line(1) + line(2))
+    (tmp_path / "config.yaml").write_text("optim: {lr: 1}\n")
+    begin_files(tmp_path, "optim: {lr: 1}\n", 0, said.append)
+    assert (tmp_path / "metrics-1.jsonl").read_text() == line(1) + line(2) and not (tmp_path / "metrics.jsonl").exists()
+    assert said == ["metrics.jsonl of the run before, which has no checkpoint here, is now metrics-1.jsonl"]
 
 
 @pytest.mark.faults

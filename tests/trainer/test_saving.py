@@ -23,6 +23,8 @@ from verl.engine.draft import Draft
 from verl.engine.engine import Engine
 from verl.engine.stored_state import StoredState
 from verl.errors import DiskError, Stopped, UserError
+from verl.trainer import fsdp_sft_trainer
+from verl.trainer.best import Best
 
 RUN: dict[str, object] = {"trainer__total_training_steps": 4, "trainer__save_freq": 2}
 ASYNC: dict[str, object] = {**RUN, "trainer__async_save": "true"}
@@ -184,6 +186,68 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(folder: Path, monkeypatc
     sft_runs.train(folder, "best", data__val_files=folder / "test.jsonl", **longer)
     assert (folder / "best/best").resolve().name == "global_step_6"
     assert [path.name for path in checkpoint.committed(folder / "best")] == ["global_step_6"]
+
+
+class Killed(BaseException):
+    """In place of a kill: nothing in verl catches it."""
+
+
+def kill_before(place: Any, name: str, call: int, patch: pytest.MonkeyPatch) -> None:
+    """End the run, as a kill would, before a call of a function."""
+    calls, real = iter(range(1, 100)), getattr(place, name)
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise Killed
+        return real(*arguments, **options)
+
+    patch.setattr(place, name, killed)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "async_save"), [(Best, "keep", False), (Best, "_link", False), (checkpoint, "prune", False), (Best, "keep", True)]
+)
+def test_a_kill_after_the_commit_of_the_best_checkpoint_does_not_lose_it(
+    place: Any, name: str, async_save: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {**RUN, **BEST, "data__val_files": folder / "test.jsonl", "trainer__async_save": async_save}
+    words["trainer__default_local_dir"] = out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        kill_before(place, name, 1, patch)
+        with_losses([0, 1.0, 2.0], patch)
+        with pytest.raises(Killed):
+            sft_runs.train(folder, "unused", **words)
+    later = 4 - int(checkpoint.committed(out)[-1].name.rpartition("_")[2])
+    with_losses([0, *[3.0] * later], monkeypatch)
+    fsdp_sft_trainer.main(sft_runs.words(folder, "unused", **words))
+    assert [path.name for path in checkpoint.committed(out)] == ["global_step_1", "global_step_4"]
+    assert (out / "best").resolve().name == "global_step_1"
+    assert json.loads((out / "best_checkpoint.json").read_text())["value"] == 1.0
+
+
+def test_the_best_is_linked_though_the_run_was_killed_after_its_last_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = {**RUN, **BEST, "data__val_files": folder / "test.jsonl", "trainer__default_local_dir": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        kill_before(Best, "keep", 2, patch)
+        with_losses([0, 2.0, 3.0, 3.0, 1.0], patch)
+        with pytest.raises(Killed):
+            sft_runs.train(folder, "unused", **words)
+    fsdp_sft_trainer.main(sft_runs.words(folder, "unused", **words))
+    assert (tmp_path / "out/best").resolve().name == "global_step_4"
+
+
+def test_values_over_other_validation_rows_are_not_compared(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {**RUN, **BEST, "data__val_files": folder / "test.jsonl", "trainer__default_local_dir": tmp_path / "out"}
+    with_losses([0, 5.0, 1.0, 2.0], monkeypatch)
+    fsdp_sft_trainer.main(sft_runs.words(folder, "unused", **{**words, "trainer__total_training_steps": 3}))
+    with_losses([0, 4.0], monkeypatch)
+    (tmp_path / "other.jsonl").write_text("".join((folder / "test.jsonl").read_text().splitlines(keepends=True)[1:]))
+    fsdp_sft_trainer.main(sft_runs.words(folder, "unused", **{**words, "data__val_files": tmp_path / "other.jsonl"}))
+    assert (tmp_path / "out/best").resolve().name == "global_step_4"
+    said = (tmp_path / "out/train.log").read_text().splitlines()
+    assert [line for line in said if "other validation rows" in line and "global_step_2 to global_step_3" in line]
 
 
 def test_a_metric_that_validation_does_not_log_is_refused_before_training(folder: Path) -> None:

@@ -25,6 +25,7 @@ class Position:
         settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
             checkpoints of older versions.
         total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
+        validation, validation_rows: finite metrics of the validation after this step, and the identity of its rows; empty without one.
     """
 
     step: int
@@ -40,3 +41,5 @@ class Position:
     critic_skipped: int = 0
     settings: dict[str, str] = field(default_factory=dict)
     total_steps: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
+    validation_rows: str = ""

@@ -24,6 +24,7 @@ from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction
+from verl.manifest import refuse_inside
 from verl.progress import Bar
 from verl.redaction import redact
 
@@ -77,9 +78,10 @@ def open_directory(name: str) -> Path:
     """Create the output directory if it is missing.
 
     Raises:
-        UserError: it cannot be created or written to.
+        UserError: it cannot be created or written to, or is inside a checkpoint.
     """
     directory = Path(name).expanduser()
+    refuse_inside(directory, f"output_dir={name}", "choose a directory outside it")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()

@@ -21,6 +21,7 @@ from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
 from verl.disk import check_room, disk_errors_named
 from verl.errors import UserError, exit_on_user_error
+from verl.manifest import refuse_inside
 from verl.models.adapters import files
 from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
@@ -95,7 +96,8 @@ def say(line: str) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raise UserError if the target is a file or a directory that is not empty."""
+    """Raise UserError if the target is a file, a directory that is not empty, or inside a checkpoint."""
+    refuse_inside(target, str(target), "choose a new directory outside it")
     if target.is_dir() and any(target.iterdir()):
         raise UserError("the directory is not empty", where=str(target), fix="choose a new directory, or empty this one")
     if target.exists() and not target.is_dir():

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 
 from verl.errors import UserError
-from verl.manifest import MANIFEST, Entry, check_hashes, check_sizes, read_manifest
+from verl.manifest import MANIFEST, Entry, check_hashes, check_sizes, is_checkpoint, read_manifest
 from verl.typed_json import DamageError, describe
 
 EDITABLE = "generation_config.json"
@@ -34,19 +34,14 @@ def verify(path: str) -> None:
         UserError: a file is missing, was added, or is not as it was written; or the manifest is malformed.
     """
     folder = Path(path).expanduser()
-    root, prefix = (folder.parent, "critic/") if folder.name == "critic" and not _is_ours(folder) else (folder, "")
-    if not _is_ours(root):
+    root, prefix = (folder.parent, "critic/") if folder.name == "critic" and not is_checkpoint(folder) else (folder, "")
+    if not is_checkpoint(root):
         return
     try:
         _verify(root, prefix)
     except DamageError as error:
         fix = f"restore the file, or load another checkpoint; if you changed it knowingly, delete {root / MANIFEST}"
         raise UserError(f"is damaged: {error}", where=path, fix=fix) from error
-
-
-def _is_ours(folder: Path) -> bool:
-    """Return whether verl wrote a directory: another program's manifest.json is not ours to read."""
-    return os.path.lexists(folder / MANIFEST) and ((folder / "trainer").is_dir() or (folder / "prompt_format.json").is_file())
 
 
 def _verify(root: Path, prefix: str) -> None:

@@ -1,6 +1,7 @@
 """The best checkpoint of a run by a metric of its validation (trainer.best_metric).
 
-The run's directory has best_checkpoint.json, which says which checkpoint it is and by which value, and a link `best` to it for people.
+Each checkpoint has the metrics of its step's validation in state.json, from which a run that resumes knows the best one: a kill at any
+point after the commit loses nothing. best_checkpoint.json and the link `best` in the run's directory are written from them, for people.
 """
 
 import json
@@ -14,11 +15,13 @@ from pathlib import Path
 from verl import dist
 from verl.config.checks import best_mode
 from verl.config.shared import TrainerConfig
+from verl.data.fingerprint import Fingerprint
 from verl.durable import replace_text
-from verl.engine.checkpoint import find_damage
+from verl.engine.checkpoint import committed, find_damage
+from verl.engine.damage import read_position
+from verl.engine.position import STEP, Position
 from verl.errors import UserError
 from verl.run import Run
-from verl.typed_json import DamageError, read
 
 FILE, LINK = "best_checkpoint.json", "best"
 
@@ -39,12 +42,19 @@ class Record:
 
 
 class Best:
-    """The best checkpoint so far. A run that resumes knows it from the file."""
+    """The best checkpoint so far. A run that resumes knows it from its checkpoints.
 
-    def __init__(self, config: TrainerConfig, run: Run):
+    Args:
+        rows: identity of the validation rows (`rows_of`); None: those of the newest checkpoint that was validated.
+    """
+
+    def __init__(self, config: TrainerConfig, run: Run, rows: str | None):
         assert config.best_metric is not None
         self._metric, self._mode, self._run = config.best_metric, best_mode(config), run
-        self.record = dist.from_main(self._read() if dist.is_main() else None)
+        self.record: Record | None = None
+        self.record = dist.from_main(self._find(rows) if dist.is_main() else None)
+        if self.record is not None:
+            self._publish(self.record)
 
     @property
     def path(self) -> Path | None:
@@ -54,19 +64,15 @@ class Best:
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Return whether a step's metrics have a better value than the best checkpoint. A step without validation has none."""
         value = metrics.get(self._metric, math.nan)
-        if math.isnan(value):
+        if not math.isfinite(value):
             return False
         return self.record is None or (value < self.record.value if self._mode == "min" else value > self.record.value)
 
     def keep(self, saved: Path, metrics: Mapping[str, float]) -> None:
         """Record a new checkpoint as the best one, if its metrics are better. Every rank calls it."""
-        if not self.improves(metrics):
-            return
-        self.record = Record(saved.name, self._metric, self._mode, metrics[self._metric])
-        if dist.is_main():
-            replace_text(self._run.directory / FILE, json.dumps(asdict(self.record), indent=2) + "\n")
-            self._link(saved.name)
-            self._run.say(f"best so far: {saved.name}, {self._metric} {self.record.value:.6g}")
+        if self.improves(metrics):
+            self.record = Record(saved.name, self._metric, self._mode, metrics[self._metric])
+            self._publish(self.record)
 
     def check_names(self, metrics: Mapping[str, float]) -> None:
         """Raise UserError if the validation does not log the metric; `metrics` is what it logs."""
@@ -74,23 +80,32 @@ class Best:
             what = f"the validation of this run does not log {self._metric}"
             raise UserError(what, where="trainer.best_metric", fix=f"one of {', '.join(sorted(metrics))}")
 
-    def _read(self) -> Record | None:
-        """Read which checkpoint was the best one, if it is still there and the metric is the same."""
-        path = self._run.directory / FILE
-        if not os.path.lexists(path):
-            return None
-        try:
-            record = read(path, Record)
-        except DamageError as error:
-            self._run.say(f"warning: {error}; the best checkpoint is chosen anew")
-            return None
-        directory = path.with_name(Path(record.checkpoint).name)
-        damage = find_damage(directory, hashes=False)
-        if (record.metric, record.mode) != (self._metric, self._mode) or damage is not None:
-            why = f"by {record.metric} ({record.mode})" if damage is None else f"but {damage}"
-            self._run.say(f"the best checkpoint was {directory.name}, {why}; it is chosen anew")
-            return None
-        return record
+    def _find(self, rows: str | None) -> Record | None:
+        """Find the best of the checkpoints up to the one that the run resumes from. Those over other validation rows are not compared."""
+        validated = [(path, position) for path, position in self._earlier() if self._metric in position.validation]
+        rows = validated[-1][1].validation_rows if rows is None and validated else rows
+        for path, position in validated:
+            if position.validation_rows == rows and self.improves(position.validation):
+                self.record = Record(path.name, self._metric, self._mode, position.validation[self._metric])
+        if others := [path.name for path, position in validated if position.validation_rows != rows]:
+            names = others[0] if len(others) == 1 else f"{others[0]} to {others[-1]}"
+            what = f"{names}: {self._metric} is of other validation rows than this run's (data.val_files)"
+            self._run.say(f"{what}; it is not compared, and the best checkpoint is chosen anew")
+        return self.record
+
+    def _earlier(self) -> list[tuple[Path, Position]]:
+        """Return the checkpoints of the run up to the one that it resumes from, oldest first. Later ones are damaged."""
+        newest = self._run.checkpoint
+        last = STEP.fullmatch(newest.resolve().name) if newest is not None else None
+        steps = [path for path in committed(self._run.directory) if last and int(path.name.rpartition("_")[2]) <= int(last[1])]
+        return [(path, read_position(path)) for path in steps if find_damage(path, hashes=False) is None]
+
+    def _publish(self, record: Record) -> None:
+        """Write best_checkpoint.json, and let `best` point at the checkpoint."""
+        if dist.is_main():
+            replace_text(self._run.directory / FILE, json.dumps(asdict(record), indent=2) + "\n")
+            self._link(record.checkpoint)
+            self._run.say(f"best so far: {record.checkpoint}, {self._metric} {record.value:.6g}")
 
     def _link(self, name: str) -> None:
         """Let `best` point at the checkpoint. A file system without links, or a user's own `best`, is left alone."""
@@ -99,3 +114,8 @@ class Best:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(name)
             os.replace(temporary, self._run.directory / LINK)
+
+
+def rows_of(fingerprint: Fingerprint) -> str:
+    """Return what identifies validation rows, whose mean does not depend on their order."""
+    return f"{fingerprint.rows}-{fingerprint.tokens}-{fingerprint.any_order}"

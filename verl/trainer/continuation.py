@@ -9,6 +9,7 @@ trainer.resume_override=true goes on in spite of a difference, which is then sai
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def find_named(config: TrainerConfig, run: Run) -> tuple[Path, str]:
     """
     named, root = Path(str(config.resume_from_path)).expanduser(), run.directory
     dist.together(lambda: _check_named(named, root, config) if dist.is_main() else None)
+    named = Path(os.path.realpath(named)) if named.is_symlink() else named  # `best` will point at another one
     if dist.from_main(named.parent.resolve() != root.resolve() and bool(steps_in(root))) and (own := checkpoint.newest(root, run.say)):
         return own, f"resuming from {own}, which this run has written since it started from {named} (trainer.resume_mode=resume_path)"
     return named, f"resuming from {named} (trainer.resume_mode=resume_path)"
@@ -60,8 +62,8 @@ def _check_named(named: Path, root: Path, config: TrainerConfig) -> None:
     damage = checkpoint.find_damage(named)
     if damage is not None:
         raise UserError(damage, where=f"trainer.resume_from_path={named}", fix="give a complete global_step_N directory")
-    steps = steps_in(root)
-    if named.parent.resolve() == root.resolve():
+    named, steps = named.resolve(), steps_in(root)  # a link, such as `best`, is the checkpoint that it points at
+    if named.parent == root.resolve():
         names = [path.name for path in steps]
         if named.name in names and (later := names[names.index(named.name) + 1 :]):
             fix = "continue in a new directory: set trainer.default_local_dir; or move the later ones away"
@@ -88,6 +90,8 @@ def _check_settings(path: Path, run: Run) -> None:
     if not before:
         run.notes.append(f"warning: {path} does not record its settings, because an older version wrote it; they are not compared")
     found = changes(before, now)
+    if others := [change for change in found if change.key == "command"]:  # also with trainer.resume_override
+        raise UserError(f"another command wrote this checkpoint:\n{listed(others)}", where=str(path), fix=NEW_RUN)
     if edited := [change.key.removeprefix(CONTENT) for change in found if not change.kind]:
         files = ", ".join(f"{key}={json.loads(now[key])}" for key in edited)
         run.notes.append(f"warning: {files} has been edited since this checkpoint; the run goes on with it as it is now")

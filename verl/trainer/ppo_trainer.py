@@ -84,7 +84,8 @@ def train(config: PPOConfig) -> TrainResult:
         steps_per_epoch = max(1, len(prompts) // config.data.prompts_per_step)
         check_room(config.trainer, run, roles.actor, roles.critic, steps=total_steps - start.step, steps_per_epoch=steps_per_epoch)
         try:
-            with run.stepping(roles.trained_weights), Saver(config.trainer, run, roles.actor, roles.critic) as saver:
+            saver = Saver(config.trainer, run, roles.actor, roles.critic, validation=validation)
+            with run.stepping(roles.trained_weights), saver:
                 train_loop(config, method, prompts, validation, roles, start, run, saver)
         except Stopped:  # on every training process, after the same step
             roles.answerer.close()

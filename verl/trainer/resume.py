@@ -83,6 +83,10 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
         start = continued(start, run.checkpoint, run)
         if start.step >= total_steps:
             run.say(nothing_left(start))
+            if config.best_metric is not None:
+                from verl.trainer.best import Best
+
+                Best(config, run, None)  # a kill after the last commit has left no link to it
             return None
     run.start_logging(start.step, total_steps)
     return start

@@ -78,7 +78,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
             restore.load(run.checkpoint, built.engine)
         from verl.trainer.saving import Saver
 
-        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built) as saver:
+        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built, validation=validation) as saver:
             train_loop(config.trainer, method.loss, loader, validation, built, start, run, saver)
         return run.result()
 

@@ -1,6 +1,8 @@
 """Saves the checkpoints of a run, at once or beside training, and keeps those that the config asks for."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -9,7 +11,8 @@ from verl.engine import checkpoint
 from verl.engine.background import Background, SavedModel
 from verl.engine.position import Position
 from verl.run import Run
-from verl.trainer.best import Best
+from verl.trainer.best import Best, rows_of
+from verl.trainer.resume import Rows
 
 
 class Saver:
@@ -18,14 +21,18 @@ class Saver:
     Args:
         actor: the trained model.
         critic: saved too, if the method has one.
+        validation: the rows of the validation, if there are any.
     Raises:
         UserError: this machine does not have the memory for trainer.async_save.
     """
 
-    def __init__(self, config: TrainerConfig, run: Run, actor: SavedModel, critic: SavedModel | None = None):
+    def __init__(
+        self, config: TrainerConfig, run: Run, actor: SavedModel, critic: SavedModel | None = None, *, validation: Rows | None = None
+    ):
         self._config, self._run, self._actor, self._critic = config, run, actor, critic
+        self._rows = "" if validation is None else rows_of(validation.fingerprint)
         self._good = set() if run.checkpoint is None else {run.checkpoint}
-        self._best = None if config.best_metric is None else Best(config, run)
+        self._best = None if config.best_metric is None else Best(config, run, self._rows)
         is_async = config.async_save and config.save_freq != "never"
         self._background = Background(run.directory, actor, critic, run.say) if is_async else None
         self._metrics: Mapping[str, float] = {}  # of the step whose checkpoint is being written
@@ -57,6 +64,8 @@ class Saver:
             DiskError: on all ranks: the disk is full or fails.
         """
         self.finish()
+        validated = {name: value for name, value in metrics.items() if name.startswith("val/") and math.isfinite(value)}
+        position = replace(position, validation=validated, validation_rows=self._rows if validated else "")
         if self._background is None:
             export, critic, say = self._actor.export, self._critic, self._run.say
             saved = checkpoint.save(self._run.owned(), self._actor.engine, position, export, critic, say)
