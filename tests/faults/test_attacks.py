@@ -32,7 +32,7 @@ from verl.data.source import read_rows
 from verl.data.tables import Columns
 from verl.data.template_limits import limit
 from verl.errors import UserError
-from verl.models.load import load_language_model, load_tokenizer, resolve
+from verl.models.load import load_language_model, load_tokenizer, outline, resolve
 from verl.redaction import is_secret_name, redact, redact_text
 from verl.rollout._http import RefusedError, Server
 from verl.rollout._weights_folder import remove_abandoned, weights_folder
@@ -705,6 +705,21 @@ def test_code_of_a_models_directory_is_not_run(field: str, folder: Path, tmp_pat
     with suppress(UserError):  # refused is as good
         load_language_model(str(model), device="cpu", dtype=torch.float32, trust_remote_code=False, attn_implementation="eager")
     assert not list(model.rglob("CANARY"))
+
+
+@pytest.mark.parametrize(
+    "field", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"]
+)
+def test_a_kernel_that_a_config_names_is_not_loaded(field: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, named = _copied(folder, tmp_path / "model"), list[Any]()
+    for loader in ("lazy_import_flash_attention", "load_and_register_attn_kernel"):
+        monkeypatch.setattr(f"transformers.modeling_utils.{loader}", lambda *args, **kwargs: named.append(args), raising=False)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, field: "evil/kernel"}))
+    loaded = load_language_model(str(model), device="cpu", dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa")
+    assert loaded.config._attn_implementation == "sdpa"
+    outline(str(model))
+    assert not named
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/module:os", "!include"])
