@@ -5,6 +5,7 @@ dependency.
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 HIDDEN = "[hidden]"
@@ -18,14 +19,22 @@ _KEYS = re.compile(
     r"|xox[abeoprs]-[A-Za-z0-9\-]{8,}|xapp-[A-Za-z0-9\-]{8,}|hooks\.slack\.com/services/[\w/]+"  # Slack
     r"|AIza[\w\-]{20,}|ya29\.[\w\-]{12,}"  # Google
     r"|[rs]k_(?:live|test)_\w{12,}|SG\.[\w\-]{16,}\.[\w\-]{16,}|npm_\w{20,}|pypi-[\w\-]{20,}"  # Stripe, SendGrid, npm, PyPI
-    r"|eyJ[\w\-]{8,}\.[\w\-]{8,}(?:\.[\w\-]*)?"  # JSON Web Token
     r")"
 )
+# A JSON Web Token. Like the patterns below, it also matches what only starts like one, so that no character is searched twice: the time
+# grows with the length of the text, not with its square.
+_WEB_TOKEN = re.compile(r"(?<![A-Za-z0-9])eyJ[\w\-]{8,}(?P<rest>\.[\w\-]{8,}(?:\.[\w\-]*)?)?")
 _PRIVATE_KEY = re.compile(r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----.*?(?:-----END \1-----|\Z)", re.DOTALL)
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*[\d=]|\S{20})[A-Za-z0-9._~+/=\-]{8,}")
 _URL_LOGIN = re.compile(r"(?<=://)[^/?#\s]+@")
-_URL_PARAMETER = re.compile(r"(?i)(?<=[?&])([^=&\s]*(?:token|secret|password|passwd|pwd|key|signature|sig)[^=&\s]*)=[^&\s]+")
-_ASSIGNED = re.compile(r"""(?P<name>[A-Za-z_][\w.\-]*)(?P<sign>["']?\s*[=:]\s*)(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,;&"'\[\]{}()]+)""")
+# `(?=(...))\1` matches once and is not tried again with fewer characters.
+_URL_PARAMETER = re.compile(
+    r"(?i)[?&]+(?:(?=(?P<name>[^=&\s]*?(?:token|secret|password|passwd|pwd|key|signature|sig)[^=&\s]*))(?P=name)=[^&\s]+|[^=&\s]*)"
+)
+_ASSIGNED = re.compile(
+    r"(?<![\w.\-])(?P<before>(?:(?![A-Za-z_])[\w.\-])*)(?P<name>[A-Za-z_][\w.\-]*)"
+    r"""(?P<sign>["']?\s*[=:]\s*)(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,;&"'\[\]{}()]+)"""
+)
 
 # Words of a key's name.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
@@ -59,10 +68,11 @@ def redact(value: Any, name: str = "") -> Any:
 def redact_text(text: str) -> str:
     """Return a text, such as a message, with every secret in it replaced by `[hidden]`."""
     text = _PRIVATE_KEY.sub(HIDDEN, text)
+    text = _WEB_TOKEN.sub(lambda found: HIDDEN if found["rest"] else found[0], text)
     text = _KEYS.sub(HIDDEN, text)
     text = _BEARER.sub(rf"\1 {HIDDEN}", text)
     text = _URL_LOGIN.sub(f"{HIDDEN}@", text)
-    text = _URL_PARAMETER.sub(rf"\1={HIDDEN}", text)
+    text = _URL_PARAMETER.sub(_without_parameter, text)
     return _ASSIGNED.sub(_without_value, text)
 
 
@@ -71,6 +81,7 @@ def holds_secret(text: str) -> bool:
     return redact_text(text) != text
 
 
+@lru_cache(maxsize=1024)
 def is_secret_name(name: str) -> bool:
     """Return whether a name, such as `wandb.api_key` or `HF_TOKEN`, is that of a secret. `pad_token` and `data.prompt_key` are none."""
     words = [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
@@ -83,6 +94,10 @@ def is_secret_name(name: str) -> bool:
     return words[-1] == "key" and (len(words) == 1 or bool(_KEY_OWNERS & {*words}))
 
 
+def _without_parameter(found: re.Match[str]) -> str:
+    return found[0] if found["name"] is None else f"{found[0][: found.end('name') - found.start()]}={HIDDEN}"
+
+
 def _without_value(found: re.Match[str]) -> str:
     """Hide the value of `name=value` or `name: value`. After a colon, `token` and `key` are words of a sentence."""
     name, sign, value = found["name"], found["sign"], found["value"]
@@ -90,4 +105,4 @@ def _without_value(found: re.Match[str]) -> str:
     if is_word or not is_secret_name(name) or _NUMBER.fullmatch(value.strip("\"'")) or value.startswith(("${", "<", "…")):
         return found[0]
     quote = value[0] if value[0] in "\"'" else ""
-    return f"{name}{sign}{quote}{HIDDEN}{quote}"
+    return f"{found['before']}{name}{sign}{quote}{HIDDEN}{quote}"

@@ -32,7 +32,7 @@ from verl.data.source import read_rows
 from verl.data.tables import Columns
 from verl.data.template_limits import limit
 from verl.errors import UserError
-from verl.models.load import load_language_model, load_tokenizer, resolve
+from verl.models.load import load_language_model, load_tokenizer, outline, resolve
 from verl.redaction import is_secret_name, redact, redact_text
 from verl.rollout._http import RefusedError, Server
 from verl.rollout._weights_folder import remove_abandoned, weights_folder
@@ -183,6 +183,27 @@ def test_a_secret_in_a_line_is_hidden(line: str, hidden: str) -> None:
 @pytest.mark.parametrize("line", NO_SECRETS)
 def test_what_is_no_secret_is_shown(line: str) -> None:
     assert redact_text(line) == line
+
+
+REPEATED = ["a", "eyJ", "-eyJ", "a.", "a-", "1", "key=", ":", "-----BEGIN", "Bearer ", "sk-", "https://", "a:a@", "?", "?key", "a='", "SG."]
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_a_text_that_repeats_is_redacted_in_time(part: str) -> None:
+    since = time.process_time()
+    redact_text((part * 10**6)[: 10**6])
+    assert time.process_time() - since < 2
+
+
+def test_a_secret_behind_what_only_starts_like_one_is_hidden() -> None:
+    for text in (
+        "-eyJaaaaaaaaaa-sk-hunter2hunter2",
+        "--api_key=hunter2",
+        "?a=1?token=hunter2",
+        "eyJeyJeyJeyJ token=hunter2",
+        "??&token=hunter2",
+    ):
+        assert "hunter2" not in redact_text(text)
 
 
 def test_names_of_secrets_are_known_and_others_are_not() -> None:
@@ -684,6 +705,21 @@ def test_code_of_a_models_directory_is_not_run(field: str, folder: Path, tmp_pat
     with suppress(UserError):  # refused is as good
         load_language_model(str(model), device="cpu", dtype=torch.float32, trust_remote_code=False, attn_implementation="eager")
     assert not list(model.rglob("CANARY"))
+
+
+@pytest.mark.parametrize(
+    "field", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_experts_implementation"]
+)
+def test_a_kernel_that_a_config_names_is_not_loaded(field: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, named = _copied(folder, tmp_path / "model"), list[Any]()
+    for loader in ("lazy_import_flash_attention", "load_and_register_attn_kernel"):
+        monkeypatch.setattr(f"transformers.modeling_utils.{loader}", lambda *args, **kwargs: named.append(args), raising=False)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, field: "evil/kernel"}))
+    loaded = load_language_model(str(model), device="cpu", dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa")
+    assert loaded.config._attn_implementation == "sdpa"
+    outline(str(model))
+    assert not named
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/module:os", "!include"])

@@ -230,6 +230,9 @@ def resolve(path: str) -> str:
     Raises:
         UserError: the path does not exist, is a file, or has no model; or it is a checkpoint of verl that is not as it was written.
     """
+    from verl.models.implementations import ignore_stated
+
+    ignore_stated()
     local = Path(path).expanduser()
     if local.is_dir():
         check_unchanged(path)

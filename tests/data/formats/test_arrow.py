@@ -3,6 +3,8 @@
 import datetime
 import gzip
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,46 @@ def test_a_wide_column_that_is_not_wanted_does_not_make_a_file_large(tmp_path: P
     assert source.size_bytes([path], lambda names: ("other",)) > whole / 4
     path.write_bytes(path.read_bytes()[:2000])
     assert source.size_bytes([path], lambda names: ("question",)) == 2000, "a damaged file has its size"
+
+
+COLUMNS: dict[str, pa.Array] = {
+    "texts": pa.array(["a", "b", "c"]),
+    "lists": pa.array([["a"], ["b", "c"], []]),
+    "objects": pa.array([{"a": ["first"]}, {"a": ["second"]}, {"a": []}]),
+    "a dictionary": pa.array(["a", "b", "c"]).dictionary_encode(),
+}
+READS = """
+import sys
+from pathlib import Path
+from verl.data.formats.arrow import read_bytes
+from verl.data.source import read_rows
+from verl.errors import UserError
+read_bytes(Path(sys.argv[1]), None)
+try:
+    [row.value("answer", "data.response_key") for row in read_rows(sys.argv[1])]
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_offsets_and_indices_that_lead_outside_are_an_error_of_the_file(tmp_path: Path, kind: str) -> None:
+    """In a process of its own, because pyarrow crashes if it reads such a column."""
+    file = tmp_path / "a.arrow"
+    rows_of(file, pa.table({"question": ["q1", "q2", "q3"], "answer": COLUMNS[kind]}))
+    column = COLUMNS[kind].indices if kind == "a dictionary" else COLUMNS[kind].field(0) if kind == "objects" else COLUMNS[kind]
+    right = column.buffers()[1].to_pybytes()[:12]
+    content = file.read_bytes()
+    place = content.rfind(right)
+    file.write_bytes(content[:place] + right[:4] + (2**30).to_bytes(4, "little") + content[place + 8 :])
+    ended = subprocess.run([sys.executable, "-c", READS, str(file)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr[-500:]
+    assert str(file) in ended.stdout and "cannot be read" in ended.stdout
+
+
+def test_a_damaged_name_in_a_parquet_file_is_an_error_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    rows_of(file, pa.table({"question": ["q1"]}))
+    file.write_bytes(file.read_bytes().replace(b"question", b"\xff\xfeestion"))
+    with pytest.raises(UserError, match="damaged Parquet file"):
+        list(read_rows(str(file)))

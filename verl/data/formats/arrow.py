@@ -21,6 +21,7 @@ TWICE = Fault("the column occurs twice", "rename one of them, or remove it")
 Damaged = dict[str, Fault]  # columns that cannot be read at all
 Batches = Iterator[tuple[pa.RecordBatch, Damaged]]
 Unread = dict[str, Any]  # as in Row
+UNREADABLE = pa.ArrowException, OSError, UnicodeError, LookupError, OverflowError  # what pyarrow raises for damaged files
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _rows(file: File, kind: str, opened: Callable[[File], _Opened]) -> Rows:
                 read += 1
                 file.share = _constant(read / max(1, table.rows))
                 yield row
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         where = f"{file.path} row {read + 1}" if read else str(file.path)
         found = f"incomplete or damaged {kind} file: {first_line(error)}"
         raise UserError(found, where=where, fix="write it again, or copy it again") from error
@@ -93,8 +94,8 @@ def read_bytes(path: Path, wanted: Wanted | None) -> int:
             columns = (group.column(index) for group in groups for index in range(group.num_columns))
             return sum(column.total_compressed_size for column in columns if column.path_in_schema.split(".")[0] in used)
         if head == b"ARRO" or path.suffix == ".arrow":
-            return int(_mapped(pa.memory_map(str(path)).read_buffer(), wanted)[0].nbytes)
-    except (pa.ArrowException, OSError):
+            return int(_mapped(pa.memory_map(str(path)).read_buffer(), wanted)[0].get_total_buffer_size())
+    except UNREADABLE:
         pass  # whoever reads the file says what is wrong
     return size
 
@@ -134,7 +135,7 @@ def _parquet_batches(table: parquet.ParquetFile, used: list[str]) -> Batches:
         for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=used):
             yield batch, {}
             done += len(batch)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         damaged = {name: fault for name in used if (fault := _damage(table, name))}
         good = [name for name in used if name not in damaged]
         if not good or not damaged:
@@ -149,7 +150,7 @@ def _damage(table: parquet.ParquetFile, name: str) -> Fault | None:
     try:
         for _ in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=[name]):
             pass
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         return Fault(f"cannot be read: {first_line(error)}", "write the file again, or copy it again")
     return None
 
@@ -184,7 +185,15 @@ def batch_rows(name: str, before: int, batch: pa.RecordBatch, damaged: Damaged |
 
 def bounded(column: pa.Array) -> list[Any]:
     """Return a column as `decoded` does, with a Fault in place of each value that is larger than any row may be."""
-    if column.nbytes <= MAX_ROW_BYTES and not pa.types.is_dictionary(column.type):
+    is_dictionary = pa.types.is_dictionary(column.type)
+    try:
+        column.validate(full=not is_dictionary)  # offsets and indices that lead elsewhere would crash the process
+    except (pa.ArrowException, IndexError):
+        from verl.data.formats.invalid import damage  # files are rarely damaged
+
+        if (fault := damage(column)) is not None:
+            return [fault] * len(column)
+    if not is_dictionary and column.nbytes <= MAX_ROW_BYTES:
         return decoded(column)
     from verl.data.formats.dense import one_by_one
 

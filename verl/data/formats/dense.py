@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow import parquet
 
+from verl.data.formats.invalid import damage
 from verl.data.formats.stream import MAX_ROW_BYTES
 from verl.data.row import Fault
 from verl.errors import UserError
@@ -30,8 +31,16 @@ def one_by_one(column: pa.Array, decoded: Callable[[pa.Array], list[Any]]) -> li
     known: dict[int | None, Any] = {None: None}
     numbers = column.indices.to_pylist()
     for number in set(numbers) - {None}:
-        known[number] = _bounded(column.dictionary.slice(number, 1), decoded)
+        known[number] = _of_dictionary(column.dictionary, number, decoded)
     return [known[number] for number in numbers]
+
+
+def _of_dictionary(dictionary: pa.Array, number: int, decoded: Callable[[pa.Array], list[Any]]) -> Any:
+    """Return a value of a dictionary. Only those that are used are checked, because each batch has the whole dictionary."""
+    if not 0 <= number < len(dictionary):
+        return Fault(f"cannot be read: index {number} of a dictionary of {len(dictionary)}", "write the file again, or copy it again")
+    one = dictionary.slice(number, 1)
+    return damage(one) or _bounded(one, decoded)
 
 
 def _bounded(one: pa.Array, decoded: Callable[[pa.Array], list[Any]]) -> Any:

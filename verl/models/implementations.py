@@ -1,0 +1,26 @@
+"""Which attention a model runs is verl's own choice: what a config.json names is ignored, because it may be a kernel of the Hub, which is code."""
+
+import functools
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+KEYS = tuple(f"{start}{part}_implementation{end}" for part in ("attn", "experts") for start in ("", "_") for end in ("", "_internal"))
+_original = PreTrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]  # of a class method
+
+
+def ignore_stated() -> None:
+    """Have transformers read every config.json of this process without the names of implementations."""
+    PreTrainedConfig.get_config_dict = classmethod(_read)  # type: ignore[assignment]
+
+
+@functools.wraps(_original)
+def _read(kind: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    config, unused = _original(kind, *args, **kwargs)
+    return _without(config), unused
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(inner) for key, inner in value.items() if key not in KEYS}
+    return [_without(inner) for inner in value] if isinstance(value, list) else value
