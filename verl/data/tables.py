@@ -78,6 +78,8 @@ class Columns:
         """Return a plain text or a chat. Raises UserError if a column is invalid."""
         if row.is_text or self.text_key:
             text = row.text(self.text_key or "text", "data.text_key")
+            if row.is_text:
+                row.note("read as plain text, every token is trained")
             return [RenderedText(text) if self.text_is_rendered else text]
         question, answer = row.values.get(self.prompt_key), row.values.get(self.response_key)
         is_plain = isinstance(question, str) and isinstance(answer, str) and question[:1] != "[" and answer[:1] != "["
