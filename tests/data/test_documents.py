@@ -146,6 +146,11 @@ def test_plain_text_needs_no_chat_template_and_chats_do(tmp_path: Path) -> None:
     assert "data.chat_template=path/to/template.jinja" in caught.value.fix
 
 
+def test_plain_text_is_said_to_be_trained_whole(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("one\n\ntwo\n")
+    assert load(tmp_path, tmp_path / "a.md").report.notes[0].startswith("read as plain text, every token is trained: 2 rows, the first ")
+
+
 @pytest.mark.parametrize(
     ("row", "keys", "message"),
     [

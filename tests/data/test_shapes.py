@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import families
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
 from verl.config.commands import EvalConfig
@@ -339,3 +341,42 @@ def test_a_chat_without_a_name_of_its_column_is_answered_with_an_object(tmp_path
     with pytest.raises(UserError, match=what) as caught:
         load(tmp_path, str(tmp_path / "a.json"))
     assert '{"messages": […]}' in str(caught.value)
+
+
+ROWS: list[Values] = [{"question": "2+2?", "answer": "four"}, {"messages": CHAT}]
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": 0.0}, {"masked": True}, {"loss_mask": "0"}])
+def test_a_row_whose_mark_asks_not_to_train_it_is_refused(row: Values, mark: Values) -> None:
+    with pytest.raises(UserError, match=f"column '{next(iter(mark))}' is .*: it asks not to train the row") as caught:
+        example({**row, **mark})
+    assert "remove the row" in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_marks_of_parts_of_a_row_are_refused(row: Values) -> None:
+    with pytest.raises(UserError, match="column 'loss_mask' is a list") as caught:
+        example({**row, "loss_mask": [0, 0, 0, 1]})
+    assert 'write "weight": 0 into the messages' in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_marks_and_thoughts_that_are_not_read_are_named(row: Values, tmp_path: Path) -> None:
+    beside = {"weight": 0.5, "train": 1, "thinking": "Add.", "cot": None, "reasoning_content": ""}
+    notes = load(tmp_path, write(tmp_path / "rows.jsonl", [{**row, **beside}])).report.notes
+    named = [note.partition(":")[0] for note in notes if "is not read" in note]
+    assert named == ["column 'thinking' is not read, so the thoughts in it are not trained", "column 'weight' is not read"]
+
+
+def test_a_column_of_thoughts_that_is_trained_is_not_named(tmp_path: Path) -> None:
+    files = write(tmp_path / "rows.jsonl", [{"question": "2+2?", "reasoning": "Add.", "answer": "four"}])
+    assert not [note for note in load(tmp_path, files, response_key="reasoning").report.notes if "is not read" in note]
+
+
+def test_a_mark_beside_a_text_or_in_a_parquet_file_is_not_ignored(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="asks not to train the row"):
+        load(tmp_path, write(tmp_path / "text.jsonl", [{"text": "one", "weight": 0}]), text_key="text")
+    parquet.write_table(pa.Table.from_pylist([{**ROWS[0], "weight": 0}]), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="asks not to train the row"):
+        load(tmp_path, str(tmp_path / "rows.parquet"))

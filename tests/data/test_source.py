@@ -321,6 +321,36 @@ def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> Non
         assert f"did you mean {tmp_path}/a.jsonl?" in error_of(tmp_path / "A.jsonl").fix
 
 
+def fix_of_folder(folder: Path, names: str, key: str = "data.train_files") -> str:
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, "x")
+    with pytest.raises(UserError) as caught:
+        resolve_files(str(folder), key)
+    return (caught.value.fix or "").replace(str(folder), "d")
+
+
+@pytest.mark.parametrize(
+    ("names", "fix"),
+    [
+        ("README.md main/train-0.parquet main/test-0.parquet", "name its files with a glob, such as 'd/main/*train*.parquet'"),
+        ("dataset_dict.json train/a.arrow train/state.json test/a.arrow", "name its files with a glob, such as 'd/train/*.arrow'"),
+        ("state.json dataset_info.json a.arrow", "name its files with a glob, such as 'd/*.arrow'"),
+        ("data/a.jsonl data/b.jsonl c.csv", "name its files with a glob, such as 'd/*.csv' or 'd/**/*.jsonl', or several in a list"),
+        ("LICENSE.txt README.md a.jsonl.gz .cache/b.json", "name its files with a glob, such as 'd/*.jsonl.gz'"),
+        ("README.md book.txt", "name its files with a glob, such as 'd/*.txt'"),
+        ("a.json state.json", "name its files with a glob, such as 'd/a.json'"),
+        ("README.md", "put data files into it"),
+    ],
+)
+def test_a_folder_is_answered_with_its_data_files_and_never_with_its_readme(names: str, fix: str, tmp_path: Path) -> None:
+    assert fix_of_folder(tmp_path, names).startswith(fix)
+
+
+def test_a_folder_is_answered_with_the_files_of_the_key(tmp_path: Path) -> None:
+    assert "'d/*test*.jsonl'" in fix_of_folder(tmp_path, "train.jsonl test.jsonl", "data.val_files")
+
+
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", jsonl())
     error = error_of(tmp_path)

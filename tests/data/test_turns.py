@@ -352,3 +352,32 @@ def test_glm_4_5_with_an_end_is_trained_as_by_its_template_with_marks(messages: 
         found.append((rendered.input_ids, rendered.loss_mask))
         assert all(text.startswith(start) for text, start in zip(trained(tokenizer, rendered), expected, strict=True))
     assert found[0] == found[1]
+
+
+# After Qwen3-Thinking-2507: the prompt begins the thought, and only the last turn is written with an empty one.
+BEGINS_THOUGHT = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- set parts = m.content.split('</think>') %}{%- set thought = parts[0].split('<think>')[-1].strip('\\n') if parts[1:] else '' %}"
+    "{%- if m.role == 'assistant' and (loop.last or thought) %}"
+    "{{- '<think>\\n' + thought + '\\n</think>\\n\\n' + parts[-1].lstrip('\\n') }}{%- else %}{{- parts[-1].lstrip('\\n') }}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("before", [[], ONE])
+@pytest.mark.parametrize("turns", [[assistant("four"), assistant("yes")], [assistant("four"), thinking("add", "yes")]])
+def test_a_turn_that_another_one_follows_at_once_is_refused_if_it_is_written_otherwise_then(before: Messages, turns: Messages) -> None:
+    special, added, names = FAMILIES["qwen"]
+    with pytest.raises(UserError) as caught:
+        Renderer(families.byte_level(BEGINS_THOUGHT, special, added, **names)).chat([*before, user("2+2?"), *turns])
+    assert "writes an assistant's turn otherwise if another one follows" in caught.value.what
+    assert caught.value.where == f"messages[{len(before) + 2}]" and "join the two messages" in (caught.value.fix or "")
+
+
+def test_turns_in_a_row_have_the_tokens_of_the_template_where_it_writes_both_alike() -> None:
+    special, added, names = FAMILIES["qwen"]
+    tokenizer = families.byte_level(BEGINS_THOUGHT, special, added, **names)
+    messages = [user("2+2?"), thinking("add", "four"), assistant("yes")]
+    rendered = Renderer(tokenizer).chat(messages)
+    assert tokenizer.decode(rendered.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert trained(tokenizer, rendered) == ["add\n</think>\n\nfour<|im_end|>", "\n</think>\n\nyes<|im_end|>"]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from verl.data.row import describe, number_text
+from verl.data.row import MARKS, describe, number_text
 from verl.errors import UserError
 
 Message = dict[str, Any]
@@ -24,8 +24,6 @@ ROLES = {
 }
 ROLE = re.compile(r"[\w.-]+")  # no brackets, so that a role cannot be a control token
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of a call, whose value is JSON
-# Marks on a message, with whether true means that the turn is trained.
-MARKS = {"weight": True, "train": True, "training": True, "loss": True, "trainable": True, "loss_mask": True, "masked": False}
 UNCLEAR_MARKS = ("mask", "train_detail", "training_detail")
 LIKE_A_MARK = re.compile(r"(?:.*_)?(?:loss|train|trained|trainable|training|masks?|masked|weight)(?:_.*)?")  # a key such as loss_scale
 TEXT_PARTS = ("text", "input_text", "output_text")

@@ -7,10 +7,12 @@ import os
 import re
 from pathlib import Path
 
-from verl.data.formats.files import FORMATS, SUFFIXES, suffix_of
+from verl.data.formats.files import FORMATS, SUFFIXES, TEXT_SUFFIXES, suffix_of
 from verl.errors import UserError
 
-MOST_LOOKED_AT = 10_000  # files of a folder that was given in place of its files
+# Files beside data: descriptions, and what `save_to_disk` of Hugging Face datasets writes about it.
+NO_DATA = re.compile(r"(?:(?:readme|licen[sc]e|changelog)(?:\..*)?|(?:dataset_dict|dataset_infos?|state)\.json)", re.IGNORECASE)
+FILES_SEARCHED, GLOBS_SHOWN = 10_000, 4
 
 
 def no_file(entry: str, key: str) -> UserError:
@@ -55,10 +57,35 @@ def _missing(path: Path, key: str) -> UserError:
     return UserError(f"no file {str(path)!r}", where=key, fix=f"{hint} current folder is {Path.cwd()}")
 
 
-def files_in(folder: Path) -> str:
-    """Say how to name the data files of a folder."""
-    for pattern, every in (("*", folder.glob("*")), ("**/*", folder.rglob("*"))):
-        files = itertools.islice(every, MOST_LOOKED_AT)
-        if inside := sorted({file.name[file.name.lower().rindex(suffix_of(file)) :] for file in files if suffix_of(file) in SUFFIXES}):
-            return f"name its files with a glob, such as '{folder}/{pattern}{inside[0]}'"
-    return f"put data files into it ({FORMATS})"
+def files_in(folder: Path, *, for_training: bool) -> str:
+    """Say how to name the data files of a folder and its subfolders: those to train or to evaluate with, if names tell them apart."""
+    found = _data_files(folder)
+    words = ("train",) if for_training else ("test", "val", "dev")
+    named = [file for file in found if any(word in str(file.relative_to(folder)).lower() for word in words)] or found
+    patterns = list(dict.fromkeys(_glob(file, folder, named, words) for file in named))
+    if not patterns:
+        return f"put data files into it ({FORMATS})"
+    if len(patterns) == 1:
+        return f"name its files with a glob, such as '{patterns[0]}'"
+    shown = " or ".join(f"'{pattern}'" for pattern in patterns[:GLOBS_SHOWN])
+    more = f" ({len(patterns) - GLOBS_SHOWN} more)" if len(patterns) > GLOBS_SHOWN else ""
+    return f"name its files with a glob, such as {shown}{more}, or several in a list"
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files with rows: plain text only if there is nothing else, because a README would be trained."""
+    inside = itertools.islice(folder.rglob("*"), FILES_SEARCHED)
+    files = sorted(file for file in inside if suffix_of(file) in SUFFIXES and not NO_DATA.fullmatch(file.name) and file.is_file())
+    seen = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return [file for file in seen if suffix_of(file) not in TEXT_SUFFIXES] or seen
+
+
+def _glob(file: Path, folder: Path, named: list[Path], words: tuple[str, ...]) -> str:
+    """Return a glob of the named files of the same format, or of those in the same folder; if others match it, the file."""
+    end = file.name[file.name.lower().rindex(suffix_of(file)) :]
+    is_flat = all(other.parent == folder for other in named if other.name.endswith(end))
+    within = [(file.parent, f"*{word}*{end}") for word in words if word in file.name]
+    for place, pattern in ((folder, f"*{end}" if is_flat else f"**/*{end}"), (file.parent, f"*{end}"), *within):
+        if set(place.glob(pattern)) <= set(named):
+            return f"{place}/{pattern}"
+    return str(file)

@@ -15,6 +15,11 @@ from verl.errors import UserError
 MAX_NESTING = 64
 NUL = "\0"
 NOT_TEXT = re.compile(f"[{NUL}\ud800-\udfff]")
+# Columns that are not read, but are named if a row has them, or refused (verl.data.beside): marks, which messages have too, with
+# whether true means that something is trained, and thoughts.
+MARKS = {"weight": True, "train": True, "training": True, "loss": True, "trainable": True, "loss_mask": True, "masked": False}
+THOUGHT_COLUMNS = ("thinking", "thoughts", "thought", "reasoning", "reasoning_content", "cot", "chain_of_thought", "rationale")
+UNREAD = frozenset((*MARKS, *THOUGHT_COLUMNS))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from verl.data.chat import BESIDES, SYSTEM, TEMPLATE_KWARGS, TOOLS, ChatInput, Message, checked, unanswered
-from verl.data.row import Row, describe
+from verl.data.row import UNREAD, Row, describe
 from verl.errors import UserError
 
 CHATS = ("messages", "conversations", "conversation")
@@ -165,7 +165,7 @@ def columns_of_shapes(columns: NamedColumns, names: Collection[str]) -> set[str]
         names: the columns of the table.
     """
     texts = {columns.prompt_key, columns.response_key} if columns.messages_key is None else {columns.messages_key}
-    named = {name for name in (*texts, columns.tools_key, columns.chat_template_kwargs_key, *BESIDES) if name is not None}
+    named = {name for name in (*texts, columns.tools_key, columns.chat_template_kwargs_key, *BESIDES, *UNREAD) if name is not None}
     if columns.messages_key is not None or not _are_defaults(columns) or texts <= set(names):
         return named
     more = (name for beside in CONTEXT.values() for name in beside)

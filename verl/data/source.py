@@ -171,7 +171,7 @@ def _checked(path: Path, key: str) -> Path:
     if stat.S_ISDIR(mode):
         from verl.data.path_errors import files_in
 
-        raise UserError(f"{str(path)!r} is a directory", where=key, fix=files_in(path))
+        raise UserError(f"{str(path)!r} is a directory", where=key, fix=files_in(path, for_training=is_training(key)))
     if not stat.S_ISREG(mode):
         raise UserError(f"{str(path)!r} is not a regular file", where=key, fix="write the rows to a file first")
     try:

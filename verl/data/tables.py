@@ -18,7 +18,7 @@ from verl.data.cache import table_of
 from verl.data.chat import BESIDES, RenderedText
 from verl.data.chat import ChatInput as ChatInput
 from verl.data.render import Rendered, Renderer, or_error
-from verl.data.row import Notes, ReadProgress, Row
+from verl.data.row import UNREAD, Notes, ReadProgress, Row
 from verl.data.source import LARGE_BYTES, Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
 from verl.progress import Bar, open_console
@@ -69,15 +69,21 @@ class Columns:
     def columns_read(self, names: Collection[str]) -> Collection[str]:
         """Return the columns that the config names; if these are the default ones and missing, those of the shapes that are recognised."""
         if self.text_key:
-            return (self.text_key,)
+            return (self.text_key, *UNREAD.intersection(names))
         from verl.data.shapes import columns_of_shapes  # whoever has the rows in the cache reads none
 
         return columns_of_shapes(self, names)
 
     def read(self, row: Row) -> "list[str | ChatInput]":
         """Return a plain text or a chat. Raises UserError if a column is invalid."""
+        if not UNREAD.isdisjoint(row.values):
+            from verl.data.beside import check_beside  # most data has no such columns
+
+            check_beside(row, (self.prompt_key, self.response_key, self.messages_key, self.text_key, self.chat_template_kwargs_key))
         if row.is_text or self.text_key:
             text = row.text(self.text_key or "text", "data.text_key")
+            if row.is_text:
+                row.note("read as plain text, every token is trained")
             return [RenderedText(text) if self.text_is_rendered else text]
         question, answer = row.values.get(self.prompt_key), row.values.get(self.response_key)
         is_plain = isinstance(question, str) and isinstance(answer, str) and question[:1] != "[" and answer[:1] != "["

@@ -157,6 +157,10 @@ class Turns:
         if text.startswith(prompt):
             return text
         opened = THOUGHT_IN_PROMPT.search(prompt)
+        if opened and chat.messages[number - 1]["role"] == "assistant":
+            what = "the chat template writes an assistant's turn otherwise if another one follows it at once"
+            fix = "join the two messages into one, put a user's message between them, or remove the row"
+            raise UserError(what, where=f"messages[{number}]", fix=fix)
         answer = self._after(prompt[: opened.start()] if opened else prompt, text, chat)
         if answer is None:
             return text
@@ -326,6 +330,8 @@ def _continued(opened: str, answer: str, message: Message, number: int) -> str:
             fix = "remove the thought, or ask for thinking: data.chat_template_kwargs={enable_thinking: true}"
             raise UserError(what, where=f"messages[{number}]", fix=fix)
         return answer
+    if answer.startswith(opened):
+        return answer.removeprefix(opened)
     rest = answer.lstrip()
     if rest.startswith("<think>"):
         return rest.removeprefix("<think>").lstrip("\n") if opened.endswith("\n") else rest.removeprefix("<think>")
