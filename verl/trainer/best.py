@@ -16,10 +16,10 @@ from verl import dist
 from verl.config.checks import best_mode
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
-from verl.durable import replace_text
+from verl.durable import STEP, replace_text
 from verl.engine.checkpoint import committed, find_damage
 from verl.engine.damage import read_position
-from verl.engine.position import STEP, Position
+from verl.engine.position import Position
 from verl.errors import UserError
 from verl.run import Run
 
