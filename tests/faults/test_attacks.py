@@ -5,11 +5,13 @@ import http.server
 import json
 import os
 import pickle
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,12 +28,20 @@ import verl
 from verl import durable, safe_path
 from verl.config.load import load_config, to_yaml
 from verl.config.sft import SFTConfig
-from verl.data import cache
+from verl.data import cache, globs
 from verl.data.documents import load_documents
-from verl.data.source import read_rows
+from verl.data.source import read_rows, resolve_files
 from verl.data.tables import Columns
 from verl.data.template_limits import limit
+from verl.directory import FILES, Claimed, begin_files, claim, is_continued, recorded_settings, settings_beside, steps_in
+from verl.engine.damage import candidates
 from verl.errors import UserError
+from verl.lock import held
+from verl.machine import machine_errors_named
+from verl.models.damage import check_model_files
+from verl.models.foreign import newest_step
+from verl.models.identity import content_of
+from verl.models.kind import kind_of
 from verl.models.load import load_language_model, load_tokenizer, outline, resolve
 from verl.redaction import is_secret_name, redact, redact_text
 from verl.rollout._http import RefusedError, Server
@@ -746,6 +756,185 @@ def test_code_in_an_answer_is_text(answer: str, tmp_path: Path, monkeypatch: pyt
     assert gsm8k.score("", answer, {"reference": "#### 4"}) == 0.0
     calculator.reply(answer, "", {})
     assert not (tmp_path / "CANARY").exists()
+
+
+# What is in the place of a file: links, named pipes, directories and devices, and files of any size in no space
+
+
+@pytest.fixture
+def ends_in_time() -> Iterator[None]:
+    def late(*_: object) -> None:
+        raise AssertionError("it would go on forever")  # no OSError, which readers pass over
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(int(SECONDS))
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+IN_PLACE: dict[str, Callable[[Path], None]] = {
+    "a link": lambda path: path.symlink_to(path.parent.parent / "victim"),
+    "a named pipe": os.mkfifo,
+    "a directory": Path.mkdir,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+def _run_in(directory: Path, *words: str) -> Claimed:
+    return claim(load_config(SFTConfig, [*GIVEN, f"trainer.default_local_dir={directory}", *words]))
+
+
+@pytest.mark.usefixtures("ends_in_time")
+@pytest.mark.parametrize("kind", IN_PLACE)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_in_a_runs_directory_is_named_and_left_alone(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    IN_PLACE[kind](tmp_path / "run" / name)
+    with pytest.raises(UserError, match=f"run/{name}: is a .*, expected a file\\n  fix: remove it"):
+        _run_in(tmp_path / "run")
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.usefixtures("ends_in_time")
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_what_an_earlier_run_left_is_read_only_from_files(kind: str, tmp_path: Path) -> None:
+    step = tmp_path / "global_step_4"
+    (step / "trainer").mkdir(parents=True)
+    IN_PLACE[kind](step / "trainer" / "state.json")
+    IN_PLACE[kind](tmp_path / "config.yaml")
+    assert recorded_settings(tmp_path) == {} == settings_beside(step)
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_what_is_no_file_in_the_place_of_a_lock_is_named_and_left_alone(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "victim").write_text("mine")
+    IN_PLACE[kind](tmp_path / "model" / "lock")
+    with pytest.raises(UserError, match=r"model/lock: is a .*, expected a file"), held(tmp_path / "model", "export"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("ends_in_time")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "other.safetensors", "generation_config.json", "tokenizer.json"])
+def test_a_pipe_in_a_model_is_refused_unopened(name: str, folder: Path, tmp_path: Path) -> None:
+    model = _copied(folder, tmp_path / "model")
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    content_of(str(model))
+    assert kind_of(str(model)) in (None, "a language model")
+    with pytest.raises(UserError):
+        resolve(str(model))
+    if name != "tokenizer.json":
+        with pytest.raises(UserError):
+            load_language_model(str(model), device="cpu", dtype="float32", trust_remote_code=False, attn_implementation="eager")
+    if name.endswith(".safetensors"):
+        with pytest.raises(UserError, match=f"{name}: is not a regular file"):
+            check_model_files(str(model))
+
+
+def _with_hole(path: Path, size: int = 2**28) -> Path:
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json", "special_tokens_map.json"])
+def test_a_giant_file_of_a_model_is_refused_unread(name: str, folder: Path, tmp_path: Path) -> None:
+    model = _copied(folder, tmp_path / "model")
+    _with_hole(model / name)
+    with pytest.raises(UserError, match="no such file of a model"):
+        resolve(str(model))
+    assert _memory(lambda: content_of(str(model))) < 2**26
+    assert _memory(lambda: kind_of(str(model))) < 2**27
+
+
+def test_giant_files_of_an_earlier_run_are_not_read_whole(tmp_path: Path) -> None:
+    step = tmp_path / "global_step_4"
+    (step / "trainer").mkdir(parents=True)
+    _with_hole(step / "trainer" / "state.json")
+    _with_hole(tmp_path / "config.yaml")
+    assert _memory(lambda: recorded_settings(tmp_path)) < 2**27
+    _with_hole(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="a line of more than"):
+        begin_files(tmp_path, "{}", 4, print)
+
+
+def _memory(call: Callable[[], object]) -> int:
+    """The most memory of Python's objects in a call, in bytes."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+ALIASES = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))])
+YAML_BOMBS = [ALIASES, ALIASES.replace("[", "{a: [").replace("]", "]}"), "&a [*a]", "trainer: {resume_from_path: " + "[" * 5000]
+
+
+@pytest.mark.usefixtures("ends_in_time")
+@pytest.mark.parametrize("text", YAML_BOMBS, ids=range(len(YAML_BOMBS)))
+def test_a_bomb_in_the_config_yaml_of_a_run_is_no_config(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    trainer = load_config(SFTConfig, [*GIVEN, "trainer.resume_mode=resume_path", "trainer.resume_from_path=x/global_step_1"]).trainer
+    assert recorded_settings(tmp_path) == {} and not is_continued(tmp_path, trainer)
+    begin_files(tmp_path, "optim: {lr: 1e-3}", 0, print)
+
+
+# Names
+
+
+@pytest.mark.parametrize("word", ["", "''", "' '"])
+def test_an_empty_directory_is_not_the_current_folder(word: str) -> None:
+    with pytest.raises(UserError, match="default_local_dir: is empty"):
+        load_config(SFTConfig, [*GIVEN, f"trainer.default_local_dir={word}"])
+
+
+@pytest.mark.parametrize("word", ["null", "None", "~", "!!null null"])
+def test_null_for_the_directory_is_the_default_place(word: str) -> None:
+    config = load_config(SFTConfig, [*GIVEN, "trainer.default_local_dir=a", f"trainer.default_local_dir={word}"])
+    assert config.trainer.default_local_dir == "checkpoints/verl-sft/run"
+
+
+@pytest.mark.parametrize("call", [lambda name: resolve(name), lambda name: Path(name).is_dir(), lambda name: Path(f"/{name}").read_bytes()])
+def test_a_name_that_is_too_long_is_no_error_of_a_disk(call: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match="File name too long") as error, machine_errors_named():
+        call("x" * 6000)
+    assert error.value.exit_code == 2 and len(str(error.value)) < 500
+
+
+def test_a_directory_in_the_place_of_a_file_is_no_error_of_a_disk(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="remove what is in its place") as error, machine_errors_named():
+        tmp_path.read_bytes()
+    assert error.value.exit_code == 2
+
+
+def test_only_names_that_verl_writes_are_checkpoints(tmp_path: Path) -> None:
+    for name in ("4", "04", "\u0664", "+5", "5_0", "10", "7.tmp"):
+        (tmp_path / f"global_step_{name}").mkdir()
+    assert [path.name for path in steps_in(tmp_path)] == ["global_step_4", "global_step_10"]
+    assert candidates(tmp_path) == steps_in(tmp_path) and newest_step(tmp_path) == tmp_path / "global_step_10"
+
+
+@pytest.mark.usefixtures("ends_in_time")
+@pytest.mark.parametrize("pattern", ["**/x.jsonl", "**/**/no*", "*/**/a/**/[x]"])
+def test_a_glob_that_goes_round_in_circles_ends_in_time(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(globs, "SECONDS", 0.5)
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        for other in "efgh":
+            (tmp_path / name / other).symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is not expanded in"):
+        resolve_files(f"{tmp_path}/{pattern}")
+    deadline = time.monotonic() + 5
+    while any(thread.name == "glob" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the thread has not ended"
+        time.sleep(0.05)
 
 
 def test_the_catalogue_has_all_the_attacks() -> None:
