@@ -31,7 +31,7 @@ _CHINESE_LEAD = re.compile(
 )
 _ABOUT = re.compile(
     r"(?:≈|~|大约|大約|约|約|about |nearly |almost |approximately |approx\.? |roughly |around |"
-    r"exactly |just |only |altogether[,:]? |in total[,:]? |a total of )\s*",
+    r"exactly |just |only |actually |indeed |in fact |really |simply |altogether[,:]? |in total[,:]? |a total of )\s*",
     re.IGNORECASE,
 )
 _ABOUT_BEHIND = re.compile(

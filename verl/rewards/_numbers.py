@@ -11,7 +11,10 @@ from fractions import Fraction
 LARGEST_EXPONENT = 1000
 
 _DIGITS = r"[0-9]+"
-_GROUPED = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[1-9][0-9]{0,2}(?: [0-9]{3})+|[0-9]{1,3}(?:'[0-9]{3})+"
+_GROUPED = (
+    r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[1-9][0-9]{0,2}(?: [0-9]{3})+|"
+    r"[0-9]{1,3}(?:'[0-9]{3})+|[1-9][0-9]{0,2}(?:_[0-9]{3})+"
+)
 _POINTED = re.compile(rf"(?:{_GROUPED}|{_DIGITS})?(?:\.([0-9]*))?")  # 1,234.50
 _SPACED_WITH_COMMA = re.compile(r"([0-9]{1,3}(?:[. ][0-9]{3})+),([0-9]+)|([0-9]{1,3}(?:\.[0-9]{3}){2,})()")  # 1.000,50 and 1.000.000
 _COMMA = re.compile(r"([0-9]+),([0-9]+)")  # 0,5
@@ -46,6 +49,9 @@ _FIXED = {
     "half a dozen": Fraction(6),
     "half a million": Fraction(500_000),
     "a hundred": Fraction(100),
+    "a thousand": Fraction(1000),
+    "a million": Fraction(10**6),
+    "a billion": Fraction(10**9),
 }
 _PARTS = {"half": 2, "halve": 2, "quarter": 4} | {
     name: value for value, name in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3)
@@ -75,7 +81,7 @@ def _pointed(text: str) -> Fraction | None:
         return None
     if re.match(r"0,[0-9]", text):  # `0,125` has a decimal comma: no thousands begin with 0
         return None
-    return Fraction(re.sub("[, ']", "", text.removesuffix(".")))
+    return Fraction(re.sub("[, '_]", "", text.removesuffix(".")))
 
 
 def _pointed_with_comma(text: str) -> Fraction | None:

@@ -6,7 +6,7 @@ Every pattern takes time in proportion to the length of the text.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from verl.rewards._spelling import CURRENCY
@@ -37,6 +37,11 @@ PHRASE = re.compile(
     re.IGNORECASE,
 )
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+# A pair of Markdown's marks in a line: `**12**`, `*12*`, `__12__`, `_12_`; not `2**3`, `a_1 b_2`.
+EMPHASIS = re.compile(
+    r"(?<![A-Za-z0-9)\]}*\\^_])(?P<mark>\*\*)(?=[^\s*])(?P<strong>[^*\n]{1,200})(?<=[^\s*])\*\*(?![A-Za-z0-9*!])|"
+    r"(?<![^\s(:：])(?P<light>\*|__?)(?=[^\s*_])(?P<inner>[^*_\n]{1,200})(?<=[^\s*_])(?P=light)(?![\w*{!])"
+)
 CHAT_TOKEN = re.compile(
     r"<\|im_start\|>\w*\s*\n|<\|(?:im_end|eot_id|endoftext|end_of_text|start_header_id|end|user|eom_id)\|>|</s>|<end_of_turn>|<start_of_turn>"
 )
@@ -47,12 +52,14 @@ NEXT_QUESTION = re.compile(
 # Words that begin a reason or a remark, after the answer itself.
 REMARK = re.compile(
     r",?\s\(?(?:because|since|which|where|but|so that|as (?:we|the|it|shown|required|desired)|I (?:hope|think|believe|guess)|"
-    r"and (?:we|the|this|that|it))\b|,\snot\b|,\sas\s(?=\d)|\s(?:-{2,}|—)\s|\s-\s(?=(?:the|this|that|which)\b)|"
+    r"and (?:we|the|this|that|it))\b|,\snot\b|\s\((?:not|we|I|discard\w*|reject\w*|ignor\w*|exclud\w*|see|this|that|it)\b|"
+    r",\sas\s(?=\d)|\s(?:-{2,}|—)\s|\s-\s(?=(?:the|this|that|which)\b)|"
     r",?\s(?:i\.e\.|that is\b|namely\b|or equivalently\b|equivalently\b)|"
     r"(?<=[0-9}%$)])\s(?=(?-i:That|This|It|So|Thus|Therefore|Hence|Done|Let|Hope|I|We|The|Note)\b)|"
     r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;](?!\s+-?[\d.,]+\s*$)|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )
+NOT_BUT = re.compile(r"^not [^.\n]{1,40}?,? but (?:rather |actually |instead )?(?=\S)")  # `not 9 but 8`
 BETWEEN_BOXES = re.compile(
     r"(?: ?[A-Za-z]+ and)?(?:[\s,;$]|\\quad|\\text\s*\{|\}|\\[()\[\]]|and\b|or\b|\\ )*"
     r"(?:for (?:part )?\(?\w{1,3}\)?[\s}]*(?:and\b|or\b|,)?[\s}]*|[A-Za-z](?:_\w|_\{\w+\})? ?= ?)?"
@@ -62,6 +69,7 @@ FORMULA = re.compile(
 )
 
 MOST_BETWEEN_BOXES = 90  # characters
+LONGEST_INDENT = 12  # characters before and behind a heading in its line
 _OPENING_BOX = re.compile(r"[\\\x08\x0c]{0,2}[a-z]+\s*\{?$")
 DELIMITERS = (("\\[", "\\]"), ("$$", "$$"))
 DECORATION = " \t\r\n*_:：#`$"
@@ -75,12 +83,14 @@ class Statement:
     Attributes:
         text: the answer as it is written, with its decoration.
         start, end: where the answer stands in the text.
+        mark_start: where the mark before it begins, for `####` and phrases.
     """
 
     mark: Mark
     text: str
     start: int
     end: int
+    mark_start: int = -1
 
 
 def visible(text: str) -> str:
@@ -98,6 +108,19 @@ def visible(text: str) -> str:
     return "".join([*spoken, text[kept_from:open_at]])
 
 
+def unemphasized(text: str) -> str:
+    """Return a text without the marks of bold and italic parts of its lines. A line that is bold as a whole is a heading, and stays."""
+    return EMPHASIS.sub(_inner_of_emphasis, text)
+
+
+def _inner_of_emphasis(match: re.Match[str]) -> str:
+    before = match.string[max(match.start() - LONGEST_INDENT, 0) : match.start()]
+    behind = match.string[match.end() : match.end() + LONGEST_INDENT]
+    begins_line = not before.rpartition("\n")[2].strip("#*- \t") and ("\n" in before or match.start() <= LONGEST_INDENT)
+    is_heading = begins_line and not behind.partition("\n")[0].strip()
+    return match[0] if is_heading else match["strong"] or match["inner"]
+
+
 def until_next_question(text: str, answered: re.Pattern[str]) -> str:
     """Return a text up to the first question that the model asks itself after an answer, which `answered` finds."""
     first = answered.search(text)
@@ -107,7 +130,7 @@ def until_next_question(text: str, answered: re.Pattern[str]) -> str:
 
 def hashed(text: str) -> list[Statement]:
     """Return the statements behind `####`: the rest of the line, or the next line that has something."""
-    return [Statement(one.mark, _sentence(one.text), one.start, one.end) for one in _behind(text, "hashes", HASHES)]
+    return [replace(one, text=_sentence(one.text)) for one in _behind(text, "hashes", HASHES)]
 
 
 def tagged(text: str) -> list[Statement]:
@@ -124,7 +147,7 @@ def tagged(text: str) -> list[Statement]:
 
 def phrased(text: str) -> list[Statement]:
     """Return what follows "the answer is" and the like, to the end of the sentence."""
-    return [Statement(one.mark, _sentence(one.text), one.start, one.end) for one in _behind(text, "phrase", PHRASE)]
+    return [replace(one, text=_sentence(one.text)) for one in _behind(text, "phrase", PHRASE)]
 
 
 def boxed(text: str) -> list[Statement]:
@@ -193,7 +216,9 @@ def _behind(text: str, mark: Mark, pattern: re.Pattern[str]) -> list[Statement]:
     """Return what follows each match, up to the next one, that is not empty."""
     matches = list(pattern.finditer(text))
     ends = [*(match.start() for match in matches[1:]), len(text)]
-    found = (_line_behind(text, mark, match.end(), end) for match, end in zip(matches, ends, strict=False))
+    found = (
+        replace(_line_behind(text, mark, match.end(), end), mark_start=match.start()) for match, end in zip(matches, ends, strict=False)
+    )
     return [one for one in found if one.text.strip(DECORATION)]
 
 
@@ -217,7 +242,7 @@ def _end_of_line(text: str, start: int, stop: int) -> int:
 
 def _sentence(rest: str) -> str:
     """Return a line up to the end of its first sentence or to a remark: `12.5` for `12.5. I hope it is correct.`"""
-    rest = rest.strip()
+    rest = NOT_BUT.sub("", rest.strip())
     if rest.endswith("**") and "*" not in rest.rstrip("*"):  # opened before the mark: `**Answer: 12**`
         rest = rest.rstrip("*")
     if rest.count("}") > rest.count("{"):  # {"answer": 12}

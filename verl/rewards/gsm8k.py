@@ -26,6 +26,12 @@ DECIMAL = rf"{INTEGER}(?:\.[0-9]*)?|(?<![.0-9])\.[0-9]+"
 NUMBER = rf"(?:[0-9]+ )?[0-9]+/[0-9]+|{DECIMAL}"
 # The sign of `-5`, `-$5` and `$-5`, but not the operator or hyphen of `8-5` and `mid-5`.
 ANY_NUMBER = re.compile(rf"(?:(?<![\w.)%])(?P<sign>[{MINUS}+]))?\$?(?P<sign_after>(?<=\$)[{MINUS}+])?(?P<number>{NUMBER})")
+# A heading of the fourth level: `#### Step 2: Total`, `#### Part (b)`, `#### Calculation:`.
+HEADING = re.compile(
+    r"(?:step|part|case|stage|phase) ?\(?\w{1,4}\)?(?:[:.)]? ?[-–—]?(?=\s|$)[^\d\n]*)?|"
+    r"(?:total|calculation|calculations|verification|conclusion|summary|result|solution|check)|[a-z][a-z ]{0,60}:",
+    re.IGNORECASE,
+)
 
 
 def score(prompt: str, response: str, row: dict[str, Any]) -> float:
@@ -84,7 +90,14 @@ def _stated(text: str, method: ExtractionMethod) -> str | None:
         return _signed(last[0]) if last else None
     text = _statement.until_next_question(_statement.visible(text), _statement.HASHES)
     marked = _statement.hashed(text)
-    return marked[-1].text.strip().rstrip("!") if marked else None
+    return _below_heading(text, marked[-1]).strip().rstrip("!") if marked else None
+
+
+def _below_heading(text: str, marked: _statement.Statement) -> str:
+    """Return the number on the last line if `####` begins a Markdown heading, `#### Step 2: Total`; else what stands behind the mark."""
+    lines = text[marked.end :].split("\n")[1:] if HEADING.fullmatch(marked.text.strip(" *_")) else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return last if 0 < len(last) <= LONGEST and isinstance(read(last), Quantity) else marked.text
 
 
 def _signed(match: re.Match[str]) -> str:

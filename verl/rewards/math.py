@@ -9,12 +9,14 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal
 
 from verl.errors import UserError
 from verl.rewards import _statement
 from verl.rewards._decoration import LONGEST, compact
 from verl.rewards._equality import equal
+from verl.rewards._finality import is_final
 from verl.rewards._judge import Judge
 from verl.rewards._reading import read
 from verl.rewards._statement import Statement
@@ -26,7 +28,15 @@ ANSWERED = re.compile(r"\\(?:boxed|fbox)\b|(?<!#)####(?!#)|</answer>|\banswers? 
 NUMBER = re.compile(r"(?<![\w.])-?[$€£]?(?:\d[\d,]*(?: \d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?(?: ?%)?|-?\\frac\{\d{1,30}\}\{\d{1,30}\}")
 NEGATED = re.compile(r"\bnot\s*\$?\s*\\f?(?:rame)?(?:boxed|box)\s*\{?$")  # `not \boxed{3}`
 NEGATION = re.compile(r"\b(?:not|no|none|neither|nor|cannot|never|without|except)\b|n't\b", re.IGNORECASE)
+NOT = re.compile(r"(?:(?:\w+ly )?not (?:equal to )?|不是|不为)(?=\S)", re.IGNORECASE)
+# What is said about an answer that stands elsewhere: `verified by substitution: 2(8)=16`.
+CHECK = re.compile(
+    r"(?:double-checked|cross-checked|checked|verified|confirmed|validated|justified|supported|consistent|correct|valid|reasonable|plausible|"
+    r"tested|proven|proved)\b(?=.)",
+    re.IGNORECASE,
+)
 DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+MOST_PHRASES = 200  # that are read, from the end
 REMARKS = (
     "correct",
     "right",
@@ -128,21 +138,50 @@ def _left_open(expected: str, answer: str) -> bool:
 
 
 def _stated(text: str, is_reference: bool = False) -> str | None:
-    """Return the last statement of an answer. A sentence behind a mark counts only if it states a value: not "the answer is correct"."""
-    text = _statement.until_next_question(_statement.visible(text), ANSWERED)
+    """Return the last statement of an answer."""
+    decorated = _statement.until_next_question(_statement.visible(text), ANSWERED)
+    text = _statement.unemphasized(decorated)
     boxes = [box for box in _statement.boxed(text) if not NEGATED.search(text, max(box.start - 25, 0), box.start)]
     box = _statement.joined(boxes, text, adjacent=is_reference)
     marked = [one for one in (box, *_statement.hashed(text)[-1:], *_statement.tagged(text)[-1:]) if one and _undelimited(one.text)]
-    last = max(marked, key=lambda one: one.end, default=None)
-    for phrase in reversed(_statement.phrased(text)):
-        if last is not None and phrase.start <= last.end:
-            break
-        if _states(phrase, only_values=last is not None):
-            last = phrase
-            break
+    last = _last_phrase(text, max(marked, key=lambda one: one.end, default=None))
     if last is None:
-        last = next((one for one in reversed(_statement.bold(text)) if _states(one, only_values=True)), None)
+        last = next((one for one in reversed(_statement.bold(decorated)) if _states(one, only_values=True)), None)
     return _from_sentence(_undelimited(last.text)) if last else None
+
+
+def _last_phrase(text: str, marked: Statement | None) -> Statement | None:
+    """Return the last phrase behind a mark that states the final answer, else what is marked.
+
+    Behind a mark, a phrase has to state a value: not "the answer is correct". One that speaks of another answer ("a common wrong answer is
+    9") or says what the answer is not counts only if there is nothing else.
+    """
+    doubtful, denials = None, list[Statement]()
+    chosen = marked
+    for phrase in islice(reversed(_statement.phrased(text)), MOST_PHRASES):
+        if marked is not None and phrase.start <= marked.end:
+            break
+        if not _states(phrase, only_values=marked is not None or (doubtful is not None and _is_value(_read(doubtful)))):
+            continue
+        denied = _denied(phrase)
+        if denied is None and is_final(text, phrase.mark_start, phrase.start):
+            chosen = phrase
+            break
+        doubtful = doubtful or phrase
+        denials += [phrase] if denied else []
+    withdrawn = next((one for one in denials if chosen and _denied(one) == _read(chosen)), None)
+    return withdrawn or chosen or doubtful
+
+
+def _read(statement: Statement) -> Value | None:
+    return read(_undelimited(statement.text))
+
+
+def _denied(statement: Statement) -> Value | None:
+    """Return the value that a phrase excludes, `9` for `not 9`."""
+    match = NOT.match(_undelimited(statement.text))
+    value = read(_undelimited(match.string[match.end() :])) if match else None
+    return value if _is_value(value) else None
 
 
 def _from_sentence(answer: str) -> str:
@@ -163,7 +202,7 @@ def _states(statement: Statement, only_values: bool) -> bool:
     answer = _undelimited(statement.text)
     if not answer or len(answer) > LONGEST or answer.casefold().strip(" .!") in REMARKS:
         return False
-    return not only_values or _is_value(read(answer))
+    return not only_values or (not CHECK.match(answer) and _is_value(read(answer)))
 
 
 def _is_value(value: Value | None) -> bool:
