@@ -251,3 +251,16 @@ def test_a_chat_of_sharegpt_has_the_tokens_of_the_same_messages() -> None:
     (rendered,) = renderer.chats([ChatInput([{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "four"}])])
     assert isinstance(rendered, Rendered)
     assert rendered == renderer.chat([*ASKED, {"role": "assistant", "content": "four"}])
+
+
+@pytest.mark.parametrize(
+    ("message", "what", "fix"),
+    [
+        ({"text": "four"}, r"is missing or null \(found: role, text\)", "fill it in"),
+        ({"content": {"type": "text", "text": "four"}}, "found an object", "write it as a list of parts"),
+    ],
+)
+def test_an_answer_without_a_text_where_it_belongs_is_answered_with_what_was_found(message: dict[str, object], what: str, fix: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        trained([{"role": "user", "content": "2+2?"}, {"role": "assistant", **message}])
+    assert caught.value.where == "messages[1].content" and fix in (caught.value.fix or "")

@@ -115,6 +115,7 @@ def test_a_share_that_cannot_be_had_is_refused_with_the_arithmetic() -> None:
         ([{"path": "A", "weight": 1}, {"path": "A", "rows": 2}], "some entries have a weight, others a number of rows"),
         ([{"path": "A", "wieght": 1}], "unknown key 'wieght'"),
         ([{"weight": 1}], "has no path"),
+        ([{"question": "2+2?", "answer": "4"}], "rows in memory are not read"),
         *[([{"path": "A", "weight": weight}], "the weight of") for weight in (0, -1, True, "2", float("inf"))],
         *[([{"path": "A", "rows": rows}], "the rows of") for rows in (0, -1, True, "2", 2.5)],
     ],

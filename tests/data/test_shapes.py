@@ -380,3 +380,12 @@ def test_a_mark_beside_a_text_or_in_a_parquet_file_is_not_ignored(tmp_path: Path
     parquet.write_table(pa.Table.from_pylist([{**ROWS[0], "weight": 0}]), tmp_path / "rows.parquet")
     with pytest.raises(UserError, match="asks not to train the row"):
         load(tmp_path, str(tmp_path / "rows.parquet"))
+
+
+def test_upstream_rows_without_their_texts_name_both_ways_to_use_them() -> None:
+    row = {name: value for name, value in UPSTREAM.items() if name != "extra_info"}
+    with pytest.raises(UserError, match=r"extra_info\.question and extra_info\.answer, which are missing") as caught:
+        example(row)
+    assert "data.prompt_key=prompt data.response_key=reward_model.ground_truth; or use verl ppo" in str(caught.value)
+    found = example(row, prompt_key="prompt", response_key="reward_model.ground_truth")
+    assert contents(found.messages) == [("user", "2+2?"), ("assistant", "4")]

@@ -381,3 +381,28 @@ def test_turns_in_a_row_have_the_tokens_of_the_template_where_it_writes_both_ali
     rendered = Renderer(tokenizer).chat(messages)
     assert tokenizer.decode(rendered.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert trained(tokenizer, rendered) == ["add\n</think>\n\nfour<|im_end|>", "\n</think>\n\nyes<|im_end|>"]
+
+
+def plain_template(messages: Messages) -> UserError:
+    """The error under a template that prints contents alone."""
+    special, added, names = FAMILIES["qwen"]
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content or '') + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    with pytest.raises(UserError) as caught:
+        Renderer(families.byte_level(template, special, added, **names)).chat(messages)
+    return caught.value
+
+
+@pytest.mark.parametrize("train_first", [True, False])
+def test_calls_that_the_template_does_not_print_ask_for_another_template(train_first: bool) -> None:
+    messages = [user("weather?"), assistant("I look.", tool_calls=[CALL], weight=int(train_first)), *TOOLS[2:]]
+    error = plain_template(messages)
+    assert error.where == "messages[1]" and "the template does not print calls; set data.chat_template to one" in (error.fix or "")
+
+
+def test_a_thought_among_the_parts_of_a_content_is_named_as_such() -> None:
+    parts = [{"type": "thinking", "thinking": "Add."}, {"type": "text", "text": "four"}]
+    error = plain_template([user("2+2?"), {"role": "assistant", "content": parts}])
+    assert "in 'reasoning_content', where parts of a content of type 'thinking' or 'reasoning' are" in error.what

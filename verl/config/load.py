@@ -192,7 +192,10 @@ def _assign(config: DictConfig, given: Assignment, defaults: object) -> None:
     try:
         OmegaConf.update(config, key_now, value)
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error), where=given.place, fix="--help shows the key with an example of its type") from error
+        from verl.config.values import not_a_number
+
+        what = not_a_number(value, type_of(defaults, key_now)) or _first_line(error)
+        raise UserError(what, where=given.place, fix="--help shows the key with an example of its type") from error
 
 
 def _canonical(key: str) -> str:

@@ -42,7 +42,9 @@ def _words_of(part: object, schema: type) -> list[str]:
     if isinstance(part, Mapping):
         return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part))]
     what = f"the class {part.__name__}" if isinstance(part, type) else f"{type(part).__name__}"
-    raise UserError(f"found {what}, expected {schema.__name__}, a dict or key=value", fix=f"{schema.__name__}() has the defaults")
+    is_list = isinstance(part, list | tuple)
+    fix = "pass its items one by one, such as verl.sft(*words)" if is_list else f"{schema.__name__}() has the defaults"
+    raise UserError(f"found {what}, expected {schema.__name__}, a dict or key=value", fix=fix)
 
 
 def _tree(part: object) -> dict[str, Any]:

@@ -53,6 +53,14 @@ def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
     return None
 
 
+def not_a_number(value: Any, kind: Any) -> str | None:
+    """Say that a text was found where a number is expected; None if it is something else."""
+    options = _options(kind) - {type(None)}
+    if not isinstance(value, str) or not options or not options <= {int, float}:
+        return None
+    return f"found the text {value!r}, expected {'a number such as 1e-5' if float in options else 'a whole number such as 8'}"
+
+
 def _has_no_home(text: str) -> bool:
     """Return whether a text is a path in the home of a user that does not exist, such as `~nobody-here/model`."""
     return text[:1] == "~" and text[1:2] not in ("", "/", "~") and not set(text) & set(" \n") and os.path.expanduser(text) == text

@@ -137,12 +137,15 @@ def _role(message: Message, where: str) -> str:
 
 def _check_content(message: Message, where: str) -> None:
     content, is_answer = message.get("content"), message["role"] == "assistant"
+    if isinstance(content, dict):
+        raise UserError(f"found {describe(content)}, expected text", where=where, fix='write it as a list of parts: [{"type": "text", …}]')
     if content is not None and not isinstance(content, str):
         raise UserError(f"found {describe(content)}, expected text", where=where, fix="write it as a quoted string")
     if is_answer and (message.get("tool_calls") or message.get("refusal")):
         return
     if content is None:
-        raise UserError("is missing or null", where=where, fix="fill it in, or remove the row")
+        found = f" (found: {', '.join(map(str, message))})" if "content" not in message else ""
+        raise UserError(f"is missing or null{found}", where=where, fix="fill it in, or remove the row")
     if is_answer and not content.strip():
         raise UserError("the assistant's text is empty", where=where, fix="fill it in, or remove the row")
 

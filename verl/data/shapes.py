@@ -196,6 +196,10 @@ def shape_of(row: Row, columns: NamedColumns, prefix: str, *, for_training: bool
     found = _recognised(row, for_training=for_training, needs_answer=answer is not None)
     if len(found) == 1:
         return found[0]
+    if not found and for_training and row.has(UPSTREAM_REFERENCE) and "prompt" in row.values:
+        what = f"rows of upstream verl are trained on extra_info.question and extra_info.answer, which are missing (found: {row.found})"
+        fix = f"to train the reference, set {prefix}prompt_key=prompt {prefix}response_key={UPSTREAM_REFERENCE}; or use verl ppo"
+        raise UserError(what, where=row.where, fix=fix)
     if not found:  # an error will say what is wrong with the chat, or that the columns of the config are missing
         return next((_shape(row, chat=name) for name in CHATS if name in row.values), named)
     ways = "; or ".join(_keys_of(shape, prefix) for shape in found)

@@ -18,6 +18,9 @@ def read_share(given: Mapping[object, object], key: str, *, for_training: bool) 
     Raises:
         UserError: the entry has no path, another key, both kinds of a share, or a wrong value.
     """
+    if not {"path", "weight", "rows"} & given.keys():
+        fix = "write them to a JSON Lines file, one object per line, and give its path"
+        raise UserError(f"an entry has no path: {dict(given)!r:.80}; rows in memory are not read", where=key, fix=fix)
     unknown = [str(name) for name in given if name not in ("path", "weight", "rows")]
     if unknown or "path" not in given or not isinstance(given["path"], (str, Path)):
         what = f"an entry has the unknown key {unknown[0]!r}" if unknown else f"an entry has no path: {dict(given)}"

@@ -234,6 +234,8 @@ def _valid(done: Iterator[Done], key: str) -> Iterator[pa.RecordBatch]:
 def _together(errors: list[UserError], rows: int, key: str) -> UserError:
     lines = [f"  {error.where}: {error.what}" for error in errors[:ERRORS_SHOWN]]
     more = [f"  and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
+    if len(errors) > 3 and len({error.what for error in errors}) == 1:  # told once
+        lines, more = lines[:1], [f"  and the same in {len(errors) - 1:,} more, the last {errors[-1].where}"]
     fixes = list(dict.fromkeys(error.fix for error in errors if error.fix))[:3]
     what = "\n".join([f"{len(errors):,} of the first {rows:,} rows are invalid:", *lines, *more])
     return UserError(what, where=key, fix="\n       ".join(fixes) or None)

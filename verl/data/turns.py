@@ -22,6 +22,7 @@ Render = Callable[[Chat, bool], str]  # the second argument asks for the generat
 THOUGHT_IN_PROMPT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 MARK_CHARACTERS = range(0x10FF00, 0x10FFFD)
 FIX = "set data.chat_template to a template with {% generation %} … {% endgeneration %} around the assistant's text"
+PRINT_CALLS = "the template does not print calls; set data.chat_template to one that prints tool_calls, or remove the row"
 QUESTION = Chat([{"role": "user", "content": "Is the sky blue?"}])
 HISTORY = "earlier turns are context: the chat template writes them without the thought that its prompt for an answer begins"
 
@@ -262,9 +263,11 @@ class Turns:
             if key in ("content", "tool_calls"):
                 kind = "text" if key == "content" else "calls"
                 what = f"the chat template changes or omits the assistant's {kind}, and renders {said!r:.80}"
-                raise UserError(what, where=where, fix=FIX)
+                prints = key == "content" or "tool_calls" in self._template
+                raise UserError(what, where=where, fix=FIX if prints else PRINT_CALLS)
             if not (is_history and self._leaves_out(key)):
-                what = f"the chat template changes or omits the assistant's text in {key!r}, and renders {said!r:.80}"
+                parts = ", where parts of a content of type 'thinking' or 'reasoning' are" if key == "reasoning_content" else ""
+                what = f"the chat template changes or omits the assistant's text in {key!r}{parts}, and renders {said!r:.80}"
                 rename = f"give the key {key!r} the name 'reasoning_content', " if self._should_be_renamed(key) else ""
                 fix = (
                     f"{rename}remove it from the data, write it into 'content', or set data.chat_template to a template that prints {key!r}"
@@ -292,6 +295,8 @@ class Turns:
                 if key in ("content", "tool_calls"):
                     what = f"the chat template leaves out {key!r} of this message of the role {message['role']!r}"
                     fix = "give it a role that the template knows, such as system or user, or set data.chat_template"
+                    if message["role"] == "assistant":
+                        fix = PRINT_CALLS if key == "tool_calls" else "set data.chat_template to a template that prints it"
                     raise UserError(what, where=f"messages[{number}]", fix=fix)
                 self._notes.append(f"{key} of earlier turns is left out by the chat template")
         for tool in self._chat.tools or []:

@@ -273,8 +273,9 @@ def describe_steps(config: PPOConfig, total_steps: int) -> str:
     """Return the numbers of prompts, answers, updates and tokens of a step, as one line for the log."""
     prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
     many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
+    steps = f"{total_steps:,} step{'s' if total_steps != 1 else ''}"
     return (
-        f"{total_steps:,} steps of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
+        f"{steps} of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
         f"{updates} update{'s' if updates > 1 else ''} per step with {prompts // updates * samples:,} answers each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
         f"in micro-batches of up to {token_budget(config):,} tokens on each of {many}"

@@ -66,9 +66,10 @@ def _of_batches(config: Any, rows: Rows, rows_per_step: int, total_steps: int) -
     if many < processes:
         yield f"data.train_files has {many:,} rows for {processes:,} processes, so {processes - many:,} of them train nothing"
     elif many < rows_per_step:
+        rows_there = f"{many:,} row{'s' if many != 1 else ''}"
         yield (
-            f"data.train_batch_size={rows_per_step:,} is more than the {many:,} rows of data.train_files, so each step is one epoch: "
-            f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {many:,} rows"
+            f"data.train_batch_size={rows_per_step:,} is more than the {rows_there} of data.train_files, so each step is one epoch: "
+            f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows_there}"
         )
 
 
