@@ -47,9 +47,8 @@ def _load_into(engine: Engine, directory: Path) -> None:
         dcp.load(state, storage_reader=Reader(directory), process_group=dist.group())  # in place: these are the engine's own tensors
     except CheckpointException as error:
         reason = next((str(failure) for failure, _ in error.failures.values()), "it cannot be read").splitlines()[0]
-        raise UserError(
-            f"the checkpoint is damaged: a tensor in its .distcp files cannot be read ({reason:.200})", where=str(directory), fix=_ANOTHER
-        ) from error
+        what = f"the checkpoint is damaged: a tensor in its .distcp files cannot be read ({reason:.200})"
+        raise UserError(what, where=str(directory), fix=_ANOTHER) from error
     engine.weights.publish()
 
 
