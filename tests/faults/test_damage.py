@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sft_runs
+import torch
 from faults import checkpoints
 from faults.checkpoints import change_json, change_manifest, copy_of, seal
+from safetensors.torch import save_file
 
 from verl.config.commands import ChatConfig, ExportConfig
 from verl.engine.damage import find_damage, find_newest
+from verl.engine.stored_metadata import read_metadata
 from verl.errors import UserError
 from verl.manifest import MANIFEST, entry_of, read_manifest
 from verl.models.inference import load_for_inference
 from verl.models.load import load_tokenizer
+from verl.trainer import fsdp_sft_trainer
 
 Damage = Callable[[Path], object]
 
@@ -177,6 +182,13 @@ def state(**changes: object) -> Damage:
     return sealed(lambda d: change_json(d / "trainer/state.json", **changes))
 
 
+RANDOM, PART = "trainer/rng_0.safetensors", "trainer/__0_0.distcp"
+
+
+def random_states(**states: torch.Tensor) -> Damage:
+    return sealed(lambda d: save_file(states, d / RANDOM))
+
+
 def of_pickle(content: object) -> Damage:
     return sealed(lambda d: (d / "trainer/.metadata").write_bytes(pickle.dumps(content)))
 
@@ -200,6 +212,21 @@ SEALED: dict[str, Damage] = {
     "state.json: the fingerprint lacks a field": state(data_fingerprint={"rows": 80}),
     "state.json: kl_coef is text": state(kl_coef="0.1"),
     "state.json: an unknown field": state(more=1),
+    "state.json: more skipped updates than steps": state(skipped=10**9),
+    "state.json: fewer than no tokens": state(tokens=-5),
+    "state.json: no rows": state(rows=0),
+    "state.json: no rows in a step": state(rows_per_step=0),
+    "state.json: no steps in all": state(total_steps=0),
+    "state.json: fewer steps in all than are done": state(total_steps=1),
+    "state.json: more steps in all than were asked for": state(total_steps=10**18),
+    "state.json: kl_coef is below 0": state(kl_coef=-1.0),
+    "random states: noise": sealed(lambda d: (d / RANDOM).write_bytes(bytes(range(256)) * 20)),
+    "random states: too short": random_states(cpu=torch.get_rng_state()[:100]),
+    "random states: of another key": random_states(other=torch.get_rng_state()),
+    "random states: of one key more": random_states(cpu=torch.get_rng_state(), other=torch.get_rng_state()),
+    "random states: zeros": random_states(cpu=torch.zeros_like(torch.get_rng_state())),
+    "random states: of a GPU, too short": random_states(cpu=torch.get_rng_state(), cuda=torch.zeros(3, dtype=torch.uint8)),
+    "a part that is noise": sealed(lambda d: (d / PART).write_bytes(bytes((d / PART).stat().st_size))),
     "no state.json": sealed(lambda d: (d / "trainer/state.json").unlink()),
     "no random states": sealed(lambda d: (d / "trainer/rng_0.safetensors").unlink()),
     "no metadata": sealed(lambda d: (d / "trainer/.metadata").unlink()),
@@ -227,6 +254,22 @@ def test_a_checkpoint_that_lacks_something_is_passed_over(damage: str, runs: dic
     directory = copy_of(runs["full"], tmp_path / "run")
     SEALED[damage](directory)
     passed_over(directory)
+
+
+def test_a_tensor_that_only_the_restore_finds_unreadable_is_one_line_with_the_step(runs: dict[str, Path], tmp_path: Path) -> None:
+    directory = copy_of(runs["full"], tmp_path / "run")
+    content = bytearray((directory / PART).read_bytes())
+    info = max(read_metadata(directory / "trainer").storage_data.values(), key=lambda info: info.length)
+    content[info.offset + 30 : info.offset + info.length - 22] = bytes(info.length - 52)
+    (directory / PART).write_bytes(content)
+    seal(directory)
+    assert find_damage(directory) is None, "its ends are right"
+    words = sft_runs.words(runs["full"].parent, "", trainer__total_training_steps=3, trainer__default_local_dir=directory.parent)
+    with pytest.raises(UserError) as caught:
+        fsdp_sft_trainer.main(words)
+    first, *rest = str(caught.value).splitlines()
+    assert first.startswith(f"{directory}/trainer: the checkpoint is damaged: a tensor in its .distcp files cannot be read (")
+    assert len(rest) == 1 and "resume from another checkpoint" in rest[0]
 
 
 CRITICS: dict[str, Damage] = {

@@ -1,14 +1,25 @@
 """Finds what is wrong with a checkpoint: what is not as it was written, and what a run needs to resume and is not there."""
 
+import itertools
+import json
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from verl.durable import STEP
 from verl.engine.position import STATE, Position
 from verl.errors import UserError
 from verl.manifest import Manifest, check_hashes, check_sizes, find_files, is_inside, read_manifest
-from verl.typed_json import DamageError, describe, read, read_json
+from verl.typed_json import DamageError, describe, open_file, read, read_bytes, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Smallest values of the numbers in state.json.
+_LEAST = {"tokens": 0, "supervised_tokens": 0, "rows": 1, "rows_per_step": 1, "seed": 0, "drawn": 0, "kl_coef": 0}
+_MOST_STEPS = 2**53  # no run has so many
+_ZIP_START, _ZIP_END, _ZIP_END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22  # torch.save writes each tensor as a ZIP archive
 
 
 def find_damage(directory: Path, *, hashes: bool = True) -> str | None:
@@ -36,7 +47,10 @@ def _check(directory: Path, *, hashes: bool) -> None:
     if hashes:
         check_hashes(directory, manifest.files)
     _check_step(directory, manifest, read_position(directory))
-    _check_present((f"trainer/rng_{rank}.safetensors" for rank in range(manifest.world_size)), found)
+    of_ranks = [f"trainer/rng_{rank}.safetensors" for rank in range(manifest.world_size)]
+    _check_present(of_ranks, found)
+    for name in of_ranks if hashes else ():
+        read_random_states(directory / name)
     _check_model(directory, "", found)
     parts = ["trainer/"]
     if any(name.startswith(("critic/", "trainer/critic/")) for name in found):
@@ -49,8 +63,49 @@ def _check(directory: Path, *, hashes: bool) -> None:
 
 
 def read_position(directory: Path) -> Position:
-    """Read the position that a checkpoint was saved at. Raises DamageError."""
-    return read(directory / "trainer" / STATE, Position)
+    """Read the position that a checkpoint was saved at. Raises DamageError, also if it has a number that no run has."""
+    position = read(directory / "trainer" / STATE, Position)
+    for name, least in _LEAST.items():
+        value = getattr(position, name)
+        _check_range(name, value, least, 2**63 if name != "seed" else value)
+    if settings := position.settings:  # older versions wrote neither these nor the total
+        planned = _setting(settings, "trainer.total_training_steps")
+        _check_range("total_steps", position.total_steps, max(1, position.step, planned or 0), planned or _MOST_STEPS)
+    updates = position.step * (_setting(settings, "algorithm.updates_per_step") or 1)
+    _check_range("skipped", position.skipped, 0, updates)
+    _check_range("critic_skipped", position.critic_skipped, 0, updates)
+    return position
+
+
+def _setting(settings: Mapping[str, str], key: str) -> int | None:
+    """Return a number of the settings; None if there is none."""
+    try:
+        found: Any = json.loads(settings.get(key, "null"))
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{STATE}: settings: {key} is {settings[key]!r:.40}") from error
+    return found if type(found) is int else None
+
+
+def _check_range(name: str, value: float | None, least: float, most: float | None) -> None:
+    if value is not None and not (least <= value and (most is None or value <= most)):
+        raise DamageError(f"{STATE}: {name} is {value:,}, which no run has at this step")
+
+
+def read_random_states(path: Path) -> "dict[str, Tensor]":
+    """Read the states of a rank's generators of random numbers: `cpu`, and `cuda` of a GPU. Raises DamageError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        states = load(read_bytes(path, 2**20))
+        torch.Generator().set_state(states["cpu"])
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DamageError(f"trainer/{path.name} has no state of a generator of random numbers") from error
+    unknown = states.keys() - {"cpu", "cuda"}
+    if unknown or ("cuda" in states and (states["cuda"].dtype != torch.uint8 or states["cuda"].shape != (16,))):
+        raise DamageError(f"trainer/{path.name} has a state of no known generator of random numbers ({min(unknown, default='cuda')!r:.80})")
+    return states
 
 
 def _check_step(directory: Path, manifest: Manifest, position: Position) -> None:
@@ -85,13 +140,30 @@ def _check_model(directory: Path, prefix: str, found: Mapping[str, int]) -> None
 
 
 def _check_tensors(directory: Path, part: str, found: Mapping[str, int]) -> None:
-    """Check that the files of trained weights and optimizer are there that `.metadata` names, and hold what it names."""
+    """Check that the files of trained weights and optimizer are there that `.metadata` names, and hold a tensor where it names one."""
     from verl.engine.stored_metadata import files_of, read_metadata
 
-    for name, size in files_of(read_metadata(directory / part)).items():
+    metadata = read_metadata(directory / part)
+    for name, size in files_of(metadata).items():
         _check_present([part + name], found)
         if found[part + name] < size:
             raise DamageError(f"{part}{name} has {found[part + name]:,} bytes, and .metadata names {size:,}")
+    stored = sorted((info.relative_path, info.offset, info.length) for info in metadata.storage_data.values())
+    for name, parts in itertools.groupby(stored, key=lambda one: one[0]):
+        with open(open_file(directory / part / name), "rb") as file:
+            for _, start, length in parts:
+                if not _is_tensor(file, start, start + length):
+                    raise DamageError(f"{part}{name} has no tensor at byte {start:,}, where .metadata names one")
+
+
+def _is_tensor(file: BinaryIO, start: int, end: int) -> bool:
+    """Return whether a part of a file begins and ends as a stored tensor does."""
+    if end - start < _ZIP_END_BYTES:
+        return False
+    file.seek(start)
+    begins = file.read(len(_ZIP_START)) == _ZIP_START
+    file.seek(end - _ZIP_END_BYTES)
+    return begins and file.read(len(_ZIP_END)) == _ZIP_END
 
 
 def find_newest(root: Path, say: Callable[[str], None]) -> Path | UserError | None:

@@ -1,14 +1,14 @@
 """Reads a checkpoint back: weights, optimizer and random states into an engine, and the position of its run."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from verl import dist
 from verl.engine import damage
@@ -19,6 +19,7 @@ from verl.engine.stored_metadata import Reader, read_metadata
 from verl.errors import UserError
 from verl.typed_json import DamageError
 
+Found = TypeVar("Found")
 _ANOTHER = "resume from another checkpoint: trainer.resume_mode=resume_path trainer.resume_from_path=…/global_step_N"
 
 
@@ -36,7 +37,7 @@ def load(directory: Path, engine: Engine, critic: SavedCritic | None = None) -> 
         _load_into(critic.engine, directory / "trainer" / "critic")
     random_states = directory / "trainer" / f"rng_{dist.rank()}.safetensors"
     if random_states.exists():
-        _restore_random_states(load_file(random_states), engine.device)
+        _restore_random_states(_undamaged(directory, lambda: damage.read_random_states(random_states)), engine.device)
 
 
 def _load_into(engine: Engine, directory: Path) -> None:
@@ -46,21 +47,20 @@ def _load_into(engine: Engine, directory: Path) -> None:
         dcp.load(state, storage_reader=Reader(directory), process_group=dist.group())  # in place: these are the engine's own tensors
     except CheckpointException as error:
         reason = next((str(failure) for failure, _ in error.failures.values()), "it cannot be read").splitlines()[0]
-        raise UserError(f"the checkpoint is damaged: {reason}", where=str(directory), fix=_ANOTHER) from error
+        what = f"the checkpoint is damaged: a tensor in its .distcp files cannot be read ({reason:.200})"
+        raise UserError(what, where=str(directory), fix=_ANOTHER) from error
     engine.weights.publish()
 
 
 def read_position(directory: Path) -> Position:
     """Read the position that a checkpoint was saved at. Raises UserError: its file is damaged."""
-    try:
-        return damage.read_position(directory)
-    except DamageError as error:
-        raise UserError(f"the checkpoint is damaged: {error}", where=str(directory), fix=_ANOTHER) from error
+    return _undamaged(directory, lambda: damage.read_position(directory))
 
 
-def _read_metadata(directory: Path) -> Metadata:
+def _undamaged(directory: Path, read: Callable[[], Found]) -> Found:
+    """Return what is read. Raises UserError that names the checkpoint: it is damaged."""
     try:
-        return read_metadata(directory)
+        return read()
     except DamageError as error:
         raise UserError(f"the checkpoint is damaged: {error}", where=str(directory), fix=_ANOTHER) from error
 
@@ -69,7 +69,7 @@ def _check_same_tensors(state: dict[str, Any], directory: Path) -> None:
     """Raise UserError if names, shapes or dtypes of the checkpoint's tensors differ from those of the state to load."""
     found = {
         name: (tensor.properties.dtype, tuple(tensor.size))
-        for name, tensor in _read_metadata(directory).state_dict_metadata.items()
+        for name, tensor in _undamaged(directory, lambda: read_metadata(directory)).state_dict_metadata.items()
         if isinstance(tensor, TensorStorageMetadata)
     }
     model = {f"model.{name}": tensor for name, tensor in state["model"].items()}
