@@ -1,7 +1,6 @@
 """What a directory has in place of a model in safetensors, and how to get a model from it."""
 
 import difflib
-import json
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -40,7 +39,9 @@ def refuse_adapter(path: str) -> None:
     """Raise UserError if a local directory has a LoRA adapter and no whole model."""
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        from verl.models.adapters.settings import read_settings  # of adapters alone
+
+        base = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
         further = f"model.partial_pretrain={base} model.lora_adapter_path={path}"
         fix = f"merge it first with `verl export {path} NEW_DIR`; or train it further with {further}"
         raise UserError("is a LoRA adapter, not a whole model", where=path, fix=fix)
