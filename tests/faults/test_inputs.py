@@ -670,6 +670,15 @@ def wide(tensors: dict[str, torch.Tensor]) -> None:
     tensors[EMBEDDING] = torch.zeros(len(tensors[EMBEDDING]), 3 + tensors[EMBEDDING].shape[1])
 
 
+def token_id(folder: Path, part: str) -> None:
+    found = json.loads((folder / "tokenizer.json").read_text())
+    if part == "model":
+        found["model"]["vocab"]["zzz"] = 2**31
+    else:
+        found["added_tokens"].append({**found["added_tokens"][0], "id": 2**31, "content": "<zzz>"})
+    (folder / "tokenizer.json").write_text(json.dumps(found))
+
+
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config.json that is a list": (write("config.json", b"[]"), r"config\.json: is a list, expected an object"),
     "config.json that is text": (write("config.json", b'"qwen2"'), "is a text, expected an object"),
@@ -693,6 +702,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a multiple of num_key_value_heads",
     ),
     "a vocabulary of 0": (lambda f: changed_config(f, vocab_size=0), "vocab_size is 0"),
+    "a vocabulary of 2**31": (lambda f: changed_config(f, vocab_size=2**31), "vocab_size is 2147483648, expected a number up to"),
+    "a billion layers": (lambda f: changed_config(f, num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected a number up to"),
+    "a billion labels": (lambda f: changed_config(f, num_labels=10**9), "num_labels is 1000000000, expected a number up to"),
+    "labels that are text": (lambda f: changed_config(f, num_labels="x"), "num_labels is 'x'"),
     "shapes that differ": (weights(wide), "other shapes than config.json says"),
     "NaN": (weights(nan), rf"weight {EMBEDDING} has values that are not finite"),
     "a weight that is missing": (weights(lambda tensors: tensors.pop("model.norm.weight")), "model.norm.weight"),
@@ -731,6 +744,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tokenizer that is empty": (write("tokenizer.json", b""), r"tokenizer\.json: is empty"),
     "a tokenizer that is cut": (write("tokenizer.json", b'{"version": "1.0", "model"'), "cannot load the tokenizer"),
     "a tokenizer that is something else": (write("tokenizer.json", b"{}"), "cannot load the tokenizer"),
+    "a token id of 2**31": (lambda f: token_id(f, "model"), r"tokenizer\.json: has the token id 2147483648"),
+    "an added token id of 2**31": (lambda f: token_id(f, "added_tokens"), r"tokenizer\.json: has the token id 2147483648"),
     "token ids beyond the embeddings": (
         lambda f: (
             weights(lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING][:9].clone()}))(f),

@@ -488,3 +488,68 @@ def test_two_processes_train_save_and_resume_as_one(tied: Path, tokenizer: Qwen2
     assert written[0].keys() == written[1].keys()
     for name, tensor in written[0].items():
         torch.testing.assert_close(written[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def _adapter_of_peft(tied: Path, to: Path, **changes: object) -> Path:
+    """Write an adapter of peft with changes in its adapter_config.json; None removes a field."""
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted.save_pretrained(str(to))
+    config = json.loads((to / files.CONFIG).read_text())
+    (to / files.CONFIG).write_text(json.dumps({**config, **changes}))
+    return to
+
+
+HANGS = "(([a-z._0-9]+)+)+X"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a finite number"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"r": "4"}, "r is '4', expected a number from 1"),
+        ({"r": 10**12}, "r is 1000000000000"),
+        ({"lora_dropout": [0.1]}, "lora_dropout is"),
+        ({"target_modules": 7}, "target_modules is 7"),
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern is"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5"),
+        ({"layers_to_transform": [99]}, "does not fit the model|do not belong together"),
+        ({"layers_to_transform": [0]}, "do not belong together"),
+        ({"target_modules": ["q_proj"]}, "do not belong together"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "does not fit the model|do not belong together"),
+        ({"modules_to_save": ["lm_head"]}, "does not fit the model"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
+    ],
+)
+def test_a_damaged_adapter_config_is_refused(changes: dict[str, object], message: str, tied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        files.attach(outline_with_weights(tied), str(_adapter_of_peft(tied, tmp_path, **changes)))
+    assert str(tmp_path) in str(caught.value.where) and caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": HANGS},
+        {"rank_pattern": {HANGS: 2}},
+        {"alpha_pattern": {"(.*.*)*X": 2}},
+        {"modules_to_save": [HANGS]},
+        {"layers_pattern": HANGS, "layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_a_regular_expression_of_an_adapter_has_a_time_limit(
+    changes: dict[str, object], tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verl.models.adapters.settings.SECONDS", 0.5)
+    with pytest.raises(UserError, match="takes longer than"):
+        files.attach(outline_with_weights(tied), str(_adapter_of_peft(tied, tmp_path, **changes)))
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": r".*\.(q|v)_proj"}, {"rank_pattern": {r"layers\.\d+\.self_attn\.q_proj": 2}}])
+def test_an_ordinary_regular_expression_of_an_adapter_works(changes: dict[str, object], tied: Path, tmp_path: Path) -> None:
+    files.attach(outline_with_weights(tied), str(_adapter_of_peft(tied, tmp_path, **changes)))
+
+
+def outline_with_weights(path: Path) -> PreTrainedModel:
+    return load_for_training(str(path)).model

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 LONGEST_HEADER = 100 * 2**20  # bytes; safetensors itself reads no longer one
 # Sizes that are positive in every model that has them.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "n_embd", "n_head", "n_layer")
+LARGEST = {"num_hidden_layers": 10**4, "n_layer": 10**4, "num_labels": 10**5}  # transformers makes lists of this length
+LARGEST_SIZE = 10**7  # of all other sizes, and of token ids
+LARGE_NUMBER = re.compile(rb"[1-9]\d{7}")
 OWN_HEAD_SIZE = ("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "attention_head_size", "d_kv", "kv_channels", "v_head_dim")
 
 
@@ -65,6 +70,31 @@ def check_tokenizer_files(path: str) -> None:
         if file.suffix == ".json" and head.lstrip()[:1] != b"{":
             what = "is empty" if not head else "is not a JSON object"
             raise UserError(what, where=str(file), fix="copy the tokenizer's files again")
+        if file.suffix == ".json":
+            _check_token_ids(file)
+
+
+def _check_token_ids(file: Path) -> None:
+    """Raise UserError if a tokenizer's file has a token id that would make its vocabulary too large for memory."""
+    content = file.read_bytes()
+    if LARGE_NUMBER.search(content) is None:  # as in nearly all; the file is not read as JSON, which takes a second
+        return
+    with suppress(ValueError, RecursionError):  # loading says what is wrong with it
+        highest = max(_token_ids(json.loads(content)), default=0)
+        if highest > LARGEST_SIZE:
+            what = f"has the token id {highest}, expected at most {LARGEST_SIZE:,}"
+            raise UserError(what, where=str(file), fix="copy the tokenizer's files again")
+
+
+def _token_ids(found: dict[str, Any]) -> Iterator[int]:
+    """Yield the ids in a tokenizer.json, tokenizer_config.json or vocab.json."""
+    model, added, decoder = found.get("model"), found.get("added_tokens"), found.get("added_tokens_decoder")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else found
+    yield from (value for value in (vocabulary.values() if isinstance(vocabulary, dict) else ()) if isinstance(value, int))
+    yield from (
+        token["id"] for token in (added if isinstance(added, list) else ()) if isinstance(token, dict) and isinstance(token.get("id"), int)
+    )
+    yield from (int(key) for key in (decoder if isinstance(decoder, dict) else ()) if key.isdecimal())
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -113,6 +143,10 @@ def _check_config(config: dict[str, Any], where: str) -> None:
             value = sizes.get(name)
             if isinstance(value, str | bool) or (isinstance(value, int | float) and not (isinstance(value, int) and value > 0)):
                 raise UserError(f"{name} is {value!r}, expected a positive number", where=where, fix=SAVE_AGAIN)
+        for name in (*SIZES, "num_labels"):
+            value, most = sizes.get(name), LARGEST.get(name, LARGEST_SIZE)
+            if value is not None and not (isinstance(value, int) and value <= most):
+                raise UserError(f"{name} is {value!r}, expected a number up to {most:,}", where=where, fix=SAVE_AGAIN)
         hidden, heads, shared = (sizes.get(name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
         if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and not any(sizes.get(name) for name in OWN_HEAD_SIZE):
             raise UserError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}", where=where, fix=SAVE_AGAIN)

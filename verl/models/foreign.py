@@ -7,7 +7,6 @@ from huggingface_hub import try_to_load_from_cache
 
 from verl.durable import STEP
 from verl.errors import UserError
-from verl.models.damage import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 FROM_GGUF = "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW_DIR), and the same for AutoTokenizer"
@@ -41,7 +40,9 @@ def refuse_adapter(path: str) -> None:
     """Raise UserError if a local directory has a LoRA adapter and no whole model."""
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
+        from verl.models.adapters.settings import read_settings  # of adapters alone
+
+        base = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
         further = f"model.partial_pretrain={base} model.lora_adapter_path={path}"
         fix = f"merge it first with `verl export {path} NEW_DIR`; or train it further with {further}"
         raise UserError("is a LoRA adapter, not a whole model", where=path, fix=fix)

@@ -1,4 +1,4 @@
-"""Which attention a model runs is verl's own choice. What a config.json names is ignored: it may be a kernel of the Hub, which is code."""
+"""verl chooses the attention of a model. What a config.json names is ignored: it may be a kernel of the Hub, which is code."""
 
 import functools
 from typing import Any

@@ -202,14 +202,14 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def read_adapter_config(path: str) -> dict[str, Any] | None:
-    """Read adapter_config.json of an adapter directory. Return None if `path` is anything else."""
+    """Read adapter_config.json of an adapter directory. Return None if `path` is anything else. Raises UserError if it is damaged."""
     file = Path(path).expanduser() / "adapter_config.json"
     check_unchanged(path)
     if not file.is_file():
         return None
-    from verl.models.damage import read_object
+    from verl.models.adapters.settings import read_settings
 
-    return read_object(file)
+    return read_settings(file)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:

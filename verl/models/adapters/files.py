@@ -1,8 +1,8 @@
 """Adapter directories: read them, check that they fit a model, and attach them to it."""
 
-import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from verl.errors import UserError
+from verl.models.adapters.settings import check_patterns, read_settings
 from verl.models.load import check_unchanged
-from verl.regular_file import read
 
 CONFIG, WEIGHTS, ALL_LINEAR = "adapter_config.json", "adapter_model.safetensors", "all-linear"
 _PREFIX = "base_model.model."  # prefix of peft's module names
@@ -39,10 +39,9 @@ def read_config(path: str, *, key: str | None = None) -> LoraConfig:
             raise UserError(f"{name} is missing", where=place, fix=fix)
     check_unchanged(path)
     try:
-        found: dict[str, Any] = json.loads(read(folder / CONFIG, follow=True))
-        kind = found.get("peft_type")
+        kind = read_settings(folder / CONFIG).get("peft_type")
         settings: LoraConfig | None = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{CONFIG} cannot be read: {error}", where=place, fix="save the adapter again") from error
     if settings is None:
         raise UserError(f"is an adapter of type {kind}, not LoRA", where=place, fix="give a LoRA adapter")
@@ -91,13 +90,38 @@ def attach(model: PreTrainedModel, path: str) -> PeftModel:
     on_one = any(module in ends for _, module in changed)
     if model.config.tie_word_embeddings and on_one and not getattr(settings, "ensure_weight_tying", False):
         untie(model)
-    try:
+    with fits_or_is_refused(path):
         adapted = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
-    except RuntimeError as error:  # shapes that `check_base` does not know, as of modules that are saved whole
-        what = f"the adapter does not fit the model: {' '.join(str(error).split())[:300]}"
-        raise UserError(what, where=path, fix="give the adapter's own base model") from error
     assert isinstance(adapted, PeftModel)
+    check_attached(adapted, path)
     return adapted
+
+
+@contextmanager
+def fits_or_is_refused(path: str) -> Iterator[None]:
+    """Raise a UserError in place of any exception of peft, which a wrong config, or a shape that `check_base` does not know, may raise."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: "
+        what = f"the adapter does not fit the model: {kind}{' '.join(str(error).split())[:300]}"
+        raise UserError(what, where=path, fix="give the adapter's own base model, or copy or save the adapter again") from error
+
+
+def check_attached(adapted: PeftModel, path: str) -> None:
+    """Raise UserError if the modules with adapters are not those for which the adapter's file has weights."""
+    here = {name.removeprefix(_PREFIX) for name, module in adapted.named_modules() if _has_adapter(module)}
+    with safe_open(Path(path).expanduser() / WEIGHTS, "pt") as file:
+        tensors = [tensor.removeprefix(_PREFIX) for tensor in file.keys()]  # noqa: SIM118, not a dictionary
+    there = {tensor.partition(".lora_")[0] for tensor in tensors if ".lora_" in tensor}
+    for found, what in ((there - here, "which its config does not name"), (here - there, "for which it has no weights")):
+        if found:
+            what = f"{CONFIG} and {WEIGHTS} do not belong together: {len(found)} modules such as {min(found)}, {what}"
+            raise UserError(what, where=path, fix="copy or save the adapter again")
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return any(len(getattr(module, part, ())) > 0 for part in ("lora_A", "lora_embedding_A"))
 
 
 def fit_vocabulary(model: PreTrainedModel, path: str) -> None:
@@ -167,6 +191,7 @@ def check_base(path: str, model: PreTrainedModel, settings: LoraConfig) -> None:
         UserError: it does not.
     """
     base, name = settings.base_model_name_or_path or "an unnamed base", str(model.config.name_or_path)
+    check_patterns(settings, [name for name, _ in model.named_modules()], path)
     fix = "set model.partial_pretrain to the adapter's base, or give an adapter of this model"
     if settings.base_model_name_or_path and not _same_model(base, name):
         raise UserError(f"the adapter was made for {base}, but the model is {name}", where=path, fix=fix)

@@ -53,7 +53,9 @@ def add_adapters(
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
     # After the cast to float32, because peft creates adapters in the base model's dtype, and bfloat16 would round the values.
     if config.lora_adapter_path is not None:
-        set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
+        with files.fits_or_is_refused(config.lora_adapter_path):
+            set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
+        files.check_attached(adapted, config.lora_adapter_path)
     set_compute_dtype(model, compute_dtype)
     return adapted
 
