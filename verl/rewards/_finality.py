@@ -39,7 +39,7 @@ _OPINION = re.compile(
     rf"n['’]t\b[^,]{{0,25}}\b(?:{_SAY}|mean|imply)\b[^,]{{0,30}}$",
     re.IGNORECASE,
 )
-_CONDITION = re.compile(r"\b(?:if|unless|suppose|supposing|assuming|otherwise|without)\b|如果|假如|倘若", re.IGNORECASE)
+_CONDITION = re.compile(r"\b(?:if|unless|suppose|supposing|assuming|otherwise|without(?! loss))\b|如果|假如|倘若", re.IGNORECASE)
 _WOULD_BE = re.compile(r"\bwould be\b", re.IGNORECASE)
 # `so the answer would be 12` is a result, `the answer would be 12` one of another case.
 _RESULT = re.compile(

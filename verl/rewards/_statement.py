@@ -39,7 +39,7 @@ PHRASE = re.compile(
 BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 # A pair of Markdown's marks in a line: `**12**`, `*12*`, `__12__`, `_12_`; not `2**3`, `a_1 b_2`.
 EMPHASIS = re.compile(
-    r"(?<![A-Za-z0-9)\]}*\\^_])(?P<mark>\*\*)(?=[^\s*])(?P<strong>[^*\n]{1,200})(?<=[^\s*])\*\*(?![A-Za-z0-9*!])|"
+    r"(?<![A-Za-z0-9)\]}*\\^_])(?P<mark>\*{2,3})(?=[^\s*])(?P<strong>[^*\n]{1,200})(?<=[^\s*])(?P=mark)(?![A-Za-z0-9*!])|"
     r"(?<![^\s(:：])(?P<light>\*|__?)(?=[^\s*_])(?P<inner>[^*_\n]{1,200})(?<=[^\s*_])(?P=light)(?![\w*{!])"
 )
 CHAT_TOKEN = re.compile(
