@@ -54,6 +54,16 @@ def predictions(settings: EvalConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(settings.output_dir) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_results_of_other_settings_are_not_replaced_without_a_word(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(config(tmp_path, checkpoint, ROWS[:1], max_new_tokens=2))
+    evaluate(config(tmp_path, checkpoint, ROWS[:1], max_new_tokens=2))
+    assert "replaces the results" not in capsys.readouterr().out
+    evaluate(config(tmp_path, checkpoint, ROWS[:1], max_new_tokens=3))
+    assert "this evaluation replaces the results of another evaluation (max_new_tokens=2); to keep" in capsys.readouterr().out
+
+
 def test_a_model_that_learned_the_rows_answers_them_all(tmp_path: Path, checkpoint: Path) -> None:
     settings = config(tmp_path, checkpoint)
     results = evaluate(settings)

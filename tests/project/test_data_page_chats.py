@@ -57,7 +57,10 @@ def said_by(command: str) -> str:
     return f"{documents.report}\n{console.file.getvalue()}"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("rows", "command", "expected"), [*examples("Shapes of rows"), *examples("Chats: what is trained")])
+SECTIONS = ("Shapes of rows", "Chats: what is trained", "What is counted, and when a run stops")
+
+
+@pytest.mark.parametrize(("rows", "command", "expected"), [example for section in SECTIONS for example in examples(section)])
 def test_an_example_of_the_page_is_read_as_it_says(
     rows: str, command: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

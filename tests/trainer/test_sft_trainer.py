@@ -272,7 +272,8 @@ def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(fold
 
 def test_a_finished_run_has_nothing_left_to_do(folder: Path, plain_run: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
     fsdp_sft_trainer.main(words(folder, "plain"))
-    assert "nothing left to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "nothing left to do" in said and f"and name the directory too: trainer.default_local_dir={folder / 'plain'}" in said
     assert metrics_of(folder / "plain") == plain_run
 
 

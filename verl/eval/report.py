@@ -90,10 +90,23 @@ def open_directory(name: str) -> Path:
     return directory
 
 
-def clear_earlier(directory: Path) -> None:
-    """Clear the files of an earlier evaluation, so that results and predictions always belong together."""
+def clear_earlier(directory: Path, config: EvalConfig, console: Console) -> None:
+    """Clear the files of an earlier evaluation, so that results and predictions always belong together. Say so if it had other settings."""
+    if others := _other_settings(directory / RESULTS, config):
+        replaced = f"replaces the results of another evaluation ({', '.join(others[:3])}{', …' if others[3:] else ''})"
+        console.print(f"warning: {directory}: this evaluation {replaced}; to keep such results, set another output_dir")
     (directory / RESULTS).unlink(missing_ok=True)
     write_predictions(directory, [])
+
+
+def _other_settings(results: Path, config: EvalConfig) -> list[str]:
+    """Return the settings of earlier results that differ from the config's, as `key=value`; none if there are no results to read."""
+    try:
+        before = json.loads(results.read_text(encoding="utf-8"))["config"]
+        now = json.loads(json.dumps(redact(asdict(config))))
+        return [f"{key}={before[key]}" for key in now if key in before and before[key] != now[key]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def write_predictions(directory: Path, predictions: Sequence[Prediction]) -> None:

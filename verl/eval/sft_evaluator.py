@@ -93,7 +93,7 @@ def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, consol
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
     characters = config.n * sum(len(question.prompt) + len(question.reference) for question in questions)
     report.check_room(directory, len(questions) * config.n, characters, max_new_tokens, console)
-    report.clear_earlier(directory)
+    report.clear_earlier(directory, config, console)
     since = time.perf_counter()
     stream = rollout.stream(prompts, sampling)
     stream = whole_groups(stream, config.n) if grader.in_groups else stream

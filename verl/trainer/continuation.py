@@ -194,9 +194,10 @@ def _rates(optim: OptimConfig, before: int, now: int, first: int) -> str:
     return f" (of step {last + 1}: {learning_rate(optim, before)(last):.3g} -> {learning_rate(optim, now)(last):.3g})"
 
 
-def nothing_left(done: Position) -> str:
-    """Say that all steps are done, and with which settings."""
+def nothing_left(done: Position, directory: Path) -> str:
+    """Say that all steps are done, with which settings, and how to go on: in the default place, other settings start a new run."""
     known = {key: json.loads(value) for key, value in done.settings.items()}
     main = ", ".join(f"{key}={known[key]}" for key in MAIN if known.get(key) not in (None, 0))
-    longer = "to train longer, raise trainer.total_epochs or trainer.total_training_steps"
+    longer = "to go on from here, raise trainer.total_epochs or trainer.total_training_steps, and name the directory too: "
+    longer += f"trainer.default_local_dir={directory}"
     return f"nothing left to do: {done.step} of {done.total_steps} steps are done ({main}); {longer}"

@@ -82,7 +82,7 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
 
         start = continued(start, run.checkpoint, run)
         if start.step >= total_steps:
-            run.say(nothing_left(start))
+            run.say(nothing_left(start, run.directory))
             if config.best_metric is not None:
                 from verl.trainer.best import Best
 
