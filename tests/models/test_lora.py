@@ -541,7 +541,7 @@ def test_a_damaged_adapter_config_is_refused(changes: dict[str, object], message
 def test_a_regular_expression_of_an_adapter_has_a_time_limit(
     changes: dict[str, object], tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("verl.models.adapters.settings.SECONDS", 0.5)
+    monkeypatch.setattr("verl.models.adapter_settings.SECONDS", 0.5)
     with pytest.raises(UserError, match="takes longer than"):
         files.attach(outline_with_weights(tied), str(_adapter_of_peft(tied, tmp_path, **changes)))
 

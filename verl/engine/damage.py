@@ -11,7 +11,8 @@ from verl.durable import STEP
 from verl.engine.position import STATE, Position
 from verl.errors import UserError
 from verl.manifest import Manifest, check_hashes, check_sizes, find_files, is_inside, read_manifest
-from verl.typed_json import DamageError, describe, open_file, read, read_bytes, read_json
+from verl.regular_file import open_file
+from verl.typed_json import DamageError, describe, read, read_bytes, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,7 +40,7 @@ def refuse_adapter(path: str) -> None:
     """Raise UserError if a local directory has a LoRA adapter and no whole model."""
     folder = Path(path).expanduser()
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        from verl.models.adapters.settings import read_settings  # of adapters alone
+        from verl.models.adapter_settings import read_settings  # of adapters alone
 
         base = read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "its base model"
         further = f"model.partial_pretrain={base} model.lora_adapter_path={path}"

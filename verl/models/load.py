@@ -207,7 +207,7 @@ def read_adapter_config(path: str) -> dict[str, Any] | None:
     check_unchanged(path)
     if not file.is_file():
         return None
-    from verl.models.adapters.settings import read_settings
+    from verl.models.adapter_settings import read_settings
 
     return read_settings(file)
 

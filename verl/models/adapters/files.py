@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from verl.errors import UserError
-from verl.models.adapters.settings import check_patterns, read_settings
+from verl.models.adapter_settings import check_patterns, read_settings
 from verl.models.load import check_unchanged
 
 CONFIG, WEIGHTS, ALL_LINEAR = "adapter_config.json", "adapter_model.safetensors", "all-linear"
