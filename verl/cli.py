@@ -81,6 +81,8 @@ def plan(
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Measure exact match of a checkpoint on a file of questions and answers: key=value …"""
+    if is_program():
+        signals.own_process()  # as in `train`
     hand_on(context.args, EVALUATE)
 
 

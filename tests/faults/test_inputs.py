@@ -764,6 +764,12 @@ def test_a_bad_model_is_refused_with_its_file(folder: Path, tmp_path: Path, name
     refused(folder, pattern, f"model.partial_pretrain={tmp_path / 'model'}")
 
 
+@pytest.mark.parametrize("content", [b"{{ '\xe9' }}", b"\xff\xfe{\0"])
+def test_a_chat_template_that_is_not_utf8_is_refused(folder: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jinja").write_bytes(content)
+    refused(folder, r"data\.chat_template=.*a\.jinja: cannot be read: 'utf-8'", f"data.chat_template={tmp_path / 'a.jinja'}")
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)

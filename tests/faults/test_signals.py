@@ -54,6 +54,18 @@ def saved(run: Path) -> int:
 
 
 @slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("said", [" while starting; nothing was saved", ": 0 of "])
+def test_an_evaluation_that_is_stopped_says_so(number: signal.Signals, said: str, folder: Path, tmp_path: Path) -> None:
+    fault = None if "starting" in said else "verl.eval.grader:Grader.grade:sleep"
+    given = [f"model_path={folder / 'model'}", f"test_file={folder / 'train.jsonl'}", f"output_dir={tmp_path / 'results'}"]
+    with started(["-m", "verl", "eval", *given], tmp_path / "work", fault=fault) as found:
+        found.wait_until_reached() if fault else time.sleep(1.5)  # torch takes longer
+        found.send(number)
+        check(found, 128 + number, f"stopped by {number.name}{said}")
+
+
+@slow
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
 @pytest.mark.parametrize(
     ("fault", "doing"),

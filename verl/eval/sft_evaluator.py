@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from verl import signals
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.data.render import Renderer
@@ -74,6 +75,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, console: Console) -> dict[str, Any]:
     """Answer and grade every question, as `evaluate` says."""
+    signals.enter("reading questions and loading the model")
     questions = read_questions(config, grader, console)
     variables = config.chat_template_kwargs
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code, chat_template_kwargs=variables)
@@ -131,15 +133,19 @@ def answer(
     Only if this is interrupted, it writes predictions.jsonl, with the answers that were finished.
     """
     done: dict[int, Prediction] = {}
+    signals.enter("answering questions")
     try:
         with report.AnswerProgress(total, measure, console) as progress:
             for batch in stream:
                 graded = grade(batch)
                 done |= dict(zip([number for number, _ in batch], graded, strict=True))
                 progress.add(graded)
-    except BaseException:
+    except BaseException as error:
         report.write_predictions(directory, [done[number] for number in sorted(done)])
-        console.print(f"stopped: {len(done):,} of {total:,} answers are in {directory / report.PREDICTIONS}")
+        by = f" by {error.signal.name}" if isinstance(error, Stopped) and error.signal is not None else ""
+        if isinstance(error, Stopped):
+            error.is_told = True
+        console.print(f"stopped{by}: {len(done):,} of {total:,} answers are in {directory / report.PREDICTIONS}")
         raise
     return [done[number] for number in sorted(done)]
 
@@ -213,8 +219,8 @@ def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Questio
 def main(argv: list[str]) -> None:
     try:
         evaluate(load_config(EvalConfig, argv))
-    except Stopped as stopped:  # the answers that are finished are written, and it is said how many
-        raise SystemExit(stopped.exit_code) from None
+    except Stopped:
+        raise  # `exit_on_user_error` prints it, unless `answer` has said what is kept
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

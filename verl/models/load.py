@@ -95,7 +95,11 @@ def load_tokenizer(
         file = Path(chat_template).expanduser()
         if not file.is_file():
             raise UserError("no such file", where=f"data.chat_template={chat_template}", fix="give the path of a Jinja template")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            where, fix = f"data.chat_template={chat_template}", "give a text file in UTF-8"
+            raise UserError(f"cannot be read: {error}", where=where, fix=fix) from error
     if chat_template_kwargs:
         from verl.data.template_defaults import set_defaults  # rarely given
 
