@@ -3,6 +3,7 @@
 import csv
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from verl.errors import UserError
 QUOTED = re.compile(r'"[^"]*"')
 SEPARATOR_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # Excel's, before the header
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+# Until Python 3.11, csv refuses NUL. This stands for it meanwhile; no decoded text contains it.
+IN_PLACE_OF_NUL = "\0" if sys.version_info >= (3, 11) else "\ud800"
 TWICE = Fault("the header has this column twice", "give each column a different name")
 
 
@@ -40,7 +43,7 @@ class _Records:
         reader = csv.reader(self._taken_lines(), delimiter=self.delimiter, strict=True)
         try:
             for fields in reader:
-                yield fields
+                yield fields if IN_PLACE_OF_NUL == "\0" else [field.replace(IN_PLACE_OF_NUL, "\0") for field in fields]
                 self._taken.clear()
         except csv.Error as error:
             raise self._error(str(error)) from None
@@ -52,7 +55,7 @@ class _Records:
             self._taken.append(line)
             if size > MAX_ROW_BYTES:
                 raise self._error(f"a record of more than {MAX_ROW_BYTES // 2**20} million characters")
-            yield f"{line.text}\n"
+            yield line.text.replace("\0", IN_PLACE_OF_NUL) + "\n"
 
     @property
     def where(self) -> str:
