@@ -41,7 +41,7 @@ learning: $(STAMP) ## Run the tests that train for minutes: PPO, GRPO and the de
 	$(BIN)/python -m pytest -m learning $(IN_PROCESSES) $(ARGS)
 
 faults: $(STAMP) ## Run the fault tests: kills, signals, dead and hung processes; minutes on two cores
-	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) $(ARGS)
+	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=worksteal $(ARGS)
 
 soak: $(STAMP) ## Kill the trainers 1,000 times at random moments: each time, the same command goes on bit for bit; an hour or more
 	KILLS=250 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)
