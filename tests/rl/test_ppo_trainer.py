@@ -294,7 +294,7 @@ def test_prompts_and_answers_beyond_the_models_positions_are_refused(folder: Pat
 def test_the_run_prints_its_arithmetic(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(folder, "says", trainer__total_training_steps=1, algorithm__updates_per_step=2)
     said = capsys.readouterr().out
-    assert "plan: 1 steps of 4 prompts × 4 answers = 16 answers; 2 updates per step with 8 answers each" in said
+    assert "plan: 1 step of 4 prompts × 4 answers = 16 answers; 2 updates per step with 8 answers each" in said
     assert "mapping: actor, critic, reference, reward and rollout on rank 0" in said
 
 
