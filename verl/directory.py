@@ -22,10 +22,10 @@ from verl import dist, regular_file
 from verl.config.shared import RunConfig, TrainerConfig
 from verl.config.trajectory import CONTENT, MODEL, Change, changes, kind_of, values_of
 from verl.config.yaml_text import Loader
-from verl.durable import STEP, UNFINISHED, append_text, flush, replace_text
+from verl.durable import UNFINISHED, append_text, flush, replace_text
 from verl.errors import UserError
 from verl.lock import Lock, LockedError, take
-from verl.manifest import refuse_inside
+from verl.manifest import refuse_inside, steps_in
 from verl.typed_json import DamageError, read_json
 
 CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "train.log"
@@ -149,12 +149,6 @@ def _read_yaml(path: Path) -> Any:
 def settings_beside(checkpoint: Path) -> dict[str, str]:
     """Return the settings of a checkpoint, or else those of the run in whose directory it is."""
     return settings_of_checkpoint(checkpoint) or _settings_in_yaml(checkpoint.resolve().parent / CONFIG)
-
-
-def steps_in(directory: Path) -> list[Path]:
-    """Return everything in a directory that has a checkpoint's name, oldest first."""
-    found = [(int(match[1]), path) for path in directory.glob("global_step_*") if (match := STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def is_used(directory: Path) -> bool:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 UNFINISHED = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # what replace_text writes, and leaves behind if it is killed
 
-STEP = re.compile(r"global_step_(0|[1-9][0-9]*)")  # names of committed checkpoints
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor is a pipe waited for
 

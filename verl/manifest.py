@@ -1,8 +1,9 @@
-"""manifest.json of a checkpoint: size and SHA-256 of each of its files. Links are never followed."""
+"""Checkpoints by their names, and manifest.json in them: size and SHA-256 of each file. Links are never followed."""
 
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from verl.regular_file import open_file
 from verl.typed_json import DamageError, describe, read
 
 MANIFEST = "manifest.json"
+STEP = re.compile(r"global_step_(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """Return everything in a directory that has a checkpoint's name, by step: also a file or a link of that name."""
+    found = [(int(match[1]), path) for path in directory.glob("global_step_*") if (match := STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def is_checkpoint(folder: Path) -> bool:

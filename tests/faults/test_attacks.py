@@ -33,11 +33,11 @@ from verl.data.documents import load_documents
 from verl.data.source import read_rows, resolve_files
 from verl.data.tables import Columns
 from verl.data.template_limits import limit
-from verl.directory import FILES, Claimed, begin_files, claim, is_continued, recorded_settings, settings_beside, steps_in
-from verl.engine.damage import candidates
+from verl.directory import FILES, Claimed, begin_files, claim, is_continued, recorded_settings, settings_beside
 from verl.errors import UserError
 from verl.lock import held
 from verl.machine import machine_errors_named
+from verl.manifest import steps_in
 from verl.models.damage import check_model_files
 from verl.models.foreign import newest_step
 from verl.models.identity import content_of
@@ -918,7 +918,7 @@ def test_only_names_that_verl_writes_are_checkpoints(tmp_path: Path) -> None:
     for name in ("4", "04", "\u0664", "+5", "5_0", "10", "7.tmp"):
         (tmp_path / f"global_step_{name}").mkdir()
     assert [path.name for path in steps_in(tmp_path)] == ["global_step_4", "global_step_10"]
-    assert candidates(tmp_path) == steps_in(tmp_path) and newest_step(tmp_path) == tmp_path / "global_step_10"
+    assert newest_step(tmp_path) == tmp_path / "global_step_10"
 
 
 @pytest.mark.usefixtures("ends_in_time")

@@ -23,6 +23,7 @@ from verl.engine.optim import optimizer_state
 from verl.engine.position import Position as Position
 from verl.engine.stored_state import StoredState, local_tensors
 from verl.errors import DiskError, UserError
+from verl.manifest import steps_in
 
 
 class SavedCritic(Protocol):
@@ -104,7 +105,7 @@ def find_damage(directory: Path, *, hashes: bool = True) -> str | None:
 
 def committed(root: Path) -> list[Path]:
     """Return the committed checkpoints of a run's directory, oldest first."""
-    return [path for path in damage.candidates(root) if damage.oddity(path) is None]
+    return [path for path in steps_in(root) if damage.oddity(path) is None]
 
 
 def prune(

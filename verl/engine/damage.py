@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from verl.durable import STEP
 from verl.engine.position import STATE, Position
 from verl.errors import UserError
-from verl.manifest import Manifest, check_hashes, check_sizes, find_files, is_inside, read_manifest
+from verl.manifest import STEP, Manifest, check_hashes, check_sizes, find_files, is_inside, read_manifest, steps_in
 from verl.regular_file import open_file
 from verl.typed_json import DamageError, describe, read, read_bytes, read_json
 
@@ -172,7 +171,7 @@ def find_newest(root: Path, say: Callable[[str], None]) -> Path | UserError | No
 
     The reason for each one that is passed over is said.
     """
-    named = candidates(root)
+    named = steps_in(root)
     for path in reversed(named):
         damage = oddity(path) or find_damage(path)
         if damage is None:
@@ -182,12 +181,6 @@ def find_newest(root: Path, say: Callable[[str], None]) -> Path | UserError | No
         return None
     fix = "move the directory away, and start again with trainer.resume_mode=disable"
     return UserError("every checkpoint is damaged", where=str(root), fix=fix)
-
-
-def candidates(root: Path) -> list[Path]:
-    """Return all that is named like a committed checkpoint, by step: also a file or a link of that name."""
-    found = [(int(match[1]), path) for path in root.glob("global_step_*") if (match := STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 def oddity(path: Path) -> str | None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from verl.durable import STEP
 from verl.errors import UserError
+from verl.manifest import steps_in
 
 ADAPTER_CONFIG = "adapter_config.json"
 FROM_GGUF = "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW_DIR), and the same for AutoTokenizer"
@@ -88,5 +88,4 @@ def _is_in_folder(local: Path) -> bool:
 
 def newest_step(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's directory; None if there is none."""
-    steps = [(int(match[1]), path) for path in folder.glob("global_step_*") if (match := STEP.fullmatch(path.name))]
-    return max(steps)[1] if steps else None
+    return next(reversed(steps_in(folder)), None)

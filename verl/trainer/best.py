@@ -16,11 +16,12 @@ from verl import dist
 from verl.config.checks import best_mode
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
-from verl.durable import STEP, replace_text
+from verl.durable import replace_text
 from verl.engine.checkpoint import committed, find_damage
 from verl.engine.damage import read_position
 from verl.engine.position import Position
 from verl.errors import UserError
+from verl.manifest import STEP
 from verl.run import Run
 
 FILE, LINK = "best_checkpoint.json", "best"

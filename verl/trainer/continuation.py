@@ -18,11 +18,12 @@ from verl import dist
 from verl.config.shared import OptimConfig, TrainerConfig
 from verl.config.trajectory import CONTENT, LEARNS, LENGTH, MODEL, ROWS, Change, changes, listed
 from verl.data.fingerprint import Fingerprint
-from verl.directory import decisive, is_continued, settings_beside, settings_of, steps_in
+from verl.directory import decisive, is_continued, settings_beside, settings_of
 from verl.engine import checkpoint, restore
 from verl.engine.optim import learning_rate
 from verl.engine.position import Position
 from verl.errors import UserError
+from verl.manifest import steps_in
 from verl.run import Run
 
 NEW_RUN = "start a new run: trainer.resume_mode=disable trainer.default_local_dir=<a new directory>"
