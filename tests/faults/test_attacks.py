@@ -23,6 +23,7 @@ import pytest
 import torch
 from pyarrow import parquet as pq
 from tiny import write_problems_and_model
+from transformers import PreTrainedConfig
 
 import verl
 from verl import durable, safe_path
@@ -726,10 +727,12 @@ def test_a_kernel_that_a_config_names_is_not_loaded(field: str, folder: Path, tm
         monkeypatch.setattr(f"transformers.modeling_utils.{loader}", lambda *args, **kwargs: named.append(args), raising=False)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, field: "evil/kernel"}))
+    read = PreTrainedConfig.__dict__["get_config_dict"]
     loaded = load_language_model(str(model), device="cpu", dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa")
     assert loaded.config._attn_implementation == "sdpa"
     outline(str(model))
     assert not named
+    assert PreTrainedConfig.__dict__["get_config_dict"] is read, "other models of the process are read as before"
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!python/module:os", "!include"])

@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from verl.disk import OF_DISKS, disk_error
 from verl.errors import UserError
+from verl.models.implementations import stated_ones_ignored
 from verl.out_of_memory import memory_error
 from verl.regular_file import check_regular, open_file, read
 
@@ -223,7 +224,7 @@ def _other_shape(path: str) -> str:
     """Name the first weight in a local directory whose shape is not that of the model in its config.json; empty if there is none."""
     folder = Path(path).expanduser()
     try:
-        with torch.device("meta"):
+        with stated_ones_ignored(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     except Exception:  # the description of an error must not be one

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, find_saved_dtypes, load_errors_named, read_config, resolve, restore_stated_dtype
+from verl.models.load import Loaded, find_saved_dtypes, loading, read_config, resolve, restore_stated_dtype
 from verl.models.shards import load_without_values
 
 
@@ -81,7 +81,7 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
             _remove_dropout(loaded.model)
             return loaded
     options = {} if kind is AutoModel else {"num_labels": 1}
-    with load_errors_named("model", path):
+    with loading("model", path):
         model, report = kind.from_pretrained(
             source,
             dtype=dtype,

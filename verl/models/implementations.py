@@ -1,6 +1,7 @@
 """verl chooses the attention of a model. What a config.json names is ignored: it may be a kernel of the Hub, which is code."""
 
-import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -9,12 +10,17 @@ KEYS = tuple(f"{start}{part}_implementation{end}" for part in ("attn", "experts"
 _original = PreTrainedConfig.get_config_dict.__func__  # type: ignore[attr-defined]  # of a class method
 
 
-def ignore_stated() -> None:
-    """Have transformers read every config.json of this process without the names of implementations."""
+@contextmanager
+def stated_ones_ignored() -> Iterator[None]:
+    """In this context, transformers reads every config.json without the names of implementations."""
+    before = PreTrainedConfig.__dict__["get_config_dict"]
     PreTrainedConfig.get_config_dict = classmethod(_read)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        PreTrainedConfig.get_config_dict = before  # type: ignore[method-assign]
 
 
-@functools.wraps(_original)
 def _read(kind: type[PreTrainedConfig], *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     config, unused = _original(kind, *args, **kwargs)
     return _without(config), unused

@@ -86,7 +86,7 @@ def load_tokenizer(
         from verl.models.damage import check_tokenizer_files
 
         check_tokenizer_files(source)
-    with load_errors_named("tokenizer", path), _without_garbage_collection():
+    with loading("tokenizer", path), _without_garbage_collection():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "is_fast", False):
         fix = "convert it with transformers' convert_slow_tokenizer"
@@ -188,7 +188,7 @@ def read_config(path: str, *, trust_remote_code: bool = False) -> PretrainedConf
     """
     source = resolve(path)
     check_is_model(path)
-    with load_errors_named("model", path):
+    with loading("model", path):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     return config
 
@@ -200,7 +200,7 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
         UserError: no such model.
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
-    with load_errors_named("model", path), torch.device("meta"):
+    with loading("model", path), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
@@ -234,9 +234,6 @@ def resolve(path: str) -> str:
     Raises:
         UserError: the path does not exist, is a file, or has no model; or it is a checkpoint of verl that is not as it was written.
     """
-    from verl.models.implementations import ignore_stated
-
-    ignore_stated()
     local = Path(path).expanduser()
     if local.is_dir():
         check_unchanged(path)
@@ -273,7 +270,7 @@ def load_language_model(
     """
     source = resolve(path)
     check_is_model(path)
-    with load_errors_named("model", path):
+    with loading("model", path):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_language_model(config, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -358,10 +355,17 @@ def restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[s
 
 
 @contextmanager
-def load_errors_named(what: str, path: str) -> Iterator[None]:
-    """Raise a UserError in place of any exception of transformers or the Hub; `what` is "model" or "tokenizer", for the message."""
+def loading(what: str, path: str) -> Iterator[None]:
+    """Load with transformers: what a config.json says of implementations is ignored, and any exception becomes a UserError.
+
+    Args:
+        what: "model" or "tokenizer", for the message.
+    """
+    from verl.models.implementations import stated_ones_ignored
+
     try:
-        yield
+        with stated_ones_ignored():
+            yield
     except UserError:
         raise
     except Exception as error:  # a wrong config or file may make a library raise anything

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from verl import dist
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, find_saved_dtypes, load_errors_named, resolve, restore_stated_dtype, weight_files
+from verl.models.load import Loaded, find_saved_dtypes, loading, resolve, restore_stated_dtype, weight_files
 
 TWIN_VOCABULARY = 1024
 
@@ -46,7 +46,7 @@ def load_without_values(
         UserError: no such model.
     """
     folder = _local_folder(path)
-    with load_errors_named("model", path):
+    with loading("model", path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **({} if head is None else {"num_labels": 1}))
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=trust_remote_code)
@@ -136,7 +136,7 @@ def _local_folder(path: str) -> Path:
     source = resolve(path)
     if Path(source).is_dir():
         return Path(source)
-    with load_errors_named("model", path):
+    with loading("model", path):
         return Path(dist.main_first(lambda: snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.py"])))
 
 
