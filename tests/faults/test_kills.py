@@ -1,6 +1,6 @@
 """Kills at random moments: the same command goes on, and in the end weights, optimizer and metrics are those of a run without kills.
 
-`make soak` does the same with 1,000 kills in all.
+`make faults` kills fine-tuning 50 times, and PPO and reward models 50 times; `make soak` 1,000 times in all.
 """
 
 import json
@@ -18,7 +18,7 @@ from runs import metrics_of, timeless
 
 from verl.demo.problems import make_problems
 
-KILLS, SEED = int(os.environ.get("KILLS", "50")), int(os.environ.get("KILL_SEED", "1"))
+KILLS, SEED = int(os.environ.get("KILLS", "25")), int(os.environ.get("KILL_SEED", "1"))
 STEPS = 5
 SAVES = {"trainer__total_training_steps": STEPS, "trainer__save_freq": 1, "trainer__max_ckpt_to_keep": 2}
 

@@ -49,8 +49,9 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     given = _given(argv)
     defaults = _defaults(schema, given)
     config = _structured(defaults)
+    known = _keys(config)
     for one in given:
-        _assign(config, one, defaults)
+        _assign(config, one, known, defaults)
     found: Config = _checked(config)
     return found
 
@@ -93,9 +94,10 @@ def _defaults(schema: type[Config], given: list[Assignment]) -> Config:
     """
     defaults: Config = schema()
     config = OmegaConf.structured(defaults)
+    known = set(_keys(config))
     for one in given:
         key = _canonical(one.key)
-        if key in _keys(config) and not _asks_resolver(one.value):
+        if key in known and not _asks_resolver(one.value):
             with suppress(OmegaConfBaseException):  # a value of the wrong type, which `_assign` refuses
                 OmegaConf.update(config, key, one.value_for(type_of(defaults, key)))
     for key in (group.named_by for group in groups_of(defaults)):
@@ -174,8 +176,8 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
     return files, pairs
 
 
-def _assign(config: DictConfig, given: Assignment, defaults: object) -> None:
-    known, key = _keys(config), given.key
+def _assign(config: DictConfig, given: Assignment, known: list[str], defaults: object) -> None:
+    key = given.key
     if given.value == {} and key in {group.path for group in groups_of(defaults)}:
         return  # a group without keys, as `to_yaml` writes it
     key_now = _canonical(key)
