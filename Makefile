@@ -40,8 +40,8 @@ test: $(STAMP) ## Run the tests, a process for each of two cores; ARGS='-k name'
 learning: $(STAMP) ## Run the tests that train for minutes: PPO, GRPO and the demo learn from several seeds
 	$(BIN)/python -m pytest -m learning $(IN_PROCESSES) $(ARGS)
 
-faults: $(STAMP) ## Run the fault tests: kills, signals, dead and hung processes; minutes on two cores
-	$(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=worksteal $(ARGS)
+faults: $(STAMP) ## Run the fault tests: kills, damage, full disks, signals, dead and hung processes, attacks; prints what was tried and held
+	$(BIN)/python -m pytest -m 'faults or not faults' $(IN_PROCESSES) --dist=worksteal tests/faults tests/trainer/test_nodes.py $(ARGS)
 
 soak: $(STAMP) ## Kill the trainers 1,000 times at random moments: each time, the same command goes on bit for bit; an hour or more
 	KILLS=250 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)

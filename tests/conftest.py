@@ -24,6 +24,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _skip(items, "vllm", lambda: None if importlib.util.find_spec("vllm") else "needs vLLM: make test-vllm")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if "faults" in config.getoption("-m"):
+        from faults.table import lines_of
+
+        stats = terminalreporter.stats
+        terminalreporter.section("faults")
+        for line in lines_of(stats.get("passed", []), [*stats.get("failed", []), *stats.get("error", [])]):
+            terminalreporter.write_line(line)
+
+
 def _skip(items: list[pytest.Item], marker: str, why: Callable[[], str | None]) -> None:
     """Skip those with the marker where there is a reason to, which is looked for only if there are any."""
     marked = [item for item in items if item.get_closest_marker(marker)]
