@@ -103,7 +103,11 @@ class Peers:
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
         signals.listeners.append(self._beat_now)
-        self._wait_for_all()
+        try:
+            self._wait_for_all()
+        except BaseException as error:
+            self.leave(error)  # the store ends with rank 0, and the others are still to read there why
+            raise
 
     def check(self) -> None:
         """Raise a RankError, or Stopped, if there is a verdict."""
@@ -146,7 +150,7 @@ class Peers:
 
     def _wait_until_left(self) -> None:
         deadline = time.monotonic() + LEAVE_SECONDS
-        keys = [f"left {rank}" for rank in range(self._ranks)]
+        keys = [f"left {rank}" for rank in range(self._ranks) if self._store.check([f"here {rank}"])]
         while time.monotonic() < deadline and not self._store.check(keys):
             time.sleep(0.05)
 
