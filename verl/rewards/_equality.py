@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from verl.rewards import _units
@@ -37,7 +38,7 @@ class _Comparison:
 
     def equal(self, right: Value, given: Value) -> bool:
         """Return whether two values are equal."""
-        if right == given:
+        if right == given or self._swapped(right, given):
             return True
         if _is_set_of_numbers(right) or _is_set_of_numbers(given):
             first, second = region(right), region(given)
@@ -49,6 +50,13 @@ class _Comparison:
             if isinstance(given, kind):
                 return compare(given, right)
         return False
+
+    def _swapped(self, right: Value, given: Value) -> bool:
+        """Return whether a relation of two names is the other one read from the right: `a < b` and `b > a`."""
+        other = right.swapped if isinstance(right, Interval | Unlike) else None
+        if not (isinstance(other, Interval | Unlike) and isinstance(given, Interval | Unlike)) or other.name != given.name:
+            return False
+        return self.equal(replace(other, name=None), replace(given, name=None, swapped=None))
 
     def _rules(self) -> "Sequence[tuple[type, Callable[..., bool]]]":
         """Return the rule of each kind of value. The first that fits one of two values decides."""

@@ -36,7 +36,8 @@ _UNIT_FRACTION = re.compile(r"\\frac ?\{ ?([a-zA-Z ]+?) ?\} ?\{ ?([a-zA-Z^ 0-9]+
 _DOLLARS = re.compile(rf"^{CURRENCY} ?([0-9]+)(?= and | [0-9])")  # $6 and 40 cents
 _ORDINAL = re.compile(r"^(?:st|nd|rd|th)(?![a-z])")
 _CALCULATION = re.compile(r"(?:[-+*/.,=0-9 ]|(?<=[0-9 ])x(?=[0-9 ])|\\times|\\cdot)*[-+*/x ](?:[-+*/.,=0-9 ])*[0-9]")  # 6 x 7
-_AGAIN = re.compile(r"(.+?) ?\(([^()]+)\)")  # ten (10)
+_AGAIN = re.compile(r"(.+?) ?\(([^()]+)\)|([^()]+?) \(([^()]+)\)( ?%| [a-zA-Z].*)")  # ten (10), 36 (6 x 6) apples
+_OPERATOR = re.compile(r" ?([-+*/x]|\\times|\\cdot) ?")
 _FEET = re.compile(r"([0-9][0-9.]*) ?' ?(?:([0-9][0-9.]*) ?(?:''|\"))?")  # 5'3''
 _REMARK = re.compile(r"(.*?)\s*(?:\\p?mod ?\{|[\[(])([^\[\](){}]*)[\])}]")
 NO_UNIT = re.compile(
@@ -57,10 +58,33 @@ def quantity(text: str) -> Quantity | None:
 
 
 def _said_again(text: str) -> Quantity | None:
-    """Read `ten (10)`: two quantities that are equal."""
+    """Read `ten (10)`, `36 (thirty-six) apples`, `36 (6 x 6) apples`: two quantities that are equal."""
     match = _AGAIN.fullmatch(text)
-    first, second = (quantity_in_one_unit(part) for part in match.groups()) if match else (None, None)
-    return first if first and second and (first.value, first.percent) == (second.value, second.percent) else None
+    if match is None:
+        return None
+    if match[1]:
+        first, second = quantity_in_one_unit(match[1]), quantity_in_one_unit(match[2])
+        return first if first and second and (first.value, first.percent) == (second.value, second.percent) else None
+    whole, again = quantity_in_one_unit(match[3] + match[5]), match[4]
+    parts = again.strip().removeprefix("=").split("=")  # `6 x 6 = 36`
+    return whole if whole and all(_calculated(part.strip()) == whole.value for part in parts) else None
+
+
+def _calculated(text: str) -> Fraction | None:
+    """Return the value of a number or of a calculation such as `4 + 2 x 16`, without brackets."""
+    if (value := number(text)) is not None or not _CALCULATION.fullmatch(text):
+        return value
+    first, *rest = _OPERATOR.split(text)
+    terms = [number(first)]
+    for sign, digits in zip(rest[::2], rest[1::2], strict=True):
+        value, last = number(digits), terms[-1]
+        if value is None or last is None or (sign == "/" and not value):
+            return None
+        if sign in "+-":
+            terms.append(value if sign == "+" else -value)
+        else:
+            terms[-1] = last / value if sign == "/" else last * value
+    return None if None in terms else sum((term for term in terms if term is not None), Fraction(0))
 
 
 def quantity_in_one_unit(text: str) -> Quantity | None:

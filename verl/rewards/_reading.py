@@ -90,6 +90,7 @@ _CHOICE_WITH_CONTENT = re.compile(
 )
 _RATIO = re.compile(r"([^:]+)(?::| to | out of | in (?:every )?)([^:]+?)(?::([^:]+))?")
 _RELATION = re.compile(r"<=|>=|!=|[=<>≈∈∉≡]")
+_SWAPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _DISTANCE = re.compile(r"\| ?([a-z]) ?([-+] ?[^|]+?)? ?\|")  # |x - 1|
 _SYMBOL = r"(?:\\[a-zA-Z]+|[A-Za-z])(?: ?_ ?(?:\{[^{}]*\}|[A-Za-z0-9]))?'*"
 _NAME = re.compile(
@@ -412,11 +413,11 @@ def _inequality(parts: list[str], sign: str, text: str, depth: int) -> Value | N
     distance = _DISTANCE.fullmatch(left)
     if distance and isinstance(size := _read(right, depth + 1), Quantity) and (center := number(distance[2] or "0")) is not None:
         return _near(distance[1], -center, sign, size)
+    of_right = _bound(_SWAPPED.get(sign, sign), _read(left, depth + 1), _name(right)) if left and _is_name(right) else None
     if not left or _is_name(left):
-        return _bound(sign, _read(right, depth + 1), _name(left) if left else None)
-    if _is_name(right):
-        return _bound({"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(sign, sign), _read(left, depth + 1), _name(right))
-    return _expression(text, depth)
+        of_left = _bound(sign, _read(right, depth + 1), _name(left) if left else None)
+        return replace(of_left, swapped=of_right) if isinstance(of_left, Interval | Unlike) else of_left
+    return of_right or _expression(text, depth)
 
 
 def _near(name: str, center: Fraction, sign: str, size: Quantity) -> Value:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from verl.rewards._spelling import CURRENCY
 
-Mark = Literal["box", "hashes", "tag", "phrase", "bold"]
+Mark = Literal["box", "hashes", "tag", "phrase", "correction", "bold"]
 
 # `boxed{5}` has lost its backslash, or it has become a backspace, `\b`.
 BOX_OR_BRACE = re.compile(
@@ -22,7 +22,8 @@ HASHES = re.compile(r"(?<!#)####(?!#)")
 TAG = re.compile(r"<answer>|</answer>", re.IGNORECASE)
 PHRASE = re.compile(
     r"\banswers?\b[^\S\n]{0,3}(?:\([^()\n]{1,40}\)|(?:to|for|of|in)\b(?:(?!\bis\b|\bare\b)[^.:=\n$\\]){1,80})?[ *_\"]{0,6}"
-    r"(?:→|[-=]>|(?:is|are|was|(?:(?:would|will|should|must|could) )?be|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
+    r"(?:→|[-=]>|(?:is|are|was|(?:(?:would|will|should|must|could) )?be|equals|becomes)\b[ *_]{0,6}[:：]?|[:：=](?!=)|"
+    r"(?:is|are|was)(?=n['’]t (?:[\W\d]|[b-z]\b)))|"
     r"\b(?:correct|right|final) (?:option|choice|result|value)s?[ *_]{0,6}(?:(?:is|are)\b[ *_]{0,6}[:：]?|[:：=](?!=))|"
     r"\banswer (?=(?:cannot|can't|can not) be (?:determined|found)|does not exist)|"
     r"\banswers?[ *_]{0,6}(?=\$|\\[(\[])|"
@@ -59,6 +60,15 @@ REMARK = re.compile(
     r"(?:(?<!\bRs)(?<!approx)(?!(?<=\b[A-Z])\.\s[\d$\\(])[.。;](?!\s+-?[\d.,]+\s*$)|(?<![0-9a-z)}])!)(?=\s|$|[*_]{1,2}(?:\s|$))",
     re.IGNORECASE,
 )
+_IS_NOT = re.compile(r"^n['’]t ")  # behind `the answer is`
+# `not 45, it is 46`, `not 45. It's actually 46`
+_CORRECTION = re.compile(
+    r"(?:not|n['’]t) (?=[\W\d]|[b-z]\b)(?:[^.\n]|\.(?=\d)){1,40}?"
+    r"(?P<instead>(?:[,.;:]|\s+(?:-{1,3}|–|—))?\s+(?:(?:but|rather|instead),?\s+)?"
+    r"(?:it(?: is|['’]s| (?:must|should) be)|they(?: are|['’]re| (?:must|should) be))\s+(?:(?:actually|rather|instead|in fact),?\s+)?)"
+    r"(?=\S)",  # `it is 3 too many`
+    re.IGNORECASE,
+)
 NOT_BUT = re.compile(r"^not [^.\n]{1,40}?,? but (?:rather |actually |instead )?(?=\S)")  # `not 9 but 8`
 BETWEEN_BOXES = re.compile(
     r"(?: ?[A-Za-z]+ and)?(?:[\s,;$]|\\quad|\\text\s*\{|\}|\\[()\[\]]|and\b|or\b|\\ )*"
@@ -83,7 +93,7 @@ class Statement:
     Attributes:
         text: the answer as it is written, with its decoration.
         start, end: where the answer stands in the text.
-        mark_start: where the mark before it begins, for `####` and phrases.
+        mark_start: where the mark before it begins, for `####`, phrases and their corrections.
     """
 
     mark: Mark
@@ -146,8 +156,20 @@ def tagged(text: str) -> list[Statement]:
 
 
 def phrased(text: str) -> list[Statement]:
-    """Return what follows "the answer is" and the like, to the end of the sentence."""
-    return [replace(one, text=_sentence(one.text)) for one in _behind(text, "phrase", PHRASE)]
+    """Return what follows "the answer is" and the like, to the end of the sentence.
+
+    "The answer is not 45, it is 46" is two statements: `not 45`, and the correction `46`.
+    """
+    found = [statement for one in _behind(text, "phrase", PHRASE) for statement in _with_correction(one)]
+    return [replace(one, text=_IS_NOT.sub("not ", _sentence(one.text))) for one in found]
+
+
+def _with_correction(denial: Statement) -> list[Statement]:
+    match = _CORRECTION.match(denial.text)
+    if match is None:
+        return [denial]
+    correction = replace(denial, mark="correction", text=denial.text[match.end() :], start=denial.start + match.end())
+    return [replace(denial, text=denial.text[: match.start("instead")]), correction]
 
 
 def boxed(text: str) -> list[Statement]:
@@ -247,6 +269,12 @@ def _sentence(rest: str) -> str:
         rest = rest.rstrip("*")
     if rest.count("}") > rest.count("{"):  # {"answer": 12}
         rest = rest.removesuffix("}")
+    rest = _up_to_remark(rest)
+    code = rest.rstrip(" ,`")
+    return code if "`" in rest and "`" not in code else rest  # opened before the mark: `#### 12` in inline code
+
+
+def _up_to_remark(rest: str) -> str:
     for match in REMARK.finditer(rest):
         before = rest[: match.start()]
         if before.strip(" *_$") and before.count("$") % 2 == 0 and before.count("{") == before.count("}"):

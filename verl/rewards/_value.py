@@ -86,13 +86,18 @@ class Several:
 
 @dataclass(frozen=True)
 class Interval:
-    """All numbers between two ends, `[0,1)` or `0 <= x < 1`; an end is None where there is none."""
+    """All numbers between two ends, `[0,1)` or `0 <= x < 1`; an end is None where there is none.
+
+    Attributes:
+        swapped: `b > a` for `a < b`, where both sides are names.
+    """
 
     low: "Value | None"
     high: "Value | None"
     has_low: bool
     has_high: bool
     name: str | None = None
+    swapped: "Value | None" = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -105,10 +110,11 @@ class Named:
 
 @dataclass(frozen=True)
 class Unlike:
-    """`x != 5`; all numbers but several for `x != 5, 6`."""
+    """`x != 5`; all numbers but several for `x != 5, 6`. `swapped` is `b != a` for `a != b`, where both sides are names."""
 
     value: "Value"
     name: str | None = None
+    swapped: "Value | None" = field(default=None, compare=False)
 
 
 Value = Quantity | Expression | Words | Choice | Clock | Ratio | Several | Interval | Named | Unlike

@@ -29,6 +29,7 @@ NUMBER = re.compile(r"(?<![\w.])-?[$€£]?(?:\d[\d,]*(?: \d{3})*(?:\.\d+)?|\.\d
 NEGATED = re.compile(r"\bnot\s*\$?\s*\\f?(?:rame)?(?:boxed|box)\s*\{?$")  # `not \boxed{3}`
 NEGATION = re.compile(r"\b(?:not|no|none|neither|nor|cannot|never|without|except)\b|n't\b", re.IGNORECASE)
 NOT = re.compile(r"(?:(?:\w+ly )?not (?:equal to )?|不是|不为)(?=\S)", re.IGNORECASE)
+WORD = re.compile(r"(?<![\\\w])[a-z]{2,}\b", re.IGNORECASE)
 # What is said about an answer that stands elsewhere: `verified by substitution: 2(8)=16`.
 CHECK = re.compile(
     r"(?:double-checked|cross-checked|checked|verified|confirmed|validated|justified|supported|consistent|correct|valid|reasonable|plausible|"
@@ -161,13 +162,14 @@ def _last_phrase(text: str, marked: Statement | None) -> Statement | None:
     for phrase in islice(reversed(_statement.phrased(text)), MOST_PHRASES):
         if marked is not None and phrase.start <= marked.end:
             break
-        if not _states(phrase, only_values=marked is not None or (doubtful is not None and _is_value(_read(doubtful)))):
+        is_correction = phrase.mark == "correction"
+        if not _states(phrase, only_values=marked is not None or is_correction or (doubtful is not None and _is_value(_read(doubtful)))):
             continue
         denied = _denied(phrase)
         if denied is None and is_final(text, phrase.mark_start, phrase.start):
             chosen = phrase
             break
-        doubtful = doubtful or phrase
+        doubtful = doubtful or (None if is_correction else phrase)
         denials += [phrase] if denied else []
     withdrawn = next((one for one in denials if chosen and _denied(one) == _read(chosen)), None)
     return withdrawn or chosen or doubtful
@@ -201,6 +203,8 @@ def _from_sentence(answer: str) -> str:
 def _states(statement: Statement, only_values: bool) -> bool:
     answer = _undelimited(statement.text)
     if not answer or len(answer) > LONGEST or answer.casefold().strip(" .!") in REMARKS:
+        return False
+    if statement.mark == "correction" and len(WORD.findall(answer)) > 1:  # `it is 3 too many` is no answer
         return False
     return not only_values or (not CHECK.match(answer) and _is_value(read(answer)))
 
