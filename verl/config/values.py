@@ -63,7 +63,12 @@ def not_a_number(value: Any, kind: Any) -> str | None:
 
 def _has_no_home(text: str) -> bool:
     """Return whether a text is a path in the home of a user that does not exist, such as `~nobody-here/model`."""
-    return text[:1] == "~" and text[1:2] not in ("", "/", "~") and not set(text) & set(" \n") and os.path.expanduser(text) == text
+    if text[:1] != "~" or text[1:2] in ("", "/", "~") or set(text) & set(" \n"):
+        return False
+    try:
+        return os.path.expanduser(text) == text
+    except ValueError:  # no user has a name with a zero byte or half a character
+        return True
 
 
 def _options(kind: Any) -> set[Any]:
