@@ -136,3 +136,9 @@ def test_a_list_that_cannot_be_read_is_an_error_where_a_list_is_asked_for() -> N
     assert argument("k", "[INST] hi").value_for(str) == "[INST] hi"
     with pytest.raises(UserError, match="cannot read the value"):
         argument("k", "[INST] hi").value_for(list[str])
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/model", "~\ud800/model", "~a\0b"])
+def test_the_home_of_nobody_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.partial_pretrain"):
+        load_config(SFTConfig, ["data.train_files=a.jsonl", f"model.partial_pretrain={name}"])
