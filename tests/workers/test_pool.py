@@ -214,6 +214,60 @@ def test_several_workers_share_the_calls(workers: Any) -> None:
     assert len(set(scores(workers(text, workers=2), *["a"] * 20))) == 2
 
 
+def test_quick_calls_are_sent_ahead_and_each_keeps_its_own_result_or_failure(workers: Any, tmp_path: Path) -> None:
+    """One quick call ends the worker, one exceeds its time limit, one raises. Every other one runs once, though it waited behind them."""
+    text = f"""
+import os, time
+def score(prompt, response, row):
+    with open({str(tmp_path / "ran")!r}, "a") as file:
+        file.write(response + "\\n")
+    if response == "20": os._exit(3)
+    if response == "120": time.sleep(60)
+    if response == "90": raise ValueError("no nineties")
+    return float(response)
+"""
+    found = scores(workers(text, timeout_seconds=1.0), *map(str, range(200)))
+    failed = {number: str(result) for number, result in enumerate(found) if isinstance(result, Failure)}
+    assert sorted(failed) == [20, 90, 120]
+    assert "exit code 3" in failed[20] and "no nineties" in failed[90] and "did not return within 1 s" in failed[120]
+    assert [result for number, result in enumerate(found) if number not in failed] == [float(n) for n in range(200) if n not in failed]
+    ran = (tmp_path / "ran").read_text().split()
+    assert all(ran.count(str(number)) == 1 for number in range(200) if number != 20)
+
+
+def test_a_call_that_another_one_ends_is_called_again(workers: Any) -> None:
+    """A thread of call 20 ends the process while call 21 runs, which had been sent ahead."""
+    text = """
+import os, threading, time
+runs = threading.Event()
+def score(prompt, response, row):
+    if response == "20":
+        threading.Thread(target=lambda: (runs.wait(), os._exit(3)), daemon=True).start()
+    if response == "21":
+        runs.set()
+        time.sleep(0.2)
+    return float(response)
+"""
+    assert scores(workers(text), *map(str, range(40))) == [float(number) for number in range(40)]
+
+
+def test_slow_calls_are_not_sent_ahead_so_that_workers_share_them(workers: Any) -> None:
+    text = "import os, time\ndef score(prompt, response, row):\n    time.sleep(0.05)\n    return os.getpid()"
+    found = scores(workers(text, workers=2), *["answer"] * 20)
+    each = [found.count(process) for process in set(found)]
+    assert len(each) == 2 and min(each) >= 8
+
+
+def test_arguments_of_any_size_reach_the_worker_before_it_is_free(workers: Any) -> None:
+    """What is sent ahead fits the pipe. Otherwise the trainer would wait in a write, and could not end a call that is late."""
+    text = "import time\ndef score(prompt, response, row):\n    time.sleep(30 if response[0] == 's' else 0)\n    return len(response)"
+    large = ["x" * 500_000] * 4
+    began = time.monotonic()
+    found = scores(workers(text, timeout_seconds=1.0), "q", "q", "slow", *large)
+    assert found[:2] == [1.0, 1.0] and isinstance(found[2], Failure) and found[3:] == [500_000.0] * 4
+    assert time.monotonic() - began < 15
+
+
 def test_until_failure_returns_at_the_first_one(workers: Any) -> None:
     since = time.monotonic()
     found = scores(workers(ENDS, timeout_seconds=1.0), "good", *["time.sleep(100)"] * 50, until_failure=True)

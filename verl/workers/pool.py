@@ -29,6 +29,9 @@ from verl.workers.serve import Call, Code, end_descendants
 
 SECONDS_BETWEEN_LOOKS = 0.2  # at deadlines and signals, while no result arrives
 TOGETHER = 64  # calls of an `async` function that run at the same time in a worker
+AHEAD = 32  # calls that wait in the pipe to a worker whose last call was quick, so that it need not wait for the trainer between calls
+AHEAD_BYTES = 2**15  # of these calls: far below the pipe's buffer, so that sending never waits for a call to end
+QUICK_SECONDS = 0.005
 SECONDS_BEFORE_LINE = 10.0  # of a wait; the time to each next line is twice as long
 GRACE_SECONDS = 5.0  # for a worker to keep the time limit of an `async` function
 STOP_SECONDS = 3.0  # for calls to end after a signal, so that the run has saved and ended within 10 seconds
@@ -84,6 +87,13 @@ class _Calls:
     suspects: deque[int] = field(default_factory=deque)
     results: dict[int, object] = field(default_factory=dict)
     failed: bool = False
+    _packed: tuple[int, bytes] = (-1, b"")
+
+    def packed(self, number: int) -> bytes:
+        """Return the pickled arguments of a call. Those of the last one asked for are kept."""
+        if self._packed[0] != number:
+            self._packed = number, pickle.dumps(self.arguments[number])
+        return self._packed[1]
 
     def finish(self, number: int, value: object) -> None:
         self.results[number] = value
@@ -158,12 +168,11 @@ class Workers:
     def _hand_out(self, calls: _Calls) -> None:
         """Give calls to the workers that have room, first those that may run next to others."""
         for worker in list(self._workers):
-            room = TOGETHER if self._code.is_async else 1
             try:
-                while worker.process_id and not worker.has_suspect and len(worker.running) < room:
+                while self._has_room(worker, calls):
                     if calls.waiting:
                         self._send(worker, calls, calls.waiting.popleft())
-                    elif calls.suspects and not worker.running:
+                    elif calls.suspects and not worker.running:  # nothing is ahead either
                         worker.has_suspect = True
                         self._send(worker, calls, calls.suspects.popleft())
                     else:
@@ -171,15 +180,26 @@ class Workers:
             except OSError:
                 self._bury(worker, calls)
 
+    def _has_room(self, worker: "_Worker", calls: _Calls) -> bool:
+        if not worker.process_id or worker.has_suspect:
+            return False
+        if self._code.is_async:
+            return len(worker.running) < TOGETHER
+        return not worker.running or (len(calls.waiting) > 0 and worker.takes_ahead(len(calls.packed(calls.waiting[0]))))
+
     def _send(self, worker: "_Worker", calls: _Calls, number: int) -> None:
         seconds = self._config.timeout_seconds * calls.weight(number)
         limit = seconds + GRACE_SECONDS if self._code.is_async else seconds
+        arguments = calls.packed(number)
         try:
-            worker.connection.send(Call(number, calls.function, seconds, pickle.dumps(calls.arguments[number])))
+            worker.connection.send(Call(number, calls.function, seconds, arguments))
         except OSError:  # the worker has ended before, so this call has not ended it
             calls.waiting.appendleft(number)
             raise
-        worker.running[number] = time.monotonic() + limit, seconds
+        if worker.running and not self._code.is_async:
+            worker.ahead.append(_Ahead(number, limit, seconds, len(arguments)))
+        else:
+            worker.start(number, limit, seconds)
 
     def _collect(self, calls: _Calls) -> None:
         """Wait a moment for results, then attend to each worker: one may have ended or be late."""
@@ -206,8 +226,7 @@ class Workers:
         if "number" not in message:  # the module cannot be imported there
             raise UserError(f"{self._what} {value.what}, in its own process", where=value.where, fix=self._fix_for(value.what) or value.fix)
         number = int(message["number"])
-        del worker.running[number]
-        worker.has_suspect = False
+        worker.finish(number)
         if isinstance(value, UserError):
             raise value
         calls.finish(number, replace(value, fix=self._fix_for(value.what)) if isinstance(value, Failure) else value)
@@ -221,6 +240,7 @@ class Workers:
         if exceeded:
             worker.ask_for_stack()
             worker.end()
+            worker.may_have_ended_before = False  # it is the running call that is late
             self._replace(worker, calls, late(exceeded[0], worker.place(self._module)))
 
     def _bury(self, worker: "_Worker", calls: _Calls) -> None:
@@ -237,7 +257,8 @@ class Workers:
     def _replace(self, worker: "_Worker", calls: _Calls, failure: Failure) -> None:
         self._workers.remove(worker)
         self._start_missing()
-        if len(worker.running) == 1:
+        calls.waiting.extendleft(one.number for one in reversed(worker.ahead))
+        if len(worker.running) == 1 and not worker.may_have_ended_before:
             calls.finish(next(iter(worker.running)), failure)
         else:
             calls.suspects.extend(worker.running)
@@ -292,18 +313,38 @@ class _Wait:
             self._watch.waiting(None)
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """A call that waits in the pipe to a worker.
+
+    Attributes:
+        limit: seconds that it may take once it runs.
+        seconds: the time limit that is told if it takes longer.
+        size: bytes of its arguments.
+    """
+
+    number: int
+    limit: float
+    seconds: float
+    size: int
+
+
 class _Worker:
     """A worker process.
 
     Attributes:
         process_id: of the process that runs the user's code; 0 until it has imported it.
-        running: the deadline and the time limit of each of its calls, by number.
+        running: the deadline and the time limit of each of its running calls, by number.
+        ahead: calls that it will run after the running one, in this order.
         has_suspect: whether its call may be the one that has ended another worker.
+        may_have_ended_before: whether its running call came from `ahead`. The call before it may have ended the process, after its result.
     """
 
     def __init__(self, code: Code, variables: dict[str, str]):
         self.process_id, self.has_suspect, self._stack = 0, False, ""
         self.running: dict[int, tuple[float, float]] = {}
+        self.ahead: deque[_Ahead] = deque()
+        self.may_have_ended_before, self._is_quick, self._started = False, False, 0.0
         ours, theirs = socket.socketpair()
         end, lifeline = os.pipe()
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process is ended
@@ -319,6 +360,24 @@ class _Worker:
         self.connection = Connection(ours.detach())
         self._end = weakref.finalize(self, _end_process, self.keeper, self.connection, lifeline, self._trace, os.getpid())
         self.connection.send(code)
+
+    def takes_ahead(self, size: int) -> bool:
+        """Return whether a call of this size may be sent ahead. After a slow call none is: another worker may be free sooner."""
+        return self._is_quick and len(self.ahead) < AHEAD and sum(one.size for one in self.ahead) + size <= AHEAD_BYTES
+
+    def start(self, number: int, limit: float, seconds: float) -> None:
+        """Note that a call runs now, for at most `limit` seconds."""
+        self._started, self.may_have_ended_before = time.monotonic(), False
+        self.running[number] = self._started + limit, seconds
+
+    def finish(self, number: int) -> None:
+        """Note that a call has ended; the next one that was sent ahead runs."""
+        del self.running[number]
+        self.has_suspect, self._is_quick = False, time.monotonic() - self._started < QUICK_SECONDS
+        if self.ahead:
+            following = self.ahead.popleft()
+            self.start(following.number, following.limit, following.seconds)
+            self.may_have_ended_before = True
 
     def has_ended(self) -> bool:
         """Return whether the process has ended. It is not waited for, so that its number is not another's yet."""
