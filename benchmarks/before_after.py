@@ -24,7 +24,7 @@ def score(prompt: str, response: str, row: dict) -> float:
     return float(sum(response.encode()) % 2)
 '''
 GRPO = (
-    "data.prompts_per_step=64 rollout.samples_per_prompt=8 rollout.max_new_tokens=256 algorithm.name=grpo trainer.total_training_steps=8 "
+    "data.prompts_per_step=64 rollout.samples_per_prompt=8 rollout.max_new_tokens=256 algorithm.name=grpo trainer.total_training_steps=16 "
     "trainer.save_freq=never model.enable_gradient_checkpointing=false model.compile=true data.max_tokens_per_micro_batch=32768 "
     "optim.lr=1e-6 algorithm.keep_reference=false"
 )
