@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClas
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.engine.build import build
 from verl.errors import UserError
+from verl.models.damage import check_tokenizer_files
 from verl.models.inference import load_for_inference
 from verl.models.load import load_for_training
 from verl.models.saved import export_model
@@ -182,3 +183,15 @@ def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path) -> Non
             UserError, match=r"judge: is a reward model or a critic \(Qwen2ForSequenceClassification\), not a language model"
         ):
             load(path)
+
+
+def test_large_numbers_in_a_tokenizers_settings_are_no_token_ids(tmp_path: Path) -> None:
+    """A tokenizer without a limit has this `model_max_length`, as transformers writes it."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "model_max_length": int(1e30)}))
+    check_tokenizer_files(str(tmp_path))
+    file.write_text(json.dumps({**settings, "added_tokens_decoder": {str(10**9): {"content": "<x>"}}}))
+    with pytest.raises(UserError, match="has the token id 1000000000"):
+        check_tokenizer_files(str(tmp_path))

@@ -81,21 +81,28 @@ def _check_token_ids(file: Path) -> None:
     if LARGE_NUMBER.search(content) is None:  # as in nearly all; the file is not read as JSON, which takes a second
         return
     with suppress(ValueError, RecursionError):  # loading says what is wrong with it
-        highest = max(_token_ids(json.loads(content)), default=0)
+        highest = max(_token_ids(file.name, json.loads(content)), default=0)
         if highest > LARGEST_SIZE:
             what = f"has the token id {highest}, expected at most {LARGEST_SIZE:,}"
             raise UserError(what, where=str(file), fix="copy the tokenizer's files again")
 
 
-def _token_ids(found: dict[str, Any]) -> Iterator[int]:
-    """Yield the ids in a tokenizer.json, tokenizer_config.json or vocab.json."""
-    model, added, decoder = found.get("model"), found.get("added_tokens"), found.get("added_tokens_decoder")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else found
-    yield from (value for value in (vocabulary.values() if isinstance(vocabulary, dict) else ()) if isinstance(value, int))
-    yield from (
-        token["id"] for token in (added if isinstance(added, list) else ()) if isinstance(token, dict) and isinstance(token.get("id"), int)
-    )
-    yield from (int(key) for key in (decoder if isinstance(decoder, dict) else ()) if key.isdecimal())
+def _token_ids(name: str, found: dict[str, Any]) -> Iterator[int]:
+    """Yield the token ids in a tokenizer's file.
+
+    Other numbers are no ids: the `model_max_length` that transformers writes for a tokenizer without a limit has 31 digits.
+    """
+    if name == "tokenizer.json":
+        model, added = found.get("model"), found.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        tokens = [token for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
+        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else ()), *(token.get("id") for token in tokens)]
+    elif name == "tokenizer_config.json":
+        decoder = found.get("added_tokens_decoder")
+        ids = [int(key) for key in (decoder if isinstance(decoder, dict) else ()) if key.isdecimal()]
+    else:  # vocab.json: tokens and their ids
+        ids = list(found.values())
+    yield from (each for each in ids if isinstance(each, int))
 
 
 def read_object(file: Path) -> dict[str, Any]:
