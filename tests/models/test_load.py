@@ -187,7 +187,7 @@ def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path) -> Non
 
 def test_large_numbers_in_a_tokenizers_settings_are_no_token_ids(tmp_path: Path) -> None:
     """A tokenizer without a limit has this `model_max_length`, as transformers writes it."""
-    tiny_tokenizer().save_pretrained(tmp_path)
+    tiny_tokenizer(["two words"], vocab_size=300).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "model_max_length": int(1e30)}))
