@@ -4,8 +4,10 @@ import json
 import math
 import re
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from faults.started import make_folder, orphans, started, words
 from rl_runs import words as rl_words
 from runs import command, metrics_of
@@ -21,7 +24,7 @@ from sft_runs import train
 from sft_runs import words as sft_words
 from tiny import RandomDocuments
 
-from verl import launch, rendezvous
+from verl import launch, peers, rendezvous
 from verl.algorithms import sft
 from verl.data.loader import Loader, Packing
 from verl.data.pack import pack
@@ -225,6 +228,33 @@ def test_two_processes_of_one_rank_are_refused(folder: Path, tmp_path: Path) -> 
         ends = [found.end() for found in (first, second, third)]
     assert [code for code, _ in ends] == [2, 2, 2], ends
     assert sum("another process is rank 1 too" in text for _, text in ends) == 1
+
+
+def test_rank_0_keeps_the_store_until_the_others_have_read_why_the_start_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 reads late: only when it is told that rank 0 leaves. Rank 2 never comes, and is not waited for."""
+    monkeypatch.setattr(peers, "LEAVE_SECONDS", 100.0)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    store, read = dist.PrefixStore("peers 0", client), list[str]()
+    store.add("here 1", 1)
+    store.set("verdict", json.dumps(["two processes are rank 1", 1, 2, -1]))
+
+    def read_late() -> None:
+        store.wait(["left 0"], timedelta(seconds=100))
+        read.append(store.get("verdict").decode())
+        store.set("left 1", json.dumps({"code": 2, "what": "", "signal": None}))
+
+    other = threading.Thread(target=read_late)
+    other.start()
+    since = time.monotonic()
+    try:
+        with pytest.raises(RankError, match="two processes are rank 1"):
+            peers.Peers(server, 0, rendezvous.Place(0, 3, "127.0.0.1", server.port, has_server=True), 100.0)
+        assert read, "rank 0 is gone, and the store with it, before rank 1 has read why"
+        assert time.monotonic() - since < 60, "rank 2 was waited for"
+    finally:
+        dist.PrefixStore("peers 0", server).set("left 0", "")  # the other thread ends in any case
+        other.join()
 
 
 # A rank with one batch less cannot be
