@@ -770,7 +770,7 @@ def ends_in_time() -> Iterator[None]:
         raise AssertionError("it would go on forever")  # no OSError, which readers pass over
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(int(SECONDS))
+    signal.alarm(int(SECONDS) * (10 if "coverage" in sys.modules else 1))  # deep recursion is slow where each line is counted
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
