@@ -8,7 +8,9 @@ STAMP := $(VENV)/installed
 VLLM_VENV ?= .venv-vllm
 # The tests of a file stay in one process: they share models. Three keep two cores busy, because many tests wait for processes they start.
 JOBS ?= 3
-IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=loadfile)
+DIST = loadfile
+IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=$(DIST))
+faults soak: DIST = worksteal
 VLLM_STAMP := $(VLLM_VENV)/installed
 # The first Python that is new enough; `make PYTHON=… setup` takes another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -41,10 +43,12 @@ learning: $(STAMP) ## Run the tests that train for minutes: PPO, GRPO and the de
 	$(BIN)/python -m pytest -m learning $(IN_PROCESSES) $(ARGS)
 
 faults: $(STAMP) ## Run the fault tests: kills, damage, full disks, signals, dead and hung processes, attacks; prints what was tried and held
-	$(BIN)/python -m pytest -m 'faults or not faults' $(IN_PROCESSES) --dist=worksteal tests/faults tests/trainer/test_nodes.py $(ARGS)
+	$(BIN)/python -m pytest -m 'faults or not faults' $(IN_PROCESSES) tests/faults tests/trainer/test_nodes.py $(ARGS)
 
-soak: $(STAMP) ## Kill the trainers 1,000 times at random moments: each time, the same command goes on bit for bit; an hour or more
-	KILLS=250 $(BIN)/python -m pytest -m faults $(IN_PROCESSES) --dist=load tests/faults/test_kills.py $(ARGS)
+KILLS ?= 250
+KILLS_LOG ?= soak.log
+soak: $(STAMP) ## Kill the trainers 1,000 times at random moments: each time, the same command goes on bit for bit; half an hour, log in soak.log
+	KILLS=$(KILLS) KILLS_LOG=$(abspath $(KILLS_LOG)) $(BIN)/python -m pytest -m faults $(IN_PROCESSES) tests/faults/test_kills.py $(ARGS)
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)

@@ -21,6 +21,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _skip(items, "gpu", _no_gpu)
     _skip(items, "learning", lambda: None if "learning" in config.getoption("-m") else "takes minutes: make learning")
     _skip(items, "faults", lambda: None if "faults" in config.getoption("-m") else "takes minutes: make faults")
+    if "faults" in config.getoption("-m"):
+        from faults.table import in_order
+
+        workers = getattr(config, "workerinput", {}).get("workercount", 1)
+        items[:] = in_order(items, [item.nodeid for item in items], workers)
     _skip(items, "vllm", lambda: None if importlib.util.find_spec("vllm") else "needs vLLM: make test-vllm")
 
 

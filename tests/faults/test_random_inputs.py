@@ -1,10 +1,12 @@
 """Random rows, bytes, chats, settings, YAML and answers: each gives a value or a UserError, never another exception.
 
-`make test` tries 300 examples, `make faults` more than 20,000.
+`make test` tries 300 examples, `make faults` more than 20,000, in shares that processes take one by one.
 """
 
+import io
 import json
 import math
+import pickle
 import string
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,13 +16,16 @@ from typing import Any
 
 import pytest
 import yaml
+from faults.table import TRIED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from tiny import write_problems_and_model
 
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig, ExportConfig
 from verl.config.load import load_config, to_yaml
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.plugin_settings import _walk
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.data.chat import ChatInput
@@ -36,15 +41,32 @@ from verl.rewards import gsm8k
 from verl.rewards import math as math_reward
 
 Property = Callable[[Any], None]
-EXAMPLES = [pytest.param(43, id="some"), pytest.param(2900, id="many", marks=[pytest.mark.faults, pytest.mark.timeout(600)])]
+Holds = Callable[[st.SearchStrategy[Any], Property, int], None]
+SHARES, OF_SHARE = 4, 725
+EXAMPLES = [
+    pytest.param(43, id="some"),
+    *(pytest.param(OF_SHARE, id=f"many-{share}", marks=[pytest.mark.faults, pytest.mark.timeout(600)]) for share in range(1, SHARES + 1)),
+]
 
 
-def holds(values: st.SearchStrategy[Any], check: Property, examples: int) -> None:
+@pytest.fixture
+def holds(record_property: Callable[[str, object], None]) -> Holds:
     """Try a property on so many values. A UserError is an answer; any other exception is the test's failure."""
 
+    def try_all(values: st.SearchStrategy[Any], check: Property, examples: int) -> None:
+        tried = [0]
+        try_values(values, check, examples, tried)
+        record_property(TRIED, tried[0])
+        assert tried[0] >= examples or examples < 100
+
+    return try_all
+
+
+def try_values(values: st.SearchStrategy[Any], check: Property, examples: int, count: list[int]) -> None:
     @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 100, suppress_health_check=list(HealthCheck))
     @given(values)
     def tried(value: Any) -> None:
+        count[0] += 1
         with suppress(UserError):
             check(value)
 
@@ -124,7 +146,7 @@ BYTES = st.one_of(
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_bytes_are_rows_or_an_error(tmp_path: Path, examples: int) -> None:
+def test_any_bytes_are_rows_or_an_error(holds: Holds, tmp_path: Path, examples: int) -> None:
     def check(given: tuple[str, bytes, bytes, int]) -> None:
         suffix, magic, body, less = given
         path = tmp_path / f"rows{suffix}"
@@ -141,7 +163,7 @@ def renderer(tmp_path_factory: pytest.TempPathFactory) -> Renderer:
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_row_is_tokenized_or_an_error(renderer: Renderer, examples: int) -> None:
+def test_any_row_is_tokenized_or_an_error(holds: Holds, renderer: Renderer, examples: int) -> None:
     plain = Columns("question", "answer", None, None, None)
     readers = [
         plain,
@@ -164,7 +186,7 @@ def test_any_row_is_tokenized_or_an_error(renderer: Renderer, examples: int) -> 
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_chat_is_tokenized_or_an_error(renderer: Renderer, examples: int) -> None:
+def test_any_chat_is_tokenized_or_an_error(holds: Holds, renderer: Renderer, examples: int) -> None:
     def check(given: tuple[Any, Any, Any, str]) -> None:
         messages, tools, kwargs, turns = given
         row = checked_row("rows.jsonl:1", {"messages": messages, "tools": tools, "kwargs": kwargs})
@@ -220,6 +242,45 @@ def assignments(draw: st.DrawFn) -> tuple[type, list[str]]:
     return schema, [f"{draw(keys)}={draw(WORDS)}" for _ in range(draw(st.integers(1, 3)))]
 
 
+@pytest.fixture
+def schemas_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema is made a config once, and copied from then on: it is most of the time of reading some words, and the same for all."""
+    made: dict[object, tuple[bytes, list[type]]] = {}
+    make = OmegaConf.structured
+
+    def structured(config: Any) -> Any:
+        key = (type(config), *(type(keys) for _, keys in _walk(config)), repr(config))
+        if key not in made and len(made) < 1000:
+            made[key] = pickled(make(config))
+        return unpickled(*made[key]) if key in made else make(config)
+
+    monkeypatch.setattr("verl.config.load.OmegaConf.structured", structured)
+
+
+def pickled(value: object) -> tuple[bytes, list[type]]:
+    """A value's bytes, with the classes beside them: a plugin's are made while the program runs, and have no name to find them by."""
+    kinds: list[type] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> int | None:
+            if not isinstance(value, type):
+                return None
+            kinds.append(value)
+            return len(kinds) - 1
+
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(value)
+    return buffer.getvalue(), kinds
+
+
+def unpickled(content: bytes, kinds: list[type]) -> Any:
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> type:
+            return kinds[number]
+
+    return Unpickler(io.BytesIO(content)).load()
+
+
 def read_back(schema: type, config: Any, tmp_path: Path) -> None:
     """What a run writes of its settings reads back as itself."""
     path = tmp_path / "written.yaml"
@@ -227,8 +288,9 @@ def read_back(schema: type, config: Any, tmp_path: Path) -> None:
     assert repr(load_config(schema, [f"--config={path}"])) == repr(config)
 
 
+@pytest.mark.usefixtures("schemas_once")
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_words_are_settings_or_an_error(tmp_path: Path, examples: int) -> None:
+def test_any_words_are_settings_or_an_error(holds: Holds, tmp_path: Path, examples: int) -> None:
     def check(given: tuple[type, list[str]]) -> None:
         schema, words = given
         words = [word for word in words if not word.startswith(("--", "-h"))]
@@ -259,8 +321,9 @@ def config_files(draw: st.DrawFn) -> str:
         return "a"
 
 
+@pytest.mark.usefixtures("schemas_once")
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_yaml_is_settings_or_an_error(tmp_path: Path, examples: int) -> None:
+def test_any_yaml_is_settings_or_an_error(holds: Holds, tmp_path: Path, examples: int) -> None:
     path = tmp_path / "config.yaml"
 
     def check(text: str) -> None:
@@ -271,7 +334,7 @@ def test_any_yaml_is_settings_or_an_error(tmp_path: Path, examples: int) -> None
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_name_of_a_file_is_a_file_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
+def test_any_name_of_a_file_is_a_file_or_an_error(holds: Holds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"question": "x", "answer": "y"}\n')
     names = st.one_of(JSON, st.text("a./*?[]~\0:,", max_size=8), st.lists(st.one_of(JSON, st.just("a.jsonl")), max_size=3))
@@ -294,7 +357,7 @@ ANSWERS = st.one_of(
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_any_answer_is_graded_or_an_error(examples: int) -> None:
+def test_any_answer_is_graded_or_an_error(holds: Holds, examples: int) -> None:
     def check(given: tuple[str, str]) -> None:
         response, reference = given
         for method in ("strict", "flexible"):
