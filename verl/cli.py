@@ -110,6 +110,16 @@ def doctor(context: typer.Context) -> None:
     run_module("verl.doctor", context.args)
 
 
+@app.command()
+def prove(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a Hub name, or a config.json.", show_default=False)],
+    real: Annotated[bool, typer.Option("--real", help="Prove the model itself, not a tiny twin of its architecture.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write what was found to this file, too.", metavar="FILE")] = None,
+) -> None:
+    """Prove on a CPU, in a minute, what is exact for a model's architecture: MODEL. Exit code 1: something is wrong."""
+    exit_on_user_error(run_proofs, model, real, json)
+
+
 def train(gpus: int | None, words: list[str], trainer: Command) -> None:
     """Run a trainer in this process, or, if `gpus` is given, in that many processes."""
     if is_program():
@@ -160,6 +170,14 @@ def run_module(name: str, words: list[str]) -> NoReturn:
             module.main(words)
 
     exit_on_user_error(run)
+
+
+def run_proofs(model: str, real: bool, json: Path | None) -> None:
+    """Run `verl prove`. Raises SystemExit(1) if something is wrong, UserError if there is no such model."""
+    command = load_module("verl.prove.command")
+    command.use_cpu()
+    if not command.prove(model, real=real, json_file=json):
+        raise SystemExit(1)
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:

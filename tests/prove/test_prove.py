@@ -1,0 +1,47 @@
+"""`verl prove`: a table of what holds for a model, and what is wrong with a broken verl."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config
+
+from verl.errors import UserError
+from verl.prove import command
+from verl.prove.outcome import Outcome, compared
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What is found for a Qwen2 with windows, by the names of the lines."""
+    folder = tmp_path_factory.mktemp("prove")
+    config = Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=14, num_hidden_layers=28)
+    config.save_pretrained(folder)
+    assert command.prove(str(folder / "config.json"), json_file=folder / "found.json")
+    summary = json.loads((folder / "found.json").read_text())
+    return {outcome["name"]: outcome for outcome in summary["outcomes"]}
+
+
+def test_all_lines_of_qwen2_with_windows_hold(found: dict[str, dict]) -> None:
+    assert {outcome["state"] for outcome in found.values()} <= {"holds", "none"}
+
+
+def test_each_line_was_compared_with_something(found: dict[str, dict]) -> None:
+    assert all(outcome["difference"] is not None for outcome in found.values() if outcome["state"] == "holds")
+
+
+def test_a_name_without_a_model_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no-such-model"):
+        command.prove(str(tmp_path / "no-such-model"))
+
+
+def test_a_config_alone_has_no_weights_to_prove(tmp_path: Path) -> None:
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="without weights"):
+        command.prove(str(tmp_path / "config.json"), real=True)
+
+
+@pytest.mark.parametrize(("difference", "state"), [(0.0, "holds"), (9e-6, "holds"), (2e-5, "wrong"), (float("nan"), "wrong")])
+def test_a_difference_above_the_tolerance_is_wrong_and_so_is_nan(difference: float, state: str) -> None:
+    found: Outcome = compared("fine-tuning", "packed = alone", {"loss": difference})
+    assert found.state == state

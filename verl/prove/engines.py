@@ -1,0 +1,50 @@
+"""What the proofs read from an engine: log-probabilities, losses and gradients, by the names that the model's parameters have.
+
+Dimensions: M trained positions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verl.data.batch import Batch
+from verl.data.pack import Document, collate
+from verl.engine.build import Built
+
+SMALL = 1e-3  # a parameter's gradient counts relative to its own norm, or to this share of the whole one if that is larger
+
+
+def scores(built: Built, documents: Sequence[Document]) -> Tensor:
+    """Return the log-probability of each trained token of packed documents, in their order."""
+    (out,) = built.engine.score([collate(documents, range(len(documents)))])
+    logprob_M: Tensor = out.logprob_M
+    return logprob_M
+
+
+def gradients(built: Built, batches: Sequence[Batch], algorithm: Any) -> tuple[float, dict[str, Tensor]]:
+    """Return the loss of micro-batches and its gradient, by the parameters' names."""
+    engine = built.engine
+    for parameter in engine.trained:
+        parameter.grad = None
+    metrics = engine.backward(batches, algorithm)
+    names = {id(parameter): name for name, parameter in built.loaded.model.named_parameters()}
+    found = {names[id(p)]: p.grad.detach().clone() for p in engine.trained if p.grad is not None}
+    return float(metrics["loss"]), found
+
+
+def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of a parameter's gradient, relative to its norm; a missing gradient is zero."""
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    worst = 0.0
+    for name in found.keys() | expected.keys():
+        value = expected.get(name, torch.zeros(()))
+        difference = (found.get(name, torch.zeros(())) - value).norm() / max(value.norm(), SMALL * whole)
+        worst = max(worst, float(difference)) if difference == difference else float("nan")
+    return worst
+
+
+def largest(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference."""
+    return float((found - expected).abs().max())

@@ -1,0 +1,110 @@
+"""The references: transformers' own model and a plain loop around it, one document at a time, with no code of the engine.
+
+Dimensions: T tokens of a document, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from verl.data.pack import Document
+
+
+def load(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a model directory with transformers alone, with the attention of its own (eager) where it has one."""
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+    except ValueError:  # it has one implementation only
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def logits(model: torch.nn.Module, ids: Sequence[int]) -> Tensor:
+    """Return logits_TV of one document, without a cache."""
+    logits_TV: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return logits_TV
+
+
+def logprobs(model: torch.nn.Module, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """Return the log-probability of each token but the first, natural log."""
+    logprob_TV = (logits(model, ids) / temperature).float().log_softmax(-1) if temperature != 1.0 else logits(model, ids).log_softmax(-1)
+    return logprob_TV[:-1].gather(1, torch.tensor(list(ids))[1:, None]).squeeze(1)
+
+
+def losses(model: torch.nn.Module, documents: Iterable[Document]) -> tuple[Tensor, int]:
+    """Return the sum of -log p over the trained tokens of all documents, and their number."""
+    sums, count = [], 0
+    for ids, mask in documents:
+        trained = torch.from_numpy(mask[1:].copy())
+        sums.append(-logprobs(model, ids.tolist())[trained].sum())
+        count += int(trained.sum())
+    return torch.stack(sums).sum(), count
+
+
+def mean_loss(model: torch.nn.Module, documents: Iterable[Document]) -> float:
+    """Return the mean loss of a trained token."""
+    with torch.no_grad():
+        total, count = losses(model, documents)
+    return float(total) / count
+
+
+def gradients(model: torch.nn.Module, documents: Sequence[Document]) -> tuple[float, dict[str, Tensor]]:
+    """Return the mean loss of a trained token and its gradient, by the parameters' names."""
+    model.zero_grad(set_to_none=True)
+    count = sum(int(mask[1:].sum()) for _, mask in documents)
+    loss = 0.0
+    for document in documents:  # one at a time: the graph of one document is enough
+        total, _ = losses(model, [document])
+        (total / count).backward()  # type: ignore[no-untyped-call]
+        loss += float(total.detach()) / count
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss, found
+
+
+def train(model: torch.nn.Module, documents: Sequence[Document], *, steps: int, lr: float, weight_decay: float, clip: float) -> list[float]:
+    """Take steps of torch's AdamW on all documents, and return the loss before each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95))
+    found = []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        total, count = losses(model, documents)
+        (total / count).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        found.append(float(total.detach()) / count)
+    return found
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, prompt: Sequence[int], *, tokens: int, stop_ids: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Decode greedily without a cache: each token from a forward pass over all before it.
+
+    Returns:
+        the tokens and their log-probabilities.
+    """
+    ids, found = list(prompt), []
+    for _ in range(tokens):
+        logprob_V = logits(model, ids)[-1].log_softmax(-1)
+        ids.append(int(logprob_V.argmax()))
+        found.append(float(logprob_V[ids[-1]]))
+        if ids[-1] in stop_ids:
+            break
+    return ids[len(prompt) :], found
+
+
+@torch.no_grad()
+def trained_logprobs(model: torch.nn.Module, documents: Iterable[Document]) -> Tensor:
+    """Return the log-probabilities of the trained tokens of all documents, in their order, logprob_M."""
+    return torch.cat([logprobs(model, ids.tolist())[torch.from_numpy(mask[1:].copy())] for ids, mask in documents])

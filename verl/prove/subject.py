@@ -1,0 +1,180 @@
+"""What the proofs work on: a model directory, documents, rows, and runs that several proofs look at."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from verl.config.objects import config_of
+from verl.config.ppo import PPOConfig
+from verl.config.sft import SFTConfig
+from verl.config.shared import ModelConfig, OptimConfig
+from verl.data.pack import Document
+from verl.data.render import Renderer
+from verl.engine.build import Built, build
+from verl.engine.decisions import Workload, choose_spread, decide
+from verl.engine.hardware import measure
+from verl.engine.outline import Outline
+from verl.models.load import load_tokenizer
+from verl.run import TrainResult
+from verl.trainer import fsdp_sft_trainer, ppo_trainer
+
+STEPS, LR = 3, 1e-3
+LENGTHS = (3, 70, 17, 5, 40, 23, 9, 52)  # tokens: shorter and longer than a twin's window of 16 and its short positions of 48
+QUESTIONS = ["What is 17 + 25?", "Name a color.", "Is the sky blue today, or is it grey as it was the day before?", "Why?"]
+ANSWERS = ["42", "Red, or green, or any of the others that a rainbow has.", "Blue.", "Because nobody has asked before; now somebody did."]
+HELD_OUT = [
+    {"question": "Who are you?", "answer": "A twin."},
+    {"question": "Count to five, please.", "answer": "One, two, three, four, five."},
+]
+
+
+@dataclass
+class Subject:
+    """A model to prove.
+
+    Attributes:
+        name: what the user named.
+        model: its directory: the tiny twin, or the model itself.
+        folder: a scratch folder.
+        origin: the directory or Hub name whose tokenizer and chat template are proved; None: a config came alone.
+    """
+
+    name: str
+    model: Path
+    folder: Path
+    config: PretrainedConfig
+    origin: str | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self.model))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """Documents of random tokens of text; most of each is trained."""
+        random = np.random.default_rng(7)
+        most = min(self.vocabulary, 256)
+        return [(random.integers(0, most, n).astype(np.int32), np.arange(n) >= min(n - 1, random.integers(1, 4))) for n in LENGTHS]
+
+    @cached_property
+    def train_file(self) -> Path:
+        rows = [{"question": q, "answer": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
+        return self._rows("train.jsonl", rows)
+
+    @cached_property
+    def test_file(self) -> Path:
+        return self._rows("test.jsonl", HELD_OUT)
+
+    def _rows(self, name: str, rows: list[dict[str, str]]) -> Path:
+        path = self.folder / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    def rendered(self, file: Path) -> list[Document]:
+        """Return the documents of a file of rows, as training has them."""
+        renderer = Renderer(self.tokenizer)
+        found = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            chat = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+            document = renderer.chat(chat)
+            found.append((np.array(document.input_ids, dtype=np.int32), np.array(document.loss_mask)))
+        return found
+
+    def build(self, **settings: Any) -> Built:
+        """Build an engine as fine-tuning does, with its checks and its choice of a path."""
+        chosen = {"compile": False, "enable_gradient_checkpointing": False, "compute_dtype": "float32"} | settings
+        model = ModelConfig(partial_pretrain=str(self.model), **chosen)
+        outline, hardware = Outline(model), measure(torch.device("cpu"))
+        workload = Workload(total_steps=STEPS, total_tokens=sum(LENGTHS) * STEPS, document_tokens=30.0, token_budget=sum(LENGTHS))
+        decisions = decide(outline, hardware, workload, choose_spread(outline, hardware))
+        stop_ids = Renderer(self.tokenizer).stop_ids
+        return build(model, OptimConfig(clip_grad=1e9), self.tokenizer, decisions, stop_ids=stop_ids, seed=1)
+
+    def fine_tune(self, name: str, **keys: Any) -> TrainResult:
+        """Run `verl sft` on the rows, all of them in each step."""
+        given = (
+            {
+                "data": {"train_files": str(self.train_file), "val_files": str(self.test_file), "train_batch_size": len(QUESTIONS)},
+                "model": {"partial_pretrain": str(self.model), "compute_dtype": "float32", "compile": False},
+                "optim": {"lr": LR, "lr_scheduler": "constant", "warmup_steps_ratio": 0.0, "clip_grad": 1e6},
+                "trainer": {"total_training_steps": STEPS, "save_freq": -1, "test_freq": -1, "logger": []},
+            },
+            {"data.max_length": 128, "data.num_workers": 1, "data.cache_dir": str(self.folder / "cache")},
+            {"trainer.default_local_dir": str(self.folder / name), **keys},
+        )
+        with silent():
+            return fsdp_sft_trainer.train(config_of(SFTConfig, given))
+
+    def reinforce(self, name: str, reward: Path, **keys: Any) -> TrainResult:
+        """Run `verl ppo` with GRPO on the questions."""
+        given = (
+            {
+                "data": {"train_files": str(self.train_file), "prompts_per_step": 2, "max_prompt_length": 96},
+                "model": {"partial_pretrain": str(self.model), "compute_dtype": "float32", "compile": False},
+                "algorithm": {"name": "grpo"},
+                "optim": {"lr": LR},
+                "reward": {"name": str(reward)},
+                "rollout": {"samples_per_prompt": 3, "max_new_tokens": 24},
+                "trainer": {"save_freq": "never", "logger": []},
+            },
+            {"trainer.default_local_dir": str(self.folder / name), **keys},
+        )
+        with silent():
+            return ppo_trainer.train(config_of(PPOConfig, given))
+
+    def describe(self) -> str:
+        """Return the architecture, the layers and the size of what is proved."""
+        text = self.config.get_text_config()
+        layers = getattr(text, "num_hidden_layers", None) or "?"
+        kinds = ", ".join(dict.fromkeys(getattr(text, "layer_types", None) or []))
+        return f"{self.config.model_type}, {layers} layers{f' ({kinds})' if kinds else ''}"
+
+    def path_of(self, built: Built) -> str:
+        """Return the path that an engine takes, as the first lines of a run say it."""
+        return built.describe().splitlines()[0].partition("attention: ")[2]
+
+    @cached_property
+    def tuned(self) -> Callable[[], TrainResult]:
+        return _once(lambda: self.fine_tune("tuned"))
+
+    @cached_property
+    def adapter(self) -> Callable[[], TrainResult]:
+        return _once(lambda: self.fine_tune("adapter", **{"model.lora_rank": 4, "optim.lr": 1e-2}))
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep what a run prints from the table."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _once(run: Callable[[], TrainResult]) -> Callable[[], TrainResult]:
+    """Return a function that runs once, and gives its result, or raises its error, to each caller."""
+    kept: list[TrainResult | Exception] = []
+
+    def result() -> TrainResult:
+        if not kept:
+            try:
+                kept.append(run())
+            except Exception as error:
+                kept.append(error)
+        if isinstance(kept[0], Exception):
+            raise kept[0]
+        return kept[0]
+
+    return result
