@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import Qwen2Config
@@ -10,9 +11,11 @@ from verl.errors import UserError
 from verl.prove import command
 from verl.prove.outcome import Outcome, compared
 
+Found = dict[str, dict[str, Any]]
+
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What is found for a Qwen2 with windows, by the names of the lines."""
     folder = tmp_path_factory.mktemp("prove")
     config = Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=14, num_hidden_layers=28)
@@ -22,11 +25,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return {outcome["name"]: outcome for outcome in summary["outcomes"]}
 
 
-def test_all_lines_of_qwen2_with_windows_hold(found: dict[str, dict]) -> None:
+def test_all_lines_of_qwen2_with_windows_hold(found: Found) -> None:
     assert {outcome["state"] for outcome in found.values()} <= {"holds", "none"}
 
 
-def test_each_line_was_compared_with_something(found: dict[str, dict]) -> None:
+def test_each_line_was_compared_with_something(found: Found) -> None:
     assert all(outcome["difference"] is not None for outcome in found.values() if outcome["state"] == "holds")
 
 

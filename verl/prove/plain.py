@@ -61,7 +61,7 @@ def gradients(model: torch.nn.Module, documents: Sequence[Document]) -> tuple[fl
     loss = 0.0
     for document in documents:  # one at a time: the graph of one document is enough
         total, _ = losses(model, [document])
-        (total / count).backward()  # type: ignore[no-untyped-call]
+        (total / count).backward()
         loss += float(total.detach()) / count
     found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -80,7 +80,7 @@ def train(model: torch.nn.Module, documents: Sequence[Document], *, steps: int, 
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
         total, count = losses(model, documents)
-        (total / count).backward()  # type: ignore[no-untyped-call]
+        (total / count).backward()
         torch.nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         found.append(float(total.detach()) / count)

@@ -67,7 +67,7 @@ class Subject:
         """Documents of random tokens of text; most of each is trained."""
         random = np.random.default_rng(7)
         most = min(self.vocabulary, 256)
-        return [(random.integers(0, most, n).astype(np.int32), np.arange(n) >= min(n - 1, random.integers(1, 4))) for n in LENGTHS]
+        return [(random.integers(0, most, n).astype(np.int32), np.arange(n) >= int(random.integers(1, 3))) for n in LENGTHS]
 
     @cached_property
     def train_file(self) -> Path:
@@ -96,7 +96,7 @@ class Subject:
 
     def build(self, **settings: Any) -> Built:
         """Build an engine as fine-tuning does, with its checks and its choice of a path."""
-        chosen = {"compile": False, "enable_gradient_checkpointing": False, "compute_dtype": "float32"} | settings
+        chosen: dict[str, Any] = {"compile": False, "enable_gradient_checkpointing": False, "compute_dtype": "float32"} | settings
         model = ModelConfig(partial_pretrain=str(self.model), **chosen)
         outline, hardware = Outline(model), measure(torch.device("cpu"))
         workload = Workload(total_steps=STEPS, total_tokens=sum(LENGTHS) * STEPS, document_tokens=30.0, token_budget=sum(LENGTHS))

@@ -145,7 +145,8 @@ def random_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(SCALE) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def twin_config(config: PretrainedConfig, vocabulary: int) -> PretrainedConfig:
@@ -268,4 +269,5 @@ def read_config(path: str) -> PretrainedConfig:
     from verl.models.load import loading
 
     with loading("model", path):
-        return AutoConfig.from_pretrained(Path(path).expanduser() if Path(path).expanduser().exists() else path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(Path(path).expanduser() if Path(path).expanduser().exists() else path)
+    return config
