@@ -16,10 +16,19 @@ ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"  # real data and tokenizers, where somebody put them beside the project
 
 # Ranks are forked from a process that has imported what they need, which takes longer than most of them run.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["torch.distributed.checkpoint", "torch.distributed.fsdp", "peft", "verl.engine.build", "verl.data.documents"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "torch.distributed.checkpoint",
+        "torch.distributed.fsdp",
+        "peft",
+        "verl.engine.build",
+        "verl.data.documents",
+        "verl.trainer.ppo_trainer",
+    ]
 )
+MARK, ROOM = "FAULT_MARK", 1000  # a variable for tests/forked.py to write into, where /proc shows it
+os.environ[MARK] = " " * ROOM
 
 
 def run_ranks(*program: object, processes: int = 2, timeout: float = 200) -> str:
@@ -43,7 +52,7 @@ def run_ranks(*program: object, processes: int = 2, timeout: float = 200) -> str
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(processes)]
         places = [{**meeting, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1} for rank in range(processes)]
-        ranks = [_FORKS.Process(target=_run_rank, args=(argv, *of_rank)) for of_rank in zip(places, logs, strict=True)]
+        ranks = [FORKS.Process(target=_run_rank, args=(argv, *of_rank)) for of_rank in zip(places, logs, strict=True)]
         for rank in ranks:
             rank.start()
         deadline = time.monotonic() + timeout

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from places import ROOT, TESTS
+from forked import Forked
+from places import MARK, ROOT, TESTS
 from rl_runs import write_folder
 from runs import wait_for
 
@@ -56,7 +57,7 @@ def words(folder: Path, output: Path, *more: str) -> list[str]:
 class Started:
     """A process that was started, in a session of its own, with all that it starts."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     reached: Path
     mark: str
     since: float = 0.0
@@ -79,13 +80,16 @@ class Started:
 
 
 @contextmanager
-def started(command: list[str], folder: Path, *, fault: str | None = None, env: Mapping[str, object] | None = None) -> Iterator[Started]:
+def started(
+    command: list[str], folder: Path, *, fault: str | None = None, env: Mapping[str, object] | None = None, forks: bool = False
+) -> Iterator[Started]:
     """Start a command; whatever is left of it at the end is killed.
 
     Args:
         command: words after `python`.
         folder: where it works.
         fault: see fault_hooks/sitecustomize.py.
+        forks: whether it is forked from a process that has imported all, see tests/forked.py; otherwise it is a new interpreter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reached = folder / "reached"
@@ -97,12 +101,16 @@ def started(command: list[str], folder: Path, *, fault: str | None = None, env: 
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "FAULT_FILE": str(reached),
-        "FAULT_MARK": mark,
+        MARK: mark,
         **({"FAULT": fault} if fault else {}),
         **{name: str(value) for name, value in (env or {}).items()},
     }
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen([sys.executable, *command], cwd=folder, env=variables, **options)
+    process: subprocess.Popen[str] | Forked
+    if forks:
+        process = Forked(command, folder, variables)
+    else:
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *command], cwd=folder, env=variables, **options)
     found = Started(process, reached, mark)
     try:
         yield found
@@ -121,7 +129,7 @@ def processes(mark: str) -> list[int]:
     for status in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
             alive = (status.parent / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-            if alive and f"FAULT_MARK={mark}".encode() in status.read_bytes():
+            if alive and f"{MARK}={mark}".encode() in status.read_bytes():
                 found.append(int(status.parent.name))
     return found
 

@@ -70,7 +70,7 @@ def test_a_rank_that_is_gone_ends_all_and_is_named(
 ) -> None:
     argv = words(folder, tmp_path / "run", f"dist.timeout_seconds={TIMEOUT}")
     env = {"FAULT_RANK": rank, "FAULT_CALL": call}
-    with started([*TWO, *argv], tmp_path / "work", fault=fault, env=env) as found:
+    with started([*TWO, *argv], tmp_path / "work", fault=fault, env=env, forks=True) as found:
         found.wait_until_reached()
         found.since = time.monotonic()
         code, text = found.end(TIMEOUT + 40)
@@ -87,12 +87,13 @@ def test_without_the_launcher_a_dead_rank_is_found_by_the_others(folder: Path, t
     argv = words(folder, tmp_path / "run", f"dist.timeout_seconds={TIMEOUT}")
     meeting = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with (
-        started([*SFT, *argv], tmp_path / "a", env={**meeting, "RANK": 0, "LOCAL_RANK": 0}) as first,
+        started([*SFT, *argv], tmp_path / "a", env={**meeting, "RANK": 0, "LOCAL_RANK": 0}, forks=True) as first,
         started(
             [*SFT, *argv],
             tmp_path / "b",
             fault=f"{STEP}:kill",
             env={**meeting, "RANK": 1, "LOCAL_RANK": 1, "FAULT_CALL": 4, "FAULT_RANK": 1},
+            forks=True,
         ) as second,
     ):
         assert second.end()[0] == -9
@@ -221,9 +222,9 @@ def test_two_processes_of_one_rank_are_refused(folder: Path, tmp_path: Path) -> 
     meeting = {**GOOD, "MASTER_PORT": str(free_port())}
     argv = words(folder, tmp_path / "run")
     with (
-        started([*SFT, *argv], tmp_path / "a", env={**meeting, "RANK": "0", "WORLD_SIZE": "3"}) as first,
-        started([*SFT, *argv], tmp_path / "b", env={**meeting, "RANK": "1", "WORLD_SIZE": "3"}) as second,
-        started([*SFT, *argv], tmp_path / "c", env={**meeting, "RANK": "1", "WORLD_SIZE": "3"}) as third,
+        started([*SFT, *argv], tmp_path / "a", env={**meeting, "RANK": "0", "WORLD_SIZE": "3"}, forks=True) as first,
+        started([*SFT, *argv], tmp_path / "b", env={**meeting, "RANK": "1", "WORLD_SIZE": "3"}, forks=True) as second,
+        started([*SFT, *argv], tmp_path / "c", env={**meeting, "RANK": "1", "WORLD_SIZE": "3"}, forks=True) as third,
     ):
         ends = [found.end() for found in (first, second, third)]
     assert [code for code, _ in ends] == [2, 2, 2], ends

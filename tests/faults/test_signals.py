@@ -77,7 +77,7 @@ def test_an_evaluation_that_is_stopped_says_so(number: signal.Signals, said: str
     ids=["tokenizing", "loading", "loading-in-a-library"],
 )
 def test_a_phase_without_steps_is_left_at_once(fault: str, doing: str, number: signal.Signals, folder: Path, tmp_path: Path) -> None:
-    with started([*SFT, *words(folder, tmp_path / "run")], tmp_path / "work", fault=fault) as found:
+    with started([*SFT, *words(folder, tmp_path / "run")], tmp_path / "work", fault=fault, forks=True) as found:
         found.wait_until_reached()
         found.send(number)
         check(found, 128 + number, f"stopped by {number.name} while {doing}")
@@ -145,7 +145,7 @@ def test_tokenizing_processes_end_with_a_trainer_that_is_killed(folder: Path, tm
 @pytest.mark.parametrize("number", ALL, ids=lambda number: number.name)
 @pytest.mark.parametrize("command", [SFT, TWO], ids=["one-process", "two-processes"])
 def test_a_step_is_finished_and_saved(command: list[str], number: signal.Signals, folder: Path, tmp_path: Path) -> None:
-    with started([*command, *words(folder, tmp_path / "run")], tmp_path / "work") as found:
+    with started([*command, *words(folder, tmp_path / "run")], tmp_path / "work", forks=True) as found:
         wait_for(steps(tmp_path / "run", 3))
         found.send(number)
         check(found, SAVED_EXIT_CODE, f"stopped by {number.name} after step ")
