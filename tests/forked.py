@@ -66,6 +66,22 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def run_forked(*words: object, folder: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in a forked process, as `runs.command` does in a new interpreter.
+
+    Args:
+        folder: where it works.
+    """
+    command = list(map(str, words))
+    process = Forked(command, folder, {**os.environ, MARK: "", "WANDB_MODE": "", "WANDB_API_KEY": "", "OMP_NUM_THREADS": "1"})
+    try:
+        out, err = process.communicate(timeout)
+    finally:
+        process.kill()
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
 def _run(command: list[str], folder: str, variables: dict[str, str], logs: list[str]) -> None:
     os.setsid()
     for number, log in enumerate(logs, 1):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import run_forked
 from rl_runs import REWARD
 from rl_runs import words as rl_words
 from runs import SFT, as_words, command, losses, metrics_of
@@ -670,9 +671,9 @@ def test_a_run_killed_around_a_commit_has_each_step_once(trainer: str, when: str
         if trainer == "sft"
         else rl_words(folder, str(output), trainer__save_freq=1, trainer__total_training_steps=3)
     )
-    killed = command(tmp_path / "kills.py", module, when, *keys, timeout=200)
+    killed = run_forked(tmp_path / "kills.py", module, when, *keys, folder=tmp_path, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    done = command("-m", module, *keys, timeout=200)
+    done = run_forked("-m", module, *keys, folder=tmp_path, timeout=200)
     assert done.returncode == 0 and done.stdout.startswith("resuming from"), done.stderr[-2000:]
     assert "took over" in done.stdout.splitlines()[1]
     assert [line["step"] for line in metrics_of(output)] == list(range(1, 5 if trainer == "sft" else 4))

@@ -13,6 +13,7 @@ import pytest
 import sft_runs
 import torch
 from faults.checkpoints import hashes
+from forked import run_forked
 from runs import SFT, command, metrics_of, timeless
 from safetensors import SafetensorError
 from tiny import write_model, write_problems_and_model
@@ -102,7 +103,7 @@ def test_a_run_that_is_killed_while_saving_goes_on_bit_for_bit(
 ) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     words = [word.replace(str(folder / "out"), str(tmp_path / "out")) for word in sft_runs.words(folder, "out", **keys)]
-    done = command(tmp_path / "killed.py", point, when, number, *words)
+    done = run_forked(tmp_path / "killed.py", point, when, number, *words, folder=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     there = [path for path in checkpoint.committed(tmp_path / "out") if find_damage(path) is None]
     assert there, "the checkpoint before is there"
