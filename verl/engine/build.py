@@ -126,6 +126,7 @@ class Built:
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
             f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
             f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})"
+            + (f"\n{left_out}" if (left_out := getattr(self.adapted, "left_out", "")) else "")
             + (f"\nwarning: {self.warning}" if self.warning else "")
         )
 

@@ -109,14 +109,12 @@ class Outline:
 
 
 def _with_adapters(model: PreTrainedModel, settings: ModelConfig) -> PreTrainedModel:
-    from peft import get_peft_model  # slow to import
-
-    from verl.models.adapters.lora import lora_config
+    from verl.models.adapters.lora import inject, lora_config  # slow to import
     from verl.models.adapters.operators import use_operators
 
     model = copy.deepcopy(model)
     with torch.device("meta"):
-        use_operators(get_peft_model(model, lora_config(model, settings, None, ()), autocast_adapter_dtype=False))
+        use_operators(inject(model, lora_config(model, settings, None, ())))
     return model
 
 

@@ -134,11 +134,19 @@ def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
         what = f"the adapter's base model cannot be loaded: {error.what}"
         fix = f"restore it at {base}, or correct base_model_name_or_path in {files.CONFIG}"
         raise UserError(what, where=source, fix=fix) from error
-    loaded.model.set_attn_implementation("sdpa")
+    use_plain_attention(loaded.model)
     loaded.model.eval()
     if base is not None and (Path(source) / "generation_config.json").is_file():  # it has the stop tokens of the adapter's training
         loaded.model.generation_config = GenerationConfig.from_pretrained(source)
     return loaded, base
+
+
+def use_plain_attention(model: PreTrainedModel) -> None:
+    """Use PyTorch's attention, or the model's own where it has none for that, as with sinks."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -48,6 +48,8 @@ def write_adapter(directory: Path, adapted: "PeftModel", weights: dict[str, Tens
     """Write gathered weights of an adapter, as `write_model` does."""
     from peft import get_peft_model_state_dict
 
+    from verl.models.adapters.targets import read_by_peft
+
     if dist.is_main():
         # The embeddings were not resized, so peft need not compare them with those of the base model.
         adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
@@ -56,8 +58,9 @@ def write_adapter(directory: Path, adapted: "PeftModel", weights: dict[str, Tens
             directory / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        config = copy.deepcopy(adapted.peft_config["default"])
+        config: Any = copy.deepcopy(adapted.peft_config["default"])
         config.inference_mode = True
+        read_by_peft(adapted.get_base_model(), config)  # type: ignore[arg-type]
         config.save_pretrained(str(directory))
 
 

@@ -97,7 +97,7 @@ def _fill(scorer: nn.Module, device: torch.device, *, tensor_files: dict[str, Pa
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(tensor_files.values())}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            on_disk = name.replace(".base_layer.", ".")  # peft nests the layer inside its adapter
+            on_disk = name.replace(".base_layer", "")  # peft nests the layer inside its adapter, and experts in one for each matrix
             if name in zeros:
                 tensor.zero_()
             elif id(tensor) not in seen and on_disk in tensor_files:

@@ -11,13 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from verl.errors import UserError
 from verl.models.adapter_settings import check_patterns, read_settings
+from verl.models.adapters.targets import ALL_LINEAR, names_today, without_false_warnings
 from verl.models.load import check_unchanged
 
-CONFIG, WEIGHTS, ALL_LINEAR = "adapter_config.json", "adapter_model.safetensors", "all-linear"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # prefix of peft's module names
 
 
@@ -90,7 +92,7 @@ def attach(model: PreTrainedModel, path: str) -> PeftModel:
     on_one = any(module in ends for _, module in changed)
     if model.config.tie_word_embeddings and on_one and not getattr(settings, "ensure_weight_tying", False):
         untie(model)
-    with fits_or_is_refused(path):
+    with fits_or_is_refused(path), without_false_warnings():
         adapted = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     assert isinstance(adapted, PeftModel)
     check_attached(adapted, path)
@@ -112,12 +114,20 @@ def check_attached(adapted: PeftModel, path: str) -> None:
     """Raise UserError if the modules with adapters are not those for which the adapter's file has weights."""
     here = {name.removeprefix(_PREFIX) for name, module in adapted.named_modules() if _has_adapter(module)}
     with safe_open(Path(path).expanduser() / WEIGHTS, "pt") as file:
-        tensors = [tensor.removeprefix(_PREFIX) for tensor in file.keys()]  # noqa: SIM118, not a dictionary
-    there = {tensor.partition(".lora_")[0] for tensor in tensors if ".lora_" in tensor}
+        tensors = set(file.keys())
+    there = {tensor.removeprefix(_PREFIX).partition(".lora_")[0] for tensor in tensors if ".lora_" in tensor}
+    if there != here and has_older_names(adapted.get_base_model()):
+        tensors = {tensor for tensor in names_today(adapted, read_weights(path)) if ".lora_" in tensor}
+        there = {tensor.removeprefix(_PREFIX).partition(".lora_")[0] for tensor in tensors}
     for found, what in ((there - here, "which its config does not name"), (here - there, "for which it has no weights")):
         if found:
             what = f"{CONFIG} and {WEIGHTS} do not belong together: {len(found)} modules such as {min(found)}, {what}"
             raise UserError(what, where=path, fix="copy or save the adapter again")
+
+
+def has_older_names(model: Any) -> bool:
+    """Return whether transformers and peft know other names of this model's modules, from before its experts were stacked."""
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def _has_adapter(module: nn.Module) -> bool:
@@ -200,17 +210,20 @@ def check_base(path: str, model: PreTrainedModel, settings: LoraConfig) -> None:
         what = f"the adapter has embeddings resized to {max(resized)} rows for new tokens, and the model has {here_rows}"
         raise UserError(what, where=path, fix=f"merge it first with `verl export {path} NEW_DIR`, and give the result as the model")
     modules = dict(model.named_modules())
+    reads_older_names = has_older_names(model)
     with safe_open(Path(path).expanduser() / WEIGHTS, "pt") as file:
         for tensor in file.keys():  # noqa: SIM118, not a dictionary
             module, _, part = tensor.removeprefix(_PREFIX).partition(".lora_")
-            if not part:
+            module = module.replace(".base_layer", "")  # of several matrices of the same experts
+            if not part or (module not in modules and reads_older_names):
                 continue
             if module not in modules:
                 raise UserError(
                     f"the adapter, made for {base}, has weights for {module}; the model {name} has no such module", where=path, fix=fix
                 )
             there, here = file.get_slice(tensor).get_shape(), modules[module]
-            if isinstance(here, nn.Linear) and (
+            is_layer = isinstance(here, nn.Linear)
+            if is_layer and (
                 (part.startswith("A.") and there[1] != here.in_features) or (part.startswith("B.") and there[0] != here.out_features)
             ):
                 size = f"{here.in_features} to {here.out_features}"

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from verl.config.shared import ModelConfig
 from verl.errors import UserError
-from verl.models.adapters import files, trained_tokens
-from verl.models.adapters.files import ALL_LINEAR
+from verl.models.adapters import files, targets, trained_tokens
+from verl.models.adapters.targets import ALL_LINEAR
 from verl.models.load import is_quantized
 from verl.models.quantize import four_bit, set_compute_dtype
 
@@ -31,7 +31,7 @@ def add_adapters(
     stop_ids: Sequence[int] = (),
     dropout: bool = True,
 ) -> PeftModel:
-    """Freeze the model and add float32 adapters to its linear layers, in place.
+    """Freeze the model and add float32 adapters to its linear layers, in place. `left_out` of the result says in one line which have none.
 
     Args:
         model: model of any dtype, also on the meta device; its frozen weights are cast to the compute dtype, since they are never updated.
@@ -42,12 +42,12 @@ def add_adapters(
     Raises:
         UserError: the settings, or the adapter to continue from, do not fit the model.
     """
-    settings = lora_config(model, config, tokenizer, stop_ids)
+    notes: list[str] = []
+    settings = lora_config(model, config, tokenizer, stop_ids, notes)
     settings.lora_dropout = settings.lora_dropout if dropout else 0.0
     torch.manual_seed(seed)
     with _on_cpu(model):
-        adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    assert isinstance(adapted, PeftModel)
+        adapted = inject(model, settings)
     for parameter in adapted.parameters():
         if not is_quantized(parameter):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
@@ -57,6 +57,15 @@ def add_adapters(
             set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
         files.check_attached(adapted, config.lora_adapter_path)
     set_compute_dtype(model, compute_dtype)
+    adapted.left_out = "\n".join(notes)  # type: ignore[assignment]
+    return adapted
+
+
+def inject(model: PreTrainedModel, settings: LoraConfig) -> PeftModel:
+    """Add adapters in place. Names of modules mean what they say (`targets.names_as_they_are`)."""
+    with targets.names_as_they_are(), targets.without_false_warnings():
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    assert isinstance(adapted, PeftModel)
     return adapted
 
 
@@ -88,15 +97,21 @@ def check_adapters(model: PreTrainedModel, config: ModelConfig, tokenizer: PreTr
 
 
 def lora_config(
-    model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, stop_ids: Sequence[int]
+    model: PreTrainedModel,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stop_ids: Sequence[int],
+    notes: list[str] | None = None,
 ) -> LoraConfig:
     """Build peft's config for a model, which may be on the meta device.
 
+    Args:
+        notes: list that gets a line about what has no adapter, if anything has none.
     Raises:
         UserError: the settings do not fit the model.
     """
     if config.lora_adapter_path is not None:
-        settings = _of_adapter(config.lora_adapter_path, config)
+        settings = _of_adapter(model, config.lora_adapter_path, config)
         files.check_base(config.lora_adapter_path, model, settings)
         if settings.modules_to_save or settings.bias != "none":
             what = "the adapter also trains whole modules or biases (modules_to_save, bias), which is not supported"
@@ -106,11 +121,16 @@ def lora_config(
         settings = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft accepts any number and divides it by the rank
-            target_modules=_targets(model, config.target_modules),
+            lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             task_type="CAUSAL_LM",
         )
+        chosen = _targets(model, config.target_modules, settings)
+        settings.target_modules, settings.target_parameters = chosen.modules, chosen.parameters or None
+        targets.fused_ranks(settings, chosen.parameters)
+        if notes is not None and chosen.left_out:
+            notes.append(chosen.describe_left_out())
     settings.lora_dropout = config.lora_dropout or settings.lora_dropout
     _check_modules(model, settings)
     tokens = trained_tokens.token_ids(config.trainable_tokens, tokenizer, stop_ids) if tokenizer is not None else []
@@ -119,13 +139,14 @@ def lora_config(
     return settings
 
 
-def _of_adapter(path: str, config: ModelConfig) -> LoraConfig:
+def _of_adapter(model: PreTrainedModel, path: str, config: ModelConfig) -> LoraConfig:
     """Read the config of the adapter to continue from.
 
     Raises:
         UserError: a config key that is not at its default differs from the adapter.
     """
     found = files.read_config(path, key="model.lora_adapter_path")
+    targets.as_read(model, found)
     defaults = ModelConfig()
     asked: dict[str, tuple[Any, Any]] = {
         "lora_rank": (config.lora_rank, found.r),
@@ -136,10 +157,11 @@ def _of_adapter(path: str, config: ModelConfig) -> LoraConfig:
     for key, (here, there) in asked.items():
         if here not in (getattr(defaults, key), there):
             _refuse_other(path, key, here, there)
-    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
-    there = found.target_modules if isinstance(found.target_modules, str) else sorted(found.target_modules or [])
-    if targets not in (defaults.target_modules, there):
-        _refuse_other(path, "target_modules", targets, there)
+    wanted = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    stacked = found.target_parameters or []
+    there = found.target_modules if isinstance(found.target_modules, str) else sorted({*(found.target_modules or []), *stacked})
+    if wanted not in (defaults.target_modules, there):
+        _refuse_other(path, "target_modules", wanted, there)
     found.inference_mode = False
     return found
 
@@ -149,34 +171,39 @@ def _refuse_other(path: str, key: str, here: object, there: object) -> None:
     raise UserError(f"the adapter {path} has {there}", where=f"model.{key}={here}", fix=fix)
 
 
-def _targets(model: PreTrainedModel, asked: Any) -> Any:
-    """Return `model.target_modules` in peft's form, after checking that it matches modules.
+def _targets(model: PreTrainedModel, asked: Any, settings: LoraConfig) -> targets.Targets:
+    """Return `model.target_modules` in peft's form, after checking that it matches modules or experts.
 
     Raises:
-        UserError: a name or regular expression matches no module.
+        UserError: a name or regular expression matches neither.
     """
     where, names = "model.target_modules", [name for name, _ in model.named_modules() if name]
     head = model.get_output_embeddings() if model.config.tie_word_embeddings else None  # a tied output layer cannot have an adapter
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
-    existing = sorted({name.rpartition(".")[2] for name in linear})
+    existing = sorted({name.rpartition(".")[2] for name in [*linear, *(name for name, _ in targets.expert_weights(model))]})
     fix = f"{ALL_LINEAR}, some of [{','.join(existing)}], or a regular expression of whole names such as {_example(linear)}"
     if asked == ALL_LINEAR:
-        return asked
-    if isinstance(asked, str) and not any(files.names_module(asked, name) for name in names):
+        return targets.all_linear(model, settings)
+    experts = [name for name, _ in targets.expert_weights(model)]
+    every = [*names, *experts]
+    if isinstance(asked, str) and not any(files.names_module(asked, name) for name in every):
         try:
-            matches = any(re.fullmatch(asked, name) for name in names)
+            matches = [name for name in every if re.fullmatch(asked, name)]
         except re.error as error:
             raise UserError(f"{asked!r} is neither a module nor a regular expression ({error})", where=where, fix=fix) from error
         if not matches:
             raise UserError(f"no module matches {asked!r}", where=where, fix=fix)
-        return asked
-    targets = [asked] if isinstance(asked, str) else asked
-    if not isinstance(targets, Sequence) or not targets or not all(isinstance(target, str) for target in targets):
+        if not experts:
+            return targets.Targets(asked)
+        asked = matches
+    given = [asked] if isinstance(asked, str) else asked
+    if not isinstance(given, Sequence) or not given or not all(isinstance(target, str) for target in given):
         raise UserError(f"found {asked!r}", where=where, fix=fix)
-    missing = [target for target in targets if not any(files.names_module(target, name) for name in names)]
+    missing = [target for target in given if not any(files.names_module(target, name) for name in every)]
     if missing:
         raise UserError(f"no module matches {', '.join(map(repr, missing))}", where=where, fix=fix)
-    return list(targets)
+    stacked = [target for target in given if any(files.names_module(target, name) for name in experts)]
+    return targets.Targets([target for target in given if any(files.names_module(target, name) for name in names)], stacked)
 
 
 def _example(linear: list[str]) -> str:
@@ -186,11 +213,19 @@ def _example(linear: list[str]) -> str:
 def _check_modules(model: PreTrainedModel, settings: LoraConfig) -> None:
     """Raise UserError if a targeted module cannot have the adapter."""
     where = "model.target_modules"
+    if settings.target_parameters and (settings.use_dora or settings.lora_dropout):
+        key, what = ("use_dora", "DoRA") if settings.use_dora else ("lora_dropout", "dropout")
+        names = ", ".join(sorted(settings.target_parameters)[:4])
+        fix = f"remove it, or set {where}={ALL_LINEAR}"
+        raise UserError(f"experts ({names}) cannot have adapters with {what}", where=f"model.{key}", fix=fix)
     tied, ends = model.config.tie_word_embeddings, (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in files.targeted(model, settings.target_modules):
         if not isinstance(module, ADAPTED):
             fix = f"name the linear layers inside it, or {ALL_LINEAR}"
             raise UserError(f"{name} is a {type(module).__name__}, which cannot have an adapter", where=where, fix=fix)
+        if isinstance(module, nn.Linear) and not targets.is_plain_product(module):
+            what = f"{name} is a {type(module).__name__}, whose output is not its input times its weight, so an adapter cannot be merged"
+            raise UserError(what, where=where, fix=f"remove it, as {ALL_LINEAR} does")
         if module in ends and tied:
             raise UserError(
                 f"{name} shares its weight with {'the output layer' if module is ends[0] else 'the input embedding'} (tied embeddings), "
