@@ -191,7 +191,8 @@ def test_experts_in_another_form_are_named() -> None:
     from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig, DbrxFFNConfig
 
     ffn = DbrxFFNConfig(ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2)
-    attention = DbrxAttentionConfig(kv_n_heads=2, rope_theta=1e4)  # type: ignore[call-arg]
+    attention: Any = DbrxAttentionConfig(kv_n_heads=2)
+    attention.rope_theta = 1e4
     settings = DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, max_seq_len=64, attn_config=attention, ffn_config=ffn)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)

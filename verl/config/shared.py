@@ -39,7 +39,7 @@ class ModelConfig:
     lora_rank: int = 0
     # Scale of LoRA adapters: B A is multiplied by lora_alpha / lora_rank.
     lora_alpha: float = 16
-    # Modules that get adapters: "all-linear" (all but the output layer and routers, with experts), a list of names, or a regular expression for full names.
+    # Modules that get adapters: "all-linear" (no output layer, no routers), a list of names, or a regular expression for full names.
     target_modules: Any = "all-linear"
     # Dropout probability of the adapters' inputs in training.
     lora_dropout: float = 0.0

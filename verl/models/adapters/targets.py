@@ -105,7 +105,8 @@ def is_plain_product(module: nn.Module) -> bool:
 
 def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the fewest last parts of names that stand for these names, and for no other one of `names`."""
-    wanted, suffixes = set(chosen), {}
+    wanted = set(chosen)
+    suffixes: dict[str, set[str]] = {}
     for name in names:
         parts = name.split(".")
         for start in range(len(parts)):
@@ -173,7 +174,7 @@ def as_read(model: PreTrainedModel, settings: LoraConfig) -> None:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weights = {name for name in given if any(f".{layer}.weight".endswith(f".{name}") for layer in linear)}
     if weights and not isinstance(settings.target_modules, str):
-        settings.target_modules = {*(settings.target_modules or []), *(name.removesuffix(".weight") for name in weights)}
+        settings.target_modules = sorted({*(settings.target_modules or []), *(name.removesuffix(".weight") for name in weights)})
         settings.target_parameters = sorted(given - weights) or None
 
 
