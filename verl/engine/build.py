@@ -86,7 +86,8 @@ class Built:
         from verl.models import saved  # once a checkpoint
 
         if self.adapted is None:
-            saved.write_model(directory, self.loaded.model, saved.cast(weights, self.loaded.saved_dtypes))
+            dtypes = self.loaded.saved_dtypes
+            saved.write_model(directory, self.loaded.model, saved.cast(weights, dtypes), dtypes)
         else:
             saved.write_adapter(directory, self.adapted, weights)
         for name, content in beside.items():
@@ -111,6 +112,12 @@ class Built:
 
         return merged_tensors(self.adapted)
 
+    def _note(self) -> str:
+        """Return a line about weights without adapters, or about what is saved as it was; "" if there is nothing to say."""
+        if self.adapted is not None:
+            return str(getattr(self.adapted, "left_out", ""))
+        return str(getattr(self.loaded.saved_dtypes, "describe", str)())
+
     @property
     def is_whole(self) -> bool:
         """Return whether each process has all the weights."""
@@ -126,7 +133,7 @@ class Built:
             f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
             f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
             f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})"
-            + (f"\n{left_out}" if (left_out := getattr(self.adapted, "left_out", "")) else "")
+            + (f"\n{note}" if (note := self._note()) else "")
             + (f"\nwarning: {self.warning}" if self.warning else "")
         )
 

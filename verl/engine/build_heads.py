@@ -39,7 +39,7 @@ class Critic:
 
         def write(directory: Path) -> None:
             directory.mkdir(exist_ok=True)
-            write_model(directory, self.loaded.model, cast(weights, dtypes))
+            write_model(directory, self.loaded.model, cast(weights, dtypes), dtypes)
 
         return write
 

@@ -27,6 +27,7 @@ from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
 from verl.models.kind import GENERATES, check_kind
 from verl.models.load import Loaded, load_for_training, load_tokenizer, read_adapter_config, resolve, weight_files
+from verl.models.on_disk import OnDisk, with_dtypes, without_dtypes
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
 
@@ -69,6 +70,7 @@ def export(config: ExportConfig) -> Path:
         check_room(target, needed, what="the exported model", fix=FIX)
         with disk_errors_named(target, needed=needed, fix=FIX):
             export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
+            say_kept(dtypes)
             tokenizer.save_pretrained(folder)
             keep_format(source, folder)
         del loaded
@@ -78,10 +80,15 @@ def export(config: ExportConfig) -> Path:
     return target
 
 
-def size_of(loaded: Loaded, dtypes: dict[str, torch.dtype]) -> int:
+def size_of(loaded: Loaded, dtypes: OnDisk) -> int:
     """Return the bytes of the weights in their dtypes on disk; a tied weight is written once."""
     tensors = {id(tensor): (name, tensor) for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
-    return sum(tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.values())
+    return dtypes.extra_bytes + sum(tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.values())
+
+
+def say_kept(dtypes: OnDisk) -> None:
+    if kept := dtypes.describe():
+        say(kept)
 
 
 def keep_format(source: str, folder: Path) -> None:
@@ -147,6 +154,8 @@ def use_plain_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation("sdpa")
     except ValueError:
         model.set_attn_implementation("eager")
+    if model.config._attn_implementation not in ("sdpa", "eager"):  # transformers changes nothing in models with code of their own
+        model.config._attn_implementation = "eager"
 
 
 def probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
@@ -208,18 +217,18 @@ def tolerance(logits_TV: Tensor) -> float:
     return max(TOLERANCE, RELATIVE_TOLERANCE * largest(logits_TV))
 
 
-def cast(loaded: Loaded, name: str | None) -> dict[str, torch.dtype]:
+def cast(loaded: Loaded, name: str | None) -> OnDisk:
     """Round the weights in place to their dtypes on disk, and set the dtype in the config.
 
     Returns:
-        dtype on disk of each weight, by name.
+        dtype on disk of each weight, by name, and what is written beside them.
     """
     model, state = loaded.model, loaded.model.state_dict(keep_vars=True)
     usual = loaded.saved_dtypes.get("model.embed_tokens.weight", next(iter(loaded.saved_dtypes.values())))
-    dtypes = {key: loaded.saved_dtypes.get(key, usual) for key in state}
+    dtypes = with_dtypes(loaded.saved_dtypes, {key: loaded.saved_dtypes.get(key, usual) for key in state})
     if name is not None:
         dtype: torch.dtype = getattr(torch, name)
-        dtypes = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in state.items()}
+        dtypes = without_dtypes(dtypes, {key: dtype if one.is_floating_point() else one.dtype for key, one in state.items()})
         for part in (model.config, *(getattr(model.config, sub, None) for sub in model.config.sub_configs)):
             if part is not None:
                 part.dtype = dtype

@@ -94,7 +94,7 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
         )
     _remove_dropout(model)
     _start_at_zero(model, set(report["missing_keys"]), path)
-    saved_dtypes = find_saved_dtypes(model, source)
+    saved_dtypes = find_saved_dtypes(model, source, keeps=False)
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, saved_dtypes)
 

@@ -2,9 +2,7 @@
 
 import gc
 import json
-import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -284,6 +281,7 @@ def load_language_model(
             **options,
         )
     model: PreTrainedModel = loaded[0]
+    model.unexpected_keys = sorted(loaded[1]["unexpected_keys"])  # type: ignore[assignment]  # for `verl.models.on_disk`
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers has initialized them randomly
         what = f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}"
         raise UserError(what, where=path, fix="give a complete language model, not a reward model or a critic")
@@ -302,34 +300,11 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def find_saved_dtypes(model: PreTrainedModel, source: str) -> dict[str, torch.dtype]:
-    """Return the dtype on disk of each of the model's tensors, by its name in the model.
+def find_saved_dtypes(model: PreTrainedModel, source: str, *, keeps: bool = True) -> dict[str, torch.dtype]:
+    """Return the dtype on disk of each of the model's tensors, by its name in the model (`verl.models.on_disk.look`)."""
+    from verl.models.on_disk import look  # reads the files' headers, once for each model
 
-    Tied tensors have the same dtype. A tensor that is not on disk under its name, because the file has it in parts or under an older
-    name, gets the dtype of most elements in the file.
-    """
-    on_disk: dict[str, torch.dtype] = {}
-    elements: Counter[torch.dtype] = Counter()
-    for name, dtype, count in _weights_on_disk(source):
-        on_disk[name] = dtype
-        elements[dtype] += count
-    tensors = model.state_dict(keep_vars=True)
-    found = {id(tensor): on_disk[name] for name, tensor in tensors.items() if name in on_disk}
-    usual = max(elements, key=elements.__getitem__, default=None)
-    return {
-        name: found.get(id(tensor), usual or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-        for name, tensor in tensors.items()
-    }
-
-
-def _weights_on_disk(source: str) -> Iterator[tuple[str, torch.dtype, int]]:
-    """Yield name, dtype and number of elements of each floating-point tensor in a model's local files. Only file headers are read."""
-    for path in weight_files(source):
-        with safe_open(path, "pt") as file:
-            for key in file.keys():  # noqa: SIM118, not a dictionary
-                part = file.get_slice(key)
-                if part.get_dtype() in DTYPES:
-                    yield key, DTYPES[part.get_dtype()], math.prod(part.get_shape())
+    return look(model, source, keeps=keeps)
 
 
 def weight_files(source: str) -> list[Path]:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from verl import dist
 
@@ -25,14 +26,25 @@ def export_model(directory: Path, model: PreTrainedModel, saved_dtypes: dict[str
         saved_dtypes: dtype on disk of each tensor, by its name in the model.
         max_shard_size: maximum size of a weight file, such as "50GB".
     """
-    write_model(directory, model, gather(model, saved_dtypes), max_shard_size=max_shard_size)
+    write_model(directory, model, gather(model, saved_dtypes), saved_dtypes, max_shard_size=max_shard_size)
 
 
-def write_model(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], *, max_shard_size: str = "50GB") -> None:
+def write_model(
+    directory: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    saved_dtypes: Mapping[str, torch.dtype],
+    *,
+    max_shard_size: str = "50GB",
+) -> None:
     """Write config and safetensors of gathered weights. It waits for no other rank, and does not use the model's own weights."""
+    from verl.models.on_disk import write_weights
+
     if dist.is_main():
         original = copy.deepcopy(model.config)
-        model.save_pretrained(directory, state_dict=weights, max_shard_size=max_shard_size)
+        model.save_pretrained(directory, state_dict={})  # all but the weights
+        (directory / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+        write_weights(directory, model, weights, saved_dtypes, max_shard_size)
         # save_pretrained writes the dtype of the weights in memory, but the config must have that of the weights on disk.
         original.architectures = model.config.architectures
         original.save_pretrained(directory)

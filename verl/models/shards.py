@@ -59,7 +59,10 @@ def load_without_values(
     new = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own and name not in tensor_files}
     if not all(_is_on_disk(model, name, tensor_files) for name in model.state_dict() if name not in new):
         return None
-    dtypes = find_saved_dtypes(model, str(folder))
+    names = set(model.state_dict())
+    model.unexpected_keys = sorted(name for name in tensor_files if name not in names)  # type: ignore[assignment]
+    model._weight_conversions = []  # names in the files are those of the model, and are kept
+    dtypes = find_saved_dtypes(model, str(folder), keeps=head is None)
     restore_stated_dtype(model, path, dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, dtypes, partial(_fill, tensor_files=tensor_files, zeros=new), partial(_read_whole, tensor_files=tensor_files))
 
