@@ -23,8 +23,9 @@ def _whole_model_bytes(saved: Built | Critic) -> int:
     """Return the bytes of a model's weights in their dtypes on disk; a tied weight is written once."""
     dtypes = saved.loaded.saved_dtypes
     tensors = {id(tensor): (name, tensor) for name, tensor in saved.loaded.model.state_dict(keep_vars=True).items()}
-    extra = getattr(dtypes, "extra_bytes", 0)  # what is saved as it was
-    return extra + sum(tensor.numel() * dtypes.get(name, tensor.dtype).itemsize for name, tensor in tensors.values())
+    extra: int = getattr(dtypes, "extra_bytes", 0)  # what is saved as it was
+    weights: int = sum(int(tensor.numel()) * dtypes.get(name, tensor.dtype).itemsize for name, tensor in tensors.values())
+    return extra + weights
 
 
 def _state_bytes(built: Built, critic: Critic | None) -> int:

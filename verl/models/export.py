@@ -26,8 +26,8 @@ from verl.models.adapters import files
 from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
 from verl.models.kind import GENERATES, check_kind
-from verl.models.load import Loaded, load_for_training, load_tokenizer, read_adapter_config, resolve, weight_files
-from verl.models.on_disk import OnDisk, with_dtypes, without_dtypes
+from verl.models.load import Loaded, load_for_training, load_tokenizer, read_adapter_config, resolve
+from verl.models.on_disk import OnDisk, weight_files, with_dtypes, without_dtypes
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
 
@@ -83,7 +83,7 @@ def export(config: ExportConfig) -> Path:
 def size_of(loaded: Loaded, dtypes: OnDisk) -> int:
     """Return the bytes of the weights in their dtypes on disk; a tied weight is written once."""
     tensors = {id(tensor): (name, tensor) for name, tensor in loaded.model.state_dict(keep_vars=True).items()}
-    return dtypes.extra_bytes + sum(tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.values())
+    return dtypes.extra_bytes + sum(int(tensor.numel()) * dtypes[name].itemsize for name, tensor in tensors.values())
 
 
 def say_kept(dtypes: OnDisk) -> None:

@@ -1,7 +1,6 @@
 """Load models and tokenizers from a directory or the Hub. Failures are raised as UserError."""
 
 import gc
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,12 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 
 
 @dataclass(frozen=True)
@@ -281,7 +277,7 @@ def load_language_model(
             **options,
         )
     model: PreTrainedModel = loaded[0]
-    model.unexpected_keys = sorted(loaded[1]["unexpected_keys"])  # type: ignore[assignment]  # for `verl.models.on_disk`
+    vars(model)["unexpected_keys"] = sorted(loaded[1]["unexpected_keys"])  # for `verl.models.on_disk`
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers has initialized them randomly
         what = f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}"
         raise UserError(what, where=path, fix="give a complete language model, not a reward model or a critic")
@@ -305,19 +301,6 @@ def find_saved_dtypes(model: PreTrainedModel, source: str, *, keeps: bool = True
     from verl.models.on_disk import look  # reads the files' headers, once for each model
 
     return look(model, source, keeps=keeps)
-
-
-def weight_files(source: str) -> list[Path]:
-    """Return the safetensors files of a model that has been loaded from a directory or the Hub."""
-    config = cached_file(source, "config.json")
-    assert config is not None  # the model was loaded with it
-    folder = Path(config).parent
-    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))  # the files may have other names
 
 
 def restore_stated_dtype(model: PreTrainedModel, path: str, saved_dtypes: dict[str, torch.dtype], *, trust_remote_code: bool) -> None:

@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from verl.models.load import DTYPES, weight_files
-
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 SHARDS = "model{suffix}.safetensors"
 
 
@@ -101,6 +100,19 @@ def look(model: PreTrainedModel, source: str, *, keeps: bool) -> OnDisk:
     others = [name for name in entries if keeps and name not in placed and name not in computed]
     kept = {name: entries[name] for name in others if _is_passed_over(model, name)}
     return OnDisk(by_name, {name: entry.dtype for name, entry in entries.items() if entry.dtype is not None}, kept)
+
+
+def weight_files(source: str) -> list[Path]:
+    """Return the safetensors files of a model that has been loaded from a directory or the Hub."""
+    config = cached_file(source, "config.json")
+    assert config is not None  # the model was loaded with it
+    folder = Path(config).parent
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))  # the files may have other names
 
 
 def _headers(paths: Iterable[Path]) -> Iterable[tuple[str, Entry]]:

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from verl import dist
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, find_saved_dtypes, loading, resolve, restore_stated_dtype, weight_files
+from verl.models.load import Loaded, find_saved_dtypes, loading, resolve, restore_stated_dtype
+from verl.models.on_disk import weight_files
 
 TWIN_VOCABULARY = 1024
 
@@ -60,8 +61,8 @@ def load_without_values(
     if not all(_is_on_disk(model, name, tensor_files) for name in model.state_dict() if name not in new):
         return None
     names = set(model.state_dict())
-    model.unexpected_keys = sorted(name for name in tensor_files if name not in names)  # type: ignore[assignment]
-    model._weight_conversions = []  # names in the files are those of the model, and are kept
+    vars(model)["unexpected_keys"] = sorted(name for name in tensor_files if name not in names)
+    vars(model)["_weight_conversions"] = []  # names in the files are those of the model, and are kept
     dtypes = find_saved_dtypes(model, str(folder), keeps=head is None)
     restore_stated_dtype(model, path, dtypes, trust_remote_code=trust_remote_code)
     return Loaded(model, dtypes, partial(_fill, tensor_files=tensor_files, zeros=new), partial(_read_whole, tensor_files=tensor_files))
