@@ -17,7 +17,7 @@ from verl.prove import proofs
 from verl.prove.outcome import Outcome, failed, refused
 from verl.prove.report import show, summary
 from verl.prove.subject import Subject
-from verl.prove.twin import read_config, write_twin
+from verl.prove.twin import randomness, read_config, write_twin
 
 GROUPS = ("data", "fine-tuning", "experts", "adapter", "generation", "reinforcement")
 
@@ -58,7 +58,7 @@ def make_subject(path: str, folder: Path, *, real: bool) -> Subject:
             raise UserError("is a config without weights", where=path, fix="leave out --real, or give a model directory or a Hub name")
         return Subject(path, local, folder, config, origin)
     model = write_twin(config, folder / "twin")
-    return Subject(path, model, folder, read_config(str(model)), origin)
+    return Subject(path, model, folder, read_config(str(model)), origin, randomness(config.get_text_config(decoder=True).to_dict()))
 
 
 def modules() -> list[ModuleType]:

@@ -48,3 +48,9 @@ def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
 def largest(found: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference."""
     return float((found - expected).abs().max())
+
+
+def is_slower(built: Built) -> bool:
+    """Return whether a model runs its own code, one document at a time, because it cannot be packed."""
+    path = getattr(built.decisions, "path", None)
+    return path is not None and not path.packed

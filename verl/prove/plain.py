@@ -104,6 +104,31 @@ def greedy(model: torch.nn.Module, prompt: Sequence[int], *, tokens: int, stop_i
     return ids[len(prompt) :], found
 
 
+def gradients_with_router_loss(
+    model: torch.nn.Module, documents: Sequence[Document], coefficient: float
+) -> tuple[float, dict[str, Tensor]]:
+    """Return transformers' load-balancing loss of all documents as one padded batch, and the gradient of it and the mean loss of a token.
+
+    Returns:
+        the loss of the routers without its coefficient, NaN if transformers gives none; and the gradient by the parameters' names.
+    """
+    model.zero_grad(set_to_none=True)
+    longest = max(len(ids) for ids, _ in documents)
+    ids_SL, real_SL = torch.zeros(len(documents), longest, dtype=torch.int64), torch.zeros(len(documents), longest, dtype=torch.int64)
+    trained_SL = torch.zeros(len(documents), longest, dtype=torch.bool)
+    for row, (ids, mask) in enumerate(documents):
+        ids_SL[row, : len(ids)], real_SL[row, : len(ids)] = torch.from_numpy(ids.astype("int64")), 1
+        trained_SL[row, 1 : len(ids)] = torch.from_numpy(mask[1:].copy())
+    out = model(input_ids=ids_SL, attention_mask=real_SL, use_cache=False, output_router_logits=True)
+    router_loss = getattr(out, "aux_loss", None)
+    if not isinstance(router_loss, Tensor):
+        return float("nan"), {}
+    logprob_SL = out.logits[:, :-1].log_softmax(-1).gather(2, ids_SL[:, 1:, None]).squeeze(2)
+    (coefficient * router_loss - logprob_SL[trained_SL[:, 1:]].mean()).backward()
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float(router_loss.detach()), found
+
+
 @torch.no_grad()
 def trained_logprobs(model: torch.nn.Module, documents: Iterable[Document]) -> Tensor:
     """Return the log-probabilities of the trained tokens of all documents, in their order, logprob_M."""

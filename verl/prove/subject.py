@@ -2,9 +2,10 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Subject:
         model: its directory: the tiny twin, or the model itself.
         folder: a scratch folder.
         origin: the directory or Hub name whose tokenizer and chat template are proved; None: a config came alone.
+        random: what makes training random in the model's config, such as dropout; a twin has none of it.
     """
 
     name: str
@@ -53,6 +55,19 @@ class Subject:
     folder: Path
     config: PretrainedConfig
     origin: str | None = None
+    random: dict[str, float] = field(default_factory=dict)
+
+    def variant(self, name: str, changes: dict[str, Any]) -> "Subject":
+        """Return the same model with other values in its config."""
+        model = self.folder / name
+        shutil.copytree(self.model, model)
+        values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        place = values["text_config"] if isinstance(values.get("text_config"), dict) else values
+        place.update(changes)
+        (model / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        folder = self.folder / f"{name}-runs"
+        folder.mkdir()
+        return replace(self, model=model, folder=folder)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

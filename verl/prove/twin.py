@@ -5,7 +5,8 @@ kinds of layers, experts, RoPE. What only makes it large becomes small. Windows 
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ PERIODS: dict[str, int] = {
 }
 # Heads of state-space mixers and their size.
 MIXERS = (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("n_mamba_heads", "mamba_headdim"))
+RANDOM = re.compile(r"dropout|pdrop|layerdrop|jitter")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id")
 
 
@@ -150,14 +152,31 @@ def random_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
 
 
 def twin_config(config: PretrainedConfig, vocabulary: int) -> PretrainedConfig:
-    """Return the config of the twin."""
-    values = config.to_dict()
-    values = _small(values, vocabulary)
+    """Return the config of the twin. Nothing in it is random, and its routers' loss is off: those have proofs of their own."""
+    values = _small(config.to_dict(), vocabulary)
+    for part in _parts(values):
+        part.update(dict.fromkeys(randomness(part), 0.0))
+        if "output_router_logits" in part:
+            part["output_router_logits"] = False
     for name in ("auto_map", "quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version", "architectures"):
         values.pop(name, None)
     if config.architectures:
         values["architectures"] = config.architectures
     return type(config).from_dict(values)
+
+
+def randomness(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values of a config that make training random, such as dropout, where they are not 0."""
+    found = {name: value for name, value in values.items() if RANDOM.search(name) and isinstance(value, float) and value > 0}
+    return {name: value for name, value in found.items() if "classifier" not in name and "summary" not in name}
+
+
+def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a config's values and those of its parts."""
+    yield values
+    for name, value in values.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            yield from _parts(value)
 
 
 def _small(values: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
@@ -189,6 +208,9 @@ def _value(name: str, value: Any, vocabulary: int) -> Any:
 def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return RoPE settings for short documents; lists of factors get the length of half a head."""
     small = {name: _rope(part) if isinstance(part, Mapping) else part for name, part in value.items()}
+    for name in ("short_factor", "long_factor"):
+        if small.get(name):
+            small[name] = small[name][: int(HEAD * (value.get("partial_rotary_factor") or 1.0)) // 2]
     if small.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = SHORT_POSITIONS
     return small

@@ -1,7 +1,10 @@
 """Two steps of GRPO: the log-probabilities at which answers are sampled are those of the trainer, before and after an update."""
 
+from pathlib import Path
+
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
+from verl.run import TrainResult
 
 GROUP, NAME = "reinforcement", "rollout = trainer"
 REWARD = '''"""The share of bytes in the answer that are letters."""
@@ -13,9 +16,18 @@ def score(prompt, response, row):
 
 
 def prove(subject: Subject) -> Outcome:
-    reward = subject.folder / "letters.py"
-    reward.write_text(REWARD, encoding="utf-8")
-    result = subject.reinforce("grpo", reward, **{"trainer.total_training_steps": 2})
-    differences = {f"step {i + 1}": step["rl/largest_rollout_difference"] for i, step in enumerate(result.metrics)}
-    ratios = [step["rl/largest_ratio"] for step in result.metrics]
-    return compared(GROUP, NAME, differences | {"ratio before an update": max(abs(ratio - 1.0) for ratio in ratios)})
+    result = subject.reinforce("grpo", write_reward(subject), **{"trainer.total_training_steps": 2})
+    return compared(GROUP, NAME, differences_of(result))
+
+
+def write_reward(subject: Subject) -> Path:
+    path = subject.folder / "letters.py"
+    path.write_text(REWARD, encoding="utf-8")
+    return path
+
+
+def differences_of(result: TrainResult) -> dict[str, float]:
+    """Return how far the rollout's log-probabilities are from the trainer's in each step, and the ratios from 1 before its update."""
+    found = {f"step {i + 1}": step["rl/largest_rollout_difference"] for i, step in enumerate(result.metrics)}
+    ratio = max(abs(step["rl/largest_ratio"] - 1.0) for step in result.metrics)
+    return found | {"ratio before an update": ratio}

@@ -3,7 +3,7 @@
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, largest, relative, scores
+from verl.prove.engines import gradients, is_slower, largest, relative, scores
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
 
@@ -21,4 +21,4 @@ def prove(subject: Subject) -> Outcome:
         "loss": abs(loss - expected_loss),
         "gradient": relative(found, expected),
     }
-    return compared(GROUP, NAME, differences, path=subject.path_of(built))
+    return compared(GROUP, NAME, differences, path=subject.path_of(built), slower=is_slower(built))

@@ -1,0 +1,40 @@
+"""Where the config asks for the routers' load-balancing loss, its gradient is transformers', however the rows are cut up."""
+
+import torch
+
+from verl.algorithms import sft
+from verl.data.pack import collate
+from verl.prove import plain
+from verl.prove.engines import gradients, relative
+from verl.prove.outcome import Outcome, compared
+from verl.prove.subject import Subject
+
+GROUP, NAME = "experts", "auxiliary loss"
+COEFFICIENT = 0.1  # larger than usual, so that it shows
+
+
+def prove(subject: Subject) -> Outcome:
+    text = subject.config.get_text_config(decoder=True)
+    key = next((key for key in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(text, key)), None)
+    if key is None or not hasattr(text, "output_router_logits"):
+        return Outcome(GROUP, NAME, "none", "no load-balancing loss in the config")
+    asking = subject.variant("auxiliary-loss", {"output_router_logits": True, key: COEFFICIENT})
+    documents = asking.documents
+    loss, expected = _expected(asking)
+    if loss is None:
+        return Outcome(GROUP, NAME, "none", expected)
+    built, found = asking.build(), {}
+    for size in (len(documents), 1):
+        batches = [collate(documents[i : i + size], range(i, i + size)) for i in range(0, len(documents), size)]
+        found[f"{len(batches)} × {size}"] = relative(gradients(built, batches, sft)[1], expected)
+    return compared(GROUP, NAME, found, path=f"loss {loss:.3f}")
+
+
+def _expected(asking: Subject) -> "tuple[float, dict[str, torch.Tensor]] | tuple[None, str]":
+    """Return transformers' loss and gradient, or None and why there are none."""
+    model = plain.load(asking.model)
+    try:
+        loss, expected = plain.gradients_with_router_loss(model, asking.documents, COEFFICIENT)
+    except Exception as error:
+        return None, f"transformers' own loss fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return (loss, expected) if expected else (None, "transformers gives none")
