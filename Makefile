@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test learning faults soak test-vllm check format shape golden coverage clean
+.PHONY: help setup demo test learning faults soak prove families test-vllm check format shape golden coverage clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -49,6 +49,14 @@ KILLS ?= 250
 KILLS_LOG ?= soak.log
 soak: $(STAMP) ## Kill the trainers 1,000 times at random moments: each time, the same command goes on bit for bit; half an hour, log in soak.log
 	KILLS=$(KILLS) KILLS_LOG=$(abspath $(KILLS_LOG)) $(BIN)/python -m pytest -m faults $(IN_PROCESSES) tests/faults/test_kills.py $(ARGS)
+
+prove: $(STAMP) ## Run verl prove on 24 families, and plant 13 faults that it must find; minutes
+	rm -rf build/prove
+	$(BIN)/python tests/prove/run_families.py --ci --folder build/prove
+	$(BIN)/python -m pytest -m 'families or not families' $(IN_PROCESSES) --dist=worksteal tests/prove/test_planted.py $(ARGS)
+
+families: $(STAMP) ## Run verl prove on all families that transformers has, and write the table of docs/models.md; an hour; goes on where it stopped
+	$(BIN)/python tests/prove/run_families.py --table --folder build/families
 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)

@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         workers = getattr(config, "workerinput", {}).get("workercount", 1)
         items[:] = in_order(items, [item.nodeid for item in items], workers)
+    _skip(items, "families", lambda: None if "families" in config.getoption("-m") else "takes minutes: make prove")
     _skip(items, "vllm", lambda: None if importlib.util.find_spec("vllm") else "needs vLLM: make test-vllm")
 
 

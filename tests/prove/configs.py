@@ -35,6 +35,7 @@ COMPLETED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, rope llama3": (
         "llama",
         {
+            "max_position_embeddings": 131072,
             "rope_parameters": {
                 "rope_type": "llama3",
                 "rope_theta": 5e5,
@@ -42,12 +43,15 @@ COMPLETED: dict[str, tuple[str, dict[str, Any]]] = {
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
-            }
+            },
         },
     ),
     "llama, rope yarn": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}},
+        {
+            "max_position_embeddings": 16384,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096},
+        },
     ),
     "llama, rope linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "llama, rope dynamic": (

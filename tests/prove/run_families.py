@@ -157,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ci", action="store_true", help="the families of CI; exit code 1 if anything is wrong")
-    parser.add_argument("--folder", type=Path, default=ROOT / "families-run")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "families")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="write the table of docs/models.md")
     options = parser.parse_args()

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prove import run_families
+from prove.configs import IN_TESTS, families
 from transformers import Qwen2Config
 
 from verl.errors import UserError
@@ -48,3 +50,23 @@ def test_a_config_alone_has_no_weights_to_prove(tmp_path: Path) -> None:
 def test_a_difference_above_the_tolerance_is_wrong_and_so_is_nan(difference: float, state: str) -> None:
     found: Outcome = compared("fine-tuning", "packed = alone", {"loss": difference})
     assert found.state == state
+
+
+@pytest.mark.parametrize("family", IN_TESTS)
+def test_no_line_of_a_family_is_wrong(family: str, tmp_path: Path) -> None:
+    families()[family]().save_pretrained(tmp_path)
+    command.prove(str(tmp_path / "config.json"), json_file=tmp_path / "found.json")
+    outcomes = json.loads((tmp_path / "found.json").read_text())["outcomes"]
+    assert [outcome for outcome in outcomes if outcome["state"] == "wrong"] == []
+
+
+def test_the_table_counts_what_is_exact_and_shows_what_is_wrong(tmp_path: Path) -> None:
+    lines = {"packed = alone": "slower", "reload": "holds", "export": "refused", "native = plain": "refused", "hf = plain": "holds"}
+    outcomes = [{"name": name, "state": state, "found": "1e-7; its own code"} for name, state in lines.items()]
+    for name, last in (("gemma2", "holds"), ("rwkv", "wrong")):
+        grpo = {"name": "rollout = trainer", "state": last, "found": "traceback: KeyError"}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"family": name, "outcomes": [*outcomes, grpo]}))
+    rows = run_families.table(tmp_path).splitlines()
+    assert "| gemma2 | exact, slower | exact, slower | refused | exact | its own code |" in rows
+    assert "| GRPO | 1 |" in rows and "| wrong somewhere; lines that end in a traceback | 1; 1 |" in rows
+    assert any(row.startswith("| rwkv |") and "**wrong**" in row for row in rows)

@@ -175,7 +175,7 @@ def _parts(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a config's values and those of its parts."""
     yield values
     for name, value in values.items():
-        if isinstance(value, dict) and name.endswith("_config"):
+        if isinstance(value, dict) and name.endswith("_config") and name != "per_layer_config":
             yield from _parts(value)
 
 
@@ -241,16 +241,13 @@ def _of_layer(settings: Mapping[Any, Any], layer: int) -> dict[str, Any]:
 
 
 def _kinds(rows: list[tuple[Any, ...]]) -> list[int]:
-    """Return the indices of at least two layers, the first of each kind and the one after it, at most MOST_LAYERS."""
-    first: dict[str, int] = {}
+    """Return the indices of the first two layers of each kind, or the first one where there are many kinds."""
+    places: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        first.setdefault(repr(row), index)
-    kept = set(list(first.values())[:MOST_LAYERS])
-    for index in range(len(rows)):
-        if len(kept) >= max(2, min(4, len(first) + 1)):
-            break
-        kept.add(index)
-    return sorted(kept)
+        places.setdefault(repr(row), []).append(index)
+    each = 2 if 2 * len(places) <= MOST_LAYERS else 1
+    kept = [index for found in places.values() for index in found[:each]]
+    return sorted(kept[:MOST_LAYERS] if len(kept) > 1 else [0, 1][: len(rows)])
 
 
 def _fit(values: Mapping[str, Any], small: dict[str, Any]) -> None:
@@ -264,6 +261,8 @@ def _fit(values: Mapping[str, Any], small: dict[str, Any]) -> None:
         small["head_dim"] = small["qk_rope_head_dim"]
     if values.get("attention_head_dim"):  # Zamba: attention reads two hidden states side by side
         small["attention_hidden_size"], small["attention_head_dim"] = 2 * HIDDEN, 2 * HIDDEN // HEADS
+    if values.get("hybrid_layer_ids"):  # Zamba2: the layers that have attention, too
+        small["hybrid_layer_ids"] = [i for i, kind in enumerate(small.get("layers_block_type") or []) if kind == "hybrid"]
     _fit_mixers(small)
 
 

@@ -67,10 +67,18 @@ def _difference(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], 
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     if len(spans) != len(answers):
         return f"{len(spans)} trained spans for {len(answers)} answers"
-    wrong_spans = [
-        span for span, answer in zip(spans, answers, strict=True) if not span.lstrip().startswith(answer) or len(span) == len(answer)
-    ]
-    return f"the trained text {wrong_spans[0]!r} is not the answer with its stop token" if wrong_spans else None
+    rest = _after_prompt(tokenizer, chat)
+    if rest is not None and not rest.startswith(spans[-1]):
+        return f"the trained text {spans[-1]!r} is not what follows the generation prompt, {rest!r}"
+    short = [span for span, answer in zip(spans, answers, strict=True) if answer not in span or span.endswith(answer)]
+    return f"the trained text {short[0]!r} is not the answer with its stop token" if short else None
+
+
+def _after_prompt(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]]) -> str | None:
+    """Return the rendered text behind the last generation prompt; None if the template renders the chat before it otherwise then."""
+    whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True))
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else None
 
 
 def _text_of_spans(tokenizer: PreTrainedTokenizerBase, ids: list[int], mask: np.ndarray) -> list[str]:
