@@ -66,10 +66,14 @@ def messages_one_by_one(patch: Patch) -> None:
     patch.setattr(Renderer, "chats", chats)
 
 
+def change_rendered(patch: Patch, change: Callable[[Rendered], Rendered]) -> None:
+    real = Renderer.chats
+    patch.setattr(Renderer, "chats", lambda self, inputs: [change(r) if isinstance(r, Rendered) else r for r in real(self, inputs)])
+
+
 def everything_is_trained(patch: Patch) -> None:
     """The loss mask is all ones."""
-    real = Renderer.chats
-    patch.setattr(Renderer, "chats", lambda self, inputs: [replace(r, loss_mask=[True] * len(r.loss_mask)) for r in real(self, inputs)])
+    change_rendered(patch, lambda rendered: replace(rendered, loss_mask=[True] * len(rendered.loss_mask)))
 
 
 def mean_of_means(patch: Patch) -> None:
@@ -145,5 +149,4 @@ def last_token_is_left_out(rendered: Rendered) -> Rendered:
 
 def stop_token_is_masked(patch: Patch) -> None:
     """The token that ends an answer is not trained, so that it never ends."""
-    real = Renderer.chats
-    patch.setattr(Renderer, "chats", lambda self, inputs: [last_token_is_left_out(r) for r in real(self, inputs)])
+    change_rendered(patch, last_token_is_left_out)

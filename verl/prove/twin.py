@@ -207,7 +207,7 @@ def _value(name: str, value: Any, vocabulary: int) -> Any:
 
 def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return RoPE settings for short documents; lists of factors get the length of half a head."""
-    small = {name: _rope(part) if isinstance(part, Mapping) else part for name, part in value.items()}
+    small: dict[str, Any] = {name: _rope(part) if isinstance(part, Mapping) else part for name, part in value.items()}
     for name in ("short_factor", "long_factor"):
         if small.get(name):
             small[name] = small[name][: int(HEAD * (value.get("partial_rotary_factor") or 1.0)) // 2]
