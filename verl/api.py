@@ -112,7 +112,7 @@ def export(*config: "ExportConfig | Given | Path") -> Path:
         return directory
 
 
-def load_rollout(path: "str | Path", name: str = "native", options: Options = DEFAULTS) -> "TextRollout":
+def load_rollout(path: "str | Path", name: str = "auto", options: Options = DEFAULTS) -> "TextRollout":
     """Load a checkpoint for generation.
 
         model = verl.load_rollout("checkpoints/verl-sft/run/global_step_100")
@@ -121,7 +121,7 @@ def load_rollout(path: "str | Path", name: str = "native", options: Options = DE
 
     Args:
         path: checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
-        name: generation engine: native, hf, vllm, or path/to/file.py.
+        name: generation engine: auto, native, hf, vllm, or path/to/file.py.
         options: options of the engine.
     Raises:
         UserError: no such engine, or it cannot load the checkpoint.

@@ -24,6 +24,7 @@ from verl.eval.grader import Grader
 from verl.eval.report import wilson_interval
 from verl.eval.sft_evaluator import evaluate, read_questions
 from verl.rollout import Completion, Sampling
+from verl.rollout._plain import Probe
 from verl.rollout.native import NativeRollout
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
@@ -396,6 +397,7 @@ def test_too_little_gpu_memory_is_answered_with_a_smaller_batch(tmp_path: Path, 
     def run_out(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(Probe, "is_exact", lambda *_, **__: True)
     for name, step in (("native", "verl.rollout.native.runner.Runner._step"), ("hf", "verl.rollout.hf.HfRollout._generate_batch")):
         monkeypatch.setattr(step, run_out)
         with pytest.raises(UserError, match=r"4 responses at a time do not fit .*\n.*set batch_size=2") as caught:

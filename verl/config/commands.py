@@ -15,8 +15,8 @@ from verl.plugin import Plugins
 
 @dataclass
 class EngineConfig:
-    # Generation engine: "native", "hf" (transformers) or "vllm".
-    name: str = "native"
+    # Generation engine: "native", "hf" (transformers) or "vllm"; "auto" is native where its answers are those of the plain model, else hf.
+    name: str = "auto"
     # Address of a vLLM server; null: generate in this process.
     url: str | None = None
     # vllm in this process: the fraction of GPU memory that it may use.

@@ -103,8 +103,8 @@ class PromptConfig:
 
 @dataclass
 class RolloutConfig:
-    # Generation engine: "native", "hf" (transformers) or "vllm".
-    name: str = "native"
+    # Generation engine: "native", "hf" (transformers) or "vllm"; "auto" is native where its answers are those of the plain model, else hf.
+    name: str = "auto"
     # Answers to each prompt.
     samples_per_prompt: int = 8
     # Sampling temperature.

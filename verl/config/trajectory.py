@@ -65,6 +65,8 @@ KINDS = {
 }
 _KIND = {key: kind for kind, keys in KINDS.items() for key in keys.split()}
 CONTENT = "content of "  # before the key of a model or of a user's file: what identifies its content
+# Values that are one and the same: auto is native where native is exact.
+SAME = {"rollout.name": {json.dumps("auto"), json.dumps("native")}}
 PATHS = {"data.train_files", "data.chat_template", *KINDS[MODEL].split()}  # keys whose values may be paths; others are if they end in .py
 
 
@@ -127,6 +129,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[Change]:
     Models are compared by content where it is known of both, whatever their names.
     """
     found = [Change(key, before[key], value) for key, value in now.items() if key in before and before[key] != value]
+    found = [change for change in found if not {change.before, change.now} <= SAME.get(change.key, set())]
     return [change for change in found if not _same_content(change.key, before, now)]
 
 

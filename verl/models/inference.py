@@ -24,9 +24,7 @@ def load_for_inference(
     adapter = read_adapter_config(path)
     base = path if adapter is None else adapter["base_model_name_or_path"]
     try:
-        model = load_language_model(
-            base, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-        )
+        model = load_language_model(base, device=device, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
     except UserError as error:
         if adapter is None:
             raise

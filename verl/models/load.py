@@ -251,13 +251,13 @@ def check_language_model(config: PretrainedConfig, path: str) -> None:
 
 
 def load_language_model(
-    path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, attn_implementation: str, **options: Any
+    path: str, *, device: torch.device | str, dtype: torch.dtype | str, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
     """Load a causal language model with all of its weights.
 
     Args:
         dtype: dtype of the weights in memory; "auto": the dtype on disk.
-        options: further arguments of transformers' `from_pretrained`.
+        options: further arguments of transformers' `from_pretrained`, such as `attn_implementation`.
     Raises:
         UserError: no such model, it is a reward model or a critic, or its weights cannot be loaded from safetensors.
     """
@@ -271,7 +271,6 @@ def load_language_model(
             dtype=dtype,
             device_map=str(device),  # as a string, "cuda" means this process's GPU also in the threads that read the file
             trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
             **options,

@@ -160,7 +160,7 @@ def load_rollout(
     """Load a checkpoint for generation.
 
     Args:
-        name: native, hf, vllm, or path/to/file.py.
+        name: auto, native, hf, vllm, or path/to/file.py.
         path: model directory, LoRA adapter directory, or Hub name.
         tokenizer: tokenizer of the same checkpoint.
         stop_ids: stop tokens of its chat template; those of its generation_config.json are added.

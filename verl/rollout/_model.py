@@ -1,7 +1,8 @@
 """Helpers of engines that run a transformers model in this process: load the model, switch to generation mode, and check requests."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,29 +39,77 @@ def merge_stop_ids(stop_ids: Sequence[int], generation: GenerationConfig | None)
     return list(dict.fromkeys([*stop_ids, *own_ids]))
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """Return the number of positions of a model; None if it has no limit."""
+    config, limit = model.config.get_text_config(), rope_limit(model)
+    if limit is not None and limit.grows:
+        return None
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(positions := getattr(config, name, None), int):
+            return positions
+    return None
+
+
+@dataclass(frozen=True)
+class RopeLimit:
+    """Length of a text beyond which a model's rotary embeddings are others, at all of its positions.
+
+    Attributes:
+        tokens: longest text with the first embeddings.
+        grows: whether they change with each further token (dynamic scaling), not only once (longrope).
+    """
+
+    tokens: int
+    grows: bool
+
+
+def rope_limit(model: PreTrainedModel) -> RopeLimit | None:
+    """Return the limit of rotary embeddings that depend on the length of the text; None if they do not."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for one in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        kind = one.get("rope_type")
+        if kind == "longrope":
+            return RopeLimit(one.get("original_max_position_embeddings") or config.max_position_embeddings, grows=False)
+        if kind == "dynamic":
+            return RopeLimit(config.max_position_embeddings, grows=True)
+    return None
+
+
+def restart_rope(model: PreTrainedModel) -> None:
+    """Let rotary embeddings with dynamic scaling forget the longest text so far, by which they would scale shorter ones."""
+    rope: Any
+    for rope in model.modules():
+        if hasattr(rope, "max_seq_len_cached") and isinstance(original := getattr(rope, "original_inv_freq", None), Tensor):
+            rope.max_seq_len_cached, rope.inv_freq = rope.original_max_seq_len, original.to(rope.inv_freq.device, copy=True)
+
+
 @contextmanager
-def generation_mode(model: PreTrainedModel, attention: str, forwards: Sequence[Callable[..., Any]] | None = None) -> Iterator[None]:
+def generation_mode(
+    model: PreTrainedModel, attention: str, forwards: Mapping[nn.Module, Callable[..., Any]] | None = None
+) -> Iterator[None]:
     """Put a model into evaluation mode with another attention implementation in this context.
 
     Its decoder layers run the forward function of their class, without compilation and activation checkpointing.
 
     Args:
         attention: name of the attention implementation in transformers.
-        forwards: functions that replace the forward function of each decoder layer; None: do not replace them.
+        forwards: functions that replace the forward functions of decoder layers; None: do not replace them.
     """
     layers = decoder_layers(model)
     before = [(layer.__dict__.pop("forward", None), layer._compiled_call_impl) for layer in layers]
     training, own_attention = model.training, model.config._attn_implementation
-    for number, layer in enumerate(layers):
-        _set(layer, None if forwards is None else forwards[number], None)
-    if training:
-        model.eval()
-    if own_attention != attention:
-        model.set_attn_implementation(attention)
+    changes = own_attention != attention and model._can_set_attn_implementation()
     try:
+        for layer in layers:
+            _set(layer, None if forwards is None else forwards.get(layer), None)
+        if training:
+            model.eval()
+        if changes:
+            model.set_attn_implementation(attention)
         yield
     finally:
-        if own_attention != attention:
+        if changes:
             model.set_attn_implementation(own_attention)
         if training:
             model.train()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from verl.dist import HAS_TRITON
+from verl.errors import UserError
 from verl.models.attention.packed import packed_attention
 
 SLOTS = "verl_slots"
@@ -85,7 +86,8 @@ def slot_attention(
     Raises:
         UserError: the architecture needs an option that packed attention does not support.
     """
-    assert slot_batch is not None and slot_cache is not None, "the layer does not pass its arguments on to its attention"
+    if slot_batch is None or slot_cache is None:
+        raise UserError(f"{type(module).__name__} is not given the arguments of its layer")
     if isinstance(slot_batch, PrefillBatch):
         _store(slot_cache, slot_batch, key_BKTD[0], value_BKTD[0])
         bounds = {"cu_seq_lens_q": slot_batch.cu_seqlens, "max_length_q": slot_batch.max_seqlen, "context": ""}

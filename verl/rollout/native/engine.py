@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from verl.dist import has_compiler
+from verl.errors import UserError
 from verl.rollout import DEFAULTS, Completion, Options, Sampling
-from verl.rollout._model import check_positions, copy_weights, describe_model, merge_stop_ids, out_of_memory
+from verl.rollout._model import check_positions, copy_weights, describe_model, merge_stop_ids, out_of_memory, positions_of, rope_limit
+from verl.rollout._plain import Probe
 from verl.rollout._sampler import uniform_numbers
-from verl.rollout.native.runner import Runner
+from verl.rollout.native.runner import USE_HF, Runner
 from verl.rollout.native.scheduler import Request, Scheduler
 from verl.rollout.native.slots import Slots
 
@@ -34,18 +36,42 @@ class NativeRollout:
     Attributes:
         scheduler, slots, runner: parts of the engine; each call creates a new scheduler.
     Raises:
-        UserError: the architecture has other decode state than keys and values, or its attention is not supported.
+        UserError: the architecture has other decode state than keys and values, its attention is not supported, or its answers are not
+            those of the plain model.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
         self.stop_ids = merge_stop_ids(stop_ids, model.generation_config)
-        self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.positions, self._rope_limit = positions_of(model), rope_limit(model)
         self.version, self._options, self._is_shared = 0, options, is_shared
         compiles = options.compile if options.compile is not None else is_shared and model.device.type == "cuda" and has_compiler()
         self.runner = Runner(model, compiles=compiles)
-        vocabulary = len(model.get_output_embeddings().weight)
-        self.slots = Slots(self.runner.shapes, vocabulary, model.dtype, model.device, self.stop_ids, options)
+        self.slots = self._new_slots(self.stop_ids, options)
         self.scheduler = Scheduler([], 0, on_gpu=False)
+        self._check()
+
+    def _new_slots(self, stop_ids: Sequence[int], options: Options) -> Slots:
+        model = self.runner.model
+        vocabulary = len(model.get_output_embeddings().weight)
+        return Slots(self.runner.shapes, vocabulary, model.dtype, model.device, stop_ids, options)
+
+    def _check(self) -> None:
+        """Raise UserError if answers to a few probes are not those of the plain model. The probes have slots of their own."""
+        probe, slots, model = Probe(self.runner.model), self.slots, self.runner.model
+        self.slots = self._new_slots([-1], Options())  # no token ends an answer
+        try:
+            with self.runner.eager():
+                is_exact = probe.is_exact(self._all)
+        finally:
+            self.slots.free()
+            self.slots = slots
+        if not is_exact:
+            what = f"{type(model).__name__} cannot be run by the native engine: {probe.failures[-1]}"
+            raise UserError(what, where="rollout.name=native", fix=USE_HF)
+
+    def is_exact_for(self, prompts: Sequence[list[int]], sampling: Sampling) -> bool:
+        """Return whether no response of a call reaches the length at which the model's rotary embeddings change."""
+        return self._rope_limit is None or max(map(len, prompts), default=0) + sampling.max_new_tokens <= self._rope_limit.tokens
 
     # --- generation
 
@@ -54,6 +80,9 @@ class NativeRollout:
     ) -> Iterator[list[tuple[int, Completion]]]:
         """See `Rollout.stream`."""
         self._start(prompts, sampling, seeds)
+        yield from self._finished(sampling)
+
+    def _finished(self, sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
         while self.scheduler.has_work:
             self._admit()
             ended = self._decode(sampling, STEPS[self._device.type])
@@ -63,7 +92,11 @@ class NativeRollout:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
-        done = dict(pair for batch in self.stream(prompts, sampling, seeds) for pair in batch)
+        return self._all(prompts, sampling, seeds)
+
+    def _all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
+        self._start(prompts, sampling, seeds)
+        done = dict(pair for batch in self._finished(sampling) for pair in batch)
         return [done[number] for number in sorted(done)]
 
     def stream_tokens(self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None]) -> Completion:
@@ -81,6 +114,10 @@ class NativeRollout:
     def _start(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> None:
         """Allocate slots if they are too few or too short for this call, and queue its requests."""
         check_positions(prompts, sampling, self.positions)
+        if not self.is_exact_for(prompts, sampling):
+            assert self._rope_limit is not None
+            what = f"beyond {self._rope_limit.tokens:,} tokens of a prompt with its response, the model's rotary embeddings are others"
+            raise UserError(what, where="rollout.name=native", fix=USE_HF)
         longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
         size = self.slots.size_for(len(prompts) * sampling.n, longest, sampling.max_new_tokens)
         if size != self.slots.size:

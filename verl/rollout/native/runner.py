@@ -9,7 +9,7 @@ a vocabulary block.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
 
 RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the largest position, which a CUDA graph cannot record
-USE_HF = "set rollout.name=hf, which works with every model"
+USE_HF = "set rollout.name=auto or hf: transformers' own code generates, slower and exact"
 
 
 class Runner:
@@ -47,9 +47,9 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, *, compiles: bool):
-        self.model, self.device, self._rule = model, model.device, LogitRule.of(model.config)
+        self.model, self.device, self._rule = model, model.device, LogitRule.of(model.config.get_text_config())
         self._decode_layer = torch.compile(_run_layer, fullgraph=True, dynamic=True) if compiles else _run_layer
-        self._layers = decoder_layers(model)
+        self._layers = decoder_layers(model.get_decoder())  # a model that sees has others too, which text does not pass through
         use_whole_cpu(model)
         self._can_record = not RESIZED_ROPE & _rope_types(model.config)
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
@@ -64,13 +64,31 @@ class Runner:
         index_T = torch.arange(2, device=self.device)
         batch = PrefillBatch(torch.tensor([0, 2], dtype=torch.int32, device=self.device), 2, index_T, index_T, index_T)
         try:
+            if getattr(self.model.get_output_embeddings(), "weight", None) is None:
+                raise UserError("it has no output layer with weights")
+            if not self.model._can_set_attn_implementation():
+                raise UserError("its attention is its own code, without transformers' attention interface")
             with self._attending(_run_layer, probes, batch):
                 self._forward(index_T[None], index_T[None])
-        except UserError as error:
-            raise UserError(f"{kind} cannot be run by the native engine: {error.what}", where="rollout.name", fix=USE_HF) from error
-        if not probes or any(len(probe.shapes) != 1 for probe in probes):
-            raise UserError(f"{kind} has other decode state than keys and values", where="rollout.name", fix=USE_HF)
+            if not probes or any(len(probe.shapes) != 1 for probe in probes):
+                raise UserError("it has other decode state than the keys and values of one attention in each layer")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model's code may raise anything where it is run in a way that it does not expect
+            raised = f"its code does not take packed texts ({type(error).__name__}: {error})".replace("\n", " ")
+            what = error.what if isinstance(error, UserError) else raised
+            raise UserError(f"{kind} cannot be run by the native engine: {what}", where="rollout.name=native", fix=USE_HF) from error
         return [probe.shapes[0] for probe in probes]
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Neither compile layers nor record CUDA graphs in this context."""
+        before = self._decode_layer, self._can_record
+        self._decode_layer, self._can_record = _run_layer, False
+        try:
+            yield
+        finally:
+            self._decode_layer, self._can_record = before
 
     def set_temperature(self, temperature: float) -> None:
         """Set the temperature of the next steps. It is a tensor on the device, so that CUDA graphs work for every temperature."""
@@ -161,7 +179,9 @@ class Runner:
         def forward_of(layer: nn.Module, cache: LayerCache | ShapeProbe) -> Callable[..., Any]:
             return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, **kwargs)
 
-        return generation_mode(self.model, SLOTS, [forward_of(*each) for each in zip(self._layers, caches, strict=True)])
+        return generation_mode(
+            self.model, SLOTS, {layer: forward_of(layer, cache) for layer, cache in zip(self._layers, caches, strict=True)}
+        )
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the last hidden states."""
