@@ -46,7 +46,8 @@ from verl.engine.contract import LossOut, Slope, TokenOut
 from verl.engine.engine import Engine
 from verl.engine.logprobs import LogitRule, logprobs_and_entropy, token_scores
 from verl.engine.optim import learning_rate, optimizer_state
-from verl.engine.scorers import TokenScorer, check_scorer
+from verl.engine.scorers import TokenScorer
+from verl.engine.trial import check_scorer
 from verl.errors import UserError
 from verl.models.load import load_for_training
 

@@ -25,7 +25,8 @@ from verl.engine.contract import TokenOut
 from verl.engine.engine import Engine
 from verl.engine.layers import compile_layers, recompute_activations
 from verl.engine.logprobs import logprobs_with_gradient_
-from verl.engine.scorers import TokenScorer, check_scorer
+from verl.engine.scorers import TokenScorer
+from verl.engine.trial import check_scorer
 from verl.engine.weights import Sharding, Spread
 from verl.models.adapters.lora import add_adapters
 from verl.models.attention.packed import AttentionChoice, describe_attention

@@ -23,7 +23,8 @@ from verl.engine.decisions import choose_spread
 from verl.engine.hardware import Hardware
 from verl.engine.layers import decoder_layers
 from verl.engine.outline import Outline
-from verl.engine.scorers import TokenScorer, check_scorer
+from verl.engine.scorers import TokenScorer
+from verl.engine.trial import check_scorer
 from verl.engine.weights import Sharding, shard
 from verl.errors import UserError
 from verl.models.attention.packed import packed_attention

@@ -29,7 +29,8 @@ from verl.config.shared import OptimConfig
 from verl.data.pack import collate
 from verl.engine.engine import Engine
 from verl.engine.scorers import Scorer
-from verl.engine.value_scorers import RewardScorer, ValueScorer, check_hidden
+from verl.engine.trial import check_hidden
+from verl.engine.value_scorers import RewardScorer, ValueScorer
 from verl.errors import UserError
 from verl.models.heads import has_head, load_critic, load_reward_model
 from verl.models.load import Loaded

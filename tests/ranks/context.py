@@ -22,7 +22,8 @@ from verl.data.batch import Batch
 from verl.data.loader import Loader, Packing
 from verl.engine.engine import Engine
 from verl.engine.layers import compile_layers, recompute_activations
-from verl.engine.scorers import TokenScorer, check_parts, check_scorer
+from verl.engine.scorers import TokenScorer
+from verl.engine.trial import check_parts, check_scorer
 from verl.engine.weights import SHARDED, Spread
 from verl.errors import UserError
 from verl.models.adapters.lora import add_adapters

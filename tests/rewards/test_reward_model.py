@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from verl.config.ppo import RewardConfig, RewardModelConfig
-from verl.engine.value_scorers import RewardScorer, check_hidden
+from verl.engine.trial import check_hidden
+from verl.engine.value_scorers import RewardScorer
 from verl.errors import UserError
 from verl.models.heads import load_reward_model
 from verl.models.shards import small_twin

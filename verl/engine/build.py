@@ -17,7 +17,7 @@ from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.layers import Compiler, recompute_activations
 from verl.engine.outline import Outline
-from verl.engine.scorers import Scorer, TokenScorer, check_parts, check_scorer
+from verl.engine.scorers import Scorer, TokenScorer
 from verl.engine.weights import MasterWeights
 from verl.models.attention.packed import describe_attention, use_attention
 from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, numel, read_adapter_config
@@ -126,7 +126,8 @@ class Built:
     def describe(self) -> str:
         """Describe the device, attention kernel, model size and dtypes, for the first lines of a run."""
         engine, decisions = self.engine, self.decisions
-        attention = describe_attention(decisions.attention, engine.device.type, engine.compute_dtype)
+        path, kernel = decisions.path, partial(describe_attention, decisions.attention, engine.device.type, engine.compute_dtype)
+        attention = kernel() if path.packed else path.describe()
         trained, everything = sum(p.numel() for p in engine.trained), sum(numel(p) for p in engine.scorer.parameters())
         return (
             f"device: {dist.describe_device(engine.device)}; attention: {attention}\n"
@@ -252,28 +253,29 @@ def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenSco
     """Load the model in the dtype that the optimizer updates. A model that will be sharded stays on the meta device (`Loaded.fill`)."""
     source, trusted, adapters = settings.partial_pretrain, settings.trust_remote_code, _has_adapters(settings)
     device, home, compute_dtype = decisions.device, loading_device(decisions), decisions.compute_dtype
+    path, attention = decisions.path, decisions.path.attention
     if decisions.is_sharded and not _needs_base_weights(settings):
         from verl.models.shards import load_without_values, small_twin
 
         frozen = compute_dtype if adapters else decisions.param_dtype
-        loaded = load_without_values(source, dtype=frozen, trust_remote_code=trusted)
+        loaded = load_without_values(source, dtype=frozen, trust_remote_code=trusted, attention=attention)
         if loaded is not None:
-            _check(TokenScorer(small_twin(loaded.model, device)))
-            return loaded, TokenScorer(loaded.model)
+            _check(TokenScorer(small_twin(loaded.model, device, attention), path=path))
+            return loaded, TokenScorer(loaded.model, path=path)
     if adapters and compute_dtype != torch.float32 and not (settings.use_dora or settings.load_in_4bit):
         from verl.models.shards import small_twin
 
         # Frozen weights do not need float32. DoRA does, because it starts from the norms of the weight rows.
-        loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted)
-        _check(TokenScorer(small_twin(loaded.model, device)))
-        return loaded, TokenScorer(loaded.model)
+        loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted, attention=attention)
+        _check(TokenScorer(small_twin(loaded.model, device, attention), path=path))
+        return loaded, TokenScorer(loaded.model, path=path)
     if settings.load_in_4bit:
         from verl.models.quantize import load_in_4bit
 
         loaded = load_in_4bit(settings, device=home, compute_dtype=compute_dtype)
     else:
-        loaded = load_for_training(source, device=home, trust_remote_code=trusted)
-    scorer = TokenScorer(loaded.model)
+        loaded = load_for_training(source, device=home, trust_remote_code=trusted, attention=attention)
+    scorer = TokenScorer(loaded.model, path=path)
     _check(scorer)
     cast_weights(loaded.model, decisions.param_dtype)
     return loaded, scorer
@@ -292,6 +294,8 @@ def _needs_base_weights(settings: ModelConfig) -> bool:
 
 def _check(scorer: TokenScorer) -> None:
     """Raise UserError if the architecture cannot be trained on packed batches or, with context parallelism, on slices of them."""
+    from verl.engine.trial import check_parts, check_scorer  # once a run
+
     check_scorer(scorer)
     check_parts(scorer)
 

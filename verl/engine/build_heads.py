@@ -11,7 +11,8 @@ from verl.config.shared import ModelConfig, OptimConfig
 from verl.engine.build import Built, cast_weights, loading_device, make_engine, prepare_layers, prepare_process
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
-from verl.engine.value_scorers import RewardScorer, ValueScorer, check_hidden
+from verl.engine.trial import check_hidden
+from verl.engine.value_scorers import RewardScorer, ValueScorer
 from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import Loaded, check_vocabulary
 from verl.models.saved import cast, export_model, gather, write_model
@@ -56,12 +57,13 @@ def build_critic(settings: ModelConfig, optim: OptimConfig, path: str, actor: Bu
     """
     torch.manual_seed(seed)
     home, values = loading_device(decisions), not decisions.is_sharded
-    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
+    forward = decisions.path
+    loaded = load_critic(path, device=home, trust_remote_code=settings.trust_remote_code, values=values, attention=forward.attention)
     check_vocabulary(loaded.model, actor.tokenizer, path)
-    check_hidden(ValueScorer(_model_to_check(loaded, decisions)), where=path)
+    check_hidden(ValueScorer(_model_to_check(loaded, decisions), forward), where=path)
     cast_weights(loaded.model, decisions.param_dtype)
     prepare_layers(loaded.model, decisions)
-    return Critic(make_engine(ValueScorer(loaded.model), optim, loaded, decisions), loaded)
+    return Critic(make_engine(ValueScorer(loaded.model, forward), optim, loaded, decisions), loaded)
 
 
 def build_reward_model(
@@ -86,16 +88,17 @@ def build_reward_model(
     """
     prepare_process(decisions, seed)
     path, home, values = settings.partial_pretrain, loading_device(decisions), not decisions.is_sharded
-    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values)
+    forward = decisions.path
+    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values, attention=forward.attention)
     check_vocabulary(loaded.model, tokenizer, path)
-    check_hidden(RewardScorer(_model_to_check(loaded, decisions)), where=path)
+    check_hidden(RewardScorer(_model_to_check(loaded, decisions), forward), where=path)
     loaded.model.config.pad_token_id = padding
     cast_weights(loaded.model, decisions.param_dtype)
     compiler = prepare_layers(loaded.model, decisions, liger=settings.use_liger)
-    engine = make_engine(RewardScorer(loaded.model), optim, loaded, decisions)
+    engine = make_engine(RewardScorer(loaded.model, forward), optim, loaded, decisions)
     return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, None)
 
 
 def _model_to_check(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:
     """Return the model to check against eager attention: itself, or a small twin if it is on the meta device."""
-    return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device)
+    return loaded.model if loaded.fill is None else small_twin(loaded.model, decisions.device, decisions.path.attention)

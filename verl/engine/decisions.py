@@ -19,7 +19,7 @@ from verl.engine.weights import Sharding, Spread
 from verl.errors import UserError
 from verl.models.attention import flash
 from verl.models.attention.flash import Heads, Kernel
-from verl.models.attention.packed import AttentionChoice, has_flash
+from verl.models.attention.packed import PACKED_PATH, AttentionChoice, ForwardPath, has_flash
 
 if TYPE_CHECKING:
     from verl.config.pairs import PairsConfig
@@ -93,6 +93,7 @@ class Decisions:
         graph_tokens: largest micro-batch that is captured in a CUDA graph, in tokens; 0: none.
         attention: attention kernel of this process in half precision.
         multiple_of_tokens: the number of tokens of a micro-batch is padded to a multiple of this.
+        path: how the model computes a batch.
     """
 
     hardware: Hardware
@@ -106,6 +107,7 @@ class Decisions:
     graph_tokens: int
     attention: AttentionChoice
     multiple_of_tokens: int
+    path: ForwardPath = PACKED_PATH
 
     @property
     def device(self) -> torch.device:
@@ -156,6 +158,7 @@ def decide(
         graph_tokens=_graph_tokens(outline, hardware, spread, dtype) if compiled and not scalar_head else 0,
         attention=choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
         multiple_of_tokens=multiple_of_tokens(hardware),
+        path=outline.path,
     )
 
 
@@ -267,6 +270,8 @@ def _choose_compiling(outline: Outline, hardware: Hardware, workload: Workload, 
         UserError: the config requires it, but there is no C compiler.
     """
     setting = outline.settings.compile
+    if not outline.path.packed:
+        return False, "documents run one at a time"
     if setting is False:
         return False, "model.compile=false"
     if setting != "auto":

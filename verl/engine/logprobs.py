@@ -31,6 +31,7 @@ class LogitRule:
 
     @classmethod
     def of(cls, config: Any) -> "LogitRule":
+        config = config.get_text_config(decoder=True)  # a model with vision has its language model's config inside
         factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
         factor /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         return cls(float(factor), getattr(config, "final_logit_softcapping", None))  # Gemma
@@ -87,7 +88,12 @@ def _chunk_scores(
     hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_C: Tensor, rule: LogitRule, entropy: Entropy
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities and entropies, which are empty if not requested."""
-    logits_CV = rule(F.linear(hidden_CH, weight_VH, bias_V))
+    return scores_of_logits(F.linear(hidden_CH, weight_VH, bias_V), target_C, rule, entropy)
+
+
+def scores_of_logits(logits_CV: Tensor, target_C: Tensor, rule: LogitRule, entropy: Entropy) -> tuple[Tensor, Tensor]:
+    """Same as `token_scores`, of logits in memory; the entropies are empty if not requested."""
+    logits_CV = rule(logits_CV)
     total_C = logits_CV.logsumexp(-1)
     logprob_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) - total_C
     if not entropy:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from verl.config.shared import ModelConfig
 from verl.engine.layers import decoder_layers
 from verl.models.attention.flash import Heads
-from verl.models.attention.packed import heads_of
+from verl.models.attention.packed import ForwardPath, heads_of
 from verl.models.load import numel, outline, read_config
 
 ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "lora_adapter_path")
@@ -68,6 +69,19 @@ class Outline:
         if "" in self._made:
             return self._made[""].config
         return read_config(self.settings.partial_pretrain, trust_remote_code=self.settings.trust_remote_code)
+
+    @cached_property
+    def path(self) -> ForwardPath:
+        """How the model computes a batch, from a trial on a tiny twin.
+
+        Raises:
+            UserError: it cannot be computed exactly.
+        """
+        from verl.engine.trial import choose_path  # once a run
+
+        of = self.settings
+        options: dict[str, Any] = {"trust_remote_code": of.trust_remote_code, "context_size": of.context_parallel_size}
+        return choose_path(self.config, self.parameters, of.partial_pretrain, **options)
 
     @cached_property
     def parameters(self) -> int:

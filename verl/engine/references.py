@@ -10,6 +10,7 @@ from verl.config.shared import ModelConfig
 from verl.data.batch import Batch
 from verl.engine.build import Built, make_engine
 from verl.engine.engine import Engine
+from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.load import check_vocabulary, load_for_training, load_tokenizer
@@ -53,17 +54,18 @@ def build_reference(settings: ModelConfig, actor: Built, path: str | None = None
         _check_same_tokens(actor.tokenizer, path, trust_remote_code=settings.trust_remote_code)
     decisions = replace(actor.decisions, graph_tokens=0)  # it has no backward pass
     source, trusted, dtype, loaded = path or settings.partial_pretrain, settings.trust_remote_code, decisions.compute_dtype, None
+    forward = decisions.path if path is None else Outline(replace(settings, partial_pretrain=path)).path
     if decisions.is_sharded and adapter is None:
-        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trusted)
+        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trusted, attention=forward.attention)
     if loaded is None:
-        loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted)
+        loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted, attention=forward.attention)
     if adapter is not None:
         from verl.models.adapters.files import attach
 
         attach(loaded.model, adapter).merge_and_unload()
     check_vocabulary(loaded.model, actor.tokenizer, source)
     temperature = getattr(actor.engine.scorer, "temperature", 1.0)
-    return make_engine(TokenScorer(loaded.model, temperature), None, loaded, decisions)
+    return make_engine(TokenScorer(loaded.model, temperature, path=forward), None, loaded, decisions)
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:

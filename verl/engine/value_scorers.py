@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 
 from verl.data.batch import Batch
 from verl.engine.contract import ScoreOut, Slope, ValueOut
-from verl.engine.scorers import TOLERANCE, Scorer, probe_documents
-from verl.errors import UserError
-from verl.models.attention.packed import USE_ANOTHER
+from verl.engine.scorers import Scorer
 from verl.models.heads import head_of
 from verl.parts import sum_over_parts
 
@@ -35,33 +33,6 @@ class RewardScorer(Scorer):
         score_S = _apply_head(self.model, hidden_SH)
         is_here_S = (last_S >= 0) & (last_S < len(hidden_TH))
         return ScoreOut(sum_over_parts(torch.where(is_here_S, score_S, 0.0), batch.parts))
-
-
-@torch.no_grad()
-def check_hidden(scorer: Scorer, *, where: str) -> None:
-    """Compare the last hidden states of two short packed documents with those of each document alone, with eager attention.
-
-    This verifies for any architecture that no token attends to another document. The weights must be float32 and not sharded.
-
-    Raises:
-        UserError: they differ.
-    """
-    from verl.data.pack import collate
-
-    model = scorer.model
-    training, packed_attention = model.training, model.config._attn_implementation
-    model.eval()
-    documents = probe_documents(model.config.get_text_config().vocab_size)
-    found_TH = scorer.hidden(collate(documents, range(len(documents))).to(model.device))
-    model.set_attn_implementation("eager")
-    ids = [torch.from_numpy(ids).long().to(model.device) for ids, _ in documents]
-    expected_TH = torch.cat([model.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state[0] for ids_T in ids])
-    model.set_attn_implementation(packed_attention)
-    model.train(training)
-    difference = ((found_TH - expected_TH).abs().max() / expected_TH.abs().max()).item()
-    if not difference < TOLERANCE:
-        what = f"the hidden states of {type(model).__name__} in packed batches differ from those of single documents"
-        raise UserError(f"{what} by {difference:.2g}, relative to the largest value", where=where, fix=USE_ANOTHER)
 
 
 def _apply_head(model: PreTrainedModel, hidden_MH: Tensor) -> Tensor:

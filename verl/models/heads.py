@@ -23,16 +23,18 @@ def load_critic(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     values: bool = True,
+    attention: str = PACKED,
 ) -> Loaded:
     """Load a critic for a ValueScorer: a saved one, or a causal language model with a head of zeros.
 
     Args:
         values: whether to read the weights; false leaves them on the meta device for sharding, if `load_without_values` supports the
             files.
+        attention: name of the attention implementation in transformers.
     Raises:
         UserError: no such model, or transformers has no token classification model of the architecture.
     """
-    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values)
+    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values, attention)
 
 
 def load_reward_model(
@@ -42,17 +44,18 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     values: bool = True,
+    attention: str = PACKED,
 ) -> Loaded:
     """Load a reward model for a RewardScorer: a saved one, or a causal language model with a head of zeros.
 
     With `trust_remote_code` it may be any model whose code has a module `score` that maps hidden states to one number.
 
     Args:
-        values: same as in `load_critic`.
+        values, attention: same as in `load_critic`.
     Raises:
         UserError: no such model, or it has more than one label.
     """
-    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code, values)
+    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code, values, attention)
 
 
 def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
@@ -65,10 +68,10 @@ def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
     return not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
-def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trust_remote_code: bool, values: bool) -> Loaded:
-    source, config = resolve(path), read_config(path, trust_remote_code=trust_remote_code)
+def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trusted: bool, values: bool, attention: str) -> Loaded:
+    source, config = resolve(path), read_config(path, trust_remote_code=trusted)
     if type(config) not in kind._model_mapping:
-        if not (trust_remote_code and "AutoModel" in getattr(config, "auto_map", {})):
+        if not (trusted and "AutoModel" in getattr(config, "auto_map", {})):
             fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"
             raise UserError(f"transformers has no {config.model_type} model with a classification head", where=path, fix=fix)
         kind = AutoModel
@@ -76,7 +79,7 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
         fix = "give a model with one label (num_labels=1), whose score is one number"
         raise UserError(f"has {config.num_labels} labels, expected one", where=path, fix=fix)
     if not values and kind is not AutoModel:
-        loaded = load_without_values(path, dtype=dtype, trust_remote_code=trust_remote_code, kind=kind, head=head_of)
+        loaded = load_without_values(path, dtype=dtype, trust_remote_code=trusted, kind=kind, head=head_of, attention=attention)
         if loaded is not None:
             _remove_dropout(loaded.model)
             return loaded
@@ -86,8 +89,8 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
             source,
             dtype=dtype,
             device_map=str(device),
-            trust_remote_code=trust_remote_code,
-            attn_implementation=PACKED,
+            trust_remote_code=trusted,
+            attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -95,7 +98,7 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
     _remove_dropout(model)
     _start_at_zero(model, set(report["missing_keys"]), path)
     saved_dtypes = find_saved_dtypes(model, source, keeps=False)
-    restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
+    restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trusted)
     return Loaded(model, saved_dtypes)
 
 

@@ -29,7 +29,7 @@ class Loaded:
     """A model for training.
 
     Attributes:
-        model: causal language model, or model with a scalar head, with attention for packed batches.
+        model: causal language model, or model with a scalar head.
         saved_dtypes: dtype on disk of each parameter and buffer, by name; saving casts back to it.
         fill: for a model on the meta device (`verl.models.shards`): reads its weights onto a device once it is sharded. None if the model
             has its weights.
@@ -111,8 +111,9 @@ def load_for_training(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     quantization: BitsAndBytesConfig | None = None,
+    attention: str = PACKED,
 ) -> Loaded:
-    """Load a causal language model with attention for packed batches.
+    """Load a causal language model.
 
     Weights are copied from the file to the device one tensor at a time, so host memory never holds a full copy.
 
@@ -121,12 +122,13 @@ def load_for_training(
         device: device of the weights.
         dtype: dtype of the weights in memory.
         quantization: quantization config for bitsandbytes; each linear layer is quantized when it is read. None: no quantization.
+        attention: name of the attention implementation in transformers (`ForwardPath.attention`).
     Raises:
         UserError: no such model, or its weights cannot be loaded from safetensors.
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     model = load_language_model(
-        path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=PACKED, **options
+        path, device=device, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention, **options
     )
     saved_dtypes = find_saved_dtypes(model, resolve(path))
     restore_stated_dtype(model, path, saved_dtypes, trust_remote_code=trust_remote_code)
@@ -329,6 +331,14 @@ def loading(what: str, path: str) -> Iterator[None]:
         from verl.models.damage import explained
 
         raise explained(what, path, error) from error
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """Return the part of a causal language model that computes the last hidden states."""
+    decoder = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)  # a class that names another part
 
 
 def is_quantized(parameter: Tensor | None) -> bool:

@@ -33,6 +33,7 @@ def load_without_values(
     trust_remote_code: bool = False,
     kind: Any = AutoModelForCausalLM,
     head: Callable[[PreTrainedModel], nn.Module] | None = None,
+    attention: str = PACKED,
 ) -> Loaded | None:
     """Load a model on the meta device, with `Loaded.fill` to read its weights once they are sharded.
 
@@ -40,6 +41,7 @@ def load_without_values(
         dtype: dtype of the parameters.
         kind: transformers' Auto class of the model.
         head: returns the model's scalar head, which starts at zero if the files lack it; None if the model has no scalar head.
+        attention: name of the attention implementation in transformers.
     Returns:
         the model, or None if names or shapes of the tensors in the files differ from those of the model, as in an older layout that only
         transformers can read.
@@ -50,7 +52,8 @@ def load_without_values(
     with loading("model", path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **({} if head is None else {"num_labels": 1}))
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = kind.from_config(config, dtype=dtype, attn_implementation=PACKED, trust_remote_code=trust_remote_code)
+            options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+            model: PreTrainedModel = kind.from_config(config, dtype=dtype, **options)
     model.tie_weights()
     model.name_or_path = path
     if (folder / "generation_config.json").is_file():
@@ -68,7 +71,7 @@ def load_without_values(
     return Loaded(model, dtypes, partial(_fill, tensor_files=tensor_files, zeros=new), partial(_read_whole, tensor_files=tensor_files))
 
 
-def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+def small_twin(model: PreTrainedModel, device: torch.device, attention: str = PACKED) -> PreTrainedModel:
     """Build a small model of the same architecture in float32, with random weights, a small vocabulary and each type of layer."""
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
@@ -80,7 +83,7 @@ def small_twin(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     with torch.device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32, attn_implementation=PACKED)
+        twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for parameter in twin.parameters():  # large enough that attention to a wrong token shows in the logits
             parameter.mul_(4)

@@ -16,7 +16,8 @@ from verl.data.chat import Message
 from verl.data.pack import collate, pack
 from verl.data.render import Renderer
 from verl.engine.decisions import choose_compute_dtype
-from verl.engine.value_scorers import RewardScorer, check_hidden
+from verl.engine.trial import check_hidden
+from verl.engine.value_scorers import RewardScorer
 from verl.errors import UserError
 from verl.models.heads import has_head, load_reward_model
 from verl.models.kind import LANGUAGE_MODEL, REWARD_MODEL, check_kind, kind_of

@@ -4,9 +4,10 @@ A model that is loaded with `attn_implementation=PACKED` is called with one row 
 `packed_kwargs(batch)`. No token attends to another document. There are two exact implementations:
 
 - CUDA in half precision: FlashAttention with variable lengths, from PyTorch or from an installed newer package;
-- otherwise: PyTorch's scaled dot-product attention, one document at a time.
+- otherwise, and for soft-capped scores and attention sinks: PyTorch alone, one document at a time.
 
-`use_attention` selects the FlashAttention kernel of the process.
+`use_attention` selects the FlashAttention kernel of the process. A model that cannot be computed this way runs its own code
+(`ForwardPath`).
 
 Dimensions: T tokens of the packed batch, or of this rank's slice; N query heads, K key-value heads, D head size. A leading 1 is the batch
 dimension of transformers.
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
@@ -28,7 +28,38 @@ from verl.errors import UserError
 from verl.models.attention import flash
 
 PACKED = "verl_packed"
+# Options of transformers' attention functions that change what is computed.
+UNSUPPORTED = {
+    "dropout": "dropout of attention",
+    "sinks": "attention sinks",
+    "position_bias": "a bias of positions",
+    "indices": "sparse attention, which chooses its keys",
+    "is_causal": "two-way attention",
+}
 USE_ANOTHER = "this architecture cannot read packed batches yet; choose a model such as Qwen2, Qwen3, Llama or Mistral"
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """How a model computes a batch: all documents at once, or by its own code one document at a time. `verl.engine.trial` chooses it.
+
+    Attributes:
+        packed: whether documents are packed.
+        attention: name of the attention implementation in transformers.
+        own_logits: whether log-probabilities come from the model's own logits, because more than a LogitRule follows its output layer.
+        why: why documents are not packed, in a few words.
+    """
+
+    packed: bool = True
+    attention: str = PACKED
+    own_logits: bool = False
+    why: str = ""
+
+    def describe(self) -> str:
+        return f"the model's own ({self.attention}), one document at a time: exact, but slower than packed documents; {self.why}"
+
+
+PACKED_PATH = ForwardPath()
 
 
 @dataclass(frozen=True)
@@ -83,8 +114,8 @@ def attention_kept() -> Iterator[None]:
 
 def heads_of(config: PretrainedConfig) -> flash.Heads:
     """Return the attention heads of a causal language model."""
-    text = config.get_text_config()
-    query = text.num_attention_heads
+    text = config.get_text_config(decoder=True)
+    query = getattr(text, "num_attention_heads", None) or 1  # a recurrent model has none
     size = getattr(text, "head_dim", None) or text.hidden_size // query
     return flash.Heads(query, getattr(text, "num_key_value_heads", None) or query, size)
 
@@ -130,8 +161,9 @@ def packed_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise UserError(f"{type(module).__name__} does not pass document bounds to its attention", fix=USE_ANOTHER)
-    if options.get("dropout") or options.get("softcap") or options.get("s_aux") is not None or options.get("is_causal") is False:
-        raise UserError(f"{type(module).__name__} needs dropout, soft-capping, sinks or two-way attention", fix=USE_ANOTHER)
+    for option, name in UNSUPPORTED.items():
+        if (value := options.get(option)) is not None and (not value if option == "is_causal" else isinstance(value, Tensor) or value):
+            raise UserError(f"{type(module).__name__} needs {name}, which packed attention does not have", fix=USE_ANOTHER)
     scaling, sliding_window, context = options.get("scaling"), options.get("sliding_window"), options.get("context")
     if context is None and dist.context_size() > 1:
         raise UserError(f"{type(module).__name__} does not pass its arguments on to its attention", fix=USE_ANOTHER)
@@ -140,7 +172,11 @@ def packed_attention(
         from verl.models.attention.ulysses import to_heads, to_tokens  # only where ranks share a batch
 
         query_TND, key_TKD, value_TKD = to_heads((query_TND, key_TKD, value_TKD), context)
-    if _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
+    soft_cap, sink_N = options.get("softcap"), options.get("s_aux")
+    if sink_N is not None and context:
+        raise UserError(f"{type(module).__name__} needs attention sinks, which a split document does not have", fix=USE_ANOTHER)
+    is_plain = soft_cap is None and sink_N is None
+    if is_plain and _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
         output_TND = flash.flash_attention(
             query_TND,
             key_TKD,
@@ -152,39 +188,13 @@ def packed_attention(
             kernel=_kernel,
         )
     else:
-        output_TND = _per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, scaling, sliding_window)
+        from verl.models.attention.plain import attention_per_document  # FlashAttention has no use for it
+
+        more: dict[str, Any] = {"scale": scaling, "sliding_window": sliding_window, "soft_cap": soft_cap, "sink_N": sink_N}
+        output_TND = attention_per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, **more)
     if context:
         output_TND = to_tokens(output_TND, query_1NTD.shape[1], context)
     return output_TND.unsqueeze(0), None
-
-
-def _per_document(
-    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor, scaling: float | None, sliding_window: int | None
-) -> Tensor:
-    lengths = cu_seqlens.diff().tolist()
-    by_head = (x.transpose(0, 1).unsqueeze(0) for x in (query_TND, key_TKD, value_TKD))
-    outputs = [
-        F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=_window_mask(query.shape[2], sliding_window, query.device),
-            is_causal=sliding_window is None or query.shape[2] <= sliding_window,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        # `split` instead of slices: its backward pass is one concatenation, while each slice would allocate a gradient of all T tokens.
-        for query, key, value in zip(*(x.split(lengths, dim=2) for x in by_head), strict=True)
-    ]
-    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
-
-
-def _window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    if sliding_window is None or length <= sliding_window:
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < sliding_window)
 
 
 # No mask function is registered under this name, so transformers makes no mask. It also does not search the positions for documents, for
