@@ -127,7 +127,7 @@ class Built:
         """Describe the device, attention kernel, model size and dtypes, for the first lines of a run."""
         engine, decisions = self.engine, self.decisions
         path, kernel = decisions.path, partial(describe_attention, decisions.attention, engine.device.type, engine.compute_dtype)
-        attention = kernel() if path.packed else path.describe()
+        attention = kernel() if path.packed and path.fused else path.describe()
         trained, everything = sum(p.numel() for p in engine.trained), sum(numel(p) for p in engine.scorer.parameters())
         return (
             f"device: {dist.describe_device(engine.device)}; attention: {attention}\n"

@@ -155,7 +155,7 @@ def decide(
         checkpointing=CHECKPOINTING[settings.enable_gradient_checkpointing],
         compiled=compiled,
         why_compiled=why,
-        graph_tokens=_graph_tokens(outline, hardware, spread, dtype) if compiled and not scalar_head else 0,
+        graph_tokens=_graph_tokens(outline, hardware, spread, dtype) if compiled and outline.path.fused and not scalar_head else 0,
         attention=choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
         multiple_of_tokens=multiple_of_tokens(hardware),
         path=outline.path,

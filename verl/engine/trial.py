@@ -8,7 +8,7 @@ Dimensions: T tokens of the packed batch; L tokens of one document; M trained po
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from verl import dist
 from verl.data.pack import Document, collate
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.errors import UserError
+from verl.models.attention import plain
 from verl.models.attention.packed import PACKED_PATH, USE_ANOTHER, ForwardPath
 from verl.models.load import decoder_of
 from verl.models.twin import random_model, twin_configs
@@ -140,10 +141,10 @@ def _alone(model: PreTrainedModel, documents: Sequence[Document], where: str, to
 
 
 def _choose(twin: Twin, where: str) -> ForwardPath:
-    path = PACKED_PATH
-    why = _why_not(twin, path)
+    before = plain.stepwise
+    why = _why_not(twin, PACKED_PATH)
     if why is None:
-        return path
+        return replace(PACKED_PATH, fused=plain.stepwise == before)
     for own_logits in (False, True):
         for attention in dict.fromkeys((twin.attention, "eager")):
             path = ForwardPath(packed=False, attention=attention, own_logits=own_logits, why=why)

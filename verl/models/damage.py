@@ -213,6 +213,10 @@ def explained(what: str, path: str, error: Exception) -> UserError:
     reason = lines[0] if lines else type(error).__name__
     if "trust_remote_code" in str(error):
         return UserError(f"the {what} needs Python code from its repository", where=path, fix="if you trust it, set trust_remote_code=true")
+    if "Unrecognized configuration class" in str(error):
+        kind = model_type(path)
+        fix = "give a causal language model, such as Qwen2, Qwen3, Llama or Mistral; encoders, encoder-decoders and vision are not trained"
+        return UserError(f"transformers has no causal language model of type {kind}", where=path, fix=fix)
     if isinstance(error, SafetensorError):
         return UserError(f"damaged weights: {reason}", where=path, fix=SAVE_AGAIN)
     if "size mismatch" in str(error) or "mismatched" in str(error):
@@ -225,6 +229,14 @@ def explained(what: str, path: str, error: Exception) -> UserError:
         fix = f"only weights in safetensors are read; {fix}"
     kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
     return UserError(f"cannot load the {what}: {kind}{reason}", where=path, fix=fix)
+
+
+def model_type(path: str) -> str:
+    """Return the model_type in config.json; empty if it cannot be read."""
+    try:
+        return str(json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _other_shape(path: str) -> str:

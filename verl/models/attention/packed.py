@@ -45,17 +45,21 @@ class ForwardPath:
 
     Attributes:
         packed: whether documents are packed.
+        fused: whether FlashAttention can compute its attention; it has neither soft-capped scores nor sinks.
         attention: name of the attention implementation in transformers.
         own_logits: whether log-probabilities come from the model's own logits, because more than a LogitRule follows its output layer.
         why: why documents are not packed, in a few words.
     """
 
     packed: bool = True
+    fused: bool = True
     attention: str = PACKED
     own_logits: bool = False
     why: str = ""
 
     def describe(self) -> str:
+        if self.packed:
+            return "PyTorch's operations, one document at a time (no FlashAttention: it has no soft-capped scores and no sinks)"
         return f"the model's own ({self.attention}), one document at a time: exact, but slower than packed documents; {self.why}"
 
 

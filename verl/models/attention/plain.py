@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+stepwise = 0  # calls so far that FlashAttention could not have computed
 
+
+@torch.compiler.disable  # the lengths of the documents are no part of a graph
 def attention_per_document(
     query_TND: Tensor,
     key_TKD: Tensor,
@@ -36,6 +39,8 @@ def attention_per_document(
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window}
     compute: Callable[..., Tensor] = _fused
     if soft_cap is not None or sink_N is not None:
+        global stepwise
+        stepwise += 1
         compute, options = _by_steps, {**options, "soft_cap": soft_cap, "sink_N": sink_N}
     # `split` instead of slices: its backward pass is one concatenation, while each slice would allocate a gradient of all T tokens.
     outputs = [compute(*document, **options) for document in zip(*(x.split(lengths, dim=2) for x in by_head), strict=True)]

@@ -1,0 +1,175 @@
+"""The check before training: which path a model takes, and that each path gives what transformers gives of each document alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import unequal_documents, write_model
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhimoeConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from verl.algorithms import sft
+from verl.config.shared import ModelConfig, OptimConfig
+from verl.data.pack import Document, collate
+from verl.engine import trial
+from verl.engine.engine import Engine
+from verl.engine.outline import Outline
+from verl.engine.scorers import TokenScorer
+from verl.engine.trial import check_scorer, choose_path
+from verl.errors import UserError
+from verl.models.attention.packed import ForwardPath
+from verl.models.load import load_for_training
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
+NAMES: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}
+WINDOW = 4096  # longer than any document here: only a twin shows it
+PACKED: dict[str, PretrainedConfig] = {
+    "qwen2": Qwen2Config(**SIZES),
+    "mistral with a window": MistralConfig(**SIZES, sliding_window=WINDOW),
+    "gemma2, soft-capped": Gemma2Config(**SIZES, **NAMES, sliding_window=WINDOW, attn_logit_softcapping=2.0),
+    "gpt-oss, with sinks": GptOssConfig(**SIZES, **NAMES, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
+    "phi3 with longrope": Phi3Config(
+        **SIZES, **NAMES, original_max_position_embeddings=32, rope_parameters=LONGROPE | {"original_max_position_embeddings": 32}
+    ),
+    "llama with dynamic rope": LlamaConfig(
+        **SIZES, max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    ),
+}
+ALONE: dict[str, PretrainedConfig] = {
+    "llama 4, in chunks": Llama4TextConfig(
+        **SIZES, **NAMES, intermediate_size_mlp=96, num_local_experts=2, attention_chunk_size=32, no_rope_layer_interval=2
+    ),
+    "mamba": MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8, **NAMES),
+    "falcon with alibi": FalconConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=True, **NAMES
+    ),
+}
+
+
+def path_of(config: PretrainedConfig) -> ForwardPath:
+    return choose_path(config, 100_000, "here")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_these_architectures_are_packed(name: str) -> None:
+    path = path_of(PACKED[name])
+    assert path.packed, path.why
+    assert path.fused == ("soft-capped" not in name and "sinks" not in name)
+
+
+def test_the_models_that_people_use_most_are_packed_at_their_full_size_too() -> None:
+    for config in (Qwen2Config(), LlamaConfig(), MistralConfig()):
+        assert choose_path(config, 7 * 10**9, "here") == ForwardPath()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("mamba", "MambaMixer carries its state"), ("llama 4, in chunks", "attention"), ("falcon with alibi", "KeyError")]
+)
+def test_other_architectures_run_one_document_at_a_time_and_say_why(name: str, why: str) -> None:
+    path = path_of(ALONE[name])
+    assert not path.packed
+    assert why in path.describe()
+
+
+def test_a_window_that_packed_attention_does_not_get_is_noticed_though_no_text_is_that_long() -> None:
+    """PhiMoE's code does not pass its window on to attention."""
+    config = PhimoeConfig(**SIZES, **NAMES, num_local_experts=4, sliding_window=WINDOW)
+    assert path_of(config).packed == (path_of(config).why == "")
+    assert not path_of(config).packed
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    config = BertConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    with pytest.raises(UserError, match=r"no causal language model(.|\n)*is_decoder"):
+        path_of(config)
+
+
+def test_attention_that_drops_weights_in_training_alone_is_not_packed() -> None:
+    assert "dropout" in path_of(Qwen2Config(**SIZES, attention_dropout=0.1)).why
+
+
+def test_the_trial_changes_neither_the_random_state_nor_the_default_dtype() -> None:
+    state = torch.get_rng_state()
+    choose_path(Qwen2Config(**SIZES, rms_norm_eps=1e-4), 100_000, "here")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_architecture_without_a_twin_runs_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("too odd")
+
+    monkeypatch.setattr(trial, "random_model", fail)
+    path = choose_path(Qwen2Config(**SIZES, rms_norm_eps=1e-3), 100_000, "here")
+    assert not path.packed and path.own_logits and "too odd" in path.why
+
+
+def loss_and_gradient_alone(path: Path, documents: Sequence[Document]) -> tuple[float, dict[str, Tensor]]:
+    """By transformers, one document at a time, each in a fresh model: some rotary embeddings keep the longest length so far."""
+    tokens, loss, gradients = sum(int(mask[1:].sum()) for _, mask in documents), 0.0, dict[str, Tensor]()
+    for ids, mask in documents:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        logits = model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0, :-1]
+        labels = torch.from_numpy(np.where(mask, ids, -100)).long()[1:]
+        part = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100) / tokens
+        part.backward()
+        loss += part.item()
+        gradients = {name: p.grad + gradients.get(name, 0.0) for name, p in model.named_parameters() if p.grad is not None}
+    return loss, gradients
+
+
+@pytest.mark.parametrize("name", [name for name in {**PACKED, **ALONE} if name not in ("qwen2", "mistral with a window")])
+def test_loss_and_gradient_are_those_of_each_document_alone_however_rows_are_cut(name: str, tmp_path: Path) -> None:
+    config = {**PACKED, **ALONE}[name]
+    write_model(tmp_path, config, kind=type(AutoModelForCausalLM.from_config(config)))
+    documents = [document for document in unequal_documents() if len(document[0]) < 70]  # shorter and longer than chunks and limits
+    expected, gradients = loss_and_gradient_alone(tmp_path, documents)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    path = Outline(ModelConfig(partial_pretrain=str(tmp_path))).path
+    for cut in ([[0, 1, 2, 3, 4]], [[0], [3, 1], [2, 4]]):
+        model = load_for_training(str(tmp_path), attention=path.attention).model
+        scorer = TokenScorer(model, path=path)
+        check_scorer(scorer)
+        engine = Engine(scorer, OptimConfig(), total_steps=1, device=torch.device("cpu"), compute_dtype=torch.float32)
+        batches = [collate([documents[i] for i in rows], rows, multiple_of_tokens=8) for rows in cut]
+        assert engine.backward(batches, sft)["loss"].item() == pytest.approx(expected, abs=1e-5)
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == gradients.keys()
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-5 * largest, msg=parameter)
+
+
+def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = TokenScorer(load_for_training(str(write_model(tmp_path))).model)
+    monkeypatch.setattr(type(scorer.model.model), "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="the code of Qwen2ForCausalLM fails on a short text: ZeroDivisionError"):
+        check_scorer(scorer)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    AutoConfig.for_model("t5", d_model=16, num_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no causal language model of type t5"):
+        _ = Outline(ModelConfig(partial_pretrain=str(tmp_path))).path
