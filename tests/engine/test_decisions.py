@@ -32,7 +32,7 @@ from verl.engine.outline import Outline, training_flops
 from verl.errors import UserError
 from verl.models.attention import packed
 from verl.models.attention.flash import NOT_INSTALLED, Heads
-from verl.models.attention.packed import AttentionChoice
+from verl.models.attention.packed import PACKED_PATH, AttentionChoice
 from verl.models.load import load_tokenizer
 from verl.plan.plan import plan_run
 from verl.trainer import fsdp_sft_trainer
@@ -261,7 +261,7 @@ def test_adapters_are_put_beside_a_copy_of_the_outline() -> None:
 
 def test_without_a_gpu_nothing_asks_for_the_models_shapes() -> None:
     outline = Outline(ModelConfig(partial_pretrain="/nowhere"))
-    outline.heads = Heads(4, 2, 16)  # from the config alone
+    outline.heads, outline.path = Heads(4, 2, 16), PACKED_PATH  # from the config alone
     assert not decide(outline, CPUS, RUN, choose_spread(outline, CPUS)).compiled
 
 

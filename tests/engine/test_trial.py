@@ -70,7 +70,7 @@ ALONE: dict[str, PretrainedConfig] = {
 
 
 def path_of(config: PretrainedConfig) -> ForwardPath:
-    return choose_path(config, 100_000, "here")
+    return choose_path(config, "here")
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -82,7 +82,7 @@ def test_these_architectures_are_packed(name: str) -> None:
 
 def test_the_models_that_people_use_most_are_packed_at_their_full_size_too() -> None:
     for config in (Qwen2Config(), LlamaConfig(), MistralConfig()):
-        assert choose_path(config, 7 * 10**9, "here") == ForwardPath()
+        assert choose_path(config, "here") == ForwardPath()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_attention_that_drops_weights_in_training_alone_is_not_packed() -> None:
 
 def test_the_trial_changes_neither_the_random_state_nor_the_default_dtype() -> None:
     state = torch.get_rng_state()
-    choose_path(Qwen2Config(**SIZES, rms_norm_eps=1e-4), 100_000, "here")
+    choose_path(Qwen2Config(**SIZES, rms_norm_eps=1e-4), "here")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_default_dtype() == torch.float32
 
@@ -123,7 +123,7 @@ def test_an_architecture_without_a_twin_runs_its_own_code(monkeypatch: pytest.Mo
         raise ValueError("too odd")
 
     monkeypatch.setattr(trial, "random_model", fail)
-    path = choose_path(Qwen2Config(**SIZES, rms_norm_eps=1e-3), 100_000, "here")
+    path = choose_path(Qwen2Config(**SIZES, rms_norm_eps=1e-3), "here")
     assert not path.packed and path.own_logits and "too odd" in path.why
 
 

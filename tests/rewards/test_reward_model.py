@@ -155,6 +155,6 @@ def test_in_bfloat16_a_small_model_of_the_architecture_is_looked_at(kind: str, t
     twin = small_twin(model, torch.device("cpu"))
     assert type(twin) is type(model) and {p.dtype for p in twin.parameters()} == {torch.float32}
     check_hidden(RewardScorer(twin), where="here")
-    monkeypatch.setattr("verl.engine.value_scorers.TOLERANCE", 0)
+    monkeypatch.setattr("verl.engine.trial.TOLERANCE", 0)
     with pytest.raises(UserError, match="in packed batches differ from those of single documents"):
         check_hidden(RewardScorer(twin), where="here")

@@ -81,7 +81,7 @@ class Outline:
 
         of = self.settings
         options: dict[str, Any] = {"trust_remote_code": of.trust_remote_code, "context_size": of.context_parallel_size}
-        return choose_path(self.config, self.parameters, of.partial_pretrain, **options)
+        return choose_path(self.config, of.partial_pretrain, **options)
 
     @cached_property
     def parameters(self) -> int:

@@ -22,6 +22,7 @@ from verl.engine.scorers import Scorer, TokenScorer
 from verl.errors import UserError
 from verl.models.attention import plain
 from verl.models.attention.packed import PACKED_PATH, USE_ANOTHER, ForwardPath
+from verl.models.damage import check_finite, explained
 from verl.models.load import decoder_of
 from verl.models.twin import random_model, twin_configs
 
@@ -59,23 +60,23 @@ class Twin:
 _chosen: dict[str, ForwardPath] = {}  # by config: a run asks several times
 
 
-def choose_path(
-    config: PretrainedConfig, parameters: int, where: str, *, trust_remote_code: bool = False, context_size: int = 1
-) -> ForwardPath:
+def choose_path(config: PretrainedConfig, where: str, *, trust_remote_code: bool = False, context_size: int = 1) -> ForwardPath:
     """Choose how to compute batches with this architecture, by a trial on a tiny twin. Every rank chooses the same.
 
     Args:
-        parameters: number of weights of the model.
         where: name of the model, for messages.
         context_size: number of processes that share each document.
     Raises:
         UserError: it must run one document at a time, which cannot be shared; its logits depend on later tokens; or it cannot be computed
             exactly.
     """
+    own_code = getattr(config, "auto_map", None) if trust_remote_code else None
+    if own_code and "AutoModelForCausalLM" not in own_code:
+        return PACKED_PATH  # a reward model of another kind, which check_hidden looks at
     key = config.to_json_string(use_diff=False)
     if key not in _chosen:
         with _quiet():
-            found = _make_twin(config, parameters, where, trust_remote_code=trust_remote_code)
+            found = _make_twin(config, where, trust_remote_code=trust_remote_code)
             _chosen[key] = _choose(found, where) if isinstance(found, Twin) else _untried(found)
     path = _chosen[key]
     if not path.packed and context_size > 1:
@@ -84,10 +85,10 @@ def choose_path(
     return path
 
 
-def _make_twin(config: PretrainedConfig, parameters: int, where: str, *, trust_remote_code: bool) -> Twin | Exception:
+def _make_twin(config: PretrainedConfig, where: str, *, trust_remote_code: bool) -> Twin | Exception:
     """Return a twin, or why none could be made."""
     failure: Exception | None = None
-    for twin in twin_configs(config, parameters):
+    for twin in twin_configs(config):
         documents = probe_documents(twin.get_text_config(decoder=True).vocab_size, LENGTHS)
         for dtype in TOLERANCES:
 
@@ -106,6 +107,8 @@ def _make_twin(config: PretrainedConfig, parameters: int, where: str, *, trust_r
             except Exception as error:  # not every architecture can be that small, or computes in float64
                 failure = failure or error
     assert failure is not None
+    if "Unrecognized configuration class" in str(failure):
+        raise explained("model", where, failure) from failure
     return failure
 
 
@@ -230,8 +233,6 @@ def check_scorer(scorer: TokenScorer) -> None:
     model.train(training)
     difference = (found_M - expected_M).abs().max().item()
     if difference != difference:
-        from verl.models.damage import check_finite
-
         check_finite(model, model.name_or_path or name)
     if not difference < TOLERANCE:
         raise UserError(

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from verl.models.load import numel
 
 SHORT = 8  # tokens of every window and chunk of a twin
-SMALL = 4_000_000  # weights of a model that is its own twin
+SMALL = 4_000_000  # weights of a model that is its own twin, about
 LARGEST = 300_000_000  # weights of the largest twin that is tried
 VOCABULARY, EXPERTS, KINDS = 1024, 4, 8  # a list by layer with more kinds than this has numbers of layers
 # Numbers of tokens in configs. Other numbers with these words count layers.
@@ -31,17 +31,18 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 GROUPS = ("n_group", "topk_group", "num_expert_group")
 
 
-def twin_configs(config: PretrainedConfig, parameters: int) -> Iterator[PretrainedConfig]:
-    """Yield configs of twins, the one to try first first. Not each of them may be valid for the architecture.
-
-    Args:
-        parameters: number of weights of the model.
-    """
+def twin_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield configs of twins, the one to try first first. Not each of them may be valid for the architecture."""
     changes: list[Callable[[Any], None]] = [_narrow, _with_few_experts, _with_few_layers]
-    if parameters <= SMALL:
+    if _is_small(config.get_text_config(decoder=True)):
         yield _changed(config)
     for first in range(len(changes)):
         yield _changed(config, *changes[first:])
+
+
+def _is_small(text: Any) -> bool:
+    width, layers = getattr(text, "hidden_size", 0) or 0, getattr(text, "num_hidden_layers", 0) or 0
+    return bool(width * (text.vocab_size + 12 * layers * width) <= SMALL)
 
 
 def random_model(make: Callable[[PretrainedConfig], PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

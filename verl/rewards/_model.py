@@ -16,12 +16,12 @@ from verl.data.chat import Message
 from verl.data.pack import collate, pack
 from verl.data.render import Renderer
 from verl.engine.decisions import choose_compute_dtype
-from verl.engine.trial import check_hidden
+from verl.engine.trial import check_hidden, choose_path
 from verl.engine.value_scorers import RewardScorer
 from verl.errors import UserError
 from verl.models.heads import has_head, load_reward_model
 from verl.models.kind import LANGUAGE_MODEL, REWARD_MODEL, check_kind, kind_of
-from verl.models.load import check_vocabulary, load_tokenizer
+from verl.models.load import check_vocabulary, load_tokenizer, read_config
 from verl.models.shards import small_twin
 
 WHERE = "reward_model.path"
@@ -61,12 +61,15 @@ class RewardModel:
         path, device = config.path, torch.device(device)
         check_scores(config)
         dtype = choose_compute_dtype("auto", device)
-        model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=config.trust_remote_code).model
+        trusted = config.trust_remote_code
+        forward = choose_path(read_config(path, trust_remote_code=trusted), path, trust_remote_code=trusted)
+        model = load_reward_model(path, device=device, dtype=dtype, trust_remote_code=trusted, attention=forward.attention).model
         own = load_tokenizer(path, trust_remote_code=config.trust_remote_code, completes_template=False)
         check_vocabulary(model, own, path)
         # In bfloat16, rounding hides errors of packing: check a small float32 model of the same architecture instead.
-        check_hidden(RewardScorer(model if dtype == torch.float32 else small_twin(model, device)), where=WHERE)
-        self._scorer = RewardScorer(model.requires_grad_(False)).eval()
+        checked = model if dtype == torch.float32 else small_twin(model, device, forward.attention)
+        check_hidden(RewardScorer(checked, forward), where=WHERE)
+        self._scorer = RewardScorer(model.requires_grad_(False), forward).eval()
         self._renderer, self._padding = Renderer(own), model.config.pad_token_id
         self._device, self._budget = device, config.max_tokens_per_micro_batch
         self._longest = getattr(model.config, "max_position_embeddings", None)
