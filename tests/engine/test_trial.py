@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import run_ranks
 from tiny import unequal_documents, write_model
 from torch import Tensor
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     Phi3Config,
     PhimoeConfig,
@@ -108,7 +110,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
 
 
 def test_attention_that_drops_weights_in_training_alone_is_not_packed() -> None:
-    assert "dropout" in path_of(Qwen2Config(**SIZES, attention_dropout=0.1)).why
+    assert "with attention_dropout=0 in its config.json" in path_of(Qwen2Config(**SIZES, attention_dropout=0.1)).why
 
 
 def test_the_trial_changes_neither_the_random_state_nor_the_default_dtype() -> None:
@@ -160,6 +162,15 @@ def test_loss_and_gradient_are_those_of_each_document_alone_however_rows_are_cut
         assert found.keys() == gradients.keys()
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-5 * largest, msg=parameter)
+
+
+def test_ranks_with_sharded_weights_and_unequal_numbers_of_documents_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Rank 0 has seven documents and rank 1 has one; each document gathers the weights from both."""
+    model = write_model(tmp_path / "model", ALONE["mamba"], kind=MambaForCausalLM)
+    expected = loss_and_gradient_alone(model, unequal_documents())[1]
+    run_ranks("gradient.py", model, tmp_path / "found.pt", "unequal")
+    found, whole = torch.load(tmp_path / "found.pt", weights_only=True), torch.cat([g.flatten() for g in expected.values()])
+    torch.testing.assert_close(found["gradient"], whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
 
 
 def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

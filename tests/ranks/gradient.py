@@ -17,7 +17,8 @@ from verl.data.pack import collate
 from verl.engine.contract import LossOut, TokenOut
 from verl.engine.engine import Engine
 from verl.engine.scorers import TokenScorer
-from verl.models.load import load_for_training
+from verl.engine.trial import choose_path
+from verl.models.load import load_for_training, read_config
 
 
 def mean_of_rank(out: TokenOut, batch: Batch) -> LossOut:
@@ -53,7 +54,9 @@ def unequal(engine: Engine) -> dict[str, Tensor]:
 
 def main(model: str, saved: str, formula: str) -> None:
     device = dist.start()
-    engine = Engine(TokenScorer(load_for_training(model).model), OptimConfig(), total_steps=1, device=device, compute_dtype=torch.float32)
+    path = choose_path(read_config(model), model)
+    scorer = TokenScorer(load_for_training(model, attention=path.attention).model, path=path)
+    engine = Engine(scorer, OptimConfig(), total_steps=1, device=device, compute_dtype=torch.float32)
     if formula == "unequal":
         found = unequal(engine)
         if dist.is_main():

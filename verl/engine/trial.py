@@ -167,7 +167,7 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
         if path.packed:
             scorer.train()(batch)  # dropout of attention is off in evaluation
     except UserError as error:
-        return error.what
+        return error.what + (_without_dropout(scorer.model.config) if "dropout" in error.what else "")
     except Exception as error:  # the code of a model may raise anything where it does not expect packed documents
         return f"packed documents make its code fail ({_first_line(error)})"
     if difference <= TOLERANCES[twin.dtype]:
@@ -176,6 +176,13 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
     if names := [name for name in kinds if RECURRENT.search(name) and not OTHER_PARTS.search(name)]:
         return f"{names[0]} carries its state into the next document, and packed documents need kernels that reset it"
     return f"packed attention does not have all of its attention (log-probabilities differ by {difference:.2g})"
+
+
+def _without_dropout(config: PretrainedConfig) -> str:
+    """Say which values of the config drop attention."""
+    values = vars(config.get_text_config(decoder=True)).items()
+    keys = [key for key, value in values if re.search("drop", key) and re.search("attn|attention", key) and value]
+    return f"; with {' and '.join(f'{key}=0' for key in keys)} in its config.json it is packed" if keys else ""
 
 
 def _logprobs(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
