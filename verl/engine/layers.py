@@ -25,9 +25,13 @@ SAVED = ("varlen_attn", "flash_attention", "verl.flash", "verl.short", "verl.ada
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in the architecture's `_no_split_modules`: its repeated blocks."""
-    names = set(getattr(model, "_no_split_modules", None) or [])
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """Return the modules in the architecture's `_no_split_modules`: its repeated blocks, without those inside another one."""
+    names, found, inside = set(getattr(model, "_no_split_modules", None) or []), list[nn.Module](), set[nn.Module]()
+    for module in model.modules():
+        if type(module).__name__ in names and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return found
 
 
 # Compiling

@@ -4,6 +4,7 @@ Three classes with the same methods: `MasterWeights` for one process, `Replicate
 rank, and `ShardedWeights` for FSDP2 and CPU offloading.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -283,7 +284,7 @@ def spread_weights(
 
 
 def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
-    """Shard each decoder layer separately, and the rest (embeddings, last norm, output layer) together.
+    """Shard each decoder layer separately, and the rest (embeddings, last norm, output layer, layers that share weights) together.
 
     While a layer computes, the weights of the next one are prefetched.
 
@@ -299,9 +300,15 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
         "offload_policy": CPUOffloadPolicy(pin_memory=sharding.pin) if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
         "reshard_after_forward": sharding.reshard_after_forward and not alone,
     }
-    layers: list[Any] = [fully_shard(layer, **options) for layer in decoder_layers(scorer.model)]
+    layers: list[Any] = [fully_shard(layer, **options) for layer in _separate(decoder_layers(scorer.model))]
     for layer, following in pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([layer])
     sharded: FSDPModule = fully_shard(scorer, **{**options, "reshard_after_forward": False})
     return sharded
+
+
+def _separate(layers: list[nn.Module]) -> list[nn.Module]:
+    """Return the layers that share no weight with another one."""
+    uses = Counter(p for layer in layers for p in layer.parameters())
+    return [layer for layer in layers if all(uses[p] == 1 for p in layer.parameters())]

@@ -124,7 +124,7 @@ def _read_whole(name: str, *, tensor_files: dict[str, Path]) -> Tensor:
 
 def _read(tensor: Tensor, values: Any) -> None:
     if not isinstance(tensor, DTensor):
-        tensor.copy_(values[:])
+        tensor.copy_(values[...])  # also one number
         return
     local, first = tensor.to_local(), _first_row(tensor)
     if local.numel():
