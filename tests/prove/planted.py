@@ -1,6 +1,7 @@
 """Faults that people have met in this and other programs, planted into verl: each must show in a line of `verl prove`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 from verl.data.batch import Batch
 from verl.data.chat import ChatInput
 from verl.data.render import Rendered, Renderer
 from verl.engine.engine import Engine
+from verl.models.attention.packed import PACKED
+from verl.rollout.native.attention import SLOTS
 
 Patch = pytest.MonkeyPatch
 
@@ -34,7 +38,47 @@ class Fault:
 
 def without_checks(patch: Patch) -> None:
     """The checks at loading would refuse a fault before the proof sees it."""
+    from verl.engine import trial
+
     patch.setattr("verl.engine.build._check", lambda *_: None)
+    patch.setattr(trial, "choose_path", lambda *_, **__: trial.PACKED_PATH)
+    patch.setattr("verl.rollout.native.engine.NativeRollout._check", lambda _: None)
+    patch.setattr("verl.rollout._plain.Probe.is_exact", lambda *_, **__: True)
+
+
+def without_windows(patch: Patch, attention: str) -> None:
+    """An attention function that attends to all tokens before one."""
+    functions = AttentionInterface._global_mapping
+    real = functions[attention]
+    patch.setitem(functions, attention, lambda *arguments, **named: real(*arguments, **{**named, "sliding_window": None}))
+
+
+def windows_are_lost_in_training(patch: Patch) -> None:
+    """Packed attention sees tokens beyond the window, which short probes do not show (F3)."""
+    without_checks(patch)
+    without_windows(patch, PACKED)
+
+
+def windows_are_lost_in_generation(patch: Patch) -> None:
+    """What limits attention does not reach the native engine (F2)."""
+    without_checks(patch)
+    without_windows(patch, SLOTS)
+
+
+def frequencies_of_the_longest(patch: Patch) -> None:
+    """Rotary embeddings take the length of the longest document of a batch for all (F4)."""
+    without_checks(patch)
+    patch.setattr("verl.models.rope.LengthRope.documents", lambda *_: nullcontext())
+
+
+def routers_are_adapted(patch: Patch) -> None:
+    """all-linear adapts what chooses the experts (families.md, F1)."""
+    patch.setattr("verl.models.adapters.targets.router_weights", lambda _: [])
+
+
+def router_loss_is_lost(patch: Patch) -> None:
+    """The auxiliary loss that the config asks for is not trained (TRL#7009, Automodel#1408)."""
+    patch.setattr("verl.engine.router_loss.find_router_loss", lambda *_: (None, []))
 
 
 def attention_across_documents(patch: Patch) -> None:
@@ -94,6 +138,7 @@ def mean_of_means(patch: Patch) -> None:
 
 def padding_is_attended(patch: Patch) -> None:
     """Generation in a batch does not hide the padding on the left (F7)."""
+    without_checks(patch)
     from verl.rollout import hf
 
     real = hf.pad_left

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from verl.prove import command
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
-SECONDS = 240  # for each family
+SECONDS, CPU_SECONDS = 900, 150  # for each family
 FINE_TUNING = ("packed = alone", "micro-batches", "verl sft = a plain loop", "one rank = two", "reload", "auxiliary loss")
 ADAPTER = ("adapter = peft = merged", "export", "going on", "router untouched")
 GOOD = ("holds", "slower", "none")
@@ -36,6 +37,7 @@ GOOD = ("holds", "slower", "none")
 
 def prove_family(name: str, folder: Path) -> None:
     """Prove a family, and write what is found into its file."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
     config = folder / "configs" / file_name(name)
     families()[name]().save_pretrained(config)
     log = os.open(folder / f"{file_name(name)}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -43,7 +45,9 @@ def prove_family(name: str, folder: Path) -> None:
     os.dup2(log, 2)
     partial = folder / f"{file_name(name)}.partial"
     command.prove(str(config / "config.json"), json_file=partial)
-    found = json.loads(partial.read_text()) | {"family": name}
+    used = os.times()
+    cpu_seconds = used.user + used.system + used.children_user + used.children_system
+    found = json.loads(partial.read_text()) | {"family": name, "cpu_seconds": round(cpu_seconds, 1)}
     partial.write_text(json.dumps(found, indent=1))
     partial.rename(folder / f"{file_name(name)}.json")
 
@@ -87,10 +91,14 @@ def line_of(name: str, folder: Path, otherwise: str) -> str:
         }
         path.write_text(json.dumps({"family": name, "seconds": 0, "described": "", "outcomes": [outcome]}))
     found = json.loads(path.read_text())
-    wrong = [f"{o['name']}: {o['found']}" for o in found["outcomes"] if o["state"] == "wrong"]
-    refused = [o["name"] for o in found["outcomes"] if o["state"] == "refused"]
-    text = "; WRONG ".join(["", *wrong]) + (f"; refused: {', '.join(refused)}" if refused else "")
-    return f"{name:<28} {found['seconds']:>5.0f} s{text or '  holds'}"
+    text = ""
+    for state in ("wrong", "refused"):
+        named: dict[str, list[str]] = {}
+        for outcome in found["outcomes"]:
+            if outcome["state"] == state:
+                named.setdefault(outcome["found"][:200], []).append(outcome["name"])
+        text += "".join(f"\n    {state} {', '.join(names)}: {why}" for why, names in named.items())
+    return f"{name:<28} {found.get('cpu_seconds', 0):>5.0f} s{text or '  holds'}"
 
 
 # The table

@@ -23,6 +23,11 @@ FAULTS = [
     Fault("qwen2", "adapter_loads", planted.merged_without_experts),
     Fault("qwen2", "adapter_loads", planted.adapter_raises),
     Fault("qwen2", "hf", planted.padding_is_attended),
+    Fault("qwen2, windows", "packed", planted.windows_are_lost_in_training),
+    Fault("qwen2, windows", "native", planted.windows_are_lost_in_generation),
+    Fault("phi3, longrope", "packed", planted.frequencies_of_the_longest),
+    Fault("qwen3_moe", "router", planted.routers_are_adapted),
+    Fault("qwen3_moe", "auxiliary_loss", planted.router_loss_is_lost),
     Fault("opt, functional dropout", "randomness", planted.dropout_stays_on),
 ]
 QUICK = ("packed", "mask", "micro_batches")  # in `make test`; the others in `make prove`

@@ -3,7 +3,7 @@
 Dimensions: M trained positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from verl.data.batch import Batch
 from verl.data.pack import Document, collate
 from verl.engine.build import Built
+from verl.prove.outcome import TOLERANCE
 
+ROUNDING = 1e-3  # a larger difference is no rounding of float32
 SMALL = 1e-3  # a parameter's gradient counts relative to its own norm, or to this share of the whole one if that is larger
 
 
@@ -48,6 +50,19 @@ def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
 def largest(found: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference."""
     return float((found - expected).abs().max())
+
+
+def in_any_dtype(compare: Callable[[torch.dtype], dict[str, float]]) -> tuple[dict[str, float], str]:
+    """Compare in float32, and again in float64 if the differences are small, but larger than the tolerance: rounding is then gone.
+
+    Returns:
+        the differences that count, and what to say of float32's.
+    """
+    found = compare(torch.float32)
+    worst = max(found.values())
+    if worst <= TOLERANCE or not worst < ROUNDING:
+        return found, ""
+    return compare(torch.float64), f"in float64; in float32 {worst:.1e}, which is rounding"
 
 
 def is_slower(built: Built) -> bool:

@@ -22,7 +22,14 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     except ValueError:  # it has one implementation only
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     loaded: PreTrainedModel = model.eval()
-    return loaded
+    return experts_in(dtype, loaded)
+
+
+def experts_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model compute its experts one by one in float64, which has no grouped product; in place."""
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model
 
 
 def logits(model: torch.nn.Module, ids: Sequence[int]) -> Tensor:

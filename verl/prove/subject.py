@@ -25,6 +25,7 @@ from verl.engine.decisions import Workload, choose_spread, decide
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
 from verl.models.load import load_tokenizer
+from verl.prove.plain import experts_in
 from verl.run import TrainResult
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
@@ -109,15 +110,22 @@ class Subject:
             found.append((np.array(document.input_ids, dtype=np.int32), np.array(document.loss_mask)))
         return found
 
-    def build(self, **settings: Any) -> Built:
-        """Build an engine as fine-tuning does, with its checks and its choice of a path."""
+    def build(self, dtype: torch.dtype = torch.float32, **settings: Any) -> Built:
+        """Build an engine as fine-tuning does, with its checks and its choice of a path.
+
+        Args:
+            dtype: of weights and arithmetic. float64 is not for users: it shows that a difference is rounding.
+        """
         chosen: dict[str, Any] = {"compile": False, "enable_gradient_checkpointing": False, "compute_dtype": "float32"} | settings
         model = ModelConfig(partial_pretrain=str(self.model), **chosen)
         outline, hardware = Outline(model), measure(torch.device("cpu"))
         workload = Workload(total_steps=STEPS, total_tokens=sum(LENGTHS) * STEPS, document_tokens=30.0, token_budget=sum(LENGTHS))
         decisions = decide(outline, hardware, workload, choose_spread(outline, hardware))
+        decisions = replace(decisions, compute_dtype=dtype, param_dtype=dtype)
         stop_ids = Renderer(self.tokenizer).stop_ids
-        return build(model, OptimConfig(clip_grad=1e9), self.tokenizer, decisions, stop_ids=stop_ids, seed=1)
+        built = build(model, OptimConfig(clip_grad=1e9), self.tokenizer, decisions, stop_ids=stop_ids, seed=1)
+        experts_in(dtype, built.loaded.model)
+        return built
 
     def fine_tune(self, name: str, **keys: Any) -> TrainResult:
         """Run `verl sft` on the rows, all of them in each step."""

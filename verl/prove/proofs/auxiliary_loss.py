@@ -1,9 +1,11 @@
 """Where the config asks for the routers' load-balancing loss, its gradient is transformers', however the rows are cut up."""
 
+import torch
+
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, relative
+from verl.prove.engines import gradients, in_any_dtype, relative
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
 
@@ -19,13 +21,19 @@ def prove(subject: Subject) -> Outcome:
     asking = subject.variant("auxiliary-loss", {"output_router_logits": True, key: COEFFICIENT})
     documents = asking.documents
     try:
-        loss, expected = plain.gradients_with_router_loss(plain.load(asking.model), documents, COEFFICIENT)
+        loss, gradient = plain.gradients_with_router_loss(plain.load(asking.model), documents, COEFFICIENT)
     except Exception as error:  # transformers' own code
         return Outcome(GROUP, NAME, "none", f"transformers' own loss fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
-    if not expected:
+    if not gradient:
         return Outcome(GROUP, NAME, "none", "transformers gives none")
-    built, found = asking.build(), {}
-    for size in (len(documents), 1):
-        batches = [collate(documents[i : i + size], range(i, i + size)) for i in range(0, len(documents), size)]
-        found[f"{len(batches)} × {size}"] = relative(gradients(built, batches, sft)[1], expected)
-    return compared(GROUP, NAME, found, path=f"loss {loss:.3f}")
+
+    def compare(dtype: torch.dtype) -> dict[str, float]:
+        _, expected = plain.gradients_with_router_loss(plain.load(asking.model, dtype), documents, COEFFICIENT)
+        built, found = asking.build(dtype), {}
+        for size in (len(documents), 1):
+            batches = [collate(documents[i : i + size], range(i, i + size)) for i in range(0, len(documents), size)]
+            found[f"{len(batches)} × {size}"] = relative(gradients(built, batches, sft)[1], expected)
+        return found
+
+    differences, note = in_any_dtype(compare)
+    return compared(GROUP, NAME, differences, path="; ".join(filter(None, (f"loss {loss:.3f}", note))))

@@ -1,9 +1,11 @@
 """Documents packed into one batch give the log-probabilities and the gradient of each document alone."""
 
+import torch
+
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, is_slower, largest, relative, scores
+from verl.prove.engines import gradients, in_any_dtype, is_slower, largest, relative, scores
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
 
@@ -11,14 +13,20 @@ GROUP, NAME = "fine-tuning", "packed = alone"
 
 
 def prove(subject: Subject) -> Outcome:
-    built, documents = subject.build(), subject.documents
+    documents = subject.documents
     batch = collate(documents, range(len(documents)))
-    loss, found = gradients(built, [batch], sft)
-    model = plain.load(subject.model)
-    expected_loss, expected = plain.gradients(model, documents)
-    differences = {
-        "log-probabilities": largest(scores(built, documents), plain.trained_logprobs(model, documents)),
-        "loss": abs(loss - expected_loss),
-        "gradient": relative(found, expected),
-    }
-    return compared(GROUP, NAME, differences, path=subject.path_of(built), slower=is_slower(built))
+
+    def compare(dtype: torch.dtype) -> dict[str, float]:
+        built, model = subject.build(dtype), plain.load(subject.model, dtype)
+        loss, found = gradients(built, [batch], sft)
+        expected_loss, expected = plain.gradients(model, documents)
+        return {
+            "log-probabilities": largest(scores(built, documents), plain.trained_logprobs(model, documents)),
+            "loss": abs(loss - expected_loss),
+            "gradient": relative(found, expected),
+        }
+
+    differences, note = in_any_dtype(compare)
+    built = subject.build()
+    path = "; ".join(filter(None, (note, subject.path_of(built))))
+    return compared(GROUP, NAME, differences, path=path, slower=is_slower(built))
