@@ -25,10 +25,10 @@ FAULTS = [
     Fault("qwen2", "hf", planted.padding_is_attended),
     Fault("qwen2, windows", "packed", planted.windows_are_lost_in_training),
     Fault("qwen2, windows", "native", planted.windows_are_lost_in_generation),
-    Fault("phi3, longrope", "packed", planted.frequencies_of_the_longest),
-    Fault("qwen3_moe", "router", planted.routers_are_adapted),
-    Fault("qwen3_moe", "auxiliary_loss", planted.router_loss_is_lost),
-    Fault("opt, functional dropout", "randomness", planted.dropout_stays_on),
+    Fault("phi3, longrope", "packed", planted.frequencies_of_the_longest, "verl.models.rope"),
+    Fault("granitemoe", "router", planted.routers_are_adapted, "verl.models.adapters.routers"),
+    Fault("qwen3_moe", "auxiliary_loss", planted.router_loss_is_lost, "verl.engine.router_loss"),
+    Fault("opt, functional dropout", "randomness", planted.dropout_stays_on, "verl.rl.still"),
 ]
 QUICK = ("packed", "mask", "micro_batches")  # in `make test`; the others in `make prove`
 
@@ -49,11 +49,12 @@ def line(folder: Path, fault: Fault) -> Outcome:
         return command.outcome_of(importlib.import_module(f"verl.prove.proofs.{fault.proof}"), subject)
 
 
-def parameters() -> list[object]:
-    return [pytest.param(fault, id=fault.plant.__name__, marks=() if fault.proof in QUICK else pytest.mark.families) for fault in FAULTS]
+def marks(fault: Fault) -> list[pytest.MarkDecorator]:
+    slow = [] if fault.proof in QUICK and fault.family == "qwen2" else [pytest.mark.families]
+    return slow if fault.is_there else [pytest.mark.skip(reason=f"no {fault.needs}")]
 
 
-@pytest.mark.parametrize("fault", parameters())
+@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.plant.__name__, marks=marks(fault)) for fault in FAULTS])
 def test_a_planted_fault_is_wrong_and_without_it_the_line_holds(fault: Fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert line(tmp_path, fault).state in ("holds", "slower")
     fault.plant(monkeypatch)
