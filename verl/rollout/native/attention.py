@@ -88,6 +88,9 @@ def slot_attention(
     """
     if slot_batch is None or slot_cache is None:
         raise UserError(f"{type(module).__name__} is not given the arguments of its layer")
+    for option, name in (("softcap", "soft-capping"), ("s_aux", "attention sinks")):
+        if kwargs.get(option) is not None:  # packed attention has them, decoding does not
+            raise UserError(f"{type(module).__name__} needs {name}, which decoding does not have")
     if isinstance(slot_batch, PrefillBatch):
         _store(slot_cache, slot_batch, key_BKTD[0], value_BKTD[0])
         bounds = {"cu_seq_lens_q": slot_batch.cu_seqlens, "max_length_q": slot_batch.max_seqlen, "context": ""}
