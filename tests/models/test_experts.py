@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tiny import qwen2_config
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2ForCausalLM
 
 from verl.config.commands import ExportConfig
 from verl.config.load import load_config
@@ -19,7 +20,7 @@ from verl.engine.outline import Outline
 from verl.errors import UserError
 from verl.models import export as exporting
 from verl.models.adapters import files, routers, targets
-from verl.models.adapters.lora import add_adapters, check_adapters
+from verl.models.adapters.lora import add_adapters, check_adapters, lora_config
 from verl.models.adapters.merged import merged_tensors
 from verl.models.adapters.operators import use_operators
 from verl.models.inference import load_for_inference
@@ -50,6 +51,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Routers are linear layers: of a class of its own, and plain ones.
     "phimoe": dict(num_local_experts=4, num_experts_per_tok=2),
     "jetmoe": dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8, num_key_value_heads=2, num_attention_heads=4),
+    # The pattern that renames shared_expert while the model is loaded also fits shared_experts.
+    "laguna": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, head_dim=8),
 }  # fmt: skip
 
 
@@ -163,6 +166,7 @@ ROUTERS = {
     "qwen2_moe": {"model.layers.*.mlp.gate.weight"},
     "llama4_text": {"model.layers.*.feed_forward.router.weight"},
     "phimoe": {"model.layers.*.mlp.router.weight"},
+    "laguna": {"model.layers.*.mlp.gate.e_score_correction_bias", "model.layers.*.mlp.gate.weight"},
     "jetmoe": {"model.layers.*.mlp.router.layer.weight", "model.layers.*.self_attention.experts.router.layer.weight"},
 }
 
@@ -174,7 +178,8 @@ def test_routers_are_found_without_their_names(name: str, way: str, monkeypatch:
         monkeypatch.setattr(routers, "_followed_back", lambda model: (set(), False))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(name))
-    assert {targets.kind_of(found) for found in routers.router_weights(model)} == ROUTERS[name]
+    found = {targets.kind_of(found) for found in routers.router_weights(model)}
+    assert found == {weight for weight in ROUTERS[name] if way == "by the choice" or weight.endswith(".weight")}  # or also biases
 
 
 def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
@@ -281,6 +286,49 @@ def test_a_router_with_a_class_of_its_own_is_refused_by_name(tmp_path: Path) -> 
         trained(base, target_modules=["router"])
 
 
+def test_names_that_peft_would_change_are_written_as_in_the_models_files(tmp_path: Path) -> None:
+    adapted = trained(write("laguna", tmp_path / "base"))
+    folder = saved(adapted, tmp_path / "adapter")
+    names = load_file(folder / files.WEIGHTS).keys()
+    assert any(".mlp.shared_expert.up_proj" in name for name in names) and not any("shared_experts" in name for name in names)
+    own = {name.replace("shared_expert.", "shared_experts."): tensor for name, tensor in load_file(folder / files.WEIGHTS).items()}
+    save_file(own, folder / files.WEIGHTS, metadata={"format": "pt"})  # names of the model in memory, as another program may write them
+    found = load_for_inference(str(folder), device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(logits(found), logits(adapted), rtol=1e-5, atol=2e-5)
+
+
+def test_an_adapter_without_one_of_its_matrices_is_refused(deepseek: Path, tmp_path: Path) -> None:
+    folder = saved(trained(deepseek), tmp_path / "adapter")
+    weights = load_file(folder / files.WEIGHTS)
+    del weights["base_model.model.model.layers.1.mlp.experts.lora_B.weight"]
+    save_file(weights, folder / files.WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no model.layers.1.mlp.experts.lora_B.weight"):
+        load_for_inference(str(folder), device="cpu", dtype=torch.float32)
+
+
+def test_layers_that_share_a_weight_have_no_adapter_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(qwen2_config(num_hidden_layers=2))
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    chosen = targets.all_linear(model, LoraConfig(r=4))
+    assert chosen.left_out == {targets.SHARED: ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]}
+    assert "up_proj" not in chosen.modules and "gate_proj" in chosen.modules
+    asked = ModelConfig(partial_pretrain=str(tmp_path), lora_rank=4, target_modules=["up_proj"])
+    with pytest.raises(UserError, match="has its weight in common with other layers"):
+        lora_config(model, asked, None, ())
+
+
+def test_a_layer_whose_weight_a_kernel_reads_has_no_adapter() -> None:
+    """The code of a state-space model gives the weight of out_proj to a kernel, and calls the layer only without that kernel."""
+    settings = AutoConfig.for_model("bamba", **{**SMALL, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    chosen = targets.all_linear(model, LoraConfig(r=4))
+    assert chosen.left_out == {targets.READ_DIRECTLY: ["model.layers.0.mamba.out_proj"]}
+    assert {"mamba.in_proj", "in_proj"} & set(chosen.modules)
+
+
 def test_a_plan_counts_the_adapters_of_experts(deepseek: Path) -> None:
     settings = ModelConfig(partial_pretrain=str(deepseek), lora_rank=4, lora_alpha=8)
     assert Outline(settings).trained_parameters == sum(p.numel() for p in trained(deepseek).parameters() if p.requires_grad)
@@ -292,8 +340,6 @@ def test_a_plan_counts_the_adapters_of_experts(deepseek: Path) -> None:
 def test_an_adapter_with_weights_for_modules_that_are_not_there_is_refused(
     wrong: Callable[[str], str], deepseek: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     folder = saved(trained(deepseek), tmp_path / "adapter")
     weights = {wrong(name): tensor for name, tensor in load_file(folder / files.WEIGHTS).items()}
     save_file(weights, folder / files.WEIGHTS, metadata={"format": "pt"})

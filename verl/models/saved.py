@@ -60,11 +60,11 @@ def write_adapter(directory: Path, adapted: "PeftModel", weights: dict[str, Tens
     """Write gathered weights of an adapter, as `write_model` does."""
     from peft import get_peft_model_state_dict
 
-    from verl.models.adapters.targets import read_by_peft
+    from verl.models.adapters.targets import names_for_peft, read_by_peft
 
     if dist.is_main():
         # The embeddings were not resized, so peft need not compare them with those of the base model.
-        adapter = get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False)
+        adapter = names_for_peft(adapted, get_peft_model_state_dict(adapted, state_dict=weights, save_embedding_layers=False))
         save_file(
             {_name_for_both(name): tensor.contiguous() for name, tensor in adapter.items()},
             directory / "adapter_model.safetensors",

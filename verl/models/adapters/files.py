@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -96,7 +96,25 @@ def attach(model: PreTrainedModel, path: str) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     assert isinstance(adapted, PeftModel)
     check_attached(adapted, path)
+    read_values(adapted, path)
     return adapted
+
+
+def read_values(adapted: PeftModel, path: str) -> None:
+    """Give each parameter of an adapter the tensor of its name in the adapter's file, which peft may have taken for another one's.
+
+    Raises:
+        UserError: the file has no tensor for a matrix of the adapter.
+    """
+    own, weights = get_peft_model_state_dict(adapted, save_embedding_layers=False), read_weights(path)
+    for name, tensor in weights.items():
+        if name in own and own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+    if missing := sorted(name for name in own.keys() - weights.keys() if ".lora_A." in name or ".lora_B." in name):
+        missing = sorted(set(missing) - set(names_today(adapted, weights)))
+    if missing:
+        what = f"{WEIGHTS} has no {missing[0].removeprefix(_PREFIX)}" + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
+        raise UserError(what, where=path, fix="copy or save the adapter again")
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def add_adapters(
         with files.fits_or_is_refused(config.lora_adapter_path):
             set_peft_model_state_dict(adapted, files.read_weights(config.lora_adapter_path))
         files.check_attached(adapted, config.lora_adapter_path)
+        files.read_values(adapted, config.lora_adapter_path)
     set_compute_dtype(model, compute_dtype)
     adapted.left_out = "\n".join(notes)  # type: ignore[assignment]
     return adapted
@@ -219,12 +220,16 @@ def _check_modules(model: PreTrainedModel, settings: LoraConfig) -> None:
         fix = f"remove it, or set {where}={ALL_LINEAR}"
         raise UserError(f"experts ({names}) cannot have adapters with {what}", where=f"model.{key}", fix=fix)
     tied, ends = model.config.tie_word_embeddings, (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = targets.shared_weights(model)
     for name, module in files.targeted(model, settings.target_modules):
         if not isinstance(module, ADAPTED):
             fix = f"name the linear layers inside it, or {ALL_LINEAR}"
             raise UserError(f"{name} is a {type(module).__name__}, which cannot have an adapter", where=where, fix=fix)
         if isinstance(module, nn.Linear) and not targets.is_plain_product(module):
             what = f"{name} is a {type(module).__name__}, whose output is not its input times its weight, so an adapter cannot be merged"
+            raise UserError(what, where=where, fix=f"remove it, as {ALL_LINEAR} does")
+        if module not in ends and id(module.weight) in shared:
+            what = f"{name} has its weight in common with other layers, so an adapter on one of them cannot be merged"
             raise UserError(what, where=where, fix=f"remove it, as {ALL_LINEAR} does")
         if module in ends and tied:
             raise UserError(

@@ -7,6 +7,7 @@ by the name of the parameter (`target_parameters`).
 import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
 
 from verl.models.adapters.routers import has_experts, kind_of, router_weights
@@ -31,6 +34,7 @@ ROUTER = "routers"
 OWN_PRODUCT = "that are no plain product"
 READ_DIRECTLY = "whose weight is used without the layer"
 DORA = "experts, which have neither DoRA nor dropout"
+SHARED = "that share their weight"  # an adapter on one of them could not be merged
 GATE = "with one output"  # a low rank saves nothing there: shared_expert_gate
 OTHER = "experts that are not stacked matrices"
 
@@ -71,7 +75,8 @@ def all_linear(model: PreTrainedModel, settings: LoraConfig) -> Targets:
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head}
     routers = router_weights(model)
-    reasons = {name: reason for name in linear if (reason := _why_not(model, name, routers))}
+    shared = shared_weights(model)
+    reasons = {name: reason for name in linear if (reason := _why_not(model, name, routers, shared))}
     chosen = [name for name in linear if name not in reasons]
     experts = dict(expert_weights(model))
     if settings.use_dora or settings.lora_dropout:
@@ -93,7 +98,8 @@ def expert_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter of the stacked matrices of experts."""
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and len(parameter) > 1 and getattr(module, "num_experts", None) == len(parameter):
+            is_of_experts = getattr(module, "num_experts", None) == len(parameter) or "experts" in type(module).__name__.lower()
+            if is_of_experts and parameter.dim() == 3 and len(parameter) > 1:
                 yield f"{name}.{part}", parameter
 
 
@@ -128,8 +134,12 @@ def fused_ranks(settings: LoraConfig, parameters: Sequence[str]) -> None:
 
 @contextmanager
 def without_false_warnings() -> Iterator[None]:
-    """Ignore what peft says of ranks of experts in this context: it looks for their names among modules only, and applies them."""
+    """Ignore in this context what peft says of ranks of experts, whose names it looks for among modules only, and which it applies.
+
+    Nor does it say what it does not find in a file, which is checked with the names that it would change (`files.read_values`).
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         yield
 
@@ -185,6 +195,24 @@ def names_today(adapted: PeftModel, weights: dict[str, Tensor]) -> list[str]:
     return list(conversion.convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config["default"], weights))
 
 
+def names_for_peft(adapted: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter under names from which peft finds them again.
+
+    peft and transformers rename what they read as they rename a model's files, and some of their patterns change a name of today:
+    `mlp.shared_expert.` also stands for `mlp.shared_experts`. Such a tensor gets the name that it has in the model's files.
+    """
+    lost = set(weights) - set(names_today(adapted, weights))
+    if not lost:
+        return weights
+    base = adapted.get_base_model()
+    used = getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False)  # type: ignore[arg-type]
+    back = [one.reverse_transform() for one in reversed(used) if isinstance(one, WeightRenaming)]
+    prefix = "base_model.model."
+    older = {name: prefix + apply_renamings(name.removeprefix(prefix), back) for name in lost}  # type: ignore[arg-type]
+    found = set(names_today(adapted, {older[name]: weights[name] for name in lost}))
+    return {older[name] if name in lost and name in found else name: tensor for name, tensor in weights.items()}
+
+
 def is_renamed(model: PreTrainedModel, name: str) -> bool:
     """Return whether peft takes the name of a module for that of experts in an older release."""
     tried = LoraConfig(target_modules=[name])
@@ -197,12 +225,21 @@ def is_renamed(model: PreTrainedModel, name: str) -> bool:
     return name not in (tried.target_modules or ())
 
 
-def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str]) -> str | None:
+def shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the weights of linear layers that are at several places of the model."""
+    layers = [module for _, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear | Conv1D)]
+    counts = Counter(id(layer.weight) for layer in layers)
+    return {one for one, count in counts.items() if count > 1}
+
+
+def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str], shared: set[int]) -> str | None:
     module: Any = model.get_submodule(name)
     if f"{name}.weight" in routers:
         return ROUTER
     if not is_plain_product(module):
         return OWN_PRODUCT
+    if id(module.weight) in shared:
+        return SHARED
     if _is_read_directly(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]):
         return READ_DIRECTLY
     return GATE if min(module.weight.shape) == 1 else None
@@ -214,7 +251,7 @@ def _is_read_directly(parent: nn.Module, child: str) -> bool:
         code = inspect.getsource(type(parent))
     except (OSError, TypeError):
         return False
-    return re.search(rf"self\.{re.escape(child)}\.weight\b(?!\.(dtype|device|shape|size|is_))", code) is not None
+    return re.search(rf"self\.{re.escape(child)}\.weight\b(?!\[|\.(dtype|device|shape|size|is_))", code) is not None
 
 
 def _other_experts(model: nn.Module, known: set[str]) -> Iterator[str]:
