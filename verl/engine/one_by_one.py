@@ -3,8 +3,9 @@
 Dimensions: T tokens of the batch; L tokens of one document; M trained positions; H hidden size; V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def hidden_states(scorer: nn.Module, model: PreTrainedModel, batch: Batch) -> Te
         hidden_1LH: Tensor = decoder(input_ids=ids_1L, use_cache=False).last_hidden_state
         return hidden_1LH[0]
 
-    parts = [hidden_LH for _, hidden_LH in _of_documents(scorer, batch, compute)]
+    parts = [hidden_LH + _of_root(scorer) for _, hidden_LH in _of_documents(scorer, batch, compute)]
     missing = len(batch.input_ids_T) - sum(map(len, parts))
     return torch.cat([*parts, parts[-1].new_zeros(missing, parts[-1].shape[1])])
 
@@ -45,6 +46,7 @@ def own_scores(scorer: nn.Module, model: PreTrainedModel, batch: Batch, temperat
         return logits_1LV[0]
 
     for tokens, logits_LV in _of_documents(scorer, batch, compute):
+        logits_LV = logits_LV + _of_root(scorer)
         mine_M = batch.trained_M[(batch.trained_M >= tokens.start) & (batch.trained_M < tokens.stop)]
         outs.append(scores_of_logits(logits_LV[mine_M - tokens.start], batch.target_T[mine_M], rule, entropy))
     logprob_M, entropy_M = (torch.cat(parts) for parts in zip(*outs, strict=True))
@@ -78,3 +80,33 @@ def _most(scorer: nn.Module, documents: int, device: torch.device) -> int:
     over_ranks = torch.tensor([most], device=device)
     dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX, group=processes.group())
     return int(over_ranks)
+
+
+# Ranks exchange the gradients of a sharded module in one message, of the weights that have one. Some architectures do not use all weights
+# for a short document, and then the messages of two ranks would not match. So every weight gets a gradient, which may be 0.
+
+
+def use_all_weights(layers: Iterable[nn.Module]) -> None:
+    """Let the output of each layer depend on all of its weights, by a term of 0. Call this before the layers are sharded."""
+    for layer in layers:
+        layer.register_forward_hook(_depend_on_all)
+
+
+def _depend_on_all(layer: nn.Module, inputs: Any, output: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return output
+    if isinstance(output, tuple):
+        return (output[0] + _zero(layer.parameters()).to(output[0].dtype), *output[1:])
+    return output + _zero(layer.parameters()).to(output.dtype)
+
+
+def _of_root(scorer: nn.Module) -> Tensor | float:
+    """Return a 0 that depends on the weights outside the sharded layers."""
+    if not (isinstance(scorer, FSDPModule) and torch.is_grad_enabled()):
+        return 0.0
+    inside = {p for part in scorer.modules() if part is not scorer and isinstance(part, FSDPModule) for p in part.parameters()}
+    return _zero(p for p in scorer.parameters() if p not in inside)
+
+
+def _zero(parameters: Iterable[Tensor]) -> Tensor:
+    return torch.stack([p.reshape(-1)[:1].sum().float() for p in parameters if p.requires_grad] or [torch.zeros(())]).sum() * 0.0

@@ -300,7 +300,12 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
         "offload_policy": CPUOffloadPolicy(pin_memory=sharding.pin) if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
         "reshard_after_forward": sharding.reshard_after_forward and not alone,
     }
-    layers: list[Any] = [fully_shard(layer, **options) for layer in _separate(decoder_layers(scorer.model))]
+    separate = _separate(decoder_layers(scorer.model))
+    if not scorer.path.packed:
+        from verl.engine.one_by_one import use_all_weights  # as in Scorer.hidden
+
+        use_all_weights(separate)
+    layers: list[Any] = [fully_shard(layer, **options) for layer in separate]
     for layer, following in pairwise(layers):
         layer.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([layer])
