@@ -15,12 +15,12 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     FalconConfig,
+    FalconForCausalLM,
     Gemma2Config,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     Phi3Config,
     PhimoeConfig,
@@ -33,9 +33,11 @@ from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.pack import Document, collate
 from verl.engine import trial
 from verl.engine.engine import Engine
+from verl.engine.layers import decoder_layers
 from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer
 from verl.engine.trial import check_scorer, choose_path
+from verl.engine.weights import _separate
 from verl.errors import UserError
 from verl.models.attention.packed import ForwardPath
 from verl.models.load import load_for_training
@@ -166,11 +168,22 @@ def test_loss_and_gradient_are_those_of_each_document_alone_however_rows_are_cut
 
 def test_ranks_with_sharded_weights_and_unequal_numbers_of_documents_do_not_wait_for_each_other(tmp_path: Path) -> None:
     """Rank 0 has seven documents and rank 1 has one; each document gathers the weights from both."""
-    model = write_model(tmp_path / "model", ALONE["mamba"], kind=MambaForCausalLM)
+    model = write_model(tmp_path / "model", ALONE["falcon with alibi"], kind=FalconForCausalLM)
     expected = loss_and_gradient_alone(model, unequal_documents())[1]
     run_ranks("gradient.py", model, tmp_path / "found.pt", "unequal")
     found, whole = torch.load(tmp_path / "found.pt", weights_only=True), torch.cat([g.flatten() for g in expected.values()])
     torch.testing.assert_close(found["gradient"], whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_a_block_inside_a_layer_is_no_layer_and_layers_that_share_weights_are_sharded_with_the_rest() -> None:
+    with torch.device("meta"):
+        mamba = AutoModelForCausalLM.from_config(ALONE["mamba"])
+        shared = AutoModelForCausalLM.from_config(PACKED["qwen2"])
+    layers = decoder_layers(mamba)
+    assert len(layers) == 2
+    assert _separate(layers) == layers
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    assert _separate(decoder_layers(shared)) == []
 
 
 def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
