@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(now: tuple[str, str], mode
 def test_packed_batches_are_compared_in_float32_before_the_weights_become_bfloat16(
     model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import verl.engine.build as module
+    import verl.engine.trial as module
 
     seen: list[Any] = []
     monkeypatch.setattr(module, "check_scorer", lambda scorer: seen.extend(p.dtype for p in scorer.parameters()))

@@ -19,7 +19,7 @@ from verl.engine.layers import Compiler, recompute_activations
 from verl.engine.outline import Outline
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.engine.weights import MasterWeights
-from verl.models.attention.packed import describe_attention, use_attention
+from verl.models.attention.packed import ForwardPath, describe_attention, use_attention
 from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, numel, read_adapter_config
 from verl.models.prompt_format import PromptFormat
 
@@ -255,19 +255,17 @@ def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenSco
     device, home, compute_dtype = decisions.device, loading_device(decisions), decisions.compute_dtype
     path, attention = decisions.path, decisions.path.attention
     if decisions.is_sharded and not _needs_base_weights(settings):
-        from verl.models.shards import load_without_values, small_twin
+        from verl.models.shards import load_without_values
 
         frozen = compute_dtype if adapters else decisions.param_dtype
         loaded = load_without_values(source, dtype=frozen, trust_remote_code=trusted, attention=attention)
         if loaded is not None:
-            _check(TokenScorer(small_twin(loaded.model, device, attention), path=path))
+            _check_twin(loaded, device, path)
             return loaded, TokenScorer(loaded.model, path=path)
     if adapters and compute_dtype != torch.float32 and not (settings.use_dora or settings.load_in_4bit):
-        from verl.models.shards import small_twin
-
         # Frozen weights do not need float32. DoRA does, because it starts from the norms of the weight rows.
         loaded = load_for_training(source, device=home, dtype=compute_dtype, trust_remote_code=trusted, attention=attention)
-        _check(TokenScorer(small_twin(loaded.model, device, attention), path=path))
+        _check_twin(loaded, device, path)
         return loaded, TokenScorer(loaded.model, path=path)
     if settings.load_in_4bit:
         from verl.models.quantize import load_in_4bit
@@ -290,6 +288,13 @@ def _needs_base_weights(settings: ModelConfig) -> bool:
     existing = {} if settings.lora_adapter_path is None else read_adapter_config(settings.lora_adapter_path) or {}
     requested = settings.use_dora or settings.load_in_4bit or settings.trainable_tokens is not None
     return bool(requested or existing.get("use_dora") or existing.get("trainable_token_indices"))
+
+
+def _check_twin(loaded: Loaded, device: torch.device, path: ForwardPath) -> None:
+    if path.packed:  # the model's own code needs no twin
+        from verl.models.shards import small_twin
+
+        _check(TokenScorer(small_twin(loaded.model, device)))
 
 
 def _check(scorer: TokenScorer) -> None:

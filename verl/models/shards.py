@@ -73,12 +73,11 @@ def load_without_values(
 
 def small_twin(model: PreTrainedModel, device: torch.device, attention: str = PACKED) -> PreTrainedModel:
     """Build a small model of the same architecture in float32, with random weights, a small vocabulary and each type of layer."""
+    from verl.models.twin import keep_few_layers  # once a run
+
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    text.num_hidden_layers = max(2, 1 + max(map(kinds.index, set(kinds)))) if kinds else 2
-    if kinds:
-        text.layer_types = kinds[: text.num_hidden_layers]
+    keep_few_layers(text)
     text.vocab_size = TWIN_VOCABULARY
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     with torch.device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):

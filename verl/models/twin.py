@@ -33,7 +33,7 @@ GROUPS = ("n_group", "topk_group", "num_expert_group")
 
 def twin_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     """Yield configs of twins, the one to try first first. Not each of them may be valid for the architecture."""
-    changes: list[Callable[[Any], None]] = [_narrow, _with_few_experts, _with_few_layers]
+    changes: list[Callable[[Any], None]] = [_narrow, _with_few_experts, keep_few_layers]
     if _is_small(config.get_text_config(decoder=True)):
         yield _changed(config)
     for first in range(len(changes)):
@@ -111,7 +111,7 @@ def _is_long(name: Any, value: Any) -> bool:
     return named and isinstance(value, int) and not isinstance(value, bool) and value > SHORT
 
 
-def _with_few_layers(text: Any) -> None:
+def keep_few_layers(text: Any) -> None:
     """Keep the first layers, such that each kind of layer is among them."""
     layers = text.num_hidden_layers
     by_layer = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == layers}
