@@ -125,13 +125,15 @@ class Built:
 
     def describe(self) -> str:
         """Describe the device, attention kernel, model size and dtypes, for the first lines of a run."""
+        from verl.models.experts import describe_parameters  # once in a run
+
         engine, decisions = self.engine, self.decisions
         path, kernel = decisions.path, partial(describe_attention, decisions.attention, engine.device.type, engine.compute_dtype)
         attention = kernel() if path.packed and path.fused else path.describe()
         trained, everything = sum(p.numel() for p in engine.trained), sum(numel(p) for p in engine.scorer.parameters())
         return (
             f"device: {dist.describe_device(engine.device)}; attention: {attention}\n"
-            f"model: {type(self.loaded.model).__name__}, {everything:,} parameters, {trained:,} trained, "
+            f"model: {type(self.loaded.model).__name__}, {describe_parameters(everything, self.loaded.model)}, {trained:,} trained, "
             f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
             f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})"
             + (f"\n{note}" if (note := self._note()) else "")

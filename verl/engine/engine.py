@@ -162,9 +162,11 @@ class Engine:
         Args:
             micro_batches: micro-batches of this rank, in host memory; the same number on every rank.
         """
+        from verl.models.randomness import is_random
+
         training = self.scorer.training
-        # Stay in training mode, because evaluation mode would compile other kernels. Only dropout must be off.
-        self.scorer.train(training and not _has_dropout(self.scorer))
+        # Stay in training mode, because evaluation mode would compile other kernels. Only dropout and the like must be off.
+        self.scorer.train(training and not is_random(self.scorer, self.scorer.model.config))
         outs = [_without_gradient(self.scorer(batch.to(self.device))) for batch in micro_batches]
         self.scorer.train(training)
         if isinstance(self.scorer, FSDPModule):
@@ -216,10 +218,6 @@ def _counts(batch: Batch, algorithm: Algorithm) -> tuple[float, float]:
 
 def _scaled(slope: Slope, scale: Tensor) -> Slope:
     return slope * scale if isinstance(slope, Tensor) else lambda logprob_C, rows: slope(logprob_C, rows) * scale
-
-
-def _has_dropout(scorer: Scorer) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in scorer.modules())
 
 
 def _without_gradient(out: Any) -> Any:

@@ -140,17 +140,20 @@ def count(model: nn.Module) -> int:
 def training_flops(model: PreTrainedModel) -> Callable[[int, int], float]:
     """Return a function of (tokens, trained tokens) that gives the FLOP of forward and backward pass.
 
-    Each token costs 6 FLOP per trained weight, and 4 per frozen weight, which has no gradient of its own but passes one on. The output
-    layer sees the trained tokens only. Attention scores and recomputed activations are not counted.
+    Each token costs 6 FLOP per trained weight, and 4 per frozen weight, which has no gradient of its own but passes one on. Of a mixture
+    of experts, only the active weights count. The output layer sees the trained tokens only. Attention scores and recomputed activations
+    are not counted.
     """
-    output = model.get_output_embeddings()  # None for a model with a scalar head
-    head = 0.0 if output is None else _flops(output.parameters())
+    from verl.models.experts import active_shares  # once in a run
+
+    output, shares = model.get_output_embeddings(), active_shares(model)  # no output layer for a model with a scalar head
+    head = 0.0 if output is None else _flops(output.parameters(), {})
     parts = [model.get_input_embeddings(), *([output] if output is not None else [])]
     embeddings = {id(p) for part in parts for p in part.parameters()}
-    inner = _flops(p for p in model.parameters() if id(p) not in embeddings)
+    inner = _flops((p for p in model.parameters() if id(p) not in embeddings), shares)
     return lambda tokens, trained_tokens: inner * tokens + head * trained_tokens
 
 
-def _flops(parameters: Iterable[nn.Parameter]) -> float:
+def _flops(parameters: Iterable[nn.Parameter], shares: dict[int, float]) -> float:
     matrices = (p for p in parameters if p.ndim > 1)
-    return sum((6.0 if p.requires_grad else 4.0) * numel(p) for p in matrices)
+    return sum((6.0 if p.requires_grad else 4.0) * numel(p) * shares.get(id(p), 1.0) for p in matrices)

@@ -7,6 +7,7 @@ from verl.data.loader import TokenizedRows, describe_steps, epoch_rows
 from verl.engine.hardware import CARDS, GIB
 from verl.engine.outline import Outline
 from verl.errors import UserError
+from verl.models.experts import describe_parameters
 from verl.plan import memory
 from verl.plan.plan import Plan
 from verl.plan.remedies import adviser
@@ -14,14 +15,16 @@ from verl.plan.remedies import adviser
 
 def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str:
     """Return the text that `verl plan` prints."""
-    return "\n".join([*_sizes(plan, epoch_rows(documents)), *_memory(plan), *_cards(plan, adviser(config, documents, outline, plan))])
+    return "\n".join(
+        [*_sizes(plan, epoch_rows(documents), outline), *_memory(plan), *_cards(plan, adviser(config, documents, outline, plan))]
+    )
 
 
-def _sizes(plan: Plan, rows: int) -> Iterator[str]:
+def _sizes(plan: Plan, rows: int, outline: Outline) -> Iterator[str]:
     model, work, steps = plan.decoder, plan.work, plan.steps
     spread = "" if work.gpus == 1 else ", weights replicated" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
     yield (
-        f"model: {plan.name}, {model.trained + model.frozen:,} parameters, {model.trained:,} trained, "
+        f"model: {plan.name}, {describe_parameters(model.trained + model.frozen, outline.adapted)}, {model.trained:,} trained, "
         f"layers {'compiled' if work.compiled else 'not compiled'}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
     )
     yield (

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist, plugin
@@ -33,6 +32,7 @@ from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.answering import Answerer
 from verl.rl.method import Method
 from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
+from verl.rl.still import hold_still
 from verl.rl.tool import load_tool
 from verl.rollout import Rollout, load_rollout, share
 from verl.run import Run
@@ -67,13 +67,8 @@ class Roles:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Set the actor to evaluation mode in this context. After it, the rollout frees memory if it `sleeps`."""
-        scorer = self.actor.engine.scorer
-        scorer.eval()
-        try:
-            yield
-        finally:
-            scorer.train()
+        """Generate in this context. After it, the rollout frees memory if it `sleeps`."""
+        yield
         if self.sleeps:
             self.answerer.rollout.sleep()
 
@@ -178,13 +173,13 @@ def build_roles(
     actor = build(
         config.model, config.optim, tokenizer, decisions.actor, stop_ids=stop_ids, system_prompts=systems, seed=seed, dropout=False
     )
-    disable_dropout(actor.engine)
     score_at(actor.engine, config.rollout.temperature, entropy="gradient" if method.entropy_gradient else True)
+    _still(actor.engine, f"model.partial_pretrain={config.model.partial_pretrain}", run)
     critic = None
     if decisions.critic is not None:
         path = config.critic.partial_pretrain or config.model.partial_pretrain
         critic = build_critic(config.model, config.critic.optim, path, actor, decisions.critic, seed=seed)
-        disable_dropout(critic.engine)
+        _still(critic.engine, f"critic.partial_pretrain={path}", run)
     reference = build_reference(config.model, actor, method.reference) if method.shared.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
@@ -200,11 +195,11 @@ def warn_of_dropout(config: PPOConfig, run: Run) -> None:
         run.say(f"model.lora_adapter_path={path}: its dropout of {share} is off; it would change ratios of new to old probability")
 
 
-def disable_dropout(engine: Engine) -> None:
-    """Set dropout to 0, so that training and scoring give the same log-probabilities, and ratios are 1 before an update."""
-    for module in engine.scorer.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+def _still(engine: Engine, where: str, run: Run) -> None:
+    """Switch off whatever is random in a model, and log it. Raises UserError if the model stays random."""
+    if found := hold_still(engine, where=where):
+        listed = ", ".join(f"{name}={value:g}" for name, value in found.items())
+        run.say(f"{where}: what is random in training is off: {listed} in config.json; it would change ratios of new to old probability")
 
 
 def score_at(engine: Engine, temperature: float, *, entropy: Entropy = False) -> None:
