@@ -16,6 +16,7 @@ def check_model(model: ModelConfig) -> None:
     one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16"))
     one_of("model.attn_implementation", model.attn_implementation, ("auto", "fa2", "fa3", "fa4", "short", "sdpa"))
     at_least("model.fsdp_config.shard_size", model.fsdp_config.shard_size, 1)
+    at_least("model.router_aux_loss_coef", model.router_aux_loss_coef, 0)
     check_strategy(model)
     check_lora(model)
 

@@ -61,6 +61,8 @@ class ModelConfig:
     # Attention on a GPU in bfloat16: "auto" (the newest installed FlashAttention that passes a trial), "fa2" (part of PyTorch), "fa3",
     # "fa4", "short" (verl's own kernels for short documents), or "sdpa" (PyTorch's, one document at a time).
     attn_implementation: str = "auto"
+    # Mixtures of experts: weight of the routers' load-balancing loss; null: as the model's config says (output_router_logits), 0: none.
+    router_aux_loss_coef: float | None = None
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 

@@ -29,7 +29,7 @@ KINDS = {
         algorithm.max_refills
         critic.warmup_steps
         data.max_length data.packing data.train_batch_size data.prompts_per_step data.max_prompt_length
-        model.compute_dtype model.param_dtype model.load_in_4bit
+        model.compute_dtype model.param_dtype model.load_in_4bit model.router_aux_loss_coef
         model.lora_rank model.lora_alpha model.lora_dropout model.target_modules model.trainable_tokens model.use_dora model.use_rslora
         optim.name optim.lr optim.weight_decay optim.clip_grad optim.lr_scheduler optim.warmup_steps_ratio optim.min_lr_ratio
         optim.stable_ratio

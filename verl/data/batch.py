@@ -31,6 +31,7 @@ class Batch:
             documents and may have no trained token; cu_seqlens, max_seqlen and sample_ids_S describe the whole batch on every rank.
         first_token: index of this rank's first token in the whole batch.
         has_filler: whether the last document is filler.
+        real_T: which tokens belong to a row, bool; None: all do. The others are filler or padding.
 
     For reinforcement learning, one float32 value per trained position, in the order of trained_M, or None if not computed:
         advantage_M: advantage of the token.
@@ -52,6 +53,7 @@ class Batch:
     parts: int = 1
     first_token: int = 0
     has_filler: bool = False
+    real_T: Tensor | None = None
     advantage_M: Tensor | None = None
     old_logprob_M: Tensor | None = None
     ref_logprob_M: Tensor | None = None
@@ -82,6 +84,7 @@ class Batch:
             position_ids_T=self.position_ids_T[here],
             target_T=self.target_T[here],
             loss_mask_T=self.loss_mask_T[here],
+            real_T=None if self.real_T is None else self.real_T[here],
             trained_M=self.trained_M[mine_M] - here.start,
             parts=parts,
             first_token=here.start,

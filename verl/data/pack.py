@@ -77,9 +77,10 @@ def collate(
         sample_ids.append(-1)
     cu_seqlens = np.concatenate([[0], np.cumsum(room)])
     input_ids, target = np.zeros(cu_seqlens[-1], dtype=np.int64), np.zeros(cu_seqlens[-1], dtype=np.int64)
-    loss_mask = np.zeros(cu_seqlens[-1], dtype=bool)
+    loss_mask, real = np.zeros((2, cu_seqlens[-1]), dtype=bool)
     for (ids, mask), start in zip(documents, cu_seqlens, strict=False):
         input_ids[start : start + len(ids)] = ids
+        real[start : start + len(ids)] = True
         target[start : start + len(ids) - 1] = ids[1:]
         loss_mask[start : start + len(ids) - 1] = mask[1:]
     position_ids = np.concatenate([np.arange(length) for length in room])
@@ -94,6 +95,7 @@ def collate(
         sample_ids_S=torch.tensor(sample_ids, dtype=torch.int64),
         trained_M=torch.from_numpy(loss_mask.nonzero()[0]),
         has_filler=filler > 0,
+        real_T=None if real.all() else torch.from_numpy(real),
         **of_trained,
     )
 

@@ -19,8 +19,8 @@ from verl.engine.layers import Compiler, recompute_activations
 from verl.engine.outline import Outline
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.engine.weights import MasterWeights
-from verl.models.attention.packed import ForwardPath, describe_attention, use_attention
-from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, numel, read_adapter_config
+from verl.models.attention.packed import ForwardPath, use_attention
+from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, read_adapter_config
 from verl.models.prompt_format import PromptFormat
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class Built:
         adapted: the model with its adapters; None without adapters.
         stop_ids: token ids that end a trained response.
         system_prompts: system prompts of the training chats, with None for a chat without one; None if each chat has its own.
-        warning: warning about stop tokens whose embeddings were never trained and that the adapters do not train; None if there are
-            none.
+        notes: further lines for the log: about stop tokens that are never trained, and about a router's loss.
     """
 
     engine: Engine
@@ -47,7 +46,7 @@ class Built:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
     system_prompts: list[str | None] | None
-    warning: str | None
+    notes: list[str]
 
     def export(self, directory: Path) -> None:
         """Write the Hugging Face files: only the adapter if there is one, else the whole model. Every rank calls it."""
@@ -125,20 +124,10 @@ class Built:
 
     def describe(self) -> str:
         """Describe the device, attention kernel, model size and dtypes, for the first lines of a run."""
-        from verl.models.experts import describe_parameters  # once in a run
+        from verl.engine.description import describe  # once in a run
 
-        engine, decisions = self.engine, self.decisions
-        path, kernel = decisions.path, partial(describe_attention, decisions.attention, engine.device.type, engine.compute_dtype)
-        attention = kernel() if path.packed and path.fused else path.describe()
-        trained, everything = sum(p.numel() for p in engine.trained), sum(numel(p) for p in engine.scorer.parameters())
-        return (
-            f"device: {dist.describe_device(engine.device)}; attention: {attention}\n"
-            f"model: {type(self.loaded.model).__name__}, {describe_parameters(everything, self.loaded.model)}, {trained:,} trained, "
-            f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
-            f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})"
-            + (f"\n{note}" if (note := self._note()) else "")
-            + (f"\nwarning: {self.warning}" if self.warning else "")
-        )
+        notes = [note, *self.notes] if (note := self._note()) else self.notes
+        return "\n".join([*describe(self.engine, self.decisions, self.loaded.model), *notes])
 
 
 def whole_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -146,10 +135,6 @@ def whole_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def check_context(outline: Outline) -> None:
@@ -182,16 +167,18 @@ def build(
     Raises:
         UserError: no such model, or it cannot be trained with these settings.
     """
+    from verl.engine.router_loss import find_router_loss  # once in a run
+
     prepare_process(decisions, seed)
     loaded, scorer = _load(settings, decisions)
     check_vocabulary(loaded.model, tokenizer, settings.partial_pretrain)
-    adapted, warning = None, None
+    adapted, notes = None, []
     if _has_adapters(settings):
         from verl.models.adapters.lora import add_adapters
         from verl.models.adapters.trained_tokens import stop_token_warning, untrained_stop_tokens
 
         untrained = untrained_stop_tokens(loaded.output_embeddings(), tokenizer, stop_ids)
-        warning = stop_token_warning(untrained) if untrained and settings.trainable_tokens is None else None
+        notes = [f"warning: {stop_token_warning(untrained)}"] if untrained and settings.trainable_tokens is None else []
         adapted = add_adapters(
             loaded.model,
             settings,
@@ -204,7 +191,8 @@ def build(
         _use_operators(adapted, loaded.model, decisions)
     compiler = prepare_layers(loaded.model, decisions, liger=settings.use_liger)
     engine = make_engine(scorer, optim, loaded, decisions)
-    return Built(engine, decisions, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, warning)
+    engine.router_loss, more = find_router_loss(loaded.model, settings.router_aux_loss_coef)
+    return Built(engine, decisions, compiler, loaded, adapted, tokenizer, stop_ids, system_prompts, [*notes, *more])
 
 
 def prepare_process(decisions: Decisions, seed: int) -> None:

@@ -11,6 +11,7 @@ from verl.config.shared import ModelConfig, OptimConfig
 from verl.engine.build import Built, cast_weights, loading_device, make_engine, prepare_layers, prepare_process
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
+from verl.engine.router_loss import find_router_loss
 from verl.engine.trial import check_hidden
 from verl.engine.value_scorers import RewardScorer, ValueScorer
 from verl.models.heads import load_critic, load_reward_model
@@ -96,7 +97,8 @@ def build_reward_model(
     cast_weights(loaded.model, decisions.param_dtype)
     compiler = prepare_layers(loaded.model, decisions, liger=settings.use_liger)
     engine = make_engine(RewardScorer(loaded.model, forward), optim, loaded, decisions)
-    return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, None)
+    _, notes = find_router_loss(loaded.model, settings.router_aux_loss_coef)
+    return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, notes)
 
 
 def _model_to_check(loaded: Loaded, decisions: Decisions) -> PreTrainedModel:

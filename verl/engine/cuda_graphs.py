@@ -74,6 +74,7 @@ def fill_up(batch: Batch, size: GraphSize) -> tuple[Batch, Tensor]:
         max_seqlen=size.max_seqlen,
         target_T=append(batch.target_T, nothing),
         loss_mask_T=append(batch.loss_mask_T, nothing),
+        real_T=None,
         sample_ids_S=append(batch.sample_ids_S, torch.full((size.documents - len(batch.sample_ids_S),), -1)),
         trained_M=append(batch.trained_M, torch.full((size.trained - trained,), end)),
     )

@@ -24,6 +24,7 @@ from verl.models.linear import use_whole_cpu
 
 if TYPE_CHECKING:
     from verl.engine.cuda_graphs import CapturedBackward
+    from verl.engine.router_loss import RouterLoss
 
 
 class Engine:
@@ -59,6 +60,7 @@ class Engine:
             scorer.requires_grad_(False)
         self.weights = spread_weights(scorer, spread, device=device, compute_dtype=compute_dtype, fill=fill)
         self.captured = _captured(scorer, device, graph_tokens) if graph_tokens else None
+        self.router_loss: RouterLoss | None = None  # of a mixture of experts; set before training
         self.trained = list(self.weights.trained.values())
         self._skipped = 0
         if config is not None:
@@ -119,21 +121,24 @@ class Engine:
         totals = self._totals([_counts(batch, algorithm) for batch in micro_batches] + uncounted)
         scale = processes.world_size() / totals[1]  # gradients are averaged over ranks, but we need their sum
         results: list[LossOut] = []
+        if self.router_loss is not None:
+            self.router_loss.begin(self.scorer, micro_batches, self.device)
         for number, batch in enumerate(micro_batches):
             processes.moved()
             self.weights.begin(last=number == len(micro_batches) - 1)
             found = None
-            if self.captured is not None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
+            if self.captured is not None and self.router_loss is None and len(micro_batches) == 1 and not hasattr(algorithm, "count"):
                 found = self.captured.backward(batch, algorithm, scale)
             results.append(found if found is not None else self._backward(batch, algorithm, scale))
             self.weights.collect()
-        return self._metrics(results, totals)
+        return self._metrics(results, totals) | ({} if self.router_loss is None else self.router_loss.finish())
 
     def _backward(self, batch: Batch, algorithm: Algorithm, scale: Tensor) -> LossOut:
         batch = batch.to(self.device)
         slope = algorithm.slope(batch)
         result = algorithm.loss(self.scorer(batch, None if slope is None else _scaled(slope, scale)), batch)
-        (result.sum * scale).backward()
+        more = 0.0 if self.router_loss is None else self.router_loss.of(batch)
+        (result.sum * scale + more).backward()
         return result.detached()
 
     @torch.no_grad()

@@ -86,7 +86,8 @@ class Updates:
     def _take(self, engine: Engine, loss: Algorithm, experience: Experience, step: int, role: str) -> Out:
         outs = []
         for number, packed in enumerate(experience.packed()):
-            skips = self.skips_zero_advantage and role == "actor"
+            # A router's loss has a gradient where the advantage has none.
+            skips = self.skips_zero_advantage and role == "actor" and engine.router_loss is None
             batches, left_out = packed.by_advantage() if skips else (packed.batches, [])
             if dist.most(sum(len(batch.trained_M) for batch in batches)) == 0:
                 continue  # no answers: with dynamic sampling, every group of the step was excluded
