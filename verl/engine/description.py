@@ -7,7 +7,7 @@ from verl import dist
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.models.attention.packed import describe_attention
-from verl.models.experts import describe_parameters
+from verl.models.experts import describe_experts, describe_parameters
 from verl.models.load import numel
 
 
@@ -21,7 +21,7 @@ def describe(engine: Engine, decisions: Decisions, model: PreTrainedModel) -> li
         f"device: {dist.describe_device(engine.device)}; attention: {attention}",
         f"model: {type(model).__name__}, {describe_parameters(everything, model)}, {trained:,} trained, "
         f"weights in {_name(engine.trained[0].dtype)} {engine.weights.place}, arithmetic in {_name(engine.compute_dtype)}, "
-        f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled})",
+        f"layers {'compiled' if decisions.compiled else 'not compiled'} ({decisions.why_compiled}){describe_experts(model)}",
     ]
 
 

@@ -114,8 +114,8 @@ class Sums:
             real_T: which tokens are no filler; None: all.
         """
         counts, probabilities, rows = [], [], 0
-        for layer in logits:
-            probability_TE = layer.reshape(-1, layer.shape[-1]).float().softmax(-1)
+        for layer in map(_rows, logits):
+            probability_TE = layer.float().softmax(-1)
             chosen_TE = torch.zeros_like(probability_TE).scatter_(1, probability_TE.detach().topk(top_k, -1).indices, 1.0)
             if real_T is not None:
                 probability_TE, chosen_TE = probability_TE * real_T[:, None], chosen_TE * real_T[:, None]
@@ -144,7 +144,8 @@ class RouterLoss:
         found = _experts(model)
         assert found is not None
         self.coef, self._top_k, self._is_random = coef, found[1], is_random(model, model.config)
-        self._watches, self._logits = False, ()
+        self._watches = False
+        self._calls: list[Sequence[Tensor]] = []  # router logits of each layer, for each call of the decoder on a micro-batch
         self._ahead: list[Sums] = []  # of the micro-batches after the first, without gradients
         self._states: list[list[Tensor]] = []  # of the random generators: before the forward pass of each of them, and after the first
         self._counts_E: Tensor | None = None
@@ -158,12 +159,12 @@ class RouterLoss:
 
     def _take(self, decoder: Any, args: Any, output: Any) -> None:
         if self._watches:
-            self._logits = output.router_logits
+            self._calls.append(output.router_logits)
 
     @torch.no_grad()
     def begin(self, scorer: nn.Module, micro_batches: Sequence[Batch], device: torch.device) -> None:
         """Prepare for the micro-batches of a step: run the model on all but the first, to count how often each expert is chosen."""
-        self._watches, self._ahead, self._states, self._counts_E = True, [], [], None
+        self._watches, self._calls, self._ahead, self._states, self._counts_E = True, [], [], [], None
         for batch in micro_batches[1:]:
             processes.moved()
             batch = batch.to(device)
@@ -193,12 +194,19 @@ class RouterLoss:
 
     def finish(self) -> dict[str, Tensor]:
         """Return the loss over all micro-batches and ranks as a metric, without the coefficient."""
-        self._watches, self._logits = False, ()
+        self._watches = False
         return {"router_aux_loss": _summed(self._value).float()}
 
     def _sums(self, batch: Batch) -> Sums:
-        logits, self._logits = self._logits, ()
-        return Sums.of(logits, self._top_k, batch.real_T)
+        calls, self._calls = self._calls, []  # several if documents are read one at a time
+        layers = [torch.cat([_rows(layer) for layer in of_layer]) for of_layer in zip(*calls, strict=True)]
+        has_all = batch.real_T is not None and len(layers[0]) == len(batch.real_T)  # else the filler was not read
+        return Sums.of(layers, self._top_k, batch.real_T if has_all else None)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Return router logits as [T, E]; some models give [1, T, E]."""
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def _summed(values: Tensor) -> Tensor:

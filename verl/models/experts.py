@@ -43,6 +43,16 @@ def describe_parameters(number: int, model: PreTrainedModel) -> str:
     return f"{text} ({_short(number)}, {_short(active_parameters(model))} active)" if active_shares(model) else text
 
 
+def describe_experts(model: PreTrainedModel) -> str:
+    """Return ", " and how a model's experts are computed: in one grouped product of matrices, or one after another; "" without experts."""
+    experts = [module for path, module in model.named_modules() if _are_experts(path, module)]
+    if not experts:
+        return ""
+    # transformers marks the classes whose forward pass it may replace.
+    grouped = model.config.get_text_config()._experts_implementation == "grouped_mm" and any(hasattr(e, "is_transposed") for e in experts)
+    return ", experts in one grouped product" if grouped else f", experts by the code of {type(model).__name__}, which has no grouped form"
+
+
 def _short(number: float) -> str:
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
