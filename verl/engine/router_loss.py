@@ -28,7 +28,7 @@ from verl.errors import UserError
 from verl.models.randomness import is_random
 
 KEY = "model.router_aux_loss_coef"
-NAMES = ("router_aux_loss_coef", "aux_loss_coef")  # of the coefficient, in a model's class
+NAMES = ("router_aux_loss_coef", "aux_loss_coef")  # of the coefficient, in a model or its config
 ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]  # of transformers' function
 
 
@@ -50,7 +50,8 @@ def find_router_loss(model: PreTrainedModel, coef: float | None) -> "tuple[Route
         if coef is not None:
             raise UserError(why, where=f"{KEY}={coef:g}", fix="remove this key")
         return None, [*notes, f"warning: config.json asks for the routers' load-balancing loss (output_router_logits), but {why}"]
-    weight = coef if coef is not None else next((value for name in NAMES if (value := getattr(model, name, None)) is not None), 0.0)
+    stated = (getattr(place, name, None) for place in (model, text) for name in NAMES)
+    weight = coef if coef is not None else next((value for value in stated if value is not None), 0.0)
     if not weight:
         return None, notes
     source = KEY if coef is not None else "config.json"
