@@ -56,7 +56,9 @@ EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2, output_router_logits=True,
 MIXTRAL: dict[str, Any] = {**SHAPE, **EXPERTS, "num_local_experts": 4}
 FAMILIES: dict[type[PreTrainedModel], Any] = {
     MixtralForCausalLM: MixtralConfig(**MIXTRAL),
-    Qwen3MoeForCausalLM: Qwen3MoeConfig(**SHAPE, **EXPERTS, num_experts=6, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[1]),
+    Qwen3MoeForCausalLM: Qwen3MoeConfig(
+        **{**SHAPE, "head_dim": 8}, **EXPERTS, num_experts=6, moe_intermediate_size=16, mlp_only_layers=[1]
+    ),
     Qwen2MoeForCausalLM: Qwen2MoeConfig(**SHAPE, **EXPERTS, num_experts=6, moe_intermediate_size=16, shared_expert_intermediate_size=16),
     OlmoeForCausalLM: OlmoeConfig(**SHAPE, **EXPERTS, num_experts=6),
     GraniteMoeForCausalLM: GraniteMoeConfig(**SHAPE, **EXPERTS, num_local_experts=4),
@@ -132,7 +134,7 @@ def test_the_mean_over_micro_batches_and_no_loss_at_all_are_other_gradients(fold
         alone.router_loss._counts_E, alone.router_loss._ahead = None, []
         return of(batch) / len(batches)
 
-    alone.router_loss.of = of_one  # type: ignore[method-assign]
+    alone.router_loss.of = of_one
     _, gradient = backward(alone, CUTS["several"])
     assert relative(gradient, expected) > 1e-3
 
@@ -157,7 +159,7 @@ def test_it_is_the_same_where_documents_are_read_one_at_a_time(folder: Path) -> 
         alone = [collate([(batch.input_ids_T[part].int().numpy(), np.ones(len(part), dtype=bool))], [0]) for part in parts]
         return torch.cat([*map(hidden, alone), torch.zeros(ends[-1] - ends[batch.documents], SHAPE["hidden_size"])])
 
-    engine.scorer.hidden = one_at_a_time  # type: ignore[method-assign]
+    engine.scorer.hidden = one_at_a_time
     loss, gradient = backward(engine, packed)
     assert loss == pytest.approx(expected[0], abs=1e-6) and relative(gradient, expected[1]) < 1e-5
 

@@ -1,6 +1,7 @@
 """Run by test_router_loss on each process: the router loss and the gradient of its share of the rows. router_loss.py MODEL FILE."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from verl.engine.router_loss import find_router_loss
 
 if __name__ == "__main__":
     dist.start()
-    engine = engine_of(sys.argv[1], checkpointing=True)
+    engine = engine_of(Path(sys.argv[1]), checkpointing=True)
     engine.router_loss, _ = find_router_loss(engine.scorer.model, None)
     batches = micro_batches(RandomDocuments(), np.arange(8), Packing(1, 60), rank=dist.rank(), world_size=dist.world_size())
     assert len(batches) > 1
