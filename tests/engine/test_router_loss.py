@@ -1,6 +1,5 @@
 """The load-balancing loss of routers: that of transformers on the whole batch, however rows are cut up."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ from transformers import (
 )
 
 from verl.algorithms import sft
-from verl.data.batch import Batch
 from verl.data.loader import Packing, micro_batches
-from verl.data.pack import collate
 from verl.engine.engine import Engine
 from verl.engine.router_loss import RouterLoss, find_router_loss
 from verl.errors import UserError
+from verl.models.attention.packed import ForwardPath
 from verl.models.load import load_for_training, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -150,17 +148,10 @@ def test_it_is_the_same_where_documents_are_read_one_at_a_time(folder: Path) -> 
     """As for models that cannot read packed batches: the decoder runs several times on one micro-batch, and not on filler."""
     path = path_of(MixtralForCausalLM, folder)
     expected = backward(trained_engine(path), CUTS["several"])
-    engine, packed = trained_engine(path), Packing(1, 100, 32)
-    hidden = engine.scorer.hidden
-
-    def one_at_a_time(batch: Batch) -> Tensor:
-        ends = batch.cu_seqlens.tolist()
-        parts = [range(first, last) for first, last in pairwise(ends[: batch.documents + 1])]
-        alone = [collate([(batch.input_ids_T[part].int().numpy(), np.ones(len(part), dtype=bool))], [0]) for part in parts]
-        return torch.cat([*map(hidden, alone), torch.zeros(ends[-1] - ends[batch.documents], SHAPE["hidden_size"])])
-
-    engine.scorer.hidden = one_at_a_time
-    loss, gradient = backward(engine, packed)
+    engine = trained_engine(path)
+    engine.scorer.path = ForwardPath(packed=False, attention="eager")
+    engine.scorer.model.set_attn_implementation("eager")
+    loss, gradient = backward(engine, Packing(1, 100, 32))
     assert loss == pytest.approx(expected[0], abs=1e-6) and relative(gradient, expected[1]) < 1e-5
 
 

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from verl import dist as processes
 from verl.data.batch import Batch
+from verl.engine.scorers import Scorer
 from verl.errors import UserError
+from verl.models.load import decoder_of
 from verl.models.randomness import is_random
 
 KEY = "model.router_aux_loss_coef"
@@ -145,13 +147,13 @@ class RouterLoss:
         found = _experts(model)
         assert found is not None
         self.coef, self._top_k, self._is_random = coef, found[1], is_random(model, model.config)
-        self._watches = False
+        self._watches, self._packed = False, True
         self._calls: list[Sequence[Tensor]] = []  # router logits of each layer, for each call of the decoder on a micro-batch
         self._ahead: list[Sums] = []  # of the micro-batches after the first, without gradients
         self._states: list[list[Tensor]] = []  # of the random generators: before the forward pass of each of them, and after the first
         self._counts_E: Tensor | None = None
         self._rows = self._value = torch.zeros(())
-        decoder: Any = model.get_decoder()
+        decoder = decoder_of(model)
         decoder.register_forward_pre_hook(self._ask, with_kwargs=True)
         decoder.register_forward_hook(self._take)
 
@@ -163,9 +165,10 @@ class RouterLoss:
             self._calls.append(output.router_logits)
 
     @torch.no_grad()
-    def begin(self, scorer: nn.Module, micro_batches: Sequence[Batch], device: torch.device) -> None:
+    def begin(self, scorer: Scorer, micro_batches: Sequence[Batch], device: torch.device) -> None:
         """Prepare for the micro-batches of a step: run the model on all but the first, to count how often each expert is chosen."""
-        self._watches, self._calls, self._ahead, self._states, self._counts_E = True, [], [], [], None
+        self._watches, self._packed, self._counts_E = True, scorer.path.packed, None
+        self._calls, self._ahead, self._states = [], [], []
         for batch in micro_batches[1:]:
             processes.moved()
             batch = batch.to(device)
@@ -199,10 +202,13 @@ class RouterLoss:
         return {"router_aux_loss": _summed(self._value).float()}
 
     def _sums(self, batch: Batch) -> Sums:
-        calls, self._calls = self._calls, []  # several if documents are read one at a time
+        calls, self._calls, real_T = self._calls, [], batch.real_T
+        if not self._packed:  # one call a document, without filler, after those that only keep in step with other ranks
+            calls, real_T = calls[-batch.documents :], None
         layers = [torch.cat([_rows(layer) for layer in of_layer]) for of_layer in zip(*calls, strict=True)]
-        has_all = batch.real_T is not None and len(layers[0]) == len(batch.real_T)  # else the filler was not read
-        return Sums.of(layers, self._top_k, batch.real_T if has_all else None)
+        if not self._packed and batch.documents == 0:
+            real_T = torch.zeros(len(layers[0]), dtype=torch.bool, device=layers[0].device)
+        return Sums.of(layers, self._top_k, real_T)
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ from verl import dist
 from verl.data.pack import collate
 from verl.engine.engine import Engine
 from verl.engine.layers import uncompiled
-from verl.engine.scorers import TokenScorer, probe_documents
+from verl.engine.scorers import TokenScorer
+from verl.engine.trial import probe_documents
 from verl.errors import UserError
 from verl.models.randomness import random_settings
 
