@@ -146,12 +146,13 @@ def table(folder: Path) -> str:
 
 
 def path_of(found: dict[str, Any]) -> str:
-    """The path that the family takes, or why it takes none, in a few words."""
-    packed = next((o for o in found["outcomes"] if o["name"] in ("packed = alone", "twin")), None)
-    native = next((o for o in found["outcomes"] if o["name"] == "native = plain"), None)
-    training = "" if packed is None else packed["found"].rpartition("; ")[2] if packed["state"] in GOOD else packed["found"]
-    engine = "" if native is None or native["state"] == "refused" else "native"
-    return "; ".join(filter(None, (training.replace("|", "/")[:160], engine)))
+    """The path that the family takes in training and in generation, or why it takes none, in a few words."""
+    outcomes = {o["name"]: o for o in found["outcomes"]}
+    packed = outcomes.get("packed = alone") or outcomes.get("twin") or {"state": "none", "found": ""}
+    why = packed["found"].rpartition("; ")[2].replace("|", "/")[:160]
+    training = {"holds": "packed", "slower": f"one document at a time: {why}"}.get(packed["state"], why)
+    engines = [name.partition(" ")[0] for name in ("native = plain", "hf = plain") if outcomes.get(name, {}).get("state") in GOOD]
+    return "; ".join(filter(None, (training, *engines[:1])))
 
 
 def write_table(folder: Path) -> None:

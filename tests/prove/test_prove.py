@@ -67,6 +67,6 @@ def test_the_table_counts_what_is_exact_and_shows_what_is_wrong(tmp_path: Path) 
         grpo = {"name": "rollout = trainer", "state": last, "found": "traceback: KeyError"}
         (tmp_path / f"{name}.json").write_text(json.dumps({"family": name, "outcomes": [*outcomes, grpo]}))
     rows = run_families.table(tmp_path).splitlines()
-    assert "| gemma2 | exact, slower | exact, slower | refused | exact | its own code |" in rows
+    assert "| gemma2 | exact, slower | exact, slower | refused | exact | one document at a time: its own code; hf |" in rows
     assert "| GRPO | 1 |" in rows and "| wrong somewhere; lines that end in a traceback | 1; 1 |" in rows
     assert any(row.startswith("| rwkv |") and "**wrong**" in row for row in rows)
