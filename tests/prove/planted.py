@@ -78,11 +78,6 @@ def frequencies_of_the_longest(patch: Patch) -> None:
     patch.setattr("verl.models.rope.LengthRope.documents", lambda *_: nullcontext())
 
 
-def routers_are_adapted(patch: Patch) -> None:
-    """all-linear adapts what chooses the experts (families.md, F1)."""
-    patch.setattr("verl.models.adapters.targets.router_weights", lambda _: [])
-
-
 def router_loss_is_lost(patch: Patch) -> None:
     """The auxiliary loss that the config asks for is not trained (TRL#7009, Automodel#1408)."""
     patch.setattr("verl.engine.router_loss.find_router_loss", lambda *_: (None, []))

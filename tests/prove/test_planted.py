@@ -26,7 +26,6 @@ FAULTS = [
     Fault("qwen2, windows", "packed", planted.windows_are_lost_in_training),
     Fault("qwen2, windows", "native", planted.windows_are_lost_in_generation),
     Fault("phi3, longrope", "packed", planted.frequencies_of_the_longest, "verl.models.rope"),
-    Fault("deepseek_v2", "router", planted.routers_are_adapted, "verl.models.adapters.routers"),
     Fault("qwen3_moe", "auxiliary_loss", planted.router_loss_is_lost, "verl.engine.router_loss"),
     Fault("opt, functional dropout", "randomness", planted.dropout_stays_on, "verl.rl.still"),
 ]
