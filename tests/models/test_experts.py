@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import qwen2_config
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, Qwen2ForCausalLM
 
 from verl.config.commands import ExportConfig
 from verl.config.load import load_config
@@ -135,6 +135,16 @@ def test_what_training_writes_gives_the_same_logits_wherever_it_is_loaded(base: 
     same(logits(again))
     exported = exporting.export(load_config(ExportConfig, exporting.keyed([str(folder), str(tmp_path / "out")])))
     same(logits(plain(exported)))
+
+
+def test_layers_with_transposed_weights_are_merged_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = GPT2Config(vocab_size=448, n_embd=32, n_layer=1, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(settings).save_pretrained(tmp_path)
+    adapted = trained(tmp_path, target_modules=["c_attn", "c_fc"])
+    merged = {name: tensor.clone() for name, tensor in merged_tensors(adapted)}
+    for name, parameter in adapted.merge_and_unload().named_parameters():
+        torch.testing.assert_close(merged[name], parameter.data)
 
 
 def test_every_linear_layer_and_all_experts_are_trained_and_no_router(base: Path) -> None:

@@ -53,7 +53,7 @@ def _merged(layer: Any, parameter: Tensor) -> Tensor:
     """Compute W + scaling × B A in float32, and cast it to the dtype of W."""
     weight, a, b = _whole(parameter), _whole(layer.lora_A[ADAPTER].weight).float(), _whole(layer.lora_B[ADAPTER].weight).float()
     if weight.dim() == 2:
-        product = b @ a
+        product = (b @ a).T if layer.fan_in_fan_out else b @ a  # GPT-2's layers have their weights the other way round
     else:  # of E experts: a is [E × R, I], b is [O, R × E]
         experts = len(weight)
         a_ERI, b_EOR = a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
