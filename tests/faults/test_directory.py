@@ -605,6 +605,12 @@ def test_settings_are_read_back_from_yaml_as_they_are() -> None:
         assert trajectory.values_of(yaml.safe_load(to_yaml(config))) == trajectory.values_of(config)
 
 
+def test_the_default_engine_and_the_one_that_it_takes_are_no_change() -> None:
+    before, now = ({"rollout.name": json.dumps(name), "optim.lr": "1e-05"} for name in ("native", "auto"))
+    assert trajectory.changes(before, now) == [] == trajectory.changes(now, before)
+    assert [str(change) for change in trajectory.changes({**before, "rollout.name": '"hf"'}, now)] == ['rollout.name: "hf" -> "auto"']
+
+
 @pytest.mark.parametrize("text", ["", "[]", "a: [", "optim: 3\n", "\x00", "trainer:\n  default_local_dir: [1]\n", "optim: {lr: {a: 1}}\n"])
 def test_a_damaged_record_is_no_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)

@@ -13,9 +13,11 @@ from rl_runs import train, write_folder
 from runs import lines_of
 from safetensors.torch import load_file
 from served import server
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
+import verl
 from verl import chat
+from verl.errors import UserError
 from verl.eval import sft_evaluator
 
 
@@ -111,3 +113,31 @@ def test_so_does_chat(
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != ""
     assert ("/v1/completions" in stand_in.calls) == (name == "vllm")
+
+
+@pytest.fixture
+def capped(folder: Path, tmp_path: Path) -> Path:
+    """A Gemma 2, whose capped attention the native engine cannot run, with the tokenizer of the other model."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    shape: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = Gemma2Config(**shape, vocab_size=len(tokenizer), head_dim=8, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(1)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "capped")
+    tokenizer.save_pretrained(tmp_path / "capped")
+    return tmp_path / "capped"
+
+
+def test_where_native_is_not_exact_the_default_takes_transformers_own_code_and_says_why(
+    folder: Path, capped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"model_path={capped}", f"test_file={folder / 'test.jsonl'}", f"output_dir={tmp_path / 'eval'}", "max_samples=3"]
+    sft_evaluator.main([*argv, "max_new_tokens=4"])
+    assert "with transformers' own code (Gemma2ForCausalLM cannot be run by the native engine: " in capsys.readouterr().out
+    assert len(lines_of(tmp_path / "eval" / "predictions.jsonl")) == 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 2?\n"))
+    chat.main([str(capped), "max_new_tokens=4"])
+    assert "cut at 4 tokens" in capsys.readouterr().out
+    with verl.load_rollout(capped) as model:
+        assert len(model.generate(["What is 1 + 2?"], max_new_tokens=4)[0].token_ids) == 4
+    with pytest.raises(UserError, match=r"(?s)Gemma2ForCausalLM cannot be run by the native engine.*fix: set rollout\.name=auto or hf"):
+        sft_evaluator.main([*argv, "rollout.name=native"])

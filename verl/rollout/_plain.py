@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from verl.rollout import Completion, Sampling
 from verl.rollout._model import generation_mode, positions_of, restart_rope, rope_limit
 
-LENGTHS = (40, 40, 3)  # tokens of the probes; two are equal, because equal ones may share a batch where others may not
+SHORT, LONG = 3, 40  # tokens of probes
 DRAWN = Sampling(max_new_tokens=6, temperature=1.0)
 WINDOW = 16  # tokens; shorter than the long probes
 WINDOWS = (
@@ -32,6 +32,7 @@ WINDOWS = (
     "attention_chunk_size",
     "index_topk",
 )
+BLOCKS, LONGEST_BLOCK = ("block_size", "chunk_size"), 512
 # Mean differences of log-probabilities that rounding explains: always, at most, and as a multiple of what rounding does in this model.
 LEAST, MOST, TIMES_NOISE = {True: 5e-5, False: 0.05}, {True: 1e-3, False: 0.3}, 8.0
 
@@ -48,10 +49,11 @@ class Probe:
         self._model = model
         limit = rope_limit(model)
         positions = min(positions_of(model) or sys.maxsize, sys.maxsize if limit is None else limit.tokens)
+        most, long = max(1, positions - DRAWN.max_new_tokens), max(LONG, _block(model) + WINDOW)
         generator, usable = torch.Generator().manual_seed(1), torch.tensor(_usable_tokens(model))
         self.prompts: list[list[int]] = [
-            usable[torch.randint(len(usable), (max(1, min(length, positions - DRAWN.max_new_tokens)),), generator=generator)].tolist()
-            for length in LENGTHS
+            usable[torch.randint(len(usable), (min(length, most),), generator=generator)].tolist()
+            for length in (long, long, SHORT)  # two are equal, because equal ones may share a batch where others may not
         ]
         self.failures: list[str] = []
 
@@ -132,6 +134,12 @@ def small_windows(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for owner, name, value in before:
             owner.__dict__[name] = value
+
+
+def _block(model: PreTrainedModel) -> int:
+    """Return the length of the blocks in which recurrent layers read a text, or 0. It cannot be made smaller: weights depend on it."""
+    sizes = (getattr(module, name, None) for module in model.modules() for name in BLOCKS)
+    return max((size for size in sizes if type(size) is int and size <= LONGEST_BLOCK), default=0)
 
 
 def _usable_tokens(model: PreTrainedModel) -> list[int]:

@@ -66,6 +66,8 @@ class Runner:
         try:
             if getattr(self.model.get_output_embeddings(), "weight", None) is None:
                 raise UserError("it has no output layer with weights")
+            if self.model.get_decoder() is self.model:
+                raise UserError("it has no decoder apart from its output layer")
             if not self.model._can_set_attn_implementation():
                 raise UserError("its attention is its own code, without transformers' attention interface")
             with self._attending(_run_layer, probes, batch):
