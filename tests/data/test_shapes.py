@@ -362,6 +362,24 @@ def test_marks_of_parts_of_a_row_are_refused(row: Values) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("beside", [{"images": ["cat.png"]}, {"image": {"bytes": "…"}}, {"videos": [{"url": "…"}]}, {"audio": "a.wav"}])
+def test_a_row_with_pictures_is_refused_and_one_with_an_empty_column_is_not(row: Values, beside: Values) -> None:
+    with pytest.raises(UserError, match=f"column '{next(iter(beside))}' has .*; only text is trained and asked") as caught:
+        example({**row, **beside})
+    assert caught.value.where and "remove the row" in str(caught.value)
+    for empty in (None, "", []):
+        assert example({**row, next(iter(beside)): empty}).messages == example(row).messages
+
+
+def test_a_question_with_a_picture_is_refused() -> None:
+    part = {"type": "image_url", "image_url": {"url": "cat.png"}}
+    with pytest.raises(UserError, match="column 'images' has a list"):
+        read_question(Row("x.jsonl:1", {"question": "What is it?", "images": ["cat.png"]}), EvalConfig(), None)
+    with pytest.raises(UserError, match="found a part of type 'image_url'; only text is trained"):
+        read_question(Row("x.jsonl:1", {"messages": [{"role": "user", "content": [part]}]}), EvalConfig(), None)
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_marks_and_thoughts_that_are_not_read_are_named(row: Values, tmp_path: Path) -> None:
     beside = {"weight": 0.5, "train": 1, "thinking": "Add.", "cot": None, "reasoning_content": ""}
     notes = load(tmp_path, write(tmp_path / "rows.jsonl", [{**row, **beside}])).report.notes

@@ -19,7 +19,8 @@ NOT_TEXT = re.compile(f"[{NUL}\ud800-\udfff]")
 # whether true means that something is trained, and thoughts.
 MARKS = {"weight": True, "train": True, "training": True, "loss": True, "trainable": True, "loss_mask": True, "masked": False}
 THOUGHT_COLUMNS = ("thinking", "thoughts", "thought", "reasoning", "reasoning_content", "cot", "chain_of_thought", "rationale")
-UNREAD = frozenset((*MARKS, *THOUGHT_COLUMNS))
+PICTURES = ("images", "image", "videos", "video", "audios", "audio")  # columns of what only text cannot say
+UNREAD = frozenset((*MARKS, *THOUGHT_COLUMNS, *PICTURES))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ def read_question(row: Row, columns: NamedColumns, system_prompt: str | None, pr
     """
     if row.is_text:
         raise UserError("plain text has no questions", where=row.where, fix="write the questions as JSONL, CSV or Parquet")
+    if not UNREAD.isdisjoint(row.values):
+        from verl.data.beside import check_pictures  # most data has no such columns
+
+        check_pictures(row, (columns.prompt_key, columns.response_key, columns.messages_key))
     shape = shape_of(row, columns, prefix, for_training=False)
     said = None
     messages = _with_system(row.value(shape.chat, f"{prefix}messages_key"), row, shape) if shape.chat else _question(row, shape, prefix)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from verl import dist
@@ -23,7 +23,7 @@ from verl.errors import UserError
 from verl.models.attention import plain
 from verl.models.attention.packed import PACKED_PATH, USE_ANOTHER, ForwardPath
 from verl.models.damage import check_finite, explained
-from verl.models.load import decoder_of
+from verl.models.load import decoder_of, language_class
 from verl.models.twin import random_model, twin_configs
 
 TOLERANCE = 1e-3  # of float32 log-probabilities of a real model, and of its hidden states relative to the largest
@@ -96,7 +96,7 @@ def _make_twin(config: PretrainedConfig, where: str, *, trust_remote_code: bool)
                 # Grouped matmuls of experts do not exist in float64.
                 options = {"experts_implementation": "eager", "trust_remote_code": trust_remote_code}
                 chosen = {} if attention is None else {"attn_implementation": attention}
-                return random_model(lambda config: AutoModelForCausalLM.from_config(config, **options, **chosen), twin, dtype)
+                return random_model(lambda config: language_class(config).from_config(config, **options, **chosen), twin, dtype)
 
             try:
                 model = make(None)

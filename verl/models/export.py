@@ -11,11 +11,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
@@ -73,8 +74,9 @@ def export(config: ExportConfig) -> Path:
             say_kept(dtypes)
             tokenizer.save_pretrained(folder)
             keep_format(source, folder)
+        has_other_parts = hasattr(loaded.model, "absent")
         del loaded
-        check_written(folder, cast_TV, ids_T, config)
+        check_written(folder, cast_TV, ids_T, config, has_other_parts=has_other_parts)
         commit(folder, target)
     say(f"wrote {target}: {describe(target)}")
     return target
@@ -164,7 +166,7 @@ def probe(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Tensor:
     if tokenizer.chat_template:
         text = str(tokenizer.apply_chat_template(PROBE, tokenize=False))
     ids = tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
-    return torch.tensor(ids[: getattr(model.config, "max_position_embeddings", None) or len(ids)])
+    return torch.tensor(ids[: getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(ids)])
 
 
 def logits(model: torch.nn.Module, ids_T: Tensor) -> Tensor:
@@ -256,13 +258,16 @@ def check_cast(cast_TV: Tensor, expected_TV: Tensor, effect_TV: Tensor | None, d
     say(f"casting to {names} changes the logits of a prompt by up to {difference:.1g}")
 
 
-def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, config: ExportConfig) -> None:
+def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, config: ExportConfig, *, has_other_parts: bool) -> None:
     """Load the written files with transformers, and check that the logits are those of the model in memory.
 
+    Args:
+        has_other_parts: whether the files have parts that text does not reach (`verl.models.multimodal`).
     Raises:
         UserError: the logits differ.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    kind: Any = AutoModelForImageTextToText if has_other_parts else AutoModelForCausalLM
+    model = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
     difference = largest(logits(model.eval(), ids_T) - cast_TV)
     if not difference <= tolerance(cast_TV):
         what = f"the written model's logits differ by {difference:.2g} from those of the model in memory"

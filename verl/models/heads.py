@@ -8,11 +8,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, find_saved_dtypes, loading, read_config, resolve, restore_stated_dtype
+from verl.models.load import Loaded, find_saved_dtypes, language_class, loading, read_config, resolve, restore_stated_dtype
 from verl.models.shards import load_without_values
 
 
@@ -70,6 +76,9 @@ def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
 
 def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trusted: bool, values: bool, attention: str) -> Loaded:
     source, config = resolve(path), read_config(path, trust_remote_code=trusted)
+    if language_class(config) is not AutoModelForCausalLM:
+        what, fix = "has parts for pictures, which a critic or a reward model would train too", "choose a language model without them"
+        raise UserError(what, where=path, fix=fix)
     if type(config) not in kind._model_mapping:
         if not (trusted and "AutoModel" in getattr(config, "auto_map", {})):
             fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"

@@ -196,7 +196,7 @@ def outline(path: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     config = read_config(path, trust_remote_code=trust_remote_code)
     with loading("model", path), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = language_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 
@@ -243,6 +243,15 @@ def resolve(path: str) -> str:
     return path
 
 
+def language_class(config: PretrainedConfig) -> Any:
+    """Return the class that loads the language model of a config; like an Auto class, it has `from_pretrained` and `from_config`."""
+    if not config.sub_configs:
+        return AutoModelForCausalLM
+    from verl.models.multimodal import language_part  # few checkpoints have other parts
+
+    return language_part(config) or AutoModelForCausalLM
+
+
 def check_language_model(config: PretrainedConfig, path: str) -> None:
     """Raise UserError if the config is that of a reward model or a critic, because loading it as a language model would drop its head."""
     if any(name.endswith("Classification") for name in config.architectures or []):
@@ -268,7 +277,7 @@ def load_language_model(
     with loading("model", path):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_language_model(config, path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = language_class(config).from_pretrained(
             source,
             dtype=dtype,
             device_map=str(device),  # as a string, "cuda" means this process's GPU also in the threads that read the file

@@ -49,6 +49,10 @@ def write_model(
         original.architectures = model.config.architectures
         original.save_pretrained(directory)
         model.config.dtype = original.dtype
+        if hasattr(model, "absent"):
+            from verl.models.multimodal import copy_processor  # few models have one
+
+            copy_processor(model, directory)
 
 
 def export_adapter(directory: Path, adapted: "PeftModel") -> None:
@@ -72,7 +76,12 @@ def write_adapter(directory: Path, adapted: "PeftModel", weights: dict[str, Tens
         )
         config: Any = copy.deepcopy(adapted.peft_config["default"])
         config.inference_mode = True
-        read_by_peft(adapted.get_base_model(), config)  # type: ignore[arg-type]
+        model: Any = adapted.get_base_model()
+        read_by_peft(model, config)
+        if hasattr(model, "absent"):
+            from verl.models.multimodal import name_in_full  # few models need it
+
+            name_in_full(model, config)
         config.save_pretrained(str(directory))
 
 

@@ -16,11 +16,11 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from verl import dist
 from verl.models.attention.packed import PACKED
-from verl.models.load import Loaded, find_saved_dtypes, loading, resolve, restore_stated_dtype
+from verl.models.load import Loaded, find_saved_dtypes, language_class, loading, resolve, restore_stated_dtype
 from verl.models.on_disk import weight_files
 
 TWIN_VOCABULARY = 1024
@@ -31,7 +31,7 @@ def load_without_values(
     *,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
-    kind: Any = AutoModelForCausalLM,
+    kind: Any = None,
     head: Callable[[PreTrainedModel], nn.Module] | None = None,
     attention: str = PACKED,
 ) -> Loaded | None:
@@ -39,7 +39,7 @@ def load_without_values(
 
     Args:
         dtype: dtype of the parameters.
-        kind: transformers' Auto class of the model.
+        kind: transformers' Auto class of the model; None: a causal language model.
         head: returns the model's scalar head, which starts at zero if the files lack it; None if the model has no scalar head.
         attention: name of the attention implementation in transformers.
     Returns:
@@ -51,6 +51,7 @@ def load_without_values(
     folder = _local_folder(path)
     with loading("model", path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **({} if head is None else {"num_labels": 1}))
+        kind = kind or language_class(config)
         with init_empty_weights(include_buffers=False):
             options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
             model: PreTrainedModel = kind.from_config(config, dtype=dtype, **options)
