@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from verl.models.adapters.routers import has_experts, kind_of, router_weights
@@ -208,9 +208,15 @@ def names_for_peft(adapted: PeftModel, weights: dict[str, Tensor]) -> dict[str, 
     used = getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False)  # type: ignore[arg-type]
     back = [one.reverse_transform() for one in reversed(used) if isinstance(one, WeightRenaming)]
     prefix = "base_model.model."
-    older = {name: prefix + apply_renamings(name.removeprefix(prefix), back) for name in lost}  # type: ignore[arg-type]
+    older = {name: prefix + _renamed(name.removeprefix(prefix), back) for name in lost}
     found = set(names_today(adapted, {older[name]: weights[name] for name in lost}))
     return {older[name] if name in lost and name in found else name: tensor for name, tensor in weights.items()}
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def is_renamed(model: PreTrainedModel, name: str) -> bool:
