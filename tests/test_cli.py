@@ -4,9 +4,9 @@ import importlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,14 +42,11 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_help_lists_the_commands_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(10):  # a busy machine is given time to be itself
-        since = time.perf_counter()
-        done = command("--help")
-        seconds.append(time.perf_counter() - since)
-        if seconds[-1] < 0.5:
-            break
-    assert min(seconds) < 0.5
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor's time: on a busy machine, more passes on the clock.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     assert done.returncode == 0
     assert all(f"│ {name}" in done.stdout for name in ("sft", "plan", "eval", "chat", "demo", "doctor"))
 

@@ -51,9 +51,9 @@ class Probe:
         positions = min(positions_of(model) or sys.maxsize, sys.maxsize if limit is None else limit.tokens)
         most, long = max(1, positions - DRAWN.max_new_tokens), max(LONG, _block(model) + WINDOW)
         generator, usable = torch.Generator().manual_seed(1), torch.tensor(_usable_tokens(model))
+        # Two are equal, because equal ones may share a batch where others may not. One token may be taken for a text that goes on.
         self.prompts: list[list[int]] = [
-            usable[torch.randint(len(usable), (min(length, most),), generator=generator)].tolist()
-            for length in (long, long, SHORT)  # two are equal, because equal ones may share a batch where others may not
+            usable[torch.randint(len(usable), (min(length, most),), generator=generator)].tolist() for length in (long, long, SHORT, 1)
         ]
         self.failures: list[str] = []
 
