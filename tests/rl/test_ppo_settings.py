@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 from rl_runs import train, write_folder
 from runs import lines_of, timeless
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from verl.config.load import load_config
+from verl.config.ppo import PPOConfig
 from verl.errors import UserError
+from verl.rl.roles import check_rope
 from verl.rollout import Completion
 from verl.rollout.native import NativeRollout
 
@@ -121,3 +125,19 @@ def test_overlong_answers_lose_reward_and_that_is_learned(method: str, folder: P
     assert found["rl/overlong_deduction"] == pytest.approx(2.0 * (0 + 2 + 4 + 6) / 6 / 4)
     assert found["train/grad_norm"] != pytest.approx(plain["train/grad_norm"], rel=0.05)
     assert found["rl/reward"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_an_answer_must_not_cross_the_length_where_rotary_embeddings_change(kind: str) -> None:
+    """Its first tokens would be drawn with other probabilities than they are scored with."""
+    factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, **factors}
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=64,
+        rope_parameters=rope,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    keys = ["data.train_files=x", "model.partial_pretrain=x", "algorithm.name=grpo", "data.max_prompt_length=40"]
+    check_rope(load_config(PPOConfig, [*keys, "rollout.max_new_tokens=24"]), model)
+    with pytest.raises(UserError, match="longer than 64 tokens"):
+        check_rope(load_config(PPOConfig, [*keys, "rollout.max_new_tokens=25"]), model)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist, plugin
 from verl.config.ppo import PPOConfig, longest_sample
@@ -35,6 +35,7 @@ from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
 from verl.rl.still import hold_still
 from verl.rl.tool import load_tool
 from verl.rollout import Rollout, load_rollout, share
+from verl.rollout._model import rope_limit
 from verl.run import Run
 
 
@@ -183,6 +184,7 @@ def build_roles(
     reference = build_reference(config.model, actor, method.reference) if method.shared.keep_reference else None
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
+    check_rope(config, actor.engine.scorer.model)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run)
     return Roles(actor, critic, reference, answerer, config.rollout.sleep)
 
@@ -261,6 +263,22 @@ def check_positions(config: PPOConfig, rollout: Rollout) -> None:
             f"model's {rollout.positions:,} positions",
             where="rollout.max_new_tokens",
             fix="lower it, or data.max_prompt_length",
+        )
+
+
+def check_rope(config: PPOConfig, model: PreTrainedModel) -> None:
+    """Raise UserError if an answer may grow beyond the length from which the model's rotary embeddings are others, at all positions.
+
+    The tokens before this length are drawn with the first embeddings and would be scored with the others.
+    """
+    limit, longest = rope_limit(model), longest_sample(config)
+    if limit is not None and longest > limit.tokens:
+        raise UserError(
+            f"the model's rotary embeddings change for a text longer than {limit.tokens:,} tokens, and prompts of "
+            f"{config.data.max_prompt_length:,} with answers of {config.rollout.max_new_tokens:,} tokens may cross this length: tokens "
+            "would be drawn with other probabilities than they are scored with",
+            where="rollout.max_new_tokens",
+            fix=f"keep it and data.max_prompt_length within {limit.tokens:,} tokens together",
         )
 
 
