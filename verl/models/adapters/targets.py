@@ -4,6 +4,7 @@ Experts are parameters with three dimensions, [experts, outputs, inputs] or [exp
 by the name of the parameter (`target_parameters`).
 """
 
+import functools
 import inspect
 import re
 import warnings
@@ -246,15 +247,16 @@ def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str], shared: 
         return OWN_PRODUCT
     if id(module.weight) in shared:
         return SHARED
-    if _is_read_directly(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]):
+    if _is_read_directly(type(model.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2]):
         return READ_DIRECTLY
     return GATE if min(module.weight.shape) == 1 else None
 
 
-def _is_read_directly(parent: nn.Module, child: str) -> bool:
-    """Return whether a module's code uses the weight of a layer without calling the layer, as fused kernels of state-space models do."""
+@functools.cache  # reading the code of a class takes a tenth of a second, and a model has hundreds of its layers
+def _is_read_directly(parent: type[nn.Module], child: str) -> bool:
+    """Return whether the code of a class of modules uses the weight of a layer without calling the layer, as fused kernels of state-space models do."""
     try:
-        code = inspect.getsource(type(parent))
+        code = inspect.getsource(parent)
     except (OSError, TypeError):
         return False
     return re.search(rf"self\.{re.escape(child)}\.weight\b(?!\[|\.(dtype|device|shape|size|is_))", code) is not None
