@@ -254,7 +254,7 @@ def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str], shared: 
 
 @functools.cache  # reading the code of a class takes a tenth of a second, and a model has hundreds of its layers
 def _is_read_directly(parent: type[nn.Module], child: str) -> bool:
-    """Return whether the code of a class of modules uses the weight of a layer without calling the layer, as fused kernels of state-space models do."""
+    """Return whether a class's code uses the weight of a layer without calling the layer, as fused kernels of state-space models do."""
     try:
         code = inspect.getsource(parent)
     except (OSError, TypeError):
