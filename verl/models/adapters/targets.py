@@ -252,7 +252,7 @@ def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str], shared: 
     return GATE if min(module.weight.shape) == 1 else None
 
 
-@functools.cache  # reading the code of a class takes a tenth of a second, and a model has hundreds of its layers
+@functools.cache  # reading the code of a class is slow, and a model has hundreds of its layers
 def _is_read_directly(parent: type[nn.Module], child: str) -> bool:
     """Return whether a class's code uses the weight of a layer without calling the layer, as fused kernels of state-space models do."""
     try:
