@@ -367,7 +367,8 @@ def test_a_row_with_pictures_is_refused_and_one_with_an_empty_column_is_not(row:
     with pytest.raises(UserError, match=f"column '{next(iter(beside))}' has .*; only text is trained and asked") as caught:
         example({**row, **beside})
     assert caught.value.where and "remove the row" in str(caught.value)
-    for empty in (None, "", []):
+    nothing: list[Any] = [None, "", []]
+    for empty in nothing:
         assert example({**row, next(iter(beside)): empty}).messages == example(row).messages
 
 

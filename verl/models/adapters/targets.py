@@ -247,7 +247,8 @@ def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str], shared: 
         return OWN_PRODUCT
     if id(module.weight) in shared:
         return SHARED
-    if _is_read_directly(type(model.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2]):
+    parent: Any = type(model.get_submodule(name.rpartition(".")[0]))
+    if _is_read_directly(parent, name.rpartition(".")[2]):
         return READ_DIRECTLY
     return GATE if min(module.weight.shape) == 1 else None
 
