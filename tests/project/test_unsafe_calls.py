@@ -14,6 +14,8 @@ ALLOWED = {  # file, call: why
     ("verl/workers/pool.py", "pickle.dumps"): "to the worker",
     ("verl/exchange.py", "pickle.loads"): "values from a rank of this run",
     ("verl/exchange.py", "pickle.dumps"): "to the other ranks",
+    ("verl/prove/ranks.py", "pickle.loads"): "the result of a rank, which it wrote into the command's own temporary folder",
+    ("verl/prove/ranks.py", "pickle.dumps"): "into that folder",
 }
 UNSAFE = {
     "eval",

@@ -137,9 +137,11 @@ def fused_ranks(settings: LoraConfig, parameters: Sequence[str]) -> None:
 def without_false_warnings() -> Iterator[None]:
     """Ignore in this context what peft says of ranks of experts, whose names it looks for among modules only, and which it applies.
 
-    Nor does it say what it does not find in a file, which is checked with the names that it would change (`files.read_values`).
+    Nor does it say what it does not find in a file, which is checked with the names that it would change (`files.read_values`), or that
+    it takes the transposed weights of GPT-2 for such.
     """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         yield
