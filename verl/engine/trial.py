@@ -99,7 +99,9 @@ def _make_twin(config: PretrainedConfig, where: str, *, trust_remote_code: bool)
                 return random_model(lambda config: language_class(config).from_config(config, **options, **chosen), twin, dtype)
 
             try:
-                model = make(None)
+                # Some releases of transformers have other attention by default, which leaves out the caps.
+                has_caps = getattr(twin.get_text_config(decoder=True), "attn_logit_softcapping", None)
+                model = make("eager" if has_caps else None)
                 expected_M = _alone(model, documents, where, TOLERANCES[dtype])
                 return Twin(make, model.config._attn_implementation, documents, dtype, expected_M)
             except UserError:
