@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.data.loader import RowChoice
 from verl.data.pack import Document
@@ -72,3 +72,15 @@ class RandomDocuments:
 
     def document(self, index: int) -> Document:
         return self._documents[index]
+
+
+def sharp(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Random weights far enough from zero that a token depends on everything before it."""
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    model.generation_config = GenerationConfig()
+    return model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from served import random_prompts
-from tiny import VOCABULARY, qwen2_config
+from tiny import VOCABULARY, qwen2_config, sharp
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -18,7 +18,6 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -66,18 +65,6 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     "cohere, logits scaled": (CohereForCausalLM, CohereConfig(**SHAPE)),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SHAPE)),
 }
-
-
-def sharp(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Random weights far enough from zero that a token depends on everything before it."""
-    torch.manual_seed(0)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-    model.generation_config = GenerationConfig()
-    return model
 
 
 def qwen2(**changes: object) -> PreTrainedModel:

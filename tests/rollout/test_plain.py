@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import sharp
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -12,7 +13,6 @@ from transformers import (
     FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -57,18 +57,6 @@ OTHERS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig, Way]] = {
         Way("sdpa", "equal"),
     ),
 }
-
-
-def sharp(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Random weights far enough from zero that a token depends on everything before it."""
-    torch.manual_seed(0)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(5)
-    model.generation_config = GenerationConfig()
-    return model
 
 
 def prompts_of(*lengths: int) -> list[list[int]]:
