@@ -121,10 +121,13 @@ def test_an_interrupt_that_a_file_raises_when_it_is_imported_is_an_error(tmp_pat
 
 def test_ctrl_c_while_a_file_is_imported_is_an_interrupt(tmp_path: Path) -> None:
     text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(10)\n"
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        plugin.load("verl.rewards", str(write(tmp_path, mine=text) / "mine.py"))
-    assert signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            plugin.load("verl.rewards", str(write(tmp_path, mine=text) / "mine.py"))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_file_that_takes_long_to_import_is_named_meanwhile(

@@ -174,7 +174,7 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
         return f"packed documents make its code fail ({_first_line(error)})"
     if difference <= TOLERANCES[twin.dtype]:
         return None
-    kinds = sorted({type(module).__name__ for module in scorer.modules()}, key=len)
+    kinds = sorted({type(module).__name__ for module in scorer.modules()}, key=lambda name: (name.endswith("Block"), len(name), name))
     if names := [name for name in kinds if RECURRENT.search(name) and not OTHER_PARTS.search(name)]:
         return f"{names[0]} carries its state into the next document, and packed documents need kernels that reset it"
     return f"packed attention does not have all of its attention (log-probabilities differ by {difference:.2g})"
