@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 # The tests of a file stay in one process: they share models. Three keep two cores busy, because many tests wait for processes they start.
 JOBS ?= 3
 DIST = loadfile
-IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=$(DIST))
+IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=$(DIST) --no-loadscope-reorder)
 faults soak: DIST = worksteal
 VLLM_STAMP := $(VLLM_VENV)/installed
 # The first Python that is new enough; `make PYTHON=… setup` takes another.

@@ -17,6 +17,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# The files that take longest begin, so that at the end no core waits for one of them.
+LONG_FILES = """
+project/test_notebook trainer/test_sft_trainer rl/test_ppo_robust engine/test_layers demo/test_demo engine/test_compact_adamw
+rl/test_ppo_trainer plan/test_plan models/test_context_parallel trainer/test_nodes models/test_operators trainer/test_reward_trainer
+rollout/test_native trainer/test_saving faults/test_attacks
+""".split()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _skip(items, "gpu", _no_gpu)
     _skip(items, "learning", lambda: None if "learning" in config.getoption("-m") else "takes minutes: make learning")
@@ -26,6 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         workers = getattr(config, "workerinput", {}).get("workercount", 1)
         items[:] = in_order(items, [item.nodeid for item in items], workers)
+    else:
+        items.sort(key=_place_of_file)
     _skip(items, "families", lambda: None if "families" in config.getoption("-m") else "takes minutes: make prove")
     _skip(items, "vllm", lambda: None if importlib.util.find_spec("vllm") else "needs vLLM: make test-vllm")
 
@@ -46,6 +56,11 @@ def _skip(items: list[pytest.Item], marker: str, why: Callable[[], str | None]) 
     if marked and (reason := why()):
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _place_of_file(item: pytest.Item) -> int:
+    name = item.nodeid.partition(".py::")[0].removeprefix("tests/")
+    return LONG_FILES.index(name) if name in LONG_FILES else len(LONG_FILES)
 
 
 def _no_gpu() -> str | None:
