@@ -18,7 +18,7 @@ from rich.console import Console
 from tiny import write_problems_and_model
 
 import verl
-from verl import cli, doctor
+from verl import cli, doctor, parent, signals
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig, ExportConfig
 from verl.config.load import describe
 from verl.config.pairs import RewardTrainerConfig
@@ -39,6 +39,27 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "takes"),
+    [
+        (["-m", "verl.trainer.ppo_trainer", "a=b"], True),
+        (["-u", "-m", "verl.trainer.fsdp_sft_trainer"], True),
+        (["-m", "torch.distributed.run", "-m", "verl.trainer.ppo_trainer"], False),  # the ranks that it starts do
+        (["-mverl.cli", "sft"], False),
+    ],
+)
+def test_a_process_that_runs_a_trainer_takes_its_signals_from_the_start(
+    words: list[str], takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(signals, "own_process", lambda: taken.append("signals"))
+    monkeypatch.setattr(parent, "end_with_launcher", lambda: taken.append("parent"))
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *words])
+    verl._begin_trainer()
+    assert taken == (["signals", "parent"] if takes else [])
 
 
 def test_help_lists_the_commands_in_half_a_second() -> None:

@@ -85,7 +85,9 @@ def __dir__() -> list[str]:
 
 def _begin_trainer() -> None:
     """If this process runs a trainer, handle signals from now on: importing torch takes seconds."""
-    if sys.argv[:1] == ["-m"] and any(word.startswith("verl.trainer.") for word in sys.orig_argv):  # as `python -m` looks for the module
+    words = sys.orig_argv
+    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""  # the first: a launcher's words have another one
+    if sys.argv[:1] == ["-m"] and module.startswith("verl.trainer."):  # as `python -m` looks for the module
         importlib.import_module("verl.signals").own_process()
         importlib.import_module("verl.parent").end_with_launcher()
 
