@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
+    CwmConfig,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -85,7 +86,7 @@ def test_these_architectures_are_packed(name: str) -> None:
 
 
 def test_the_models_that_people_use_most_are_packed_at_their_full_size_too() -> None:
-    for config in (Qwen2Config(), LlamaConfig(), MistralConfig()):
+    for config in (Qwen2Config(), LlamaConfig(), MistralConfig(), CwmConfig()):  # the last allows no None for a token id
         assert choose_path(config, "here") == ForwardPath()
 
 

@@ -74,13 +74,13 @@ def load_without_values(
 
 def small_twin(model: PreTrainedModel, device: torch.device, attention: str = PACKED) -> PreTrainedModel:
     """Build a small model of the same architecture in float32, with random weights, a small vocabulary and each type of layer."""
-    from verl.models.twin import keep_few_layers  # once a run
+    from verl.models.twin import drop_token_ids, keep_few_layers  # once a run
 
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     keep_few_layers(text)
     text.vocab_size = TWIN_VOCABULARY
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    drop_token_ids(text, ("pad_token_id", "bos_token_id", "eos_token_id"))
     with torch.device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32, attn_implementation=attention)

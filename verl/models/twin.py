@@ -6,10 +6,12 @@ shows what the model does with a long one.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from verl.models.load import numel
@@ -129,7 +131,14 @@ def keep_few_layers(text: Any) -> None:
     text.num_hidden_layers = kept
     if isinstance(getattr(text, "vocab_size", None), int) and text.vocab_size > VOCABULARY:
         text.vocab_size = VOCABULARY
-        for name in [name for name in vars(text) if name.endswith("_token_id")]:
+        drop_token_ids(text, [name for name in vars(text) if name.endswith("_token_id")])
+
+
+def drop_token_ids(text: Any, names: Iterable[str]) -> None:
+    """Set token ids, which may be outside a small vocabulary, to None, or to 0 where the config's class allows no None."""
+    for name in names:
+        setattr(text, name, 0)
+        with suppress(StrictDataclassFieldValidationError):
             setattr(text, name, None)
 
 
