@@ -339,6 +339,20 @@ def test_a_layer_whose_weight_a_kernel_reads_has_no_adapter() -> None:
     assert {"mamba.in_proj", "in_proj"} & set(chosen.modules)
 
 
+def test_a_class_of_its_own_that_multiplies_as_a_linear_layer_does_gets_adapters_and_another_one_does_not() -> None:
+    settings = AutoConfig.for_model("falcon", vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+    assert targets.all_linear(model, LoraConfig(r=4)) == targets.Targets(targets.ALL_LINEAR)
+    kind = type(model.transformer.h[0].mlp.dense_h_to_4h)
+    doubled = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    for layer in (part for part in model.modules() if isinstance(part, kind)):
+        layer.__class__ = doubled
+    with pytest.raises(UserError, match=r"all-linear leaves out: 8 that are no plain product .* nothing is left") as error:
+        targets.all_linear(model, LoraConfig(r=4))
+    assert error.value.where == "model.target_modules" and "model.lora_rank=0" in (error.value.fix or "")
+
+
 def test_a_plan_counts_the_adapters_of_experts(deepseek: Path) -> None:
     settings = ModelConfig(partial_pretrain=str(deepseek), lora_rank=4, lora_alpha=8)
     assert Outline(settings).trained_parameters == sum(p.numel() for p in trained(deepseek).parameters() if p.requires_grad)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, qwen2_config, write_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from verl.config.commands import ExportConfig
 from verl.config.load import load_config
@@ -211,6 +211,16 @@ def test_a_full_checkpoint_is_cast_and_else_the_same(base: Path, tmp_path: Path)
     written = export(base, tmp_path / "same")
     assert (written / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert header(export(base, tmp_path / "half", "dtype=bfloat16"))["model.norm.weight"] == ([64], "BF16")
+
+
+def test_a_model_whose_attention_is_its_own_code_is_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes)).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(["to be or not to be"], vocab_size=400).save_pretrained(tmp_path / "base")
+    written = export(write_adapter(tmp_path / "adapter", tmp_path / "base"), tmp_path / "whole")
+    adapted = PeftModel.from_pretrained(load(tmp_path / "base"), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(load(written)), logits(adapted), atol=1e-5, rtol=0)
 
 
 def test_a_run_directory_stands_for_its_newest_checkpoint(tied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,7 +260,7 @@ def _load(settings: ModelConfig, decisions: Decisions) -> tuple[Loaded, TokenSco
     if settings.load_in_4bit:
         from verl.models.quantize import load_in_4bit
 
-        loaded = load_in_4bit(settings, device=home, compute_dtype=compute_dtype)
+        loaded = load_in_4bit(settings, device=home, compute_dtype=compute_dtype, attention=attention)
     else:
         loaded = load_for_training(source, device=home, trust_remote_code=trusted, attention=attention)
     scorer = TokenScorer(loaded.model, path=path)

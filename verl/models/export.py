@@ -136,7 +136,8 @@ def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
         raise UserError("base_model_name_or_path is missing", where=f"{source}/{files.CONFIG}", fix=fix)
     say(f"loading {base or source}")
     try:
-        loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code)
+        # Each model has this one; `use_plain_attention` changes it where there is a faster one.
+        loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code, attention="eager")
     except UserError as error:
         if base is None:
             raise

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from verl import dist
 from verl.config.shared import ModelConfig
 from verl.errors import UserError
+from verl.models.attention.packed import PACKED
 from verl.models.load import Loaded, is_quantized, load_for_training
 
 
@@ -37,7 +38,7 @@ def four_bit(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def load_in_4bit(config: ModelConfig, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype) -> Loaded:
+def load_in_4bit(config: ModelConfig, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype, attention: str = PACKED) -> Loaded:
     """Load the model of `config` for training; each linear layer is quantized when it is read.
 
     Raises:
@@ -45,7 +46,7 @@ def load_in_4bit(config: ModelConfig, *, device: torch.device | str = "cpu", com
     """
     quantization = four_bit(config, compute_dtype)
     path, trusted = config.partial_pretrain, config.trust_remote_code
-    loaded = load_for_training(path, device=device, trust_remote_code=trusted, quantization=quantization)
+    loaded = load_for_training(path, device=device, trust_remote_code=trusted, quantization=quantization, attention=attention)
     keep_layout(loaded.model)
     return loaded
 

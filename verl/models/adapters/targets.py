@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
+from verl.errors import UserError
 from verl.models.adapters.routers import has_experts, kind_of, router_weights
 
 try:
@@ -72,6 +75,8 @@ def all_linear(model: PreTrainedModel, settings: LoraConfig) -> Targets:
     Args:
         model: model without adapters, also on the meta device.
         settings: dropout and use_dora are read.
+    Raises:
+        UserError: nothing is left.
     """
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head}
@@ -92,6 +97,11 @@ def all_linear(model: PreTrainedModel, settings: LoraConfig) -> Targets:
         return Targets(ALL_LINEAR)
     names = [name for name, _ in model.named_modules()]
     parameters = [name for name in experts if name not in reasons]
+    if not chosen and not parameters:
+        what = Targets(ALL_LINEAR, left_out=left_out).describe_left_out() + "; nothing is left"
+        raise UserError(
+            what, where="model.target_modules", fix="name the layers that get adapters, or train all weights (model.lora_rank=0)"
+        )
     return Targets(shortest(chosen, names), shortest(parameters, [name for name, _ in model.named_parameters()]), left_out)
 
 
@@ -106,8 +116,8 @@ def expert_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def is_plain_product(module: nn.Module) -> bool:
     """Return whether the output of a linear layer is its input times its weight, as an adapter beside it supposes."""
-    forward = type(module).forward
-    return forward in (nn.Linear.forward, Conv1D.forward) or type(module).__module__.startswith("bitsandbytes.")
+    kind = type(module)
+    return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__module__.startswith("bitsandbytes.") or _multiplies(kind)
 
 
 def shortest(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -253,6 +263,18 @@ def _why_not(model: PreTrainedModel, name: str, routers: Sequence[str], shared: 
     if _is_read_directly(parent, name.rpartition(".")[2]):
         return READ_DIRECTLY
     return GATE if min(module.weight.shape) == 1 else None
+
+
+@functools.cache
+def _multiplies(kind: type[nn.Module]) -> bool:
+    """Return whether a class of linear layers with a forward pass of its own computes what `nn.Linear` does, as a small one of it shows."""
+    with torch.device("cpu"), torch.random.fork_rng([]):
+        try:
+            layer: Any = kind(5, 3)
+            inputs_TI = torch.randn(4, 5)
+            return torch.allclose(layer(inputs_TI), F.linear(inputs_TI, layer.weight, layer.bias))
+        except Exception:  # routers, say, are made from a config
+            return False
 
 
 @functools.cache  # reading the code of a class is slow, and a model has hundreds of its layers
