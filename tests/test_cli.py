@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import run_forked
 from places import ROOT
 from rich.console import Console
 from tiny import write_problems_and_model
@@ -184,7 +185,7 @@ def start(processes: int, folder: Path, train_file: str, output: str) -> subproc
         "trainer.default_local_dir": folder / output,
         "trainer.total_training_steps": 2,
     }
-    return command("sft", *(f"{key}={value}" for key, value in keys.items()), "--gpus", str(processes))
+    return run_forked("-m", "verl", "sft", *(f"{key}={value}" for key, value in keys.items()), "--gpus", processes, folder=folder)
 
 
 def test_gpus_starts_so_many_processes(folder: Path) -> None:
