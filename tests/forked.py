@@ -119,7 +119,7 @@ def _execute(command: list[str]) -> None:
     from verl import launch, parent, signals
 
     launch.subprocess = SimpleNamespace(Popen=Rank)  # type: ignore[assignment]  # a launcher's processes are forked from it
-    torchrun.Popen = Rank
+    torchrun.Popen = Rank  # type: ignore[misc, assignment]
     _place_fault()
     sys.argv = command[1:] if command[0] == "-m" else command
     sys.orig_argv = [sys.executable, *command]
