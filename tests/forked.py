@@ -105,7 +105,8 @@ def _take(variables: Mapping[str, str]) -> None:
         getenv = ctypes.CDLL(None).getenv
         getenv.restype = ctypes.c_void_p
         _room = getenv(MARK.encode())
-    shown = "\0".join([variables.get(MARK, "").strip(), *(f"{name}={variables[name]}" for name in ("RANK",) if name in variables)]).encode() + b"\0"
+    rank = [f"RANK={variables['RANK']}"] if "RANK" in variables else []
+    shown = "\0".join([variables.get(MARK, "").strip(), *rank]).encode() + b"\0"
     assert len(shown) < ROOM
     ctypes.memmove(_room, shown.ljust(ROOM, b"\0"), ROOM)
     os.environ.clear()
