@@ -62,18 +62,25 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
 
-def run_forked(*words: object, folder: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end in a forked process, as `runs.command` does in a new interpreter.
+def run_forked(
+    *words: object, folder: Path, processes: int = 0, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a command, or torchrun with so many processes of it, to its end in a forked process, as `runs.command` does in a new interpreter.
 
     Args:
         folder: where it works.
     """
-    command = list(map(str, words))
-    process = Forked(command, folder, {**os.environ, MARK: "", "WANDB_MODE": "", "WANDB_API_KEY": "", "OMP_NUM_THREADS": "1"})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={processes}"] if processes else []
+    command = [*launcher, *map(str, words)]
+    own = {MARK: "", "WANDB_MODE": "", "WANDB_API_KEY": "", "OMP_NUM_THREADS": "1"}
+    process = Forked(command, folder, {**os.environ, **own, **(env or {})})
     try:
         out, err = process.communicate(timeout)
     finally:
@@ -98,7 +105,8 @@ def _take(variables: Mapping[str, str]) -> None:
         getenv = ctypes.CDLL(None).getenv
         getenv.restype = ctypes.c_void_p
         _room = getenv(MARK.encode())
-    shown = "\0".join([variables.get(MARK, ""), *(f"{name}={variables[name]}" for name in ("RANK",) if name in variables)]).encode() + b"\0"
+    rank = [f"RANK={variables['RANK']}"] if "RANK" in variables else []
+    shown = "\0".join([variables.get(MARK, "").strip(), *rank]).encode() + b"\0"
     assert len(shown) < ROOM
     ctypes.memmove(_room, shown.ljust(ROOM, b"\0"), ROOM)
     os.environ.clear()
@@ -107,13 +115,17 @@ def _take(variables: Mapping[str, str]) -> None:
 
 def _execute(command: list[str]) -> None:
     """Run a command in this process as a new interpreter would."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as torchrun
+
     from verl import launch, parent, signals
 
     launch.subprocess = SimpleNamespace(Popen=Rank)  # type: ignore[assignment]  # a launcher's processes are forked from it
+    torchrun.Popen = Rank  # type: ignore[misc, assignment]
     _place_fault()
     sys.argv = command[1:] if command[0] == "-m" else command
     sys.orig_argv = [sys.executable, *command]
     if command[0] != "-m":
+        sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
         runpy.run_path(command[0], run_name="__main__")
         return
     module = command[1]
@@ -146,13 +158,14 @@ def _place_fault() -> None:
 class Rank:
     """What a launcher needs of `subprocess.Popen`, for a rank that is forked from it."""
 
-    def __init__(self, command: list[str], *, env: Mapping[str, str], pass_fds: Sequence[int], start_new_session: bool):
-        assert start_new_session
+    def __init__(self, args: Sequence[str], *, env: Mapping[str, str], start_new_session: bool, pass_fds: Sequence[int] = (), **logs: None):
+        assert start_new_session and not any(logs.values())
+        command = [word for word in args[1:3] if word not in ("-u", "-P")] + list(args[3:])
         self.returncode: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become_rank(command[command.index("-m") :], env, pass_fds)
+            _become_rank(command, env, pass_fds)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -160,6 +173,14 @@ class Rank:
             if found:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a rank", timeout)
+            time.sleep(0.02)
+        return self.returncode or 0
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

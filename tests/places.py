@@ -31,24 +31,23 @@ MARK, ROOM = "FAULT_MARK", 1000  # a variable for tests/forked.py to write into,
 os.environ[MARK] = " " * ROOM
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def run_ranks(*program: object, processes: int = 2, timeout: float = 200) -> str:
     """Run a program on so many processes, one core each, with torchrun's environment variables.
 
     Args:
-        program: the name of a script of tests/ranks, or "-m" and a module, and its words.
+        program: the name of a script of tests/ranks, a script's whole path, or "-m" and a module, and its words.
     Returns:
         What was printed, rank after rank.
     """
     name, *words = map(str, program)
     argv = [name, *words] if name == "-m" else [str(TESTS / "ranks" / name), *words]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": probe.getsockname()[1],
-            "WORLD_SIZE": processes,
-            "LOCAL_WORLD_SIZE": processes,
-        }
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(processes)]
         places = [{**meeting, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1} for rank in range(processes)]

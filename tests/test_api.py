@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from forked import run_forked
 from places import ROOT
 from tiny import write_problems_and_model
 
@@ -474,8 +475,7 @@ def test_a_script_that_guards_nothing_may_tokenize_in_many_processes(folder: Pat
     plain_settings |= {"data.train_files": str(folder / "train.jsonl"), "data.train_batch_size": "6"}
     plain_settings |= {"model.partial_pretrain": str(folder / "model")}
     (tmp_path / "script.py").write_text(SCRIPT.format(settings=plain_settings))
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    done = run_forked(tmp_path / "script.py", tmp_path / "cache", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.endswith("3 steps\n") and done.stdout.count("starting a new run") == 1
 

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked import run_forked
 from places import ROOT
 from rich.console import Console
+from runs import as_words
 from tiny import write_problems_and_model
 
 import verl
@@ -197,7 +199,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_problems_and_model(tmp_path_factory.mktemp("cli"), 16, 4)
 
 
-def start(processes: int, folder: Path, train_file: str, output: str) -> subprocess.CompletedProcess[str]:
+def words(folder: Path, train_file: str, output: str) -> list[str]:
     keys = {
         "data.train_files": folder / train_file,
         "data.cache_dir": folder / "cache",
@@ -205,19 +207,20 @@ def start(processes: int, folder: Path, train_file: str, output: str) -> subproc
         "trainer.default_local_dir": folder / output,
         "trainer.total_training_steps": 2,
     }
-    return command("sft", *(f"{key}={value}" for key, value in keys.items()), "--gpus", str(processes))
+    return as_words(keys, {})
 
 
 def test_gpus_starts_so_many_processes(folder: Path) -> None:
-    done = start(2, folder, "train.jsonl", "out")
+    done = run_forked("-m", "verl", "sft", *words(folder, "train.jsonl", "out"), "--gpus", 2, folder=folder)
     assert done.returncode == 0, done.stderr
     assert "× 2" in done.stdout
     assert [json.loads(line)["step"] for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_a_broken_row_ends_them_with_code_2_and_nothing_but_its_place(folder: Path) -> None:
+    """In new interpreters, whose start and end must say nothing either."""
     (folder / "broken.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "2 + 2?", "answer": null}\n')
-    done = start(1, folder, "broken.jsonl", "broken")
+    done = command("sft", *words(folder, "broken.jsonl", "broken"), "--gpus", "1")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"error: {folder}/broken.jsonl:2: ")
     assert len(done.stderr.splitlines()) == 2

@@ -2,16 +2,16 @@
 
 import ctypes
 import hashlib
-import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from places import ROOT
+from forked import run_forked
+from places import run_ranks
 
 from verl import dist
 from verl.errors import UserError
@@ -76,18 +76,14 @@ for number in range(3):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "plain"])
-def test_processes_join_one_group_after_another(launcher: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, "-c", SEVERAL_GROUPS]
+def test_processes_join_one_group_after_another(launcher: str, tmp_path: Path) -> None:
+    program = tmp_path / "several_groups.py"
+    program.write_text(SEVERAL_GROUPS)
     if launcher == "torchrun":
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-        commands = [([sys.executable, *torchrun, *program], environment)]
+        done = run_forked(program, folder=tmp_path, processes=2)
+        assert done.returncode == 0, done.stderr
     else:
-        common = {**environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29471"}
-        commands = [(program, {**common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-    running = [subprocess.Popen(words, env=variables, stderr=subprocess.PIPE, text=True) for words, variables in commands]
-    said = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), said
+        run_ranks(program, processes=2)
 
 
 def test_a_group_that_carries_nothing_in_host_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

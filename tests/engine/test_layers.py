@@ -1,8 +1,5 @@
 """Compiled layers, traced on the CPU with an attention that a graph can hold, as FlashAttention on a GPU is."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from tiny import RandomDocuments, qwen2_config, write_model
 from torch import Tensor
@@ -192,11 +190,10 @@ print(x.grad.tolist())
 
 def test_code_that_another_release_compiled_is_not_used_if_an_operator_changed(tmp_path: Path) -> None:
     """PyTorch finds compiled code by the forward graph, in which an operator of the backward pass does not occur."""
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     for parameters, argument in (
         ("gradient: torch.Tensor, x: torch.Tensor", "context.saved_tensors[0]"),
         ("gradient: torch.Tensor, x: list[torch.Tensor]", "list(context.saved_tensors)"),
     ):
-        script = OPERATOR.format(parameters=parameters, argument=argument)
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True, check=False)
+        (tmp_path / "operator_in_a_layer.py").write_text(OPERATOR.format(parameters=parameters, argument=argument))
+        done = run_forked(tmp_path / "operator_in_a_layer.py", folder=tmp_path, env={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
         assert done.returncode == 0 and "[2.0, 2.0, 2.0]" in done.stdout, done.stderr[-2000:]

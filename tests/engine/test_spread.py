@@ -1,8 +1,5 @@
 """However the weights lie on the processes, training is the same."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from decided import decided
-from places import ROOT, run_ranks
+from places import free_port, run_ranks
+from runs import command
 from tiny import qwen2_config, write_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
@@ -214,9 +212,12 @@ def test_ddp_with_what_it_cannot_do_is_an_error(changes: dict[str, Any]) -> None
 
 
 LARGE_PAGES = """
+import os
 import torch
 from verl import dist
 
+if os.environ["WORLD_SIZE"] == "2" and os.fork() == 0:
+    os.environ.update(RANK="1", LOCAL_RANK="1")
 dist.start(large_pages=True)
 dist.from_main("what the processes tell one another are tensors too")
 taken = torch.ones(2**24)
@@ -230,16 +231,16 @@ for line in open("/proc/self/smaps"):
         assert "hg" in rest.split(), rest
         print("in large pages")
 dist.stop()
+if os.environ["WORLD_SIZE"] == "2" and os.environ["RANK"] == "0":
+    assert os.wait()[1] == 0
 """
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without pages of 2 MiB")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_host_memory_is_taken_in_large_pages_before_it_is_too_late(tmp_path: Path, processes: int) -> None:
-    (tmp_path / "pages.py").write_text(LARGE_PAGES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(tmp_path / "pages.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("THP_MEM_ALLOC_ENABLE", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_host_memory_is_taken_in_large_pages_before_it_is_too_late(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = command("-c", LARGE_PAGES, env=rank)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("in large pages") == processes

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from learned import ROWS, write_rows
 from peft import LoraConfig, get_peft_model
 from places import ROOT
@@ -436,8 +435,7 @@ def test_every_row_of_gsm8k_can_be_asked() -> None:
 def test_the_command_prints_its_results(tmp_path: Path, checkpoint: Path) -> None:
     words = [f"model_path={checkpoint}", f"test_file={write_rows(tmp_path / 'test.jsonl', ROWS)}", f"output_dir={tmp_path / 'out'}"]
     words += ["prompt_key=question", "response_key=answer", "max_new_tokens=32"]
-    command = [sys.executable, "-m", "verl.eval.sft_evaluator", *words]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    done = run_forked("-m", "verl.eval.sft_evaluator", *words, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "exact match" in done.stdout and "100.00%" in done.stdout and done.stderr == ""
     assert not any(character in done.stdout for character in "\x1b\r╭")

@@ -4,14 +4,13 @@ import csv
 import json
 import math
 import os
-import pty
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked
 from places import ROOT
 from runs import SECRET, run_with
 
@@ -74,15 +73,19 @@ def test_the_example_logger_writes_a_csv(tmp_path: Path) -> None:
 def no_wandb_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The environment of a person who has never logged in."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**kept, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    return {**kept, "HOME": str(tmp_path / "home")}
 
 
+# Its terminal could be asked for a login, and would never answer.
 ONE_STEP = """
-import sys
+import os, pty, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
 from runs import run_with
 from verl.loggers import wandb
+terminal, other_end = pty.openpty()
+os.dup2(other_end, 0)
+sys.stdin = open(0)
+assert sys.stdin.isatty()
 run = run_with(Path(sys.argv[1]), "trainer.logger=" + sys.argv[2])
 logger = wandb.start(run)
 logger.log(1, {"train/loss": 2.0})
@@ -91,16 +94,13 @@ logger.finish()
 
 
 def one_step(directory: Path, environment: dict[str, str], names: str = "wandb") -> list[str]:
-    """What a run that logs one step to wandb says; its terminal could be asked for a login, and would never answer."""
-    terminal, other_end = pty.openpty()
-    try:
-        command = [sys.executable, "-c", ONE_STEP, str(directory), names]
-        done = subprocess.run(command, env=environment, cwd=ROOT, stdin=other_end, capture_output=True, text=True, timeout=60)
-    finally:
-        os.close(terminal)
-        os.close(other_end)
-    assert done.returncode == 0, done.stderr
-    assert "wandb" not in done.stderr
+    """What a run that logs one step to wandb says."""
+    script = directory.parent / "one_step.py"
+    script.write_text(ONE_STEP)
+    process = Forked([str(script), str(directory), names], directory.parent, environment)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "wandb" not in said
     return (directory / "train.log").read_text(encoding="utf-8").splitlines()
 
 

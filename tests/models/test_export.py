@@ -1,17 +1,14 @@
 """`verl export`: what is written gives the logits of base and adapter, needs neither, and is not written where it would not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from places import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, qwen2_config, write_model
@@ -333,14 +330,8 @@ def test_what_cannot_be_exported_is_said(
 
 def test_the_command_ends_with_exit_code_0_or_2(tied: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", tied)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", *command, str(adapter), "new/out"]
-        return subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
-
-    done = run("verl", "export")
+    done = run_forked("-m", "verl", "export", adapter, "new/out", folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loaded again: the written model gives the same logits" in done.stdout and done.stderr == ""
-    done = run("verl.models.export")
+    done = run_forked("-m", "verl.models.export", adapter, "new/out", folder=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "not empty" in done.stderr

@@ -1,9 +1,6 @@
 """Adapters: as peft has them, exact to resume, read by peft and transformers, and refused with a reason where they do not fit."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from forked import run_forked
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
-from places import ROOT, run_ranks
+from places import run_ranks
 from ranks import train_adapters
+from runs import SFT
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, RandomDocuments, qwen2_config, write_model
 from torch import Tensor, nn
@@ -361,9 +360,7 @@ def test_values_out_of_range_are_refused(change: dict[str, object], message: str
 def test_a_wrong_adapter_setting_ends_the_command_with_exit_code_2_before_the_data_is_read(tied: Path, tokenizer: Qwen2Tokenizer) -> None:
     tokenizer.save_pretrained(tied)
     words = ["data.train_files=nowhere.jsonl", f"model.partial_pretrain={tied}", "model.lora_rank=4", "model.target_modules=[qq]"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "verl.trainer.fsdp_sft_trainer", *words, f"trainer.default_local_dir={tied}/run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run_forked(*SFT, *words, f"trainer.default_local_dir={tied}/run", folder=tied)
     assert done.returncode == 2 and "error: model.target_modules: no module matches 'qq'" in done.stderr, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
 

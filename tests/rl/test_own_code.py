@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from forked import Forked
 from rl_runs import train, words, write_folder
 from runs import PPO, lines_of, wait_for
 
@@ -71,12 +69,11 @@ def score(prompt, response, row):
 def test_a_signal_ends_a_run_that_waits_for_a_reward_with_the_steps_that_are_done(folder: Path) -> None:
     (folder / "hangs.py").write_text(HANGS)
     argv = words(folder, "hangs", reward__name=folder / "hangs.py", trainer__save_freq=-1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, *PPO, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    run = Forked([*PPO, *argv], folder, {**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for((folder / "hangs.pid").exists)
     since = time.monotonic()
     run.send_signal(signal.SIGTERM)
-    said, _ = run.communicate(timeout=30)
+    said = "".join(run.communicate(timeout=30))
     assert run.returncode == 75 and time.monotonic() - since < 10
     assert "Traceback" not in said
     assert f"after step 1; the same command resumes from {folder}/hangs/global_step_1" in said

@@ -6,9 +6,7 @@ import os
 import pickle
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -19,10 +17,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
-from places import ROOT
+from forked import Forked, run_forked
+from places import free_port
 from reward_models import PLAIN, scores_of_transformers, write_reward_model
 from rl_runs import train, words, write_folder
-from runs import PPO, command, lines_of, metrics_of, timeless
+from runs import PPO, lines_of, metrics_of, timeless
 from tiny import write_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
@@ -448,7 +447,7 @@ def test_an_error_reaches_other_processes_as_it_is() -> None:
 
 def on_two(folder: Path, output: str, **changes: object) -> subprocess.CompletedProcess[str]:
     argv = words(folder, output, trainer__total_training_steps=1, trainer__save_freq="never", **changes)
-    return command(*PPO, *argv, processes=2, timeout=120)
+    return run_forked(*PPO, *argv, folder=folder, processes=2, timeout=120)
 
 
 RECORDED = """
@@ -539,18 +538,10 @@ class Pair:
     """A process that trains, and one that generates for it; each can be looked at, and sent a signal, by itself."""
 
     def __init__(self, folder: Path, output: str, **changes: object):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         roles = {f"mapping__{role}": "[0]" for role in ("actor", "critic", "reference", "reward")} | {"mapping__rollout": "[1]"}
-        command = [sys.executable, "-m", "verl.trainer.ppo_trainer", *words(folder, output, **roles, **changes)]
-        common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.processes = [
-            subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)  # type: ignore[call-overload]
-            for rank in range(2)
-        ]
+        command = [*PPO, *words(folder, output, **roles, **changes)]
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = [Forked(command, folder, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
 
     def ends(self) -> list[tuple[int, str, str]]:
         """Exit code, standard output and standard error of both."""

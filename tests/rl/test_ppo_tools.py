@@ -1,14 +1,12 @@
 """Answers over several turns with a tool: the ids are those that were drawn, others' tokens are not trained, and it is learned."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
 from places import ROOT
 from rl_runs import train, write_folder
 from runs import lines_of
@@ -228,11 +226,8 @@ def test_the_trainer_learns_over_turns(folder: Path) -> None:
 
 
 def test_the_worked_example_runs(tmp_path: Path) -> None:
-    root = ROOT
-    words = ["--folder", str(tmp_path / "run"), "--rows", "200", "--sft-steps", "2", "--rl-steps", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, str(root / "examples/ppo/calculator.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    words = ["--folder", tmp_path / "run", "--rows", 200, "--sft-steps", 2, "--rl-steps", 1]
+    done = run_forked(ROOT / "examples/ppo/calculator.py", *words, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "exact match with the calculator: 0.0% before reinforcement learning, 0.0% after" in done.stdout
 

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from places import ROOT
-from runs import losses, metrics_of, wait_for
+from runs import SFT, losses, metrics_of, wait_for
 from tiny import write_problems_and_model
 
 from verl.trainer import fsdp_sft_trainer
@@ -100,15 +101,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def nodes(number: int, *argv: str, in_folders: list[Path] | None = None) -> Iterator[list[subprocess.Popen[str]]]:
-    """Agents of torchrun, one a node; those still there at the end are killed."""
+def nodes(places: list[Path], *argv: str) -> Iterator[list[Forked]]:
+    """Agents of torchrun, one a node, each in its place; those still there at the end are killed."""
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={number}", "--nproc_per_node=1", *rendezvous]
-    command += ["-m", "verl.trainer.fsdp_sft_trainer", *argv]
-    agents = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=place)
-        for place in in_folders or [None] * number
-    ]
+    command = ["-m", "torch.distributed.run", f"--nnodes={len(places)}", "--nproc_per_node=1", *rendezvous, *SFT, *argv]
+    agents = [Forked(command, place, environment()) for place in places]
     try:
         yield agents
     finally:
@@ -120,8 +117,8 @@ def nodes(number: int, *argv: str, in_folders: list[Path] | None = None) -> Iter
 
 def test_two_nodes_train_what_one_process_trains(folder: Path, one_process: list[float]) -> None:
     new_cache = f"data.cache_dir={folder / 'cache of two'}"  # which both make at the same time
-    with nodes(2, *words(folder, folder / "two", "trainer.save_freq=16", new_cache)) as agents:
-        said = [agent.communicate(timeout=90)[0] for agent in agents]
+    with nodes([folder, folder], *words(folder, folder / "two", "trainer.save_freq=16", new_cache)) as agents:
+        said = ["".join(agent.communicate(timeout=90)) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert sum("on each of 2 processes" in text for text in said) == 1  # the first process speaks for all
     assert losses(metrics_of(folder / "two")) == pytest.approx(one_process, rel=1e-5)
@@ -142,8 +139,8 @@ def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loa
         place.mkdir()
         (place / "rows.jsonl").write_text("".join(rows[number:]))
     output = "run" if differs == "trainer.default_local_dir" else tmp_path / "run"
-    with nodes(2, *words(folder, output, "data.train_files=rows.jsonl"), in_folders=places) as agents:
-        said = "".join(agent.communicate(timeout=90)[0] for agent in agents)
+    with nodes(places, *words(folder, output, "data.train_files=rows.jsonl")) as agents:
+        said = "".join(text for agent in agents for text in agent.communicate(timeout=90))
     assert [agent.returncode for agent in agents] == [1, 1]
     found = {
         "trainer.default_local_dir": "does not see the first node's folder of this name",
@@ -157,10 +154,10 @@ def test_what_the_nodes_must_share_and_do_not_ends_the_run_before_a_model_is_loa
 @pytest.mark.faults
 def test_a_signal_to_one_node_ends_both_after_the_same_step(folder: Path, one_process: list[float]) -> None:
     output = folder / "signalled"
-    with nodes(2, *words(folder, output, f"trainer.logger={folder / 'paced.py'}")) as agents:
+    with nodes([folder, folder], *words(folder, output, f"trainer.logger={folder / 'paced.py'}")) as agents:
         wait_for(lambda: (output / "metrics.jsonl").exists() and len(losses(metrics_of(output))) >= 2)
         subprocess.run(["pkill", "-USR1", "-P", str(agents[1].pid)], check=True)
-        said = "".join(agent.communicate(timeout=60)[0] for agent in agents)
+        said = "".join(text for agent in agents for text in agent.communicate(timeout=60))
     assert sorted(re.findall(r"exitcode  : (-?\d+) ", said)) == ["75", "75"]
     (checkpoint,) = output.glob("global_step_*")
     done = len(losses(metrics_of(output)))

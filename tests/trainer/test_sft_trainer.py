@@ -4,15 +4,14 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from places import ROOT, run_ranks
+from forked import Forked, run_forked
+from places import run_ranks
 from runs import SFT, Metrics, command, losses, metrics_of, wait_for
 from sft_runs import ROWS_PER_STEP, STEPS, train, words
 from tiny import write_problems_and_model
@@ -258,14 +257,12 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(folder: Path, plain_run
 
 
 def test_sigterm_ends_with_a_checkpoint_from_which_the_same_command_goes_on(folder: Path, plain_run: Metrics) -> None:
-    process = subprocess.Popen(
-        [sys.executable, *SFT, *words(folder, "term")], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    process = Forked([*SFT, *words(folder, "term")], folder, os.environ)
     wait_for(lambda: (folder / "term" / "metrics.jsonl").exists() and len(metrics_of(folder / "term")) >= 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == SAVED_EXIT_CODE and "the same command resumes from" in output
-    done = command(*SFT, *words(folder, "term"))
+    done = run_forked(*SFT, *words(folder, "term"), folder=folder)
     assert done.returncode == 0 and done.stdout.startswith("resuming from")
     assert losses(metrics_of(folder / "term")) == losses(plain_run)
 
@@ -382,6 +379,6 @@ def test_a_wrong_input_is_answered_with_place_and_fix_before_a_model_is_loaded(
 
 
 def test_under_torchrun_a_wrong_input_is_said_once_and_ends_every_process(folder: Path) -> None:
-    done = command(*SFT, *words(folder, "bad", data__prompt_key="questoin"), processes=2)
+    done = run_forked(*SFT, *words(folder, "bad", data__prompt_key="questoin"), folder=folder, processes=2)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "train.jsonl:1: " in done.stderr
     assert "exitcode  : 2" in done.stderr
