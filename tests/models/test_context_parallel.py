@@ -77,7 +77,8 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_one(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
-    return lambda name: results(tmp_path_factory.mktemp("one"), CASES[name])
+    """By the name of a case: the results of one process that neither compiles nor computes anything again."""
+    return lambda name: results(tmp_path_factory.mktemp("one"), CASES[name].plain())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -351,12 +351,19 @@ CHANGES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def outlines(folder: Path) -> Outline:
+    """The large model, built once for all settings."""
+    return Outline(config_of(folder).model)
+
+
 @pytest.mark.parametrize("gpus", [1, 2])
 @pytest.mark.parametrize("changes", CHANGES)
-def test_what_the_plan_advises_makes_the_run_fit(changes: dict[str, Any], gpus: int, folder: Path) -> None:
+def test_what_the_plan_advises_makes_the_run_fit(changes: dict[str, Any], gpus: int, folder: Path, outlines: Outline) -> None:
     config = config_of(folder, **changes)
-    planned = plan_of(config, gpus)
-    lines = describe(planned, config, DOCUMENTS, Outline(config.model)).splitlines()
+    outline = outlines.with_settings(config.model)
+    planned = plan_run(config, DOCUMENTS, outline, ASSUMED.planned(gpus))
+    lines = describe(planned, config, DOCUMENTS, outline).splitlines()
     for size, gib in CARDS.items():
         (line,) = (line for line in lines if line.startswith(f"{size:>5} GB: "))
         assert ("does not fit" not in line) == planned.fits(gib * GIB)
@@ -364,7 +371,7 @@ def test_what_the_plan_advises_makes_the_run_fit(changes: dict[str, Any], gpus: 
             better, gpus_then = followed(line.partition("does not fit; ")[2], config, gpus)
             assert (better, gpus_then) != (config, gpus)
             better.check()
-            assert plan_of(better, gpus_then).fits(gib * GIB)
+            assert plan_run(better, DOCUMENTS, outlines.with_settings(better.model), ASSUMED.planned(gpus_then)).fits(gib * GIB)
 
 
 def followed(advice: str, config: SFTConfig, gpus: int) -> tuple[SFTConfig, int]:
@@ -374,15 +381,11 @@ def followed(advice: str, config: SFTConfig, gpus: int) -> tuple[SFTConfig, int]
     return changed(config, {key: argument(key, text).value for key, text in pairs}), int(words[0]) if words[1:2] == ["GPUs"] else gpus
 
 
-def advice(gib: float, **changes: Any) -> str:
-    """For a full run of 7B without checkpointing, unless changed, on a GPU of so much memory."""
-    folder = changes.pop("folder")
-    config = config_of(folder, **{"model__enable_gradient_checkpointing": False, **changes})
-    return adviser(config, DOCUMENTS, Outline(config.model), plan_of(config))(gib * GIB).partition(" (-")[0]
-
-
 def test_the_mildest_change_that_fits_is_named(folder: Path) -> None:
-    found = {gib: advice(gib, folder=folder) for gib in (150, 139.7, 79.1, 39.4, 15.6, 8.0)}
+    """For a full run of 7B without checkpointing, by the GiB of a GPU."""
+    config = config_of(folder, model__enable_gradient_checkpointing=False)
+    advice = adviser(config, DOCUMENTS, Outline(config.model), plan_of(config))
+    found = {gib: advice(gib * GIB).partition(" (-")[0] for gib in (150, 139.7, 79.1, 39.4, 15.6, 8.0, 2.0)}
     assert found == {
         150: "model.enable_gradient_checkpointing=selective",
         139.7: "model.enable_gradient_checkpointing=true",
@@ -391,8 +394,8 @@ def test_the_mildest_change_that_fits_is_named(folder: Path) -> None:
         15.6: "model.fsdp_config.cpu_offload=true model.enable_gradient_checkpointing=true data.max_tokens_per_micro_batch=16384",
         8.0: "model.fsdp_config.cpu_offload=true model.lora_rank=32 model.enable_gradient_checkpointing=true "
         "data.max_tokens_per_micro_batch=4096",
+        2.0: "a smaller model, or shorter rows",
     }
-    assert advice(2.0, folder=folder) == "a smaller model, or shorter rows"
 
 
 def test_hints_leave_alone_what_is_so_already_and_what_this_machine_cannot_do(folder: Path) -> None:

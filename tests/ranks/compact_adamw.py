@@ -28,7 +28,9 @@ def engine_of(model: str, device: torch.device) -> Engine:
 
 
 def train(engine: Engine, start: int, stop: int) -> list[float]:
-    loader = Loader(RandomDocuments(), Packing(4, 240), rows_per_step=4, seed=1, rank=dist.rank(), world_size=dist.world_size())
+    loader = Loader(
+        RandomDocuments(vocabulary=64), Packing(4, 240), rows_per_step=4, seed=1, rank=dist.rank(), world_size=dist.world_size()
+    )
     return [float(engine.train_step(step.micro_batches, sft, step.number)["loss"]) for step in loader.steps(start, stop)]
 
 

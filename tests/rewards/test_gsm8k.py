@@ -11,7 +11,7 @@ from verl import plugin
 from verl.rewards.gsm8k import exact_match, extract_answer, reference_answer, score
 
 GSM8K = SHARED / "data" / "gsm8k"
-LONG = 1_000_000
+LONG = 200_000
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,10 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
-def test_a_million_hostile_characters_take_little_time(unit: str) -> None:
-    """A pattern that looks at the rest of the text again from each place would take hours."""
+def test_many_hostile_characters_take_little_time(unit: str) -> None:
+    """A pattern that looks at the rest of the text again from each place would take minutes."""
     text = "#### -$1" + unit * (LONG // len(unit)) + "x"
     since = time.process_time()
     extract_answer(text, "strict")
     extract_answer(text, "flexible")
-    assert time.process_time() - since < 5
+    assert time.process_time() - since < 2

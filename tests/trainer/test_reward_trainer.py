@@ -96,9 +96,9 @@ def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]
 @pytest.fixture(scope="module")
 def reward_model(folder: Path) -> Path:
     """Trained until it knows which of two answers belongs to a problem."""
-    changes = {"data__val_files": folder / "test.jsonl", "data__train_batch_size": 32, "data__max_tokens_per_micro_batch": 8192}
-    train(folder, "reward", **changes, trainer__total_training_steps=100, optim__lr=6e-3)
-    return folder / "reward" / "global_step_100"
+    changes = {"data__val_files": folder / "test.jsonl", "data__train_batch_size": 16, "data__max_tokens_per_micro_batch": 8192}
+    train(folder, "reward", **changes, trainer__total_training_steps=130, optim__lr=6e-3)
+    return folder / "reward" / "global_step_130"
 
 
 def test_a_trained_reward_model_ranks_pairs_that_it_has_not_seen(folder: Path, reward_model: Path) -> None:

@@ -7,6 +7,8 @@ import yaml
 
 NUMBER = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
 MOST_VALUES = 100_000  # in one config file
+DEEPEST = 100  # lists and mappings in brackets, inside one another; PyYAML takes a second to look at a thousand
+TOO_DEEP = "nested too deep"
 
 
 class OldBoolean(str):
@@ -31,9 +33,14 @@ class Loader(yaml.SafeLoader):
         except yaml.YAMLError:
             raise
         except RecursionError:
-            raise yaml.YAMLError("nested too deep") from None
+            raise yaml.YAMLError(TOO_DEEP) from None
         except (ValueError, TypeError, OverflowError, ArithmeticError, LookupError, AttributeError) as error:  # of a value with a tag
             raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level >= DEEPEST:
+            raise yaml.YAMLError(TOO_DEEP)
+        super().fetch_flow_collection_start(TokenClass)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
