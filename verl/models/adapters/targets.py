@@ -116,7 +116,7 @@ def expert_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def is_plain_product(module: nn.Module) -> bool:
     """Return whether the output of a linear layer is its input times its weight, as an adapter beside it supposes."""
-    kind = type(module)
+    kind: Any = type(module)
     return kind.forward in (nn.Linear.forward, Conv1D.forward) or kind.__module__.startswith("bitsandbytes.") or _multiplies(kind)
 
 
