@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from places import FORKS, MARK, ROOM
 
 HOOKS = Path(__file__).parent / "faults" / "fault_hooks"
+_changed: list[tuple[Any, str, Any]] = []  # what a fault has replaced: owner, name and what was there
 _room = 0  # where this process's environment has room for a mark
 
 
@@ -137,7 +138,12 @@ def _execute(command: list[str]) -> None:
 
 
 def _place_fault() -> None:
-    """Do what fault_hooks/sitecustomize.py does while modules are imported, where they have been."""
+    """Do what fault_hooks/sitecustomize.py does while modules are imported, where they have been.
+
+    The fault of a launcher, from which this process is forked, is taken away: it may be meant for another rank.
+    """
+    while _changed:
+        setattr(*_changed.pop())
     spec = importlib.util.spec_from_file_location("fault_hooks", HOOKS / "sitecustomize.py")
     assert spec is not None and spec.loader is not None
     hooks = importlib.util.module_from_spec(spec)
@@ -149,10 +155,10 @@ def _place_fault() -> None:
     owner: Any = functools.reduce(getattr, owners, importlib.import_module(place))
     before = getattr(owner, last)
     after = hooks.wrapped(before, action)
-    setattr(owner, last, after)
-    for module in [found for key, found in sys.modules.items() if key.partition(".")[0] == "verl"]:
-        for key in [key for key, value in vars(module).items() if value is before]:
-            setattr(module, key, after)  # it has imported the function by its name
+    modules = [found for key, found in sys.modules.items() if key.partition(".")[0] == "verl"]  # may have imported it by its name
+    for each, name in [(owner, last), *((module, key) for module in modules for key, value in vars(module).items() if value is before)]:
+        _changed.append((each, name, before))
+        setattr(each, name, after)
 
 
 class Rank:

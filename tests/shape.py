@@ -73,7 +73,7 @@ def _nodes(tree: ast.AST, functions: bool, types: bool) -> Iterator[ast.AST]:
         inside = node
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not functions:
             inside = ast.Module([], [])
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types:
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             inside = ast.Module(node.orelse, [])
         yield node
         yield from _nodes(inside, functions, types)

@@ -150,7 +150,7 @@ def quoted(number: int) -> SafetensorError:
 
 PLACES: dict[str, Callable[[pytest.MonkeyPatch, int], object]] = {
     "making the directory": lambda patch, number: patch.setattr(Path, "mkdir", raising(OSError(number, os.strerror(number)))),
-    "writing the model": lambda patch, number: patch.setattr("transformers.modeling_utils.safe_save_file", raising(quoted(number))),
+    "writing the model": lambda patch, number: patch.setattr("verl.models.on_disk.save_file", raising(quoted(number))),
     "writing tensors": lambda patch, number: patch.setattr(StoredState, "write", raising(OSError(number, os.strerror(number)))),
     "writing random states": lambda patch, number: patch.setattr(draft, "save_file", raising(quoted(number))),
     "writing metadata": lambda patch, number: patch.setattr(StoredState, "finish", raising(OSError(number, os.strerror(number)))),
