@@ -29,6 +29,7 @@ from verl.config.objects import _leaves, _tree
 from verl.config.sft import SFTConfig
 from verl.directory import begin_files, claim, recorded_settings, settings_of
 from verl.durable import replace_text
+from verl.engine import checkpoint
 from verl.engine.damage import find_damage
 from verl.errors import UserError
 from verl.eval.sft_evaluator import evaluate
@@ -192,6 +193,12 @@ def test_a_change_of_what_is_not_learned_does_not(change: str, folder: Path, who
     said = capsys.readouterr().out
     assert said.startswith("resuming from ") and "nothing left to do: 4 of 4 steps are done" in said
     assert "optim.lr=0.001" in said and f"data.train_files={folder / 'train.jsonl'}" in said, "with which settings"
+
+
+def test_a_run_that_was_killed_before_it_removed_an_old_checkpoint_removes_it_when_it_is_started_again(folder: Path, whole: Path) -> None:
+    shutil.copytree(whole, folder / "killed")
+    run(folder, "killed", trainer__max_ckpt_to_keep=1)
+    assert [path.name for path in checkpoint.committed(folder / "killed")] == ["global_step_4"]
 
 
 def test_a_model_and_rows_that_have_moved_are_the_same(

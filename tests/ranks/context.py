@@ -86,9 +86,9 @@ def masked_operator(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tenso
 
 @torch.library.custom_op("verl_test::masked_backward", mutates_args=())
 def masked_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    query, key, value = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
     with torch.enable_grad():
-        output = masked(*inputs, cu_seqlens)
+        output = masked(query, key, value, cu_seqlens)
     return [x.contiguous() for x in torch.autograd.grad(output, inputs, gradient)]
 
 

@@ -25,6 +25,7 @@ from verl.engine.position import Position
 from verl.errors import UserError
 from verl.manifest import steps_in
 from verl.run import Run
+from verl.trainer.best import Best
 
 NEW_RUN = "start a new run: trainer.resume_mode=disable trainer.default_local_dir=<a new directory>"
 WAYS = f"{NEW_RUN}; or go on from this checkpoint with what is new: trainer.resume_override=true"
@@ -193,6 +194,15 @@ def _first_other_rate(optim: OptimConfig, before: int, now: int) -> int | None:
 def _rates(optim: OptimConfig, before: int, now: int, first: int) -> str:
     last = max(first, min(before, now) - 1)
     return f" (of step {last + 1}: {learning_rate(optim, before)(last):.3g} -> {learning_rate(optim, now)(last):.3g})"
+
+
+def complete(done: Position, config: TrainerConfig, run: Run) -> None:
+    """Say that all steps are done, and do what is done after the last one is saved: a kill may have come before it."""
+    run.say(nothing_left(done, run.directory))
+    assert run.checkpoint is not None
+    best = None if config.best_metric is None else Best(config, run, None)
+    needed = {run.checkpoint} if best is None or best.path is None else {run.checkpoint, best.path}
+    checkpoint.prune(run.directory, config.max_ckpt_to_keep, good={run.checkpoint}, needed=needed, say=run.say)
 
 
 def nothing_left(done: Position, directory: Path) -> str:

@@ -78,15 +78,11 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
         total_steps=total_steps,
     )
     if run.checkpoint is not None:
-        from verl.trainer.continuation import continued, nothing_left
+        from verl.trainer.continuation import complete, continued
 
         start = continued(start, run.checkpoint, run)
         if start.step >= total_steps:
-            run.say(nothing_left(start, run.directory))
-            if config.best_metric is not None:
-                from verl.trainer.best import Best
-
-                Best(config, run, None)  # a kill after the last commit has left no link to it
+            complete(start, config, run)
             return None
     run.start_logging(start.step, total_steps)
     return start
