@@ -11,7 +11,7 @@ from peft import PeftModel
 from runs import losses
 from tiny import RandomDocuments
 from torch import Tensor, nn
-from transformers import AutoConfig, Florence2Config
+from transformers import AutoConfig, Florence2Config, Qwen2_5_VLConfig
 
 from verl import dist
 from verl.algorithms import sft
@@ -31,6 +31,7 @@ from verl.models.inference import load_for_inference
 from verl.models.load import language_class, load_for_training
 from verl.models.multimodal import PROCESSOR_FILES
 from verl.models.shards import load_without_values, small_twin
+from verl.models.twin import twin_configs
 from verl.rollout import Sampling
 from verl.rollout.hf import HfRollout
 from verl.rollout.native.engine import NativeRollout
@@ -182,3 +183,11 @@ def test_no_reward_model_is_made_of_a_checkpoint_with_vision_parts(tmp_path: Pat
 def test_a_decoder_whose_encoder_reads_the_text_is_refused() -> None:
     with pytest.raises(UserError, match="is an encoder-decoder model"):
         language_class(Florence2Config())
+
+
+def test_the_twin_of_a_large_model_has_sections_of_positions_that_fit_its_heads_and_one_layer_of_vision() -> None:
+    config = Qwen2_5_VLConfig()
+    config.text_config.rope_parameters["mrope_section"] = [16, 24, 24]
+    twin = next(iter(twin_configs(config)))
+    assert twin.text_config.rope_parameters["mrope_section"] == [2, 3, 3]
+    assert twin.vision_config.depth == 1 and config.vision_config.depth > 1

@@ -3,7 +3,6 @@
 Adapters are small and are not on the meta device. As in `verl.engine.weights`, weights are sharded along their first dimension.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -74,13 +73,12 @@ def load_without_values(
 
 def small_twin(model: PreTrainedModel, device: torch.device, attention: str = PACKED) -> PreTrainedModel:
     """Build a small model of the same architecture in float32, with random weights, a small vocabulary and each type of layer."""
-    from verl.models.twin import drop_token_ids, keep_few_layers  # once a run
+    from verl.models.twin import changed, drop_token_ids, keep_few_layers  # once a run
 
-    config = copy.deepcopy(model.config)
+    config = changed(model.config, keep_few_layers)
     text = config.get_text_config()
-    keep_few_layers(text)
     text.vocab_size = TWIN_VOCABULARY
-    drop_token_ids(text, ("pad_token_id", "bos_token_id", "eos_token_id"))
+    drop_token_ids(text)
     with torch.device(device), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         twin: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32, attn_implementation=attention)

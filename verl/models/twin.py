@@ -6,7 +6,7 @@ shows what the model does with a long one.
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -35,11 +35,11 @@ GROUPS = ("n_group", "topk_group", "num_expert_group")
 
 def twin_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     """Yield configs of twins, the one to try first first. Not each of them may be valid for the architecture."""
-    changes: list[Callable[[Any], None]] = [_narrow, _with_few_experts, keep_few_layers]
+    changes: list[Callable[[Any], None]] = [_narrow, _with_few_experts, keep_few_layers, _with_short_windows]
     if _is_small(config.get_text_config(decoder=True)):
-        yield _changed(config)
-    for first in range(len(changes)):
-        yield _changed(config, *changes[first:])
+        yield changed(config, _with_short_windows)
+    for first in range(len(changes) - 1):
+        yield changed(config, *changes[first:])
 
 
 def _is_small(text: Any) -> bool:
@@ -79,12 +79,49 @@ def random_model(make: Callable[[PretrainedConfig], PreTrainedModel], config: Pr
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _changed(config: PretrainedConfig, *changes: Callable[[Any], None]) -> PretrainedConfig:
+def changed(config: PretrainedConfig, *changes: Callable[[Any], None]) -> PretrainedConfig:
+    """Return a copy of a config whose text part is changed, with what single layers have of their own in proportion."""
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
-    for change in (*changes, _with_short_windows):
+    overrides, before = _take_overrides(text), dict(vars(text))
+    for change in changes:
         change(text)
+    for part in (getattr(config, name, None) for name in config.sub_configs):
+        if part is not None and part is not text:
+            _keep_one_layer(part)
+    if overrides:
+        kept = {int(layer): values for layer, values in overrides.items() if int(layer) < text.num_hidden_layers}
+        text.per_layer_config = {
+            layer: {name: _in_proportion(name, value, before, text) for name, value in values.items()} for layer, values in kept.items()
+        }
     return config
+
+
+def _keep_one_layer(part: Any) -> None:
+    """Make a vision or audio part small: it is built with the model, and then left out."""
+    for name in ("num_hidden_layers", "depth", "num_layers", "encoder_layers"):
+        if isinstance(layers := vars(part).get(name), int) and layers > 1:
+            setattr(part, name, 1)
+
+
+def _take_overrides(text: Any) -> dict[Any, dict[str, Any]]:
+    """Remove what single layers have in place of the config's values, and return it by the number of the layer.
+
+    With it, transformers raises an error when such a value is read from the config.
+    """
+    overrides: dict[Any, dict[str, Any]] = text.to_dict().get("per_layer_config") or {}
+    if overrides:
+        text.per_layer_config = None
+    return overrides
+
+
+def _in_proportion(name: str, value: Any, before: dict[str, Any], text: Any) -> Any:
+    """Return a layer's own value, changed as the config's value of that name is."""
+    if _is_long(name, value):
+        return SHORT
+    whole, now = before.get(name), getattr(text, name, None)
+    numbers = all(isinstance(one, int) and not isinstance(one, bool) and one > 0 for one in (value, whole, now))
+    return max(1, value * now // whole) if numbers else value
 
 
 def _with_short_windows(text: Any) -> None:
@@ -123,23 +160,32 @@ def keep_few_layers(text: Any) -> None:
         [kept, *(value for name, value in vars(text).items() if name.endswith(("_period", "_interval")) and isinstance(value, int))]
     )
     kept = min(layers, period)
+    if shared := min(getattr(text, "num_kv_shared_layers", None) or 0, layers - kept, 1):  # the last ones read the keys of earlier ones
+        kept += shared
+        text.num_kv_shared_layers = shared
+    elif getattr(text, "num_kv_shared_layers", None):
+        text.num_kv_shared_layers = 0
     for name, value in by_layer.items():
         setattr(text, name, value[:kept] if name in kinds else [number for number in value if number < kept])
     for name in ("first_k_dense_replace", "num_dense_layers"):
         if getattr(text, name, 0):
             setattr(text, name, min(1, kept - 1))
     text.num_hidden_layers = kept
-    if isinstance(getattr(text, "vocab_size", None), int) and text.vocab_size > VOCABULARY:
-        text.vocab_size = VOCABULARY
-        drop_token_ids(text, [name for name in vars(text) if name.endswith("_token_id")])
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if isinstance(size := getattr(text, name, None), int) and size > VOCABULARY:
+            setattr(text, name, VOCABULARY)
+    if text.vocab_size == VOCABULARY:
+        drop_token_ids(text)
 
 
-def drop_token_ids(text: Any, names: Iterable[str]) -> None:
-    """Set token ids, which may be outside a small vocabulary, to None, or to 0 where the config's class allows no None."""
-    for name in names:
-        setattr(text, name, 0)
-        with suppress(StrictDataclassFieldValidationError):
-            setattr(text, name, None)
+def drop_token_ids(text: Any) -> None:
+    """Change ids that a small vocabulary may lack: those of padding, start and end to 0, others to None where the config allows it."""
+    for name in [name for name in vars(text) if name.endswith("_token_id")]:
+        if name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(text, name, None if getattr(text, name) is None else 0)
+        else:
+            with suppress(StrictDataclassFieldValidationError):
+                setattr(text, name, None)
 
 
 def _with_few_experts(text: Any) -> None:
@@ -156,12 +202,21 @@ def _with_few_experts(text: Any) -> None:
 
 def _narrow(text: Any) -> None:
     before = getattr(text, "head_dim", None) or text.hidden_size // (getattr(text, "num_attention_heads", None) or 1)
-    for rope in (getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)):
+    ropes = (getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None))
+    for rope in {id(rope): rope for rope in ropes}.values():  # two names for one, in recent releases
         for name in ("short_factor", "long_factor"):
             if isinstance(rope, dict) and isinstance(rope.get(name), list):
                 rope[name] = rope[name][: len(rope[name]) * NARROW["head_dim"] // before]
+        if isinstance(rope, dict) and isinstance(sections := rope.get("mrope_section"), list) and NARROW["head_dim"] < before:
+            rope["mrope_section"] = _shares(sections, sum(sections) * NARROW["head_dim"] // before)
     equal = getattr(text, "num_attention_heads", None) == getattr(text, "num_key_value_heads", None)
     narrow = NARROW | {"num_key_value_heads": NARROW["num_attention_heads"]} if equal else NARROW
     for name, small in narrow.items():
         if isinstance(size := getattr(text, name, None), int) and size > small:
             setattr(text, name, small)
+
+
+def _shares(parts: list[int], whole: int) -> list[int]:
+    """Return numbers in proportion to these, with another sum."""
+    shares = [part * whole // sum(parts) for part in parts]
+    return [shares[0] + whole - sum(shares), *shares[1:]]
