@@ -91,12 +91,13 @@ def test_the_models_that_people_use_most_are_packed_at_their_full_size_too() -> 
     for config in (Qwen2Config(), LlamaConfig(), MistralConfig(), CwmConfig()):  # the last allows no None for a token id
         assert choose_path(config, "here") == ForwardPath()
     factors = LONGROPE | {"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "original_max_position_embeddings": 4096}
-    for config in (
+    others: list[PretrainedConfig] = [
         Gemma4TextConfig(),  # single layers have heads of their own size
         Gemma3nTextConfig(),  # the last layers have no keys of their own
         Phi3Config(original_max_position_embeddings=4096, rope_parameters=factors),
-    ):
-        assert choose_path(config, "here").packed, type(config).__name__
+    ]
+    for other in others:
+        assert choose_path(other, "here").packed, type(other).__name__
 
 
 @pytest.mark.parametrize(

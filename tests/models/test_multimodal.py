@@ -186,8 +186,8 @@ def test_a_decoder_whose_encoder_reads_the_text_is_refused() -> None:
 
 
 def test_the_twin_of_a_large_model_has_sections_of_positions_that_fit_its_heads_and_one_layer_of_vision() -> None:
-    config = Qwen2_5_VLConfig()
+    config: Any = Qwen2_5_VLConfig()
     config.text_config.rope_parameters["mrope_section"] = [16, 24, 24]
-    twin = next(iter(twin_configs(config)))
+    twin: Any = next(iter(twin_configs(config)))
     assert twin.text_config.rope_parameters["mrope_section"] == [2, 3, 3]
     assert twin.vision_config.depth == 1 and config.vision_config.depth > 1
