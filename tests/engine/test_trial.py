@@ -44,6 +44,7 @@ from verl.engine.weights import _separate
 from verl.errors import UserError
 from verl.models.attention.packed import ForwardPath
 from verl.models.load import load_for_training
+from verl.models.twin import keep_few_layers
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -93,11 +94,19 @@ def test_the_models_that_people_use_most_are_packed_at_their_full_size_too() -> 
     factors = LONGROPE | {"short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "original_max_position_embeddings": 4096}
     others: list[PretrainedConfig] = [
         Gemma4TextConfig(),  # single layers have heads of their own size
-        Gemma3nTextConfig(),  # the last layers have no keys of their own
         Phi3Config(original_max_position_embeddings=4096, rope_parameters=factors),
     ]
     for other in others:
         assert choose_path(other, "here").packed, type(other).__name__
+
+
+def test_a_twin_of_layers_that_share_keys_has_such_a_layer() -> None:
+    """The last layers of Gemma 3n read the keys of the last layer of their kind before them."""
+    config = Gemma3nTextConfig()
+    keep_few_layers(config)
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    assert config.num_kv_shared_layers == 1 and len(config.layer_types) == config.num_hidden_layers
+    assert set(config.layer_types[:own]) == set(Gemma3nTextConfig().layer_types)
 
 
 @pytest.mark.parametrize(
