@@ -56,7 +56,7 @@ def partly_recomputed(model: Any) -> None:
 def compiled(model: Any) -> None:
     """With an attention that a graph can hold, as FlashAttention on a GPU is, and activations computed again inside it."""
     packed.has_flash = lambda *_: True
-    packed.flash.flash_attention = lambda query, key, value, bounds, longest, **_: masked_operator(query, key, value, bounds)
+    packed.flash.flash_attention = lambda query, key, value, bounds, longest, **_: masked(query, key, value, bounds)
     counters.clear()
     recomputed(model)
     compile_layers(model, backend="aot_eager")
@@ -76,28 +76,6 @@ def masked(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Te
     mask_TT = (document_T[:, None] == document_T) & (position_T[:, None] >= position_T)
     query, key, value = (x.transpose(0, 1)[None] for x in (query_TND, key_TKD, value_TKD))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_TT, enable_gqa=True)[0].transpose(0, 1)
-
-
-# An operator of its own, as FlashAttention is: what is inside is not traced.
-@torch.library.custom_op("verl_test::masked", mutates_args=())
-def masked_operator(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return masked(query, key, value, cu_seqlens).contiguous()
-
-
-@torch.library.custom_op("verl_test::masked_backward", mutates_args=())
-def masked_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    query, key, value = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-    with torch.enable_grad():
-        output = masked(query, key, value, cu_seqlens)
-    return [x.contiguous() for x in torch.autograd.grad(output, inputs, gradient)]
-
-
-masked_operator.register_fake(lambda query, key, value, bounds: torch.empty_like(query, memory_format=torch.contiguous_format))
-masked_backward.register_fake(lambda gradient, *inputs: [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]])
-masked_operator.register_autograd(
-    lambda ctx, gradient: (*masked_backward(gradient, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
 
 
 @dataclass
