@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import torch
+import yaml
 from pyarrow import parquet as pq
 from tiny import write_problems_and_model
 from transformers import PreTrainedConfig
@@ -98,6 +99,15 @@ def test_no_resolver_of_a_file_is_run(argument: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"trainer:\n  experiment_name: '{argument.partition('=')[2]}'\n")
     with pytest.raises(UserError):
         load_config(SFTConfig, [*GIVEN, "--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("key", ["${", "a${b}", "\\${a", "\\\\${", "", "a"])
+def test_a_key_with_the_beginning_of_an_interpolation_stays_as_it_is_in_config_yaml(key: str, tmp_path: Path) -> None:
+    path, written = tmp_path / "given.yaml", tmp_path / "written.yaml"
+    path.write_text(yaml.safe_dump({"data": {"train_files": "a", "val_files": [{key: "b"}]}, "model": {"partial_pretrain": "m"}}))
+    config = load_config(SFTConfig, [f"--config={path}"])
+    written.write_text(to_yaml(config))
+    assert load_config(SFTConfig, [f"--config={written}"]).data.val_files == config.data.val_files == [{key: "b"}]
 
 
 def test_an_escaped_resolver_is_text_and_stays_text_in_config_yaml(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def asks_resolver(value: Any) -> bool:
 
 
 def as_written(config: object) -> DictConfig:
-    """Return a config without its secrets, and with each `${` in its texts escaped, because the values are final."""
+    """Return a config without its secrets, and with each `${` in its values escaped, because the values are final."""
     values: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     written: DictConfig = OmegaConf.create(_escaped(redact(values)))
     return written
@@ -53,7 +53,7 @@ def _contains_resolver(tree: Any) -> bool:
 
 def _escaped(value: Any) -> Any:
     if isinstance(value, dict):
-        return {_escaped(key): _escaped(item) for key, item in value.items()}
+        return {key: _escaped(item) for key, item in value.items()}  # nothing is resolved in keys
     if isinstance(value, list):
         return [_escaped(item) for item in value]
     return _INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value) if isinstance(value, str) else value
