@@ -77,7 +77,9 @@ def test_version_and_changelog_agree() -> None:
 
 def make(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """A make of its own, not a part of the one that runs the tests."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    choices = re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)  # such as JOBS, which that one may have been given
+    not_its_own = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "ARGS", *choices}
+    environment = {name: value for name, value in os.environ.items() if name not in not_its_own}
     return subprocess.run(["make", "--no-print-directory", *words], cwd=folder, capture_output=True, text=True, env=environment)
 
 

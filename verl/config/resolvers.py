@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,10 +19,9 @@ def asks_resolver(value: Any) -> bool:
     return any("${" in text and _has_resolver(text) for text in _texts(value))
 
 
-def as_written(config: object) -> DictConfig:
+def as_written(config: Any) -> DictConfig:
     """Return a config without its secrets, and with each `${` in its values escaped, because the values are final."""
-    values: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    written: DictConfig = OmegaConf.create(_escaped(redact(values)))
+    written: DictConfig = OmegaConf.create(_escaped(redact(asdict(config))))
     return written
 
 
