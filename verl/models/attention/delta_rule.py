@@ -33,7 +33,7 @@ CONVOLUTION = "causal_conv1d_fn"
 RULE = re.compile(r"(chunk|recurrent).*(delta|kda)")
 PACKAGE, INSTALL = "flash-linear-attention", 'pip install "verl[fla]"'
 NOT_INSTALLED = "not installed"
-TOLERANCE = 0.05  # relative error of bfloat16 sums; a state that is carried into the next document gives 0.3 and more
+TOLERANCE = 0.05  # relative error of bfloat16 sums; a state that is carried into the next document gives 0.2 and more
 LENGTHS = (1, 130, 300)  # tokens of the documents of the trial
 
 
