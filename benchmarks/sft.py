@@ -37,7 +37,15 @@ from peers import settings  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OlmoeConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3_5TextConfig,
+)
 
 from verl.config.sft import DataConfig  # noqa: E402
 from verl.config.shared import ModelConfig  # noqa: E402
@@ -49,15 +57,23 @@ from verl.models.adapters.lora import add_adapters  # noqa: E402
 from verl.models.load import load_tokenizer  # noqa: E402
 from verl.trainer.profile import STEPS as PROFILED_STEPS  # noqa: E402
 
-# Published Qwen2.5 shapes: hidden, intermediate, layers, heads, key-value heads, tied embeddings, vocabulary. "tiny" is none of them.
-SHAPES = {
+# Shapes of published models; those with "tiny" are none of them.
+# Qwen2.5: hidden, intermediate, layers, heads, key-value heads, tied embeddings, vocabulary.
+QWEN2 = {
     "tiny": (128, 512, 2, 4, 2, True, 151936),
     "0.5b": (896, 4864, 24, 14, 2, True, 151936),
     "1.5b": (1536, 8960, 28, 12, 2, True, 151936),
     "7b": (3584, 18944, 28, 28, 4, False, 152064),
 }
+# Qwen3.5's text part, three of four layers with linear attention: hidden, intermediate, layers, heads, key-value heads, size of a head,
+# heads of linear attention, their size.
+QWEN3_5 = {"tiny-qwen3.5": (64, 128, 4, 4, 2, 16, 2, 16), "qwen3.5-0.5b": (1024, 3584, 24, 8, 2, 256, 16, 128)}
+# OLMoE, a mixture of experts: hidden, intermediate of an expert, layers, heads, experts, experts of a token.
+OLMOE = {"tiny-olmoe": (64, 32, 2, 4, 8, 2), "olmoe": (2048, 1024, 16, 16, 64, 8)}
+VOCABULARY = 151936  # of Qwen2.5's tokenizer, in place of their own
+SHAPES = {**QWEN2, **QWEN3_5, **OLMOE}
 SPREAD = 3.5  # standard deviations of a step's tokens that the micro-batch's budget leaves room for
-PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "flash-attn")
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "flash-attn", "flash-linear-attention")
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=6, help="steps before them")
     parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="more keys for verl")
     parser.add_argument("--lora-rank", type=int, help="measure adapters of this rank at all linear layers beside full fine-tuning")
+    parser.add_argument("--lora-targets", default=settings.ALL_LINEAR, help="modules with adapters, with commas between")
     parser.add_argument("--peers", action="store_true", help="measure the other trainers too")
     parser.add_argument("--peer-dtypes", default="float32,bfloat16", help="of the weights that their optimizer updates")
     parser.add_argument("--only", help="names of contestants, with commas between")
@@ -207,7 +224,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     chosen = choose(contestants(options, work), options.only)
     rate = matrix_rate(torch.device("cuda" if on_gpu else "cpu"))
     flops = step_flops(model)
-    adapted_flops = step_flops(model, options.lora_rank) if options.lora_rank else flops
+    adapted_flops = step_flops(model, options.lora_rank, targets_of(options)) if options.lora_rank else flops
     if on_gpu:
         torch.cuda.empty_cache()  # the contestants are to have all of it
     about = {**machine(on_gpu, rate), "command": shlex.join(["python", "benchmarks/sft.py", *sys.argv[1:]]), **describe(work)}
@@ -233,13 +250,52 @@ def prepare_model(options: argparse.Namespace, folder: Path, on_gpu: bool) -> Pa
     if not (directory / "tokenizer_config.json").exists():
         torch.manual_seed(0)
         with torch.device("cuda" if on_gpu else "cpu"):
-            AutoModelForCausalLM.from_config(qwen2_config(options.model), dtype=torch.bfloat16).save_pretrained(directory)
+            AutoModelForCausalLM.from_config(config_of(options.model), dtype=torch.bfloat16).save_pretrained(directory)
         AutoTokenizer.from_pretrained(options.tokenizer).save_pretrained(directory)
     return directory
 
 
+def config_of(shape: str) -> PretrainedConfig:
+    if shape in QWEN3_5:
+        return qwen3_5_config(shape)
+    return olmoe_config(shape) if shape in OLMOE else qwen2_config(shape)
+
+
+def qwen3_5_config(shape: str) -> Qwen3_5TextConfig:
+    hidden, intermediate, layers, heads, key_value_heads, size, linear_heads, linear_size = QWEN3_5[shape]
+    return Qwen3_5TextConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=size,
+        linear_num_key_heads=linear_heads,
+        linear_num_value_heads=linear_heads,
+        linear_key_head_dim=linear_size,
+        linear_value_head_dim=linear_size,
+        tie_word_embeddings=True,
+        vocab_size=VOCABULARY,
+    )
+
+
+def olmoe_config(shape: str) -> OlmoeConfig:
+    hidden, intermediate, layers, heads, experts, chosen = OLMOE[shape]
+    return OlmoeConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_experts=experts,
+        num_experts_per_tok=chosen,
+        vocab_size=VOCABULARY,
+        pad_token_id=None,
+        eos_token_id=None,
+    )
+
+
 def qwen2_config(shape: str) -> Qwen2Config:
-    hidden, intermediate, layers, heads, key_value_heads, tied, vocabulary = SHAPES[shape]
+    hidden, intermediate, layers, heads, key_value_heads, tied, vocabulary = QWEN2[shape]
     return Qwen2Config(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -285,14 +341,22 @@ def contestants(options: argparse.Namespace, work: Work) -> list[Contestant]:
     """verl first, then the peers."""
     rank, everyone = options.lora_rank, [verl(work, options.keys)]
     if rank is not None:
-        everyone.append(verl(work, [f"model.lora_rank={rank}", "optim.lr=1e-4", *options.keys], adapters=True))
+        targets = targets_of(options)
+        keys = [] if targets == settings.ALL_LINEAR else [f"model.target_modules=[{','.join(targets)}]"]
+        everyone.append(verl(work, [f"model.lora_rank={rank}", "optim.lr=1e-4", *keys, *options.keys], adapters=True))
     if options.peers:
         dtypes = options.peer_dtypes.split(",")
         shape = {"on_gpu": work.on_gpu, "fixed_rows": options.rows is not None}
         everyone += [trl(work, s) for s in settings.trl(**shape, dtypes=dtypes)]
         if rank is not None:
-            everyone += [trl(work, settings.with_adapters(s, rank)) for s in settings.trl(**shape, dtypes=["bfloat16"])]
+            beside = settings.trl(**shape, dtypes=["bfloat16"])
+            everyone += [trl(work, settings.with_adapters(s, rank, options.lora_targets)) for s in beside]
     return everyone
+
+
+def targets_of(options: argparse.Namespace) -> str | list[str]:
+    """The modules that get adapters, as verl and peft name them."""
+    return options.lora_targets if options.lora_targets == settings.ALL_LINEAR else options.lora_targets.split(",")
 
 
 def choose(everyone: list[Contestant], only: str | None) -> list[Contestant]:
@@ -460,13 +524,13 @@ def matrix_rate(device: torch.device) -> float:
     return best
 
 
-def step_flops(path: Path, lora_rank: int | None = None) -> Callable[[int, int], float]:
+def step_flops(path: Path, lora_rank: int | None = None, targets: str | list[str] = settings.ALL_LINEAR) -> Callable[[int, int], float]:
     """FLOP of (tokens, trained tokens), from the model's shape alone; with adapters of that rank, or trained as a whole."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     if lora_rank is not None:
         with torch.device("meta"):
-            add_adapters(model, ModelConfig(lora_rank=lora_rank), compute_dtype=torch.bfloat16, seed=1)
+            add_adapters(model, ModelConfig(lora_rank=lora_rank, target_modules=targets), compute_dtype=torch.bfloat16, seed=1)
     return training_flops(model)
 
 

@@ -24,6 +24,7 @@ class Setting:
 
 GPU = ("--liger", "--attention", "flash_attention_2")
 GPU_WORDS = "Liger, FlashAttention-2"
+ALL_LINEAR = "all-linear"
 ADAPTERS = "adapters beside frozen"  # in place of a dtype: the frozen weights are bfloat16 on a GPU, the adapters float32
 LEAN = "collated in two workers, no check for NaN"
 
@@ -64,7 +65,7 @@ def trl(*, on_gpu: bool, fixed_rows: bool, dtypes: list[str]) -> list[Setting]:
     ]
 
 
-def with_adapters(setting: Setting, rank: int) -> Setting:
-    """The same with LoRA through peft, at all linear layers."""
+def with_adapters(setting: Setting, rank: int, targets: str = ALL_LINEAR) -> Setting:
+    """The same with LoRA through peft, at all linear layers or at these modules."""
     name = setting.name.removesuffix(f"-{setting.dtype}") + "-lora"
-    return replace(setting, name=name, dtype=ADAPTERS, options=(*setting.options, "--lora-rank", str(rank)))
+    return replace(setting, name=name, dtype=ADAPTERS, options=(*setting.options, "--lora-rank", str(rank), "--lora-targets", targets))

@@ -36,7 +36,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-by-length", action="store_true")
     parser.add_argument("--liger", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--lora-rank", type=int, help="adapters at all linear layers, through peft")
+    parser.add_argument("--lora-rank", type=int, help="adapters through peft")
+    parser.add_argument("--lora-targets", default="all-linear", help="modules with adapters, with commas between")
     parser.add_argument("--lean-host", action="store_true", help="collate in two workers, and leave out the check of each loss for NaN")
     return parser.parse_args()
 
@@ -111,8 +112,9 @@ def settings(options: argparse.Namespace, on_gpu: bool) -> SFTConfig:
     )
 
 
-def adapters(rank: int) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+def adapters(rank: int, targets: str) -> LoraConfig:
+    modules = targets if targets == "all-linear" else targets.split(",")
+    return LoraConfig(r=rank, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
 
 
 def main() -> None:
@@ -128,7 +130,7 @@ def main() -> None:
         train_dataset=dataset(options.data),
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[clock],
-        peft_config=None if options.lora_rank is None else adapters(options.lora_rank),
+        peft_config=None if options.lora_rank is None else adapters(options.lora_rank, options.lora_targets),
     )
     trainer.train()
     timed = slice(options.warmup, options.warmup + options.steps)

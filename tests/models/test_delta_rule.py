@@ -50,8 +50,10 @@ RUN = Workload(total_steps=100, total_tokens=10**9, document_tokens=200.0, token
 
 
 def config(**changes: Any) -> Qwen3_5TextConfig:
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    rule = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+    sizes: dict[str, Any] = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    rule: dict[str, Any] = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
     kinds = ["linear_attention", "linear_attention", "full_attention"]
     return Qwen3_5TextConfig(vocab_size=512, layer_types=kinds, pad_token_id=None, **sizes, **rule, **changes)
 

@@ -79,6 +79,15 @@ def test_a_shape_has_the_published_number_of_parameters(shape: str, parameters: 
     assert model.config.rope_parameters["rope_theta"] == 1e6
 
 
+@pytest.mark.parametrize(("shape", "layers", "inner"), [("qwen3.5-0.5b", 24, 498_113_344), ("olmoe", 16, 6_713_116_672)])
+def test_other_shapes_have_the_parameters_of_their_families_without_embeddings(shape: str, layers: int, inner: int) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sft.config_of(shape))
+    embeddings = {id(p): p.numel() for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}
+    assert model.num_parameters() - sum(embeddings.values()) == inner
+    assert len(model.model.layers) == layers
+
+
 def test_a_step_has_about_the_tokens_asked_for_and_fits_one_micro_batch(folder: Path) -> None:
     made = work(folder, "--tokens", "4096", "--max-length", "256", "--steps", "20")
     data = sft.DataConfig(max_length=256, cache_dir=str(folder / "c"))

@@ -118,5 +118,6 @@ def peak_flops(device: torch.device) -> float | None:
 
 def _refusal(device: torch.device, kernel: Any, dtype: torch.dtype, *shapes: Any) -> str | None:
     if kernel == "fla":
-        return delta_rule.refusal(*shapes, device, dtype)
+        (rule,) = shapes
+        return delta_rule.refusal(rule, device, dtype)
     return flash.refusal(kernel, device, dtype, *shapes)

@@ -182,7 +182,7 @@ class _Convolution(torch.autograd.Function):
         return sum(terms, start=torch.zeros((), device=input_TC.device)).to(weight_CW.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient_TC: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_TC: Tensor) -> tuple[Tensor, Tensor, None]:
         input_TC, weight_CW, position_T = ctx.saved_tensors
         precise, width = torch.promote_types(input_TC.dtype, torch.float32), weight_CW.shape[1]
         input_gradient_TC, weight_gradients = torch.zeros((), device=input_TC.device), []
