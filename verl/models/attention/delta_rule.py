@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from importlib import metadata
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -83,7 +82,7 @@ class RuleChoice:
 
     def describe(self) -> str:
         if self.refused is None:
-            return f"{PACKAGE} {metadata.version(PACKAGE)}, without CUDA graphs"
+            return f"{PACKAGE} {getattr(sys.modules.get('fla'), '__version__', '')}, without CUDA graphs"
         fix = f"; {INSTALL}" if self.refused == NOT_INSTALLED and self.has_gpu else ""
         return f"PyTorch's operations, documents of similar length at a time: exact, but slower ({PACKAGE}: {self.refused}{fix})"
 
