@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults.started import make_folder, orphans, started, words
+from places import HAS_GPU
 from rl_runs import words as rl_words
 from runs import command, metrics_of
 from safetensors.torch import load_file
@@ -35,7 +36,7 @@ from verl.session import session
 
 SFT, PPO = (["-m", f"verl.trainer.{name}"] for name in ("fsdp_sft_trainer", "ppo_trainer"))
 TWO, TWO_RL = ["-m", "verl", "sft", "--gpus", "2"], ["-m", "verl", "ppo", "--gpus", "2"]
-TIMEOUT = 6
+TIMEOUT = 20 if HAS_GPU else 6  # seconds; several processes that load CUDA at once, and NCCL's first meeting, take ten
 STEP = "verl.engine.engine:Engine.train_step"
 LOAD = "verl.engine.build:build"
 slow = pytest.mark.faults
@@ -120,11 +121,11 @@ def test_a_users_error_of_one_rank_is_told_and_ends_all_with_code_2(rank: int, f
 @pytest.mark.parametrize(
     ("fault", "call"),
     [
-        ("verl.data.documents:load_documents:sleep=14", 1),
-        ("verl.engine.build:build:sleep=14", 1),
-        ("verl.manifest:Manifest.write:sleep=14", 1),
-        ("verl.run:Run.log:sleep=14", 2),
-        ("verl.run_loggers:RunLoggers.start:sleep=14", 1),
+        (f"verl.data.documents:load_documents:sleep={TIMEOUT + 8}", 1),
+        (f"verl.engine.build:build:sleep={TIMEOUT + 8}", 1),
+        (f"verl.manifest:Manifest.write:sleep={TIMEOUT + 8}", 1),
+        (f"verl.run:Run.log:sleep={TIMEOUT + 8}", 2),
+        (f"verl.run_loggers:RunLoggers.start:sleep={TIMEOUT + 8}", 1),
     ],
     ids=["tokenizing", "loading", "hashing", "logging", "starting-a-logger"],
 )
@@ -139,7 +140,7 @@ def test_work_of_one_rank_alone_takes_as_long_as_it_takes(fault: str, call: int,
 @slow
 def test_a_slow_reward_of_one_rank_is_waited_for(folder: Path, tmp_path: Path) -> None:
     argv = rl_words(folder, "x", reward__name="gsm8k", trainer__total_training_steps=2, dist__timeout_seconds=TIMEOUT)
-    fault = "verl.rewards._scoring:Grader.scores:sleep=14"
+    fault = f"verl.rewards._scoring:Grader.scores:sleep={TIMEOUT + 8}"
     more = [f"trainer.default_local_dir={tmp_path / 'run'}"]
     with started([*TWO_RL, *argv, *more], tmp_path / "work", fault=fault, env={"FAULT_RANK": 1}) as found:
         code, text = found.end(120)
