@@ -40,7 +40,7 @@ SFT, PPO = (["-m", f"verl.trainer.{name}"] for name in ("fsdp_sft_trainer", "ppo
 TWO, TWO_RL = ["-m", "verl", "sft", "--gpus", "2"], ["-m", "verl", "ppo", "--gpus", "2"]
 TIMEOUT = 20 if HAS_GPU else 6  # seconds; several processes that load CUDA at once, and NCCL's first meeting, take ten
 STEP = "verl.engine.engine:Engine.train_step"
-LOSS = "verl.engine.engine:Engine._sum_over_ranks"  # while the other ranks wait for their devices
+SUM = "verl.engine.engine:Engine._sum_over_ranks"  # twice in a step; the other ranks wait for their devices
 LOAD = "verl.engine.build:build"
 slow = pytest.mark.faults
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"{STEP}:stop", 4, f"has given no sign of life for {TIMEOUT} s", "training, step 4"),
         (f"{LOAD}:stop", 1, f"has given no sign of life for {TIMEOUT} s", "loading the model"),
         (f"{STEP}:sleep", 4, "has hung for ", "training, step 4"),
-        (f"{LOSS}:sleep", 4, "has hung for ", "training, step 4"),
+        (f"{SUM}:sleep", 8, "has hung for ", "training, step 4"),
         (f"{STEP}:exit", 4, "ended with exit code 7", "training, step 4"),
         (f"{STEP}:raise", 4, "raised ValueError: a fault", "training, step 4"),
         (f"{LOAD}:raise", 1, "raised ValueError: a fault", "loading the model"),
