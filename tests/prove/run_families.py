@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- families -->", "<!-- end of families -->"
 SECONDS, CPU_SECONDS = 900, 150  # for each family
-FINE_TUNING = ("packed = alone", "micro-batches", "verl sft = a plain loop", "one rank = two", "reload", "auxiliary loss")
+CHECK = "the check before training"
+FINE_TUNING = (CHECK, "packed = alone", "micro-batches", "verl sft = a plain loop", "one rank = two", "reload", "auxiliary loss")
 ADAPTER = ("adapter = peft = merged", "export", "going on", "router untouched")
 GOOD = ("holds", "slower", "none")
 
