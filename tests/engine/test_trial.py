@@ -21,14 +21,19 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4TextConfig,
     GptOssConfig,
+    KimiLinearConfig,
+    Lfm2Config,
     Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    OlmoHybridConfig,
     Phi3Config,
     PhimoeConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
 )
 
 from verl.algorithms import sft
@@ -53,6 +58,17 @@ SIZES: dict[str, Any] = dict(
 )
 NAMES: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0}
+RULE: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+)
+LATENT: dict[str, Any] = dict(
+    layer_types=RULE["layer_types"], mlp_layer_types=["dense"] * 2, kv_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16
+)
+EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
 WINDOW = 4096  # longer than any document here: only a twin shows it
 PACKED: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
@@ -65,6 +81,13 @@ PACKED: dict[str, PretrainedConfig] = {
     "llama with dynamic rope": LlamaConfig(
         **SIZES, max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     ),
+    "qwen3.5": Qwen3_5TextConfig(**SIZES, **NAMES, **RULE),
+    "qwen3-next, with experts": Qwen3NextConfig(**SIZES, **NAMES, **RULE, **EXPERTS),
+    "olmo hybrid": OlmoHybridConfig(**SIZES, **NAMES, **RULE),
+    "kimi linear, a decay for each channel": KimiLinearConfig(
+        **SIZES | {"num_key_value_heads": 4}, **NAMES, **LATENT, linear_head_dim=16, linear_num_heads=4
+    ),
+    "lfm2, short convolutions alone": Lfm2Config(**SIZES, **NAMES, layer_types=["conv", "full_attention"]),
 }
 ALONE: dict[str, PretrainedConfig] = {
     "llama 4, in chunks": Llama4TextConfig(

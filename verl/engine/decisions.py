@@ -18,6 +18,7 @@ from verl.engine.outline import Outline
 from verl.engine.weights import Sharding, Spread
 from verl.errors import UserError
 from verl.models.attention import flash
+from verl.models.attention.delta_rule import Rule, RuleChoice
 from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import PACKED_PATH, AttentionChoice, ForwardPath, has_flash
 
@@ -94,6 +95,7 @@ class Decisions:
         attention: attention kernel of this process in half precision.
         multiple_of_tokens: the number of tokens of a micro-batch is padded to a multiple of this.
         path: how the model computes a batch.
+        rule: how this process computes the model's delta rule; None: it has none.
     """
 
     hardware: Hardware
@@ -108,6 +110,7 @@ class Decisions:
     attention: AttentionChoice
     multiple_of_tokens: int
     path: ForwardPath = PACKED_PATH
+    rule: RuleChoice | None = None
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +162,7 @@ def decide(
         attention=choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
         multiple_of_tokens=multiple_of_tokens(hardware),
         path=outline.path,
+        rule=None if outline.path.rule is None else choose_rule(outline.path.rule, hardware, dtype),
     )
 
 
@@ -295,6 +299,8 @@ def _graph_tokens(outline: Outline, hardware: Hardware, spread: Spread, dtype: t
     flash_attention = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa"
     if settings.cuda_graphs is False or not alone or not flash_attention or dtype.itemsize * outline.trained_parameters > LARGEST_GRADIENTS:
         return 0
+    if outline.path.rule is not None:  # its kernels read the lengths of the documents on the host
+        return 0
     return min(LARGEST_TOKENS, int(LARGEST_WORK * outline.layers / outline.stored_numbers))
 
 
@@ -329,6 +335,15 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
         fix = package.install if refusal == flash.NOT_INSTALLED else "leave it at auto"
         raise UserError(f"{package.name}: {refusal}", where="model.attn_implementation", fix=fix)
     return AttentionChoice(kernel)
+
+
+def choose_rule(rule: Rule, hardware: Hardware, dtype: torch.dtype) -> RuleChoice:
+    """Choose between flash-linear-attention and the model's own code for a delta rule."""
+    if not hardware.has_gpu:
+        return RuleChoice(rule, "no GPU", has_gpu=False)
+    if not has_flash(hardware.device.type, dtype):
+        return RuleChoice(rule, "it needs bfloat16 or float16")
+    return RuleChoice(rule, hardware.refusal("fla", dtype, rule))
 
 
 def refusals(hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload | None = None) -> dict[Kernel, str | None]:

@@ -5,12 +5,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 
 from verl import dist
 from verl.dist import has_compiler
-from verl.models.attention import flash
+from verl.models.attention import delta_rule, flash
 
 GIB = 2**30
 # Smallest usable memory in GiB of GPUs sold with this many GB. A few GPUs of 16 GB have less.
@@ -28,11 +29,12 @@ PEAKS = {
     "4090": 165e12,
 }
 
-Refusal = Callable[..., str | None]  # (kernel, dtype, *heads) → why the kernel cannot run here, or None
+# (kernel, dtype, *heads), or ("fla", dtype, rule) → why the kernels cannot run here, or None
+Refusal = Callable[..., str | None]
 
 
-def no_refusal(kernel: flash.Kernel, dtype: torch.dtype, *heads: flash.Heads) -> str | None:
-    """Assume that every attention kernel runs."""
+def no_refusal(kernel: str, dtype: torch.dtype, *shapes: Any) -> str | None:
+    """Assume that every kernel runs."""
     return None
 
 
@@ -50,7 +52,8 @@ class Hardware:
         host_bytes: memory that the processes of this machine may use together; None: unlimited.
         has_compiler: whether there is a C compiler, which torch.compile needs.
         is_here: whether it was measured on this machine; false if it is assumed.
-        refusal: returns why an attention kernel cannot run here for models with the given heads, or None.
+        refusal: returns why an attention kernel cannot run here for models with the given heads, or the kernels "fla" for a delta rule,
+            or None.
     """
 
     device: torch.device
@@ -113,5 +116,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in words), None)
 
 
-def _refusal(device: torch.device, kernel: flash.Kernel, dtype: torch.dtype, *heads: flash.Heads) -> str | None:
-    return flash.refusal(kernel, device, dtype, *heads)
+def _refusal(device: torch.device, kernel: Any, dtype: torch.dtype, *shapes: Any) -> str | None:
+    if kernel == "fla":
+        return delta_rule.refusal(*shapes, device, dtype)
+    return flash.refusal(kernel, device, dtype, *shapes)

@@ -21,6 +21,7 @@ from verl.data.pack import Document, collate
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.errors import UserError
 from verl.models.attention import plain
+from verl.models.attention.delta_rule import keep_documents_apart, watched
 from verl.models.attention.packed import PACKED_PATH, USE_ANOTHER, ForwardPath
 from verl.models.damage import check_finite, explained
 from verl.models.load import decoder_of, language_class
@@ -82,6 +83,11 @@ def choose_path(config: PretrainedConfig, where: str, *, trust_remote_code: bool
     if not path.packed and context_size > 1:
         what = f"this {config.model_type} model runs one document at a time: {path.why}"
         raise UserError(what, where=f"model.context_parallel_size={context_size}", fix="set it to 1")
+    if path.recurrent and context_size > 1:
+        what = (
+            f"the layers of this {config.model_type} model carry a state from token to token, so a document cannot be split over processes"
+        )
+        raise UserError(what, where=f"model.context_parallel_size={context_size}", fix="set it to 1")
     return path
 
 
@@ -102,6 +108,7 @@ def _make_twin(config: PretrainedConfig, where: str, *, trust_remote_code: bool)
                 # Some releases of transformers have other attention by default, which leaves out the caps.
                 has_caps = getattr(twin.get_text_config(decoder=True), "attn_logit_softcapping", None)
                 model = make("eager" if has_caps else None)
+                keep_documents_apart(model)
                 expected_M = _alone(model, documents, where, TOLERANCES[dtype])
                 return Twin(make, model.config._attn_implementation, documents, dtype, expected_M)
             except UserError:
@@ -147,12 +154,13 @@ def _alone(model: PreTrainedModel, documents: Sequence[Document], where: str, to
 
 def _choose(twin: Twin, where: str) -> ForwardPath:
     before = plain.stepwise
-    why = _why_not(twin, PACKED_PATH)
+    with watched() as calls:
+        why = _why_not(twin, PACKED_PATH)
     if why is None:
-        return replace(PACKED_PATH, fused=plain.stepwise == before)
+        return replace(PACKED_PATH, fused=plain.stepwise == before, recurrent=calls.are_recurrent, rule=calls.rule)
     for own_logits in (False, True):
         for attention in dict.fromkeys((twin.attention, "eager")):
-            path = ForwardPath(packed=False, attention=attention, own_logits=own_logits, why=why)
+            path = ForwardPath(packed=False, attention=attention, own_logits=own_logits, why=why, rule=calls.rule)
             failure = _why_not(twin, path)
             if failure is None:
                 return path

@@ -26,6 +26,7 @@ from verl import dist
 from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models.attention import flash
+from verl.models.attention.delta_rule import Rule
 
 PACKED = "verl_packed"
 # Options of transformers' attention functions that change what is computed.
@@ -49,6 +50,8 @@ class ForwardPath:
         attention: name of the attention implementation in transformers.
         own_logits: whether log-probabilities come from the model's own logits, because more than a LogitRule follows its output layer.
         why: why documents are not packed, in a few words.
+        recurrent: whether short convolutions or delta rules carry a state from token to token.
+        rule: the delta rule; None: none.
     """
 
     packed: bool = True
@@ -56,6 +59,8 @@ class ForwardPath:
     attention: str = PACKED
     own_logits: bool = False
     why: str = ""
+    recurrent: bool = False
+    rule: Rule | None = None
 
     def describe(self) -> str:
         if self.packed:
