@@ -6,8 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM_VENV ?= .venv-vllm
-# The tests of a file stay in one process: they share models. Three keep two cores busy, because many tests wait for processes they start.
-JOBS ?= 3
+# The tests of a file stay in one process: they share models. Four keep two cores busy, because many tests wait for processes they start.
+JOBS ?= 4
 DIST = loadfile
 IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=$(DIST) --no-loadscope-reorder)
 faults soak: DIST = worksteal
@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Train a small model from nothing and prove that it learned; offline, minutes on a CPU
 	$(BIN)/verl demo
 
-test: $(STAMP) ## Run the tests, in three processes, for two cores; ARGS='-k name' picks some, JOBS=8 takes more processes, JOBS=0 this one
+test: $(STAMP) ## Run the tests, in four processes, for two cores; ARGS='-k name' picks some, JOBS=8 takes more processes, JOBS=0 this one
 	$(BIN)/python -m pytest $(IN_PROCESSES) $(ARGS)
 
 learning: $(STAMP) ## Run the tests that train for minutes: PPO, GRPO and the demo learn from several seeds

@@ -2,7 +2,7 @@
 
 A start takes 0.1 s of CPU instead of seven. What comes after the imports is that of a new interpreter: a process and a session of its own,
 its own environment, folder, output and signal handlers, and a launcher's ranks are its children. Only what a start or the end of an
-interpreter does is not tried; tests of these start one.
+interpreter does is not tried; tests of these start one. On a machine with a GPU, each is a new interpreter.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from places import FORKS, MARK, ROOM
+from places import FORKS, HAS_GPU, MARK, ROOM
 
 HOOKS = Path(__file__).parent / "faults" / "fault_hooks"
 _changed: list[tuple[Any, str, Any]] = []  # what a fault has replaced: owner, name and what was there
@@ -95,6 +95,8 @@ def _run(command: list[str], folder: str, variables: dict[str, str], logs: list[
     for number, log in enumerate(logs, 1):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     os.chdir(folder)
+    if HAS_GPU:  # a GPU's driver does not outlast a fork
+        os.execve(sys.executable, [sys.executable, *command], variables)
     _take(variables)
     _execute(command)
 

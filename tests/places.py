@@ -14,6 +14,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"  # real data and tokenizers, where somebody put them beside the project
+HAS_GPU = Path("/dev/nvidiactl").exists()
 
 # Ranks are forked from a process that has imported what they need, which takes longer than most of them run.
 FORKS = multiprocessing.get_context("forkserver")

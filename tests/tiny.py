@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Qw
 from verl.data.loader import RowChoice
 from verl.data.pack import Document
 from verl.demo.problems import write_problems
-from verl.models.tiny import write_tiny_model
+from verl.models.tiny import tiny_model, tiny_tokenizer
 
 VOCABULARY = 512
 
@@ -37,10 +37,22 @@ def write_model(
     return directory
 
 
-def write_problems_and_model(folder: Path, train_rows: int = 80, test_rows: int = 20) -> Path:
-    """Problems of the demo in train.jsonl and test.jsonl, and a small model with its tokenizer."""
+def write_problems_and_model(folder: Path, train_rows: int = 80, test_rows: int = 20, *, narrow: bool = True) -> Path:
+    """Problems of the demo in train.jsonl and test.jsonl, and a small model with its tokenizer.
+
+    Args:
+        narrow: whether it has a sixth of the demo's weights, which is enough for a few steps.
+    """
     train, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", train_rows, test_rows, seed=5)
-    write_tiny_model(folder / "model", [f"{p.question}\n{p.answer}" for p in train])
+    tokenizer = tiny_tokenizer(f"{p.question}\n{p.answer}" for p in train)
+    model = tiny_model(tokenizer)
+    if narrow:
+        changes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "layer_types": None, "initializer_range": 0.1}
+        torch.manual_seed(1)
+        demo, model = model, Qwen2ForCausalLM(Qwen2Config(**{**model.config.to_dict(), **changes}))
+        model.generation_config = demo.generation_config
+    tokenizer.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")
     return folder
 
 

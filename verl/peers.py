@@ -4,7 +4,8 @@ A thread of each rank writes a heartbeat to the store of the run: what the rank 
 heartbeats, the others read that of rank 0. The first rank that finds another one dead or hung writes a verdict, which ends all.
 
 A rank is dead if its heartbeat stops. It hangs if it does not get on in a phase that is no work of one rank alone, such as a training step,
-while no rank works alone. So work of one rank alone, such as tokenizing, has no time limit.
+while no rank works alone. If several do not get on, that one hangs which has begun the fewest collectives. So work of one rank alone, such
+as tokenizing, has no time limit.
 """
 
 import json
@@ -20,7 +21,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.api import CheckpointException
 
 from verl import signals
@@ -33,7 +36,7 @@ LOST_SECONDS = 4.0  # without a heartbeat, for a rank whose connection has broke
 STORE_SECONDS = 5.0  # without an answer of the store
 GRACE_SECONDS = 8.0  # after a verdict, for the main thread to end by itself
 LEAVE_SECONDS = 5.0  # for rank 0, which has the store, to wait for the others at the end
-WAITING = ("torch/distributed/", "verl/dist.py")  # innermost files of a main thread that waits for other ranks
+WAITING = ("torch/distributed/", "verl/exchange.py", "verl/peers.py")  # innermost files of a main thread that waits for other ranks
 _BROKEN = re.compile(r"(?i)gloo|nccl|connection|broken pipe|socket|recvvalue|timed out|timeout|store")  # errors of collectives
 COMPILING = ("torch/_dynamo/", "torch/_inductor/")
 
@@ -230,6 +233,7 @@ class Peers:
             "still": now - self._moved_at,
             "limited": is_limited and not any(part in file for part in COMPILING),
             "waits": any(part in file for part in WAITING),
+            "begun": _collectives_begun(),
             "at": f"{file}:{line}",
         }
         self._store.set(f"beat {self._rank}", json.dumps(beat))
@@ -275,7 +279,8 @@ class Peers:
         if not beats or not all(beat["limited"] and beat["still"] > self._timeout for beat in beats.values()):
             return
         busy = {rank: beat for rank, beat in beats.items() if not beat["waits"]} or beats
-        rank, beat = max(busy.items(), key=lambda item: float(item[1]["still"]))
+        # A rank that waits for its device looks busy, too. The one that all wait for has not begun the collective in which they are.
+        rank, beat = min(busy.items(), key=lambda item: (int(item[1]["begun"]), -float(item[1]["still"])))
         self._conclude(rank, f"has hung for {beat['still']:.0f} s (dist.timeout_seconds={self._timeout:g}) at {beat['at']}")
 
     def _find_lost(self) -> None:
@@ -332,6 +337,16 @@ class Peers:
 
 def _innermost(frame: FrameType | None) -> tuple[str, int]:
     return ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def _collectives_begun() -> int:
+    """Return how many collectives of all ranks this one has begun."""
+    begun = 0
+    for group in [found for found in list(distributed_c10d._world.pg_map) if found.size() == dist.get_world_size()]:
+        for device in ("cpu", "cuda"):
+            with suppress(RuntimeError):  # a group has no backend for this device
+                begun += group._get_backend(torch.device(device))._get_sequence_number_for_group()
+    return begun
 
 
 def _end_of(error: BaseException | None) -> tuple[int, str]:

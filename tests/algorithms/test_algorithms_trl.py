@@ -1,5 +1,6 @@
 """Losses and their gradients beside TRL's own code, which is called with given log-probabilities in place of a model's."""
 
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -9,20 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("trl", reason="trl is not installed")
-
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.rloo_trainer import RLOOTrainer
-from trl.trainer.utils import nanstd
-
 from verl.algorithms import dapo, dpo, dr_grpo, grpo, gspo, rloo
 from verl.algorithms.answers import Answers
 from verl.data.batch import Batch
 from verl.data.pack import collate
 from verl.engine.contract import TokenOut
 
-pytestmark = pytest.mark.usefixtures("process_group")
+# TRL takes seconds to import, so the tests import it, in the one process that runs them.
+pytestmark = [
+    pytest.mark.usefixtures("process_group"),
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
+]
 
 ANSWERS, LONGEST, BETA = 6, 9, 0.04
 
@@ -92,6 +90,8 @@ SETTINGS = {
     ids=["grpo", "dr_grpo", "dapo with entropy", "gspo"],
 )
 def test_policy_losses_and_their_gradients_are_trls(method: Any, theirs: dict[str, Any], seed: int) -> None:
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     drawn = Drawn(seed)
     logprob = drawn.new.clone().requires_grad_()
     more = {"old_per_token_logps": drawn.old, "ref_per_token_logps": drawn.reference, "num_items_in_batch": drawn.mask.sum()}
@@ -113,6 +113,8 @@ def test_policy_losses_and_their_gradients_are_trls(method: Any, theirs: dict[st
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rloos_loss_is_trls(seed: int) -> None:
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
     drawn = Drawn(seed)
     logprob = drawn.new.clone().requires_grad_()
     old = (drawn.old * drawn.mask).sum(1)
@@ -128,6 +130,8 @@ def test_rloos_loss_is_trls(seed: int) -> None:
 
 def test_dpos_loss_is_trls() -> None:
     """TRL has the chosen answers first and then the rejected ones; we have them side by side."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
     drawn = Drawn(0)
     order = torch.arange(ANSWERS).view(-1, 2).T.flatten()
     logprob = (drawn.new * drawn.mask)[order].requires_grad_()
@@ -152,6 +156,8 @@ def test_dpos_loss_is_trls() -> None:
 
 def test_group_advantages_are_those_of_trls_published_formulas() -> None:
     """GRPOTrainer: (rewards - mean) / (std + 1e-4); RLOOTrainer: rewards - (sum - rewards) / (n - 1), less beta * sum of k1."""
+    from trl.trainer.utils import nanstd
+
     random = np.random.default_rng(0)
     reward_A, n = random.standard_normal(12).astype(np.float32), 4
     old, ref = ([random.standard_normal(3).astype(np.float32) for _ in range(12)] for _ in range(2))

@@ -166,16 +166,28 @@ def test_the_seed_decides_the_weights(model: Path, tmp_path: Path) -> None:
     assert weights[0] == weights[1] != weights[2]
 
 
+WORDS = ["train_rows=128", "test_rows=4", "rl_steps=1"]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_short_demo_goes_the_whole_way_and_leaves_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for enough, early in ((0.0, 3), (2.0, 7)):  # the second one begins anew
-        monkeypatch.setattr(run, "EARLY_EXACT_MATCH", enough)
-        run.main(["train_rows=128", "test_rows=4", "rl_steps=1"])
-        summary = json.loads(Path("demo-run/summary.json").read_text(encoding="utf-8"))
-        assert summary["early_checkpoint"].endswith(f"global_step_{early}")
-        assert {path.name for path in Path("demo-run/checkpoints").glob("global_step_*")} == {f"global_step_{early}", "global_step_8"}
+    with monkeypatch.context() as first:
+        first.setattr(run, "EARLY_EXACT_MATCH", 0.0)
+        first.setattr(run, "reinforce", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.main(WORDS)
+    assert {path.name for path in Path("demo-run/checkpoints").glob("global_step_*")} == {"global_step_3", "global_step_8"}
+    monkeypatch.setattr(run, "EARLY_EXACT_MATCH", 2.0)
+    run.main(WORDS)  # begins anew
+    summary = json.loads(Path("demo-run/summary.json").read_text(encoding="utf-8"))
+    assert summary["early_checkpoint"].endswith("global_step_7")
+    assert {path.name for path in Path("demo-run/checkpoints").glob("global_step_*")} == {"global_step_7", "global_step_8"}
     assert summary["exact_match_before"] == 0.0
     assert 0.0 <= summary["exact_match_after_sft"] <= 1.0
     assert summary["seconds"] > 0 and summary["loss_last_step"] < summary["loss_first_step"]

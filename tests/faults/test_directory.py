@@ -484,13 +484,17 @@ def test_the_lock_of_a_killed_run_is_taken_over_after_the_first_line(
         (directory / name).touch()
     for name in ("metrics.jsonl", "config.yaml", "latest_checkpointed_iteration.txt", "trainer_state.json", "best.json"):
         killed_while_replacing(directory / name)
-    assert len(list(directory.glob("*.tmp"))) == 7
+    (directory / "rollouts").mkdir()
+    killed_while_replacing(directory / "rollouts" / "step_1.jsonl")
+    assert len(list(directory.rglob("*.tmp"))) == 8
     run(folder, directory.name)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("resuming from") and said[1].startswith(f"took over {directory}/lock from process {2**22 + 1}")
     left = {path.name for path in directory.iterdir()}
-    expected = {path.name for path in (folder / "whole").iterdir()} | {"notes.tmp"}
-    assert left == expected, "marks and temporary files are swept but not a user's own, and the lock is gone"
+    expected = {path.name for path in (folder / "whole").iterdir()} | {"notes.tmp", "rollouts"}
+    assert left == expected and not [*(directory / "rollouts").iterdir()], (
+        "marks and temporary files are swept but not a user's own, and the lock is gone"
+    )
 
 
 def killed_while_replacing(path: Path) -> None:

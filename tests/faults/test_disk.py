@@ -40,7 +40,7 @@ FEW: dict[str, object] = {"trainer__total_training_steps": 4, "trainer__save_fre
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Problems, a small model, and a run of two checkpoints."""
-    folder = write_problems_and_model(tmp_path_factory.mktemp("disk"), train_rows=24, test_rows=4)
+    folder = write_problems_and_model(tmp_path_factory.mktemp("disk"), train_rows=24, test_rows=4, narrow=False)
     assert train(folder, "good").code == 0
     return folder
 

@@ -1,15 +1,17 @@
 """Ranks that die, hang, fail, are slow, or have numbers that are not finite: all end in time and say why, or all go on."""
 
+import functools
 import json
 import math
 import re
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults.started import make_folder, orphans, started, words
+from places import HAS_GPU
 from rl_runs import words as rl_words
 from runs import command, metrics_of
 from safetensors.torch import load_file
@@ -24,7 +27,7 @@ from sft_runs import train
 from sft_runs import words as sft_words
 from tiny import RandomDocuments
 
-from verl import launch, peers, rendezvous
+from verl import exchange, launch, peers, rendezvous
 from verl.algorithms import sft
 from verl.data.loader import Loader, Packing
 from verl.data.pack import pack
@@ -35,8 +38,9 @@ from verl.session import session
 
 SFT, PPO = (["-m", f"verl.trainer.{name}"] for name in ("fsdp_sft_trainer", "ppo_trainer"))
 TWO, TWO_RL = ["-m", "verl", "sft", "--gpus", "2"], ["-m", "verl", "ppo", "--gpus", "2"]
-TIMEOUT = 6
+TIMEOUT = 20 if HAS_GPU else 6  # seconds; several processes that load CUDA at once, and NCCL's first meeting, take ten
 STEP = "verl.engine.engine:Engine.train_step"
+SUM = "verl.engine.engine:Engine._sum_over_ranks"  # twice in a step; the other ranks wait for their devices
 LOAD = "verl.engine.build:build"
 slow = pytest.mark.faults
 
@@ -59,11 +63,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (f"{STEP}:stop", 4, f"has given no sign of life for {TIMEOUT} s", "training, step 4"),
         (f"{LOAD}:stop", 1, f"has given no sign of life for {TIMEOUT} s", "loading the model"),
         (f"{STEP}:sleep", 4, "has hung for ", "training, step 4"),
+        (f"{SUM}:sleep", 8, "has hung for ", "training, step 4"),
         (f"{STEP}:exit", 4, "ended with exit code 7", "training, step 4"),
         (f"{STEP}:raise", 4, "raised ValueError: a fault", "training, step 4"),
         (f"{LOAD}:raise", 1, "raised ValueError: a fault", "loading the model"),
     ],
-    ids=["killed", "killed-loading", "stopped", "stopped-loading", "hangs", "exits", "raises", "raises-loading"],
+    ids=["killed", "killed-loading", "stopped", "stopped-loading", "hangs", "hangs-within", "exits", "raises", "raises-loading"],
 )
 def test_a_rank_that_is_gone_ends_all_and_is_named(
     fault: str, call: int, what: str, doing: str, rank: int, folder: Path, tmp_path: Path
@@ -96,7 +101,8 @@ def test_without_the_launcher_a_dead_rank_is_found_by_the_others(folder: Path, t
             forks=True,
         ) as second,
     ):
-        assert second.end()[0] == -9
+        ended = second.end()
+        assert ended[0] == -9, ended
         first.since = time.monotonic()
         code, text = first.end()
         assert code == RANK_EXIT_CODE and first.took < TIMEOUT + 30
@@ -120,11 +126,11 @@ def test_a_users_error_of_one_rank_is_told_and_ends_all_with_code_2(rank: int, f
 @pytest.mark.parametrize(
     ("fault", "call"),
     [
-        ("verl.data.documents:load_documents:sleep=14", 1),
-        ("verl.engine.build:build:sleep=14", 1),
-        ("verl.manifest:Manifest.write:sleep=14", 1),
-        ("verl.run:Run.log:sleep=14", 2),
-        ("verl.run_loggers:RunLoggers.start:sleep=14", 1),
+        (f"verl.data.documents:load_documents:sleep={TIMEOUT + 8}", 1),
+        (f"verl.engine.build:build:sleep={TIMEOUT + 8}", 1),
+        (f"verl.manifest:Manifest.write:sleep={TIMEOUT + 8}", 1),
+        (f"verl.run:Run.log:sleep={TIMEOUT + 8}", 2),
+        (f"verl.run_loggers:RunLoggers.start:sleep={TIMEOUT + 8}", 1),
     ],
     ids=["tokenizing", "loading", "hashing", "logging", "starting-a-logger"],
 )
@@ -139,11 +145,35 @@ def test_work_of_one_rank_alone_takes_as_long_as_it_takes(fault: str, call: int,
 @slow
 def test_a_slow_reward_of_one_rank_is_waited_for(folder: Path, tmp_path: Path) -> None:
     argv = rl_words(folder, "x", reward__name="gsm8k", trainer__total_training_steps=2, dist__timeout_seconds=TIMEOUT)
-    fault = "verl.rewards._scoring:Grader.scores:sleep=14"
+    fault = f"verl.rewards._scoring:Grader.scores:sleep={TIMEOUT + 8}"
     more = [f"trainer.default_local_dir={tmp_path / 'run'}"]
     with started([*TWO_RL, *argv, *more], tmp_path / "work", fault=fault, env={"FAULT_RANK": 1}) as found:
         code, text = found.end(120)
         assert code == 0 and found.reached.exists(), text
+
+
+@pytest.mark.parametrize(("wait", "waits"), [(exchange.wait, True), (lambda work, _: work.wait(timeout=0.3), False)], ids=["yes", "no"])
+def test_a_rank_that_waits_for_others_says_so(wait: Callable[[Any, None], None], waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that of two ranks that do not get on, the other one is named."""
+    monkeypatch.setattr(peers, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(exchange, "ONE_SECOND", 0.3)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watched = peers.Peers(server, 0, rendezvous.Place(0, 1, "127.0.0.1", server.port, has_server=True), 100.0)
+    beats = dist.PrefixStore("peers 0", server)
+    never = threading.Lock()
+    never.acquire()
+
+    def look() -> None:
+        time.sleep(0.15)
+        found.append(json.loads(beats.get("beat 0")))
+
+    found = list[dict[str, Any]]()
+    other = threading.Thread(target=look)
+    other.start()
+    wait(SimpleNamespace(wait=functools.partial(never.acquire, True)), None)
+    other.join()
+    watched.leave()
+    assert [beat["waits"] for beat in found] == [waits], found
 
 
 # Ranks that cannot meet

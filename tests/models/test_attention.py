@@ -19,7 +19,7 @@ from verl import doctor
 from verl.engine.decisions import Workload, choose_attention, refusals
 from verl.engine.hardware import measure
 from verl.errors import UserError
-from verl.models.attention import flash, packed
+from verl.models.attention import flash, flash_trial, packed
 from verl.models.attention.packed import AttentionChoice, describe_attention, heads_of, packed_attention, use_attention
 
 GPU = torch.device("cuda", 0)
@@ -96,9 +96,9 @@ def fake_backward(
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hopper without packages. What runs on it runs on the CPU."""
-    on_cpu = flash._results
+    on_cpu = flash_trial._results
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(flash, "_results", lambda kernel, device, dtype, heads: on_cpu(kernel, CPU, dtype, heads))
+    monkeypatch.setattr(flash_trial, "_results", lambda kernel, device, dtype, heads: on_cpu(kernel, CPU, dtype, heads))
     monkeypatch.setattr(flash, "_inside_pytorch", lambda q, k, v, cu, _, scale, window: exact(q, k, v, cu, scale=scale, window=window))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
@@ -158,7 +158,7 @@ def test_short_documents_in_large_batches_get_the_kernels_for_them(
     gpu: None, flash4: Any, workload: Workload, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "verl.models.attention.short_triton", ModuleType("short"))
-    monkeypatch.setattr(flash, "_trial", lambda *_: None)
+    monkeypatch.setattr(flash_trial, "_trial", lambda *_: None)
     assert chosen(workload=workload).kernel == taken == packed._kernel
 
 
@@ -169,7 +169,7 @@ def test_kernels_for_short_documents_that_do_not_fit_the_model_are_told_of(gpu: 
 
 @pytest.mark.parametrize("wanted", ["auto", "fa4"])
 def test_a_package_has_to_serve_every_model_of_the_process(gpu: None, flash4: Any, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash, "_trial", lambda kernel, device, dtype, heads: "too wide" if heads.size > 128 else None)
+    monkeypatch.setattr(flash_trial, "_trial", lambda kernel, device, dtype, heads: "too wide" if heads.size > 128 else None)
     assert chosen(wanted, heads=(HEADS, flash.Heads(4, 2, 128))).kernel == "fa4"
     wide = flash.Heads(4, 2, 256)
     if wanted == "fa4":
@@ -182,7 +182,7 @@ def test_a_package_has_to_serve_every_model_of_the_process(gpu: None, flash4: An
 
 def test_a_kernel_is_tried_once_however_often_it_is_asked_for(gpu: None, flash4: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(flash, "_trial", lambda kernel, *_: tried.append(kernel))
+    monkeypatch.setattr(flash_trial, "_trial", lambda kernel, *_: tried.append(kernel))
     hardware = measure(GPU)
     for _ in range(2):
         assert choose_attention("auto", hardware, torch.bfloat16, (HEADS,), LONG).kernel == "fa4"
@@ -226,8 +226,8 @@ def test_why_a_package_cannot_be_imported_is_told(gpu: None, monkeypatch: pytest
     def fail(name: str) -> ModuleType:
         raise raised
 
-    monkeypatch.setattr(flash, "importlib", SimpleNamespace(import_module=fail))
-    assert flash.refusal("fa4", GPU, torch.bfloat16, HEADS) == told
+    monkeypatch.setattr(flash_trial, "importlib", SimpleNamespace(import_module=fail))
+    assert flash_trial.refusal("fa4", GPU, torch.bfloat16, HEADS) == told
 
 
 def test_what_is_asked_for_by_name_must_run(gpu: None) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from verl.models.attention import flash
+from verl.models.attention import flash, flash_trial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
 
@@ -26,7 +26,7 @@ def heads(size: int) -> flash.Heads:
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[flash.Kernel]:
     if request.param != "fa2":
-        refusal = flash.refusal(request.param, torch.device("cuda", 0), torch.bfloat16, heads(64))
+        refusal = flash_trial.refusal(request.param, torch.device("cuda", 0), torch.bfloat16, heads(64))
         if refusal is not None:
             pytest.skip(f"{flash.PACKAGES[request.param].name}: {refusal}")
     flash.activate(request.param)

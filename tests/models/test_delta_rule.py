@@ -268,15 +268,13 @@ def test_what_one_document_lets_into_the_next_would_be_seen(leak: str, install: 
     expected = loss_and_gradients(model_of(), one_by_one())
     if leak == "convolution":
         monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", modeling_qwen3_5.causal_conv1d_fn.replaced)
-        monkeypatch.setattr("verl.engine.scorers.keep_documents_apart", lambda model: None)
     with pytest.raises(AssertionError):
         check_equal(loss_and_gradients(model_of(), [batch_of()]), expected)
 
 
 def test_a_convolution_that_knows_no_documents_is_refused_by_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", getattr(modeling_qwen3_5.causal_conv1d_fn, "replaced", None))
-    for module in ("trial", "scorers"):
-        monkeypatch.setattr(f"verl.engine.{module}.keep_documents_apart", lambda model: None)
+    monkeypatch.setattr("verl.engine.trial.keep_documents_apart", lambda model: None)
     path = choose_path(config(rms_norm_eps=1e-4), "here")
     assert not path.packed and "Qwen3_5GatedDeltaNet carries its state into the next document" in path.why
 

@@ -49,7 +49,7 @@ def example(path: Path) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Problems, pairs of answers to them, and a small model."""
-    folder = write_problems_and_model(tmp_path_factory.mktemp("plugins"))
+    folder = write_problems_and_model(tmp_path_factory.mktemp("plugins"), narrow=False)
     problems, _ = make_problems(80, 1, seed=5)
     others = [*problems[1:], problems[0]]
     rows = [{"prompt": a.question, "chosen": a.answer, "rejected": b.answer} for a, b in zip(problems, others, strict=True)]

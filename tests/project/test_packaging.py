@@ -122,7 +122,7 @@ def calls(folder: Path) -> list[str]:
     return found
 
 
-PYTEST = "pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder -k one"  # with ARGS="-k one"
+PYTEST = "pytest --numprocesses=4 --dist=loadfile --no-loadscope-reorder -k one"  # with ARGS="-k one"
 SETUP = ["python -m venv .venv", "python -m pip install --disable-pip-version-check -c constraints.txt -e .[dev]"]
 
 

@@ -273,10 +273,10 @@ def test_what_the_engine_cannot_run_is_refused() -> None:
         NativeRollout(qwen2(), [0]).generate(random_prompts(), Sampling(512))
 
 
-def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
+def test_prompts_of_unequal_lengths_are_answered_faster_on_a_cpu_than_by_transformers_own() -> None:
     """In processor seconds of one thread, taken in turn: the best of both, because other work on the machine slows single runs."""
-    model: Any = sharp(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, "vocab_size": 100_000}))
-    prompts = [[i % VOCABULARY for i in range(n, 2 * n)] for n in range(20, 52)]
+    model: Any = sharp(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, "hidden_size": 128, "intermediate_size": 256, "vocab_size": 30_000}))
+    prompts = [[i % VOCABULARY for i in range(n, 2 * n)] for n in (*range(4, 34), 250, 300)]
 
     def seconds(rollout: Callable[[Sampling], object]) -> float:
         since = time.process_time()
@@ -284,7 +284,7 @@ def test_generation_on_a_cpu_is_faster_than_transformers_own() -> None:
         return time.process_time() - since
 
     def plain(sampling: Sampling) -> None:
-        ids = torch.tensor([[0] * (60 - len(prompt)) + prompt for prompt in prompts])
+        ids = torch.tensor([[0] * (300 - len(prompt)) + prompt for prompt in prompts])
         model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=sampling.max_new_tokens, do_sample=False, pad_token_id=0)
 
     native, threads = NativeRollout(model, [VOCABULARY]), torch.get_num_threads()

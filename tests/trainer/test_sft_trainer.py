@@ -338,13 +338,13 @@ def test_the_second_command_of_the_readme_runs_as_it_stands(folder: Path, tmp_pa
     home = tmp_path / "home"
     (home / "data" / "gsm8k").mkdir(parents=True)
     (home / "data" / "gsm8k" / "train.jsonl").write_text((folder / "train.jsonl").read_text())
-    done = command(
+    done = run_forked(
         *SFT, "data.train_files=~/data/gsm8k/train.jsonl", "data.prompt_key=question", "data.response_key=answer",
         "data.micro_batch_size_per_gpu=4", "data.max_length=2048", f"model.partial_pretrain={folder / 'model'}", "model.strategy=fsdp2",
         "model.enable_gradient_checkpointing=true", "model.use_liger=false", "optim.lr=1e-4", "optim.warmup_steps_ratio=0.1",
         "optim.clip_grad=1.0", "trainer.total_epochs=3", "trainer.project_name=qwen25-05b-gsm8k",
         "trainer.default_local_dir=./checkpoints/qwen25-05b-gsm8k", "trainer.experiment_name=qwen25-05b-gsm8k-sft", "trainer.logger=wandb",
-        processes=4, cwd=tmp_path, env={"HOME": str(home), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        processes=4, folder=tmp_path, env={"HOME": str(home), "XDG_CACHE_HOME": str(tmp_path / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "checkpoints" / "qwen25-05b-gsm8k" / "global_step_15" / "config.json").exists()

@@ -19,7 +19,6 @@ from verl.engine.layers import Compiler, recompute_activations
 from verl.engine.outline import Outline
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.engine.weights import MasterWeights
-from verl.models.attention.delta_rule import use_rule
 from verl.models.attention.packed import ForwardPath, use_attention
 from verl.models.load import Loaded, check_vocabulary, is_quantized, load_for_training, read_adapter_config
 from verl.models.prompt_format import PromptFormat
@@ -200,7 +199,10 @@ def prepare_process(decisions: Decisions, seed: int) -> None:
     """Seed PyTorch, and activate the attention kernels of this process."""
     torch.manual_seed(seed)
     use_attention(decisions.attention)
-    use_rule(decisions.rule)
+    if decisions.rule is not None:
+        from verl.models.attention.delta_rule import use_rule
+
+        use_rule(decisions.rule)
 
 
 def make_engine(scorer: Scorer, optim: OptimConfig | None, loaded: Loaded, decisions: Decisions) -> Engine:

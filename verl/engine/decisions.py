@@ -18,13 +18,13 @@ from verl.engine.outline import Outline
 from verl.engine.weights import Sharding, Spread
 from verl.errors import UserError
 from verl.models.attention import flash
-from verl.models.attention.delta_rule import Rule, RuleChoice
 from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import PACKED_PATH, AttentionChoice, ForwardPath, has_flash
 
 if TYPE_CHECKING:
     from verl.config.pairs import PairsConfig
     from verl.config.sft import DataConfig
+    from verl.models.attention.delta_rule import Rule, RuleChoice
 
 # For model.strategy=auto: bytes per trained parameter (weight, working copy, gradient and moments), bytes per frozen parameter, and the
 # share of a GPU's memory up to which replicating the weights is faster than sharding them.
@@ -110,7 +110,7 @@ class Decisions:
     attention: AttentionChoice
     multiple_of_tokens: int
     path: ForwardPath = PACKED_PATH
-    rule: RuleChoice | None = None
+    rule: "RuleChoice | None" = None
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +162,7 @@ def decide(
         attention=choose_attention(settings.attn_implementation, hardware, dtype, heads, workload),
         multiple_of_tokens=multiple_of_tokens(hardware),
         path=outline.path,
-        rule=None if outline.path.rule is None else choose_rule(outline.path.rule, hardware, dtype),
+        rule=choose_rule(outline.path.rule, hardware, dtype),
     )
 
 
@@ -337,13 +337,13 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
     return AttentionChoice(kernel)
 
 
-def choose_rule(rule: Rule, hardware: Hardware, dtype: torch.dtype) -> RuleChoice:
+def choose_rule(rule: "Rule | None", hardware: Hardware, dtype: torch.dtype) -> "RuleChoice | None":
     """Choose between flash-linear-attention and the model's own code for a delta rule."""
-    if not hardware.has_gpu:
-        return RuleChoice(rule, "no GPU", has_gpu=False)
-    if not has_flash(hardware.device.type, dtype):
-        return RuleChoice(rule, "it needs bfloat16 or float16")
-    return RuleChoice(rule, hardware.refusal("fla", dtype, rule))
+    if rule is None:
+        return None
+    from verl.models.attention import delta_rule  # only some models have one
+
+    return delta_rule.choose(rule, hardware.refusal, hardware.device.type, dtype)
 
 
 def refusals(hardware: Hardware, dtype: torch.dtype, heads: Sequence[Heads], workload: Workload | None = None) -> dict[Kernel, str | None]:

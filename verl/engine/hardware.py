@@ -11,7 +11,6 @@ import torch
 
 from verl import dist
 from verl.dist import has_compiler
-from verl.models.attention import delta_rule, flash
 
 GIB = 2**30
 # Smallest usable memory in GiB of GPUs sold with this many GB. A few GPUs of 16 GB have less.
@@ -117,7 +116,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def _refusal(device: torch.device, kernel: Any, dtype: torch.dtype, *shapes: Any) -> str | None:
+    from verl.models.attention import delta_rule, flash_trial  # what only a GPU needs
+
     if kernel == "fla":
         (rule,) = shapes
         return delta_rule.refusal(rule, device, dtype)
-    return flash.refusal(kernel, device, dtype, *shapes)
+    return flash_trial.refusal(kernel, device, dtype, *shapes)

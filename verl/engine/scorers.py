@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from verl.data.batch import Batch
 from verl.engine.contract import Slope, TokenOut
 from verl.engine.logprobs import Entropy, LogitRule, token_scores
-from verl.models.attention.delta_rule import keep_documents_apart
 from verl.models.attention.packed import PACKED_PATH, ForwardPath, packed_kwargs
 from verl.models.load import decoder_of
 
@@ -39,7 +38,6 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.path = model, path
         self.rope = _length_rope(model)
-        keep_documents_apart(model)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the last hidden states, hidden_TH."""

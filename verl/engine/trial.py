@@ -102,13 +102,14 @@ def _make_twin(config: PretrainedConfig, where: str, *, trust_remote_code: bool)
                 # Grouped matmuls of experts do not exist in float64.
                 options = {"experts_implementation": "eager", "trust_remote_code": trust_remote_code}
                 chosen = {} if attention is None else {"attn_implementation": attention}
-                return random_model(lambda config: language_class(config).from_config(config, **options, **chosen), twin, dtype)
+                model = random_model(lambda config: language_class(config).from_config(config, **options, **chosen), twin, dtype)
+                keep_documents_apart(model)
+                return model
 
             try:
                 # Some releases of transformers have other attention by default, which leaves out the caps.
                 has_caps = getattr(twin.get_text_config(decoder=True), "attn_logit_softcapping", None)
                 model = make("eager" if has_caps else None)
-                keep_documents_apart(model)
                 expected_M = _alone(model, documents, where, TOLERANCES[dtype])
                 return Twin(make, model.config._attn_implementation, documents, dtype, expected_M)
             except UserError:

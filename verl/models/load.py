@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from verl.errors import UserError
-from verl.models.attention.delta_rule import keep_documents_apart
 from verl.models.attention.packed import PACKED
 
 
@@ -292,6 +291,8 @@ def load_language_model(
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers has initialized them randomly
         what = f"{len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}"
         raise UserError(what, where=path, fix="give a complete language model, not a reward model or a critic")
+    from verl.models.attention.delta_rule import keep_documents_apart
+
     keep_documents_apart(model)
     return model
 

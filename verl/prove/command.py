@@ -56,9 +56,10 @@ def make_subject(path: str, folder: Path, *, real: bool) -> Subject:
     if real:
         if origin is None:
             raise UserError("is a config without weights", where=path, fix="leave out --real, or give a model directory or a Hub name")
-        return Subject(path, local, folder, config, origin)
+        return Subject(path, local, folder, config, config, origin)
     model = write_twin(config, folder / "twin")
-    return Subject(path, model, folder, read_config(str(model)), origin, randomness(config.get_text_config(decoder=True).to_dict()))
+    random = randomness(config.get_text_config(decoder=True).to_dict())
+    return Subject(path, model, folder, read_config(str(model)), config, origin, random)
 
 
 def modules() -> list[ModuleType]:

@@ -12,9 +12,8 @@ from torch import Tensor
 from verl.data.batch import Batch
 from verl.data.pack import Document, collate
 from verl.engine.build import Built
-from verl.prove.outcome import TOLERANCE
+from verl.prove.outcome import ROUNDING, TOLERANCE
 
-ROUNDING = 1e-3  # a larger difference is no rounding of float32
 SMALL = 1e-3  # a parameter's gradient counts relative to its own norm, or to this share of the whole one if that is larger
 
 

@@ -25,6 +25,7 @@ from verl.engine.decisions import Workload, choose_spread, decide
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
 from verl.models.load import load_tokenizer
+from verl.prove import plain
 from verl.prove.plain import experts_in
 from verl.run import TrainResult
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
@@ -47,6 +48,8 @@ class Subject:
         name: what the user named.
         model: its directory: the tiny twin, or the model itself.
         folder: a scratch folder.
+        config: that of `model`.
+        given: that of what the user named; the twin's is smaller.
         origin: the directory or Hub name whose tokenizer and chat template are proved; None: a config came alone.
         random: what makes training random in the model's config, such as dropout; a twin has none of it.
     """
@@ -55,8 +58,22 @@ class Subject:
     model: Path
     folder: Path
     config: PretrainedConfig
+    given: PretrainedConfig
     origin: str | None = None
     random: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far the losses of plain loops differ if only the order of their documents does: what AdamW makes of rounding in a few steps.
+
+        A weight whose gradient is near 0 moves by the learning rate in any direction, and a token may then have another expert.
+        """
+        documents, others = self.rendered(self.train_file), self.rendered(self.test_file)
+        found = []
+        for order in (documents, documents[::-1], documents[1:] + documents[:1], documents[2:] + documents[:2]):
+            model = plain.load(self.model)
+            found.append([*plain.train(model, order, steps=STEPS, lr=LR, weight_decay=0.01, clip=1e6), plain.mean_loss(model, others)])
+        return float(np.ptp(np.array(found), axis=0).max())
 
     def variant(self, name: str, changes: dict[str, Any]) -> "Subject":
         """Return the same model with other values in its config."""

@@ -199,7 +199,7 @@ def _restored_globals() -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()
     os.environ.update(settings)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
             yield
     finally:
         np.random.set_state(numpy_state)

@@ -33,6 +33,7 @@ RULE = re.compile(r"(chunk|recurrent).*(delta|kda)")
 PACKAGE, INSTALL = "flash-linear-attention", 'pip install "verl[fla]"'
 NOT_INSTALLED = "not installed"
 TOLERANCE = 0.05  # relative error of bfloat16 sums; a state that is carried into the next document gives 0.2 and more
+HALF = (torch.bfloat16, torch.float16)
 LENGTHS = (1, 130, 300)  # tokens of the documents of the trial
 
 
@@ -92,10 +93,22 @@ _by_kernels: dict[tuple[str, str], bool] = {}
 _calls: Calls | None = None
 
 
-def use_rule(choice: RuleChoice | None) -> None:
+def choose(rule: Rule, refusal: Callable[..., str | None], device_type: str, dtype: torch.dtype) -> RuleChoice:
+    """Choose between flash-linear-attention and the model's own code.
+
+    Args:
+        refusal: returns why the kernels cannot be used here, see `verl.engine.hardware.Hardware`.
+    """
+    if device_type != "cuda":
+        return RuleChoice(rule, "no GPU", has_gpu=False)
+    if dtype not in HALF:
+        return RuleChoice(rule, "it needs bfloat16 or float16")
+    return RuleChoice(rule, refusal("fla", dtype, rule))
+
+
+def use_rule(choice: RuleChoice) -> None:
     """Let this process compute a rule as it was chosen."""
-    if choice is not None:
-        _by_kernels[choice.rule.module, choice.rule.name] = choice.refused is None
+    _by_kernels[choice.rule.module, choice.rule.name] = choice.refused is None
 
 
 @contextmanager
@@ -232,7 +245,7 @@ def _rule(code: Callable[..., Any], module: str, name: str) -> Callable[..., Any
 
 
 def _fits_kernels(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and query.dtype in HALF
 
 
 def _call(function: Callable[..., Any], inputs: Sequence[Tensor], **options: Any) -> Any:

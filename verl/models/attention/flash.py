@@ -7,7 +7,6 @@ match FlashAttention-2. An unusable package never stops a run. The run reports w
 Dimensions: T tokens of the packed batch, N query heads, K key-value heads, D head size.
 """
 
-import importlib
 import inspect
 import math
 import warnings
@@ -50,7 +49,6 @@ PACKAGES: dict[Kernel, Package] = {
 }
 
 NOT_INSTALLED = "not installed"
-TOLERANCE = 0.02  # relative error of bfloat16 sums; a wrong mask or head gives 0.1 and more
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,6 @@ class Heads:
     def of_each(self, ranks: int) -> "Heads":
         """Return the heads that each of these ranks computes. A key head is on every rank that has one of its query heads."""
         return Heads(self.query // ranks, math.lcm(self.key_value, ranks) // ranks, self.size)
-
-
-def refusal(kernel: Kernel, device: torch.device, dtype: torch.dtype, *heads: Heads) -> str | None:
-    """Return why this kernel cannot be used here for models with these heads, in one line; None if it can be used."""
-    package = PACKAGES[kernel]
-    try:
-        importlib.import_module(package.module)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        return NOT_INSTALLED if package.module.startswith(missing) else f"its dependency {missing} is not installed"
-    except Exception as error:  # a package built for another PyTorch, CUDA or Python may raise anything
-        return f"cannot be imported: {_first_line(error)}"
-    if kernel == "fa3" and not hasattr(torch_attention, "activate_flash_attention_impl"):
-        return f"not supported by PyTorch {torch.__version__}"
-    return next((found for each in heads if (found := _trial(kernel, device, dtype, each)) is not None), None)
 
 
 def version(kernel: Kernel) -> str:
@@ -300,35 +283,3 @@ _flash4.register_autograd(_flash4_gradients, setup_context=_save_for_flash4_back
 
 def _tokens_before(sliding_window: int | None) -> int | None:
     return sliding_window - 1 if sliding_window else None
-
-
-def _trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> str | None:
-    """Compare output and gradients on three short documents with FlashAttention-2. Return what is wrong, or None."""
-    expected = _results("fa2", device, dtype, heads)
-    try:
-        found = _results(kernel, device, dtype, heads)
-    except Exception as error:  # whatever the package raises, the run continues without it and reports why
-        return f"fails on this machine: {type(error).__name__}: {_first_line(error)}"
-    finally:
-        activate("fa2")
-    difference = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
-    return None if difference < TOLERANCE else f"differs from FlashAttention-2 by {difference:.2g}"
-
-
-def _results(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: Heads) -> list[Tensor]:
-    activate(kernel)
-    cu_seqlens = torch.tensor([0, 1, 131, 431], dtype=torch.int32, device=device)
-    generator = torch.Generator(device).manual_seed(0)  # does not advance the run's random state
-    query_TND, key_TKD, value_TKD, output_gradient_TND = (
-        torch.randn(431, number, heads.size, device=device, generator=generator).to(dtype).requires_grad_()
-        for number in (heads.query, heads.key_value, heads.key_value, heads.query)
-    )
-    with torch.enable_grad():
-        output_TND = flash_attention(query_TND, key_TKD, value_TKD, cu_seqlens, 300, kernel=kernel)
-        gradients = torch.autograd.grad(output_TND, (query_TND, key_TKD, value_TKD), output_gradient_TND.detach())
-    return [x.detach().float() for x in (output_TND, *gradients)]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -16,7 +16,7 @@ dimension of transformers.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ from verl import dist
 from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models.attention import flash
-from verl.models.attention.delta_rule import Rule
+
+if TYPE_CHECKING:
+    from verl.models.attention.delta_rule import Rule
 
 PACKED = "verl_packed"
 # Options of transformers' attention functions that change what is computed.
@@ -60,7 +62,7 @@ class ForwardPath:
     own_logits: bool = False
     why: str = ""
     recurrent: bool = False
-    rule: Rule | None = None
+    rule: "Rule | None" = None
 
     def describe(self) -> str:
         if self.packed:
