@@ -27,6 +27,9 @@ rollout/test_native trainer/test_saving faults/test_attacks
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _skip(items, "gpu", _no_gpu)
+    for item in items:
+        if item.get_closest_marker("gpu"):  # PyTorch warns of its compiler, its profiler and its check for waiting
+            item.add_marker(pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"))
     _skip(items, "learning", lambda: None if "learning" in config.getoption("-m") else "takes minutes: make learning")
     _skip(items, "faults", lambda: None if "faults" in config.getoption("-m") else "takes minutes: make faults")
     if "faults" in config.getoption("-m"):

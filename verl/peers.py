@@ -345,7 +345,7 @@ def _collectives_begun() -> int:
     for group in [found for found in list(distributed_c10d._world.pg_map) if found.size() == dist.get_world_size()]:
         for device in ("cpu", "cuda"):
             with suppress(RuntimeError):  # a group has no backend for this device
-                begun += group._get_backend(torch.device(device))._get_sequence_number_for_group()
+                begun += group._get_backend(torch.device(device))._get_sequence_number_for_group()  # type: ignore[attr-defined]
     return begun
 
 
