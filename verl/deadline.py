@@ -12,7 +12,7 @@ from pathlib import Path
 
 STARTED = "VERL_STARTED"  # variable of a trainer: the time at which its launcher has started, in seconds since 1970
 BYTES_PER_SECOND = 0.5e9  # assumed for the first save
-MARGIN, MARGIN_SECONDS = 1.1, 2.0  # of the time of a step and a save; for the end of the process
+MARGIN, MARGIN_SECONDS = 1.1, 4.0  # of the time of a step and a save; for the end of the process on a busy machine
 RECENT = 8  # steps that tell how long the next one may take
 PAUSES = ("validating", "saving")  # phases that are no part of a step
 
