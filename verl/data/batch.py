@@ -91,6 +91,11 @@ class Batch:
             **values,
         )
 
+    def real_length(self, document: slice) -> int:
+        """Return the number of tokens of a document without its padding. A document of filler alone keeps its length."""
+        length: int = document.stop - document.start
+        return length if self.real_T is None else int(self.real_T[document].sum()) or length
+
     def to(self, device: torch.device | str) -> "Batch":
         """Return a copy on the device; a copy from pinned memory is asynchronous."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -65,7 +66,9 @@ def _of_documents(scorer: nn.Module, batch: Batch, compute: Callable[[Tensor], T
     for _ in range(_most(scorer, len(documents), batch.input_ids_T.device) - len(documents)):
         nothing = nothing + compute(batch.input_ids_T[None, :1])[:1] * 0.0
     for tokens in documents:
-        found = compute(batch.input_ids_T[None, tokens])
+        real = batch.real_length(tokens)  # what some models compute of a text depends on how long it is
+        found = compute(batch.input_ids_T[None, tokens][:, :real])
+        found = F.pad(found, (0, 0, 0, tokens.stop - tokens.start - real))
         yield tokens, found if isinstance(nothing, float) else found + nothing
     if not documents:
         assert isinstance(nothing, Tensor)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from verl.data.batch import Batch
+from verl.errors import UserError
 
 Piece = tuple[slice, int]  # tokens of this rank's slice, and the length of the document that they belong to
 
@@ -55,13 +56,21 @@ class LengthRope:
 
 
 def pieces(batch: Batch) -> list[Piece]:
-    """Return the documents of a batch as far as they are in this rank's slice, with their whole lengths."""
+    """Return the documents of a batch as far as they are in this rank's slice, with their whole lengths without padding.
+
+    Raises:
+        UserError: documents are padded, and split over ranks, so that no rank knows where they end.
+    """
     bounds, first, here = batch.cu_seqlens.tolist(), batch.first_token, len(batch.input_ids_T)
     found = []
     for start, stop in pairwise(bounds):
         tokens = slice(max(start - first, 0), min(stop - first, here))
         if tokens.start < tokens.stop:
-            found.append((tokens, stop - start))
+            padding = tokens.stop - tokens.start - batch.real_length(tokens)
+            if padding and batch.parts > 1:
+                what = "the model's rotary embeddings depend on the length of a document, which padding hides where it is split over GPUs"
+                raise UserError(what, where="data.packing=false with model.context_parallel_size", fix="set one of them to its default")
+            found.append((tokens, stop - start - padding))
     return found
 
 

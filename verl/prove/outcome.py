@@ -55,14 +55,14 @@ def compared_after_steps(group: str, name: str, differences: dict[str, float], r
     """Return the outcome of a comparison of losses after steps of AdamW, which makes rounding larger.
 
     Args:
-        rounding: how far plain loops differ that differ only by rounding; called if the differences are small, but larger than the
-            tolerance. Those up to twice as large hold.
+        rounding: how far plain loops are apart that begin with a rounding of their weights; called if the differences are small, but
+            larger than the tolerance. Those that are no larger hold.
     """
     if not TOLERANCE < max(differences.values()) < ROUNDING:
         return compared(group, name, differences)
     most = rounding()
-    path = f"plain loops that differ by the order of their documents are {most:.1e} apart"
-    return compared(group, name, differences, path=path, tolerance=max(TOLERANCE, 2 * most))
+    path = f"plain loops whose weights differ by rounding are {most:.1e} apart"
+    return compared(group, name, differences, path=path, tolerance=max(TOLERANCE, most))
 
 
 def refused(group: str, name: str, error: UserError) -> Outcome:
