@@ -196,12 +196,12 @@ def test_loss_and_gradient_are_those_of_each_document_alone_however_rows_are_cut
     expected, gradients = loss_and_gradient_alone(tmp_path, documents)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     path = Outline(ModelConfig(partial_pretrain=str(tmp_path))).path
-    for cut in ([[0, 1, 2, 3, 4]], [[0], [3, 1], [2, 4]]):
+    for cut, pad in (([[0, 1, 2, 3, 4]], False), ([[0], [3, 1], [2, 4]], False), ([[0, 1, 2], [3, 4]], True)):
         model = load_for_training(str(tmp_path), attention=path.attention).model
         scorer = TokenScorer(model, path=path)
         check_scorer(scorer)
         engine = Engine(scorer, OptimConfig(), total_steps=1, device=torch.device("cpu"), compute_dtype=torch.float32)
-        batches = [collate([documents[i] for i in rows], rows, multiple_of_tokens=8) for rows in cut]
+        batches = [collate([documents[i] for i in rows], rows, pad=pad, multiple_of_tokens=8) for rows in cut]
         assert engine.backward(batches, sft)["loss"].item() == pytest.approx(expected, abs=1e-5)
         found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert found.keys() == gradients.keys()

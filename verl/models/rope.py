@@ -49,7 +49,8 @@ class LengthRope:
         for tokens, length in self._pieces:
             _restart(module)
             last = torch.full_like(position_ids[:, :1], length - 1)  # the document may go on in another rank's slice
-            cos_1TD, sin_1TD = forward(module, x, torch.cat([position_ids[:, tokens], last], 1), *args, **kwargs)
+            inside = position_ids[:, tokens].clamp(max=length - 1)  # padding goes on behind the end
+            cos_1TD, sin_1TD = forward(module, x, torch.cat([inside, last], 1), *args, **kwargs)
             found.append((cos_1TD[:, :-1], sin_1TD[:, :-1]))
         cos, sin = zip(*found, strict=True)
         return torch.cat(cos, 1), torch.cat(sin, 1)
