@@ -64,6 +64,11 @@ def in_any_dtype(compare: Callable[[torch.dtype], dict[str, float]]) -> tuple[di
     return compare(torch.float64), f"in float64; in float32 {worst:.1e}, which is rounding"
 
 
+def tolerance_of(built: Built) -> float:
+    """Return what may be rounding. A delta rule computes in float32, whatever the dtype of the model, so its rounding is there in float64, too."""
+    return 2 * TOLERANCE if getattr(built.decisions, "rule", None) is not None else TOLERANCE
+
+
 def is_slower(built: Built) -> bool:
     """Return whether a model runs its own code, one document at a time, because it cannot be packed."""
     path = getattr(built.decisions, "path", None)

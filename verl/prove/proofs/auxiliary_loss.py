@@ -5,7 +5,7 @@ import torch
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, in_any_dtype, relative
+from verl.prove.engines import gradients, in_any_dtype, relative, tolerance_of
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
 
@@ -36,4 +36,5 @@ def prove(subject: Subject) -> Outcome:
         return found
 
     differences, note = in_any_dtype(compare)
-    return compared(GROUP, NAME, differences, path="; ".join(filter(None, (f"loss {loss:.3f}", note))))
+    path = "; ".join(filter(None, (f"loss {loss:.3f}", note)))
+    return compared(GROUP, NAME, differences, path=path, tolerance=tolerance_of(asking.build()))

@@ -5,7 +5,7 @@ import torch
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, in_any_dtype, relative
+from verl.prove.engines import gradients, in_any_dtype, relative, tolerance_of
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
 
@@ -31,4 +31,4 @@ def prove(subject: Subject) -> Outcome:
         return differences
 
     differences, note = in_any_dtype(compare)
-    return compared(GROUP, NAME, differences, path=note)
+    return compared(GROUP, NAME, differences, path=note, tolerance=tolerance_of(subject.build()))

@@ -5,7 +5,7 @@ import torch
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, in_any_dtype, is_slower, largest, relative, scores
+from verl.prove.engines import gradients, in_any_dtype, is_slower, largest, relative, scores, tolerance_of
 from verl.prove.outcome import Outcome, compared
 from verl.prove.subject import Subject
 
@@ -29,4 +29,4 @@ def prove(subject: Subject) -> Outcome:
     differences, note = in_any_dtype(compare)
     built = subject.build()
     path = "; ".join(filter(None, (note, subject.path_of(built))))
-    return compared(GROUP, NAME, differences, path=path, slower=is_slower(built))
+    return compared(GROUP, NAME, differences, path=path, slower=is_slower(built), tolerance=tolerance_of(built))
