@@ -273,7 +273,7 @@ def _claimed(directory: Path, purpose: str) -> Claimed:
 def _sweep(directory: Path) -> None:
     """Remove what a killed run has left besides checkpoints, also in its folders of rows. The directory is locked, so nobody uses it."""
     for path in directory.iterdir():
-        if _MARK.fullmatch(path.name) or UNFINISHED.fullmatch(path.name) or path.name == "best.tmp":
+        if _MARK.fullmatch(path.name) or UNFINISHED.fullmatch(path.name) or (path.name == "best.tmp" and path.is_symlink()):
             path.unlink(missing_ok=True)
         elif path.is_dir() and not path.is_symlink() and not path.name.startswith("global_step_"):
             for unfinished in filter(lambda file: UNFINISHED.fullmatch(file.name), path.iterdir()):

@@ -1,5 +1,6 @@
 """Atomic and durable file writes. None of them follows a link, so a link in a shared directory cannot send a write elsewhere."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -26,6 +27,14 @@ def replace_text(path: Path, text: str, *, private: bool = False) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def real_folder(path: Path) -> Path:
+    """Return a folder, which is created if it is missing. Raises OSError: it is a link or a file."""
+    path.mkdir(exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a link", str(path))
+    return path
 
 
 def owner_only(path: str, flags: int) -> int:

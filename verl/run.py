@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from verl import dist
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
-from verl.durable import append_text, replace_text
+from verl.durable import append_text, real_folder, replace_text
 from verl.errors import Stopped
 from verl.progress import Bar, open_console
 
@@ -241,7 +241,8 @@ class Run:
         """Replace a file of the run that training does not read. If the disk fails, this is told once for each folder."""
         path = self.directory / name
         try:
-            path.parent.mkdir(exist_ok=True)
+            if path.parent != self.directory:
+                real_folder(path.parent)
             replace_text(path, text)
         except OSError as error:
             self._warn(name, error)

@@ -31,6 +31,7 @@ from verl.directory import begin_files, claim, recorded_settings, settings_of
 from verl.durable import replace_text
 from verl.engine import checkpoint
 from verl.engine.damage import find_damage
+from verl.engine.skipped import tell
 from verl.errors import UserError
 from verl.eval.sft_evaluator import evaluate
 from verl.lock import LockedError, Owner, take
@@ -480,21 +481,39 @@ def test_the_lock_of_a_killed_run_is_taken_over_after_the_first_line(
     directory = copied("killed")
     dead = replace(Owner.this_process("training"), pid=2**22 + 1)
     (directory / "lock").write_text(json.dumps(asdict(dead)))
-    for name in ("." + "0" * 32, "." + "f" * 32, "best.tmp", "notes.tmp"):
+    for name in ("." + "0" * 32, "." + "f" * 32, "notes.tmp", "global_step_notes.tmp"):
         (directory / name).touch()
+    (directory / "best.tmp").symlink_to("global_step_1")
     for name in ("metrics.jsonl", "config.yaml", "latest_checkpointed_iteration.txt", "trainer_state.json", "best.json"):
         killed_while_replacing(directory / name)
     (directory / "rollouts").mkdir()
     killed_while_replacing(directory / "rollouts" / "step_1.jsonl")
-    assert len(list(directory.rglob("*.tmp"))) == 8
+    assert len(list(directory.rglob("*.tmp"))) == 9
     run(folder, directory.name)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("resuming from") and said[1].startswith(f"took over {directory}/lock from process {2**22 + 1}")
     left = {path.name for path in directory.iterdir()}
-    expected = {path.name for path in (folder / "whole").iterdir()} | {"notes.tmp", "rollouts"}
+    expected = {path.name for path in (folder / "whole").iterdir()} | {"notes.tmp", "global_step_notes.tmp", "rollouts"}
     assert left == expected and not [*(directory / "rollouts").iterdir()], (
         "marks and temporary files are swept but not a user's own, and the lock is gone"
     )
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_rows_of_skipped_updates_are_not_written_through_a_link(place: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "step_1.jsonl").write_text("precious")
+    skipped = tmp_path / "run" / "skipped"
+    if place == "folder":
+        skipped.parent.mkdir()
+        skipped.symlink_to(victim)
+    else:
+        skipped.mkdir(parents=True)
+        (skipped / "step_1.jsonl").symlink_to(victim / "step_1.jsonl")
+    said = tell("step 1", "loss nan", "the update was skipped", [{"place": "here"}], skipped / "step_1.jsonl")
+    assert (victim / "step_1.jsonl").read_text() == "precious"
+    assert ("could not be written" in said) == (place == "folder")
 
 
 def killed_while_replacing(path: Path) -> None:

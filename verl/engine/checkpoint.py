@@ -23,7 +23,7 @@ from verl.engine.optim import optimizer_state
 from verl.engine.position import Position as Position
 from verl.engine.stored_state import StoredState, local_tensors
 from verl.errors import DiskError, UserError
-from verl.manifest import steps_in
+from verl.manifest import STEP, steps_in
 
 
 class SavedCritic(Protocol):
@@ -150,7 +150,8 @@ def remove_unfinished(root: Path) -> None:
         return
     try:
         for path in root.glob("global_step_*.tmp"):
-            remove(path)
+            if STEP.fullmatch(path.stem):  # another name is a user's own
+                remove(path)
     except OSError as error:
         where, fix = error.filename or str(root), "delete it, or set trainer.default_local_dir to another directory"
         raise DiskError(f"cannot be deleted: {error.strerror or error}", where=where, fix=fix) from error

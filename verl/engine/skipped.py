@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from verl import dist
+from verl.durable import real_folder, replace_text
 from verl.errors import UserError
 
 SHOWN_ROWS = 3
@@ -20,10 +21,14 @@ def tell(place: str, found: str, what: str, rows: Sequence[dict[str, Any]], path
         what: what was skipped, such as "the update was skipped".
         path: a JSON Lines file; its folder is created.
     """
+    where = f"are in {path}"
     if dist.is_main():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return f"warning: {place}: {found}: {what}; its {len(rows):,} rows are in {path}"
+        try:
+            real_folder(path.parent)
+            replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:  # training does not need the file
+            where = f"could not be written into {path}: {error.strerror}"
+    return f"warning: {place}: {found}: {what}; its {len(rows):,} rows {where}"
 
 
 def refuse_more(place: str, found: str, rows: Sequence[dict[str, Any]], in_a_row: int, most: int) -> None:

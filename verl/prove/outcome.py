@@ -56,13 +56,13 @@ def compared_after_steps(group: str, name: str, differences: dict[str, float], r
 
     Args:
         rounding: how far plain loops are apart that begin with a rounding of their weights; called if the differences are small, but
-            larger than the tolerance. Those that are no larger hold.
+            larger than the tolerance. Those up to twice as large hold.
     """
     if not TOLERANCE < max(differences.values()) < ROUNDING:
         return compared(group, name, differences)
     most = rounding()
     path = f"plain loops whose weights differ by rounding are {most:.1e} apart"
-    return compared(group, name, differences, path=path, tolerance=max(TOLERANCE, most))
+    return compared(group, name, differences, path=path, tolerance=max(TOLERANCE, 2 * most))
 
 
 def refused(group: str, name: str, error: UserError) -> Outcome:

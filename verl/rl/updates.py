@@ -1,10 +1,13 @@
 """The updates of critic and actor in a step. An update with a non-finite loss or gradient is skipped and reported."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from verl.algorithms._kl import AdaptiveKL
 from verl.algorithms._settings import PolicySettings
 from verl.config.ppo import PPOConfig
 from verl.data.batch import Batch
+from verl.durable import real_folder
 from verl.engine.build_heads import Critic
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
@@ -112,12 +116,21 @@ class Updates:
         self._skipped[role] += 1
         folder = self._run.directory / "skipped"
         name = f"step_{step}_{role}_{number + 1}"
-        folder.mkdir(exist_ok=True)
-        save_file(_tensors(batches), folder / f"{name}_rank_{dist.rank()}.safetensors")
+        self._keep(batches, folder, f"{name}_rank_{dist.rank()}.safetensors")
         found = f"loss {float(out['loss'])}, gradient norm {float(out['grad_norm'])}"
         rows = [row for of_rank in dist.gathered(_rows(batches, experience)) for row in of_rank]
         self._run.say(tell(f"step {step}", found, f"the {role} was not updated", rows, folder / f"{name}.jsonl"))
         refuse_more(f"step {step}", found, rows, self._skipped[role], self._most_skipped)
+
+    def _keep(self, batches: Sequence[Batch], folder: Path, name: str) -> None:
+        """Save the batch of a skipped update. A file that cannot be written is told, because training does not need it."""
+        unfinished = folder / f"{name}.{os.urandom(8).hex()}.tmp"  # a new name, so that no link is followed
+        try:
+            real_folder(folder)
+            save_file(_tensors(batches), unfinished)
+            os.replace(unfinished, folder / name)
+        except (OSError, SafetensorError) as error:
+            self._run.say(f"warning: {folder / name} could not be written: {error}")
 
 
 def _rows(batches: Sequence[Batch], experience: Experience) -> list[dict[str, Any]]:

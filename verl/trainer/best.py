@@ -112,7 +112,8 @@ class Best:
         """Let `best` point at the checkpoint. A file system without links, or a user's own `best`, is left alone."""
         temporary = self._run.directory / f"{LINK}.tmp"
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if temporary.is_symlink():
+                temporary.unlink()
             temporary.symlink_to(name)
             os.replace(temporary, self._run.directory / LINK)
 
