@@ -34,8 +34,17 @@ def experts_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
 
 def logits(model: torch.nn.Module, ids: Sequence[int]) -> Tensor:
     """Return logits_TV of one document, without a cache."""
+    _forget_lengths(model)
     logits_TV: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits_TV
+
+
+def _forget_lengths(model: torch.nn.Module) -> None:
+    """Set dynamic rotary embeddings back, which keep the longest length so far, so that each document is computed as by a new model."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic" and isinstance(original := getattr(module, "original_inv_freq", None), Tensor):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = original.clone()
 
 
 def logprobs(model: torch.nn.Module, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
