@@ -123,6 +123,11 @@ def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
         if not stopped.is_told and os.environ.get("RANK", "0") == "0":
             print(stopped, file=sys.stderr, flush=True)
         raise SystemExit(stopped.exit_code) from None
+    except Exception as error:
+        from verl.redaction import redact_text
+
+        error.args = tuple(redact_text(arg) if isinstance(arg, str) else arg for arg in error.args)  # its traceback is printed
+        raise
     raise SystemExit(0)
 
 

@@ -37,7 +37,7 @@ from verl.data.source import read_rows, resolve_files
 from verl.data.tables import Columns
 from verl.data.template_limits import limit
 from verl.directory import FILES, Claimed, begin_files, claim, is_continued, recorded_settings, settings_beside
-from verl.errors import UserError
+from verl.errors import UserError, exit_on_user_error
 from verl.lock import held
 from verl.machine import machine_errors_named
 from verl.manifest import steps_in
@@ -962,3 +962,12 @@ def test_a_glob_that_goes_round_in_circles_ends_in_time(pattern: str, tmp_path: 
 def test_the_catalogue_has_all_the_attacks() -> None:
     parametrised: list[Any] = [RESOLVERS, SECRETS, LINES, list(BOMBS), TEMPLATES, ESCAPES, list(COMMANDS), CODE]
     assert sum(map(len, parametrised)) >= 75, "with the single tests of this file, at least 91"
+
+
+def test_an_unexpected_error_is_printed_without_the_secrets_in_its_text() -> None:
+    def fail() -> None:
+        raise RuntimeError(f"the hub refused {SECRETS[0]}", 7)
+
+    with pytest.raises(RuntimeError, match=r"the hub refused .*hidden.*7") as raised:
+        exit_on_user_error(fail)
+    assert SECRETS[0] not in str(raised.value)
