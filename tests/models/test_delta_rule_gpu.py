@@ -103,13 +103,12 @@ def test_log_probabilities_of_packed_documents_are_those_of_each_alone(kernels: 
     scorer = scorer_of(model_path, device, torch.bfloat16).eval()
     packed_M = scorer(collate(DOCUMENTS, PACKED[0], multiple_of_tokens=128).to(device)).logprob_M
     alone_M = torch.cat([scorer(collate([document], [0]).to(device)).logprob_M for document in DOCUMENTS if len(document[0]) > 1])
-    share = 0.95 if isinstance(scorer.model, Qwen3NextForCausalLM) else 1.0  # of the tokens: some of the others choose other experts
-    difference = float((packed_M - alone_M).abs().float().quantile(share))
-    print(f"largest difference of log-probabilities of {share:.0%} of the tokens, packed and alone: {difference:.2g}")
+    difference = float((packed_M - alone_M).abs().max())
+    print(f"largest difference of log-probabilities, packed and alone: {difference:.2g}")
     assert difference <= 1e-2
     use_rule(RuleChoice(kernels.rule, "to compare"))
     own_M = scorer(collate(DOCUMENTS, PACKED[0], multiple_of_tokens=128).to(device)).logprob_M
-    assert float((packed_M - own_M).abs().float().quantile(share)) <= 5e-2
+    assert float((packed_M - own_M).abs().max()) <= 5e-2
 
 
 @pytest.mark.parametrize("layers", ["eager", "compiled", "compiled, checkpointed", "compiled, selective"])
