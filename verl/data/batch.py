@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Fields of reinforcement learning, with one value per trained position.
@@ -91,10 +92,12 @@ class Batch:
             **values,
         )
 
-    def real_length(self, document: slice) -> int:
-        """Return the number of tokens of a document without its padding. A document of filler alone keeps its length."""
-        length: int = document.stop - document.start
-        return length if self.real_T is None else int(self.real_T[document].sum()) or length
+    def real_lengths(self) -> list[int]:
+        """Return the number of tokens of each document in this slice, without padding. A document of filler alone keeps its length."""
+        bounds = (self.cu_seqlens.long() - self.first_token).clamp(0, len(self.input_ids_T))
+        real_T = torch.ones_like(self.input_ids_T) if self.real_T is None else self.real_T
+        real, lengths = F.pad(real_T.cumsum(0), (1, 0))[bounds].diff(), bounds.diff()
+        return list(torch.where(real > 0, real, lengths).tolist())
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return a copy on the device; a copy from pinned memory is asynchronous."""

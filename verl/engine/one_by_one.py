@@ -65,9 +65,8 @@ def _of_documents(scorer: nn.Module, batch: Batch, compute: Callable[[Tensor], T
     nothing: Tensor | float = 0.0
     for _ in range(_most(scorer, len(documents), batch.input_ids_T.device) - len(documents)):
         nothing = nothing + compute(batch.input_ids_T[None, :1])[:1] * 0.0
-    for tokens in documents:
-        real = batch.real_length(tokens)  # what some models compute of a text depends on how long it is
-        found = compute(batch.input_ids_T[None, tokens][:, :real])
+    for tokens, real in zip(documents, batch.real_lengths(), strict=False):
+        found = compute(batch.input_ids_T[None, tokens][:, :real])  # what some models compute of a text depends on how long it is
         found = F.pad(found, (0, 0, 0, tokens.stop - tokens.start - real))
         yield tokens, found if isinstance(nothing, float) else found + nothing
     if not documents:

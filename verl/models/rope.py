@@ -64,10 +64,10 @@ def pieces(batch: Batch) -> list[Piece]:
     """
     bounds, first, here = batch.cu_seqlens.tolist(), batch.first_token, len(batch.input_ids_T)
     found = []
-    for start, stop in pairwise(bounds):
+    for (start, stop), real in zip(pairwise(bounds), batch.real_lengths(), strict=True):
         tokens = slice(max(start - first, 0), min(stop - first, here))
         if tokens.start < tokens.stop:
-            padding = tokens.stop - tokens.start - batch.real_length(tokens)
+            padding = tokens.stop - tokens.start - real
             if padding and batch.parts > 1:
                 what = "the model's rotary embeddings depend on the length of a document, which padding hides where it is split over GPUs"
                 raise UserError(what, where="data.packing=false with model.context_parallel_size", fix="set one of them to its default")

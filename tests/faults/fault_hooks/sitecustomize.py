@@ -6,7 +6,7 @@
     FAULT_FILE=/tmp/…                      this file is made when it happens
 
 Actions: sleep (in Python), work (in a library, which runs no signal handlers), raise, user_error, kill, stop, exit; sleep=30 for so many
-seconds.
+seconds, kill=2, stop=2 and exit=2 so many seconds later.
 """
 
 import ctypes
@@ -36,8 +36,10 @@ def act(action: str) -> None:
 
         raise UserError("a fault of one rank", where="here")
     elif name == "exit":
+        time.sleep(float(seconds or 0))
         os._exit(7)
     else:
+        time.sleep(float(seconds or 0))
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[name])
 
 

@@ -90,7 +90,7 @@ def attach(model: PreTrainedModel, path: str) -> PeftModel:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     changed = [*targeted(model, settings.target_modules), *targeted(model, settings.modules_to_save)]
     on_one = any(module in ends for _, module in changed)
-    if getattr(model.config, "tie_word_embeddings", False) and on_one and not getattr(settings, "ensure_weight_tying", False):
+    if has_tied_embeddings(model) and on_one and not getattr(settings, "ensure_weight_tying", False):
         untie(model)
     with fits_or_is_refused(path), without_false_warnings():
         adapted = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
@@ -164,7 +164,7 @@ def fit_vocabulary(model: PreTrainedModel, path: str) -> None:
     sizes = {rows for rows, _ in saved.values()} | adapted
     if sizes <= {here}:
         return
-    is_tied, replaced = getattr(model.config, "tie_word_embeddings", False), read_config(path).modules_to_save
+    is_tied, replaced = has_tied_embeddings(model), read_config(path).modules_to_save
     if len(sizes) > 1 or not (len(saved) == 2 or (saved and is_tied and not replaced)):
         what = f"the adapter was trained on embeddings resized to {max(sizes)} rows, and the model has {here}"
         fix = "save the adapter again with peft's save_embedding_layers=True, so that the embeddings of the new tokens are in its file"
@@ -202,6 +202,11 @@ def _resized(model: PreTrainedModel, path: str) -> tuple[dict[str, tuple[int, st
 
 def _rows(embedding: Any) -> int:
     return int(embedding.weight.shape[0])
+
+
+def has_tied_embeddings(model: PreTrainedModel) -> bool:
+    """Return whether the output layer has the weight of the input embedding. Some configs do not say, and then it does not."""
+    return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def untie(model: PreTrainedModel) -> None:

@@ -179,9 +179,7 @@ def _targets(model: PreTrainedModel, asked: Any, settings: LoraConfig) -> target
         UserError: a name or regular expression matches neither.
     """
     where, names = "model.target_modules", [name for name, _ in model.named_modules() if name]
-    head = (
-        model.get_output_embeddings() if getattr(model.config, "tie_word_embeddings", False) else None
-    )  # a tied output layer cannot have an adapter
+    head = model.get_output_embeddings() if files.has_tied_embeddings(model) else None  # a tied output layer cannot have an adapter
     linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
     existing = sorted({name.rpartition(".")[2] for name in [*linear, *(name for name, _ in targets.expert_weights(model))]})
     fix = f"{ALL_LINEAR}, some of [{','.join(existing)}], or a regular expression of whole names such as {_example(linear)}"
@@ -221,7 +219,7 @@ def _check_modules(model: PreTrainedModel, settings: LoraConfig) -> None:
         names = ", ".join(sorted(settings.target_parameters)[:4])
         fix = f"remove it, or set {where}={ALL_LINEAR}"
         raise UserError(f"experts ({names}) cannot have adapters with {what}", where=f"model.{key}", fix=fix)
-    tied, ends = getattr(model.config, "tie_word_embeddings", False), (model.get_input_embeddings(), model.get_output_embeddings())
+    tied, ends = files.has_tied_embeddings(model), (model.get_input_embeddings(), model.get_output_embeddings())
     shared = targets.shared_weights(model)
     for name, module in files.targeted(model, settings.target_modules):
         if not isinstance(module, ADAPTED):
@@ -253,7 +251,7 @@ def _token_indices(model: PreTrainedModel, ids: list[int], settings: LoraConfig)
     if getattr(head, "bias", None) is not None:
         what = "single rows of an output layer with a bias cannot be trained"
         raise UserError(what, where=trained_tokens.KEY, fix="remove it")
-    if getattr(model.config, "tie_word_embeddings", False):
+    if files.has_tied_embeddings(model):
         return ids
     ends = {id(model.get_input_embeddings()), id(head)}
     return {name.rpartition(".")[2]: ids for name, module in model.named_modules() if id(module) in ends}
