@@ -11,7 +11,7 @@ from transformers import Qwen2Config
 
 from verl.errors import UserError
 from verl.prove import command
-from verl.prove.outcome import Outcome, compared, compared_after_steps
+from verl.prove.outcome import Outcome, compared, compared_beside_rounding
 
 Found = dict[str, dict[str, Any]]
 
@@ -56,12 +56,12 @@ def test_a_difference_above_the_tolerance_is_wrong_and_so_is_nan(difference: flo
     ("difference", "rounding", "state"),
     [(9e-6, None, "holds"), (5e-5, 3e-5, "holds"), (5e-5, 2e-5, "wrong"), (2e-3, None, "wrong"), (float("nan"), None, "wrong")],
 )
-def test_after_steps_of_adamw_rounding_is_measured_where_it_could_be_all(difference: float, rounding: float | None, state: str) -> None:
+def test_rounding_is_measured_where_it_could_be_all(difference: float, rounding: float | None, state: str) -> None:
     def measured() -> float:
         assert rounding is not None
         return rounding
 
-    assert compared_after_steps("fine-tuning", "one rank = two", {"loss": difference}, measured).state == state
+    assert compared_beside_rounding("fine-tuning", "one rank = two", {"loss": difference}, measured).state == state
 
 
 @pytest.mark.parametrize("family", IN_TESTS)

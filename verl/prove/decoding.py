@@ -3,7 +3,7 @@
 import numpy as np
 
 from verl.prove import plain
-from verl.prove.outcome import Outcome, compared
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.subject import Subject
 from verl.rollout import Options, Sampling, load_rollout
 
@@ -27,4 +27,5 @@ def decoded(subject: Subject, engine: str, group: str, name: str) -> Outcome:
         if same:
             difference = max(difference, *(abs(a - b) for a, b in zip(answer.logprobs or [], logprobs, strict=True)))
     differences = {"log-probabilities": difference, **({} if equal == len(prompts) else {"other answers": float(len(prompts) - equal)})}
-    return compared(group, name, differences, path=f"{equal} of {len(prompts)} answers equal; {path}")
+    path = f"{equal} of {len(prompts)} answers equal; {path}"
+    return compared_beside_rounding(group, name, differences, lambda: subject.rounding, path=path)

@@ -51,18 +51,20 @@ def compared(
     return Outcome(group, name, state, "; ".join(filter(None, (text, path))), largest)
 
 
-def compared_after_steps(group: str, name: str, differences: dict[str, float], rounding: Callable[[], float]) -> Outcome:
-    """Return the outcome of a comparison of losses after steps of AdamW, which makes rounding larger.
+def compared_beside_rounding(
+    group: str, name: str, differences: dict[str, float], rounding: Callable[[], float], *, path: str = "", slower: bool = False
+) -> Outcome:
+    """Return the outcome of a comparison that holds too if the differences are no more than twice what rounding alone makes.
 
     Args:
-        rounding: how far plain loops are apart that begin with a rounding of their weights; called if the differences are small, but
-            larger than the tolerance. Those up to twice as large hold.
+        rounding: how far plain models are apart whose weights differ by rounding; called if the differences are small, but larger than the
+            tolerance.
     """
     if not TOLERANCE < max(differences.values()) < ROUNDING:
-        return compared(group, name, differences)
+        return compared(group, name, differences, path=path, slower=slower)
     most = rounding()
-    path = f"plain loops whose weights differ by rounding are {most:.1e} apart"
-    return compared(group, name, differences, path=path, tolerance=max(TOLERANCE, 2 * most))
+    path = "; ".join(filter(None, (f"plain models whose weights differ by rounding are {most:.1e} apart", path)))
+    return compared(group, name, differences, path=path, slower=slower, tolerance=max(TOLERANCE, 2 * most))
 
 
 def refused(group: str, name: str, error: UserError) -> Outcome:

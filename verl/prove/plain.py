@@ -3,7 +3,7 @@
 Dimensions: T tokens of a document, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.data.pack import Document
+
+SMALL = 1e-3  # a parameter's gradient counts relative to its own norm, or to this share of the whole one if that is larger
 
 
 def load(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -149,3 +151,14 @@ def gradients_with_router_loss(
 def trained_logprobs(model: torch.nn.Module, documents: Iterable[Document]) -> Tensor:
     """Return the log-probabilities of the trained tokens of all documents, in their order, logprob_M."""
     return torch.cat([logprobs(model, ids.tolist())[torch.from_numpy(mask[1:].copy())] for ids, mask in documents])
+
+
+def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Return the largest difference of a parameter's gradient, relative to its norm; a missing gradient is zero."""
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    worst = 0.0
+    for name in found.keys() | expected.keys():
+        value = expected.get(name, torch.zeros(()))
+        difference = (found.get(name, torch.zeros(())) - value).norm() / max(value.norm(), SMALL * whole)
+        worst = max(worst, float(difference)) if difference == difference else float("nan")
+    return worst

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config.objects import config_of
 from verl.config.ppo import PPOConfig
@@ -62,21 +62,38 @@ class Subject:
     origin: str | None = None
     random: dict[str, float] = field(default_factory=dict)
 
-    @cached_property
-    def rounding(self) -> float:
-        """How far the losses of plain loops are apart whose weights differ by float32's rounding at the start: what AdamW makes of it.
-
-        A weight whose gradient is near 0 moves by the learning rate in any direction, and a token may then have another expert.
-        """
-        documents, others = self.rendered(self.train_file), self.rendered(self.test_file)
-        found = []
+    def rounded(self) -> Iterator[PreTrainedModel]:
+        """Yield the plain model, and the same whose weights differ by float32's rounding, three times."""
         for seed in range(4):
             model, generator = plain.load(self.model), torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for weight in model.parameters() if seed else ():
                     weight.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(weight.shape, generator=generator))
-            found.append([*plain.train(model, documents, steps=STEPS, lr=LR, weight_decay=0.01, clip=1e6), plain.mean_loss(model, others)])
-        return float(np.ptp(np.array(found), axis=0).max())
+            yield model
+
+    @cached_property
+    def rounding(self) -> float:
+        """How far log-probabilities and gradients are apart of plain models whose weights differ by rounding."""
+        logprobs, gradients = [], []
+        for model in self.rounded():
+            with torch.no_grad():
+                logprobs.append(plain.trained_logprobs(model, self.documents))
+            gradients.append(plain.gradients(model, self.documents)[1])
+        of_gradients = max(plain.relative(found, gradients[0]) for found in gradients[1:])
+        return max(of_gradients, *(float((found - logprobs[0]).abs().max()) for found in logprobs[1:]))
+
+    @cached_property
+    def rounding_after_steps(self) -> float:
+        """How far losses of plain loops are apart that begin with weights that differ by rounding: what AdamW makes of it.
+
+        A weight whose gradient is near 0 moves by the learning rate in any direction, and a token may then have another expert.
+        """
+        documents, others = self.rendered(self.train_file), self.rendered(self.test_file)
+        loops = [
+            [*plain.train(model, documents, steps=STEPS, lr=LR, weight_decay=0.01, clip=1e6), plain.mean_loss(model, others)]
+            for model in self.rounded()
+        ]
+        return float(np.ptp(np.array(loops), axis=0).max())
 
     def variant(self, name: str, changes: dict[str, Any]) -> "Subject":
         """Return the same model with other values in its config."""

@@ -5,8 +5,8 @@ import torch
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, in_any_dtype, relative, tolerance_of
-from verl.prove.outcome import Outcome, compared
+from verl.prove.engines import gradients, in_any_dtype
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.subject import Subject
 
 GROUP, NAME = "experts", "auxiliary loss"
@@ -32,9 +32,9 @@ def prove(subject: Subject) -> Outcome:
         built, found = asking.build(dtype), {}
         for size in (len(documents), 1):
             batches = [collate(documents[i : i + size], range(i, i + size)) for i in range(0, len(documents), size)]
-            found[f"{len(batches)} × {size}"] = relative(gradients(built, batches, sft)[1], expected)
+            found[f"{len(batches)} × {size}"] = plain.relative(gradients(built, batches, sft)[1], expected)
         return found
 
     differences, note = in_any_dtype(compare)
     path = "; ".join(filter(None, (f"loss {loss:.3f}", note)))
-    return compared(GROUP, NAME, differences, path=path, tolerance=tolerance_of(asking.build()))
+    return compared_beside_rounding(GROUP, NAME, differences, lambda: asking.rounding, path=path)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from verl.prove.outcome import Outcome, compared
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.subject import Subject
 from verl.run import TrainResult
 
@@ -17,7 +17,7 @@ def score(prompt, response, row):
 
 def prove(subject: Subject) -> Outcome:
     result = subject.reinforce("grpo", write_reward(subject), **{"trainer.total_training_steps": 2})
-    return compared(GROUP, NAME, differences_of(result))
+    return compared_beside_rounding(GROUP, NAME, differences_of(result), lambda: subject.rounding)
 
 
 def write_reward(subject: Subject) -> Path:

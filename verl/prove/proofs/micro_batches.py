@@ -5,8 +5,8 @@ import torch
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, in_any_dtype, relative, tolerance_of
-from verl.prove.outcome import Outcome, compared
+from verl.prove.engines import gradients, in_any_dtype
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.subject import Subject
 
 GROUP, NAME = "fine-tuning", "micro-batches"
@@ -27,8 +27,8 @@ def prove(subject: Subject) -> Outcome:
         differences = {}
         for name, batches in cuts.items():
             loss, found = gradients(built, batches, sft)
-            differences[name] = max(abs(loss - expected_loss), relative(found, expected))
+            differences[name] = max(abs(loss - expected_loss), plain.relative(found, expected))
         return differences
 
     differences, note = in_any_dtype(compare)
-    return compared(GROUP, NAME, differences, path=note, tolerance=tolerance_of(subject.build()))
+    return compared_beside_rounding(GROUP, NAME, differences, lambda: subject.rounding, path=note)

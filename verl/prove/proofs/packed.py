@@ -5,8 +5,8 @@ import torch
 from verl.algorithms import sft
 from verl.data.pack import collate
 from verl.prove import plain
-from verl.prove.engines import gradients, in_any_dtype, is_slower, largest, relative, scores, tolerance_of
-from verl.prove.outcome import Outcome, compared
+from verl.prove.engines import gradients, in_any_dtype, is_slower, largest, scores
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.subject import Subject
 
 GROUP, NAME = "fine-tuning", "packed = alone"
@@ -23,10 +23,10 @@ def prove(subject: Subject) -> Outcome:
         return {
             "log-probabilities": largest(scores(built, documents), plain.trained_logprobs(model, documents)),
             "loss": abs(loss - expected_loss),
-            "gradient": relative(found, expected),
+            "gradient": plain.relative(found, expected),
         }
 
     differences, note = in_any_dtype(compare)
     built = subject.build()
     path = "; ".join(filter(None, (note, subject.path_of(built))))
-    return compared(GROUP, NAME, differences, path=path, slower=is_slower(built), tolerance=tolerance_of(built))
+    return compared_beside_rounding(GROUP, NAME, differences, lambda: subject.rounding, path=path, slower=is_slower(built))

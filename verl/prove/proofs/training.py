@@ -1,7 +1,7 @@
 """`verl sft` has the losses of a plain loop with torch's AdamW, in each step and on other rows afterwards."""
 
 from verl.prove import plain
-from verl.prove.outcome import Outcome, compared_after_steps
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.subject import LR, STEPS, Subject
 
 GROUP, NAME = "fine-tuning", "verl sft = a plain loop"
@@ -15,4 +15,4 @@ def prove(subject: Subject) -> Outcome:
     steps = [step for step in result.metrics if "train/loss" in step]
     losses = {f"step {i + 1}": abs(step["train/loss"] - value) for i, (step, value) in enumerate(zip(steps, expected, strict=True))}
     differences = losses | {"other rows": abs(steps[-1]["val/loss"] - after)}
-    return compared_after_steps(GROUP, NAME, differences, lambda: subject.rounding)
+    return compared_beside_rounding(GROUP, NAME, differences, lambda: subject.rounding_after_steps)

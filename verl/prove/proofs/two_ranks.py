@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from verl.prove.outcome import Outcome, compared_after_steps
+from verl.prove.outcome import Outcome, compared_beside_rounding
 from verl.prove.ranks import on_ranks
 from verl.prove.subject import Subject
 
@@ -19,4 +19,4 @@ def prove(subject: Subject) -> Outcome:
         pairs = [(a[key], b[key]) for a, b in zip(one.metrics, two.metrics, strict=True) if key in a]
         scale = max(1.0, *(abs(a) for a, _ in pairs)) if key.endswith("norm") else 1.0
         differences[name] = max(abs(a - b) for a, b in pairs) / scale
-    return compared_after_steps(GROUP, NAME, differences, lambda: subject.rounding)
+    return compared_beside_rounding(GROUP, NAME, differences, lambda: subject.rounding_after_steps)
