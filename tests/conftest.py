@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,14 @@ project/test_notebook trainer/test_sft_trainer rl/test_ppo_robust engine/test_la
 rl/test_ppo_trainer plan/test_plan models/test_context_parallel trainer/test_nodes models/test_operators trainer/test_reward_trainer
 rollout/test_native trainer/test_saving faults/test_attacks
 """.split()
+
+
+def pytest_configure() -> None:
+    """Import flash-linear-attention, which warns: with warnings as errors, transformers would take it for not installed."""
+    if importlib.util.find_spec("fla"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("fla")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

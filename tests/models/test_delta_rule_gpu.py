@@ -30,7 +30,7 @@ from verl.models.load import load_for_training, read_config
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("device"),
-    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ImportWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 
 SIZES: dict[str, Any] = dict(
