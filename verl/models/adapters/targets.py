@@ -39,6 +39,7 @@ OWN_PRODUCT = "that are no plain product"
 READ_DIRECTLY = "whose weight is used without the layer"
 DORA = "experts, which have neither DoRA nor dropout"
 SHARED = "that share their weight"  # an adapter on one of them could not be merged
+RENAMED = "whose adapters peft would look for under other names"  # transformers' patterns for older files match them
 GATE = "with one output"  # a low rank saves nothing there: shared_expert_gate
 OTHER = "experts that are not stacked matrices"
 
@@ -83,6 +84,7 @@ def all_linear(model: PreTrainedModel, settings: LoraConfig) -> Targets:
     routers = router_weights(model)
     shared = shared_weights(model)
     reasons = {name: reason for name in linear if (reason := _why_not(model, name, routers, shared))}
+    reasons |= dict.fromkeys(_not_found_again(model, [name for name in linear if name not in reasons]), RENAMED)
     chosen = [name for name in linear if name not in reasons]
     experts = dict(expert_weights(model))
     if settings.use_dora or settings.lora_dropout:
@@ -201,29 +203,36 @@ def as_read(model: PreTrainedModel, settings: LoraConfig) -> None:
         settings.target_parameters = sorted(given - weights) or None
 
 
-def names_today(adapted: PeftModel, weights: dict[str, Tensor]) -> list[str]:
+def names_today(model: PeftModel | PreTrainedModel, weights: dict[str, Tensor]) -> list[str]:
     """Return the names that the tensors of an adapter, which may be of an older release, have in this model."""
     if conversion is None:
         return list(weights)
-    return list(conversion.convert_peft_adapter_state_dict_for_transformers(adapted, adapted.peft_config["default"], weights))
+    settings = model.peft_config["default"] if isinstance(model, PeftModel) else LoraConfig()
+    return list(conversion.convert_peft_adapter_state_dict_for_transformers(model, settings, weights))
 
 
-def names_for_peft(adapted: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def names_for_peft(model: PeftModel | PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of an adapter under names from which peft finds them again.
 
     peft and transformers rename what they read as they rename a model's files, and some of their patterns change a name of today:
     `mlp.shared_expert.` also stands for `mlp.shared_experts`. Such a tensor gets the name that it has in the model's files.
     """
-    lost = set(weights) - set(names_today(adapted, weights))
+    lost = set(weights) - set(names_today(model, weights))
     if not lost:
         return weights
-    base = adapted.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     used = getattr(base, "_weight_conversions", None) or get_model_conversion_mapping(base, add_legacy=False)  # type: ignore[arg-type]
     back = [one.reverse_transform() for one in reversed(used) if isinstance(one, WeightRenaming)]
     prefix = "base_model.model."
     older = {name: prefix + _renamed(name.removeprefix(prefix), back) for name in lost}
-    found = set(names_today(adapted, {older[name]: weights[name] for name in lost}))
+    found = set(names_today(model, {older[name]: weights[name] for name in lost}))
     return {older[name] if name in lost and name in found else name: tensor for name, tensor in weights.items()}
+
+
+def _not_found_again(model: PreTrainedModel, layers: Sequence[str]) -> list[str]:
+    weights = {f"base_model.model.{name}.lora_A.weight": torch.zeros(1, 1) for name in layers}
+    found = set(names_today(model, names_for_peft(model, weights)))
+    return [name for name, tensor in zip(layers, weights, strict=True) if tensor not in found]
 
 
 def _renamed(name: str, renamings: Iterable[Any]) -> str:
