@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import qwen2_config
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, Qwen2ForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PretrainedConfig, Qwen2ForCausalLM
 
 from verl.config.commands import ExportConfig
 from verl.config.load import load_config
@@ -27,6 +27,7 @@ from verl.models.inference import load_for_inference
 from verl.models.load import load_for_training, outline
 from verl.models.saved import export_adapter
 from verl.models.tiny import tiny_tokenizer
+from verl.prove.twin import random_model, twin_config
 
 # peft looks for the ranks of experts among modules, does not find them there, and says so; it applies them all the same.
 FALSE = "ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"
@@ -326,6 +327,19 @@ def test_layers_that_share_a_weight_have_no_adapter_of_their_own(tmp_path: Path)
     assert "up_proj" not in chosen.modules and "gate_proj" in chosen.modules
     asked = ModelConfig(partial_pretrain=str(tmp_path), lora_rank=4, target_modules=["up_proj"])
     with pytest.raises(UserError, match="has its weight in common with other layers"):
+        lora_config(model, asked, None, ())
+
+
+def test_a_layer_whose_adapter_peft_would_look_for_under_another_name_has_none(tmp_path: Path) -> None:
+    """transformers reads `sconv.weight_proj` of a file as `sconv.weight_proj.weight`, and so changes the names of the layer's adapter."""
+    if "inkling2_text" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not have Inkling 2")
+    model = random_model(twin_config(CONFIG_MAPPING["inkling2_text"](), 448), seed=0)
+    chosen = targets.all_linear(model, LoraConfig(r=4))
+    assert "model.layers.*.self_attn.k_sconv.weight_proj" in {targets.kind_of(name) for name in chosen.left_out[targets.RENAMED]}
+    assert not any("weight_proj" in name for name in chosen.modules)
+    asked = ModelConfig(partial_pretrain=str(tmp_path), lora_rank=4, target_modules=["weight_proj"])
+    with pytest.raises(UserError, match=r"peft would look for the adapter of model.layers.\d+.self_attn.k_sconv.weight_proj under another"):
         lora_config(model, asked, None, ())
 
 

@@ -12,7 +12,7 @@ from decided import decided
 from reward_models import write_reward_model
 from safetensors.torch import load_file, save_file
 from tiny import qwen2_config, write_model
-from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from transformers import PreTrainedModel, Qwen2ForCausalLM, Qwen2ForSequenceClassification, RwkvConfig, RwkvForCausalLM
 
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.engine.build import build
@@ -183,6 +183,19 @@ def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path) -> Non
             UserError, match=r"judge: is a reward model or a critic \(Qwen2ForSequenceClassification\), not a language model"
         ):
             load(path)
+
+
+def test_evaluation_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
+    """RWKV divides the weights of its later layers in evaluation, and would be saved and trained as it is then."""
+    RwkvForCausalLM(
+        RwkvConfig(vocab_size=64, hidden_size=32, attention_hidden_size=32, num_hidden_layers=3, rescale_every=1)
+    ).save_pretrained(tmp_path)
+    ids = torch.arange(3, 20)[None]
+    expected = RwkvForCausalLM.from_pretrained(tmp_path).train()(ids).logits
+    model = load_for_training(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32).model.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_large_numbers_in_a_tokenizers_settings_are_no_token_ids(tmp_path: Path) -> None:

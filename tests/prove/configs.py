@@ -28,7 +28,7 @@ COMPLETED: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {"head_dim": 128, "num_experts": 4, "moe_topk": 2}),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8}),
     "ministral": ("ministral", {"head_dim": 128}),
-    "nemotron": ("nemotron", {"head_dim": 128}),
+    "nemotron": ("nemotron", {"head_dim": 128, "num_key_value_heads": 8}),
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama, grouped heads": ("llama", {"num_key_value_heads": 8}),

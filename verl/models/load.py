@@ -256,9 +256,7 @@ def check_language_model(config: PretrainedConfig, path: str) -> None:
     """Raise UserError if the config is that of a reward model or a critic, because loading it as a language model would drop its head."""
     if any(name.endswith("Classification") for name in config.architectures or []):
         what = f"is a reward model or a critic ({', '.join(config.architectures or [])}), not a language model"
-        raise UserError(
-            what, where=path, fix="give a language model; reward_model.path and critic.partial_pretrain take models with a head"
-        )
+        raise UserError(what, where=path, fix="give a language model; reward_model.path and critic.partial_pretrain take others")
 
 
 def load_language_model(
@@ -294,6 +292,8 @@ def load_language_model(
     from verl.models.attention.delta_rule import keep_documents_apart
 
     keep_documents_apart(model)
+    if hasattr(model.base_model, "_rescale_layers"):  # RWKV's weights in evaluation would be others than in training and in the file
+        vars(model.base_model)["_rescale_layers"] = lambda: None
     return model
 
 

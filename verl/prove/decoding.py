@@ -28,4 +28,4 @@ def decoded(subject: Subject, engine: str, group: str, name: str) -> Outcome:
             difference = max(difference, *(abs(a - b) for a, b in zip(answer.logprobs or [], logprobs, strict=True)))
     differences = {"log-probabilities": difference, **({} if equal == len(prompts) else {"other answers": float(len(prompts) - equal)})}
     path = f"{equal} of {len(prompts)} answers equal; {path}"
-    return compared_beside_rounding(group, name, differences, lambda: subject.rounding, path=path)
+    return compared_beside_rounding(group, name, differences, lambda: subject.rounding_of_decoding, path=path)

@@ -57,13 +57,13 @@ def compared_beside_rounding(
     """Return the outcome of a comparison that holds too if the differences are no more than twice what rounding alone makes.
 
     Args:
-        rounding: how far plain models are apart whose weights differ by rounding; called if the differences are small, but larger than the
-            tolerance.
+        rounding: how far plain models are apart whose weights differ by rounding, or whose decoding differs from their forward pass;
+            called if the differences are small, but larger than the tolerance.
     """
     if not TOLERANCE < max(differences.values()) < ROUNDING:
         return compared(group, name, differences, path=path, slower=slower)
     most = rounding()
-    path = "; ".join(filter(None, (f"plain models whose weights differ by rounding are {most:.1e} apart", path)))
+    path = "; ".join(filter(None, (f"rounding in plain transformers: {most:.1e}", path)))
     return compared(group, name, differences, path=path, slower=slower, tolerance=max(TOLERANCE, 2 * most))
 
 

@@ -23,6 +23,8 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
     except ValueError:  # it has one implementation only
         model = AutoModelForCausalLM.from_pretrained(path, **options)
+    if hasattr(model.config, "rescale_every"):  # RWKV: its weights in evaluation would be others, and so their gradients
+        model.config.rescale_every = 0
     loaded: PreTrainedModel = model.eval()
     return experts_in(dtype, loaded)
 
@@ -120,6 +122,19 @@ def greedy(model: torch.nn.Module, prompt: Sequence[int], *, tokens: int, stop_i
         if ids[-1] in stop_ids:
             break
     return ids[len(prompt) :], found
+
+
+@torch.no_grad()
+def decoding_difference(model: PreTrainedModel, prompt: Sequence[int], *, tokens: int) -> float:
+    """Return how far log-probabilities of any token are in transformers' greedy decoding with a cache from those of one forward pass."""
+    _forget_lengths(model)
+    ids = torch.tensor([list(prompt)])
+    out: Any = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    decoded_TV = torch.cat(out.logits).log_softmax(-1)
+    whole_TV = logits(model, out.sequences[0].tolist()).log_softmax(-1)[len(prompt) - 1 : -1]
+    return float((decoded_TV - whole_TV).abs().max())
 
 
 def gradients_with_router_loss(

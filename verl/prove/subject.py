@@ -31,6 +31,7 @@ from verl.run import TrainResult
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 STEPS, LR = 3, 1e-3
+DECODED = 20  # tokens
 LENGTHS = (3, 70, 17, 5, 40, 23, 9, 52)  # tokens: shorter and longer than a twin's window of 16 and its short positions of 48
 QUESTIONS = ["What is 17 + 25?", "Name a color.", "Is the sky blue today, or is it grey as it was the day before?", "Why?"]
 ANSWERS = ["42", "Red, or green, or any of the others that a rainbow has.", "Blue.", "Because nobody has asked before; now somebody did."]
@@ -81,6 +82,16 @@ class Subject:
             gradients.append(plain.gradients(model, self.documents)[1])
         of_gradients = max(plain.relative(found, gradients[0]) for found in gradients[1:])
         return max(of_gradients, *(float((found - logprobs[0]).abs().max()) for found in logprobs[1:]))
+
+    @cached_property
+    def rounding_of_decoding(self) -> float:
+        """`rounding`, or how far transformers' decoding of a document is from its forward pass, if that is more.
+
+        State-space models decode by a recurrence what they train by chunks, in float32 in any case.
+        """
+        model = plain.load(self.model)
+        found = [plain.decoding_difference(model, ids.tolist(), tokens=DECODED) for ids, _ in self.documents]
+        return max(self.rounding, *found)
 
     @cached_property
     def rounding_after_steps(self) -> float:

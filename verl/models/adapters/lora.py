@@ -220,8 +220,11 @@ def _check_modules(model: PreTrainedModel, settings: LoraConfig) -> None:
         fix = f"remove it, or set {where}={ALL_LINEAR}"
         raise UserError(f"experts ({names}) cannot have adapters with {what}", where=f"model.{key}", fix=fix)
     tied, ends = files.has_tied_embeddings(model), (model.get_input_embeddings(), model.get_output_embeddings())
-    shared = targets.shared_weights(model)
-    for name, module in files.targeted(model, settings.target_modules):
+    shared, targeted = targets.shared_weights(model), dict(files.targeted(model, settings.target_modules))
+    if lost := targets.not_found_again(model, [name for name, module in targeted.items() if isinstance(module, nn.Linear)]):
+        what = f"peft would look for the adapter of {lost[0]} under another name, so it could not be loaded again"
+        raise UserError(what, where=where, fix=f"remove it, as {ALL_LINEAR} does")
+    for name, module in targeted.items():
         if not isinstance(module, ADAPTED):
             fix = f"name the linear layers inside it, or {ALL_LINEAR}"
             raise UserError(f"{name} is a {type(module).__name__}, which cannot have an adapter", where=where, fix=fix)

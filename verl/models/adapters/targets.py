@@ -84,7 +84,7 @@ def all_linear(model: PreTrainedModel, settings: LoraConfig) -> Targets:
     routers = router_weights(model)
     shared = shared_weights(model)
     reasons = {name: reason for name in linear if (reason := _why_not(model, name, routers, shared))}
-    reasons |= dict.fromkeys(_not_found_again(model, [name for name in linear if name not in reasons]), RENAMED)
+    reasons |= dict.fromkeys(not_found_again(model, [name for name in linear if name not in reasons]), RENAMED)
     chosen = [name for name in linear if name not in reasons]
     experts = dict(expert_weights(model))
     if settings.use_dora or settings.lora_dropout:
@@ -229,7 +229,8 @@ def names_for_peft(model: PeftModel | PreTrainedModel, weights: dict[str, Tensor
     return {older[name] if name in lost and name in found else name: tensor for name, tensor in weights.items()}
 
 
-def _not_found_again(model: PreTrainedModel, layers: Sequence[str]) -> list[str]:
+def not_found_again(model: PreTrainedModel, layers: Sequence[str]) -> list[str]:
+    """Return the layers whose adapters peft would not find in a file, because transformers' patterns for older files match their names."""
     weights = {f"base_model.model.{name}.lora_A.weight": torch.zeros(1, 1) for name in layers}
     found = set(names_today(model, names_for_peft(model, weights)))
     return [name for name, tensor in zip(layers, weights, strict=True) if tensor not in found]

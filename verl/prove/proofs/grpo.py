@@ -17,7 +17,7 @@ def score(prompt, response, row):
 
 def prove(subject: Subject) -> Outcome:
     result = subject.reinforce("grpo", write_reward(subject), **{"trainer.total_training_steps": 2})
-    return compared_beside_rounding(GROUP, NAME, differences_of(result), lambda: subject.rounding)
+    return compared_beside_rounding(GROUP, NAME, differences_of(result), lambda: subject.rounding_of_decoding)
 
 
 def write_reward(subject: Subject) -> Path:
