@@ -5,7 +5,7 @@ Dimensions: T tokens of a document, V vocabulary.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -128,8 +128,8 @@ def greedy(model: torch.nn.Module, prompt: Sequence[int], *, tokens: int, stop_i
 def decoding_difference(model: PreTrainedModel, prompt: Sequence[int], *, tokens: int) -> float:
     """Return how far log-probabilities of any token are in transformers' greedy decoding with a cache from those of one forward pass."""
     _forget_lengths(model)
-    ids = torch.tensor([list(prompt)])
-    out: Any = model.generate(
+    ids, generate = torch.tensor([list(prompt)]), cast(Any, model).generate
+    out = generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
     decoded_TV = torch.cat(out.logits).log_softmax(-1)
