@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prove import run_families
 from prove.configs import IN_TESTS, families
+from tiny import qwen2_config, write_model
 from transformers import Qwen2Config
 
 from verl.errors import UserError
 from verl.prove import command
 from verl.prove.outcome import Outcome, compared, compared_beside_rounding
+from verl.prove.saved import loaded_again
+from verl.prove.tokenizer import byte_tokenizer
 
 Found = dict[str, dict[str, Any]]
 
@@ -44,6 +48,19 @@ def test_a_config_alone_has_no_weights_to_prove(tmp_path: Path) -> None:
     Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="without weights"):
         command.prove(str(tmp_path / "config.json"), real=True)
+
+
+def test_a_model_itself_in_bfloat16_may_differ_by_its_rounding_on_disk_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    model = write_model(tmp_path / "model", qwen2_config(), dtype=torch.bfloat16)
+    byte_tokenizer().save_pretrained(model)
+    subject = command.make_subject(str(model), tmp_path / "runs", real=True)
+    result = subject.tuned()
+    assert result.checkpoint is not None
+    loss = result.metrics[-1]["val/loss"]
+    same = loaded_again(subject, "fine-tuning", "reload", result.checkpoint, loss)
+    assert same.state == "holds" and same.difference > 1e-5 and "rounding on disk" in same.found
+    assert loaded_again(subject, "fine-tuning", "reload", result.checkpoint, loss + 0.05).state == "wrong"
 
 
 @pytest.mark.parametrize(("difference", "state"), [(0.0, "holds"), (9e-6, "holds"), (2e-5, "wrong"), (float("nan"), "wrong")])

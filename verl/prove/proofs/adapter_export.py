@@ -2,9 +2,8 @@
 
 from verl.config.commands import ExportConfig
 from verl.models.export import export
-from verl.prove import plain
-from verl.prove.outcome import Outcome, compared
-from verl.prove.saved import differing_tensors
+from verl.prove.outcome import Outcome
+from verl.prove.saved import loaded_again
 from verl.prove.subject import Subject, silent
 
 GROUP, NAME = "adapter", "export"
@@ -15,7 +14,4 @@ def prove(subject: Subject) -> Outcome:
     target = subject.folder / "exported"
     with silent():
         export(ExportConfig(source=str(result.checkpoint), directory=str(target)))
-    loss = plain.mean_loss(plain.load(target), subject.rendered(subject.test_file))
-    differing = differing_tensors(subject.model, target)
-    path = f"{len(differing)} tensors differ in name, shape or dtype, such as {differing[0]}" if differing else "same names, shapes, dtypes"
-    return compared(GROUP, NAME, {"loss": abs(loss - result.metrics[-1]["val/loss"]), **({"tensors": 1.0} if differing else {})}, path=path)
+    return loaded_again(subject, GROUP, NAME, target, result.metrics[-1]["val/loss"])

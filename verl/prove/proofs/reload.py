@@ -1,8 +1,7 @@
 """The checkpoint of a run, loaded by transformers alone, has the loss of the model in the run, and the tensors of the original."""
 
-from verl.prove import plain
-from verl.prove.outcome import Outcome, compared
-from verl.prove.saved import differing_tensors
+from verl.prove.outcome import Outcome
+from verl.prove.saved import loaded_again
 from verl.prove.subject import Subject
 
 GROUP, NAME = "fine-tuning", "reload"
@@ -11,7 +10,4 @@ GROUP, NAME = "fine-tuning", "reload"
 def prove(subject: Subject) -> Outcome:
     result = subject.tuned()
     assert result.checkpoint is not None
-    loss = plain.mean_loss(plain.load(result.checkpoint), subject.rendered(subject.test_file))
-    differing = differing_tensors(subject.model, result.checkpoint)
-    path = f"{len(differing)} tensors differ in name, shape or dtype, such as {differing[0]}" if differing else "same names, shapes, dtypes"
-    return compared(GROUP, NAME, {"loss": abs(loss - result.metrics[-1]["val/loss"]), **({"tensors": 1.0} if differing else {})}, path=path)
+    return loaded_again(subject, GROUP, NAME, result.checkpoint, result.metrics[-1]["val/loss"])
