@@ -28,6 +28,7 @@ from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
 from verl.models.kind import GENERATES, check_kind
 from verl.models.load import Loaded, load_for_training, load_tokenizer, read_adapter_config, resolve
+from verl.models.load import read_config as read_model_config
 from verl.models.on_disk import OnDisk, weight_files, with_dtypes, without_dtypes
 from verl.models.saved import export_model
 from verl.progress import quiet_libraries
@@ -136,8 +137,10 @@ def load(source: str, config: ExportConfig) -> tuple[Loaded, str | None]:
         raise UserError("base_model_name_or_path is missing", where=f"{source}/{files.CONFIG}", fix=fix)
     say(f"loading {base or source}")
     try:
-        # Each model has this one; `use_plain_attention` changes it where there is a faster one.
-        loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code, attention="eager")
+        # Each model has "eager"; `use_plain_attention` changes it where there is a faster one. Eager Falcon adds ALiBi's bias twice.
+        has_alibi = getattr(read_model_config(base or source, trust_remote_code=config.trust_remote_code), "alibi", False)
+        attention = "sdpa" if has_alibi else "eager"
+        loaded = load_for_training(base or source, trust_remote_code=config.trust_remote_code, attention=attention)
     except UserError as error:
         if base is None:
             raise

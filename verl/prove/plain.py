@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from verl.data.pack import Document
 
@@ -19,8 +19,10 @@ SMALL = 1e-3  # a parameter's gradient counts relative to its own norm, or to th
 def load(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a model directory with transformers alone, with the attention of its own (eager) where it has one."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if getattr(AutoConfig.from_pretrained(path), "alibi", False):  # eager Falcon adds ALiBi's bias twice
+        options["attn_implementation"] = "sdpa"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", **options)
+        model = AutoModelForCausalLM.from_pretrained(path, **({"attn_implementation": "eager"} | options))
     except ValueError:  # it has one implementation only
         model = AutoModelForCausalLM.from_pretrained(path, **options)
     if hasattr(model.config, "rescale_every"):  # RWKV: its weights in evaluation would be others, and so their gradients

@@ -253,8 +253,9 @@ def _kinds(rows: list[tuple[Any, ...]]) -> list[int]:
 def _fit(values: Mapping[str, Any], small: dict[str, Any]) -> None:
     """Make sizes agree that depend on each other."""
     heads = next((name for name in ("num_attention_heads", "n_head", "n_heads") if values.get(name)), None)
-    if heads and values.get("num_key_value_heads"):
-        small["num_key_value_heads"] = _groups(values[heads], values["num_key_value_heads"])
+    for groups in ("num_key_value_heads", "num_kv_heads"):
+        if heads and values.get(groups):
+            small[groups] = _groups(values[heads], values[groups])
     if values.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = SHORT_POSITIONS
     if values.get("head_dim") and values.get("head_dim") == values.get("qk_rope_head_dim"):  # DeepSeek: that of the rotated part
