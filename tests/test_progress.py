@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from verl import progress
-from verl.progress import Bar, open_console
+from verl.bar import Bar
+from verl.progress import open_console
 
 COLUMNS = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
 

@@ -1,9 +1,10 @@
-"""A training run: its directory, messages, metrics, loggers and progress bar, and how it stops early."""
+"""A training run: its directory, messages, metrics, loggers and panel, and how it stops early."""
 
 import io
 import json
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,22 +13,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from verl import dist
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
 from verl.durable import append_text, real_folder, replace_text
 from verl.errors import Stopped
-from verl.progress import Bar, open_console
+from verl.progress import open_console
 
 if TYPE_CHECKING:
     from verl.directory import Claimed
+    from verl.run_view import RunView
 
 OUT_OF_TIME = 1  # a reason to stop; others are numbers of signals, and one more
-
-# Metrics that the progress bar shows, with their formats.
-_SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}
+SECONDS_BETWEEN_LINES = 10.0  # of one kind, on the terminal
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,9 @@ class Run:
         self._loggers = RunLoggers(config.trainer.logger, self.say)
         self._deadline: Any = None  # a verl.deadline.Deadline, with trainer.max_seconds
         self._reason = 0  # why the run stops, the same on all ranks: 0, OUT_OF_TIME, or a signal's number and one more
-        self._bar: Bar | None = None
-        self._state = ""  # of the progress bar
+        self._view: RunView | None = None
+        self._since = time.monotonic()
+        self._printed: dict[str, float] = {}  # when a line of a kind was printed last
         self._claim: Claimed | None = None
         self._unwritten: dict[str, str] = {}  # lines that a file could not take yet, by its name
         self._told: set[str] = set()  # names of files whose failure has been told
@@ -105,6 +105,8 @@ class Run:
             if error is None:
                 self.enter("finishing the loggers")
             self._finish()
+            if error is None and 0 < self.total_steps == self.step:
+                self._say_ending()
         except Stopped as stopped:  # every step is done
             self._tell(stopped)
             raise
@@ -119,10 +121,17 @@ class Run:
             self.say(str(error).replace("the same call", "the same command"))
 
     def _finish(self) -> None:
-        """Stop the progress bar and finish the loggers."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Stop the panel and finish the loggers."""
+        if self._view is not None:
+            self._view.stop()
         self._loggers.finish()
+
+    def _say_ending(self) -> None:
+        """Print what came of the run, and the commands that go on from there."""
+        if dist.is_main():
+            from verl.ending import ending  # once in a run
+
+            self.say(ending(self, self._metrics(), time.monotonic() - self._since))
 
     def owned(self) -> Path:
         """Return the directory, after a check that no other run has taken it over. Every rank calls it before a checkpoint is written.
@@ -134,7 +143,7 @@ class Run:
         return self.directory
 
     def start_logging(self, start_step: int, total_steps: int) -> None:
-        """Write config.yaml, and open the loggers and the progress bar.
+        """Write config.yaml, and open the loggers and the panel.
 
         Args:
             start_step: optimizer steps done by the run that this one resumes; 0 for a new run.
@@ -151,9 +160,10 @@ class Run:
         dist.together(lambda: self._loggers.start(self) if dist.is_main() else None)
         if not dist.is_main():
             return
-        numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
-        self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
-        self._bar.start(total_steps, completed=start_step, description="training", state="")
+        from verl.run_view import RunView  # once in a run
+
+        self._view = RunView(self, self._console, start_step)
+        self._view.start()
 
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
@@ -172,15 +182,25 @@ class Run:
             write(open_console(file=text, width=200))
             self._append("train.log", text.getvalue().removesuffix("\n"))
 
-    def line(self, text: str) -> None:
-        """Write the line of a step to train.log, and print it unless a progress bar is drawn, which already shows the step."""
+    def line(self, text: str, kind: str = "step", *, is_last: bool = False) -> None:
+        """Write a line that comes again and again to train.log. Of each kind, the first is printed, the last, and one in ten seconds.
+
+        Args:
+            kind: such as "step" or "saved". Lines of steps are not printed where a panel shows the step.
+            is_last: whether it is the last one of the kind in the run.
+        """
         if dist.is_main():
-            if self._bar is None or not self._bar.is_drawn:
+            from verl.redaction import redact_text
+
+            text, now = redact_text(text), time.monotonic()
+            is_shown = kind == "step" and self._view is not None and self._view.is_drawn
+            if not is_shown and (is_last or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
+                self._printed[kind] = now
                 self._print(text)
             self._append("train.log", text)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a step's metrics to metrics.jsonl, the loggers and the progress bar.
+        """Write a step's metrics to metrics.jsonl, the loggers and the panel.
 
         Args:
             step: number of optimizer steps done.
@@ -191,16 +211,15 @@ class Run:
             return
         self._append("metrics.jsonl", _json({"step": step, **metrics}))
         self._loggers.log(step, metrics)
-        if self._bar is not None:
-            self._state = " · ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
-            self._bar.update(step, state=self._state)
+        if self._view is not None:
+            self._view.log(step, metrics)
 
     def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
-        """Show what the run waits for on the progress bar, and write a line about it if one is due. None: the wait is over."""
-        if self._bar is not None:
-            self._bar.update(None, state=self._state if text is None else text)
+        """Show what the run waits for on the panel, and write a line about it if one is due. None: the wait is over."""
+        if self._view is not None:
+            self._view.waiting(text)
         if text is not None and line_is_due:
-            self.line(text)
+            self.line(text, "waiting")
 
     def enter(self, phase: str, step: int = 0, *, limited: bool = False) -> None:
         """Say what the run does from now on, for the errors of other ranks and the lines of signals; see `verl.signals.enter`."""

@@ -17,6 +17,7 @@ from verl.errors import UserError
 
 Config = TypeVar("Config")
 
+BEST = "--best"
 PLACE, NULLS = "trainer.default_local_dir", ("null", "Null", "NULL", "None", "~")
 DEFAULT_PLACE = TrainerConfig().default_local_dir  # also for null, which would be a folder of that name
 
@@ -35,7 +36,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
 
     Args:
         schema: a dataclass of `verl.config`.
-        argv: arguments after the command: `--config FILE`, `key=value`, `--help`.
+        argv: arguments after the command: `--config FILE`, `--best`, `key=value`, `--help`.
     Raises:
         UserError: an invalid argument, key, type or value.
         SystemExit: after printing for `--help` or `--version`.
@@ -52,13 +53,15 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     known = _keys(config)
     for one in given:
         _assign(config, one, known, defaults)
-    found: Config = _checked(config)
+    found: Config = _checked(config, best=BEST in argv)
     return found
 
 
-def _checked(config: DictConfig) -> Any:
-    """Convert to the dataclass, and run its checks and those of its plugins.
+def _checked(config: DictConfig, *, best: bool = False) -> Any:
+    """Convert to the dataclass, run its checks and those of its plugins, and name the checkpoints that runs' directories stand for.
 
+    Args:
+        best: whether these are the best ones.
     Raises:
         UserError: a required key is missing, an interpolation fails, or a value is invalid.
     """
@@ -76,6 +79,9 @@ def _checked(config: DictConfig) -> Any:
         raise UserError(found[1], where=found[0], fix="--help shows the key with an example of its type")
     result.check()
     check_settings(result)
+    from verl.run_directory import name_checkpoints  # once in a run
+
+    name_checkpoints(result, best=best)
     return result
 
 
@@ -168,6 +174,8 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
             if not name:
                 raise UserError("--config names no file", fix="--config FILE.yaml")
             files.append(Path(name).expanduser())
+        elif word == BEST:
+            continue
         elif "=" not in word or word.startswith("-"):
             raise UserError(f"cannot read {word!r}", fix="write key=value, such as optim.lr=1e-5; --help lists all keys")
         else:

@@ -19,13 +19,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 
 from verl import __version__
+from verl.bar import Bar
 from verl.config.commands import EvalConfig
 from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.grader import Prediction
 from verl.manifest import refuse_inside
-from verl.progress import Bar
 from verl.redaction import redact
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"

@@ -106,7 +106,7 @@ class Best:
         if dist.is_main():
             replace_text(self._run.directory / FILE, json.dumps(asdict(record), indent=2) + "\n")
             self._link(record.checkpoint)
-            self._run.say(f"best so far: {record.checkpoint}, {self._metric} {record.value:.6g}")
+            self._run.line(f"best so far: {record.checkpoint}, {self._metric} {record.value:.6g}", "best")
 
     def _link(self, name: str) -> None:
         """Let `best` point at the checkpoint. A file system without links, or a user's own `best`, is left alone."""

@@ -99,4 +99,4 @@ class Saver:
         needed = {saved} if self._best is None or self._best.path is None else {saved, self._best.path}
         checkpoint.prune(run.directory, self._config.max_ckpt_to_keep, good=self._good, needed=needed, say=run.say)
         run.keep_state({"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics})
-        run.say(f"saved {saved}")
+        run.line(f"saved {saved}", "saved", is_last=step == run.total_steps)
