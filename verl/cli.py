@@ -23,7 +23,29 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 
 def main() -> None:
-    app()
+    """Run the command line. A word that is wrong ends it with exit code 2, after a line that says so and one that says what to write."""
+    exit_on_user_error(run_words, sys.argv[1:])
+
+
+def run_words(words: list[str]) -> None:
+    """Run a command. Raises UserError: there is no such command or option."""
+    names = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        from verl.config.wrong_words import no_command
+
+        raise no_command(words[0], names)
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:  # typer's own errors are of the click that is in it
+        if not hasattr(error, "format_message"):
+            raise
+        from verl.config.wrong_words import wrong_option
+
+        if (found := wrong_option(error, words)) is None:
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(getattr(error, "exit_code", 2)) from None
+        raise found from None
+    raise SystemExit(code or 0)
 
 
 def print_version(asked: bool) -> None:
@@ -141,7 +163,7 @@ def hand_on(words: list[str], command: Command) -> None:
     if asks_for_help(words):
         exit_on_user_error(print_keys, words, command)
     else:
-        run_module(command.module, words)
+        run_module(command.module, words, command)
 
 
 def asks_for_help(words: list[str]) -> bool:
@@ -155,19 +177,30 @@ def print_keys(words: list[str], command: Command) -> None:
         UserError: no such plugin.
     """
     from verl.config.load import describe
+    from verl.plugin_outline import outlined
 
-    print(f"{command.usage}\n\n{describe(command.schema(), words)}")
+    with outlined():
+        print(f"{command.usage}\n\n{describe(command.schema(), words)}")
 
 
-def run_module(name: str, words: list[str]) -> NoReturn:
-    """Run `main(words)` of a module, and exit the process with its exit code."""
+def run_module(name: str, words: list[str], command: Command | None = None) -> NoReturn:
+    """Run `main(words)` of a module, and exit the process with its exit code.
+
+    Args:
+        command: whose arguments they are; they are checked before the module is imported.
+    """
 
     def run() -> None:
+        given = words
+        if command is not None:
+            from verl import early
+
+            given = early.check(command, words)
         module = load_module(name)
         from verl.machine import machine_errors_named
 
         with machine_errors_named():
-            module.main(words)
+            module.main(given)
 
     exit_on_user_error(run)
 
@@ -219,9 +252,9 @@ def launch(processes: int, words: list[str], trainer: Command) -> None:
         UserError: the config is invalid (raised before any process starts), or there are more processes than GPUs.
         SystemExit: with the exit code of the processes, see `verl.launch.code_of`.
     """
-    from verl.config.load import load_config
+    from verl import early
 
-    load_config(trainer.schema(), words)
+    early.check(trainer, words)
     import torch
 
     from verl.launch import Launcher

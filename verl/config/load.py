@@ -177,7 +177,9 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
         elif word == BEST:
             continue
         elif "=" not in word or word.startswith("-"):
-            raise UserError(f"cannot read {word!r}", fix="write key=value, such as optim.lr=1e-5; --help lists all keys")
+            from verl.config.wrong_words import unreadable
+
+            raise unreadable(word, next(words, None))
         else:
             key, _, text = word.partition("=")
             pairs.append((key.lstrip("+"), text))

@@ -1,0 +1,121 @@
+"""Errors of a command line that are found before torch is imported: its keys, their values, and files that are not there."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from verl.commands import Command
+from verl.errors import UserError
+from verl.plugin_outline import outlined
+
+DATA = ("data.train_files", "data.val_files", "test_file")
+FILES = ("data.chat_template",)
+PLUGINS = (("trainer.logger", "verl.loggers"), ("rollout.name", "verl.rollout"), ("rollout.tool", "verl.tools"))
+
+MODELS = ("model.partial_pretrain", "model.lora_adapter_path", "critic.partial_pretrain", "reward_model.path", "model_path", "source")
+
+
+def check(command: Command, words: Sequence[str]) -> list[str]:
+    """Check the arguments of a command.
+
+    Returns:
+        the arguments, with the names of keys before those that stand alone.
+    Raises:
+        UserError: a key or a value is wrong, or a file or directory that a key names is not there.
+        SystemExit: after printing for `--help` or `--version`.
+    """
+    from verl.config.load import load_config
+
+    given = named(command, words)
+    with outlined():
+        try:
+            config = load_config(command.schema(), given)
+        except UserError as error:
+            if isinstance(error.__cause__, NameError):  # an outline has not all of its file
+                return given
+            raise
+    check_names(config)
+    return given
+
+
+def named(command: Command, words: Sequence[str]) -> list[str]:
+    """Write the names of keys before the arguments that stand alone, such as the directory of `verl chat DIR`.
+
+    Raises:
+        UserError: there are more or fewer of them than the command takes.
+    """
+    given, keys = list(words), list(command.places)
+    for number, word in enumerate(words):
+        is_option = word.startswith("-") or "=" in word or (number > 0 and words[number - 1] == "--config")
+        if not is_option and keys:
+            given[number] = f"{keys.pop(0)}={word}"
+    if keys and "--config" not in " ".join(given) and not any(word.startswith(f"{key}=") for key in keys for word in given):
+        shown = {"model_path": "a checkpoint", "source": "a checkpoint", "directory": "a new directory"}[keys[0]]
+        raise UserError(f"{shown} must be given", where=command.usage.partition(" key=")[0], fix=f"write {command.example}")
+    return given
+
+
+def check_names(config: Any) -> None:
+    """Check that what keys name is there. Raises UserError."""
+    for key in DATA:
+        _check_data(_value(config, key), key)
+    for key in FILES:
+        name = _value(config, key)
+        if isinstance(name, str) and not Path(name).expanduser().is_file():
+            raise UserError("no such file", where=f"{key}={name}", fix=f"give the path of a file; the current folder is {Path.cwd()}")
+    for key, package in PLUGINS:
+        names = _value(config, key)
+        for name in names if isinstance(names, list) else [names]:
+            _check_plugin(name, key, package)
+    for key in MODELS:
+        _check_model(_value(config, key), key)
+
+
+def _value(config: Any, key: str) -> Any:
+    """Return the value of a key; None if the config has no such key."""
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def _check_data(files: Any, key: str) -> None:
+    """Check that local files are there. Whether a data set is on the Hub is asked when it is read."""
+    from verl.data.source import is_on_hub, resolve_entries
+
+    for one in files if isinstance(files, list | tuple) else [files]:
+        name = one.get("path") if isinstance(one, dict) else one
+        if isinstance(name, str) and name and not is_on_hub(name):
+            resolve_entries(name, key)
+
+
+def _check_plugin(name: Any, key: str, package: str) -> None:
+    from verl import plugin
+    from verl.plugin_errors import unknown
+
+    if not isinstance(name, str) or (key == "rollout.name" and name == "auto"):
+        return
+    if name.endswith(".py") and not Path(name).expanduser().is_file():
+        raise UserError(f"no file {name!r}", where=key, fix=f"give the path of a file; the current folder is {Path.cwd()}")
+    if "." not in name and name not in (known := plugin.names(package)):
+        raise unknown(package.rpartition(".")[2], name, known, where=key)
+
+
+def _check_model(name: Any, key: str) -> None:
+    """Check that a local model is there, and is of a kind that the key takes. A name on the Hub is looked up when it is loaded."""
+    if not isinstance(name, str):
+        return
+    from verl.models import kind
+
+    folder = Path(os.path.expanduser(name))
+    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+        from verl.models.foreign import refuse_path
+
+        try:
+            refuse_path(name)
+        except UserError as error:
+            raise UserError(error.what, where=f"{key}={name}", fix=error.fix) from error
+    if key in ("model_path", "source"):
+        kind.check_kind(name, kind.GENERATES, where=f"{key}={name}")
+    elif key == "model.lora_adapter_path":
+        kind.check_kind(name, (kind.ADAPTER,), where=f"{key}={name}")
