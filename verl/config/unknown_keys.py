@@ -35,6 +35,7 @@ REJECTED = {
     "trainer.nnodes": "torchrun sets it: torchrun --nnodes=N",
     "trainer.n_gpus_per_node": "torchrun sets it: torchrun --nproc_per_node=N",
     "trainer.device": "leave it out; the device is CUDA if available, else the CPU",
+    "actor_rollout_ref": "use model, optim and rollout, such as model.partial_pretrain=…; verl ppo --help lists all keys",
     "trainer.checkpoint": "leave it out; a checkpoint always holds the model, the optimizer and the data position",
 }
 
@@ -57,6 +58,7 @@ HINTS: dict[str, tuple[str, ...]] = {
     "model_name": ("model.partial_pretrain", "model_path", "source"),
     "model_name_or_path": ("model.partial_pretrain", "model_path", "source"),
     "base_model": ("model.partial_pretrain", "model_path", "source"),
+    "partial_pretrain": ("model_path", "source"),
     "checkpoint": ("model_path", "source", "model.partial_pretrain"),
     "dataset": ("data.train_files", "test_file"),
     "train_file": ("data.train_files",),
@@ -72,6 +74,7 @@ HINTS: dict[str, tuple[str, ...]] = {
     "scheduler": ("optim.lr_scheduler",),
     "optimizer": ("optim.name",),
     "adam_beta1": ("optim.betas",),
+    "lora": ("model.lora_rank",),
     "lora_r": ("model.lora_rank",),
     "use_lora": ("model.lora_rank",),
     "lora_target_modules": ("model.target_modules",),
@@ -99,6 +102,7 @@ HINTS: dict[str, tuple[str, ...]] = {
     "max_tokens": ("rollout.max_new_tokens", "max_new_tokens"),
     "max_length": ("data.max_length", "max_new_tokens"),
     "adv_estimator": ("algorithm.name",),
+    "n": ("rollout.samples_per_prompt",),
     "num_generations": ("rollout.samples_per_prompt",),
     "kl_loss_coef": ("algorithm.kl_coef",),
     "beta": ("algorithm.kl_coef", "algorithm.beta"),
@@ -112,7 +116,7 @@ ABSENT = (
     (("fp16", "mixed_precision"), "there is no float16: model.compute_dtype=bfloat16, or float32"),
     (
         ("deepspeed", "zero_stage"),
-        "there is no DeepSpeed: model.strategy=fsdp2 shards, model.fsdp_config.cpu_offload=true needs less GPU memory",
+        "there is no DeepSpeed: model.strategy=fsdp2 shards, model.fsdp_config.cpu_offload=true offloads",
     ),
     (("tensor_parallel_size", "tensor_model_parallel_size", "pipeline_parallel_size"), "there is none in training: model.strategy=fsdp2"),
     (("neftune_noise_alpha", "neftune"), "there is no NEFTune; model.lora_dropout is against overfitting, too"),
@@ -136,9 +140,8 @@ def refuse(given: Assignment, known: list[str], defaults: object) -> NoReturn:
         raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
     _refuse_key_of_another(given, defaults)
     near, is_absent = _nearest(key, known)
-    raise UserError(
-        f"unknown key {key!r}", where=place, fix=near if is_absent else f"did you mean {near}?" if near else "--help lists all keys"
-    )
+    meant = f"did you mean {near}?" if near else "--help lists all keys"
+    raise UserError(f"unknown key {key!r}", where=place, fix=near if is_absent else meant)
 
 
 def _nearest(key: str, known: list[str]) -> tuple[str, bool]:
@@ -159,8 +162,8 @@ def _nearest(key: str, known: list[str]) -> tuple[str, bool]:
             return names[last], names is absent
     found: list[tuple[float, str, bool]] = []
     for names, cutoff, bonus in ((beside, 0.7, 0.1), (meant, 0.8, 0.05), (absent, 0.8, 0.05), (last_parts, 0.8, 0.0)):
-        for name in difflib.get_close_matches(last, names, n=1, cutoff=cutoff):
-            found.append((difflib.SequenceMatcher(None, last, name).ratio() + bonus, names[name], names is absent))
+        near = difflib.get_close_matches(last, names, n=1, cutoff=cutoff)
+        found += [(difflib.SequenceMatcher(None, last, name).ratio() + bonus, names[name], names is absent) for name in near]
     if found:
         _, text, is_absent = max(found, key=lambda one: one[0])
         return text, is_absent
