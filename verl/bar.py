@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
-from verl import progress
-from verl.progress import Drawing
+from verl import cell, progress
+from verl.cell import Drawing
 
 
 class Bar:
@@ -26,7 +26,7 @@ class Bar:
         self._transient = transient
         self._progress = Progress(*columns, console=console, transient=transient, disable=not on_terminal)
         in_cell = progress.in_notebook() and not on_terminal and not hidden
-        self._drawing = Drawing(progress.SECONDS_BEFORE_TRANSIENT if transient else 0.0) if in_cell else None
+        self._drawing = Drawing(cell.SECONDS_BEFORE_TRANSIENT if transient else 0.0) if in_cell else None
         self.is_drawn = on_terminal or self._drawing is not None
 
     def start(self, total: float, *, completed: float = 0, description: str = "", **fields: str) -> None:

@@ -16,6 +16,7 @@ from rich.panel import Panel as Frame
 from rich.text import Text
 
 from verl import progress
+from verl.cell import Drawing
 
 SECONDS_BETWEEN_DRAWINGS = 0.5
 NARROW = 50  # columns; a narrower terminal has no frame
@@ -41,7 +42,7 @@ class Panel:
         self._live = (
             Live(get_renderable=self._drawn, console=console, auto_refresh=False, vertical_overflow="crop") if on_terminal else None
         )
-        self._cell = progress.Drawing(0.0) if progress.in_notebook() and not on_terminal else None
+        self._cell = Drawing(0.0) if progress.in_notebook() and not on_terminal else None
         self.is_drawn = self._live is not None or self._cell is not None
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None

@@ -204,10 +204,11 @@ def _assign(config: DictConfig, given: Assignment, known: list[str], defaults: o
     try:
         OmegaConf.update(config, key_now, value)
     except OmegaConfBaseException as error:
-        from verl.config.values import not_a_number
+        from verl.config.values import example, not_a_number
 
-        what = not_a_number(value, type_of(defaults, key_now)) or _first_line(error)
-        raise UserError(what, where=given.place, fix="--help shows the key with an example of its type") from error
+        kind = type_of(defaults, key_now)
+        fix = example(key, OmegaConf.select(config, key_now, throw_on_missing=False), kind)
+        raise UserError(not_a_number(value, kind) or _first_line(error), where=given.place, fix=fix) from error
 
 
 def _canonical(key: str) -> str:

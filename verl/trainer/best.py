@@ -91,7 +91,7 @@ class Best:
         if others := [path.name for path, position in validated if position.validation_rows != rows]:
             names = others[0] if len(others) == 1 else f"{others[0]} to {others[-1]}"
             what = f"{names}: {self._metric} is of other validation rows than this run's (data.val_files)"
-            self._run.say(f"{what}; it is not compared, and the best checkpoint is chosen anew")
+            self._run.say(f"{what}; it is not compared, and the best checkpoint is chosen from the others")
         return self.record
 
     def _earlier(self) -> list[tuple[Path, Position]]:
