@@ -252,7 +252,7 @@ class Run:
         return signals.received() is not None
 
     def keep_state(self, state: dict[str, Any]) -> None:
-        """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
+        """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training needs none of it."""
         if dist.is_main():
             self.replace("trainer_state.json", _json(state, indent=2) + "\n")
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from verl import signals
 from verl.config.checks import mode_of
+from verl.cores import Starvation
 from verl.directory import COMMANDS
 from verl.pace import Pace, clock
 from verl.panel import Panel, curve, filled
@@ -29,6 +30,8 @@ class Shown(Protocol):
     directory: Path
     total_steps: int
     checkpoint: Path | None
+
+    def line(self, text: str, kind: str) -> None: ...
 
 
 class History:
@@ -66,6 +69,7 @@ class RunView:
         self._histories = {name: History() for name in CURVES}
         self._validated: dict[str, tuple[int, float]] = {}  # by metric: the step and the value
         self._best: dict[str, tuple[int, float]] = {}
+        self._starvation = Starvation()
         self._wait = ""
         self._doing: tuple[str, int] | None = None
         self._since = time.monotonic()
@@ -86,6 +90,8 @@ class RunView:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Note a step's metrics."""
+        if (text := self._starvation.look()) is not None:
+            self._run.line(text, "starved")
         if not self.is_drawn:
             return
         self._step, self._metrics = step, {**self._metrics, **metrics}
