@@ -6,7 +6,7 @@ def refusal(value: object, allowed: tuple[object, ...]) -> tuple[str, str]:
     is_quoted = True in allowed or False in allowed
     *others, last = [_written(one, is_quoted=is_quoted) for one in allowed if one is not None]
     choice = f"one of {', '.join(others)} or {last}" if others else last
-    return f"found {_written(value, is_quoted=True)}", f"write {choice}"
+    return f"found {str(value).lower() if isinstance(value, bool) else repr(value)}", f"write {choice}"
 
 
 def _written(value: object, *, is_quoted: bool) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from verl.commands import Command
-from verl.errors import UserError
+from verl.commands import EVALUATE, PPO, REWARD, SFT, Command
+from verl.errors import UserError, print_error
 from verl.plugin_outline import outlined
 
 DATA = ("data.train_files", "data.val_files", "test_file")
@@ -37,6 +37,16 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
             raise
     check_names(config)
     return given
+
+
+def check_module(module: str, words: Sequence[str]) -> None:
+    """Check the arguments of `python -m module`, before the module is imported. An error ends the process."""
+    command = next(command for command in (SFT, PPO, REWARD, EVALUATE) if command.module == module)
+    try:
+        check(command, words)
+    except UserError as error:
+        print_error(error)
+        raise SystemExit(error.exit_code) from None
 
 
 def named(command: Command, words: Sequence[str]) -> list[str]:

@@ -16,5 +16,5 @@ def unknown(kind: str, name: str, existing: list[str], where: str | None = None)
         where: the key that names it.
     """
     near = difflib.get_close_matches(name.lower(), existing, n=1, cutoff=LEAST_SIMILAR)
-    hint = f"did you mean {near[0]!r}? There are " if near else "there are "
+    hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"no {kind} named {name!r}", where=where, fix=f"{hint}{', '.join(existing)}, or path/to/file.py")

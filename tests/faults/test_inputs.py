@@ -498,7 +498,7 @@ SETTINGS: dict[str, str] = {
     "data.prompt_key=": "data.prompt_key|column",
     "data.prompt_key=nope": "column 'nope' is missing",
     "data.messages_key=question": "not JSON",
-    "data.truncation=middle": "one of error, left, right",
+    "data.truncation=middle": "one of error, left or right",
     "data.chat_template=nowhere.jinja": "no such file",
     "model.lora_rank=-1": "model.lora_rank",
     "model.lora_rank=8 model.lora_alpha=0": "model.lora_alpha",

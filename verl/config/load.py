@@ -47,7 +47,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     if "--version" in argv:
         print(__version__)
         raise SystemExit(0)
-    given = _given(argv)
+    given = _given(argv, schema)
     defaults = _defaults(schema, given)
     config = _structured(defaults)
     known = _keys(config)
@@ -85,9 +85,9 @@ def _checked(config: DictConfig, *, best: bool = False) -> Any:
     return result
 
 
-def _given(argv: list[str]) -> list[Assignment]:
+def _given(argv: list[str], schema: type) -> list[Assignment]:
     """Return the assignments of files and arguments; later ones win."""
-    files, pairs = _split(argv)
+    files, pairs = _split(argv, schema)
     given = [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
     return [replace(one, text=DEFAULT_PLACE) if one.key == PLACE and one.text in (None, *NULLS) else one for one in given]
 
@@ -163,10 +163,10 @@ def describe(schema: type, argv: Sequence[str] = ()) -> str:
     from verl.config.help import help_text  # a run does not print it
 
     words = [word for number, word in enumerate(argv) if "=" in word or "--config" in argv[max(0, number - 1) : number + 1]]
-    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")])))
+    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")], schema)))
 
 
-def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+def _split(argv: list[str], schema: type) -> tuple[list[Path], list[tuple[str, str]]]:
     files, pairs, words = [], [], iter(argv)
     for word in words:
         if word == "--config" or word.startswith("--config="):
@@ -179,7 +179,7 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
         elif "=" not in word or word.startswith("-"):
             from verl.config.wrong_words import unreadable
 
-            raise unreadable(word, next(words, None))
+            raise unreadable(word, [*words], _keys(OmegaConf.structured(schema())))
         else:
             key, _, text = word.partition("=")
             pairs.append((key.lstrip("+"), text))

@@ -137,14 +137,15 @@ def refuse(given: Assignment, known: list[str], defaults: object) -> NoReturn:
         if key == rejected or key.startswith(f"{rejected}."):
             raise UserError(f"{key} is not supported here", where=place, fix=fix)
     if any(name.startswith(f"{key}.") for name in known):
-        raise UserError(f"{key} is a group of keys", where=place, fix=", ".join(name for name in known if name.startswith(f"{key}.")))
+        fix = f"write one of its keys: {', '.join(name for name in known if name.startswith(f'{key}.'))}"
+        raise UserError(f"{key} is a group of keys", where=place, fix=fix)
     _refuse_key_of_another(given, defaults)
-    near, is_absent = _nearest(key, known)
+    near, is_absent = nearest(key, known)
     meant = f"did you mean {near}?" if near else "--help lists all keys"
     raise UserError(f"unknown key {key!r}", where=place, fix=near if is_absent else meant)
 
 
-def _nearest(key: str, known: list[str]) -> tuple[str, bool]:
+def nearest(key: str, known: list[str]) -> tuple[str, bool]:
     """Return the known key that is meant, or what there is in its place, and which of both; an empty text if nothing is similar enough.
 
     A key is compared with those in its group, with the last parts of all keys, and with the names that other trainers have for them. Within

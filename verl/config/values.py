@@ -70,7 +70,8 @@ def example(key: str, default: Any, kind: Any) -> str:
     """
     options = _options(kind)
     if isinstance(default, bool | int | float | str) and default != "???":
-        return f"write e.g. {key}={str(default).lower() if isinstance(default, bool) else default}"
+        text = f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else str(default)
+        return f"write e.g. {key}={text.lower() if isinstance(default, bool) else text}"
     shown = next((text for option, text in ((bool, "true"), (int, "8"), (float, "0.1"), (str, "<text>")) if option in options), "")
     return f"write e.g. {key}={shown}" if shown else "--help shows the key with an example of its type"
 

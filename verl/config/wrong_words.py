@@ -37,7 +37,6 @@ COMMANDS = {
 }
 DATA_ENDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".tsv")
 DASHES = "‐‑‒–—−"  # that word processors write in place of a hyphen
-NO_SUCH_PART = "--help lists all keys"
 
 
 def no_command(word: str, names: Sequence[str]) -> UserError:
@@ -66,28 +65,35 @@ def wrong_option(error: Exception, words: Sequence[str]) -> UserError | None:
     param = getattr(error, "param", None)
     names = [*getattr(param, "opts", []), *([param.name] if param is not None and param.name else [])]
     example = "--gpus 2" if "--gpus" in names else ""
-    fix = " ".join(part for part in ("write verl", command, example or "--help", "…" if example else "for what there is") if part)
+    if message.lower().startswith("missing argument") and param is not None:
+        example = str(param.make_metavar(error.ctx))  # type: ignore[attr-defined]
+    fix = " ".join(part for part in ("write verl", command, example or "--help", "" if example else "for what there is") if part)
     return UserError(message[:1].lower() + message[1:], where=f"verl {command}".strip(), fix=fix)
 
 
-def unreadable(word: str, following: str | None) -> UserError:
+def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> UserError:
     """Return the error of a word that is no assignment.
 
     Args:
-        following: the next word; None: it is the last one.
+        following: the words after it.
+        known: the keys of the command.
     """
+    from verl.config.unknown_keys import nearest
+
     plain = word.lstrip("-" + DASHES)
-    value = following if following is not None and "=" not in following else None
-    if word in ("=", "==") or word.endswith("="):
-        return UserError(f"there is a space beside the = after {word!r}", fix="write no space around =, such as optim.lr=1e-5")
+    if following[:1] == ["="]:
+        shown = f"{plain}={following[1] if len(following) > 1 else '<value>'}"
+        return UserError(f"there is a space beside the = after {word!r}", fix=f"write {shown}, without spaces")
+    value = following[0] if following and "=" not in following[0] else None
     if word.startswith(("-", *DASHES)) and "=" in plain:
         return UserError(f"{word!r} begins with a dash", fix=f"write {plain}, without it")
     if word.startswith(("-", *DASHES)):
         known = {"v": "verl --version", "V": "verl --version", "gpu": "--gpus N", "gpus": "--gpus N", "num_gpus": "--gpus N"}
         if plain in known:
             return UserError(f"there is no option {word!r} here", fix=f"write {known[plain]}")
-        shown = f"{plain}={value}" if value is not None else f"{plain}=<value>"
-        return UserError(f"there is no option {word!r}", fix=f"keys have no dash: {shown}; {NO_SUCH_PART}")
+        meant, is_absent = (plain, False) if plain in known else nearest(plain, list(known))
+        shown = meant if is_absent else f"write {meant or plain}={'<value>' if value is None else value}"
+        return UserError(f"there is no option {word!r}", fix=f"{shown}; keys have no dash, and --help lists all")
     if word.endswith((".yaml", ".yml")):
         return UserError(f"{word!r} is a file, and no key names it", fix=f"write --config {word}")
     place = Path(word).expanduser()
@@ -100,6 +106,6 @@ def unreadable(word: str, following: str | None) -> UserError:
     if ":" in word and not word.startswith((":", "/")):
         name, _, text = word.partition(":")
         return UserError(f"{word!r} has a colon in place of =", fix=f"write {name}={text.strip() or (value or '<value>')}")
-    if "." in word and value is not None:
-        return UserError(f"{word!r} has no =", fix=f"write {word}={value}")
+    if word in known:
+        return UserError(f"{word!r} has no value", fix=f"write {word}={'<value>' if value is None else value}")
     return UserError(f"{word!r} is no key with a value", fix="write each key with its value, such as optim.lr=1e-5; --help lists all keys")
