@@ -16,6 +16,7 @@ class Command(NamedTuple):
         usage: usage line of `--help`.
         example: a command that works, for `--help` and errors.
         places: keys of the arguments that stand alone, without `key=`.
+        rewrite: module and name of the function that rewrites the command's own options as `key=value`; None: it has none.
     """
 
     module: str
@@ -23,6 +24,7 @@ class Command(NamedTuple):
     usage: str
     example: str = ""
     places: tuple[str, ...] = ()
+    rewrite: tuple[str, str] | None = None
 
     def schema(self) -> type[Any]:
         """Import and return the config class."""
@@ -87,5 +89,6 @@ EXPORT = Command(
     "verl export SRC NEW_DIR key=value …",
     "verl export checkpoints/verl-sft/run my-model",
     ("source", "directory"),
+    ("verl.config.commands", "keyed"),
 )
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …", "verl demo")

@@ -1,7 +1,9 @@
 """Errors of a command line that are found before torch is imported: its keys, their values, and files that are not there."""
 
+import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +57,23 @@ def named(command: Command, words: Sequence[str]) -> list[str]:
     Raises:
         UserError: there are more or fewer of them than the command takes.
     """
-    given, keys = list(words), list(command.places)
+    if command.rewrite is not None:
+        place, name = command.rewrite
+        words = getattr(importlib.import_module(place), name)(words)
+    given, keys = list(words), [key for key in command.places if not any(word.startswith(f"{key}=") for word in words)]
     for number, word in enumerate(words):
         is_option = word.startswith("-") or "=" in word or (number > 0 and words[number - 1] == "--config")
         if not is_option and keys:
             given[number] = f"{keys.pop(0)}={word}"
-    if keys and "--config" not in " ".join(given) and not any(word.startswith(f"{key}=") for key in keys for word in given):
+    if keys and not any(word.startswith("--config") for word in words) and keys[0] in _required(command):
         shown = {"model_path": "a checkpoint", "source": "a checkpoint", "directory": "a new directory"}[keys[0]]
         raise UserError(f"{shown} must be given", where=command.usage.partition(" key=")[0], fix=f"write {command.example}")
     return given
+
+
+def _required(command: Command) -> list[str]:
+    """Return the keys of a command that have no default."""
+    return [field.name for field in fields(command.schema()) if field.default == "???"]
 
 
 def check_names(config: Any) -> None:

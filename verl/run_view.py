@@ -113,7 +113,13 @@ class RunView:
         self._panel.changed()
 
     def _lines(self, width: int, ascii_only: bool) -> list[str]:
-        lines = [self._progress(width, ascii_only), *self._curves(width, ascii_only), *self._validation(), self._speed(), self._state()]
+        lines = [
+            self._progress(width, ascii_only),
+            *self._curves(width, ascii_only),
+            *self._validation(),
+            *self._speed(width),
+            self._state(),
+        ]
         return [line.replace(" · ", " | ").replace("→", "->") if ascii_only else line for line in lines if line]
 
     def _progress(self, width: int, ascii_only: bool) -> str:
@@ -141,16 +147,16 @@ class RunView:
         text = f"{name} {value:.4g} at step {step:,}"
         return f"{text} (best {best:.4g} at step {best_step:,})" if best_step not in (0, step) else text
 
-    def _speed(self) -> str:
+    def _speed(self, width: int) -> list[str]:
         metrics = self._metrics
         parts = [f"{metrics[name]:,.0f} tokens/s" for name in ("perf/tokens_per_second",) if name in metrics]
-        sheet, measured = metrics.get("perf/mfu"), metrics.get("perf/mfu_of_measured")
-        of = [f"{measured:.1%} of the measured matrix rate"] if measured is not None else []
-        of += [f"{sheet:.1%} of the data sheet's"] if sheet is not None else []
-        parts += [f"MFU {', '.join(of)}"] if of else []
         peak = metrics.get("perf/peak_memory_gib")
         parts.append(f"{peak:.1f} GiB of GPU memory" if peak is not None else f"{_host_gib():.1f} GiB of memory")
-        return " · ".join(parts)
+        rates = (("perf/mfu_of_measured", "the measured matrix rate"), ("perf/mfu", "the data sheet's"))
+        of = [f"{metrics[name]:.1%} of {rate}" for name, rate in rates if name in metrics]
+        lines = [" · ".join(parts), *([f"MFU {', '.join(of)}"] if of else [])]
+        whole = " · ".join(lines)
+        return [whole] if len(whole) <= width else lines
 
     def _state(self) -> str:
         phase, step, _, _ = signals.place()

@@ -36,6 +36,7 @@ COMMANDS = {
     "help": "--help",
 }
 DATA_ENDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".tsv")
+OPTIONS = {"v": "verl --version", "V": "verl --version", **dict.fromkeys(("gpu", "gpus", "num_gpus"), "--gpus N")}
 DASHES = "‐‑‒–—−"  # that word processors write in place of a hyphen
 
 
@@ -66,7 +67,7 @@ def wrong_option(error: Exception, words: Sequence[str]) -> UserError | None:
     names = [*getattr(param, "opts", []), *([param.name] if param is not None and param.name else [])]
     example = "--gpus 2" if "--gpus" in names else ""
     if message.lower().startswith("missing argument") and param is not None:
-        example = str(param.make_metavar(error.ctx))  # type: ignore[attr-defined]
+        example = str(param.metavar or names[-1].upper())
     fix = " ".join(part for part in ("write verl", command, example or "--help", "" if example else "for what there is") if part)
     return UserError(message[:1].lower() + message[1:], where=f"verl {command}".strip(), fix=fix)
 
@@ -85,14 +86,12 @@ def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> Use
         shown = f"{plain}={following[1] if len(following) > 1 else '<value>'}"
         return UserError(f"there is a space beside the = after {word!r}", fix=f"write {shown}, without spaces")
     value = following[0] if following and "=" not in following[0] else None
-    if word.startswith(("-", *DASHES)) and "=" in plain:
-        return UserError(f"{word!r} begins with a dash", fix=f"write {plain}, without it")
     if word.startswith(("-", *DASHES)):
-        known = {"v": "verl --version", "V": "verl --version", "gpu": "--gpus N", "gpus": "--gpus N", "num_gpus": "--gpus N"}
-        if plain in known:
-            return UserError(f"there is no option {word!r} here", fix=f"write {known[plain]}")
-        meant, is_absent = (plain, False) if plain in known else nearest(plain, list(known))
-        shown = meant if is_absent else f"write {meant or plain}={'<value>' if value is None else value}"
+        if plain in OPTIONS:
+            return UserError(f"there is no option {word!r} here", fix=f"write {OPTIONS[plain]}")
+        name, _, text = plain.partition("=")
+        meant, is_absent = (name, False) if name in known else nearest(name, list(known))
+        shown = meant if is_absent else f"write {meant or name}={text or value or '<value>'}"
         return UserError(f"there is no option {word!r}", fix=f"{shown}; keys have no dash, and --help lists all")
     if word.endswith((".yaml", ".yml")):
         return UserError(f"{word!r} is a file, and no key names it", fix=f"write --config {word}")
