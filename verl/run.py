@@ -117,14 +117,18 @@ class Run:
     def _tell(self, error: BaseException | None) -> None:
         """Print that a signal has left the run in a phase that may be left at any time."""
         if isinstance(error, Stopped) and not error.is_told:
+            self._stop_view()
             error.checkpoint, error.is_told = self.checkpoint, True
             self.say(str(error).replace("the same call", "the same command"))
 
     def _finish(self) -> None:
         """Stop the panel and finish the loggers."""
+        self._stop_view()
+        self._loggers.finish()
+
+    def _stop_view(self) -> None:
         if self._view is not None:
             self._view.stop()
-        self._loggers.finish()
 
     def _say_ending(self) -> None:
         """Print what came of the run, and the commands that go on from there."""
@@ -285,6 +289,7 @@ class Run:
         how = "nothing was saved" if self.checkpoint is None else f"the same command resumes from {self.checkpoint}"
         number = signal.Signals(self._reason - OUT_OF_TIME) if self._reason > OUT_OF_TIME else None
         by = f"trainer.max_seconds={self.settings.trainer.max_seconds:g}" if number is None else number.name
+        self._stop_view()  # so that it stands above the line
         self.say(f"stopped by {by} after step {step}; {how}")
         self._finish()
         dist.barrier()  # torchrun ends all processes as soon as one exits, and rank 0 may still be finishing its loggers

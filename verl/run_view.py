@@ -113,14 +113,9 @@ class RunView:
         self._panel.changed()
 
     def _lines(self, width: int, ascii_only: bool) -> list[str]:
-        lines = [
-            self._progress(width, ascii_only),
-            *self._curves(width, ascii_only),
-            *self._validation(),
-            *self._speed(width),
-            self._state(),
-        ]
-        return [line.replace(" · ", " | ").replace("→", "->") if ascii_only else line for line in lines if line]
+        of_metrics = [*self._curves(width, ascii_only), *self._validation(), *self._speed(width)]
+        lines = [self._progress(width, ascii_only), *of_metrics, self._state()]
+        return [line.replace(" · ", " | ") if ascii_only else line for line in lines if line]
 
     def _progress(self, width: int, ascii_only: bool) -> str:
         total = self._run.total_steps
