@@ -10,10 +10,21 @@ from verl import __version__, signals
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
 from verl.errors import UserError, exit_on_user_error
 
+EXAMPLES = "\n\n".join(
+    [
+        "Examples, each for the command of its name; COMMAND --help has all keys:",
+        *(command.example for command in (SFT, EVALUATE, CHAT, EXPORT, PPO, REWARD)),
+        SFT.example.replace("verl sft", "verl plan --gpus 8"),
+        "verl demo",
+        "verl doctor",
+        "verl prove Qwen/Qwen2.5-0.5B-Instruct",
+    ]
+)
 app = typer.Typer(
     name="verl",
     help="Post-training of language models: from a file of questions and answers to a Hugging Face directory.",
     no_args_is_help=True,
+    epilog=EXAMPLES,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -95,7 +106,7 @@ def plan(
 ) -> None:
     """Show steps, tokens and GPU memory of a fine-tuning run, and what to change if it does not fit. Needs no GPU: key=value …"""
     if asks_for_help(context.args):
-        exit_on_user_error(print_keys, context.args, SFT._replace(usage="verl plan [--gpus N] key=value …"))
+        exit_on_user_error(print_keys, context.args, plan_of_sft())
     else:
         exit_on_user_error(show_plan, gpus, context.args)
 
@@ -116,7 +127,7 @@ def chat(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
-    """Write a checkpoint as a Hugging Face directory: merge its adapter, cast, split into files, and check the result: SRC DIR"""
+    """Write a checkpoint as a Hugging Face directory: merge its adapter, cast, split into files, and check the result: SRC NEW_DIR"""
     hand_on(context.args, EXPORT)
 
 
@@ -132,7 +143,7 @@ def doctor(context: typer.Context) -> None:
     run_module("verl.doctor", context.args)
 
 
-@app.command()
+@app.command(epilog="Example: verl prove Qwen/Qwen2.5-0.5B-Instruct")
 def prove(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a Hub name, or a config.json.", show_default=False)],
     real: Annotated[bool, typer.Option("--real", help="Prove the model itself, not a tiny twin of its architecture.")] = False,
@@ -180,7 +191,7 @@ def print_keys(words: list[str], command: Command) -> None:
     from verl.plugin_outline import outlined
 
     with outlined():
-        print(f"{command.usage}\n\n{describe(command.schema(), words)}")
+        print(f"{command.usage}\n\nexample: {command.example}\n\n{describe(command.schema(), words)}")
 
 
 def run_module(name: str, words: list[str], command: Command | None = None) -> NoReturn:
@@ -211,6 +222,11 @@ def run_proofs(model: str, real: bool, json: Path | None) -> None:
     command.use_cpu()
     if not command.prove(model, real=real, json_file=json):
         raise SystemExit(1)
+
+
+def plan_of_sft() -> Command:
+    """Return `verl plan`, whose keys are those of `verl sft`."""
+    return SFT._replace(usage="verl plan [--gpus N] key=value …", example=SFT.example.replace("verl sft", "verl plan --gpus 8"))
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:

@@ -38,4 +38,4 @@ def _rate(device: torch.device, size: int) -> float:
     marks[-1].record()
     marks[-1].synchronize()
     seconds = [first.elapsed_time(then) / 1000 for first, then in itertools.pairwise(marks[WARMING:])]
-    return 2 * size**3 / statistics.median(seconds)
+    return float(2 * size**3 / statistics.median(seconds))
