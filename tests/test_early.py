@@ -88,3 +88,16 @@ def test_words_that_stand_alone_get_the_names_of_their_keys() -> None:
         assert early.named(command, ["a=b", "word"]) == ["a=b", "word"], "which the config refuses"
     with pytest.raises(UserError, match="a new directory must be given"):
         early.named(EXPORT, ["A"])
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    words = ["-m", "verl", "sft", "data.train_files=train.jsonl", "model.partial_pretrain=nobody/no-such-model-here"]
+    away = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9", **dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "")}
+    away |= {name.upper(): "" for name in away if name.endswith("_proxy")}
+    for variables, what in ((away, "http://127.0.0.1:9 cannot be reached"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")):
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, env={**ENVIRONMENT, **variables}, cwd=tmp_path, timeout=60
+        )
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
+        assert what in done.stderr and "set HF_ENDPOINT to a mirror" in done.stderr

@@ -2,15 +2,18 @@
 
 import importlib
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from verl.commands import EVALUATE, PPO, REWARD, SFT, Command
 from verl.errors import UserError, print_error
 from verl.plugin_outline import outlined
 
+SECONDS_TO_CONNECT = 10.0  # to the Hub
 DATA = ("data.train_files", "data.val_files", "test_file")
 FILES = ("data.chat_template",)
 PLUGINS = (("trainer.logger", "verl.loggers"), ("rollout.name", "verl.rollout"), ("rollout.tool", "verl.tools"))
@@ -135,7 +138,31 @@ def _check_model(name: Any, key: str) -> None:
             refuse_path(name)
         except UserError as error:
             raise UserError(error.what, where=f"{key}={name}", fix=error.fix) from error
+        if not folder.exists():
+            _check_hub(name, key)
     if key in ("model_path", "source"):
         kind.check_kind(name, kind.GENERATES, where=f"{key}={name}")
     elif key == "model.lora_adapter_path":
         kind.check_kind(name, (kind.ADAPTER,), where=f"{key}={name}")
+
+
+def _check_hub(name: str, key: str) -> None:
+    """Raise UserError if a model is to be downloaded and the Hub cannot be reached, which the Hub's library tries for up to a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    has_proxy = any(
+        os.environ.get(variable) for kind in ("https", "http", "all") for variable in (f"{kind}_proxy", f"{kind.upper()}_PROXY")
+    )
+    if has_proxy or any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+        return
+    mirror = "set HF_ENDPOINT to a mirror, such as https://hf-mirror.com; or give the directory of a model that is here"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("is not downloaded, and HF_HUB_OFFLINE is set", where=f"{key}={name}", fix=f"unset HF_HUB_OFFLINE; {mirror}")
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname or "", port), timeout=SECONDS_TO_CONNECT).close()
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        what = f"is not downloaded, and {constants.ENDPOINT} cannot be reached ({reason})"
+        raise UserError(what, where=f"{key}={name}", fix=mirror) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from verl.pace import Pace, clock
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 # Metrics of a line, in this order, and their formats.
 _SHOWN = {
-    "rl/reward": "reward {:.3f}",
+    "rl/reward": "rl/reward {:.3f}",
     "rl/response_tokens": "{:.0f} tokens/answer",
     "rl/entropy": "entropy {:.3f}",
     "train/loss": "train/loss {:.4f}",
@@ -20,6 +21,7 @@ _SHOWN = {
     "perf/tokens_per_second": "{:,.0f} tok/s",
     "perf/peak_memory_gib": "{:.1f} GiB",
 }
+_MINUS_ZERO = re.compile(r"-(0\.0+)(?![0-9])")  # what rounding makes of a very small negative number
 # Metrics that are only in metrics.jsonl.
 _NOT_SHOWN = ("epoch", "train/", "perf/", "rl/", "critic/", "reward/")
 
@@ -30,7 +32,7 @@ class Console:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         parts = [f"step {step}/{self._run.total_steps}"]
-        parts += [shown.format(metrics[name]) for name, shown in _SHOWN.items() if name in metrics]
+        parts += [_MINUS_ZERO.sub(r"\1", shown.format(metrics[name])) for name, shown in _SHOWN.items() if name in metrics]
         parts += [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith(_NOT_SHOWN)]
         left = self._pace.left(step, self._run.total_steps)
         parts += [] if left is None else [f"eta {clock(left)}"]
