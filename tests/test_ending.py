@@ -39,6 +39,11 @@ def test_it_says_loss_time_tokens_and_the_best_step(run: Run) -> None:
     assert ending(run, METRICS[:1], 1.0).startswith("done: 1 step in 0:01 · train/loss 3.0000 · 100 tokens\n")
 
 
+def test_the_time_of_a_resumed_run_is_that_of_its_own_steps(run: Run) -> None:
+    run.start_step, run.total_steps = 1, 3
+    assert ending(run, METRICS, 60.0).startswith("done: 3 steps, 2 of them in 1:00 · ")
+
+
 def test_its_commands_are_quoted_for_the_shell(run: Run, tmp_path: Path) -> None:
     commands = [shlex.split(line) for line in ending(run, METRICS, 1.0).splitlines() if line.startswith("  verl ")]
     model = str(run.directory / "global_step_3")

@@ -22,7 +22,8 @@ def ending(run: Shown, metrics: Metrics, seconds: float) -> str:
         seconds: that this command took.
     """
     steps = [line for line in metrics if line.get("step", 0) > 0]
-    done = [f"done: {counted(len(steps), 'step')} in {clock(seconds)}", *_changes(steps)]
+    here = f", {run.total_steps - run.start_step:,} of them" if run.start_step else ""
+    done = [f"done: {counted(len(steps), 'step')}{here} in {clock(seconds)}", *_changes(steps)]
     tokens = next((line["train/tokens"] for line in reversed(steps) if "train/tokens" in line), None)
     done += [f"{tokens:,.0f} tokens"] if tokens is not None else []
     lines = [" · ".join(done), *_best(metrics)]

@@ -65,7 +65,7 @@ class Run:
         origin: why the directory is not the one that trainer.default_local_dir names; empty if it is.
         notes: what to say after the first line of the run.
         total_steps: optimizer steps of the whole run; 0 until it is known.
-        step: optimizer steps that are done and logged.
+        step, start_step: optimizer steps that are done and logged, and those that were done when the run began.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
     Raises:
         UserError: no such logger.
@@ -78,7 +78,7 @@ class Run:
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
         self.origin, self.notes = "", list[str]()
-        self.total_steps = self.step = 0
+        self.total_steps = self.step = self.start_step = 0
         self.checkpoint: Path | None = None
         self.settings = config
         self._console = open_console()
@@ -155,7 +155,7 @@ class Run:
         Raises:
             UserError: on all ranks: a logger cannot be started.
         """
-        self.total_steps, self.step = total_steps, start_step
+        self.total_steps, self.step, self.start_step = total_steps, start_step, start_step
         if dist.is_main():
             from verl.directory import begin_files  # once in a run
 
