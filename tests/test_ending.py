@@ -77,3 +77,11 @@ def test_a_reward_model_is_for_ppo_and_not_for_a_chat(tmp_path: Path) -> None:
 def test_without_a_checkpoint_it_says_so(run: Run) -> None:
     run.checkpoint = None
     assert "no checkpoint was saved" in ending(run, METRICS, 1.0) and "next:" not in ending(run, METRICS, 1.0)
+
+
+def test_what_cannot_be_read_at_the_end_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.run.read_metrics", lambda directory: 1 / 0)
+    with run_with(tmp_path, "trainer.logger=console") as run:
+        run.start_logging(0, 1)
+        run.log(1, {"train/loss": 1.0})
+    assert "its metrics cannot be read: ZeroDivisionError" in (tmp_path / "train.log").read_text()

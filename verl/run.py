@@ -135,7 +135,11 @@ class Run:
         if dist.is_main():
             from verl.ending import ending  # once in a run
 
-            self.say(ending(self, self._metrics(), time.monotonic() - self._since))
+            try:
+                text = ending(self, self._metrics(), time.monotonic() - self._since)
+            except Exception as error:  # such as a file that somebody has changed meanwhile: the run is done, and its work is saved
+                text = f"done: {self.total_steps:,} steps; its metrics cannot be read: {type(error).__name__}: {error}"
+            self.say(text)
 
     def owned(self) -> Path:
         """Return the directory, after a check that no other run has taken it over. Every rank calls it before a checkpoint is written.

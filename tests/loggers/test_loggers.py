@@ -303,7 +303,9 @@ def test_a_logger_that_fails_is_told_once_and_left_aside(tmp_path: Path, fails: 
     warnings = [line for line in lines_of(run) if "warning" in line]
     assert len(warnings) == 1 and "failed in log" in warnings[0] and "own.py:10)" in warnings[0] and "continues without it" in warnings[0]
     assert (tmp_path / "out/own.txt").read_text().split() == ["1", "2"]
-    assert sum(line.startswith("step ") and "loss 1.0000" in line for line in lines_of(run)) == 4, "a logger must not change what the next one gets"
+    assert sum(line.startswith("step ") and "loss 1.0000" in line for line in lines_of(run)) == 4, (
+        "a logger must not change what the next one gets"
+    )
 
 
 def test_a_logger_that_fails_at_the_end_is_told(tmp_path: Path) -> None:
