@@ -23,11 +23,11 @@ def terminal(width: int = 100, **options: Any) -> tuple[Console, io.StringIO]:
     return Console(file=file, force_terminal=True, force_jupyter=False, width=width, height=20, **options), file
 
 
-def shown(run: Run, steps: int = 3, width: int = 100, **metrics: float) -> str:
-    """What the panel of a run shows after so many steps."""
+def shown(run: Run, metrics: dict[str, float], width: int = 100) -> str:
+    """What the panel of a run shows after three steps."""
     console, _ = terminal(width)
     run._view = view = run_view.RunView(run, console, 0)
-    for step in range(1, steps + 1):
+    for step in range(1, 4):
         view.log(step, {**STEP, "train/loss": 4.0 - step, **metrics})
     console = Console(file=(file := io.StringIO()), width=width, force_jupyter=False)
     console.print(view._panel._drawn())
@@ -38,7 +38,7 @@ def test_it_has_step_loss_curve_validation_speed_memory_time_and_phase(tmp_path:
     run = run_with(tmp_path, total_steps=10)
     run.checkpoint = tmp_path / "global_step_2"
     metrics = {"val/loss": 1.5, "perf/mfu": 0.4321, "perf/mfu_of_measured": 0.5512, "perf/peak_memory_gib": 12.34}
-    text = shown(run, **metrics)
+    text = shown(run, metrics)
     for part in (
         "verl sft · ",
         "step 3/10",
@@ -68,7 +68,7 @@ def test_the_best_value_of_the_validation_is_that_of_its_name(tmp_path: Path) ->
 @pytest.mark.parametrize("width", [1, 7, 20, 49, 50, 80, 300])
 def test_it_fits_any_width(width: int, tmp_path: Path) -> None:
     run = run_with(tmp_path, total_steps=10)
-    text = shown(run, width=width, **{"val/loss": 1.5})
+    text = shown(run, {"val/loss": 1.5}, width)
     assert max(map(len, text.splitlines())) <= width
     assert len(text.splitlines()) <= 8
 
@@ -188,12 +188,16 @@ def test_it_is_drawn_a_few_times_a_second_and_once_at_the_end(monkeypatch: pytes
 def test_in_a_notebook_it_is_drawn_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs: list[dict[str, str]] = []
 
+    def display(output: dict[str, str], **_: object) -> "Handle":
+        outputs.append(output)
+        return Handle()
+
     class Handle:
         def update(self, output: dict[str, str], *, raw: bool) -> None:
             outputs[-1] = output
 
     monkeypatch.setattr(progress, "in_notebook", lambda: True)
-    monkeypatch.setattr("IPython.display.display", lambda output, **_: outputs.append(output) or Handle())
+    monkeypatch.setattr("IPython.display.display", display)
     drawn = Panel(lambda width, ascii_only: [f"{width} columns"], "title", Console(file=io.StringIO()))
     drawn.start()
     drawn.stop()

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from rich.box import ROUNDED
@@ -58,7 +59,7 @@ class Panel:
     def changed(self) -> None:
         """Draw it in a notebook, unless the last drawing was too recent. A terminal's is drawn anyway."""
         if self._cell is not None:
-            self._attempt(lambda: self._cell and self._cell.show(self._drawn))
+            self._attempt(partial(self._cell.show, self._drawn))
 
     def stop(self) -> None:
         """Draw it for the last time, and leave it there."""
@@ -69,7 +70,7 @@ class Panel:
             self._attempt(self._live.refresh)
             self._quit()
         elif self._cell is not None:
-            self._attempt(lambda: self._cell and self._cell.finish(self._drawn))
+            self._attempt(partial(self._cell.finish, self._drawn))
         self._cell = None
 
     def _draw_on(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from verl.errors import UserError
 from verl.manifest import MANIFEST, check_sizes, find_files, read_manifest, steps_in
+from verl.parent import LAUNCHER
 from verl.typed_json import DamageError, read_json
 
 BEST_FILE = "best_checkpoint.json"
@@ -118,6 +119,6 @@ def _loss(step: Path) -> float:
 
 
 def _say(line: str) -> None:
-    if line not in _said and os.environ.get("RANK", "0") == "0":
+    if line not in _said and os.environ.get("RANK", "0") == "0" and LAUNCHER not in os.environ:  # a launcher has said it itself
         _said.add(line)
         print(line, file=sys.stderr, flush=True)
