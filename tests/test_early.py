@@ -84,6 +84,14 @@ def test_words_that_stand_alone_get_the_names_of_their_keys() -> None:
     assert early.named(CHAT, ["temperature=0", "model_path=DIR"]) == ["temperature=0", "model_path=DIR"]
     assert early.named(CHAT, ["--config", "chat.yaml"]) == ["--config", "chat.yaml"]
     assert early.named(EXPORT, ["A", "B", "dtype=float32"]) == ["source=A", "directory=B", "dtype=float32"]
+    assert early.named(CHAT, ["DIR", "--temperature", "0", "--max-new-tokens=9", "--trust-remote-code"]) == [
+        "model_path=DIR",
+        "temperature=0",
+        "max_new_tokens=9",
+        "trust_remote_code=true",
+    ]
+    with pytest.raises(UserError, match="--system needs a value"):
+        early.named(CHAT, ["DIR", "--system"])
     for command in (SFT, PPO, REWARD):
         assert early.named(command, ["a=b", "word"]) == ["a=b", "word"], "which the config refuses"
     with pytest.raises(UserError, match="a new directory must be given"):

@@ -191,7 +191,8 @@ def print_keys(words: list[str], command: Command) -> None:
     from verl.plugin_outline import outlined
 
     with outlined():
-        print(f"{command.usage}\n\nexample: {command.example}\n\n{describe(command.schema(), words)}")
+        example = f"example: {command.example}\n\n" if command.example else ""
+        print(f"{command.usage}\n\n{example}{describe(command.schema(), words)}")
 
 
 def run_module(name: str, words: list[str], command: Command | None = None) -> NoReturn:

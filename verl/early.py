@@ -4,9 +4,9 @@ import importlib
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
 from verl.commands import EVALUATE, PPO, REWARD, SFT, Command
@@ -32,6 +32,8 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
     """
     from verl.config.load import load_config
 
+    if not command.example:  # a command that reads its words itself
+        return list(words)
     given = named(command, words)
     with outlined():
         try:
@@ -55,7 +57,7 @@ def check_module(module: str, words: Sequence[str]) -> None:
 
 
 def named(command: Command, words: Sequence[str]) -> list[str]:
-    """Write the names of keys before the arguments that stand alone, such as the directory of `verl chat DIR`.
+    """Write the names of keys before the arguments that stand alone, such as the directory of `verl chat DIR`, and options as keys.
 
     Raises:
         UserError: there are more or fewer of them than the command takes.
@@ -63,6 +65,7 @@ def named(command: Command, words: Sequence[str]) -> list[str]:
     if command.rewrite is not None:
         place, name = command.rewrite
         words = getattr(importlib.import_module(place), name)(words)
+    words = _without_options(command, words)
     given, keys = list(words), [key for key in command.places if not any(word.startswith(f"{key}=") for word in words)]
     for number, word in enumerate(words):
         is_option = word.startswith("-") or "=" in word or (number > 0 and words[number - 1] == "--config")
@@ -72,6 +75,25 @@ def named(command: Command, words: Sequence[str]) -> list[str]:
         shown = {"model_path": "a checkpoint", "source": "a checkpoint", "directory": "a new directory"}[keys[0]]
         raise UserError(f"{shown} must be given", where=command.usage.partition(" key=")[0], fix=f"write {command.example}")
     return given
+
+
+def _without_options(command: Command, words: Sequence[str]) -> list[str]:
+    """Rewrite `--key VALUE`, `--key=VALUE` and, of a key that is true or false, `--key` as `key=VALUE`, for keys that are in no group."""
+    schema = command.schema()
+    hints = {name: hint for name, hint in get_type_hints(schema).items() if name in schema.__dataclass_fields__ and not is_dataclass(hint)}
+    found, rest = list[str](), iter(words)
+    for word in rest:
+        name, sign, value = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if not word.startswith("--") or key not in hints:
+            found.append(word)
+        elif sign or hints[key] is bool:
+            found.append(f"{key}={value if sign else 'true'}")
+        elif (value := next(rest, "")) and not value.startswith("--"):
+            found.append(f"{key}={value}")
+        else:
+            raise UserError(f"{word} needs a value", fix=f"write {key}=<value>")
+    return found
 
 
 def _required(command: Command) -> list[str]:
