@@ -23,7 +23,7 @@ setup: $(STAMP) ## Make .venv and install verl with the pinned dependencies; the
 
 define needs_python
 @$(if $(PYTHON),$(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	{ echo 'error: needs Python 3.10 or newer, found $(or $(PYTHON),none)'; echo '  fix: install one, or name it: make PYTHON=/path/to/python3 setup'; exit 2; } >&2
+	{ echo 'error: needs Python 3.10 or newer, $(if $(PYTHON),$(if $(shell command -v $(PYTHON)),found $(PYTHON),$(PYTHON) was not found),found none)'; echo '  fix: install one, or name it: make PYTHON=/path/to/python3 setup'; exit 2; } >&2
 endef
 
 # Once, and again when what is installed has changed. Only here and for test-vllm the network is used.

@@ -20,7 +20,7 @@ from runs import as_words
 from tiny import write_problems_and_model
 
 import verl
-from verl import cli, doctor, parent, signals
+from verl import cli, doctor, early, parent, signals
 from verl.config.commands import ChatConfig, DemoConfig, EvalConfig, ExportConfig
 from verl.config.load import describe
 from verl.config.pairs import RewardTrainerConfig
@@ -58,6 +58,7 @@ def test_a_process_that_runs_a_trainer_takes_its_signals_from_the_start(
     taken: list[str] = []
     monkeypatch.setattr(signals, "own_process", lambda: taken.append("signals"))
     monkeypatch.setattr(parent, "end_with_launcher", lambda: taken.append("parent"))
+    monkeypatch.setattr(early, "check_module", lambda module, words: None)
     monkeypatch.setattr(sys, "argv", ["-m"])
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, *words])
     verl._begin_trainer()
@@ -156,6 +157,7 @@ MODULES = {
 def test_a_command_hands_its_words_to_its_module_as_they_are(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=given.append))
+    monkeypatch.setattr(early, "check", lambda command, words: list(words))
     words = ["--config", "a b.yaml", "data.train_files=[a.jsonl,b.csv]", "DIR", "-x", "optim.lr=1e-5", "--config=c.yaml"]
     assert call(monkeypatch, name, *words) == 0
     assert given == [words]
@@ -230,6 +232,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(early, "check", lambda command, words: list(words))
     with pytest.raises(UserError, match="found 2 GPUs"):
         cli.launch(4, ["data.train_files=train.jsonl", "model.partial_pretrain=model"], cli.SFT)
 

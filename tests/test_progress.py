@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
+from verl import cell as cells
 from verl import progress
-from verl.progress import Bar, open_console
+from verl.bar import Bar
+from verl.progress import open_console
 
 COLUMNS = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
 
@@ -68,7 +70,7 @@ def test_in_a_notebook_one_output_is_drawn_a_few_times_a_second_and_ends_as_it_s
 def test_a_transient_bar_leaves_nothing_in_a_notebook(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
     go(Bar(*COLUMNS, console=open_console(file=io.StringIO()), transient=True))
     assert cell.outputs == [], "it was over before it was worth drawing"
-    monkeypatch.setattr(progress, "SECONDS_BEFORE_TRANSIENT", 0.0)
+    monkeypatch.setattr(cells, "SECONDS_BEFORE_TRANSIENT", 0.0)
     go(Bar(*COLUMNS, console=open_console(file=io.StringIO()), transient=True))
     assert cell.outputs == [{"text/plain": ""}] and cell.drawn > 1
 

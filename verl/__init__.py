@@ -14,6 +14,7 @@ import importlib
 importlib.import_module("verl.safe_path")  # first: it removes the current folder from where Python looks for all that follows
 
 import logging  # noqa: E402
+import os  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
@@ -83,13 +84,18 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
 
 
+_TRAINERS = [f"verl.trainer.{name}" for name in ("fsdp_sft_trainer", "ppo_trainer", "reward_trainer")]
+
+
 def _begin_trainer() -> None:
-    """If this process runs a trainer, handle signals from now on: importing torch takes seconds."""
+    """If this process runs a trainer, handle signals and check its arguments from now on: importing torch takes seconds."""
     words = sys.orig_argv
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""  # the first: a launcher's words have another one
     if sys.argv[:1] == ["-m"] and module.startswith("verl.trainer."):  # as `python -m` looks for the module
         importlib.import_module("verl.signals").own_process()
         importlib.import_module("verl.parent").end_with_launcher()
+    if sys.argv[:1] == ["-m"] and module in ("verl.eval.sft_evaluator", *_TRAINERS) and "RANK" not in os.environ:
+        importlib.import_module("verl.early").check_module(module, sys.argv[1:])
 
 
 _begin_trainer()

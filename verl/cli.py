@@ -10,10 +10,21 @@ from verl import __version__, signals
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
 from verl.errors import UserError, exit_on_user_error
 
+EXAMPLES = "\n\n".join(
+    [
+        "Examples, each for the command of its name; COMMAND --help has all keys:",
+        *(command.example for command in (SFT, EVALUATE, CHAT, EXPORT, PPO, REWARD)),
+        SFT.example.replace("verl sft", "verl plan --gpus 8"),
+        "verl demo",
+        "verl doctor",
+        "verl prove Qwen/Qwen2.5-0.5B-Instruct",
+    ]
+)
 app = typer.Typer(
     name="verl",
     help="Post-training of language models: from a file of questions and answers to a Hugging Face directory.",
     no_args_is_help=True,
+    epilog=EXAMPLES,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,7 +34,29 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 
 def main() -> None:
-    app()
+    """Run the command line. A word that is wrong ends it with exit code 2, after a line that says so and one that says what to write."""
+    exit_on_user_error(run_words, sys.argv[1:])
+
+
+def run_words(words: list[str]) -> None:
+    """Run a command. Raises UserError: there is no such command or option."""
+    names = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        from verl.config.wrong_words import no_command
+
+        raise no_command(words[0], names)
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:  # typer's own errors are of the click that is in it
+        if not hasattr(error, "format_message"):
+            raise
+        from verl.config.wrong_words import wrong_option
+
+        if (found := wrong_option(error, words)) is None:
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(getattr(error, "exit_code", 2)) from None
+        raise found from None
+    raise SystemExit(code or 0)
 
 
 def print_version(asked: bool) -> None:
@@ -73,7 +106,7 @@ def plan(
 ) -> None:
     """Show steps, tokens and GPU memory of a fine-tuning run, and what to change if it does not fit. Needs no GPU: key=value …"""
     if asks_for_help(context.args):
-        exit_on_user_error(print_keys, context.args, SFT._replace(usage="verl plan [--gpus N] key=value …"))
+        exit_on_user_error(print_keys, context.args, plan_of_sft())
     else:
         exit_on_user_error(show_plan, gpus, context.args)
 
@@ -94,7 +127,7 @@ def chat(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
-    """Write a checkpoint as a Hugging Face directory: merge its adapter, cast, split into files, and check the result: SRC DIR"""
+    """Write a checkpoint as a Hugging Face directory: merge its adapter, cast, split into files, and check the result: SRC NEW_DIR"""
     hand_on(context.args, EXPORT)
 
 
@@ -110,7 +143,7 @@ def doctor(context: typer.Context) -> None:
     run_module("verl.doctor", context.args)
 
 
-@app.command()
+@app.command(epilog="Example: verl prove Qwen/Qwen2.5-0.5B-Instruct")
 def prove(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a Hub name, or a config.json.", show_default=False)],
     real: Annotated[bool, typer.Option("--real", help="Prove the model itself, not a tiny twin of its architecture.")] = False,
@@ -141,7 +174,7 @@ def hand_on(words: list[str], command: Command) -> None:
     if asks_for_help(words):
         exit_on_user_error(print_keys, words, command)
     else:
-        run_module(command.module, words)
+        run_module(command.module, words, command)
 
 
 def asks_for_help(words: list[str]) -> bool:
@@ -155,19 +188,31 @@ def print_keys(words: list[str], command: Command) -> None:
         UserError: no such plugin.
     """
     from verl.config.load import describe
+    from verl.plugin_outline import outlined
 
-    print(f"{command.usage}\n\n{describe(command.schema(), words)}")
+    with outlined():
+        example = f"example: {command.example}\n\n" if command.example else ""
+        print(f"{command.usage}\n\n{example}{describe(command.schema(), words)}")
 
 
-def run_module(name: str, words: list[str]) -> NoReturn:
-    """Run `main(words)` of a module, and exit the process with its exit code."""
+def run_module(name: str, words: list[str], command: Command | None = None) -> NoReturn:
+    """Run `main(words)` of a module, and exit the process with its exit code.
+
+    Args:
+        command: whose arguments they are; they are checked before the module is imported.
+    """
 
     def run() -> None:
+        given = words
+        if command is not None:
+            from verl import early
+
+            given = early.check(command, words)
         module = load_module(name)
         from verl.machine import machine_errors_named
 
         with machine_errors_named():
-            module.main(words)
+            module.main(given)
 
     exit_on_user_error(run)
 
@@ -178,6 +223,11 @@ def run_proofs(model: str, real: bool, json: Path | None) -> None:
     command.use_cpu()
     if not command.prove(model, real=real, json_file=json):
         raise SystemExit(1)
+
+
+def plan_of_sft() -> Command:
+    """Return `verl plan`, whose keys are those of `verl sft`."""
+    return SFT._replace(usage="verl plan [--gpus N] key=value …", example=SFT.example.replace("verl sft", "verl plan --gpus 8"))
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:
@@ -219,9 +269,9 @@ def launch(processes: int, words: list[str], trainer: Command) -> None:
         UserError: the config is invalid (raised before any process starts), or there are more processes than GPUs.
         SystemExit: with the exit code of the processes, see `verl.launch.code_of`.
     """
-    from verl.config.load import load_config
+    from verl import early
 
-    load_config(trainer.schema(), words)
+    early.check(trainer, words)
     import torch
 
     from verl.launch import Launcher

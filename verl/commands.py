@@ -14,11 +14,17 @@ class Command(NamedTuple):
         module: name of a module with `main(words)`, which runs the command with its command-line arguments.
         config: module and name of the config class.
         usage: usage line of `--help`.
+        example: a command that works, for `--help` and errors.
+        places: keys of the arguments that stand alone, without `key=`.
+        rewrite: module and name of the function that rewrites the command's own options as `key=value`; None: it has none.
     """
 
     module: str
     config: tuple[str, str]
     usage: str
+    example: str = ""
+    places: tuple[str, ...] = ()
+    rewrite: tuple[str, str] | None = None
 
     def schema(self) -> type[Any]:
         """Import and return the config class."""
@@ -46,10 +52,43 @@ def load_module(name: str) -> ModuleType:
         raise UserError(f"{error.name} is not installed", fix=fix) from error
 
 
-SFT = Command("verl.trainer.fsdp_sft_trainer", ("verl.config.sft", "SFTConfig"), "verl sft [--gpus N] key=value …")
-PPO = Command("verl.trainer.ppo_trainer", ("verl.config.ppo", "PPOConfig"), "verl ppo [--gpus N] key=value …")
-REWARD = Command("verl.trainer.reward_trainer", ("verl.config.pairs", "RewardTrainerConfig"), "verl reward [--gpus N] key=value …")
-EVALUATE = Command("verl.eval.sft_evaluator", ("verl.config.commands", "EvalConfig"), "verl eval key=value …")
-CHAT = Command("verl.chat", ("verl.config.commands", "ChatConfig"), "verl chat DIR key=value …")
-EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"), "verl export SRC DIR key=value …")
-DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")
+SFT = Command(
+    "verl.trainer.fsdp_sft_trainer",
+    ("verl.config.sft", "SFTConfig"),
+    "verl sft [--gpus N] key=value …",
+    "verl sft data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct",
+)
+PPO = Command(
+    "verl.trainer.ppo_trainer",
+    ("verl.config.ppo", "PPOConfig"),
+    "verl ppo [--gpus N] key=value …",
+    "verl ppo data.train_files=train.jsonl model.partial_pretrain=checkpoints/verl-sft/run reward.name=gsm8k",
+)
+REWARD = Command(
+    "verl.trainer.reward_trainer",
+    ("verl.config.pairs", "RewardTrainerConfig"),
+    "verl reward [--gpus N] key=value …",
+    "verl reward data.train_files=pairs.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct",
+)
+EVALUATE = Command(
+    "verl.eval.sft_evaluator",
+    ("verl.config.commands", "EvalConfig"),
+    "verl eval key=value …",
+    "verl eval model_path=checkpoints/verl-sft/run test_file=test.jsonl output_dir=results",
+)
+CHAT = Command(
+    "verl.chat",
+    ("verl.config.commands", "ChatConfig"),
+    "verl chat DIR key=value …",
+    "verl chat checkpoints/verl-sft/run",
+    ("model_path",),
+)
+EXPORT = Command(
+    "verl.models.export",
+    ("verl.config.commands", "ExportConfig"),
+    "verl export SRC NEW_DIR key=value …",
+    "verl export checkpoints/verl-sft/run my-model",
+    ("source", "directory"),
+    ("verl.config.commands", "keyed"),
+)
+DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …", "verl demo")

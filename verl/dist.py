@@ -98,7 +98,7 @@ def _device() -> torch.device:
 
 def describe_device(device: torch.device) -> str:
     """Return the device's name and the number of processes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     return f"{name} × {world_size()}" if world_size() > 1 else name
 
 

@@ -186,7 +186,7 @@ def report(findings: list[Finding], console: Console) -> None:
 def main(argv: list[str]) -> None:
     """Run the command. Raises SystemExit(1) if something that a run needs is missing."""
     if {"-h", "--help"} & set(argv):
-        print(__doc__)
+        print(f"{__doc__}\n\nexample: verl doctor")
         return
     if argv:
         raise UserError(f"cannot read {argv[0]!r}", fix="verl doctor takes no arguments")

@@ -136,7 +136,10 @@ def exit_on_user_error(main: Callable[..., object], *args: object) -> NoReturn:
 
 def one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise UserError(f"found {value!r}", where=key, fix=f"one of {', '.join(str(a) for a in allowed)}")
+        from verl.choices import refusal
+
+        what, fix = refusal(value, allowed)
+        raise UserError(what, where=key, fix=fix)
 
 
 def at_least(key: str, value: float | None, least: float) -> None:

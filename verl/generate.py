@@ -15,6 +15,7 @@ from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
 from verl.progress import quiet_libraries
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
+from verl.run_directory import checkpoint_in, is_run_directory
 
 Message = Mapping[str, Any]  # {"role": …, "content": …}
 
@@ -113,6 +114,7 @@ def open_rollout(path: str, name: str, options: Options) -> TextRollout:
     Raises:
         UserError: no such engine, or it cannot load the checkpoint.
     """
+    path = checkpoint_in(path, "path") if is_run_directory(path) else path
     check_kind(path, GENERATES)
     check_options(options)
     with quiet_libraries():

@@ -17,6 +17,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from verl import safe_path
+from verl.cores import usable
 from verl.deadline import STARTED, started
 from verl.errors import RANK_EXIT_CODE, SAVED_EXIT_CODE
 from verl.parent import LAUNCHER, LIFELINE
@@ -48,7 +49,7 @@ class Launcher:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, usable() // processes))),
             LAUNCHER: str(os.getpid()),
             LIFELINE: str(reading),
             STARTED: str(started()),

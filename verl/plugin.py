@@ -1,19 +1,15 @@
 """Loading of plugins. A bare name is a module in a package of verl, a dotted name is any module, a path is a user's own file."""
 
-import difflib
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from verl.errors import UserError
 
-
-def _unknown(kind: str, name: str, existing: list[str]) -> UserError:
-    near = difflib.get_close_matches(name, existing, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"no {kind} named {name!r}", fix=f"{hint}{', '.join(existing)}, or path/to/file.py")
+import_built_in: Callable[[str], ModuleType] = importlib.import_module  # verl.plugin_outline replaces it for a while
 
 
 def names(package: str) -> list[str]:
@@ -40,8 +36,10 @@ def load(package: str, name: str, *, needs: tuple[str, ...] = ()) -> ModuleType:
     else:
         existing = names(package)
         if name not in existing:
-            raise _unknown(kind, name, existing)
-        module = importlib.import_module(f"{package}.{name}")
+            from verl.plugin_errors import unknown
+
+            raise unknown(kind, name, existing)
+        module = import_built_in(f"{package}.{name}")
     for function in needs:
         if not callable(getattr(module, function, None)):
             raise UserError(f"has no function {function!r}", where=name, fix=f"a plugin of {kind} needs {', '.join(needs)}")
@@ -73,7 +71,9 @@ class Plugins:
             UserError: no such module, or it is not a plugin of this kind.
         """
         if "." not in name and name not in names(self.package):
-            raise _unknown(self.package.rpartition(".")[2], name, list(self.built_in()))
+            from verl.plugin_errors import unknown
+
+            raise unknown(self.package.rpartition(".")[2], name, list(self.built_in()), where=key)
         module = load(self.package, name)
         if not self._is_one(module):
             missing = [repr(attribute) for attribute in self.needs if not hasattr(module, attribute)]

@@ -1,9 +1,10 @@
-"""A training run: its directory, messages, metrics, loggers and progress bar, and how it stops early."""
+"""A training run: its directory, messages, metrics, loggers and panel, and how it stops early."""
 
 import io
 import json
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,22 +13,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from verl import dist
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
 from verl.durable import append_text, real_folder, replace_text
 from verl.errors import Stopped
-from verl.progress import Bar, open_console
+from verl.progress import open_console
 
 if TYPE_CHECKING:
     from verl.directory import Claimed
+    from verl.run_view import RunView
 
 OUT_OF_TIME = 1  # a reason to stop; others are numbers of signals, and one more
-
-# Metrics that the progress bar shows, with their formats.
-_SHOWN = {"rl/reward": "reward {:.3f}", "train/loss": "loss {:.4f}", "perf/tokens_per_second": "{:,.0f} tokens/s"}
+SECONDS_BETWEEN_LINES = 10.0  # of one kind, on the terminal
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Run:
         origin: why the directory is not the one that trainer.default_local_dir names; empty if it is.
         notes: what to say after the first line of the run.
         total_steps: optimizer steps of the whole run; 0 until it is known.
-        step: optimizer steps that are done and logged.
+        step, start_step: optimizer steps that are done and logged, and those that were done when the run began.
         checkpoint: the newest checkpoint, or the one that the run resumes from; None if there is none yet.
     Raises:
         UserError: no such logger.
@@ -79,15 +78,16 @@ class Run:
         self.project_name, self.experiment_name = config.trainer.project_name, config.trainer.experiment_name
         self.directory = Path(config.trainer.default_local_dir).expanduser()
         self.origin, self.notes = "", list[str]()
-        self.total_steps = self.step = 0
+        self.total_steps = self.step = self.start_step = 0
         self.checkpoint: Path | None = None
         self.settings = config
         self._console = open_console()
         self._loggers = RunLoggers(config.trainer.logger, self.say)
         self._deadline: Any = None  # a verl.deadline.Deadline, with trainer.max_seconds
         self._reason = 0  # why the run stops, the same on all ranks: 0, OUT_OF_TIME, or a signal's number and one more
-        self._bar: Bar | None = None
-        self._state = ""  # of the progress bar
+        self._view: RunView | None = None
+        self._since = time.monotonic()
+        self._printed: dict[str, float] = {}  # when a line of a kind was printed last
         self._claim: Claimed | None = None
         self._unwritten: dict[str, str] = {}  # lines that a file could not take yet, by its name
         self._told: set[str] = set()  # names of files whose failure has been told
@@ -105,6 +105,8 @@ class Run:
             if error is None:
                 self.enter("finishing the loggers")
             self._finish()
+            if error is None and 0 < self.total_steps == self.step:
+                self._say_ending()
         except Stopped as stopped:  # every step is done
             self._tell(stopped)
             raise
@@ -115,14 +117,29 @@ class Run:
     def _tell(self, error: BaseException | None) -> None:
         """Print that a signal has left the run in a phase that may be left at any time."""
         if isinstance(error, Stopped) and not error.is_told:
+            self._stop_view()
             error.checkpoint, error.is_told = self.checkpoint, True
             self.say(str(error).replace("the same call", "the same command"))
 
     def _finish(self) -> None:
-        """Stop the progress bar and finish the loggers."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Stop the panel and finish the loggers."""
+        self._stop_view()
         self._loggers.finish()
+
+    def _stop_view(self) -> None:
+        if self._view is not None:
+            self._view.stop()
+
+    def _say_ending(self) -> None:
+        """Print what came of the run, and the commands that go on from there."""
+        if dist.is_main():
+            from verl.ending import ending  # once in a run
+
+            try:
+                text = ending(self, self._metrics(), time.monotonic() - self._since)
+            except Exception as error:  # such as a file that somebody has changed meanwhile: the run is done, and its work is saved
+                text = f"done: {self.total_steps:,} steps; its metrics cannot be read: {type(error).__name__}: {error}"
+            self.say(text)
 
     def owned(self) -> Path:
         """Return the directory, after a check that no other run has taken it over. Every rank calls it before a checkpoint is written.
@@ -134,7 +151,7 @@ class Run:
         return self.directory
 
     def start_logging(self, start_step: int, total_steps: int) -> None:
-        """Write config.yaml, and open the loggers and the progress bar.
+        """Write config.yaml, and open the loggers and the panel.
 
         Args:
             start_step: optimizer steps done by the run that this one resumes; 0 for a new run.
@@ -142,7 +159,7 @@ class Run:
         Raises:
             UserError: on all ranks: a logger cannot be started.
         """
-        self.total_steps, self.step = total_steps, start_step
+        self.total_steps, self.step, self.start_step = total_steps, start_step, start_step
         if dist.is_main():
             from verl.directory import begin_files  # once in a run
 
@@ -151,9 +168,10 @@ class Run:
         dist.together(lambda: self._loggers.start(self) if dist.is_main() else None)
         if not dist.is_main():
             return
-        numbers = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[state]}"))
-        self._bar = Bar(TextColumn("{task.description}"), BarColumn(), *numbers, console=self._console)
-        self._bar.start(total_steps, completed=start_step, description="training", state="")
+        from verl.run_view import RunView  # once in a run
+
+        self._view = RunView(self, self._console, start_step)
+        self._view.start()
 
     def say(self, text: str) -> None:
         """Print a message to the terminal and to train.log."""
@@ -172,15 +190,25 @@ class Run:
             write(open_console(file=text, width=200))
             self._append("train.log", text.getvalue().removesuffix("\n"))
 
-    def line(self, text: str) -> None:
-        """Write the line of a step to train.log, and print it unless a progress bar is drawn, which already shows the step."""
+    def line(self, text: str, kind: str = "step", *, is_last: bool = False) -> None:
+        """Write a line that comes again and again to train.log. Of each kind, the first is printed, the last, and one in ten seconds.
+
+        Args:
+            kind: such as "step" or "saved". Lines of steps are not printed where a panel shows the step.
+            is_last: whether it is the last one of the kind in the run.
+        """
         if dist.is_main():
-            if self._bar is None or not self._bar.is_drawn:
+            from verl.redaction import redact_text
+
+            text, now = redact_text(text), time.monotonic()
+            is_shown = kind == "step" and self._view is not None and self._view.is_drawn
+            if not is_shown and (is_last or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
+                self._printed[kind] = now
                 self._print(text)
             self._append("train.log", text)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a step's metrics to metrics.jsonl, the loggers and the progress bar.
+        """Write a step's metrics to metrics.jsonl, the loggers and the panel.
 
         Args:
             step: number of optimizer steps done.
@@ -191,16 +219,15 @@ class Run:
             return
         self._append("metrics.jsonl", _json({"step": step, **metrics}))
         self._loggers.log(step, metrics)
-        if self._bar is not None:
-            self._state = " · ".join(text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics)
-            self._bar.update(step, state=self._state)
+        if self._view is not None:
+            self._view.log(step, metrics)
 
     def waiting(self, text: str | None, *, line_is_due: bool = False) -> None:
-        """Show what the run waits for on the progress bar, and write a line about it if one is due. None: the wait is over."""
-        if self._bar is not None:
-            self._bar.update(None, state=self._state if text is None else text)
+        """Show what the run waits for on the panel, and write a line about it if one is due. None: the wait is over."""
+        if self._view is not None:
+            self._view.waiting(text)
         if text is not None and line_is_due:
-            self.line(text)
+            self.line(text, "waiting")
 
     def enter(self, phase: str, step: int = 0, *, limited: bool = False) -> None:
         """Say what the run does from now on, for the errors of other ranks and the lines of signals; see `verl.signals.enter`."""
@@ -233,7 +260,7 @@ class Run:
         return signals.received() is not None
 
     def keep_state(self, state: dict[str, Any]) -> None:
-        """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training does not read it."""
+        """Write trainer_state.json: the progress and last metrics of the run, for users and scripts. Training needs none of it."""
         if dist.is_main():
             self.replace("trainer_state.json", _json(state, indent=2) + "\n")
 
@@ -266,6 +293,7 @@ class Run:
         how = "nothing was saved" if self.checkpoint is None else f"the same command resumes from {self.checkpoint}"
         number = signal.Signals(self._reason - OUT_OF_TIME) if self._reason > OUT_OF_TIME else None
         by = f"trainer.max_seconds={self.settings.trainer.max_seconds:g}" if number is None else number.name
+        self._stop_view()  # so that it stands above the line
         self.say(f"stopped by {by} after step {step}; {how}")
         self._finish()
         dist.barrier()  # torchrun ends all processes as soon as one exits, and rank 0 may still be finishing its loggers

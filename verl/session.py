@@ -82,10 +82,12 @@ def _restore_group() -> Iterator[None]:
 
 @contextmanager
 def _restore_compiler() -> Iterator[None]:
-    """Restore the settings of torch.compile that a run changes."""
+    """Restore the settings of torch.compile and the number of threads, which a run changes."""
     settings: Any = torch._dynamo.config
+    threads = torch.get_num_threads()
     before, tag = settings.specialize_float, torch.compiler.config.cache_key_tag
     try:
         yield
     finally:
         settings.specialize_float, torch.compiler.config.cache_key_tag = before, tag
+        torch.set_num_threads(threads)

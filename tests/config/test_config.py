@@ -88,8 +88,8 @@ def test_a_written_config_reads_back_as_itself(tmp_path: Path) -> None:
         ("data.promt_key=q", "unknown key 'data.promt_key'", "did you mean data.prompt_key?"),
         ("prompt_key=q", "unknown key 'prompt_key'", "did you mean data.prompt_key?"),
         ("optim=1", "optim is a group of keys", "optim.lr"),
-        ("--lr", "cannot read '--lr'", "key=value"),
-        ("train.jsonl", "cannot read 'train.jsonl'", "key=value"),
+        ("--lr", "there is no option '--lr'", "optim.lr=<value>"),
+        ("train.jsonl", "'train.jsonl' is a file, and no key names it", "data.train_files=train.jsonl"),
         ("--config", "--config names no file", "--config FILE.yaml"),
     ],
 )

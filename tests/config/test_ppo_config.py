@@ -47,7 +47,7 @@ def error_of(*words: str) -> UserError:
         (["algorithm.kl_coef=0.1", "algorithm.kl_target=0"], "algorithm.kl_target", "cannot be held at 0"),
         (["algorithm.kl_target=0.1"], "algorithm.kl_target with algorithm.kl_coef=0", "cannot start from 0"),
         (["algorithm.kl_coef=0.1", "algorithm.keep_reference=false"], "algorithm.kl_coef with algorithm.keep_reference=false", "reference"),
-        (["algorithm.name=gppo"], None, "no algorithms named 'gppo'"),
+        (["algorithm.name=gppo"], "algorithm.name", "no algorithms named 'gppo'"),
         (["algorithm.name=sft"], "algorithm.name=sft", "is no method of reinforcement learning"),
         (["reward.on_error=skip"], "reward.on_error", "found 'skip'"),
         (["reward.weights=[.nan]"], "reward.weights", "found nan"),

@@ -290,7 +290,7 @@ def test_damaged_files_say_what_is_damaged(tmp_path: Path) -> None:
         ("a.csv.gz", gzip.compress(b"", mtime=0), "the first line is blank"),
         ("a.txt", b"\n\n", "has no rows"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd....", "compressed with Zstandard"),
-        ("a.csv", b"PK\x03\x04....", "a ZIP archive or a spreadsheet"),
+        ("a.csv", b"PK\x03\x04....", "a ZIP archive, or a spreadsheet"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("a.docx", b"hello", "unknown file format: 'a.docx'"),
         ("a.yaml", b"- role: user\n  content: Hello\n", "the file is YAML, which is not read as data"),

@@ -14,6 +14,7 @@ from forked import Forked
 from places import ROOT
 from runs import SECRET, run_with
 
+from verl import pace
 from verl.errors import UserError
 from verl.loggers import console, tensorboard, trackio, wandb
 from verl.loggers._redact import redact
@@ -27,18 +28,20 @@ def lines_of(run: Run) -> list[str]:
 
 
 def test_the_console_says_a_plain_line_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 100.5, 182.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    now = [100.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
     run = run_with(tmp_path)
     logger = console.start(run)
     logger.log(12, STEP)
+    now[0] = 100.5
     logger.log(13, {**STEP, "perf/peak_memory_gib": 12.34, "val/loss": 2.0})
-    logger.log(14, {"train/loss": 1.0})
+    now[0] = 182.0
+    logger.log(14, {"train/loss": 1.0, "rl/reward": -1e-9})
     logger.finish()
     first, second, third = lines_of(run)
-    assert first == "step 12/500 · loss 2.3100 · lr 2.00e-05 · grad norm 0.500 · 1,234 tok/s"
-    assert second == "step 13/500 · loss 2.3100 · lr 2.00e-05 · grad norm 0.500 · 1,234 tok/s · 12.3 GiB · val/loss 2 · eta 4:04"
-    assert third == "step 14/500 · loss 1.0000 · eta 5:32:06"
+    assert first == "step 12/500 · train/loss 2.3100 · lr 2.00e-05 · grad norm 0.500 · 1,234 tok/s"
+    assert second == "step 13/500 · train/loss 2.3100 · lr 2.00e-05 · grad norm 0.500 · 1,234 tok/s · 12.3 GiB · val/loss 2 · eta 4:04"
+    assert third == "step 14/500 · rl/reward 0.000 · train/loss 1.0000 · eta 5:32:06"
 
 
 def test_a_run_opens_its_loggers_and_closes_them(tmp_path: Path) -> None:
@@ -54,7 +57,7 @@ def test_a_run_opens_its_loggers_and_closes_them(tmp_path: Path) -> None:
         run.start_logging(0, 3)
         run.log(1, {"train/loss": 2.0})
     assert (tmp_path / "out" / "own.txt").read_text() == "1 {'train/loss': 2.0}"
-    assert "step 1/3 · loss 2.0000" in lines_of(run)
+    assert "step 1/3 · train/loss 2.0000" in lines_of(run)
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 2.0}
 
 
@@ -109,7 +112,7 @@ def test_without_a_login_wandb_says_so_in_one_line_and_the_console_takes_its_pla
     said, step = one_step(tmp_path / "out", no_wandb_login)
     assert said.startswith("wandb: no login (wandb login, or WANDB_API_KEY")
     assert said.endswith("; logging to the console instead")
-    assert step == "step 1/500 · loss 2.0000"
+    assert step == "step 1/500 · train/loss 2.0000"
 
 
 def test_wandb_offline_keeps_the_run_on_disk_without_its_secrets(tmp_path: Path, no_wandb_login: dict[str, str]) -> None:
@@ -130,7 +133,7 @@ def test_a_missing_package_is_said_in_one_line(tmp_path: Path, monkeypatch: pyte
     wandb.start(run).log(1, {"train/loss": 2.0})
     assert lines_of(run) == [
         'wandb: the package is not installed (pip install "verl[wandb]"); logging to the console instead',
-        "step 1/500 · loss 2.0000",
+        "step 1/500 · train/loss 2.0000",
     ]
 
 
@@ -300,7 +303,9 @@ def test_a_logger_that_fails_is_told_once_and_left_aside(tmp_path: Path, fails: 
     warnings = [line for line in lines_of(run) if "warning" in line]
     assert len(warnings) == 1 and "failed in log" in warnings[0] and "own.py:10)" in warnings[0] and "continues without it" in warnings[0]
     assert (tmp_path / "out/own.txt").read_text().split() == ["1", "2"]
-    assert sum("loss 1.0000" in line for line in lines_of(run)) == 4, "a logger must not change what the next one gets"
+    assert sum(line.startswith("step ") and "loss 1.0000" in line for line in lines_of(run)) == 4, (
+        "a logger must not change what the next one gets"
+    )
 
 
 def test_a_logger_that_fails_at_the_end_is_told(tmp_path: Path) -> None:

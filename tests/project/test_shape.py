@@ -90,7 +90,7 @@ def test_the_layers_are_those_of_the_linter() -> None:
     layers = shape.read_layers(shape.ROOT)
     assert (
         layers[0] == {"__main__"}
-        and layers[-2:] == [{"errors"}, {"redaction", "safe_path"}]
+        and layers[-2:] == [{"errors"}, {"redaction", "safe_path", "choices"}]
         and any({"trainer", "eval"} <= rooms for rooms in layers)
     )
 

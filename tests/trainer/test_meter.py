@@ -37,6 +37,7 @@ class Reached:
 def meter(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Meter:
     monkeypatch.setattr("verl.trainer.meter.training_flops", lambda model: lambda tokens, trained: 1.0)
     monkeypatch.setattr("verl.trainer.meter.peak_flops", lambda device: None)
+    monkeypatch.setattr("verl.engine.matrix_rate.matrix_rate", lambda device: 0.25)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "Event", Reached)
     device = torch.device("cpu" if request.param == "cpu" else "cuda")
@@ -65,6 +66,29 @@ def test_a_step_takes_the_time_that_the_gpu_took_though_the_host_looks_at_two_at
     add(meter, 2)
     assert [metrics["perf/step_seconds"] for _, metrics in meter.finished(wait=True)] == [2.0]
     assert meter.end_epoch(0) == "epoch 1: 30 tokens, 5 tokens/s"
+
+
+@pytest.mark.parametrize("meter", ["cuda"], indirect=True)
+def test_mfu_is_of_the_measured_rate_and_of_the_data_sheets_where_that_is_known(meter: Meter) -> None:
+    add(meter, 0)
+    meter._peak = None
+    ((_, found),) = meter.finished(wait=True)
+    assert found["perf/mfu_of_measured"] == 1.0 / 2.0 / 0.25 and "perf/mfu" not in found
+    meter._peak = 0.5
+    add(meter, 1)
+    ((_, found),) = meter.finished(wait=True)
+    assert found["perf/mfu"] == 1.0
+
+
+@pytest.mark.gpu
+def test_the_matrix_rate_of_a_gpu_leaves_its_random_numbers_and_its_peak_of_memory() -> None:
+    from verl.engine.matrix_rate import matrix_rate
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    state, peak = torch.cuda.get_rng_state(device), torch.cuda.max_memory_allocated(device)
+    rate = matrix_rate(device)
+    assert rate is not None and 1e12 < rate < 1e16
+    assert torch.equal(torch.cuda.get_rng_state(device), state) and torch.cuda.max_memory_allocated(device) <= max(peak, 2**20)
 
 
 @pytest.mark.parametrize("meter", ["cuda"], indirect=True)

@@ -115,11 +115,16 @@ def check_best(trainer: TrainerConfig, val_files: object) -> None:
 def best_mode(trainer: TrainerConfig) -> str:
     """Return "min" or "max". Raises UserError: neither the config nor the metric's name says which."""
     name = str(trainer.best_metric)
-    found = trainer.best_mode or next((mode for end, mode in BEST_MODES.items() if name.endswith(("/" + end, "_" + end))), None)
+    found = trainer.best_mode or mode_of(name)
     if found is None:
         what = f"it is not known whether the best {name} is the smallest or the largest"
         raise UserError(what, where="trainer.best_mode", fix="set trainer.best_mode=min or trainer.best_mode=max")
     return found
+
+
+def mode_of(metric: str) -> str | None:
+    """Return whether a metric is best where it is smallest ("min") or largest ("max"), if its name says so."""
+    return next((mode for end, mode in BEST_MODES.items() if metric.endswith(("/" + end, "_" + end))), None)
 
 
 class Limited(Protocol):

@@ -17,6 +17,7 @@ def help_text(defaults: Any) -> str:
         (defaults.__doc__ or "").strip(),
         "",
         "  --config FILE.yaml   keys from a file; repeatable, later files win, key=value wins over all",
+        "  --best               of a run's directory, take the best checkpoint, and not the newest one",
         "",
     ]
     return "\n".join([*lines, *_describe(defaults)])

@@ -17,6 +17,7 @@ from verl.errors import UserError
 
 Config = TypeVar("Config")
 
+BEST = "--best"
 PLACE, NULLS = "trainer.default_local_dir", ("null", "Null", "NULL", "None", "~")
 DEFAULT_PLACE = TrainerConfig().default_local_dir  # also for null, which would be a folder of that name
 
@@ -35,7 +36,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
 
     Args:
         schema: a dataclass of `verl.config`.
-        argv: arguments after the command: `--config FILE`, `key=value`, `--help`.
+        argv: arguments after the command: `--config FILE`, `--best`, `key=value`, `--help`.
     Raises:
         UserError: an invalid argument, key, type or value.
         SystemExit: after printing for `--help` or `--version`.
@@ -46,19 +47,21 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     if "--version" in argv:
         print(__version__)
         raise SystemExit(0)
-    given = _given(argv)
+    given = _given(argv, schema)
     defaults = _defaults(schema, given)
     config = _structured(defaults)
     known = _keys(config)
     for one in given:
         _assign(config, one, known, defaults)
-    found: Config = _checked(config)
+    found: Config = _checked(config, best=BEST in argv)
     return found
 
 
-def _checked(config: DictConfig) -> Any:
-    """Convert to the dataclass, and run its checks and those of its plugins.
+def _checked(config: DictConfig, *, best: bool = False) -> Any:
+    """Convert to the dataclass, run its checks and those of its plugins, and name the checkpoints that runs' directories stand for.
 
+    Args:
+        best: whether these are the best ones.
     Raises:
         UserError: a required key is missing, an interpolation fails, or a value is invalid.
     """
@@ -76,12 +79,15 @@ def _checked(config: DictConfig) -> Any:
         raise UserError(found[1], where=found[0], fix="--help shows the key with an example of its type")
     result.check()
     check_settings(result)
+    from verl.run_directory import name_checkpoints  # once in a run
+
+    name_checkpoints(result, best=best)
     return result
 
 
-def _given(argv: list[str]) -> list[Assignment]:
+def _given(argv: list[str], schema: type) -> list[Assignment]:
     """Return the assignments of files and arguments; later ones win."""
-    files, pairs = _split(argv)
+    files, pairs = _split(argv, schema)
     given = [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
     return [replace(one, text=DEFAULT_PLACE) if one.key == PLACE and one.text in (None, *NULLS) else one for one in given]
 
@@ -157,10 +163,10 @@ def describe(schema: type, argv: Sequence[str] = ()) -> str:
     from verl.config.help import help_text  # a run does not print it
 
     words = [word for number, word in enumerate(argv) if "=" in word or "--config" in argv[max(0, number - 1) : number + 1]]
-    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")])))
+    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")], schema)))
 
 
-def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+def _split(argv: list[str], schema: type) -> tuple[list[Path], list[tuple[str, str]]]:
     files, pairs, words = [], [], iter(argv)
     for word in words:
         if word == "--config" or word.startswith("--config="):
@@ -168,8 +174,12 @@ def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
             if not name:
                 raise UserError("--config names no file", fix="--config FILE.yaml")
             files.append(Path(name).expanduser())
+        elif word == BEST:
+            continue
         elif "=" not in word or word.startswith("-"):
-            raise UserError(f"cannot read {word!r}", fix="write key=value, such as optim.lr=1e-5; --help lists all keys")
+            from verl.config.wrong_words import unreadable
+
+            raise unreadable(word, [*words], _keys(OmegaConf.structured(schema())))
         else:
             key, _, text = word.partition("=")
             pairs.append((key.lstrip("+"), text))
@@ -194,10 +204,11 @@ def _assign(config: DictConfig, given: Assignment, known: list[str], defaults: o
     try:
         OmegaConf.update(config, key_now, value)
     except OmegaConfBaseException as error:
-        from verl.config.values import not_a_number
+        from verl.config.values import example, not_a_number
 
-        what = not_a_number(value, type_of(defaults, key_now)) or _first_line(error)
-        raise UserError(what, where=given.place, fix="--help shows the key with an example of its type") from error
+        kind = type_of(defaults, key_now)
+        fix = example(key, OmegaConf.select(config, key_now, throw_on_missing=False), kind)
+        raise UserError(not_a_number(value, kind) or _first_line(error), where=given.place, fix=fix) from error
 
 
 def _canonical(key: str) -> str:

@@ -58,7 +58,22 @@ def not_a_number(value: Any, kind: Any) -> str | None:
     options = _options(kind) - {type(None)}
     if not isinstance(value, str) or not options or not options <= {int, float}:
         return None
-    return f"found the text {value!r}, expected {'a number such as 1e-5' if float in options else 'a whole number such as 8'}"
+    return f"{value!r} is not a {'number' if float in options else 'whole number'}"
+
+
+def example(key: str, default: Any, kind: Any) -> str:
+    """Return what to write for a key, such as `optim.lr=1e-05`.
+
+    Args:
+        default: the key's default value.
+        kind: its declared type.
+    """
+    options = _options(kind)
+    if isinstance(default, bool | int | float | str) and default != "???":
+        text = f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else str(default)
+        return f"write e.g. {key}={text.lower() if isinstance(default, bool) else text}"
+    shown = next((text for option, text in ((bool, "true"), (int, "8"), (float, "0.1"), (str, "<text>")) if option in options), "")
+    return f"write e.g. {key}={shown}" if shown else "--help shows the key with an example of its type"
 
 
 def _has_no_home(text: str) -> bool:

@@ -157,7 +157,7 @@ def load_documents(
     name = _hash(content_hash(sources), list(map(str, sources)), limit, asdict(columns), Renderer(tokenizer).fingerprint(), _code_hash())
     path = _cache_folder(config) / f"{name}.arrow"
     tables = cache.read(path)
-    left_aside = [f"left aside {path}, which another user can write; the rows are tokenized anew"] if cache.is_of_another(path) else []
+    left_aside = [f"left aside {path}, which another user can write; the rows are tokenized again"] if cache.is_of_another(path) else []
     uncached: list[str] = []
     if tables is None:
 

@@ -121,7 +121,7 @@ def describe_steps(rows: int, rows_per_step: int, kind: str = "rows") -> str:
     if not steps:
         return f"{rows:,} {kind if rows > 1 else kind[:-1]}, all that there are ({rows_per_step:,} would fit)"
     last = f", the last of an epoch of {rest:,} ({rows:,} = {steps:,} × {rows_per_step:,} + {rest:,})" if rest else ""
-    return f"{rows_per_step:,} {kind}{last}"
+    return f"{rows_per_step:,} {kind if rows_per_step > 1 else kind[:-1]}{last}"
 
 
 def describe_untrained(rows: int, rows_per_step: int, total_steps: int, kind: str = "rows") -> str:
@@ -209,12 +209,13 @@ class Loader:
         many, packing = self.world_size > 1, self.packing
         rows = "rows" if self.documents.documents_per_row == 1 else "pairs"
         budget = f"up to {packing.token_budget:,} packed tokens" if packing.token_budget else f"{packing.rows} padded rows"
-        owners = ("processes" if many else "process") if self.parts == 1 else f"group{'s' if many else ''} of {self.parts} processes"
+        each, plural = (f"each of {self.world_size} ", "s") if many else ("one ", "")
+        owners = each + (f"process{'es' * many}" if self.parts == 1 else f"group{plural} of {self.parts} processes")
         in_epoch = epoch_rows(self.documents)
         untrained = describe_untrained(in_epoch, self.rows_per_step, total_steps, rows)
         return (
             f"{total_steps:,} step{'s' if total_steps > 1 else ''} ({self.steps_per_epoch:,} an epoch) of "
-            f"{describe_steps(in_epoch, self.rows_per_step, rows)}, in micro-batches of {budget} on each of {self.world_size} {owners}"
+            f"{describe_steps(in_epoch, self.rows_per_step, rows)}, in micro-batches of {budget} on {owners}"
             f"{f'; {untrained}' if untrained else ''}"
         )
 

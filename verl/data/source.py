@@ -135,7 +135,7 @@ def _resolve(entry: str, key: str) -> list[Source]:
     path = Path(os.path.expanduser(entry))  # Path's own raises an error for a user that does not exist
     if _exists(path, key):
         return [_checked(path, key)]
-    from verl.data.path_errors import is_file_name, no_file  # most names are those of files
+    from verl.data.path_errors import no_file  # most names are those of files
 
     if glob.has_magic(entry):
         from verl.data.globs import expand
@@ -144,11 +144,20 @@ def _resolve(entry: str, key: str) -> list[Source]:
         if not found:
             raise no_file(entry, key)
         return [_checked(Path(name), key) for name in found]
-    if HUB_ID.fullmatch(entry) and not path.parent.is_dir() and not is_file_name(entry):
+    if is_on_hub(entry):
         from verl.data import hub  # it takes half a second, and most data comes from files
 
         return [hub.resolve(entry, for_training=is_training(key))]
     raise no_file(entry, key)
+
+
+def is_on_hub(entry: str) -> bool:
+    """Return whether a name is that of a data set on the Hub, and not of a file or of files that match it."""
+    from verl.data.path_errors import is_file_name
+
+    path = Path(os.path.expanduser(entry))
+    is_name = HUB_ID.fullmatch(entry) is not None and not is_file_name(entry)
+    return is_name and not path.exists() and not path.parent.is_dir()
 
 
 def _exists(path: Path, key: str) -> bool:

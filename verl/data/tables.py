@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Protocol
 
 import pyarrow as pa  # type: ignore[import-untyped]
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
@@ -21,7 +20,6 @@ from verl.data.render import Rendered, Renderer, or_error
 from verl.data.row import UNREAD, Notes, ReadProgress, Row
 from verl.data.source import LARGE_BYTES, Source, read_rows_and_errors, size_bytes
 from verl.errors import UserError
-from verl.progress import Bar, open_console
 
 ROWS_PER_TABLE = 1024
 BYTES_FOR_PROCESSES = LARGE_BYTES  # smaller files are finished before other processes have started
@@ -201,6 +199,11 @@ def _prepared(tokenizer: PreTrainedTokenizerBase, columns: RowReader) -> Callabl
 
 
 def _with_progress(done: Iterator[Done], progress: ReadProgress, console: Console | None) -> Iterator[Done]:
+    from rich.progress import Progress
+
+    from verl.bar import Bar  # where all rows are tokenized already, nothing is drawn
+    from verl.progress import open_console
+
     hidden = os.environ.get("RANK", "0") != "0"
     bar = Bar(*Progress.get_default_columns(), console=console or open_console(stderr=True), transient=True, hidden=hidden)
     bar.start(1.0, description="tokenizing")
@@ -232,10 +235,11 @@ def _valid(done: Iterator[Done], key: str) -> Iterator[pa.RecordBatch]:
 
 
 def _together(errors: list[UserError], rows: int, key: str) -> UserError:
+    fixes = list(dict.fromkeys(error.fix for error in errors if error.fix))[:3]
+    if len(errors) > 3 and len({error.what for error in errors}) == 1:  # told once
+        places = f"{errors[0].where} and {len(errors) - 1:,} more of the first {rows:,} rows"
+        return UserError(f"{errors[0].what} ({places})", where=key, fix=fixes[0] if fixes else None)
     lines = [f"  {error.where}: {error.what}" for error in errors[:ERRORS_SHOWN]]
     more = [f"  and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
-    if len(errors) > 3 and len({error.what for error in errors}) == 1:  # told once
-        lines, more = lines[:1], [f"  and the same in {len(errors) - 1:,} more, the last {errors[-1].where}"]
-    fixes = list(dict.fromkeys(error.fix for error in errors if error.fix))[:3]
     what = "\n".join([f"{len(errors):,} of the first {rows:,} rows are invalid:", *lines, *more])
     return UserError(what, where=key, fix="\n       ".join(fixes) or None)

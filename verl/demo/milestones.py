@@ -14,7 +14,7 @@ class Milestones:
             return  # validation before training
         reward, every = metrics.get("rl/reward"), EVERY_STEPS if "rl/reward" not in metrics else EVERY_RL_STEPS
         if step == 1 or step % every == 0 or step == self._run.total_steps:
-            what = f"loss {metrics['train/loss']:.4f}" if reward is None else f"mean reward {reward:.3f}"
+            what = f"train/loss {metrics['train/loss']:.4f}" if reward is None else f"rl/reward {reward:.3f}"
             self._run.say(f"step {step}/{self._run.total_steps} · {what} · {metrics['perf/tokens_per_second']:,.0f} tokens/s")
 
     def finish(self) -> None:

@@ -6,6 +6,7 @@ It prints and runs the same commands that users run on their own files. Read `de
 """
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -13,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from verl import cores
 from verl.config.commands import DemoConfig, EvalConfig
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
@@ -51,6 +54,8 @@ console = Console(markup=False, highlight=False, soft_wrap=True)
 def demo(config: DemoConfig) -> dict[str, Any]:
     """Run all steps, and return the content of summary.json. Raises UserError: another demo runs in this folder."""
     FOLDER.mkdir(exist_ok=True)
+    cores.take(say)
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # the same for all steps, and for their processes
     with held(FOLDER, "demo"):  # it deletes the output of an earlier one
         return all_steps(config)
 

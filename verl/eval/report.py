@@ -15,7 +15,6 @@ import torch
 import transformers
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from verl import __version__
@@ -23,9 +22,9 @@ from verl.config.commands import EvalConfig
 from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
+from verl.eval.answers_panel import AnswersPanel
 from verl.eval.grader import Prediction
 from verl.manifest import refuse_inside
-from verl.progress import Bar
 from verl.redaction import redact
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
@@ -33,7 +32,7 @@ Z_95 = 1.959964  # 97.5th percentile of the normal distribution
 
 
 class AnswerProgress:
-    """Progress of the evaluation: a bar in a terminal, a line every 10% in a log.
+    """Progress of the evaluation: a panel in a terminal; in a log a line every 10%, and at most one in ten seconds.
 
     Args:
         total: number of answers to generate.
@@ -43,15 +42,7 @@ class AnswerProgress:
     def __init__(self, total: int, measure: str, console: Console):
         self._total, self._measure, self._console, self._since = total, measure, console, time.perf_counter()
         self._answers, self._tokens, self._score, self._tenths = 0, 0, 0.0, 0
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        self._bar = Bar(*columns, console=console)
+        self._bar = AnswersPanel(console)
 
     def __enter__(self) -> "AnswerProgress":
         self._bar.start(self._total)
@@ -69,7 +60,7 @@ class AnswerProgress:
         state = f"{rate:,.0f} tokens/s, {self._measure} {self._score / self._answers:.1%}"
         self._bar.update(self._answers, description=state)
         tenths = 10 * self._answers // self._total
-        if tenths > self._tenths and not self._bar.is_drawn:
+        if tenths > self._tenths and self._bar.line_is_due():
             self._console.print(f"{self._answers:,}/{self._total:,} answers, {state}")
         self._tenths = tenths
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from verl import signals
+from verl import cores, signals
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.data.render import Renderer
@@ -75,6 +75,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, console: Console) -> dict[str, Any]:
     """Answer and grade every question, as `evaluate` says."""
+    cores.take(console.print)
     signals.enter("reading questions and loading the model")
     questions = read_questions(config, grader, console)
     variables = config.chat_template_kwargs

@@ -91,7 +91,7 @@ class Best:
         if others := [path.name for path, position in validated if position.validation_rows != rows]:
             names = others[0] if len(others) == 1 else f"{others[0]} to {others[-1]}"
             what = f"{names}: {self._metric} is of other validation rows than this run's (data.val_files)"
-            self._run.say(f"{what}; it is not compared, and the best checkpoint is chosen anew")
+            self._run.say(f"{what}; it is not compared, and the best checkpoint is chosen from the others")
         return self.record
 
     def _earlier(self) -> list[tuple[Path, Position]]:
@@ -106,7 +106,7 @@ class Best:
         if dist.is_main():
             replace_text(self._run.directory / FILE, json.dumps(asdict(record), indent=2) + "\n")
             self._link(record.checkpoint)
-            self._run.say(f"best so far: {record.checkpoint}, {self._metric} {record.value:.6g}")
+            self._run.line(f"best so far: {record.checkpoint}, {self._metric} {record.value:.6g}", "best")
 
     def _link(self, name: str) -> None:
         """Let `best` point at the checkpoint. A file system without links, or a user's own `best`, is left alone."""

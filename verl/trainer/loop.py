@@ -72,7 +72,7 @@ def train_loop(
                 report(number, metrics, meter.skipped_in_a_row, config.max_nonfinite_steps, loader, built.tokenizer, run)
             watch.see(number, metrics["train/loss"])
         if ends_epoch:
-            run.say(meter.end_epoch(step.epoch))
+            run.line(meter.end_epoch(step.epoch), "epoch", is_last=last)
         saver.poll()
         if saves or (validates and saver.wants(metrics)):
             run.enter("saving", done)

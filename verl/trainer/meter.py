@@ -48,7 +48,11 @@ class Meter:
         self.tokens, self.supervised_tokens = start.tokens, start.supervised_tokens
         self._engine, self._skipped, self.skipped_in_a_row = engine, start.skipped, 0
         self._flops = training_flops(engine.scorer.model)
-        self._peak = peak_flops(engine.device)
+        self._peak, self._measured = peak_flops(engine.device), None
+        if engine.device.type == "cuda":
+            from verl.engine.matrix_rate import matrix_rate  # of a GPU
+
+            self._measured = matrix_rate(engine.device)
         self._epoch_tokens, self._epoch_seconds = 0, 0.0
         self._running: list[_Running] = []
         self._queued = 1 if engine.trained[0].is_cuda else 0  # weights in host memory: the step has ended when it is added
@@ -107,8 +111,9 @@ class Meter:
             "perf/tokens_per_second": step.tokens / seconds,
             "perf/tokens_per_second_per_gpu": step.tokens / seconds / dist.world_size(),
         }
-        if self._peak is not None:
-            metrics["perf/mfu"] = self._flops(step.tokens, step.trained_tokens) / seconds / (self._peak * dist.world_size())
+        for name, rate in (("perf/mfu", self._peak), ("perf/mfu_of_measured", self._measured)):
+            if rate is not None:
+                metrics[name] = self._flops(step.tokens, step.trained_tokens) / seconds / (rate * dist.world_size())
         if self._engine.device.type == "cuda":
             metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return metrics

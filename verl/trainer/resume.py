@@ -64,7 +64,10 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
     Raises:
         UserError: the rows, their order or the length of the run differ from the checkpoint's, or a logger cannot be opened.
     """
-    from verl.directory import settings_of  # once in a run
+    from verl.cores import take  # once in a run
+    from verl.directory import settings_of
+
+    take(run.say, run.directory if run.checkpoint is not None else None)
 
     start = Position(
         step=0,

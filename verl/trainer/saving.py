@@ -6,7 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from verl.config.shared import TrainerConfig
+from verl.cores import THREADS
 from verl.engine import checkpoint
 from verl.engine.background import Background, SavedModel
 from verl.engine.position import Position
@@ -98,5 +101,6 @@ class Saver:
             self._best.keep(saved, metrics)
         needed = {saved} if self._best is None or self._best.path is None else {saved, self._best.path}
         checkpoint.prune(run.directory, self._config.max_ckpt_to_keep, good=self._good, needed=needed, say=run.say)
-        run.keep_state({"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics})
-        run.say(f"saved {saved}")
+        state = {"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics}
+        run.keep_state({**state, THREADS: torch.get_num_threads()})
+        run.line(f"saved {saved}", "saved", is_last=step == run.total_steps)

@@ -1,0 +1,101 @@
+"""The last lines of a run: what came of it, and the commands that go on from there."""
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from verl.config.checks import mode_of
+from verl.directory import COMMANDS
+from verl.pace import clock, counted
+from verl.run_view import Shown
+
+Metrics = Sequence[Mapping[str, float]]
+
+
+def ending(run: Shown, metrics: Metrics, seconds: float) -> str:
+    """Return the last lines of a run that has done all steps.
+
+    Args:
+        metrics: of all steps, as in metrics.jsonl.
+        seconds: that this command took.
+    """
+    steps = [line for line in metrics if line.get("step", 0) > 0]
+    here = f", {run.total_steps - run.start_step:,} of them" if run.start_step else ""
+    done = [f"done: {counted(len(steps), 'step')}{here} in {clock(seconds)}", *_changes(steps)]
+    tokens = next((line["train/tokens"] for line in reversed(steps) if "train/tokens" in line), None)
+    done += [f"{tokens:,.0f} tokens"] if tokens is not None else []
+    lines = [" · ".join(done), *_best(metrics)]
+    if run.checkpoint is None:
+        return "\n".join([*lines, f"no checkpoint was saved (trainer.save_freq=never); metrics: {run.directory / 'metrics.jsonl'}"])
+    best = run.directory / "best"
+    model = run.directory / best.readlink() if best.is_symlink() else run.checkpoint
+    what = "the best model" if best.is_symlink() else "the model"
+    return "\n".join([*lines, f"{what} is in {model}; next:", *(f"  {line}" for line in _next(run, model))])
+
+
+def _changes(steps: Metrics) -> list[str]:
+    """Return how the loss, and in reinforcement learning the reward, have changed from the first step to the last."""
+    found = []
+    for name, digits in (("rl/reward", 3), ("train/loss", 4)):
+        values = [f"{line[name]:.{digits}f}" for line in steps if name in line]
+        if values:
+            found.append(f"{name} {values[0]} → {values[-1]}" if len(values) > 1 else f"{name} {values[0]}")
+    return found
+
+
+def _best(metrics: Metrics) -> list[str]:
+    """Return the step at which the first metric of the validation whose best value is known was best."""
+    names = dict.fromkeys(name for line in metrics for name in line if name.startswith("val/"))
+    for name in sorted(names, key=lambda name: name == "val/loss"):  # what is wanted, such as exact match, before what is trained
+        mode = mode_of(name)
+        known = [(line[name], int(line["step"])) for line in metrics if name in line and math.isfinite(line[name])]
+        if mode is not None and len(known) > 1:
+            value, step = min(known) if mode == "min" else max(known, key=lambda pair: (pair[0], -pair[1]))
+            return [f"best {name}: {value:.4g} at step {step:,} of {counted(len(known), 'validation')}"]
+    return []
+
+
+def _next(run: Shown, model: Path) -> list[str]:
+    """Return commands for the shell: to evaluate, chat, export, and go on."""
+    command, directory = COMMANDS.get(type(run.settings).__name__, "verl sft"), run.directory
+    name, merged, again = _word(model), _word(directory.with_name(f"{directory.name}-model")), _longer(command, run)
+    if _is_reward_model(model):
+        return [f"verl ppo reward_model.path={name} model.partial_pretrain=<model> data.train_files=<questions>", again]
+    tests = run.config["data"].get("val_files")
+    tests = _word(tests) if isinstance(tests, str) else "<file>"
+    lines = [
+        f"verl eval model_path={name} test_file={tests} output_dir={_word(directory / 'eval')}",
+        f"verl chat {name}",
+        f"verl export {name} {merged}",
+    ]
+    if command == "verl sft":
+        further = merged if (model / "adapter_config.json").is_file() else name  # reinforcement learning starts from a whole model
+        lines.append(f"verl ppo model.partial_pretrain={further} data.train_files=<questions>")
+    return [*lines, again]
+
+
+def _longer(command: str, run: Shown) -> str:
+    """Return the command that trains further, with the same keys."""
+    trainer = run.settings.trainer
+    if trainer.total_training_steps is not None:
+        longer = f"trainer.total_training_steps={2 * trainer.total_training_steps}"
+    else:
+        longer = f"trainer.total_epochs={trainer.total_epochs + 1}"
+    return f"{command} --config {_word(run.directory / 'config.yaml')} {longer}"
+
+
+def _word(value: object) -> str:
+    return shlex.quote(str(value))
+
+
+def _is_reward_model(checkpoint: Path) -> bool:
+    for name, key, ends in (("config.json", "architectures", "SequenceClassification"), ("adapter_config.json", "task_type", "SEQ_CLS")):
+        try:
+            found = json.loads((checkpoint / name).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if any(str(one).endswith(ends) for one in (found if isinstance(found, list) else [found])):
+            return True
+    return False
