@@ -51,5 +51,6 @@ PPO = Command("verl.trainer.ppo_trainer", ("verl.config.ppo", "PPOConfig"), "ver
 REWARD = Command("verl.trainer.reward_trainer", ("verl.config.pairs", "RewardTrainerConfig"), "verl reward [--gpus N] key=value …")
 EVALUATE = Command("verl.eval.sft_evaluator", ("verl.config.commands", "EvalConfig"), "verl eval key=value …")
 CHAT = Command("verl.chat", ("verl.config.commands", "ChatConfig"), "verl chat DIR key=value …")
-EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"), "verl export SRC DIR key=value …")
+EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"), "verl export SRC DIR [--hub NAME] key=value …")
+SERVE = Command("verl.serve", ("verl.config.commands", "ServeConfig"), "verl serve DIR key=value …")
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")

@@ -141,6 +141,34 @@ class ChatConfig:
 
 
 @dataclass
+class ServeConfig:
+    """`verl serve DIR`: answer requests in OpenAI's format over HTTP with a checkpoint, until Ctrl+C."""
+
+    # A checkpoint: a model directory, a LoRA adapter directory, a run's directory, or a Hub name. `verl serve DIR` sets it too.
+    model_path: str = MISSING
+    # Server: "vllm", "transformers", or "auto": vllm where it is installed, also in another environment on PATH.
+    engine: str = "auto"
+    # Address to listen at. 127.0.0.1 is this machine alone; 0.0.0.0 is everybody on its network.
+    host: str = "127.0.0.1"
+    # Port to listen at; 0: a free one.
+    port: int = 8000
+    # Name of the model in requests; null: that of the directory.
+    name: str | None = None
+    # Further words for the server's command line, such as [--max-model-len,4096].
+    arguments: list[str] = field(default_factory=list)
+    # Run Python code that comes with the model. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Check values and combinations of keys. Raises UserError that names the key."""
+        one_of("engine", self.engine, ("auto", "vllm", "transformers"))
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"found {self.port}", where="port", fix="give a number from 0 to 65535")
+        if self.name is not None and re.fullmatch(r"[A-Za-z0-9][\w.\-]*", self.name) is None:
+            raise UserError(f"found {self.name!r}", where="name", fix="use letters, digits, -, _ and .")
+
+
+@dataclass
 class ExportConfig:
     """`verl export SRC DIR`: write a checkpoint as one Hugging Face directory, with an adapter merged into its base, and share it.
 
