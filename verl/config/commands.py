@@ -119,25 +119,38 @@ def check_sampling(max_new_tokens: int, temperature: float, n: int, top_k: int, 
 
 @dataclass
 class ChatConfig:
-    """`verl chat DIR`: talk with a checkpoint in the terminal."""
+    """`verl chat DIR`: talk with a checkpoint in the terminal, or with two side by side: `verl chat DIR --compare DIR2`."""
 
-    # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name. `verl chat DIR` sets it too.
+    # A checkpoint: a model directory, a LoRA adapter directory, a run's directory, or a Hub name. `verl chat DIR` sets it too.
     model_path: str = MISSING
+    # A second checkpoint that answers the same questions. `--compare DIR2` means compare=DIR2.
+    compare: str | None = None
     # Sampling temperature; 0 takes the most likely token.
     temperature: float = 0.7
+    # Sample from the k most likely tokens; 0: from all.
+    top_k: int = 0
+    # Sample from the smallest set of most likely tokens with at least this total probability; 1: from all.
+    top_p: float = 1.0
+    # Seed of sampling: the same chat gets the same answers; null: another one each time.
+    seed: int | None = None
     # Maximum length of an answer, in tokens.
     max_new_tokens: int = 512
     # System prompt; null: the chat template's default.
     system: str | None = None
+    # Keep the typed lines for the next chat, where the arrow keys find them, in a file that only you can read; not those with a secret.
+    history: bool = True
     rollout: EngineConfig = field(default_factory=EngineConfig)
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
     def check(self) -> None:
         """Check values and combinations of keys. Raises UserError that names the key."""
-        at_least("temperature", self.temperature, 0.0)
-        at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_sampling(self.max_new_tokens, self.temperature, 1, self.top_k, self.top_p)
+        at_least("seed", self.seed, 0)
         check_engine(self.rollout)
+        if self.compare is not None and self.rollout.url is not None:
+            what = "a server at rollout.url has one model, and compare= asks for two"
+            raise UserError(what, where="compare", fix="leave out rollout.url, or compare")
 
 
 @dataclass
