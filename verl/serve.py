@@ -36,6 +36,15 @@ STARTER = "import os, sys; from verl.parent import end_with; end_with(int(sys.ar
 TOLD_LINES = 12  # of a server that fails
 END_SECONDS = 20.0  # for a server to answer what it has begun
 HEALTH_SECONDS = 0.3  # between two looks at whether it answers
+# Settings of a generation_config.json that change even the likeliest answer.
+CHANGE_ANSWERS = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "num_beams",
+    "bad_words_ids",
+)
 NOT_SERVED = {"trainer", "manifest.json", "generation_config.json", "README.md"}
 
 
@@ -143,6 +152,8 @@ def stop_at(stop_ids: list[int], folder: Path, source: Path) -> None:
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id[0]
     config.save_pretrained(folder)
+    if applied := [f"{name}={value}" for name in CHANGE_ANSWERS if (value := getattr(config, name, None)) not in (None, 0, 1, 1.0)]:
+        say(f"generation_config.json has {', '.join(applied)}: the server applies it also at temperature 0, verl eval and verl chat do not")
 
 
 def free_port(host: str, port: int) -> int:
