@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SERVE, SFT
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.help import comment_on, shown
 from verl.config.load import ALIASES, describe
@@ -22,6 +22,7 @@ COMMANDS: dict[str, Any] = {
     "verl eval": EVALUATE.schema(),
     "verl chat DIR": CHAT.schema(),
     "verl export SRC DIR": EXPORT.schema(),
+    "verl serve DIR": SERVE.schema(),
     "verl demo": DEMO.schema(),
 }
 # Groups whose keys depend on what is named.

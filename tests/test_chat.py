@@ -1,8 +1,15 @@
 """Talking with a checkpoint: turns, commands, streaming, and what ends an answer."""
 
+import fcntl
 import io
+import os
+import pty
+import select
+import struct
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +19,10 @@ from learned import ROWS
 from places import ROOT
 
 from verl import chat
-from verl.errors import exit_on_user_error
+from verl.data.render import Renderer
+from verl.errors import UserError, exit_on_user_error
 from verl.models.load import load_tokenizer
+from verl.models.tiny import write_tiny_model
 from verl.rollout import Completion, Sampling
 from verl.rollout.native import NativeRollout
 
@@ -45,6 +54,55 @@ def converse(learned_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         return capsys.readouterr().out
 
     return run
+
+
+DELETE, LEFT, RIGHT = "\x7f", "\x1b[D", "\x1b[C"
+
+
+def in_terminal(checkpoint: Path, typed: list[str], environment: dict[str, str], *words: str) -> str:
+    """What a terminal shows of a chat, forked from this process, in which each line is typed once the one before is answered."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = 1
+        try:
+            for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+                os.environ.pop(name, None)
+            os.environ.update({"TERM": "xterm", "COLUMNS": "100", "LINES": "40", **environment})
+            for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+                setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+            chat.main([str(checkpoint), "temperature=0", "max_new_tokens=40", *words])
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown = b""
+    for line in typed:
+        shown += read_until(terminal, b"> ")
+        os.write(terminal, f"{line}\r".encode())
+    shown += read_until(terminal, None)
+    assert os.waitpid(pid, 0)[1] == 0, shown.decode(errors="replace")
+    return shown.decode(errors="replace")
+
+
+def read_until(terminal: int, end: bytes | None, seconds: float = 120) -> bytes:
+    """What a terminal shows until it ends with `end`, or to its end."""
+    shown, since = b"", time.monotonic()
+    while (end is None or not shown.endswith(end)) and time.monotonic() - since < seconds:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                piece = os.read(terminal, 65536)
+            except OSError:  # Linux: the program has ended
+                break
+            if not piece:
+                break
+            shown += piece
+    assert end is None or shown.endswith(end), shown.decode(errors="replace")
+    return shown
+
+
+def load_renderer(checkpoint: Path) -> Renderer:
+    return Renderer(load_tokenizer(str(checkpoint)))
 
 
 def decoded(checkpoint: Path, prompt: list[int]) -> str:
@@ -182,3 +240,75 @@ def test_the_directory_can_be_named_by_its_key(
     monkeypatch.setattr(sys, "stdin", io.StringIO(ONE["question"]))
     chat.main([f"model_path={learned_checkpoint}", "temperature=0"])
     assert capsys.readouterr().out == f"{ONE['answer']}\n"
+
+
+def test_the_last_question_is_undone_or_answered_again(converse: Converse, prompts: list[list[int]]) -> None:
+    out = converse("/undo", ONE["question"], TWO["question"], "/undo", "/retry", TWO["question"])
+    first, second, again, last = prompts
+    assert again == first and last == second != first
+    assert out.startswith("there is nothing to undo\n") and out.count(ONE["answer"]) == 2
+
+
+def test_a_system_prompt_is_given_in_the_chat_and_begins_it_anew(
+    converse: Converse, prompts: list[list[int]], learned_checkpoint: Path
+) -> None:
+    converse(ONE["question"], "/system Be short.", "Hi", "/system", "Hi")
+    short, plain = (decoded(learned_checkpoint, prompt) for prompt in prompts[1:])
+    assert short.startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi")
+    assert plain == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_sampling_is_set_in_the_chat(converse: Converse, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors: list[object] = []
+    monkeypatch.setattr(chat, "print_error", errors.append)
+    out = converse("/set max_new_tokens=3 seed=7", ONE["question"], "/set top_p=2", "/set model_path=x", "/set")
+    assert out.count("temperature=0.0 top_k=0 top_p=1.0 seed=7 max_new_tokens=3\n") == 2 and "[cut at 3 tokens]" in out
+    assert [str(error).partition("\n")[0] for error in errors] == ["top_p: found 2.0", "cannot set 'model_path=x'"]
+
+
+def test_a_seed_gives_the_same_answers(converse: Converse) -> None:
+    words = ("temperature=9", "seed=3", "max_new_tokens=12")
+    assert converse("Hi", words=words) == converse("Hi", words=words) != converse("Hi", words=(*words[:1], "seed=4", *words[2:]))
+
+
+def test_two_models_answer_the_same_questions(
+    converse: Converse, prompts: list[list[int]], learned_checkpoint: Path, tmp_path: Path
+) -> None:
+    write_tiny_model(other := tmp_path / "other", ["What is 1 + 2?"])
+    out = converse(ONE["question"], "/undo", TWO["question"], words=("--compare", str(other)))
+    blocks = out.split(f"[1] {learned_checkpoint}\n")
+    assert [block.partition(f"[2] {other}\n")[0] for block in blocks] == ["", f"{ONE['answer']}\n", f"{TWO['answer']}\n"]
+    assert len(prompts) == 4 and prompts[2] == load_renderer(learned_checkpoint).prompt([{"role": "user", "content": TWO["question"]}])
+
+
+def test_a_chat_that_one_of_two_cannot_go_on_with_is_unchanged_in_both(learned_checkpoint: Path) -> None:
+    class Full(chat.Chat):
+        def ask(self, text: str, write: chat.Write = chat.print_now) -> bool:
+            raise UserError("is full")
+
+    config = chat.ChatConfig(model_path=str(learned_checkpoint), temperature=0.0)
+    one, full = chat.open_chat(config), Full(config, None, None, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="is full"):
+        chat.Talk([one, full]).ask(ONE["question"])
+    assert one.messages == full.messages == []
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C.UTF-8"}], ids=["C", "UTF-8"])
+def test_chinese_is_edited_by_characters_in_a_terminal(locale: dict[str, str], learned_checkpoint: Path, tmp_path: Path) -> None:
+    """Backspace takes one wide character away, not one of its bytes; and what was typed is found in the next chat, but no key."""
+    key = "hf_" + "a1b2c3d4e5f6g7h8"
+    typed = [f"你好{DELETE}{DELETE}{ONE['question']}", f"/system 请简{LEFT}短{RIGHT}答", f"my key is {key}", "/exit"]
+    state = tmp_path / "state"
+    shown = in_terminal(learned_checkpoint, typed, {**locale, "XDG_STATE_HOME": str(state)})
+    assert ONE["answer"].splitlines()[0] in shown and "\N{REPLACEMENT CHARACTER}" not in shown
+    file = state / "verl" / "chat_history"
+    assert file.read_text(encoding="utf-8").splitlines() == [ONE["question"], "/system 请短简答", "/exit"]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_answers_are_beside_each_other_in_a_terminal(learned_checkpoint: Path, tmp_path: Path) -> None:
+    environment = {"LC_ALL": "C.UTF-8", "XDG_STATE_HOME": str(tmp_path)}
+    shown = in_terminal(learned_checkpoint, [ONE["question"], "/exit"], environment, "--compare", str(learned_checkpoint), "history=false")
+    first = ONE["answer"].splitlines()[0]
+    assert any(line.count(first) == 2 and "│" in line for line in shown.splitlines())
+    assert not list(tmp_path.iterdir())

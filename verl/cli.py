@@ -7,13 +7,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from verl import __version__, signals
-from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SERVE, SFT, Command, load_module
 from verl.errors import UserError, exit_on_user_error
 
 EXAMPLES = "\n\n".join(
     [
         "Examples, each for the command of its name; COMMAND --help has all keys:",
-        *(command.example for command in (SFT, EVALUATE, CHAT, EXPORT, PPO, REWARD)),
+        *(command.example for command in (SFT, EVALUATE, CHAT, EXPORT, SERVE, PPO, REWARD)),
         SFT.example.replace("verl sft", "verl plan --gpus 8"),
         "verl demo",
         "verl doctor",
@@ -127,8 +127,14 @@ def chat(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def export(context: typer.Context) -> None:
-    """Write a checkpoint as a Hugging Face directory: merge its adapter, cast, split into files, and check the result: SRC NEW_DIR"""
+    """Write a checkpoint as a Hugging Face directory: merge its adapter, check the result, push it to the Hub: SRC NEW_DIR [--hub NAME]"""
     hand_on(context.args, EXPORT)
+
+
+@app.command(context_settings=PASS_ON)
+def serve(context: typer.Context) -> None:
+    """Answer requests in OpenAI's format over HTTP with a checkpoint: DIR"""
+    hand_on(context.args, SERVE)
 
 
 @app.command(context_settings=PASS_ON)

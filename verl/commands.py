@@ -86,9 +86,16 @@ CHAT = Command(
 EXPORT = Command(
     "verl.models.export",
     ("verl.config.commands", "ExportConfig"),
-    "verl export SRC NEW_DIR key=value …",
+    "verl export SRC NEW_DIR [--hub NAME] key=value …",
     "verl export checkpoints/verl-sft/run my-model",
     ("source", "directory"),
     ("verl.config.commands", "keyed"),
+)
+SERVE = Command(
+    "verl.serve",
+    ("verl.config.commands", "ServeConfig"),
+    "verl serve DIR key=value …",
+    "verl serve checkpoints/verl-sft/run",
+    ("model_path",),
 )
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …", "verl demo")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -119,47 +119,120 @@ def check_sampling(max_new_tokens: int, temperature: float, n: int, top_k: int, 
 
 @dataclass
 class ChatConfig:
-    """`verl chat DIR`: talk with a checkpoint in the terminal."""
+    """`verl chat DIR`: talk with a checkpoint in the terminal, or with two side by side: `verl chat DIR --compare DIR2`."""
 
-    # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name. `verl chat DIR` sets it too.
+    # A checkpoint: a model directory, a LoRA adapter directory, a run's directory, or a Hub name. `verl chat DIR` sets it too.
     model_path: str = MISSING
+    # A second checkpoint that answers the same questions. `--compare DIR2` means compare=DIR2.
+    compare: str | None = None
     # Sampling temperature; 0 takes the most likely token.
     temperature: float = 0.7
+    # Sample from the k most likely tokens; 0: from all.
+    top_k: int = 0
+    # Sample from the smallest set of most likely tokens with at least this total probability; 1: from all.
+    top_p: float = 1.0
+    # Seed of sampling: the same chat gets the same answers; null: another one each time.
+    seed: int | None = None
     # Maximum length of an answer, in tokens.
     max_new_tokens: int = 512
     # System prompt; null: the chat template's default.
     system: str | None = None
+    # Keep the typed lines for the next chat, where the arrow keys find them, in a file that only you can read; not those with a secret.
+    history: bool = True
     rollout: EngineConfig = field(default_factory=EngineConfig)
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
     def check(self) -> None:
         """Check values and combinations of keys. Raises UserError that names the key."""
-        at_least("temperature", self.temperature, 0.0)
-        at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_sampling(self.max_new_tokens, self.temperature, 1, self.top_k, self.top_p)
+        at_least("seed", self.seed, 0)
         check_engine(self.rollout)
+        if self.compare is not None and self.rollout.url is not None:
+            what = "a server at rollout.url has one model, and compare= asks for two"
+            raise UserError(what, where="compare", fix="leave out rollout.url, or compare")
+
+
+@dataclass
+class ServeConfig:
+    """`verl serve DIR`: answer requests in OpenAI's format over HTTP with a checkpoint, until Ctrl+C."""
+
+    # A checkpoint: a model directory, a LoRA adapter directory, a run's directory, or a Hub name. `verl serve DIR` sets it too.
+    model_path: str = MISSING
+    # Server: "vllm", "transformers", or "auto": vllm where it is installed, also in another environment on PATH.
+    engine: str = "auto"
+    # Address to listen at. 127.0.0.1 is this machine alone; 0.0.0.0 is everybody on its network.
+    host: str = "127.0.0.1"
+    # Port to listen at; 0: a free one.
+    port: int = 8000
+    # Name of the model in requests; null: that of the directory.
+    name: str | None = None
+    # Further words for the server's command line, such as [--max-model-len,4096].
+    arguments: list[str] = field(default_factory=list)
+    # Run Python code that comes with the model. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Check values and combinations of keys. Raises UserError that names the key."""
+        one_of("engine", self.engine, ("auto", "vllm", "transformers"))
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"found {self.port}", where="port", fix="give a number from 0 to 65535")
+        if self.name is not None and re.fullmatch(r"[A-Za-z0-9][\w.\-]*", self.name) is None:
+            raise UserError(f"found {self.name!r}", where="name", fix="use letters, digits, -, _ and .")
 
 
 @dataclass
 class ExportConfig:
-    """`verl export SRC DIR`: write a checkpoint as one Hugging Face directory, with an adapter merged into its base."""
+    """`verl export SRC DIR`: write a checkpoint as one Hugging Face directory, with an adapter merged into its base, and share it.
+
+    `--hub NAME`, `--gguf FILE` and `--card` mean hub=NAME, gguf=FILE and card=true. With one of them, DIR may be left out: SRC is then
+    shared as it is.
+    """
 
     # What to export: a LoRA adapter directory, a model directory, or a run's directory, which means its newest checkpoint.
     source: str = MISSING
     # Output directory; it must be new or empty. `verl export SRC DIR` means source=SRC directory=DIR.
-    directory: str = MISSING
+    directory: str | None = None
+    # Merge an adapter into its base model; false: write the adapter itself, which needs the base model to run.
+    merge: bool = True
     # Dtype of the weights: "bfloat16", "float16" or "float32"; null: that of the base.
     dtype: str | None = None
     # Maximum size of a weight file.
     max_shard_size: str = "5GB"
+    # Write README.md, a model card: data, method, settings, scores, chat template, licence of the base.
+    card: bool = False
+    # The run's directory, of which the card tells; null: the run in whose directory the checkpoint is.
+    run: str | None = None
+    # Directories of evaluations (output_dir of verl eval) for the card; null: those in the run's directory.
+    evaluations: list[str] | None = None
+    # Name of the base model on the Hub, for the card; null: known from the run, if the base is a name or in the Hub's cache.
+    base_model: str | None = None
+    # Push the directory with a model card to the Hugging Face Hub as this repository, such as my-name/my-model.
+    hub: str | None = None
+    # Whether a new repository is private.
+    hub_private: bool = True
+    # Push into a repository that is there already; files of the same names are replaced, in a new commit.
+    hub_replace: bool = False
+    # Write this file, too: the model in the GGUF format of llama.cpp and Ollama, by llama.cpp's own converter.
+    gguf: str | None = None
+    # Type of the weights in the GGUF file: "auto" (as in the directory), "f32", "f16", "bf16" or "q8_0".
+    gguf_type: str = "auto"
     # Run Python code that comes with the model. Only for sources that you trust.
     trust_remote_code: bool = False
 
     def check(self) -> None:
         """Check values and combinations of keys. Raises UserError that names the key."""
         one_of("dtype", self.dtype, (None, "bfloat16", "float16", "float32"))
+        one_of("gguf_type", self.gguf_type, ("auto", "f32", "f16", "bf16", "q8_0"))
         if re.fullmatch(r"[1-9]\d*(\.\d+)? *(KB|MB|GB|TB)", self.max_shard_size, re.IGNORECASE) is None:
             raise UserError(f"found {self.max_shard_size!r}", where="max_shard_size", fix="give a size such as 5GB or 500MB")
+        if self.directory is None and not (self.hub or self.card or self.gguf):
+            raise UserError("directory must be given", fix=f"verl export {self.source} NEW_DIR; --help lists all keys")
+        if self.directory is None and not self.merge:
+            raise UserError("merge=false without an output directory", where="merge", fix="leave it out: nothing is merged without one")
+        if not self.merge and (self.dtype or self.gguf):
+            key = "dtype" if self.dtype else "gguf"
+            raise UserError("an adapter that is not merged is written as it is", where=key, fix=f"leave out {key}, or merge=false")
 
 
 @dataclass
@@ -183,11 +256,45 @@ class DemoConfig:
         at_least("seed", self.seed, 0)
 
 
+# Options of `verl export` that stand for keys.
+EXPORT_OPTIONS, EXPORT_FLAGS = {"--hub": "hub", "--gguf": "gguf"}, {"--card": "card=true"}
+
+
 def keyed(given: Sequence[Any]) -> list[Any]:
-    """Rewrite the positional arguments SRC and DIR of an export, texts or paths, as `source=SRC` and `directory=DIR`."""
-    words = list(given)
+    """Rewrite the arguments of an export as `key=value`: SRC and DIR, texts or paths, and the options `--hub`, `--gguf` and `--card`.
+
+    Raises:
+        UserError: an option has no value.
+    """
+    words = optioned(given, EXPORT_OPTIONS, EXPORT_FLAGS)
     for number, name in enumerate(("source", "directory")):
         word = words[number] if len(words) > number else None
         if isinstance(word, os.PathLike) or (isinstance(word, str) and "=" not in word and not word.startswith("-")):
             words[number] = f"{name}={os.fspath(word)}"
     return words
+
+
+def optioned(given: Sequence[Any], options: Mapping[str, str], flags: Mapping[str, str] | None = None) -> list[Any]:
+    """Rewrite `--option VALUE` and `--option=VALUE` as `key=VALUE`, and flags as what they stand for, after all other arguments.
+
+    Args:
+        options: key of each option with a value.
+        flags: what each option without a value stands for.
+    Raises:
+        UserError: an option has no value.
+    """
+    rest: list[Any] = []
+    found: list[Any] = []
+    words = iter(given)
+    for word in words:
+        name, sign, value = word.partition("=") if isinstance(word, str) else ("", "", "")
+        if flags and name in flags and not sign:
+            found.append(flags[name])
+        elif name in options:
+            value = value if sign else next(words, None)
+            if value is None or (isinstance(value, str) and (not value or value.startswith("--"))):
+                raise UserError(f"{name} needs a value", fix=f"{name} VALUE, or {options[name]}=VALUE")
+            found.append(f"{options[name]}={os.fspath(value)}")
+        else:
+            rest.append(word)
+    return [*rest, *found]

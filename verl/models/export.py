@@ -1,4 +1,4 @@
-"""`verl export SRC DIR`: merge an adapter into its base model, cast the weights, and split them into files.
+"""`verl export SRC DIR`: merge an adapter into its base model, cast the weights, split them into files, and share the result.
 
 The exported model is loaded again, and its logits must equal those of the model in memory.
 
@@ -10,6 +10,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from verl.disk import check_room, disk_errors_named
 from verl.errors import UserError, exit_on_user_error
 from verl.manifest import refuse_inside
 from verl.models.adapters import files
+from verl.models.card import FILE as CARD
 from verl.models.foreign import newest_step
 from verl.models.format_check import read_format
 from verl.models.kind import GENERATES, check_kind
@@ -31,8 +33,10 @@ from verl.models.load import Loaded, load_for_training, load_tokenizer, read_ada
 from verl.models.load import read_config as read_model_config
 from verl.models.on_disk import OnDisk, weight_files, with_dtypes, without_dtypes
 from verl.models.saved import export_model
+from verl.models.sharing import Sharing, card_for, check_base, check_card, check_sharing, copy_adapter, put_card, share
 from verl.progress import quiet_libraries
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FIX = "make room, or choose a directory on another disk"
 PROBE = [
     {"role": "user", "content": "Natalia sold 48 clips in April, and half as many in May. How many did she sell in all?"},
@@ -53,34 +57,79 @@ def export(config: ExportConfig) -> Path:
         the written directory.
     Raises:
         UserError: the checkpoint or its base is missing, the directory is not empty, the adapter has no effect, or the result has
-            wrong logits.
+            wrong logits; or it cannot be shared as the config says.
         DiskError: the disk has no room, or fails.
     """
+    sharing = check_sharing(config)
+    if config.directory is None:
+        return share_as_it_is(config, sharing)
     target = Path(config.directory).expanduser().absolute()
     check_target(target)
     source = find_source(config.source)
     check_kind(source, GENERATES)
     with torch.no_grad(), scratch_beside(target) as folder:
-        loaded, base = load(source, config)
-        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
-        ids_T = probe(tokenizer, loaded.model)
-        expected_TV, effect_TV = (logits(loaded.model, ids_T), None) if base is None else merge(loaded, source, ids_T)
-        dtypes = cast(loaded, config.dtype)
-        cast_TV = logits(loaded.model, ids_T)
-        check_cast(cast_TV, expected_TV, effect_TV, set(dtypes.values()))
-        needed = size_of(loaded, dtypes)
-        check_room(target, needed, what="the exported model", fix=FIX)
-        with disk_errors_named(target, needed=needed, fix=FIX):
-            export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
-            say_kept(dtypes)
-            tokenizer.save_pretrained(folder)
-            keep_format(source, folder)
-        has_other_parts = hasattr(loaded.model, "absent")
-        del loaded
-        check_written(folder, cast_TV, ids_T, config, has_other_parts=has_other_parts)
+        if config.merge:
+            write_model(source, target, folder, config)
+        else:
+            copy_adapter(source, folder, config)
+        if config.card or sharing.place is not None:
+            put_card(card_for(config, Path(source), folder, say), folder)
+        if sharing.place is not None:
+            check_base(folder)
         commit(folder, target)
     say(f"wrote {target}: {describe(target)}")
+    share(config, sharing, target, None, say)
     return target
+
+
+def write_model(source: str, target: Path, folder: Path, config: ExportConfig) -> None:
+    """Write a whole model into the scratch directory of its target, and load it again. Raises as `export`."""
+    loaded, base = load(source, config)
+    tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+    ids_T = probe(tokenizer, loaded.model)
+    expected_TV, effect_TV = (logits(loaded.model, ids_T), None) if base is None else merge(loaded, source, ids_T)
+    dtypes = cast(loaded, config.dtype)
+    cast_TV = logits(loaded.model, ids_T)
+    check_cast(cast_TV, expected_TV, effect_TV, set(dtypes.values()))
+    needed = size_of(loaded, dtypes)
+    check_room(target, needed, what="the exported model", fix=FIX)
+    with disk_errors_named(target, needed=needed, fix=FIX):
+        export_model(folder, loaded.model, dtypes, max_shard_size=config.max_shard_size)
+        say_kept(dtypes)
+        tokenizer.save_pretrained(folder)
+        keep_format(source, folder)
+    has_other_parts = hasattr(loaded.model, "absent")
+    del loaded
+    check_written(folder, cast_TV, ids_T, config, has_other_parts=has_other_parts)
+
+
+def share_as_it_is(config: ExportConfig, sharing: Sharing) -> Path:
+    """Write the card of a directory, convert it or push it, without another directory of the model.
+
+    Raises:
+        UserError: it is no model directory; or as `check_card`, `check_base` and `share`.
+    """
+    folder = Path(find_source(config.source))
+    if not folder.is_dir():
+        raise UserError("is no directory here", where=config.source, fix=f"for a model of the Hub: verl export {config.source} NEW_DIR …")
+    check_kind(str(folder), GENERATES)
+    if config.card:
+        check_card(folder)
+    if sharing.place is not None:
+        check_base(folder)
+    card = None
+    if config.card or (sharing.place is not None and not (folder / CARD).is_file()):
+        card = card_for(config, folder, folder, say)
+    if config.card and card is not None:
+        put_card(card, folder)
+        say(f"wrote {folder / CARD}")
+    if sharing.file is not None and (folder / files.CONFIG).is_file() and not (folder / "config.json").is_file():
+        with scratch_beside(sharing.file) as scratch:
+            merged = replace(config, directory=str(scratch / folder.name), card=False, hub=None, gguf=None)
+            share(config, sharing, export(merged), card, say)
+    else:
+        share(config, sharing, folder, card, say)
+    return folder
 
 
 def size_of(loaded: Loaded, dtypes: OnDisk) -> int:
@@ -307,6 +356,8 @@ def commit(folder: Path, target: Path) -> None:
 
 
 def describe(target: Path) -> str:
+    if not (target / "config.json").is_file():
+        return f"an adapter of {(target / ADAPTER_WEIGHTS).stat().st_size / 1e6:,.1f} MB"
     files = weight_files(str(target))
     size = sum(path.stat().st_size for path in files)
     return f"{size / 1e9:,.2f} GB of weights in {len(files)} file{'s' if len(files) > 1 else ''}"
