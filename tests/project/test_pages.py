@@ -257,10 +257,6 @@ BESIDE = {
     "model.load_in_4bit": "model.lora_rank=8",
     "algorithm.kl_target": "algorithm.kl_coef=1",
 }
-    "trainer.best_metric": "data.val_files=x",
-    "model.load_in_4bit": "model.lora_rank=8",
-    "algorithm.kl_target": "algorithm.kl_coef=1",
-}
 
 
 def is_taken(name: str, words: list[str]) -> bool:
