@@ -96,11 +96,11 @@ coverage: $(STAMP) ## Run the tests and see that they reach 90% of the lines and
 golden: $(STAMP) ## Compare what training and evaluation give with tests/golden.json, bit for bit; a minute or two
 	$(BIN)/python tests/golden.py $(ARGS)
 
-$(BIN)/zensical: pyproject.toml constraints.txt | $(STAMP)
+$(VENV)/installed-docs: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-docs: $(BIN)/zensical ## Build the documentation as a site with an offline search, in build/site/html; a warning fails
+docs: $(VENV)/installed-docs ## Build the documentation as a site with an offline search, in build/site/html; a dead link fails; needs Python 3.11
 	$(BIN)/python docs/make_site.py
 
 clean: ## Remove the environment, caches and the demo's files

@@ -1,5 +1,6 @@
 """Builds the site of the documentation, from the pages as they are read in the repository: python docs/make_site.py"""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -23,6 +24,9 @@ NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 
 
 def main() -> None:
+    if importlib.util.find_spec("zensical") is None:
+        fix = 'make docs installs it, or pip install -c constraints.txt -e ".[docs]"; it needs Python 3.11 or newer'
+        raise SystemExit(f"error: zensical is not installed\n  fix: {fix}")
     shutil.rmtree(BUILD, ignore_errors=True)
     gather(ROOT, BUILD)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(BUILD / "mkdocs.yml")]

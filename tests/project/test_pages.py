@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import itertools
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,7 @@ def module(name: str, path: Path) -> ModuleType:
     return found
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 make_site = module("make_site", ROOT / "docs" / "make_site.py")
 
 
@@ -197,20 +199,46 @@ def test_every_page_is_in_the_navigation() -> None:
 # The site
 
 
-def test_the_site_is_built_without_a_warning_and_asks_no_other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
     pytest.importorskip("zensical", reason="needs the extra docs")
-    monkeypatch.setattr(make_site, "BUILD", tmp_path / "site")
-    with pytest.raises(SystemExit) as ended:
-        make_site.main()
-    assert ended.value.code == 0
-    html = tmp_path / "site" / "html"
+    folder = tmp_path_factory.mktemp("site") / "build"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_site, "BUILD", folder)
+        with pytest.raises(SystemExit) as ended:
+            make_site.main()
+    assert ended.value.code == 0, "a link or an anchor is dead, or something else was warned of"
+    return folder / "html"
+
+
+def test_the_site_has_all_pages_and_asks_no_other_host(site: Path) -> None:
     fetched = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?https?:|<link\b[^>]*\bhref=["']?https?:""")
-    written = list(html.rglob("*.html"))
+    written = list(site.rglob("*.html"))
     assert len(written) > len(PAGES) + len(OTHERS)
     assert [str(path) for path in written if fetched.search(path.read_text(encoding="utf-8"))] == []
-    found = (html / "search.js").read_text(encoding="utf-8")
+    found = (site / "search.js").read_text(encoding="utf-8")
     assert "data.truncation" in found and "显存" in found and "def score_group" not in found
-    assert (html / "site" / "iframe-worker.js").is_file()
+
+
+def test_a_page_from_a_folder_is_searched_in_english_and_chinese(site: Path) -> None:
+    """Without a server and a network, in a browser, at the width of a phone, too."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    noted: list[str] = []
+    with sync_api.sync_playwright() as started, started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+        for width, words in ((1280, "lora_alpha"), (390, "显存不足")):
+            tab = browser.new_page(viewport={"width": width, "height": 800})
+            tab.on("console", lambda message: noted.append(message.text))
+            tab.on("pageerror", lambda error: noted.append(str(error)))
+            tab.on("request", lambda request: noted.append(request.url) if request.url.startswith("http") else None)
+            tab.goto((site / "index.html").as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            tab.keyboard.press("Control+k")
+            tab.get_by_placeholder("Search").last.fill(words)
+            tab.get_by_text(re.compile(r"^[1-9]\d* results?$")).wait_for(timeout=20_000)
+    assert noted == []
 
 
 # What a page says of the code

@@ -16,7 +16,7 @@ from verl.demo.problems import make_problems
 
 # What brings a command down to the size of a test.
 SMALLER = {
-    "ppo": "trainer.total_training_steps=1 data.prompts_per_step=2 rollout.samples_per_prompt=2 rollout.max_new_tokens=8 data.max_prompt_length=128",
+    "ppo": "data.prompts_per_step=2 rollout.samples_per_prompt=2 rollout.max_new_tokens=8 trainer.total_training_steps=1",
     "reward": "data.train_batch_size=4 data.max_length=256 trainer.total_training_steps=1",
     "eval": "max_samples=2 max_new_tokens=8",
     "chat": "max_new_tokens=8",
@@ -51,7 +51,9 @@ def test_the_readmes_commands_run_in_their_order(folder: Path, monkeypatch: pyte
         assert done.exit_code == 0, f"{' '.join(words)}\n{done.output[-3000:]}"
     results = json.loads((folder / "eval-run" / "results.json").read_text())
     assert results["n"] == 2 and (folder / "my-model" / "model.safetensors").is_file()
-    assert list((folder / "checkpoints" / "verl-rl" / "run").glob("global_step_*")) and list((folder / "checkpoints").glob("verl-sft/run-2/*"))
+    assert list((folder / "checkpoints" / "verl-rl" / "run").glob("global_step_*")) and list(
+        (folder / "checkpoints").glob("verl-sft/run-2/*")
+    )
 
 
 def test_the_readme_in_chinese_has_the_same_commands() -> None:

@@ -1,12 +1,15 @@
-"""Draws docs/pictures/run.svg: a real run on generated problems, as a terminal shows it: python docs/make_pictures.py"""
+"""Draws docs/pictures/run.svg: a real run on generated problems, as a terminal shows it: python docs/make_run_picture.py"""
 
 import inspect
 import os
 import pty
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -15,12 +18,12 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "run.svg"
 COLUMNS, ROWS = 112, 34
-# What is typed: the demo's problems and model, at the settings of `verl demo` that matter for a model with random weights.
+# What is typed: the demo's problems and its model with random weights, which needs a hundred times the learning rate of a pretrained one.
 COMMAND = (
-    "verl sft data.train_files=train.jsonl data.val_files=test.jsonl data.train_batch_size=16 data.max_length=128 "
-    "model.partial_pretrain=model optim.lr=2e-3 trainer.test_freq=125"
+    "verl sft data.train_files=train.jsonl data.val_files=test.jsonl model.partial_pretrain=model data.train_batch_size=16 "
+    "data.micro_batch_size_per_gpu=16 data.max_length=128 model.enable_gradient_checkpointing=false optim.lr=2e-3 trainer.test_freq=40"
 )
-TRAIN_ROWS, TEST_ROWS = 8000, 100
+TRAIN_ROWS, TEST_ROWS = 1920, 64
 ESCAPE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|\x1b\][^\x07]*\x07|([\r\n\b])|([^\x1b\r\n\b])")
 
 
@@ -74,7 +77,11 @@ def main() -> None:
         folder = Path(name)
         prepare(folder)
         screen = run(folder)
-    shown = [f"\x1b[1;32m$\x1b[0m {line}" for line in folded(COMMAND)[:1]] + [f"    {line}" for line in folded(COMMAND)[1:]] + tidy(screen.text())
+    shown = (
+        [f"\x1b[1;32m$\x1b[0m {line}" for line in folded(COMMAND)[:1]]
+        + [f"    {line}" for line in folded(COMMAND)[1:]]
+        + tidy(screen.text())
+    )
     PICTURE.parent.mkdir(exist_ok=True)
     PICTURE.write_text(svg(shown), encoding="utf-8")
 
@@ -90,22 +97,23 @@ def prepare(folder: Path) -> None:
 
 def run(folder: Path) -> Screen:
     """Run the command in a terminal of its own, and return what that terminal shows at the end."""
-    screen, encoded = Screen(), b""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(folder)
-        size = {"COLUMNS": str(COLUMNS), "LINES": str(ROWS), "TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        os.execve(sys.executable, [sys.executable, "-m", *shlex.split(COMMAND)], {**os.environ, **size})
-    while True:
-        try:
-            encoded += os.read(terminal, 65536)
-        except OSError:  # the other end is closed
-            break
-    _, status = os.waitpid(process, 0)
-    screen.feed(encoded.decode("utf-8", "replace"))
-    if status:
+    inside, outside = pty.openpty()[::-1]
+    size = {"COLUMNS": str(COLUMNS), "LINES": str(ROWS), "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    command = [sys.executable, "-m", *shlex.split(COMMAND)]
+    with subprocess.Popen(command, cwd=folder, stdin=inside, stdout=inside, stderr=inside, env={**os.environ, **size}) as process:  # noqa: S603
+        os.close(inside)
+        screen = Screen()
+        screen.feed(b"".join(parts_of(outside)).decode("utf-8", "replace"))
+    if process.returncode:
         raise SystemExit("\n".join(Text.from_ansi(line).plain for line in screen.text()))
     return screen
+
+
+def parts_of(terminal: int) -> Iterator[bytes]:
+    """Read from a terminal until nobody writes into it any more, which is an error on Linux."""
+    with suppress(OSError):
+        while part := os.read(terminal, 65536):
+            yield part
 
 
 def folded(command: str) -> list[str]:
@@ -133,8 +141,9 @@ def svg(lines: list[str]) -> str:
     for line in lines:
         console.print(Text.from_ansi(line), soft_wrap=False, overflow="crop", no_wrap=True)
     template = inspect.signature(console.export_svg).parameters["code_format"].default
-    without_fonts = re.sub(r"@font-face \{\{.*?\}\}\n", "", template, flags=re.DOTALL)
-    return console.export_svg(title="verl sft", code_format=without_fonts.replace("Fira Code,", "ui-monospace, Menlo, Consolas,"), unique_id="run")
+    template = re.sub(r"@font-face \{\{.*?\}\}\n", "", template, flags=re.DOTALL)
+    template = template.replace("Fira Code,", "ui-monospace, Menlo, Consolas,")
+    return console.export_svg(title="verl sft", code_format=template, unique_id="run")
 
 
 if __name__ == "__main__":
