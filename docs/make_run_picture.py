@@ -18,12 +18,9 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "run.svg"
 COLUMNS, ROWS = 112, 34
-# What is typed: the demo's problems and its model with random weights, which needs a hundred times the learning rate of a pretrained one.
-COMMAND = (
-    "verl sft data.train_files=train.jsonl data.val_files=test.jsonl model.partial_pretrain=model data.train_batch_size=16 "
-    "data.micro_batch_size_per_gpu=16 data.max_length=128 model.enable_gradient_checkpointing=false optim.lr=2e-3 trainer.test_freq=40"
-)
-TRAIN_ROWS, TEST_ROWS = 1920, 64
+# What is typed: the demo's problems and its model with random weights, which need a larger learning rate than pretrained ones.
+COMMAND = "verl sft data.train_files=train.jsonl data.val_files=test.jsonl model.partial_pretrain=model optim.lr=1e-3 trainer.test_freq=100"
+TRAIN_ROWS, TEST_ROWS = 1600, 64
 ESCAPE = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|\x1b\][^\x07]*\x07|([\r\n\b])|([^\x1b\r\n\b])")
 
 
@@ -138,8 +135,8 @@ def tidy(lines: list[str]) -> list[str]:
 def svg(lines: list[str]) -> str:
     """The lines as a picture of a terminal, which asks no other host for a font."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor")  # noqa: SIM115
-    for line in lines:
-        console.print(Text.from_ansi(line), soft_wrap=False, overflow="crop", no_wrap=True)
+    for line in [*lines, ""]:
+        console.print(Text.from_ansi(line), soft_wrap=False, overflow="ellipsis", no_wrap=True)
     template = inspect.signature(console.export_svg).parameters["code_format"].default
     template = re.sub(r"@font-face \{\{.*?\}\}\n", "", template, flags=re.DOTALL)
     template = template.replace("Fira Code,", "ui-monospace, Menlo, Consolas,")

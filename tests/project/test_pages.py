@@ -67,6 +67,21 @@ def verl_words(words: list[str]) -> tuple[str, list[str]] | None:
     return None
 
 
+def without_options(name: str, words: list[str]) -> list[str]:
+    """The words without options such as `--gpus 4`, each of which the command's --help has."""
+    kept, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        option = word.partition("=")[0]
+        if not word.startswith("--") or option == "--config":
+            kept.append(word)
+            continue
+        assert re.search(rf"{option}\b", help_of(name)), f"verl {name} has no option {option}"
+        if "=" not in word and left and "=" not in left[0] and not left[0].startswith("--"):
+            left.pop(0)
+    return kept
+
+
 def read(name: str, rest: list[str], *, complete: bool) -> object | None:
     """The config that the words of a command stand for; None of a command without one.
 
@@ -74,13 +89,11 @@ def read(name: str, rest: list[str], *, complete: bool) -> object | None:
         complete: nothing may be left out of the command.
     """
     rest = [word for word in rest if word not in ("…", "&") and not word.startswith("$")]
-    while rest and rest[0].startswith("--") and rest[0] not in ("--help", "--version"):  # such as --gpus 4
-        option = rest[0].partition("=")[0]
-        assert re.search(rf"{option}\b", help_of(name)), f"verl {name} has no option {option}"
-        if rest[0] == "--config":
-            break
-        rest = rest[1:] if "=" in rest[0] or len(rest) < 2 or "=" in rest[1] else rest[2:]
-    if name not in COMMANDS or rest[:1] in (["--help"], ["--version"]):
+    if rest[:1] in (["--help"], ["--version"]):
+        help_of(name)
+        return None
+    rest = without_options(name, rest)
+    if name not in COMMANDS:
         help_of(name)
         return None
     places = POSITIONAL.get(name, ())
