@@ -1,6 +1,7 @@
 """Draws docs/pictures/run.svg: a real run on generated problems, as a terminal shows it: python docs/make_run_picture.py"""
 
 import inspect
+import io
 import os
 import pty
 import re
@@ -134,7 +135,7 @@ def tidy(lines: list[str]) -> list[str]:
 
 def svg(lines: list[str]) -> str:
     """The lines as a picture of a terminal, which asks no other host for a font."""
-    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor")  # noqa: SIM115
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for line in [*lines, ""]:
         console.print(Text.from_ansi(line), soft_wrap=False, overflow="ellipsis", no_wrap=True)
     template = inspect.signature(console.export_svg).parameters["code_format"].default

@@ -1,9 +1,11 @@
-"""The pages of the documentation, and what tests read from them: commands, links, anchors, tables."""
+"""The pages of the documentation, what tests read from them (commands, links, anchors, tables), and the scripts beside them."""
 
+import importlib.util
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from places import ROOT
 
@@ -71,3 +73,12 @@ def tables(text: str) -> list[list[list[str]]]:
         elif found[-1]:
             found.append([])
     return [table for table in found if table]
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found

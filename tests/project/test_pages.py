@@ -5,16 +5,14 @@ line: the keys by the command's config, the options by its --help. `make` needs 
 """
 
 import ast
-import importlib.util
 import itertools
 import re
 import shutil
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from pages import FRONT, OTHERS, PAGES, Link, anchors, blocks, commands, links, tables, text_of, without_code
+from pages import FRONT, OTHERS, PAGES, Link, anchors, blocks, commands, links, script, tables, text_of, without_code
 from places import ROOT
 from typer.testing import CliRunner
 
@@ -32,16 +30,8 @@ BY_MODULE = {command.module: name for name, command in COMMANDS.items() if name 
 COMPLETE = (*FRONT, "docs/start.md", "docs/zh/start.md")
 
 
-def module(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-make_site = module("make_site", ROOT / "docs" / "make_site.py")
+make_site = script("make_site")
 
 
 # Commands
