@@ -1,6 +1,6 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test learning faults soak prove families test-vllm check format shape golden coverage clean
+.PHONY: help setup demo test learning faults soak prove families test-vllm check format shape golden coverage docs clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -95,6 +95,13 @@ coverage: $(STAMP) ## Run the tests and see that they reach 90% of the lines and
 
 golden: $(STAMP) ## Compare what training and evaluation give with tests/golden.json, bit for bit; a minute or two
 	$(BIN)/python tests/golden.py $(ARGS)
+
+$(VENV)/installed-docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/installed-docs ## Build the documentation as a site with an offline search, in build/site/html; a dead link fails; needs Python 3.11
+	$(BIN)/python docs/make_site.py
 
 clean: ## Remove the environment, caches and the demo's files
 	rm -rf $(VENV) $(VLLM_VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -480,8 +480,8 @@ def test_a_script_that_guards_nothing_may_tokenize_in_many_processes(folder: Pat
     assert done.stdout.endswith("3 steps\n") and done.stdout.count("starting a new run") == 1
 
 
-def test_the_examples_of_the_readme_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_examples_of_the_page_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)
     for name, rows in (("train.jsonl", 8), ("test.jsonl", 2)):
         (tmp_path / name).write_text("".join((folder / name).read_text().splitlines(keepends=True)[:rows]))
     monkeypatch.chdir(tmp_path)

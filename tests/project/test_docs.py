@@ -1,91 +1,16 @@
-"""What the documentation says is so: its commands are read by the code, its lists are complete."""
+"""What the documentation says of the code is so: its lists are complete, what it places is there. Commands and links: test_pages.py."""
 
 import ast
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 from places import ROOT
 
 from verl import plugin
-from verl.config.commands import EvalConfig, ExportConfig
 from verl.config.load import load_config
-from verl.config.pairs import RewardTrainerConfig
-from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
-from verl.errors import UserError
-from verl.models import export
-
-SCHEMAS: dict[str, type] = {
-    "verl.trainer.fsdp_sft_trainer": SFTConfig,
-    "verl.eval.sft_evaluator": EvalConfig,
-    "sft": SFTConfig,
-    "plan": SFTConfig,
-    "ppo": PPOConfig,
-    "verl.trainer.ppo_trainer": PPOConfig,
-    "reward": RewardTrainerConfig,
-    "eval": EvalConfig,
-    "export": ExportConfig,
-}
-
-
-def commands(text: str) -> list[list[str]]:
-    """The words of each command in the ```bash blocks of a page."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def read(words: list[str], model: Path) -> object | None:
-    """The config that a command's words stand for, with a local model in place of a name on the Hub; None for other commands."""
-    if words[0] == "verl":
-        name, rest = words[1], words[2:]
-    elif "-m" in words:
-        name, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
-    else:
-        return None
-    local = [re.sub(r"^(model\.partial_pretrain)=.*", rf"\1={model}", word) for word in rest]
-    local = export.keyed(local) if name == "export" else local
-    return load_config(SCHEMAS[name], local) if name in SCHEMAS else None
-
-
-README = commands((ROOT / "README.md").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("words", README, ids=" ".join)
-def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    loaded = read(words, tmp_path)
-    if isinstance(loaded, (SFTConfig, PPOConfig, RewardTrainerConfig)):
-        assert loaded.model.partial_pretrain == str(tmp_path) or "--config" in words
-    else:
-        others = (["verl", "chat"], ["make", "setup"], ["make", "demo"])
-        assert isinstance(loaded, (EvalConfig, ExportConfig)) or words[:2] in others
-
-
-def test_a_command_with_a_wrong_key_would_be_noticed(tmp_path: Path) -> None:
-    (words,) = commands("```bash\npython -m verl.trainer.fsdp_sft_trainer \\\n  data.train_file=a.jsonl\n```\n")
-    with pytest.raises(UserError, match=r"unknown key 'data\.train_file'"):
-        read(words, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["qwen25_05b_one_gpu.sh", "qwen25_05b_four_gpus.sh"])
-def test_a_script_of_the_small_model_is_the_readmes_command(name: str) -> None:
-    text = (ROOT / "examples" / "sft" / name).read_text(encoding="utf-8")
-    (words,) = (words for words in commands(f"```bash\n{text}```") if "-m" in words)
-    assert words[-1] == "$@"
-    assert sorted(words[:-1]) in [sorted(command) for command in README]
-
-
-def test_the_readme_names_every_example_script() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    scripts = [
-        path.relative_to(ROOT).as_posix() for kind in ("sft/*.sh", "ppo/*.sh", "slurm/*.sbatch") for path in (ROOT / "examples").glob(kind)
-    ]
-    assert len(scripts) >= 11
-    assert [script for script in scripts if f"({script})" not in readme] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -100,19 +25,6 @@ def test_the_example_metric_counts_shared_words(response: str, score: float) -> 
     assert metric.score("What is it?", response, {"reference": "a red fox"}) == score
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_and_named_files_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    named = re.findall(r"`((?:verl|docs|examples|configs|tests)/[\w./-]+\.\w+)`", text)
-    assert [
-        name for name in [*((ROOT / page).parent / link for link in links), *(ROOT / name for name in named)] if not name.exists()
-    ] == []
-
-
 def test_the_list_of_keys_is_current() -> None:
     spec = importlib.util.spec_from_file_location("make_keys", ROOT / "docs" / "make_keys.py")
     assert spec is not None
@@ -123,7 +35,7 @@ def test_the_list_of_keys_is_current() -> None:
 
 
 def tree(text: str) -> set[str]:
-    """The files of the README's tree, as paths."""
+    """The files of the tree of docs/code.md, as paths."""
     (block,) = re.findall(r"^```\n(verl/\n.*?)^```", text, re.MULTILINE | re.DOTALL)
     found, folders = set(), [""]
     for line in block.splitlines():
@@ -140,8 +52,8 @@ def modules() -> set[str]:
     return {path for path in paths if not path.endswith("/__init__.py")}
 
 
-def test_the_readmes_tree_has_every_module() -> None:
-    assert tree((ROOT / "README.md").read_text(encoding="utf-8")) == modules()
+def test_the_tree_has_every_module() -> None:
+    assert tree((ROOT / "docs" / "code.md").read_text(encoding="utf-8")) == modules()
 
 
 def test_a_module_that_the_tree_lacks_is_noticed() -> None:

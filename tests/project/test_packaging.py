@@ -146,6 +146,15 @@ def test_each_target_sets_up_by_itself_and_only_once(fresh_clone: Path, target: 
     assert calls(fresh_clone) == [*SETUP, *then]
 
 
+def test_the_site_is_built_with_its_extra_which_is_installed_once(fresh_clone: Path) -> None:
+    words = ("docs", "PYTHON=./python", "ARGS=-k one")
+    assert make(*words, folder=fresh_clone).returncode == 0
+    install = SETUP[1].replace("[dev]", "[docs]")
+    assert calls(fresh_clone) == [*SETUP, install, "python docs/make_site.py"]
+    make(*words, folder=fresh_clone)
+    assert calls(fresh_clone) == ["python docs/make_site.py"]
+
+
 def test_vllm_has_an_environment_of_its_own(fresh_clone: Path) -> None:
     (fresh_clone / ".venv-vllm" / "bin").mkdir(parents=True)
     shutil.copy(fresh_clone / "python", fresh_clone / ".venv-vllm" / "bin")
