@@ -160,6 +160,17 @@ def test_a_convolution_and_its_gradients_are_those_of_each_document_alone(length
 # --- the trial of the package
 
 
+def test_the_last_state_of_each_packed_document_is_its_state_alone() -> None:
+    lengths, generator = [3, 70, 1, 64, 5], torch.Generator().manual_seed(0)
+    shapes = RULE.shapes if RULE is not None else ()
+    query, key, value, decay, beta = (torch.randn(1, sum(lengths), *shape, generator=generator) for shape in shapes)
+    inputs, bounds = (query, key, value, -0.01 * decay.abs(), beta.sigmoid()), F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    packed = vars(modeling_qwen3_5)[NAME](*inputs[:3], g=inputs[3], beta=inputs[4], cu_seqlens=bounds, output_final_state=True)[1]
+    for number, part in enumerate(zip(*(x.split(lengths, 1) for x in inputs), strict=True)):
+        _, state = OWN(*part[:3], g=part[3], beta=part[4], output_final_state=True)
+        torch.testing.assert_close(packed[number], state[0], atol=1e-5, rtol=0)
+
+
 def test_a_package_that_computes_each_document_alone_is_taken(install: Install) -> None:
     bounds = install(per_document)
     for dtype in (torch.float32, torch.bfloat16):

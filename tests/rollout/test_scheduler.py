@@ -10,11 +10,11 @@ A, B, C = (1, 2, 3), (4, 5), (6, 7, 8, 9)
 LIMIT = 20
 
 
-def scheduler_of(*prompts: tuple[int, ...], slots: int, on_gpu: bool = False, limits: tuple[int, ...] = ()) -> Scheduler:
+def scheduler_of(*prompts: tuple[int, ...], slots: int, on_gpu: bool = False, limits: tuple[int, ...] = (), **options: bool) -> Scheduler:
     """One request for each prompt."""
     nothing = np.zeros(0, dtype=np.float32)
     each = zip(prompts, limits or [LIMIT] * len(prompts), strict=True)
-    return Scheduler([Request(i, prompt, limit, nothing) for i, (prompt, limit) in enumerate(each)], slots, on_gpu=on_gpu)
+    return Scheduler([Request(i, prompt, limit, nothing) for i, (prompt, limit) in enumerate(each)], slots, on_gpu=on_gpu, **options)
 
 
 def admitted(queue: Scheduler) -> Admission:
@@ -101,6 +101,15 @@ def test_a_prompt_that_another_one_has_replaced_is_held_no_longer() -> None:
         admission = admitted(queue)
         assert admission.prefills == [[Prefill(prompt, [0])]] and admission.copies == []
         finish(queue, 0)
+
+
+def test_where_a_state_goes_on_with_its_answer_only_requests_that_start_together_share_a_prompt() -> None:
+    queue = scheduler_of(A, B, A, A, A, slots=3, keeps_prompts=False)
+    assert admitted(queue).prefills == [[Prefill(A, [0, 2]), Prefill(B, [1])]]
+    finish(queue, 1, 2)
+    admission = admitted(queue)
+    assert seats(admission) == [(1, 3), (2, 4)]
+    assert admission.copies == [] and admission.prefills == [[Prefill(A, [1, 2])]]
 
 
 def test_after_new_weights_no_prompt_is_held() -> None:

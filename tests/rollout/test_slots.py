@@ -9,15 +9,17 @@ import torch
 from verl.errors import UserError
 from verl.rollout import Options
 from verl.rollout.native import slots as module
-from verl.rollout.native.attention import KVShape
+from verl.rollout.native.attention import KVShape, RecurrentShape, StateCache, StateShape
 from verl.rollout.native.scheduler import Compaction, Request
-from verl.rollout.native.slots import Slots, SlotSize, bytes_per_position
+from verl.rollout.native.slots import Slots, SlotSize, bytes_of_states, bytes_per_position
 
 SHAPES = [KVShape(2, 4, 4), KVShape(2, 4, 6)]
+CONVOLUTION, RULE = StateShape((5, 3), torch.bfloat16), StateShape((2, 4, 6), torch.float32)
+RECURRENT = [RecurrentShape(CONVOLUTION, RULE), *SHAPES, RecurrentShape(CONVOLUTION, None)]
 
 
-def slots_of(**options: Any) -> Slots:
-    return Slots(SHAPES, 100, torch.float32, torch.device("cpu"), [0], Options(**options))
+def slots_of(shapes: list[Any] = SHAPES, **options: Any) -> Slots:
+    return Slots(shapes, 100, torch.float32, torch.device("cpu"), [0], Options(**options))
 
 
 def test_slots_that_serve_are_kept_and_others_grow() -> None:
@@ -59,6 +61,44 @@ def test_the_bytes_of_a_slot_are_those_of_its_tensors() -> None:
     slots.make(SlotSize(3, 7, 10))
     held = sum(tensor.nbytes for layer in slots.layers for tensor in layer)
     assert held == 3 * 7 * bytes_per_position(SHAPES, torch.float32)
+
+
+def test_the_bytes_of_a_slot_count_its_recurrent_state() -> None:
+    slots = slots_of(RECURRENT)
+    slots.make(SlotSize(3, 7, 10))
+    held = sum(tensor.nbytes for layer in slots.layers for tensor in layer if tensor is not None)
+    assert bytes_of_states(RECURRENT) == 2 * 5 * 3 * 2 + 2 * 4 * 6 * 4
+    assert held == 3 * (7 * bytes_per_position(RECURRENT, torch.float32) + bytes_of_states(RECURRENT))
+
+
+@pytest.mark.parametrize(("shapes", "expected"), [(SHAPES, 7), (RECURRENT, 6)])
+def test_fewer_slots_fit_where_they_hold_a_recurrent_state(shapes: list[Any], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = slots_of(shapes)
+    slots._device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (15_000, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    assert slots._slots_that_fit(7) == expected
+
+
+def test_recurrent_states_are_cleared_copied_and_moved_whole() -> None:
+    slots = slots_of(RECURRENT)
+    slots.make(SlotSize(3, 7, 4))
+    slots.reset()
+    first, last = slots.layers[0], slots.layers[3]
+    assert isinstance(first, StateCache) and isinstance(last, StateCache)
+    assert first.convolution is not None and first.rule is not None and last.convolution is not None and last.rule is None
+    states = (first.convolution, first.rule, last.convolution)
+    for state_S in states:
+        state_S.copy_(torch.arange(1, 4).view(3, *[1] * (state_S.ndim - 1)).expand_as(state_S))
+    slots.copy([(2, 0)], 1)
+    assert [state_S.flatten(1).unique(dim=1).tolist() for state_S in states] == [[[3], [2], [3]]] * 3
+    slots.clear_states([0])
+    slots.compact(Compaction([2], [1], 6, 2))
+    assert [state_S.flatten(1).unique(dim=1).tolist() for state_S in states] == [[[0], [3], [3]]] * 3
+    first.rule.fill_(float("nan"))
+    slots.clear_states([1])
+    assert first.rule.isnan().flatten(1).any(1).tolist() == [True, False, True]
 
 
 def test_a_moved_answer_goes_on_where_it_was() -> None:

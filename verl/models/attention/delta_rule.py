@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,16 @@ class Calls:
     @property
     def are_recurrent(self) -> bool:
         return self.convolution or self.rule is not None
+
+
+class CarriedState(Protocol):
+    """What a layer carries from token to token during generation. Its functions are given this as `carried`."""
+
+    def convolve(self, function: Callable[..., Tensor], hidden: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
+        """Compute a convolution; `function` computes it without a state."""
+
+    def compute(self, module: str, name: str, inputs: Sequence[Tensor], **options: Any) -> tuple[Tensor, None]:
+        """Compute the rule of this name in a module, of query, key, value, decay and beta."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,7 @@ def _function(found: Any) -> Any:
     return inspect.getclosurevars(type(found).forward).nonlocals.get("func") if isinstance(found, nn.Module) else found
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return transformers' PyTorch code of a function that calls a package where it is installed."""
     own: Callable[..., Any] = getattr(function, "__wrapped__", function)
     return own
@@ -158,13 +168,15 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _convolution(code: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(code)
-    def convolve(*args: Any, cu_seq_lens_q: Tensor | None = None, **options: Any) -> Tensor:
+    def convolve(*args: Any, cu_seq_lens_q: Tensor | None = None, carried: CarriedState | None = None, **options: Any) -> Tensor:
+        if carried is not None:
+            return carried.convolve(convolve, *args, **options)
         if _calls is not None:
             _calls.convolution = True
         if cu_seq_lens_q is not None:
             return _convolve_apart(*args, bounds=cu_seq_lens_q, **options)
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in (*args, *options.values()))
-        return (code if on_gpu else _own_code(code))(*args, **options)
+        return (code if on_gpu else own_code(code))(*args, **options)
 
     return convolve
 
@@ -217,7 +229,7 @@ def _earlier(input_TC: Tensor, shift: int, position_T: Tensor) -> Tensor:
 
 
 def _rule(code: Callable[..., Any], module: str, name: str) -> Callable[..., Any]:
-    own = _own_code(code)
+    own = own_code(code)
 
     @wraps(code)
     def compute(
@@ -229,8 +241,11 @@ def _rule(code: Callable[..., Any], module: str, name: str) -> Callable[..., Any
         beta: Tensor,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        carried: CarriedState | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if carried is not None:
+            return carried.compute(module, name, (query, key, value, g, beta), **options)
         inputs, bounds = (query, key, value, g, beta), cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         if _calls is not None:
             _calls.rule = Rule(module, name, tuple(tuple(x.shape[2:]) for x in inputs))
@@ -239,7 +254,7 @@ def _rule(code: Callable[..., Any], module: str, name: str) -> Callable[..., Any
         if by_kernels or bounds is None:
             found: tuple[Tensor, Tensor | None] = _call(code if by_kernels else own, inputs, cu_seqlens=bounds, **options)
             return found
-        return _by_length(own, inputs, bounds, **options), None
+        return _by_length(own, inputs, bounds, **options)
 
     return torch.compiler.disable(compute)  # type: ignore[no-any-return]
 
@@ -253,10 +268,10 @@ def _call(function: Callable[..., Any], inputs: Sequence[Tensor], **options: Any
     return function(query, key, value, g=g, beta=beta, **options)
 
 
-def _by_length(own: Callable[..., Any], inputs: Sequence[Tensor], bounds: Tensor, **options: Any) -> Tensor:
+def _by_length(own: Callable[..., Any], inputs: Sequence[Tensor], bounds: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
     """Compute a rule by PyTorch, for documents whose lengths round up to the same power of two at a time, padded at their ends.
 
-    Padding does not change what comes before it.
+    Padding changes neither what comes before it nor the last state.
     """
     lengths = bounds.diff().tolist()
     groups: dict[int, list[int]] = {}
@@ -264,12 +279,14 @@ def _by_length(own: Callable[..., Any], inputs: Sequence[Tensor], bounds: Tensor
         if length:
             groups.setdefault((length - 1).bit_length(), []).append(document)
     documents = [x[0].split(lengths) for x in inputs]
-    outputs: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
     for group in groups.values():
         padded = [pad_sequence([parts[document] for document in group], batch_first=True) for parts in documents]
-        output_SL, _ = _call(own, padded, **options)
-        outputs |= {document: output[: lengths[document]] for document, output in zip(group, output_SL, strict=True)}
-    return torch.cat([outputs[document] for document in sorted(outputs)])[None]
+        output_SL, state_S = _call(own, padded, **options)
+        for number, document in enumerate(group):
+            found[document] = output_SL[number, : lengths[document]], None if state_S is None else state_S[number]
+    outputs, states = zip(*(found[document] for document in sorted(found)), strict=True)
+    return torch.cat(outputs)[None], None if states[0] is None else torch.stack(states)
 
 
 # The trial of the kernels
@@ -288,12 +305,12 @@ def refusal(rule: Rule, device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # a package for another PyTorch or Triton may raise anything
         return f"cannot be imported: {_first_line(error)}"
     code = getattr(sys.modules[rule.module], rule.name).replaced
-    own = _own_code(code)
+    own = own_code(code)
     try:
         found = _results(lambda inputs, bounds, options: _call(code, inputs, cu_seqlens=bounds, **options)[0], rule, device, dtype)
     except Exception as error:  # whatever the package raises, the run continues without it and reports why
         return f"fails on this machine: {_first_line(error)}"
-    expected = _results(lambda inputs, bounds, options: _by_length(own, inputs, bounds, **options), rule, device, dtype)
+    expected = _results(lambda inputs, bounds, options: _by_length(own, inputs, bounds, **options)[0], rule, device, dtype)
     difference = max(float((f - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True))
     return None if difference < TOLERANCE else f"differs from the model's own code by {difference:.2g}"
 

@@ -5,10 +5,11 @@ over the prompts, without padding, and stores their keys and values in the slots
 sequence attends to its slot.
 
 Dimensions: S slots, L positions of a slot, B slots in use, T packed tokens, R stored tokens (a prompt with several responses is stored in
-several slots), N query heads, K key-value heads, G = N / K, D head size.
+several slots), P slots with a prompt, N query heads, K key-value heads, G = N / K, D head size.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,28 @@ class KVShape(NamedTuple):
     value_size: int
 
 
+class StateShape(NamedTuple):
+    """Shape and dtype of a state of one sequence."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+class RecurrentShape(NamedTuple):
+    """What a layer without attention carries from token to token: last inputs of its convolution, and state of its rule; None: nothing."""
+
+    convolution: StateShape | None
+    rule: StateShape | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(state.nbytes for state in self if state is not None)
+
+
 class LayerCache(NamedTuple):
     """KV cache of a layer: key_SKLD and value_SKLD."""
 
@@ -38,14 +61,26 @@ class LayerCache(NamedTuple):
     value: Tensor
 
 
+class StateCache(NamedTuple):
+    """State of a layer without attention, for each slot; see `RecurrentShape`."""
+
+    convolution: Tensor | None
+    rule: Tensor | None
+
+
 class PrefillBatch(NamedTuple):
-    """Packed prompts and their places in the slots: token source_R is stored at position position_R of slot slot_R."""
+    """Packed prompts and their places in the slots.
+
+    Token source_R is stored at position position_R of slot slot_R. Slot slot_P has prompt prompt_P of the batch.
+    """
 
     cu_seqlens: Tensor
     max_seqlen: int
     source_R: Tensor
     slot_R: Tensor
     position_R: Tensor
+    prompt_P: Tensor
+    slot_P: Tensor
 
 
 class DecodeBatch(NamedTuple):
@@ -60,9 +95,19 @@ class DecodeBatch(NamedTuple):
 
 @dataclass
 class ShapeProbe:
-    """Stand-in for a KV cache that records the shapes of a layer's keys and values."""
+    """Stand-in for the cache of a layer that records the shapes of its keys and values, and of its states by name."""
 
-    shapes: list[KVShape]
+    shapes: list[KVShape] = field(default_factory=list)
+    states: list[tuple[str, StateShape]] = field(default_factory=list)
+
+    def found(self) -> KVShape | RecurrentShape | None:
+        """Return what the layer keeps; None if it is neither one attention, nor one convolution or rule or both."""
+        states = dict(self.states)
+        if len(self.shapes) == 1 and not states:
+            return self.shapes[0]
+        if self.shapes or not states or len(states) < len(self.states):
+            return None
+        return RecurrentShape(states.get("convolution"), states.get("rule"))
 
 
 def slot_attention(

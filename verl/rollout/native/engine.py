@@ -36,8 +36,8 @@ class NativeRollout:
     Attributes:
         scheduler, slots, runner: parts of the engine; each call creates a new scheduler.
     Raises:
-        UserError: the architecture has other decode state than keys and values, its attention is not supported, or its answers are not
-            those of the plain model.
+        UserError: the architecture has other decode state than keys and values or that of a delta rule, its attention is not supported, or
+            its answers are not those of the plain model.
     """
 
     def __init__(self, model: PreTrainedModel, stop_ids: Sequence[int], options: Options = DEFAULTS, *, is_shared: bool = False):
@@ -127,7 +127,8 @@ class NativeRollout:
         self.slots.reset()
         self.runner.set_temperature(sampling.temperature)
         # A new scheduler, so that no keys and values of earlier calls are reused: shared weights may have changed without notice.
-        self.scheduler = Scheduler(_requests(prompts, sampling, seeds), self.slots.number, on_gpu=self._device.type == "cuda")
+        requests, on_gpu = _requests(prompts, sampling, seeds), self._device.type == "cuda"
+        self.scheduler = Scheduler(requests, self.slots.number, on_gpu=on_gpu, keeps_prompts=not self.slots.are_recurrent)
 
     def _admit(self) -> None:
         """Start queued requests in free slots, if the scheduler decides so."""
@@ -135,6 +136,7 @@ class NativeRollout:
         if admission is None:
             return
         try:
+            self.slots.clear_states([slot for slot, _ in admission.seated])
             self.slots.copy(admission.copies, admission.copied_positions)
             for batch in admission.prefills:
                 self.runner.prefill(batch, self.slots)

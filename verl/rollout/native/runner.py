@@ -1,6 +1,7 @@
 """The model of the native engine: prefill, and decode steps as CUDA graphs.
 
-The model is not copied. During a forward pass, its decoder layers use the KV caches of the slots and the attention of `attention.py`.
+The model is not copied. During a forward pass, its decoder layers use the caches of the slots, with the attention of `attention.py` and the
+state of `recurrent.py`.
 Afterwards, the model is restored for its trainer.
 
 Dimensions: S slots, B rows of a decode step (the first B slots), T packed tokens, R stored tokens, H hidden size, V vocabulary, C tokens of
@@ -21,11 +22,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 from verl.engine.layers import decoder_layers
 from verl.engine.logprobs import LogitRule
 from verl.errors import UserError
+from verl.models.attention.delta_rule import keep_documents_apart
 from verl.models.linear import multiply, use_whole_cpu
 from verl.rollout import Sampling
 from verl.rollout._model import generation_mode
 from verl.rollout._sampler import BLOCK, lowest_kept_token, sample
-from verl.rollout.native.attention import SLOTS, DecodeBatch, KVShape, LayerCache, PrefillBatch, ShapeProbe, has_kernel
+from verl.rollout.native.attention import (
+    SLOTS,
+    DecodeBatch,
+    KVShape,
+    LayerCache,
+    PrefillBatch,
+    RecurrentShape,
+    ShapeProbe,
+    StateCache,
+    has_kernel,
+)
+from verl.rollout.native.recurrent import SlotState
 from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
 
@@ -41,9 +54,9 @@ class Runner:
         compiles: whether to compile the decoder layers for decoding.
     Attributes:
         device: device of the model.
-        shapes: shapes of the keys and values of one token, for each layer.
+        shapes: for each layer, shapes of the keys and values of one token, or of its recurrent state.
     Raises:
-        UserError: the architecture has other decode state than keys and values, or its attention is not supported.
+        UserError: the architecture has other decode state than these, or its attention is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, *, compiles: bool):
@@ -58,11 +71,13 @@ class Runner:
         self._temperature = torch.zeros(1, device=self.device)
 
     @torch.no_grad()
-    def _probe(self) -> list[KVShape]:
-        """Return the shapes of each layer's keys and values, from a forward pass of two tokens."""
-        probes, kind = [ShapeProbe([]) for _ in self._layers], type(self.model).__name__
-        index_T = torch.arange(2, device=self.device)
-        batch = PrefillBatch(torch.tensor([0, 2], dtype=torch.int32, device=self.device), 2, index_T, index_T, index_T)
+    def _probe(self) -> list[KVShape | RecurrentShape]:
+        """Return the shapes of what each layer keeps, from a forward pass of two tokens."""
+        probes, kind = [ShapeProbe() for _ in self._layers], type(self.model).__name__
+        keep_documents_apart(self.model)
+        index_T, first_P = torch.arange(2, device=self.device), torch.zeros(1, dtype=torch.int64, device=self.device)
+        bounds = torch.tensor([0, 2], dtype=torch.int32, device=self.device)
+        batch = PrefillBatch(bounds, 2, index_T, index_T, index_T, first_P, first_P)
         try:
             if getattr(self.model.get_output_embeddings(), "weight", None) is None:
                 raise UserError("it has no output layer with weights")
@@ -72,15 +87,16 @@ class Runner:
                 raise UserError("its attention is its own code, without transformers' attention interface")
             with self._attending(_run_layer, probes, batch):
                 self._forward(index_T[None], index_T[None])
-            if not probes or any(len(probe.shapes) != 1 for probe in probes):
-                raise UserError("it has other decode state than the keys and values of one attention in each layer")
+            shapes = [shape for probe in probes if (shape := probe.found()) is not None]
+            if not probes or len(shapes) < len(probes):
+                raise UserError("it has other decode state than the keys and values of one attention, or of one delta rule, in each layer")
+            return shapes
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model's code may raise anything where it is run in a way that it does not expect
             raised = f"its code does not take packed texts ({type(error).__name__}: {error})".replace("\n", " ")
             what = error.what if isinstance(error, UserError) else raised
             raise UserError(f"{kind} cannot be run by the native engine: {what}", where="rollout.name=native", fix=USE_HF) from error
-        return [probe.shapes[0] for probe in probes]
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -105,7 +121,7 @@ class Runner:
 
     @torch.no_grad()
     def prefill(self, prefills: Sequence[Prefill], slots: Slots) -> None:
-        """Run packed prompts, without their last tokens, through the model, and store their keys and values in the slots."""
+        """Run packed prompts, without their last tokens, through the model, and store what its layers keep in the slots."""
         ids = [np.array(prefill.prompt[:-1], dtype=np.int64) for prefill in prefills]
         position_T = np.concatenate([np.arange(len(x)) for x in ids])
         batch = _prefill_batch(list(map(len, ids)), position_T, [prefill.slots for prefill in prefills], self.device)
@@ -174,12 +190,17 @@ class Runner:
     # --- the model
 
     def _attending(
-        self, run_layer: Callable[..., Any], caches: Sequence[LayerCache | ShapeProbe], batch: PrefillBatch | DecodeBatch
+        self, run_layer: Callable[..., Any], caches: Sequence[LayerCache | StateCache | ShapeProbe], batch: PrefillBatch | DecodeBatch
     ) -> AbstractContextManager[None]:
-        """Put the model into generation mode in this context; `run_layer` runs its layers, which attend to these caches."""
+        """Put the model into generation mode in this context; `run_layer` runs its layers, which use these caches."""
 
-        def forward_of(layer: nn.Module, cache: LayerCache | ShapeProbe) -> Callable[..., Any]:
-            return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, **kwargs)
+        def forward_of(layer: nn.Module, cache: LayerCache | StateCache | ShapeProbe) -> Callable[..., Any]:
+            if isinstance(cache, LayerCache):
+                return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, **kwargs)
+            carried = SlotState(cache, batch)
+            if isinstance(cache, StateCache):  # not compiled, because the rules of transformers are not
+                return lambda *args, **kwargs: _run_layer(layer, *args, carried=carried, **kwargs)
+            return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, carried=carried, **kwargs)
 
         return generation_mode(
             self.model, SLOTS, {layer: forward_of(layer, cache) for layer, cache in zip(self._layers, caches, strict=True)}
@@ -206,12 +227,15 @@ def _prefill_batch(lengths: list[int], position_T: np.ndarray, slots: list[list[
         [np.tile(start + np.arange(length), len(own)) for start, length, own in zip(starts[:-1], lengths, slots, strict=True)]
     )
     slot_R = np.concatenate([np.repeat(own, length) for length, own in zip(lengths, slots, strict=True)])
+    prompt_P = np.repeat(np.arange(len(slots)), list(map(len, slots)))
     return PrefillBatch(
         to_device(starts.astype(np.int32), device),
         max(lengths),
         to_device(source_R, device),
         to_device(slot_R, device),
         to_device(position_T[source_R], device),
+        to_device(prompt_P, device),
+        to_device(np.concatenate(slots), device),
     )
 
 

@@ -84,10 +84,12 @@ class Scheduler:
         slots: number of slots.
         on_gpu: whether to admit requests in groups, and to round the rows of a decode step up to a power of two, so that a few CUDA graphs
             are enough.
+        keeps_prompts: whether a slot still has what the model computed for its prompt after decode steps. A recurrent state does not last,
+            so that a prompt is shared by requests that start together only.
     """
 
-    def __init__(self, requests: Iterable[Request], slots: int, *, on_gpu: bool):
-        self._queue, self._slots, self._on_gpu = deque(requests), slots, on_gpu
+    def __init__(self, requests: Iterable[Request], slots: int, *, on_gpu: bool, keeps_prompts: bool = True):
+        self._queue, self._slots, self._on_gpu, self._keeps_prompts = deque(requests), slots, on_gpu, keeps_prompts
         self._running: list[Request | None] = []  # by slot, up to the last one in use
         self._prompts: dict[int, Prompt] = {}  # by slot: the prompt whose keys and values are in it, also after its response has ended
 
@@ -113,6 +115,8 @@ class Scheduler:
         free = [slot for slot in range(self._slots) if slot >= len(self._running) or self._running[slot] is None]
         if len(free) < self._min_free():
             return None
+        if not self._keeps_prompts:
+            self._prompts.clear()
         seated = self._seat(free, [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))])
         self._running += [None] * (max(slot for slot, _ in seated) + 1 - len(self._running))
         for slot, request in seated:

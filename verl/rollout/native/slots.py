@@ -1,10 +1,11 @@
-"""Device memory for generation. A slot holds one sequence: a KV cache in every layer, and an entry in the decode state.
+"""Device memory for generation. A slot holds one sequence: in every layer a KV cache or a recurrent state, and an entry in the
+decode state.
 
 Dimensions: S slots, L positions of a slot, K key-value heads, D head size, G maximum response length, Z stop tokens, R subset of the slots.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from verl.rollout import Options
 from verl.rollout._model import out_of_memory
-from verl.rollout.native.attention import KVShape, LayerCache
+from verl.rollout.native.attention import KVShape, LayerCache, RecurrentShape, StateCache, StateShape
 from verl.rollout.native.scheduler import Compaction, Request
 
 MAX_SLOTS = {"cuda": 2048, "cpu": 64}  # with more slots, the time of a step grows in proportion to their number
@@ -121,14 +122,14 @@ class Slots:
     """All slots of a model. `make` allocates them, and `free` frees them.
 
     Args:
-        shapes: shapes of the keys and values of one token, for each layer.
+        shapes: for each layer, shapes of the keys and values of one token, or of its recurrent state.
         vocabulary: vocabulary size, because a decode step has the logits of every slot in memory.
         dtype: dtype of keys, values and logits.
         stop_ids: tokens that end a response.
         options: engine options; `max_sequences` and `max_positions` are used.
     Attributes:
         size: size of the slots; None if they are not allocated.
-        layers: KV cache of each layer.
+        layers: KV cache or recurrent state of each layer.
         state: decode state.
     """
 
@@ -136,7 +137,7 @@ class Slots:
 
     def __init__(
         self,
-        shapes: Sequence[KVShape],
+        shapes: Sequence[KVShape | RecurrentShape],
         vocabulary: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -147,7 +148,12 @@ class Slots:
         self._stop_ids, self._options = stop_ids, options
         self._max_slots = sys.maxsize  # slots that fit into memory; not limited before an allocation was cut
         self.size: SlotSize | None = None
-        self.layers: list[LayerCache] = []
+        self.layers: list[LayerCache | StateCache] = []
+
+    @property
+    def are_recurrent(self) -> bool:
+        """Return whether a layer has a recurrent state, so that decode steps change what a slot has of its prompt."""
+        return any(isinstance(shape, RecurrentShape) for shape in self._shapes)
 
     @property
     def number(self) -> int:
@@ -188,19 +194,24 @@ class Slots:
             raise out_of_memory(slots, self._options) from error
         self.size = SlotSize(slots, positions, size.longest_answer)
 
-    def _layer_cache(self, shape: KVShape, slots: int, positions: int) -> LayerCache:
+    def _layer_cache(self, shape: KVShape | RecurrentShape, slots: int, positions: int) -> LayerCache | StateCache:
+        if isinstance(shape, RecurrentShape):
+            return StateCache(*(None if state is None else self._zeros(state, slots) for state in shape))
         # Zeros, because attention masks positions that were never written, but a mask does not hide NaN.
         return LayerCache(
             torch.zeros(slots, shape.heads, positions, shape.key_size, dtype=self._dtype, device=self._device),
             torch.zeros(slots, shape.heads, positions, shape.value_size, dtype=self._dtype, device=self._device),
         )
 
+    def _zeros(self, state: StateShape, slots: int) -> Tensor:
+        return torch.zeros(slots, *state.sizes, dtype=state.dtype, device=self._device)
+
     def _slots_that_fit(self, positions: int) -> int:
         if self._device.type != "cuda":
             return sys.maxsize
         free, _ = torch.cuda.mem_get_info(self._device)
         free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        cache_bytes = positions * bytes_per_position(self._shapes, self._dtype)
+        cache_bytes = positions * bytes_per_position(self._shapes, self._dtype) + bytes_of_states(self._shapes)
         return max(1, int(free * SHARE_OF_FREE) // (cache_bytes + self._vocabulary * (self._dtype.itemsize + 1)))
 
     def free(self) -> None:
@@ -215,21 +226,28 @@ class Slots:
         if self._device.type != "cuda":
             return True
         total = torch.cuda.get_device_properties(self._device).total_memory
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer) > WORTH_FREEING * total
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer if tensor is not None) > WORTH_FREEING * total
 
     def reset(self) -> None:
         """Mark all slots as inactive, at the start of a call."""
         self.state.active_S.zero_()
         self.state.position_S.zero_()
 
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Clear the recurrent states that earlier requests have left in these slots."""
+        if self.are_recurrent:
+            slot_R = to_device(slots, self._device)
+            for state_S in self._states:
+                state_S[slot_R] = 0
+
     def copy(self, pairs: Sequence[tuple[int, int]], positions: int) -> None:
-        """Copy the first `positions` positions of the KV caches between slots, for each pair (source, target)."""
+        """Copy the first `positions` positions of the KV caches, and recurrent states, between slots, for each pair (source, target)."""
         if pairs:
             source_R, target_R = (to_device([pair[side] for pair in pairs], self._device) for side in (0, 1))
             self._copy(source_R, target_R, positions)
 
     def compact(self, compaction: Compaction) -> None:
-        """Move responses to lower slots, with their KV caches and decode state."""
+        """Move responses to lower slots, with their KV caches, recurrent states and decode state."""
         source_R, target_R = to_device(compaction.sources, self._device), to_device(compaction.targets, self._device)
         self._copy(source_R, target_R, compaction.positions)
         self.state.move(source_R, target_R)
@@ -238,13 +256,25 @@ class Slots:
 
     def _copy(self, source_R: Tensor, target_R: Tensor, positions: int) -> None:
         for layer in self.layers:
-            for cache_SKLD in layer:
-                cache_SKLD[target_R, :, :positions] = cache_SKLD[source_R, :, :positions]
+            if isinstance(layer, LayerCache):
+                for cache_SKLD in layer:
+                    cache_SKLD[target_R, :, :positions] = cache_SKLD[source_R, :, :positions]
+        for state_S in self._states:
+            state_S[target_R] = state_S[source_R]
+
+    @property
+    def _states(self) -> Iterator[Tensor]:
+        return (state_S for layer in self.layers if isinstance(layer, StateCache) for state_S in layer if state_S is not None)
 
 
-def bytes_per_position(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:
-    """Return the bytes of one position of one slot, summed over all layers."""
-    return sum(shape.heads * (shape.key_size + shape.value_size) for shape in shapes) * dtype.itemsize
+def bytes_per_position(shapes: Sequence[KVShape | RecurrentShape], dtype: torch.dtype) -> int:
+    """Return the bytes of one position of one slot, summed over all layers with attention."""
+    return sum(shape.heads * (shape.key_size + shape.value_size) for shape in shapes if isinstance(shape, KVShape)) * dtype.itemsize
+
+
+def bytes_of_states(shapes: Sequence[KVShape | RecurrentShape]) -> int:
+    """Return the bytes of the recurrent state of one slot, summed over all layers that have one."""
+    return sum(shape.nbytes for shape in shapes if isinstance(shape, RecurrentShape))
 
 
 def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
