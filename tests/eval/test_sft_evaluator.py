@@ -414,14 +414,6 @@ def test_every_engine_gives_the_same_answers(tmp_path: Path, checkpoint: Path, n
 # Numbers and commands
 
 
-def test_the_interval_is_wilsons() -> None:
-    """Against the values in Newcombe 1998, table I, method 3."""
-    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
-        assert wilson_interval(right / n, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(1.0, 4) == pytest.approx((0.5101, 1.0), abs=5e-5)
-    assert wilson_interval(1.5, 4) is None
-
-
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K in {GSM8K}")
 def test_every_row_of_gsm8k_can_be_asked() -> None:
     settings = EvalConfig(model_path="m", test_file=str(GSM8K / "test.jsonl"), output_dir="o")

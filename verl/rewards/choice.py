@@ -14,6 +14,7 @@ from verl.rewards import _statement, math
 
 FLEXIBLE = "match of the last letter"  # name of the flexible method in the evaluator's table
 DECORATION = r"[\s*_`\"'“”$(\[{（【]*"  # before a letter
+SMALL = re.compile(rf"{DECORATION}[a-z][\s*_`\"'”$)\]}}）】.]*")  # `(b)`
 TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|bf|rm)\s*(?=\{)")
 
 
@@ -62,6 +63,7 @@ def extract_answer(text: str, settings: Settings) -> str | None:
 def letter_of(text: str, letters: str) -> str | None:
     """Return the letter of an option that a line begins with: alone, or with a mark behind it. `A cat` is a sentence."""
     text = TEXT_COMMAND.sub("", text)
+    text = text.upper() if SMALL.fullmatch(text) else text
     marked = re.match(rf"{DECORATION}([{letters}])(?:[\s*_`\"'“”$)\]}}）】.:,;、。]*$|[*_`$]*[)\]}}）】.:,、](?!\w\.))", text)
     return marked[1] if marked else None
 

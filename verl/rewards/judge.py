@@ -9,7 +9,6 @@ import http.client
 import json
 import os
 import re
-import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from time import sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -197,7 +197,7 @@ def asked(prompt: str, settings: Settings) -> str:
     while isinstance(found := _answered(url, data, settings), _FailedError):
         if not found.may_pass or attempt > settings.judge_retries:
             raise UserError(f"{found}{f' (asked {attempt} times)' if attempt > 1 else ''}", where=url, fix=found.fix) from found
-        time.sleep(min(LONGEST_WAIT, found.seconds if found.seconds is not None else 2.0 ** (attempt - 1)))
+        sleep(min(LONGEST_WAIT, found.seconds if found.seconds is not None else 2.0 ** (attempt - 1)))
         attempt += 1
     return found
 

@@ -60,7 +60,7 @@ def extract_answer(text: str, settings: Settings) -> str | None:
             break
     if chosen is None:
         return None
-    found = next((group for group in chosen.groups() if group is not None), "") if chosen.re.groups else chosen[0]
+    found = next((group for group in chosen.groups() if group), "") if chosen.re.groups else chosen[0]
     return " ".join(found.split()) or None
 
 
