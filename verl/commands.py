@@ -49,7 +49,7 @@ def load_module(name: str) -> ModuleType:
 SFT = Command("verl.trainer.fsdp_sft_trainer", ("verl.config.sft", "SFTConfig"), "verl sft [--gpus N] key=value …")
 PPO = Command("verl.trainer.ppo_trainer", ("verl.config.ppo", "PPOConfig"), "verl ppo [--gpus N] key=value …")
 REWARD = Command("verl.trainer.reward_trainer", ("verl.config.pairs", "RewardTrainerConfig"), "verl reward [--gpus N] key=value …")
-EVALUATE = Command("verl.eval.sft_evaluator", ("verl.config.commands", "EvalConfig"), "verl eval key=value …")
+EVALUATE = Command("verl.eval.sft_evaluator", ("verl.config.commands", "EvalConfig"), "verl eval key=value … [--against OTHER]")
 CHAT = Command("verl.chat", ("verl.config.commands", "ChatConfig"), "verl chat DIR key=value …")
 EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"), "verl export SRC DIR key=value …")
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")

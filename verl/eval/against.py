@@ -1,7 +1,9 @@
 """Comparison of an evaluation with another one: the same questions, the same metric, a paired test.
 
-verl eval key=value … --against OTHER     evaluate, and compare; if OTHER is a checkpoint, it is evaluated first, in output_dir/against
-verl eval DIR --against OTHER             compare two finished evaluations
+    verl eval key=value … --against OTHER     evaluate, and compare
+    verl eval DIR --against OTHER             compare two finished evaluations
+
+In the first form, OTHER may also be a checkpoint. It is evaluated first, into output_dir/against.
 """
 
 import json
