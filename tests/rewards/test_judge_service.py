@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from learned import ROWS, write_rows
 
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.errors import UserError
+from verl.eval.sft_evaluator import evaluate
 from verl.rewards import judge
 from verl.rewards._scoring import Grader, Loaded
 from verl.workers.calls import Failure
@@ -246,3 +248,29 @@ def test_a_prompt_that_does_not_show_the_answer_is_refused(tmp_path: Path) -> No
     (tmp_path / "p.txt").write_text("{question}")
     with pytest.raises(UserError, match=r"has no \{answer\}"):
         judge.Settings("http://h/v1", "m", str(tmp_path / "p.txt")).check()
+
+
+def test_an_evaluation_by_a_judge_keeps_the_key_out_of_all_files(
+    service: Service, tmp_path: Path, learned_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    service.reply = lambda number, body: graded(f"Grade: {number + 1}")
+    words = [
+        f"model_path={learned_checkpoint}",
+        f"test_file={write_rows(tmp_path / 'test.jsonl', ROWS)}",
+        "max_new_tokens=40",
+        "batch_size=1",
+    ]
+    words += ["metric=judge", f"reward.judge_url={service.url}", "reward.judge_model=m"]
+    results = evaluate(load_config(EvalConfig, [*words, f"output_dir={tmp_path / 'out'}"]))
+    assert results["exact_match"] == pytest.approx(0.25) and results["confidence_interval_method"] == "bootstrap"
+    assert "mean grade of the judge" in capsys.readouterr().out
+    assert {headers["Authorization"] for _, headers, _ in service.requests} == {f"Bearer {KEY}"}
+    assert not any(KEY in file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir())
+
+    judge._replies.__init__()  # type: ignore[misc]
+    service.reply = lambda number, body: graded("Grade: 3") if number < 6 else (403, {}, {"error": "no more credit"})
+    with pytest.raises(UserError, match="answered 403: no more credit\n  fix: check what the key in OPENAI_API_KEY may use"):
+        evaluate(load_config(EvalConfig, [*words, f"output_dir={tmp_path / 'stopped'}"]))
+    assert len((tmp_path / "stopped" / "predictions.jsonl").read_text().splitlines()) == 2
+    assert "stopped: 2 of 4 answers are in" in capsys.readouterr().out

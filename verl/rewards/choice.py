@@ -20,7 +20,7 @@ TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|bf|rm)\s*(?=\{)")
 
 @dataclass
 class Settings:
-    # choice: letters of the options.
+    # Letters of the options.
     letters: str = "ABCDEFGHIJ"
 
     def check(self) -> None:

@@ -15,9 +15,9 @@ FLEXIBLE = "exact match without case and punctuation"  # name of the flexible me
 
 @dataclass
 class Settings:
-    # exact: treat upper and lower case as equal.
+    # Treat upper and lower case as equal.
     ignore_case: bool = False
-    # exact: leave out punctuation marks.
+    # Leave out punctuation marks.
     ignore_punctuation: bool = False
 
 

@@ -58,26 +58,26 @@ REMEMBERED = 50_000  # replies
 
 @dataclass
 class Settings:
-    # judge: address of the service, up to what stands before `/chat/completions`, such as http://localhost:8000/v1.
+    # Address of the service, up to what stands before `/chat/completions`, such as http://localhost:8000/v1.
     judge_url: str | None = None
-    # judge: name of the model, as the service knows it.
+    # Name of the model, as the service knows it.
     judge_model: str | None = None
-    # judge: path of a file with the prompt, in which {question}, {reference}, {answer} and {best} are replaced; null: a prompt that asks
+    # Path of a file with the prompt, in which {question}, {reference}, {answer} and {best} are replaced; null: a prompt that asks
     # for a grade of correctness.
     judge_prompt: str | None = None
-    # judge: the best grade; the lowest is 0.
+    # The best grade; the lowest is 0.
     judge_best: float = 10.0
-    # judge: sampling temperature; null: do not send one.
+    # Sampling temperature; null: do not send one.
     judge_temperature: float | None = 0.0
-    # judge: maximum tokens of a grade with its reasons; null: do not send one.
+    # Maximum tokens of a grade with its reasons; null: do not send one.
     judge_max_tokens: int | None = None
-    # judge: time limit of one request, in seconds.
+    # Time limit of one request, in seconds.
     judge_timeout: float = 120.0
-    # judge: how many times a request is repeated when the service is busy, fails or is not reached.
+    # How many times a request is repeated when the service is busy, fails or is not reached.
     judge_retries: int = 4
-    # judge: number of requests at a time.
+    # Number of requests at a time.
     judge_requests: int = 8
-    # judge: environment variable that holds the key of the service.
+    # Environment variable that holds the key of the service.
     judge_key_variable: str = "OPENAI_API_KEY"
 
     def check(self) -> None:

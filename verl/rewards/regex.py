@@ -15,10 +15,10 @@ EXAMPLE = r"write e.g. reward.pattern='Label: (\w+)'"
 
 @dataclass
 class Settings:
-    # regex: the pattern of an answer; what its first group matches is the answer, without a group the whole match. `.` matches line ends
+    # The pattern of an answer; what its first group matches is the answer, without a group the whole match. `.` matches line ends
     # too. A reference that it does not match is compared whole.
     pattern: str | None = None
-    # regex: which match counts: the "last" or the "first".
+    # Which match counts: the "last" or the "first".
     pattern_match: str = "last"
 
     def check(self) -> None:

@@ -20,9 +20,9 @@ MEASURE = "ROUGE F-measure"  # name of the mean score
 
 @dataclass
 class Settings:
-    # rouge: "rouge1" compares words, "rouge2" pairs of words, "rougeL" the longest common subsequence, "rougeLsum" that of each line.
+    # What is compared: "rouge1" words, "rouge2" pairs of words, "rougeL" the longest common subsequence, "rougeLsum" that of each line.
     rouge: str = "rougeL"
-    # rouge: compare English words by their stems.
+    # Compare English words by their stems.
     stemmer: bool = False
 
     def check(self) -> None:
