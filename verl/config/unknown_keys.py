@@ -106,6 +106,5 @@ def _refuse_key_of_another(given: Assignment, defaults: object) -> None:
         others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
         if path == group.path and others:
             lack = f"{' and '.join(group.names)} {'have' if len(group.names) > 1 else 'has'} no such key"
-            others_lack = lack if group.names else f"{group.named_by} is not set"
-            what = f"is a key of {', '.join(others)}; {others_lack}"
+            what = f"is a key of {', '.join(others)}; {lack if group.names else f'{group.named_by} is not set'}"
             raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from verl.eval.grader import Question
 from verl.rewards import choice, gsm8k
 from verl.rewards._statement import HASHES
+from verl.rewards._words import CHARACTER, words_of
 
 MARKED, MOST = 0.5, 0.9  # share of the rows that have to look alike: with a mark that stands nowhere else, and without
-LONGEST_EXACT, MOST_WORDS = 40, 5  # of a right answer that can be expected word for word
+LONGEST_EXACT, MOST_WORDS = 40, 5  # of a right answer that can be expected word for word; two Chinese characters are taken for a word
 LETTERS = choice.Settings()
 OPTION = re.compile(r"(?:^|[\s(（])([AB])\s?[.):：、）]", re.MULTILINE)
 BOX = re.compile(r"\\boxed\b")
@@ -72,7 +73,8 @@ def is_choice(question: Question) -> bool:
 def is_short(question: Question) -> bool:
     """Return whether the right answer is one short line."""
     text = question.reference.strip()
-    return "\n" not in text and 0 < len(text) <= LONGEST_EXACT and len(text.split()) <= MOST_WORDS
+    words = sum(0.5 if CHARACTER.fullmatch(word) else 1.0 for word in words_of(text))
+    return "\n" not in text and 0 < len(text) <= LONGEST_EXACT and words <= MOST_WORDS
 
 
 def _asks_for(question: Question, mark: re.Pattern[str]) -> bool:

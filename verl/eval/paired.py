@@ -62,7 +62,7 @@ def mcnemar(better: int, worse: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (McNemar 1947): of the questions that only one model answers, each has half."""
     n, fewer = better + worse, min(better, worse)
     tail = sum(math.comb(n, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, float(2 * tail / 2**n))
 
 
 def newcombe_interval(both: int, first: int, second: int, neither: int) -> Interval:

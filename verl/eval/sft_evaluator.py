@@ -90,7 +90,7 @@ def evaluate_one(config: EvalConfig, console: Console) -> dict[str, Any]:
             against.check(other, questions, grader.metric)
         questions = with_examples(config, questions, console)
         predictions, seconds, device = answer_and_grade(config, grader, questions, directory, console)
-        results = report.summarize(config, predictions, grader, chosen and chosen.why, seconds=seconds, device=device)
+        results = report.summarize(config, predictions, grader, chosen.why if chosen else None, seconds=seconds, device=device)
         show(results, grader, console)  # before the files: a full disk does not hide the result
         if other is not None:
             scores = against.scores_of([(q.prompt, q.reference) for q in questions], [p.score for p in predictions], config.n)
