@@ -243,8 +243,8 @@ def test_a_checkpoint_is_evaluated_too(tmp_path: Path, checkpoint: Path) -> None
     [
         (["{one}", "--against"], "--against: names no other evaluation"),
         (["{one}", "--against", "{folder}/nothing"], "nothing.*results.json cannot be read: No such file"),
-        (["{one}"], "'.*one' is not key=value"),
-        (["{one}", "metric=f1", "--against", "{two}"], "'.*one' is not key=value"),
+        (["{one}"], "found '.*one' without a key"),
+        (["{one}", "metric=f1", "--against", "{two}"], "found '.*one' without a key"),
         (["{one}", "--against", "{other}"], "was graded by metric f1, .*one by gsm8k"),
         (["{one}", "--against", "{broken}"], "broken: predictions.jsonl has 1 answers, and results.json speaks of 2"),
     ],

@@ -19,7 +19,7 @@ from verl.rewards import judge
 from verl.rewards._scoring import Grader, Loaded
 from verl.workers.calls import Failure
 
-KEY = "sk-judge-0123456789abcdefghij"
+KEY = "plain-words-42"  # no form by which a key is recognised
 Reply = tuple[int, dict[str, str], Any]
 
 

@@ -103,7 +103,16 @@ def check(other: Evaluation, questions: Sequence[Question], metric: str) -> None
 def differing(results: dict[str, Any], others: dict[str, Any]) -> list[str]:
     """Return the settings that are not the same in two evaluations, as `key=this (other: that)`."""
     ours, theirs = results["config"], others["config"]
-    return [f"{key}={ours[key]} (other: {theirs[key]})" for key in ours if key in theirs and key not in FREE and ours[key] != theirs[key]]
+    return [
+        f"{key}={shown(ours[key])} (other: {shown(theirs[key])})"
+        for key in ours
+        if key in theirs and key not in FREE and ours[key] != theirs[key]
+    ]
+
+
+def shown(value: object) -> object:
+    """Return a setting as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def compared(this: Evaluation, other: Evaluation) -> Comparison:

@@ -72,4 +72,5 @@ def describe(config: EvalConfig, replaced: int) -> str:
     """Return the line that says which examples the model sees."""
     rows = "row" if config.few_shot == 1 else f"{config.few_shot} rows"
     text = f"few_shot: the first {rows} of {config.few_shot_file} before each question, as earlier turns of the chat"
-    return f"{text}; {replaced:,} of the questions are among them and see the next row instead" if replaced else text
+    asked = "one question is among them and sees" if replaced == 1 else f"{replaced:,} questions are among them and see"
+    return f"{text}; {asked} the next row instead" if replaced else text

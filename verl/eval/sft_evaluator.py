@@ -293,7 +293,7 @@ def compare_finished(words: list[str]) -> None:
     directory, *rest = words
     if len(rest) != 1 or not rest[0].startswith("against="):
         fix = f"verl eval model_path={directory} … evaluates a checkpoint; verl eval DIR --against OTHER compares two finished evaluations"
-        raise UserError(f"{directory!r} is not key=value", where="verl eval", fix=fix)
+        raise UserError(f"found {directory!r} without a key", where="verl eval", fix=fix)
     console = open_console(markup=False, highlight=False, soft_wrap=True)
     against.compare_directories(directory, rest[0].removeprefix("against="), console)
 
