@@ -113,7 +113,7 @@ def plan(
 
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
-    """Measure exact match of a checkpoint on a file of questions and answers: key=value …"""
+    """Grade the answers of a checkpoint to a file of questions, or compare two evaluations: key=value … [--against OTHER]"""
     if is_program():
         signals.own_process()  # as in `train`
     hand_on(context.args, EVALUATE)

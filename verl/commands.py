@@ -73,7 +73,7 @@ REWARD = Command(
 EVALUATE = Command(
     "verl.eval.sft_evaluator",
     ("verl.config.commands", "EvalConfig"),
-    "verl eval key=value …",
+    "verl eval key=value … [--against OTHER]",
     "verl eval model_path=checkpoints/verl-sft/run test_file=test.jsonl output_dir=results",
 )
 CHAT = Command(

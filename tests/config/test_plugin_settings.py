@@ -267,7 +267,9 @@ def test_the_evaluators_metric_has_the_keys_of_its_grader(length: str, tmp_path:
     (tmp_path / "plain.yaml").write_text(to_yaml(plain))
     assert load_config(EvalConfig, ["--config", f"{tmp_path}/plain.yaml"]) == plain, "without own keys too"
     with pytest.raises(UserError, match=r"reward\.format: is a key of format; gsm8k has no such key"):
-        load_config(EvalConfig, [*words, "reward.format=[a]"])
+        load_config(EvalConfig, [*words, "metric=gsm8k", "reward.format=[a]"])
+    with pytest.raises(UserError, match=r"reward\.pattern: is a key of regex; metric is not set\n  fix: leave it out, or set metric=regex"):
+        load_config(EvalConfig, [*words, "reward.pattern=a"])
     with pytest.raises(UserError, match=r"did you mean reward\.longest\?"):
         load_config(EvalConfig, [*words, "metric.longest=3", f"metric={length}"])
 

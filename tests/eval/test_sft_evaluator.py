@@ -19,8 +19,7 @@ from verl.config.commands import EngineConfig, EvalConfig, GraderConfig
 from verl.data.render import Renderer
 from verl.errors import UserError, exit_on_user_error
 from verl.eval import sft_evaluator
-from verl.eval.grader import Grader
-from verl.eval.report import wilson_interval
+from verl.eval.intervals import wilson_interval
 from verl.eval.sft_evaluator import evaluate, read_questions
 from verl.rollout import Completion, Sampling
 from verl.rollout._plain import Probe
@@ -54,14 +53,16 @@ def predictions(settings: EvalConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(settings.output_dir) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_results_of_other_settings_are_not_replaced_without_a_word(
-    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_are_not_replaced_unless_the_user_says_so(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(config(tmp_path, checkpoint, ROWS[:1], max_new_tokens=2))
-    evaluate(config(tmp_path, checkpoint, ROWS[:1], max_new_tokens=2))
-    assert "replaces the results" not in capsys.readouterr().out
-    evaluate(config(tmp_path, checkpoint, ROWS[:1], max_new_tokens=3))
-    assert "this evaluation replaces the results of another evaluation (max_new_tokens=2); to keep" in capsys.readouterr().out
+    before = (tmp_path / "out" / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError) as caught:
+        evaluate(config(tmp_path, checkpoint, ROWS[:2]))
+    assert str(caught.value.where) == f"output_dir={tmp_path / 'out'}" and "has the results of an evaluation" in caught.value.what
+    assert "overwrite=true" in caught.value.fix and (tmp_path / "out" / "predictions.jsonl").read_bytes() == before
+    capsys.readouterr()
+    evaluate(config(tmp_path, checkpoint, ROWS[:2], overwrite=True))
+    assert "replaces the results of an evaluation (" in capsys.readouterr().out
 
 
 def test_a_model_that_learned_the_rows_answers_them_all(tmp_path: Path, checkpoint: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_chat_is_asked_with_its_tools(tmp_path: Path, checkpoint: Path) -> Non
     settings = config(tmp_path, checkpoint, [chat_of(ROWS[0], tools=tools)], messages_key="messages", tools_key="tools")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.chat_template = "{%- for tool in tools %}{{ tool.function.name }} {% endfor %}" + tokenizer.chat_template
-    (question,) = read_questions(settings, Grader(settings))
+    (question,) = read_questions(settings)
     text = str(tokenizer.decode(sft_evaluator.render(Renderer(tokenizer), question)))
     assert text.startswith("calculator ") and text.count(ROWS[0]["question"]) == 1
 
@@ -186,7 +187,7 @@ def test_an_adapter_answers_as_the_model_it_is_merged_into(tmp_path: Path, check
 
     responses = {}
     for path in (checkpoint, tmp_path / "adapter", tmp_path / "bare_adapter", tmp_path / "merged"):
-        evaluate(settings := config(tmp_path, path))
+        evaluate(settings := config(tmp_path, path, overwrite=True))
         responses[path] = [line["response"] for line in predictions(settings)]
     base, adapter, bare_adapter, merged = responses.values()
     assert adapter == bare_adapter == merged
@@ -227,7 +228,7 @@ def test_a_metric_with_an_extractor_shows_what_it_compared(tmp_path: Path, check
     settings = config(tmp_path, checkpoint, metric=str(metric))
     results, lines = evaluate(settings), predictions(settings)
     assert (lines[3]["extracted"], lines[3]["expected"]) == ("1,207", "1,207")
-    assert results["exact_match"] == 2.5 and results["confidence_interval_95"] is None
+    assert results["exact_match"] == 2.5 and results["confidence_interval_95"] == [2.5, 2.5]
 
 
 def test_a_metric_may_score_the_answers_to_a_question_together(tmp_path: Path, checkpoint: Path) -> None:
@@ -356,7 +357,7 @@ def test_what_the_model_has_no_positions_for_is_not_asked(tmp_path: Path, checkp
     assert evaluate(config(tmp_path, tmp_path / "short", max_new_tokens=1000))["exact_match"] == 1.0
     assert "the model has 64 positions" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"test.jsonl:2: .* tokens do not fit into the model"):
-        evaluate(config(tmp_path, tmp_path / "short", [ROWS[0], {"question": "1 + " * 60, "answer": "#### 60"}]))
+        evaluate(config(tmp_path, tmp_path / "short", overwrite=True, rows=[ROWS[0], {"question": "1 + " * 60, "answer": "#### 60"}]))
 
 
 # What ends it early
@@ -375,16 +376,12 @@ def after_one_batch(error: BaseException) -> Any:
 def test_ctrl_c_leaves_the_answers_that_are_done(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config(tmp_path, checkpoint, batch_size=3)
+    settings = config(tmp_path, checkpoint, batch_size=3, overwrite=True)
     evaluate(settings)
     monkeypatch.setattr(NativeRollout, "stream", after_one_batch(KeyboardInterrupt()))
     with pytest.raises(SystemExit) as caught:
         sft_evaluator.main(
-            [
-                f"{key}={value}"
-                for key, value in asdict(settings).items()
-                if value not in (None, "gsm8k") and key not in ("rollout", "reward")
-            ]
+            [f"{key}={value}" for key, value in asdict(settings).items() if value is not None and key not in ("rollout", "reward")]
         )
     assert caught.value.code == 130
     assert "stopped: 1 of 4 answers are in" in capsys.readouterr().out
@@ -417,18 +414,10 @@ def test_every_engine_gives_the_same_answers(tmp_path: Path, checkpoint: Path, n
 # Numbers and commands
 
 
-def test_the_interval_is_wilsons() -> None:
-    """Against the values in Newcombe 1998, table I, method 3."""
-    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
-        assert wilson_interval(right / n, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson_interval(1.0, 4) == pytest.approx((0.5101, 1.0), abs=5e-5)
-    assert wilson_interval(1.5, 4) is None
-
-
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"no GSM8K in {GSM8K}")
 def test_every_row_of_gsm8k_can_be_asked() -> None:
     settings = EvalConfig(model_path="m", test_file=str(GSM8K / "test.jsonl"), output_dir="o")
-    questions = read_questions(settings, Grader(settings))
+    questions = read_questions(settings)
     assert len(questions) == 1319 and questions[0].reference.endswith("#### 18")
 
 

@@ -73,6 +73,7 @@ def evaluate(checkpoint: Path, folder: Path, *more: str) -> list[str]:
         f"model_path={checkpoint}",
         f"test_file={folder / 'test.jsonl'}",
         f"output_dir={folder / 'eval'}",
+        "overwrite=true",
         "max_new_tokens=2",
         "max_samples=2",
     ]

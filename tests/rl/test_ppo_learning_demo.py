@@ -78,7 +78,7 @@ class Start:
     def _exact_match(self, checkpoint: Path) -> float:
         output = self.folder / "evaluation"
         config = EvalConfig(
-            model_path=str(checkpoint), test_file=str(self.folder / "test.jsonl"), output_dir=str(output), max_new_tokens=64
+            model_path=str(checkpoint), test_file=str(self.folder / "test.jsonl"), output_dir=str(output), max_new_tokens=64, overwrite=True
         )
         evaluate(config)
         found: float = json.loads((output / "results.json").read_text())["exact_match"]

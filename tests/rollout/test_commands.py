@@ -140,4 +140,4 @@ def test_where_native_is_not_exact_the_default_takes_transformers_own_code_and_s
     with verl.load_rollout(capped) as model:
         assert len(model.generate(["What is 1 + 2?"], max_new_tokens=4)[0].token_ids) == 4
     with pytest.raises(UserError, match=r"(?s)Gemma2ForCausalLM cannot be run by the native engine.*fix: set rollout\.name=auto or hf"):
-        sft_evaluator.main([*argv, "rollout.name=native"])
+        sft_evaluator.main([*argv, "rollout.name=native", "overwrite=true"])

@@ -43,7 +43,7 @@ class GraderConfig(WorkersConfig):
 
 @dataclass
 class EvalConfig:
-    """`python -m verl.eval.sft_evaluator`: exact match of a checkpoint on a file of questions and answers."""
+    """`verl eval`: grade the answers of a checkpoint to a file of questions. `verl eval DIR --against OTHER` compares two evaluations."""
 
     # A checkpoint: a Hugging Face model directory, a LoRA adapter directory, or a Hub name.
     model_path: str = MISSING
@@ -64,13 +64,21 @@ class EvalConfig:
     chat_template_kwargs_key: str | None = None
     # System prompt before each question; null: the chat template's default.
     system_prompt: str | None = None
-    # Directory of results.json and predictions.jsonl.
+    # Solved rows that the model sees before each question, as earlier turns of the chat: the first few_shot rows of few_shot_file.
+    few_shot: int = 0
+    # Rows of the examples, in the forms of test_file and with the same columns.
+    few_shot_file: Any = None
+    # Directory of results.json and predictions.jsonl. The results of another evaluation are not overwritten.
     output_dir: str = MISSING
+    # Replace the results that are in output_dir.
+    overwrite: bool = False
+    # `--against OTHER`: compare with another evaluation's directory, or with a checkpoint, which is then evaluated too, by a paired test.
+    against: str | None = None
     # Maximum length of an answer, in tokens.
     max_new_tokens: int = 512
     # Use only the first N rows; null or -1: all.
     max_samples: int | None = None
-    # Answers per question; exact match is averaged over them.
+    # Answers per question; scores are averaged over them. With more than one there are pass@k and majority vote.
     n: int = 1
     # Sampling temperature; 0 takes the most likely token.
     temperature: float = 0.0
@@ -81,8 +89,9 @@ class EvalConfig:
     # Answers generated at a time; null: as many as fit into memory.
     batch_size: int | None = None
     rollout: EngineConfig = field(default_factory=EngineConfig)
-    # The grader: a name in verl/rewards or path/to/file.py. Its own keys are `reward.KEY`, as in reinforcement learning.
-    metric: str = "gsm8k"
+    # The grader: a name in verl/rewards (gsm8k, math, exact, choice, regex, f1, rouge, judge) or path/to/file.py; null: by what the rows
+    # look like. Its own keys are `reward.KEY`, as in reinforcement learning.
+    metric: str | None = None
     reward: GraderConfig = field(default_factory=GraderConfig)
     # Seed of sampling.
     seed: int = 1
@@ -100,6 +109,14 @@ class EvalConfig:
         at_least("batch_size", self.batch_size, 1)
         at_least("seed", self.seed, 0)
         check_engine(self.rollout)
+        at_least("few_shot", self.few_shot, 0)
+        if self.few_shot > 0 and self.few_shot_file is None:
+            fix = "set it to a file of solved rows, such as the training file"
+            raise UserError(f"few_shot={self.few_shot} needs rows", where="few_shot_file", fix=fix)
+        if self.few_shot == 0 and self.few_shot_file is not None:
+            raise UserError(
+                "few_shot_file is set, and few_shot=0 uses no row of it", where="few_shot", fix="set few_shot=5, or remove the file"
+            )
         if self.max_samples is not None and self.max_samples != -1:
             at_least("max_samples", self.max_samples, 1)
 

@@ -194,6 +194,6 @@ def _refuse_key_of_another(given: Assignment, defaults: object) -> None:
     for group in groups_of(defaults):
         others = [other for other, module in group.plugins.built_in().items() if name in fields_of(settings_class(module))]
         if path == group.path and others:
-            others_lack = f"{' and '.join(group.names) or 'none'} {'have' if len(group.names) > 1 else 'has'} no such key"
-            what = f"is a key of {', '.join(others)}; {others_lack}"
+            lack = f"{' and '.join(group.names)} {'have' if len(group.names) > 1 else 'has'} no such key"
+            what = f"is a key of {', '.join(others)}; {lack if group.names else f'{group.named_by} is not set'}"
             raise UserError(what, where=given.place, fix=f"leave it out, or set {group.named_by}={others[0]}")

@@ -169,7 +169,14 @@ def reinforce(checkpoint: Path, config: DemoConfig) -> Path:
 
 def evaluate(model: Path, output_dir: Path) -> dict[str, Any]:
     """Run the evaluator on the test problems, and return the content of results.json."""
-    words = [f"model_path={model}", f"test_file={TEST}", f"output_dir={output_dir}", "max_new_tokens=64", "batch_size=100"]
+    words = [
+        f"model_path={model}",
+        f"test_file={TEST}",
+        f"output_dir={output_dir}",
+        "max_new_tokens=64",
+        "batch_size=100",
+        "overwrite=true",
+    ]
     show_command("verl.eval.sft_evaluator", words)
     return sft_evaluator.evaluate(load_config(EvalConfig, words))
 

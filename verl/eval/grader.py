@@ -47,7 +47,9 @@ class Prediction:
         extracted: the answer that the grader extracts from the response, or None.
         expected: the answer that the grader extracts from the reference, or None.
         correct: whether the score is 1.
-        correct_flexible: whether the last number of the response is correct, in any format; None if the grader has no such rule.
+        correct_flexible: whether the response is correct if it is read less strictly, such as by its last number; None if the grader has
+            no such
+            rule.
         score: the grader's score.
         finish_reason: "stop", or "length" for an answer cut at max_new_tokens.
         tokens: number of generated tokens, including the stop token.
@@ -85,10 +87,14 @@ class Grader:
     """A grader with its optional functions (see verl/rewards).
 
     Args:
-        config: names the grader, and holds its keys.
+        config: holds the grader's keys.
+        metric: names the grader.
+        watch: is told if the processes of a user's own grader are waited for.
     Attributes:
+        metric: the name, as given.
         what: name of the grader in messages.
         measure: display name of the mean score.
+        flexible_measure: display name of the share of answers that are right if they are read less strictly.
         in_groups: whether it scores all answers to a question together.
         dropped: names of the environment variables that a user's own grader does not get.
         errors: failures so far (`reward.on_error=zero`), one for each answer, with the place of its row.
@@ -96,17 +102,18 @@ class Grader:
         UserError: no such grader, or it has no function `score`.
     """
 
-    def __init__(self, config: EvalConfig, watch: Watch | None = None):
-        self._grader = _scoring.Grader(
-            load_grader(config.reward, config.metric), f"metric {short_names([config.metric])[0]}", config.reward, watch
-        )
+    def __init__(self, config: EvalConfig, metric: str, watch: Watch | None = None):
+        self.metric = metric
+        loaded = load_grader(config.reward, metric)
+        self._grader = _scoring.Grader(loaded, f"metric {short_names([metric])[0]}", config.reward, watch)
         self._extract = "extract_answer" if self._grader.has("extract_answer") else None
         self._expect = "reference_answer" if self._grader.has("reference_answer") else self._extract
         self._matches = "exact_match" if self._grader.has("exact_match") else None
-        self._fix = f"correct the grader (metric={config.metric}) or the row, or set reward.on_error=zero, which counts it as 0"
+        self._fix = f"correct the grader (metric={metric}) or the row, or set reward.on_error=zero, which counts it as 0"
         self._stops = config.reward.on_error == "stop"
         self.errors: list[UserError] = []
-        self.measure = "exact match" if self._matches else "mean score"
+        self.measure: str = getattr(loaded.module, "MEASURE", "exact match" if self._matches else "mean score")
+        self.flexible_measure: str = getattr(loaded.module, "FLEXIBLE", "exact match of the last number")
         self.what = self._grader.what
         self.in_groups, self.dropped = self._grader.in_groups, self._grader.dropped
 

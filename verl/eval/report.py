@@ -1,7 +1,6 @@
 """Output of an evaluation: progress, files, statistics and the table of results."""
 
 import json
-import math
 import platform
 import tempfile
 import time
@@ -23,25 +22,26 @@ from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.answers_panel import AnswersPanel
-from verl.eval.grader import Prediction
+from verl.eval.grader import Grader, Prediction
+from verl.eval.intervals import are_right_or_wrong, interval_of, majority_vote, numbers_of_answers, pass_at_k, wilson_interval
 from verl.manifest import refuse_inside
 from verl.redaction import redact
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
-Z_95 = 1.959964  # 97.5th percentile of the normal distribution
 
 
 class AnswerProgress:
     """Progress of the evaluation: a panel in a terminal; in a log a line every 10%, and at most one in ten seconds.
 
+    There is no score in it: short answers finish first and are right more often, so a mean of the first ones would mislead.
+
     Args:
         total: number of answers to generate.
-        measure: display name of the mean score.
     """
 
-    def __init__(self, total: int, measure: str, console: Console):
-        self._total, self._measure, self._console, self._since = total, measure, console, time.perf_counter()
-        self._answers, self._tokens, self._score, self._tenths = 0, 0, 0.0, 0
+    def __init__(self, total: int, console: Console):
+        self._total, self._console, self._since = total, console, time.perf_counter()
+        self._answers, self._tokens, self._tenths = 0, 0, 0
         self._bar = AnswersPanel(console)
 
     def __enter__(self) -> "AnswerProgress":
@@ -52,12 +52,10 @@ class AnswerProgress:
         self._bar.stop()
 
     def add(self, predictions: Sequence[Prediction]) -> None:
-        """Count finished answers, and show the mean score so far."""
+        """Count finished answers, and show how many there are."""
         self._answers += len(predictions)
         self._tokens += sum(p.tokens for p in predictions)
-        self._score += sum(p.score for p in predictions)
-        rate = self._tokens / (time.perf_counter() - self._since)
-        state = f"{rate:,.0f} tokens/s, {self._measure} {self._score / self._answers:.1%}"
+        state = f"{self._tokens / (time.perf_counter() - self._since):,.0f} tokens/s"
         self._bar.update(self._answers, description=state)
         tenths = 10 * self._answers // self._total
         if tenths > self._tenths and self._bar.line_is_due():
@@ -65,39 +63,43 @@ class AnswerProgress:
         self._tenths = tenths
 
 
-def open_directory(name: str) -> Path:
+def open_directory(config: EvalConfig) -> Path:
     """Create the output directory if it is missing.
 
     Raises:
-        UserError: it cannot be created or written to, or is inside a checkpoint.
+        UserError: it cannot be created or written to, is inside a checkpoint, or has the results of another evaluation.
     """
-    directory = Path(name).expanduser()
-    refuse_inside(directory, f"output_dir={name}", "choose a directory outside it")
+    directory, where = Path(config.output_dir).expanduser(), f"output_dir={config.output_dir}"
+    refuse_inside(directory, where, "choose a directory outside it")
     try:
+        if not config.overwrite and (directory / RESULTS).exists():
+            fix = "set another output_dir, or overwrite=true to replace them"
+            raise UserError(f"has the results of an evaluation{_about(directory / RESULTS)}", where=where, fix=fix)
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=f"output_dir={name}", fix="choose another directory") from error
+        raise UserError(f"cannot be written: {error.strerror}", where=where, fix="choose another directory") from error
     return directory
 
 
-def clear_earlier(directory: Path, config: EvalConfig, console: Console) -> None:
-    """Clear the files of an earlier evaluation, so that results and predictions always belong together. Say so if it had other settings."""
-    if others := _other_settings(directory / RESULTS, config):
-        replaced = f"replaces the results of another evaluation ({', '.join(others[:3])}{', …' if others[3:] else ''})"
-        console.print(f"warning: {directory}: this evaluation {replaced}; to keep such results, set another output_dir")
-    (directory / RESULTS).unlink(missing_ok=True)
-    write_predictions(directory, [])
-
-
-def _other_settings(results: Path, config: EvalConfig) -> list[str]:
-    """Return the settings of earlier results that differ from the config's, as `key=value`; none if there are no results to read."""
+def _about(results: Path) -> str:
+    """Return which evaluation has written results; empty if they cannot be read."""
     try:
-        before = json.loads(results.read_text(encoding="utf-8"))["config"]
-        now = json.loads(json.dumps(redact(asdict(config))))
-        return [f"{key}={before[key]}" for key in now if key in before and before[key] != now[key]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        found = json.loads(results.read_text(encoding="utf-8"))
+        return f" ({found['config']['model_path']} on {found['config']['test_file']}: {found['exact_match']:.4f})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def clear_earlier(directory: Path, console: Console) -> None:
+    """Clear the files of an earlier evaluation, so that results and predictions always belong together, and say so."""
+    results, predictions = directory / RESULTS, directory / PREDICTIONS
+    if results.exists():
+        console.print(f"{directory}: replaces the results of an evaluation{_about(results)} (overwrite=true)")
+    elif predictions.exists() and predictions.stat().st_size:
+        console.print(f"{directory}: replaces the answers of an evaluation that was interrupted")
+    results.unlink(missing_ok=True)
+    write_predictions(directory, [])
 
 
 def write_predictions(directory: Path, predictions: Sequence[Prediction]) -> None:
@@ -133,23 +135,32 @@ def check_room(directory: Path, answers: int, characters: int, max_new_tokens: i
         )
 
 
-def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds: float, device: str) -> dict[str, Any]:
+def summarize(
+    config: EvalConfig, predictions: Sequence[Prediction], grader: Grader, why: str | None, *, seconds: float, device: str
+) -> dict[str, Any]:
     """Return the content of results.json.
 
     Args:
         predictions: `config.n` consecutive predictions per question; the mean of their scores is `exact_match`.
+        grader: the metric, with its names.
+        why: why it was chosen, if the user has named none.
         seconds: time to generate and grade them.
         device: description of the generating device.
     """
     flexible = [p.correct_flexible for p in predictions if p.correct_flexible is not None]
-    questions, tokens = len(predictions) // config.n, sum(p.tokens for p in predictions)
-    exact_match = _mean([p.score for p in predictions])
-    interval = wilson_interval(exact_match, questions)
+    scores, tokens = [p.score for p in predictions], sum(p.tokens for p in predictions)
+    interval, method = interval_of(scores, n=config.n)
     return {
-        "exact_match": exact_match,
+        "metric": grader.metric,
+        "metric_chosen_because": why,
+        "measure": grader.measure,
+        "exact_match": _mean(scores),
         "exact_match_flexible": _mean(flexible) if flexible else None,
-        "confidence_interval_95": list(interval) if interval else None,
-        "n": questions,
+        "flexible_measure": grader.flexible_measure if flexible else None,
+        "confidence_interval_95": list(interval),
+        "confidence_interval_method": method,
+        **_of_several(predictions, config.n),
+        "n": len(predictions) // config.n,
         "answers": len(predictions),
         "errors": sum(p.error is not None for p in predictions),
         "truncated": _mean([p.finish_reason == "length" for p in predictions]),
@@ -167,34 +178,60 @@ def summarize(config: EvalConfig, predictions: Sequence[Prediction], *, seconds:
     }
 
 
+def _of_several(predictions: Sequence[Prediction], n: int) -> dict[str, Any]:
+    """Return pass@k and the score of the majority vote of n answers per question; None where they do not apply.
+
+    Scores that are not right or wrong have no pass@k, and a metric that extracts no answers has no vote.
+    """
+    groups = [predictions[start : start + n] for start in range(0, len(predictions), n)]
+    if n == 1 or not are_right_or_wrong([p.score for p in predictions]):
+        return {"pass_at_k": None, "majority_vote": None}
+    rights = [sum(p.correct for p in group) for group in groups]
+    passes = {str(k): [pass_at_k(n, right, k) for right in rights] for k in numbers_of_answers(n)}
+    votes = [majority_vote([p.extracted for p in group], [p.score for p in group]) for group in groups]
+    has_votes = any(p.extracted is not None for p in predictions)
+    return {
+        "pass_at_k": {k: _with_interval(shares) for k, shares in passes.items()},
+        "majority_vote": _with_interval(votes) if has_votes else None,
+    }
+
+
+def _with_interval(shares: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of one share per question, with Wilson's interval, which is a little too wide for shares between 0 and 1."""
+    mean = min(1.0, _mean(shares))
+    interval = wilson_interval(mean, len(shares))
+    assert interval is not None
+    return {"score": mean, "confidence_interval_95": list(interval)}
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float] | None:
-    """Return Wilson's 95% confidence interval of a proportion in n independent trials (Wilson 1927); None if it is not in [0, 1].
-
-    Several answers to one question are not independent, so n counts questions. With several answers, the interval is a little too wide.
-    """
-    if not 0.0 <= share <= 1.0:
-        return None
-    z2 = Z_95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def print_table(console: Console, results: dict[str, Any], measure: str) -> None:
+def print_table(console: Console, results: dict[str, Any]) -> None:
     """Print the results, framed in a terminal and as plain lines in a log."""
     table = Table(show_header=False, box=box.ROUNDED if console.is_terminal else None)
-    interval, flexible = results["confidence_interval_95"], results["exact_match_flexible"]
-    table.add_row(measure, f"{results['exact_match']:.2%}" if interval else f"{results['exact_match']:.4f}")
-    if interval:
-        table.add_row("95% interval", f"{interval[0]:.2%} to {interval[1]:.2%}")
-    if flexible is not None:
-        table.add_row("exact match of the last number", f"{flexible:.2%}")
+    low, high = results["confidence_interval_95"]
+    is_share = low >= 0.0 and high <= 1.0
+    table.add_row(results["measure"], _shown(results["exact_match"], is_share))
+    table.add_row("95% interval", f"{_shown(low, is_share)} to {_shown(high, is_share)}")
+    if (flexible := results["exact_match_flexible"]) is not None:
+        table.add_row(results["flexible_measure"], f"{flexible:.2%}")
+    for k, found in (results["pass_at_k"] or {}).items():
+        table.add_row(f"pass@{k}", _shown_with_interval(found))
+    if (vote := results["majority_vote"]) is not None:
+        table.add_row(f"majority vote of {results['answers'] // results['n']}", _shown_with_interval(vote))
     answers = "" if results["answers"] == results["n"] else f", {results['answers']:,} answers"
     table.add_row("questions", f"{results['n']:,}{answers}")
     table.add_row("cut at max_new_tokens", f"{results['truncated']:.2%}")
     table.add_row("generated", f"{results['tokens']:,} tokens in {results['seconds']:,.1f} s: {results['tokens_per_second']:,.0f} tokens/s")
     console.print(table)
+
+
+def _shown(score: float, is_share: bool) -> str:
+    return f"{score:.2%}" if is_share else f"{score:.4f}"
+
+
+def _shown_with_interval(found: dict[str, Any]) -> str:
+    low, high = found["confidence_interval_95"]
+    return f"{found['score']:.2%} (95% interval {low:.2%} to {high:.2%})"

@@ -1,6 +1,7 @@
-"""Evaluation of a checkpoint: exact match on a file of questions and answers.
+"""Evaluation of a checkpoint: answers to a file of questions, graded by a metric that fits the rows.
 
-    python -m verl.eval.sft_evaluator model_path=checkpoints/verl-sft/run/global_step_100 test_file=test.jsonl output_dir=results
+    verl eval model_path=checkpoints/verl-sft/run/global_step_100 test_file=test.jsonl output_dir=results
+    verl eval results --against other-results
 
 Read `evaluate` first.
 """
@@ -9,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from verl.data.row import ReadProgress, Row, notes_of
 from verl.data.shapes import read_question
 from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import Stopped, UserError, exit_on_user_error
-from verl.eval import report
+from verl.eval import against, few_shot, metric, report
 from verl.eval.grader import Answer, Grader, Prediction, Question
 from verl.lock import held
 from verl.models.format_check import check_format
@@ -65,19 +67,71 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     console = open_console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
     check_kind(config.model_path, GENERATES, where=f"model_path={config.model_path}")
-    grader = Grader(config, Waiting(console))
+    if config.against is None or against.is_evaluation(config.against):
+        return evaluate_one(config, console)
+    check_kind(config.against, GENERATES, where=f"against={config.against}")
+    report.open_directory(config)  # before the other checkpoint answers
+    other = replace(config, model_path=config.against, output_dir=str(Path(config.output_dir) / "against"), against=None)
+    console.print(f"against={config.against} is a checkpoint: it is evaluated first, into {other.output_dir}")
+    evaluate_one(other, console)
+    return evaluate_one(replace(config, against=other.output_dir), console)
+
+
+def evaluate_one(config: EvalConfig, console: Console) -> dict[str, Any]:
+    """Evaluate one checkpoint, as `evaluate` says. `config.against` is a finished evaluation."""
+    directory = report.open_directory(config)
+    other = None if config.against is None else against.read(config.against, f"against={config.against}")
+    with held(directory, "evaluation"):  # a second one would mix its answers with these
+        cores.take(console.print)
+        signals.enter("reading questions and loading the model")
+        questions = read_questions(config, console)
+        chosen = None if config.metric else metric.choose(questions)
+        grader = open_grader(config, chosen, questions, console)
+        if other is not None:
+            against.check(other, questions, grader.metric)
+        questions = with_examples(config, questions, console)
+        predictions, seconds, device = answer_and_grade(config, grader, questions, directory, console)
+        results = report.summarize(config, predictions, grader, chosen.why if chosen else None, seconds=seconds, device=device)
+        show(results, grader, console)  # before the files: a full disk does not hide the result
+        if other is not None:
+            scores = against.scores_of([(q.prompt, q.reference) for q in questions], [p.score for p in predictions], config.n)
+            this = against.Evaluation(config.output_dir, results, scores)
+            results["against"] = against.described(against.compared(this, other), this, other)
+            against.show(results["against"], this, other, console)
+        report.write_files(directory, predictions, results, console)
+        return results
+
+
+def open_grader(config: EvalConfig, chosen: metric.Chosen | None, questions: list[Question], console: Console) -> Grader:
+    """Load the metric, say which it is, and check that it can read every right answer."""
+    grader = Grader(config, config.metric or (chosen.name if chosen else ""), Waiting(console))
+    console.print(chosen.describe() if chosen else f"metric: {config.metric}")
     if grader.dropped:
         console.print(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
-    directory = report.open_directory(config.output_dir)
-    with held(directory, "evaluation"):  # a second one would mix its answers with these
-        return answer_and_grade(config, grader, directory, console)
+    grader.check(questions)
+    return grader
 
 
-def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, console: Console) -> dict[str, Any]:
-    """Answer and grade every question, as `evaluate` says."""
-    cores.take(console.print)
-    signals.enter("reading questions and loading the model")
-    questions = read_questions(config, grader, console)
+def with_examples(config: EvalConfig, questions: list[Question], console: Console) -> list[Question]:
+    """Return the questions with the examples of `few_shot_file` before them, and say which these are."""
+    if config.few_shot == 0:
+        return questions
+    questions, replaced = few_shot.with_examples(questions, few_shot.read_examples(config), config.few_shot)
+    console.print(few_shot.describe(config, replaced))
+    return questions
+
+
+def show(results: dict[str, Any], grader: Grader, console: Console) -> None:
+    """Print the results, after a warning of answers on which the metric failed."""
+    if (warning := warning_of(grader.errors, "answers failed and count as 0 (reward.on_error=zero)")) is not None:
+        console.print(warning)
+    report.print_table(console, results)
+
+
+def answer_and_grade(
+    config: EvalConfig, grader: Grader, questions: list[Question], directory: Path, console: Console
+) -> tuple[list[Prediction], float, str]:
+    """Answer and grade every question. Return the predictions, the seconds that it took, and the device."""
     variables = config.chat_template_kwargs
     tokenizer = load_tokenizer(config.model_path, trust_remote_code=config.trust_remote_code, chat_template_kwargs=variables)
     renderer = Renderer(tokenizer)
@@ -96,18 +150,14 @@ def answer_and_grade(config: EvalConfig, grader: Grader, directory: Path, consol
     console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
     characters = config.n * sum(len(question.prompt) + len(question.reference) for question in questions)
     report.check_room(directory, len(questions) * config.n, characters, max_new_tokens, console)
-    report.clear_earlier(directory, config, console)
+    report.clear_earlier(directory, console)
     since = time.perf_counter()
     stream = rollout.stream(prompts, sampling)
     stream = whole_groups(stream, config.n) if grader.in_groups else stream
-    predictions = answer(stream, len(prompts) * config.n, grade, grader.measure, directory, console)
+    predictions = answer(stream, len(prompts) * config.n, grade, directory, console)
     grader.close()
-    results = report.summarize(config, predictions, seconds=time.perf_counter() - since, device=device)
-    if (warning := warning_of(grader.errors, "answers failed and count as 0 (reward.on_error=zero)")) is not None:
-        console.print(warning)
-    report.print_table(console, results, grader.measure)  # before the files: a full disk does not hide the result
-    report.write_files(directory, predictions, results, console)
-    return results
+    rollout.close()
+    return predictions, time.perf_counter() - since, device
 
 
 def whole_groups(stream: Iterable[Batch], n: int) -> Iterator[Batch]:
@@ -125,7 +175,6 @@ def answer(
     stream: Iterable[Batch],
     total: int,
     grade: Callable[[Batch], list[Prediction]],
-    measure: str,
     directory: Path,
     console: Console,
 ) -> list[Prediction]:
@@ -136,7 +185,7 @@ def answer(
     done: dict[int, Prediction] = {}
     signals.enter("answering questions")
     try:
-        with report.AnswerProgress(total, measure, console) as progress:
+        with report.AnswerProgress(total, console) as progress:
             for batch in stream:
                 graded = grade(batch)
                 done |= dict(zip([number for number, _ in batch], graded, strict=True))
@@ -157,13 +206,12 @@ def check_one_process() -> None:
         raise UserError("the evaluator runs in one process", fix="start it with python -m verl.eval.sft_evaluator, without torchrun")
 
 
-def read_questions(config: EvalConfig, grader: Grader, console: Console | None = None) -> list[Question]:
-    """Read and check the rows to answer, and print the notes about them. Raises UserError with the file and line of an invalid row."""
+def read_questions(config: EvalConfig, console: Console | None = None) -> list[Question]:
+    """Read the rows to answer, and print the notes about them. Raises UserError with the file and line of an invalid row."""
     samples = None if config.max_samples == -1 else config.max_samples
     entries = resolve_entries(config.test_file, "test_file")
     rows = list(islice(valid_rows(sources_of(entries), ReadProgress()), samples))
     questions = [question_of(row, config) for row in rows]
-    grader.check(questions)
     if console is not None:
         for line in [*describe_sources(entries), *notes_of(rows)]:
             console.print(f"test_file: {line}")
@@ -218,12 +266,37 @@ def longest_answer(config: EvalConfig, rollout: Rollout, questions: list[Questio
 
 
 def main(argv: list[str]) -> None:
+    words = with_keys(argv)
     try:
-        evaluate(load_config(EvalConfig, argv))
+        if words and "=" not in words[0] and not words[0].startswith("-"):
+            compare_finished(words)
+        else:
+            evaluate(load_config(EvalConfig, words))
     except Stopped:
         raise  # `exit_on_user_error` prints it, unless `answer` has said what is kept
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def with_keys(argv: list[str]) -> list[str]:
+    """Return the arguments with `against=OTHER` in place of `--against OTHER`. Raises UserError: OTHER is missing."""
+    words = list(argv)
+    while "--against" in words:
+        at = words.index("--against")
+        if at + 1 == len(words):
+            raise UserError("names no other evaluation", where="--against", fix=against.FIX)
+        words[at : at + 2] = [f"against={words[at + 1]}"]
+    return [word.removeprefix("--") if word.startswith("--against=") else word for word in words]
+
+
+def compare_finished(words: list[str]) -> None:
+    """Run `verl eval DIR --against OTHER`. Raises UserError: there are other arguments, or the evaluations cannot be compared."""
+    directory, *rest = words
+    if len(rest) != 1 or not rest[0].startswith("against="):
+        fix = f"verl eval model_path={directory} … evaluates a checkpoint; verl eval DIR --against OTHER compares two finished evaluations"
+        raise UserError(f"found {directory!r} without a key", where="verl eval", fix=fix)
+    console = open_console(markup=False, highlight=False, soft_wrap=True)
+    against.compare_directories(directory, rest[0].removeprefix("against="), console)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from verl import dist
 from verl.errors import UserError
+from verl.one_answer import one_answer
 from verl.redaction import redact_text
-from verl.rollout._one_answer import one_answer
 from verl.rollout._weights_folder import remove_abandoned, weights_folder
 
 INFO_TIMEOUT = 30.0  # seconds for GET requests, which ask about the server itself
