@@ -109,7 +109,7 @@ class TrainerConfig:
     # Directory of checkpoints, metrics and logs. If it is not given, a run with other settings than the one that is there gets a directory
     # of its own: run-2, run-3, …
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    # A logger or a list of loggers: console, wandb, tensorboard, trackio, or path/to/file.py. metrics.jsonl is always written.
+    # Loggers: console, wandb, tensorboard, trackio, mlflow, swanlab, path/to/file.py, or a list. metrics.jsonl is always written.
     logger: Any = "console"
     # Save a checkpoint every N steps; "epoch": at the end of each epoch; -1: only at the end; "never": none, to try settings out.
     save_freq: int | str = "epoch"
