@@ -25,6 +25,7 @@ from verl.engine.stored_state import StoredState
 from verl.errors import DiskError, Stopped, UserError
 from verl.trainer import fsdp_sft_trainer
 from verl.trainer.best import Best
+from verl.trainer.validation import Validation
 
 RUN: dict[str, object] = {"trainer__total_training_steps": 4, "trainer__save_freq": 2}
 ASYNC: dict[str, object] = {**RUN, "trainer__async_save": "true"}
@@ -164,10 +165,8 @@ BEST: dict[str, object] = {
 
 def with_losses(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the validations of a run give these losses; the first is asked for names before the first step."""
-    from verl.trainer import loop
-
     given = iter(losses)
-    monkeypatch.setattr(loop, "validate", lambda *_, **__: {"val/loss": next(given)})
+    monkeypatch.setattr(Validation, "_losses", lambda *_, **__: {"val/loss": next(given)})
 
 
 def test_the_best_checkpoint_is_kept_besides_the_newest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,8 +250,8 @@ def test_values_over_other_validation_rows_are_not_compared(folder: Path, tmp_pa
 
 
 def test_a_metric_that_validation_does_not_log_is_refused_before_training(folder: Path) -> None:
-    words = {**RUN, "trainer__best_metric": "val/exact_match", "data__val_files": folder / "test.jsonl"}
-    with pytest.raises(UserError, match=r"does not log val/exact_match\n  fix: one of val/loss"):
+    words = {**RUN, "trainer__best_metric": "val/accuracy", "data__val_files": folder / "test.jsonl"}
+    with pytest.raises(UserError, match=r"does not log val/accuracy\n  fix: one of val/loss"):
         sft_runs_train(folder, "no-metric", **words)
     assert not (folder / "no-metric/metrics.jsonl").exists()
 

@@ -124,6 +124,8 @@ class TrainerConfig:
     best_metric: str | None = None
     # Whether best_metric is best where it is smallest ("min") or largest ("max"); null: known from its name.
     best_mode: str | None = None
+    # End the run after so many validations without a better best_metric. null: never.
+    patience: int | None = None
     # "auto" resumes from the newest checkpoint in default_local_dir, "resume_path" from resume_from_path; "disable" starts a new run, in a
     # directory without checkpoints.
     resume_mode: str = "auto"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from verl import dist
-from verl.config.checks import best_mode
+from verl.config.best import best_mode
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
 from verl.durable import replace_text
