@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import sft_runs
 import torch
-from runs import SFT, Metrics, command, lines_of, metrics_of, timeless
+from places import run_ranks
+from runs import SFT, Metrics, lines_of, metrics_of, timeless
 from tiny import write_problems_and_model
 
 from verl.data.render import Renderer
@@ -83,18 +84,20 @@ def test_a_resumed_run_samples_as_the_uninterrupted_one(folder: Path, both: dict
     assert lines_of(copy / f"samples/step_{STEPS}.jsonl") == lines_of(both["folder"] / f"samples/step_{STEPS}.jsonl")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_answer_the_rows_of_one(folder: Path, strategy: str) -> None:
-    alone = train(folder, f"one-{strategy}", **SAMPLES)
-    changes = {"data__val_files": folder / "test.jsonl", "model__strategy": strategy, **RUN, **SAMPLES}
-    done = command(*SFT, *sft_runs.words(folder, f"two-{strategy}", **changes), processes=2, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert ("each rank loads a copy" in done.stdout) == (strategy == "fsdp2")
-    found = metrics_of(folder / f"two-{strategy}")
+@pytest.mark.parametrize(
+    "spread",
+    [{"model__strategy": "ddp"}, {"model__strategy": "fsdp2"}, {"model__context_parallel_size": 2}],
+    ids=["ddp", "fsdp2", "context"],
+)
+def test_two_ranks_answer_the_rows_of_one(folder: Path, spread: dict[str, object]) -> None:
+    one, two = (f"{number}-{next(iter(spread.values()))}" for number in ("one", "two"))
+    alone = train(folder, one, **SAMPLES)
+    said = run_ranks(*SFT, *sft_runs.words(folder, two, data__val_files=folder / "test.jsonl", **RUN, **SAMPLES, **spread))
+    assert ("each rank loads a copy" in said) == ("ddp" not in two)
+    found = metrics_of(folder / two)
     assert [line.get("val/exact_match") for line in found] == [line.get("val/exact_match") for line in alone]
     for step in (2, STEPS):
-        lines = lines_of(folder / f"two-{strategy}/samples/step_{step}.jsonl")
-        assert lines == lines_of(folder / f"one-{strategy}/samples/step_{step}.jsonl")
+        assert lines_of(folder / two / f"samples/step_{step}.jsonl") == lines_of(folder / one / f"samples/step_{step}.jsonl")
 
 
 def test_right_answers_are_counted_by_the_metric_that_the_run_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +127,7 @@ def test_chats_and_answers_without_a_mark_are_compared_as_text(folder: Path, cap
     metrics = sft_runs.train(
         folder, "chats", **{**RUN, **SAMPLES}, data__train_files=folder / "chats.jsonl", data__val_files=folder / "chats.jsonl"
     )
-    assert metrics[-1]["val/exact_match"] == 0.0
+    assert metrics[-1]["val/exact_match"] == 1.0, "two short answers are learned at once"
     assert "graded by the same text" in capsys.readouterr().out
     found = [(line["prompt"], line["reference"]) for line in lines_of(folder / "chats/samples/step_4.jsonl")]
     assert found == [("Hello", "Hi."), ("Bye", "Bye.")]

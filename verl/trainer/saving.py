@@ -65,7 +65,8 @@ class Saver:
         self.poll()
         if self._patience is not None:
             self._patience.weigh(step, metrics)
-        return self.ends_early or (self._best is not None and self._best.improves(metrics))
+        being_written = self._metrics if self._background is not None and self._background.is_busy else {}
+        return self.ends_early or (self._best is not None and self._best.improves(metrics, being_written))
 
     @property
     def ends_early(self) -> bool:
