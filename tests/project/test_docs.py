@@ -65,6 +65,14 @@ def test_every_command_of_the_readme_is_read(words: list[str], tmp_path: Path, m
         assert isinstance(loaded, (EvalConfig, ExportConfig)) or words[:2] in others
 
 
+DURING = commands((ROOT / "docs" / "during.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("words", DURING, ids=" ".join)
+def test_every_command_of_the_page_on_watching_is_read(words: list[str], tmp_path: Path) -> None:
+    assert isinstance(read(words, tmp_path), SFTConfig) or words[:2] == ["verl", "board"]
+
+
 def test_a_command_with_a_wrong_key_would_be_noticed(tmp_path: Path) -> None:
     (words,) = commands("```bash\npython -m verl.trainer.fsdp_sft_trainer \\\n  data.train_file=a.jsonl\n```\n")
     with pytest.raises(UserError, match=r"unknown key 'data\.train_file'"):
