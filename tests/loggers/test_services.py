@@ -124,8 +124,8 @@ def with_service(service: Service | None, monkeypatch: pytest.MonkeyPatch) -> No
             raise ConnectionError("no route to host\nand much more")
         return service
 
-    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=client))  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "mlflow.entities", types.SimpleNamespace(Metric=tuple_of, Param=tuple_of))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(MlflowClient=client))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", types.SimpleNamespace(Metric=tuple_of, Param=tuple_of))
 
 
 def waits_for(event: threading.Event) -> Callable[[], None]:
@@ -188,7 +188,8 @@ def test_the_end_of_a_run_waits_for_a_dead_server_of_mlflow_only_so_long(tmp_pat
 def test_a_service_of_swanlab_that_does_not_start_leaves_the_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         class Settings:
-            Terminal = Probe = staticmethod(dict)
+            Terminal: Any = staticmethod(dict)
+            Probe: Any = staticmethod(dict)
 
             def __init__(self, **_: object):
                 assert _["interactive"] is False  # nobody is asked for a login
@@ -196,6 +197,6 @@ def test_a_service_of_swanlab_that_does_not_start_leaves_the_console(tmp_path: P
         def init(self, **_: object) -> None:
             raise RuntimeError("no route to host\nand much more")
 
-    monkeypatch.setitem(sys.modules, "swanlab", Broken())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "swanlab", Broken())
     assert isinstance(swanlab.start(run_with(tmp_path)), Silent)
     assert said_by(tmp_path) == ["swanlab: no route to host; logging to the console instead"]

@@ -1,7 +1,9 @@
 """Sample answers: a few validation rows are answered by the model in training, which trains as if they were not."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from runs import SFT, Metrics, lines_of, metrics_of, timeless
 from tiny import write_problems_and_model
 
 from verl.data.render import Renderer
-from verl.errors import UserError
+from verl.errors import Stopped, UserError
 from verl.models.load import load_tokenizer
 from verl.rollout import Sampling, load_rollout
 from verl.trainer.samples import Samples
@@ -110,12 +112,35 @@ def test_right_answers_are_counted_by_the_metric_that_the_run_names(folder: Path
     assert "of 3 sample answers right" in said and "own/samples/step_4.jsonl" in said
 
 
+def test_a_metric_of_the_user_s_own_runs_in_processes_that_end_with_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, real = [], Samples.close
+    monkeypatch.setattr(Samples, "close", lambda self: (real(self), closed.append(self._grader.what)))
+    (folder / "slow.py").write_text("def score(prompt, response, row): return 1\n")
+    assert train(folder, "slow", samples__metric=folder / "slow.py", **SAMPLES)[-1]["val/exact_match"] == 1.0
+    assert closed == [f"metric {folder / 'slow.py'}"]
+
+
 def test_a_grader_that_fails_costs_the_samples_and_not_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "fails.py").write_text("def score(prompt, response, row): raise ValueError('no such unit')\n")
     metrics = train(folder, "fails", samples__metric=folder / "fails.py", **SAMPLES)
     assert len(metrics) == STEPS and not any("val/exact_match" in line for line in metrics) and "val/loss" in metrics[-1]
     said = capsys.readouterr().out
     assert said.count("warning: sample answers") == 1 and "no such unit" in said and "test.jsonl:1" in said
+
+
+def test_a_signal_while_rows_are_answered_ends_the_run_with_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answered(self: Samples, engine: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, engine)
+
+    real = Samples._generate
+    monkeypatch.setattr(Samples, "_generate", answered)
+    with pytest.raises(Stopped) as caught:
+        train(folder, "signal", **SAMPLES)
+    assert caught.value.checkpoint == folder / "signal/global_step_2"
+    assert "val/loss" not in metrics_of(folder / "signal")[-1], "a validation that was given up has no metrics"
+    monkeypatch.setattr(Samples, "_generate", real)
+    assert train(folder, "signal", **SAMPLES)[-1]["val/exact_match"] == 0.0
 
 
 def test_chats_and_answers_without_a_mark_are_compared_as_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

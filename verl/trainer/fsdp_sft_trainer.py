@@ -73,10 +73,13 @@ def train(config: SFTConfig) -> TrainResult:
             run.enter("loading the checkpoint")
             restore.load(run.checkpoint, built.engine)
         from verl.trainer.saving import Saver
-        from verl.trainer.validation import Validation
+        from verl.trainer.validation import validating
 
-        checks = Validation.of(validation, sft, loader, built, run, samples)
-        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built, validation=validation) as saver:
+        with (
+            validating(validation, sft, loader, built, run, samples) as checks,
+            run.stepping(built.engine.trained_weights),
+            Saver(config.trainer, run, built, validation=validation) as saver,
+        ):
             train_loop(config.trainer, sft, loader, checks, built, start, run, saver)
         return run.result()
 

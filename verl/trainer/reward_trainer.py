@@ -33,7 +33,7 @@ from verl.trainer.loop import train_loop
 from verl.trainer.oddities import say_oddities
 from verl.trainer.preference import Preference, load_preference
 from verl.trainer.resume import begin, find_checkpoint
-from verl.trainer.validation import VALIDATION_ROWS, Validation
+from verl.trainer.validation import VALIDATION_ROWS, validating
 
 
 @session()
@@ -79,8 +79,11 @@ def train(config: RewardTrainerConfig) -> TrainResult:
             restore.load(run.checkpoint, built.engine)
         from verl.trainer.saving import Saver
 
-        checks = Validation.of(validation, method.loss, loader, built, run)
-        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built, validation=validation) as saver:
+        with (
+            validating(validation, method.loss, loader, built, run) as checks,
+            run.stepping(built.engine.trained_weights),
+            Saver(config.trainer, run, built, validation=validation) as saver,
+        ):
             train_loop(config.trainer, method.loss, loader, checks, built, start, run, saver)
         return run.result()
 

@@ -1,6 +1,7 @@
 """What is measured at each validation: the loss over the validation rows, and the answers to a few of them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,17 +35,6 @@ class Validation:
     run: Run
     samples: Samples | None
 
-    @staticmethod
-    def of(
-        rows: Documents | None, algorithm: Algorithm, loader: Loader, built: Built, run: Run, samples: Samples | None = None
-    ) -> "Validation | None":
-        """Return what is measured; None if there are no validation rows. Raises UserError: the model cannot generate answers."""
-        if rows is None:
-            return None
-        if samples is not None:
-            samples.begin(built)
-        return Validation(rows, algorithm, loader, built, run, samples)
-
     def names(self, step: int) -> dict[str, float]:
         """Return metrics by the names that `measure` will give them, of only a few rows."""
         answered = {} if self.samples is None else dict.fromkeys(self.samples.names, 0.0)
@@ -75,3 +65,24 @@ class Validation:
                     raise AbandonedError("the run stops")
                 dist.moved()
                 yield batch
+
+
+@contextmanager
+def validating(
+    rows: Documents | None, algorithm: Algorithm, loader: Loader, built: Built, run: Run, samples: Samples | None = None
+) -> Iterator[Validation | None]:
+    """In this context, a run validates. It is None if there are no validation rows.
+
+    Raises:
+        UserError: the model cannot generate answers.
+    """
+    if rows is None:
+        yield None
+        return
+    try:
+        if samples is not None:
+            samples.begin(built)
+        yield Validation(rows, algorithm, loader, built, run, samples)
+    finally:
+        if samples is not None:
+            samples.close()
