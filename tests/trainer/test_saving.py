@@ -213,7 +213,7 @@ def test_a_kill_after_the_commit_of_the_best_checkpoint_does_not_lose_it(
     words["trainer__default_local_dir"] = out = tmp_path / "out"
     with monkeypatch.context() as patch:
         kill_before(place, name, 1, patch)
-        with_losses([0, 1.0, 2.0], patch)
+        with_losses([0, 1.0, 2.0, 2.0, 2.0], patch)  # a save beside training may take more than one step
         with pytest.raises(Killed):
             sft_runs.train(folder, "unused", **words)
     later = 4 - int(checkpoint.committed(out)[-1].name.rpartition("_")[2])
