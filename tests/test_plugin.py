@@ -16,7 +16,7 @@ def test_a_bare_name_is_a_module_of_the_folder() -> None:
 
 
 def test_helpers_of_the_folder_are_no_plugins() -> None:
-    assert plugin.names("verl.loggers") == ["console", "tensorboard", "trackio", "wandb"]
+    assert plugin.names("verl.loggers") == ["console", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
     with pytest.raises(UserError):
         plugin.load("verl.loggers", "_redact")
 
@@ -38,7 +38,11 @@ def test_a_dotted_name_is_any_module(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "found", "fix"),
     [
-        ("wanbd", "no loggers named 'wanbd'", "did you mean 'wandb'? console, tensorboard, trackio, wandb, or path/to/file.py"),
+        (
+            "wanbd",
+            "no loggers named 'wanbd'",
+            "did you mean 'wandb'? console, mlflow, swanlab, tensorboard, trackio, wandb, or path/to/file.py",
+        ),
         ("own.missing", "no module 'own'", "path of a .py file"),
         ("missing.py", "no such file", "the current folder is"),
     ],

@@ -149,6 +149,17 @@ def doctor(context: typer.Context) -> None:
     run_module("verl.doctor", context.args)
 
 
+@app.command()
+def board(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Runs, or folders of runs.", show_default=False)],
+    logger: Annotated[str | None, typer.Option(help="tensorboard or trackio; default: the one of the runs.", metavar="NAME")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; the default is this machine only.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port; default: the library's own, or the next free one.", min=1, max=65535)] = None,
+) -> None:
+    """Open TensorBoard or Trackio on runs in a browser: DIR…"""
+    exit_on_user_error(show_board, directories, logger, host, port)
+
+
 @app.command(epilog="Example: verl prove Qwen/Qwen2.5-0.5B-Instruct")
 def prove(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, a Hub name, or a config.json.", show_default=False)],
@@ -229,6 +240,14 @@ def run_proofs(model: str, real: bool, json: Path | None) -> None:
     command.use_cpu()
     if not command.prove(model, real=real, json_file=json):
         raise SystemExit(1)
+
+
+def show_board(directories: list[Path], logger: str | None, host: str, port: int | None) -> None:
+    """Run `verl board`. Raises UserError: there is no such run, or its library is not installed or does not start."""
+    from verl.errors import one_of
+
+    one_of("--logger", logger, (None, "tensorboard", "trackio"))
+    load_module("verl.board").open_board(directories, logger, host=host, port=port)
 
 
 def plan_of_sft() -> Command:

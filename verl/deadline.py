@@ -14,7 +14,7 @@ STARTED = "VERL_STARTED"  # variable of a trainer: the time at which its launche
 BYTES_PER_SECOND = 0.5e9  # assumed for the first save
 MARGIN, MARGIN_SECONDS = 1.1, 4.0  # of the time of a step and a save; for the end of the process on a busy machine
 RECENT = 8  # steps that tell how long the next one may take
-PAUSES = ("validating", "saving")  # phases that are no part of a step
+PAUSES = ("validating", "answering sample rows", "saving")  # phases that are no part of a step
 
 
 class Deadline:

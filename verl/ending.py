@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from verl.config.checks import mode_of
+from verl.config.best import mode_of
 from verl.directory import COMMANDS
 from verl.pace import clock, counted
 from verl.run_view import Shown

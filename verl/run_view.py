@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from verl import signals
-from verl.config.checks import mode_of
+from verl.config.best import mode_of
 from verl.cores import Starvation
 from verl.directory import COMMANDS
 from verl.pace import Pace, clock

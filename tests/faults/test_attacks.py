@@ -249,10 +249,10 @@ def test_an_error_hides_secrets(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wandb_sees_no_secret_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.loggers.wandb import _arguments_redacted
+    from verl.loggers._fallback import arguments_redacted
 
     monkeypatch.setattr(sys, "argv", ["verl", "reward.settings.api_key=hunter2", SECRETS[0]])
-    with _arguments_redacted():
+    with arguments_redacted():
         assert sys.argv == ["verl", "reward.settings.api_key=[hidden]", "[hidden]"]
     assert sys.argv[1].endswith("hunter2")
 

@@ -16,7 +16,8 @@ from runs import SECRET, run_with
 
 from verl import pace
 from verl.errors import UserError
-from verl.loggers import console, tensorboard, trackio, wandb
+from verl.loggers import console, mlflow, swanlab, tensorboard, trackio, wandb
+from verl.loggers._fallback import Silent
 from verl.loggers._redact import redact
 from verl.run import Run, read_metrics
 
@@ -176,7 +177,7 @@ class BrokenService:
 def test_a_service_that_does_not_start_leaves_the_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", BrokenService(fails_at_start=True))
     run = run_with(tmp_path)
-    assert isinstance(wandb.start(run), wandb._Silent)
+    assert isinstance(wandb.start(run), Silent)
     assert lines_of(run) == ["wandb: no route to host; logging to the console instead"]
 
 
@@ -236,7 +237,9 @@ def test_trackio_keeps_the_run_on_this_machine(tmp_path: Path, monkeypatch: pyte
     assert SECRET.encode() not in content
 
 
-@pytest.mark.parametrize(("logger", "package"), [(tensorboard, "torch.utils.tensorboard"), (trackio, "trackio")])
+@pytest.mark.parametrize(
+    ("logger", "package"), [(tensorboard, "torch.utils.tensorboard"), (trackio, "trackio"), (mlflow, "mlflow"), (swanlab, "swanlab")]
+)
 def test_a_missing_package_names_the_command_that_installs_it(
     logger: Any, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

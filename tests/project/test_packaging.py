@@ -16,7 +16,7 @@ import verl
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # They pin a torch and a transformers of their own, or are not part of what the tests run on.
-NOT_PINNED = {"vllm", "flash-attn-4", "verl"}
+NOT_PINNED = {"vllm", "flash-attn-4", "verl", "mlflow", "swanlab"}
 
 
 def pins(text: str, python: str) -> dict[str, str]:

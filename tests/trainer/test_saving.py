@@ -25,6 +25,7 @@ from verl.engine.stored_state import StoredState
 from verl.errors import DiskError, Stopped, UserError
 from verl.trainer import fsdp_sft_trainer
 from verl.trainer.best import Best
+from verl.trainer.validation import Validation
 
 RUN: dict[str, object] = {"trainer__total_training_steps": 4, "trainer__save_freq": 2}
 ASYNC: dict[str, object] = {**RUN, "trainer__async_save": "true"}
@@ -164,10 +165,8 @@ BEST: dict[str, object] = {
 
 def with_losses(losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the validations of a run give these losses; the first is asked for names before the first step."""
-    from verl.trainer import loop
-
     given = iter(losses)
-    monkeypatch.setattr(loop, "validate", lambda *_, **__: {"val/loss": next(given)})
+    monkeypatch.setattr(Validation, "_losses", lambda *_, **__: {"val/loss": next(given)})
 
 
 def test_the_best_checkpoint_is_kept_besides_the_newest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +213,7 @@ def test_a_kill_after_the_commit_of_the_best_checkpoint_does_not_lose_it(
     words["trainer__default_local_dir"] = out = tmp_path / "out"
     with monkeypatch.context() as patch:
         kill_before(place, name, 1, patch)
-        with_losses([0, 1.0, 2.0], patch)
+        with_losses([0, 1.0, 2.0, 2.0, 2.0], patch)  # a save beside training may take more than one step
         with pytest.raises(Killed):
             sft_runs.train(folder, "unused", **words)
     later = 4 - int(checkpoint.committed(out)[-1].name.rpartition("_")[2])
@@ -251,8 +250,8 @@ def test_values_over_other_validation_rows_are_not_compared(folder: Path, tmp_pa
 
 
 def test_a_metric_that_validation_does_not_log_is_refused_before_training(folder: Path) -> None:
-    words = {**RUN, "trainer__best_metric": "val/exact_match", "data__val_files": folder / "test.jsonl"}
-    with pytest.raises(UserError, match=r"does not log val/exact_match\n  fix: one of val/loss"):
+    words = {**RUN, "trainer__best_metric": "val/accuracy", "data__val_files": folder / "test.jsonl"}
+    with pytest.raises(UserError, match=r"does not log val/accuracy\n  fix: one of val/loss"):
         sft_runs_train(folder, "no-metric", **words)
     assert not (folder / "no-metric/metrics.jsonl").exists()
 

@@ -91,42 +91,6 @@ def check_trainer(trainer: TrainerConfig) -> None:
         at_least("trainer.max_ckpt_to_keep", trainer.max_ckpt_to_keep, 1)
 
 
-# Metrics whose best value is known from the end of their name.
-BEST_MODES = {"loss": "min", "perplexity": "min", "kl": "min", "exact_match": "max", "accuracy": "max", "reward": "max", "margin": "max"}
-
-
-def check_best(trainer: TrainerConfig, val_files: object) -> None:
-    """Check the keys of the best checkpoint. Raises UserError naming the key."""
-    one_of("trainer.best_mode", trainer.best_mode, (None, "min", "max"))
-    if trainer.best_metric is None:
-        if trainer.best_mode is not None:
-            raise UserError("there is no trainer.best_metric", where="trainer.best_mode", fix="set trainer.best_metric, such as val/loss")
-        return
-    if not trainer.best_metric.startswith("val/"):
-        what = f"{trainer.best_metric} is no metric of the validation"
-        raise UserError(what, where="trainer.best_metric", fix="give one that begins with val/, such as val/loss")
-    if val_files is None:
-        raise UserError("there are no validation rows", where="trainer.best_metric", fix="set data.val_files")
-    if trainer.save_freq == "never":
-        raise UserError("trainer.save_freq=never saves no checkpoint", where="trainer.best_metric", fix="set another trainer.save_freq")
-    best_mode(trainer)
-
-
-def best_mode(trainer: TrainerConfig) -> str:
-    """Return "min" or "max". Raises UserError: neither the config nor the metric's name says which."""
-    name = str(trainer.best_metric)
-    found = trainer.best_mode or mode_of(name)
-    if found is None:
-        what = f"it is not known whether the best {name} is the smallest or the largest"
-        raise UserError(what, where="trainer.best_mode", fix="set trainer.best_mode=min or trainer.best_mode=max")
-    return found
-
-
-def mode_of(metric: str) -> str | None:
-    """Return whether a metric is best where it is smallest ("min") or largest ("max"), if its name says so."""
-    return next((mode for end, mode in BEST_MODES.items() if metric.endswith(("/" + end, "_" + end))), None)
-
-
 class Limited(Protocol):
     """Keys of data with limits on the number of rows."""
 

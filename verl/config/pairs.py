@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.checks import check_best, check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.best import check_best
+from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins

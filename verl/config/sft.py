@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from verl.config.checks import check_best, check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 
@@ -63,6 +63,18 @@ class DataConfig:
 
 
 @dataclass
+class SamplesConfig:
+    # Number of validation rows, from the first on, that the model in training answers at each validation, greedily. The answers are in
+    # default_local_dir/samples, and val/exact_match is the share of right ones. 0: none.
+    rows: int = 0
+    # Longest answer, in tokens.
+    max_new_tokens: int = 256
+    # What counts as right: a name in verl/rewards or path/to/file.py; null: gsm8k if all reference answers have a number after ####, else
+    # the same text.
+    metric: str | None = None
+
+
+@dataclass
 class SFTConfig:
     """`python -m verl.trainer.fsdp_sft_trainer`: supervised fine-tuning."""
 
@@ -70,6 +82,7 @@ class SFTConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     dist: DistConfig = field(default_factory=DistConfig)
 
     def check(self) -> None:
@@ -79,7 +92,10 @@ class SFTConfig:
         check_optim(self.optim)
         check_offload(self.model, self.optim)
         check_trainer(self.trainer)
+        from verl.config.best import check_best, check_sampled  # once in a run
+
         check_best(self.trainer, self.data.val_files)
+        check_sampled(self.samples, self.trainer, data.val_files, data.text_key)
         check_dist(self.dist)
         one_of("data.train_turns", data.train_turns, ("all", "last"))
         one_of("data.truncation", data.truncation, ("error", "left", "right"))

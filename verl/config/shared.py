@@ -109,7 +109,7 @@ class TrainerConfig:
     # Directory of checkpoints, metrics and logs. If it is not given, a run with other settings than the one that is there gets a directory
     # of its own: run-2, run-3, …
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    # A logger or a list of loggers: console, wandb, tensorboard, trackio, or path/to/file.py. metrics.jsonl is always written.
+    # Loggers: console, wandb, tensorboard, trackio, mlflow, swanlab, path/to/file.py, or a list. metrics.jsonl is always written.
     logger: Any = "console"
     # Save a checkpoint every N steps; "epoch": at the end of each epoch; -1: only at the end; "never": none, to try settings out.
     save_freq: int | str = "epoch"
@@ -124,6 +124,8 @@ class TrainerConfig:
     best_metric: str | None = None
     # Whether best_metric is best where it is smallest ("min") or largest ("max"); null: known from its name.
     best_mode: str | None = None
+    # End the run after so many validations without a better best_metric. null: never.
+    patience: int | None = None
     # "auto" resumes from the newest checkpoint in default_local_dir, "resume_path" from resume_from_path; "disable" starts a new run, in a
     # directory without checkpoints.
     resume_mode: str = "auto"

@@ -58,7 +58,8 @@ KINDS = {
         reward_model.max_tokens_per_micro_batch reward_model.trust_remote_code
         rollout.url rollout.gpu_memory_utilization rollout.max_sequences rollout.sleep rollout.weights_folder rollout.on_error
         dist.timeout_seconds trainer.max_seconds trainer.max_nonfinite_steps
-        trainer.async_save trainer.best_metric trainer.best_mode
+        samples.rows samples.max_new_tokens samples.metric
+        trainer.async_save trainer.best_metric trainer.best_mode trainer.patience
         trainer.default_local_dir trainer.dry_run trainer.experiment_name trainer.logger trainer.max_ckpt_to_keep trainer.profile_step
         trainer.project_name trainer.resume_from_path trainer.resume_mode trainer.resume_override trainer.save_freq trainer.test_freq
     """,

@@ -8,6 +8,24 @@ STATE = "state.json"
 
 
 @dataclass(frozen=True)
+class Waited:
+    """How long a run has waited for a better validation (trainer.patience).
+
+    Attributes:
+        metric: the metric that is to become better (trainer.best_metric).
+        best, step: its best value, and the step of it; None and 0 if there is none yet.
+        validations: number of validations since.
+        rows: identity of the validation rows.
+    """
+
+    metric: str
+    best: float | None
+    step: int
+    validations: int
+    rows: str
+
+
+@dataclass(frozen=True)
 class Position:
     """Progress of a run, and the identity of its data, from which it resumes.
 
@@ -26,6 +44,7 @@ class Position:
             checkpoints of older versions.
         total_steps: optimizer steps of the whole run; 0 in checkpoints of older versions.
         validation, validation_rows: finite metrics of the validation after this step, and the identity of its rows; empty without one.
+        waited: how long the run has waited for a better validation; None without trainer.patience.
     """
 
     step: int
@@ -43,3 +62,4 @@ class Position:
     total_steps: int = 0
     validation: dict[str, float] = field(default_factory=dict)
     validation_rows: str = ""
+    waited: Waited | None = None

@@ -7,13 +7,10 @@ stops for it.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from verl.loggers import console
-from verl.redaction import redact, redact_text
+from verl.loggers._fallback import arguments_redacted, console_instead, first_line
+from verl.redaction import redact
 
 if TYPE_CHECKING:
     from verl.run import Run
@@ -43,52 +40,30 @@ class Wandb:
             call(*args, **kwargs)
         except Exception as error:  # no failure of the service may stop the training
             if not self._failed:
-                self._run.say(f"wandb: {_first_line(error)}; metrics.jsonl has every step")
+                self._run.say(f"wandb: {first_line(error)}; metrics.jsonl has every step")
             self._failed = True
-
-
-class _Silent:
-    """The fallback if the run has the console logger anyway."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Do nothing: the console logger prints it."""
-
-    def finish(self) -> None:
-        """Do nothing: no file is open."""
 
 
 def start(run: Run) -> Logger:
     try:
         session = _open(run)
     except ModuleNotFoundError as error:
-        reason = 'the package is not installed (pip install "verl[wandb]")' if error.name == "wandb" else _first_line(error)
+        reason = 'the package is not installed (pip install "verl[wandb]")' if error.name == "wandb" else first_line(error)
     except _NoLoginError:
         reason = "no login (wandb login, or WANDB_API_KEY; WANDB_MODE=offline keeps a run on disk)"
     except Exception as error:  # neither the service, the network nor a user's setting may stop the run
-        reason = _first_line(error)
+        reason = first_line(error)
     else:
         run.say(f"wandb: {'on disk, ' + session.dir if session.offline else session.url or 'disabled by WANDB_MODE'}")
         return Wandb(run, session)
-    run.say(f"wandb: {reason}; logging to the console instead")
-    return _Silent() if "console" in run.config["trainer"]["logger"] else console.start(run)
+    return console_instead(run, "wandb", reason)
 
 
 def _open(run: Run) -> Any:
     import wandb
 
-    with _arguments_redacted():
+    with arguments_redacted():
         return _opened(wandb, run)
-
-
-@contextmanager
-def _arguments_redacted() -> Iterator[None]:
-    """In this context, `sys.argv`, which wandb uploads, has no secrets."""
-    given = sys.argv
-    sys.argv = [redact_text(word) for word in given]
-    try:
-        yield
-    finally:
-        sys.argv = given
 
 
 def _opened(wandb: Any, run: Run) -> Any:
@@ -103,7 +78,3 @@ def _opened(wandb: Any, run: Run) -> Any:
         config=redact(run.config),
         settings=wandb.Settings(silent=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

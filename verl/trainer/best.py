@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from verl import dist
-from verl.config.checks import best_mode
+from verl.config.best import best_mode
 from verl.config.shared import TrainerConfig
 from verl.data.fingerprint import Fingerprint
 from verl.durable import replace_text
@@ -62,12 +62,18 @@ class Best:
         """The best checkpoint; None if there is none yet."""
         return None if self.record is None else self._run.directory / self.record.checkpoint
 
-    def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether a step's metrics have a better value than the best checkpoint. A step without validation has none."""
-        value = metrics.get(self._metric, math.nan)
-        if not math.isfinite(value):
+    def improves(self, metrics: Mapping[str, float], being_written: Mapping[str, float] | None = None) -> bool:
+        """Return whether a step's metrics have a better value than the best checkpoint. A step without validation has none.
+
+        Args:
+            being_written: metrics of a checkpoint that is not recorded yet.
+        """
+        values = [each.get(self._metric, math.nan) for each in (metrics, being_written or {})]
+        if not math.isfinite(values[0]):
             return False
-        return self.record is None or (value < self.record.value if self._mode == "min" else value > self.record.value)
+        others = [values[1]] if math.isfinite(values[1]) else []
+        others += [] if self.record is None else [self.record.value]
+        return all(values[0] < other if self._mode == "min" else values[0] > other for other in others)
 
     def keep(self, saved: Path, metrics: Mapping[str, float]) -> None:
         """Record a new checkpoint as the best one, if its metrics are better. Every rank calls it."""

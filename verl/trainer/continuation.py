@@ -26,6 +26,7 @@ from verl.errors import UserError
 from verl.manifest import steps_in
 from verl.run import Run
 from verl.trainer.best import Best
+from verl.trainer.patience import describe_early
 
 NEW_RUN = "start a new run: trainer.resume_mode=disable trainer.default_local_dir=<a new directory>"
 WAYS = f"{NEW_RUN}; or go on from this checkpoint with what is new: trainer.resume_override=true"
@@ -197,8 +198,9 @@ def _rates(optim: OptimConfig, before: int, now: int, first: int) -> str:
 
 
 def complete(done: Position, config: TrainerConfig, run: Run) -> None:
-    """Say that all steps are done, and do what is done after the last one is saved: a kill may have come before it."""
-    run.say(nothing_left(done, run.directory))
+    """Say that all steps are done or the run has stopped early, and do what is done after the last save: a kill may have come before it."""
+    is_early = done.step < done.total_steps and done.waited is not None
+    run.say(describe_early(done.step, done.total_steps, done.waited) if is_early and done.waited else nothing_left(done, run.directory))
     assert run.checkpoint is not None
     best = None if config.best_metric is None else Best(config, run, None)
     needed = {run.checkpoint} if best is None or best.path is None else {run.checkpoint, best.path}

@@ -49,7 +49,9 @@ def train(config: SFTConfig) -> TrainResult:
         if start is None:
             return run.result()
         from verl.trainer.oddities import say_oddities  # once in a run
+        from verl.trainer.samples import read_samples
 
+        samples = read_samples(config, tokenizer, run)
         say_oddities(run, documents, validation, outline, loader.rows_per_step, total_steps)
         workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         run.enter("loading the model")
@@ -71,9 +73,14 @@ def train(config: SFTConfig) -> TrainResult:
             run.enter("loading the checkpoint")
             restore.load(run.checkpoint, built.engine)
         from verl.trainer.saving import Saver
+        from verl.trainer.validation import validating
 
-        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built, validation=validation) as saver:
-            train_loop(config.trainer, sft, loader, validation, built, start, run, saver)
+        with (
+            validating(validation, sft, loader, built, run, samples) as checks,
+            run.stepping(built.engine.trained_weights),
+            Saver(config.trainer, run, built, validation=validation) as saver,
+        ):
+            train_loop(config.trainer, sft, loader, checks, built, start, run, saver)
         return run.result()
 
 

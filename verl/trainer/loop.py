@@ -4,32 +4,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from verl import dist
 from verl.config.shared import TrainerConfig
-from verl.data.batch import Batch
-from verl.data.documents import Documents
 from verl.data.loader import Loader, Step
 from verl.engine.build import Built
 from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.engine.position import Position
-from verl.errors import AbandonedError
 from verl.run import Run
 from verl.trainer.meter import Meter
 
 if TYPE_CHECKING:
     from verl.trainer.saving import Saver
-
-VALIDATION_ROWS = 1024  # validation rows that are packed at a time
+    from verl.trainer.validation import Validation
 
 
 def train_loop(
     config: TrainerConfig,
     algorithm: Algorithm,
     loader: Loader,
-    validation: Documents | None,
+    validation: "Validation | None",
     built: Built,
     start: Position,
     run: Run,
@@ -42,7 +35,7 @@ def train_loop(
 
     check_room(config, run, built, steps=run.total_steps - start.step, steps_per_epoch=loader.steps_per_epoch)
     if validation is not None:
-        saver.check_metric(lambda: validate(built.engine, algorithm, validation, loader, run, start.step, rows=dist.data_size()))
+        saver.check_metric(lambda: validation.names(start.step))
     engine, meter, watch = built.engine, Meter(built.engine, start), LossWatch(run)
     engine.set_skipped(start.skipped)
     steps = _profiled(loader.steps(start.step, run.total_steps), config, engine, run)
@@ -61,9 +54,9 @@ def train_loop(
         pause = ends_epoch or last or stop or validates or saves
         for number, metrics in meter.finished(wait=pause):
             if validates and number == done and validation is not None:
-                metrics |= validate(engine, algorithm, validation, loader, run, done)
+                metrics |= validation.measure(done)
                 stop = run.should_stop()
-                saves = saves or due(config.save_freq, done, ends_epoch, stop)
+                saves = saver.weigh(done, metrics) or saves or due(config.save_freq, done, ends_epoch, stop)
             run.enter("logging", done)
             run.log(number, metrics)
             if meter.skipped_in_a_row:
@@ -74,13 +67,14 @@ def train_loop(
         if ends_epoch:
             run.line(meter.end_epoch(step.epoch), "epoch", is_last=last)
         saver.poll()
-        if saves or (validates and saver.wants(metrics)):
-            run.enter("saving", done)
+        if saves:
             here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens, skipped=engine.skipped)
             saver.save(here, metrics)
         if stop:
             saver.finish()
             run.leave(done)
+        if saver.ends_early:
+            break
         if pause:
             meter.start()
 
@@ -102,28 +96,3 @@ def due(every: int | str, done: int, ends_epoch: bool, last: bool) -> bool:
     if every == "never":
         return False
     return last or (ends_epoch if every == "epoch" else int(every) > 0 and done % int(every) == 0)
-
-
-def validate(
-    engine: Engine, algorithm: Algorithm, validation: Documents, loader: Loader, run: Run, step: int, rows: int | None = None
-) -> dict[str, float]:
-    """Compute the mean loss and metrics over validation rows, packed like training rows. If the run stops meanwhile, there are none.
-
-    Args:
-        rows: only this many rows; None: all.
-    """
-    total = len(validation) if rows is None else min(rows, len(validation))
-
-    def batches() -> Iterator[Batch]:
-        run.enter("validating", step, limited=True)
-        for first in range(0, total, VALIDATION_ROWS):
-            for batch in loader.micro_batches(validation, np.arange(first, min(first + VALIDATION_ROWS, total))):
-                if run.should_stop():
-                    raise AbandonedError("the run stops")
-                dist.moved()
-                yield batch
-
-    try:
-        return {f"val/{name}": float(value) for name, value in engine.evaluate(batches(), algorithm).items()}
-    except AbandonedError:  # on every rank
-        return {}

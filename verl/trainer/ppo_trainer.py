@@ -170,15 +170,15 @@ def train_loop(
         stop = run.should_stop()
         report_answers(collected, done, run)
         rewards.see(done, without_differences(collected, method))
-        saver.poll()
         run.enter("logging", done)
         run.log(done, {"epoch": epoch, "train/lr": lr, **metrics, **of_time, **phase_seconds(clock)})
-        if due(config.trainer.save_freq, done, ends_epoch, last or stop) or saver.wants(metrics):
-            run.enter("saving", done)
+        if saver.weigh(done, metrics) or due(config.trainer.save_freq, done, ends_epoch, last or stop):
             saver.save(here, metrics)
         if stop:
             saver.finish()
             run.leave(done)
+        if saver.ends_early:
+            break
 
 
 def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str, float]:

@@ -60,7 +60,7 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
         rows_per_step: number of rows per step, over all ranks.
         total_steps: number of steps of the whole run.
     Returns:
-        None if all steps are already done, which is logged.
+        None if all steps are already done, or the run has stopped early, which is logged.
     Raises:
         UserError: the rows, their order or the length of the run differ from the checkpoint's, or a logger cannot be opened.
     """
@@ -82,9 +82,10 @@ def begin(config: TrainerConfig, run: Run, rows: Rows, rows_per_step: int, total
     )
     if run.checkpoint is not None:
         from verl.trainer.continuation import complete, continued
+        from verl.trainer.patience import has_stopped_early
 
         start = continued(start, run.checkpoint, run)
-        if start.step >= total_steps:
+        if start.step >= total_steps or has_stopped_early(start, config):
             complete(start, config, run)
             return None
     run.start_logging(start.step, total_steps)

@@ -29,10 +29,11 @@ from verl.errors import exit_on_user_error
 from verl.run import Run, TrainResult
 from verl.session import session
 from verl.trainer.inputs import load_data, load_rows, read_tokenizer
-from verl.trainer.loop import VALIDATION_ROWS, train_loop
+from verl.trainer.loop import train_loop
 from verl.trainer.oddities import say_oddities
 from verl.trainer.preference import Preference, load_preference
 from verl.trainer.resume import begin, find_checkpoint
+from verl.trainer.validation import VALIDATION_ROWS, validating
 
 
 @session()
@@ -78,8 +79,12 @@ def train(config: RewardTrainerConfig) -> TrainResult:
             restore.load(run.checkpoint, built.engine)
         from verl.trainer.saving import Saver
 
-        with run.stepping(built.engine.trained_weights), Saver(config.trainer, run, built, validation=validation) as saver:
-            train_loop(config.trainer, method.loss, loader, validation, built, start, run, saver)
+        with (
+            validating(validation, method.loss, loader, built, run) as checks,
+            run.stepping(built.engine.trained_weights),
+            Saver(config.trainer, run, built, validation=validation) as saver,
+        ):
+            train_loop(config.trainer, method.loss, loader, checks, built, start, run, saver)
         return run.result()
 
 

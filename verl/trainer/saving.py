@@ -15,6 +15,7 @@ from verl.engine.background import Background, SavedModel
 from verl.engine.position import Position
 from verl.run import Run
 from verl.trainer.best import Best, rows_of
+from verl.trainer.patience import Patience, describe_early
 from verl.trainer.resume import Rows
 
 
@@ -36,6 +37,7 @@ class Saver:
         self._rows = "" if validation is None else rows_of(validation.fingerprint)
         self._good = set() if run.checkpoint is None else {run.checkpoint}
         self._best = None if config.best_metric is None else Best(config, run, self._rows)
+        self._patience = None if config.patience is None else Patience(config, run, self._rows)
         is_async = config.async_save and config.save_freq != "never"
         self._background = Background(run.directory, actor, critic, run.say) if is_async else None
         self._metrics: Mapping[str, float] = {}  # of the step whose checkpoint is being written
@@ -47,6 +49,7 @@ class Saver:
         try:
             if error is None:
                 self.finish()
+                self._say_early()
         finally:
             if self._background is not None:
                 self._background.close()
@@ -56,9 +59,22 @@ class Saver:
         if self._best is not None:
             self._best.check_names(validated())
 
-    def wants(self, metrics: Mapping[str, float]) -> bool:
-        """Return whether a step's metrics make it the best one so far, which is saved even where no save is due."""
-        return self._best is not None and self._best.improves(metrics)
+    def weigh(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Take note of a step's metrics. Every rank calls it, once a step at most.
+
+        Returns:
+            whether the step is to be saved even where no save is due: it has the best validation so far, or the run ends early with it.
+        """
+        self.poll()
+        if self._patience is not None:
+            self._patience.weigh(step, metrics)
+        being_written = self._metrics if self._background is not None and self._background.is_busy else {}
+        return self.ends_early or (self._best is not None and self._best.improves(metrics, being_written))
+
+    @property
+    def ends_early(self) -> bool:
+        """Return whether trainer.patience is used up."""
+        return self._patience is not None and self._patience.is_over
 
     def save(self, position: Position, metrics: dict[str, float]) -> None:
         """Save a checkpoint of the current weights. With trainer.async_save, only the copy is waited for, and a save before.
@@ -66,9 +82,11 @@ class Saver:
         Raises:
             DiskError: on all ranks: the disk is full or fails.
         """
+        self._run.enter("saving", position.step)
         self.finish()
         validated = {name: value for name, value in metrics.items() if name.startswith("val/") and math.isfinite(value)}
-        position = replace(position, validation=validated, validation_rows=self._rows if validated else "")
+        waited = None if self._patience is None else self._patience.waited
+        position = replace(position, validation=validated, validation_rows=self._rows if validated else "", waited=waited)
         if self._background is None:
             export, critic, say = self._actor.export, self._critic, self._run.say
             saved = checkpoint.save(self._run.owned(), self._actor.engine, position, export, critic, say)
@@ -85,6 +103,10 @@ class Saver:
     def finish(self) -> None:
         """Wait for the save that is being written. Raises DiskError on all ranks if it failed."""
         self._advance(until_done=True)
+
+    def _say_early(self) -> None:
+        if self._patience is not None and self._patience.is_over and self._run.step < self._run.total_steps:
+            self._run.say(describe_early(self._run.step, self._run.total_steps, self._patience.waited))
 
     def _advance(self, *, until_done: bool) -> None:
         if self._background is not None and self._background.is_busy:
