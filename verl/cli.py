@@ -78,6 +78,34 @@ def plan(
         exit_on_user_error(show_plan, gpus, context.args)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: verl inspect data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct --longest --html data.html",
+)
+def inspect(
+    context: typer.Context,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Show this row: its number, from 1, or its place (train.jsonl:17).", metavar="N")
+    ] = None,
+    longest: Annotated[bool, typer.Option("--longest", help="Show the longest rows.")] = False,
+    random: Annotated[int, typer.Option(help="Show so many rows, drawn at random.", metavar="N")] = 0,
+    grep: Annotated[str | None, typer.Option(help="Show rows that contain this text.", metavar="TEXT")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write what was found to this file, as one page.", metavar="FILE")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write what was found to this file, as JSON.", metavar="FILE")] = None,
+    exact: Annotated[bool, typer.Option("--all", help="Tokenize all rows; otherwise, a sample of very many.")] = False,
+) -> None:
+    """Show what a trainer would make of its data: rows used, cut and dropped, lengths, copies, odd characters, and rows as the model
+    sees them. Needs no GPU. The arguments are those of verl sft, verl reward or verl ppo: key=value …"""
+
+    def run() -> None:
+        from verl.inspect.picks import Picks
+
+        picks = Picks(row or (), random, grep, longest)
+        load_module("verl.inspect.command").run(context.args, picks, html=html, json_file=json, exact=exact)
+
+    exit_on_user_error(run)
+
+
 @app.command(name="eval", context_settings=PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Measure exact match of a checkpoint on a file of questions and answers: key=value …"""
