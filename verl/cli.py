@@ -7,8 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from verl import __version__, signals
-from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, config_of_trainer, load_module
 from verl.errors import UserError, exit_on_user_error
+from verl.inspect.picks import Picks
 
 app = typer.Typer(
     name="verl",
@@ -80,7 +81,7 @@ def plan(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: verl inspect data.train_files=train.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct --longest --html data.html",
+    epilog="Example: verl inspect data.train_files=train.jsonl model.partial_pretrain=checkpoints/base --longest --html data.html",
 )
 def inspect(
     context: typer.Context,
@@ -97,13 +98,7 @@ def inspect(
     """Show what a trainer would make of its data: rows used, cut and dropped, lengths, copies, odd characters, and rows as the model
     sees them. Needs no GPU. The arguments are those of verl sft, verl reward or verl ppo: key=value …"""
 
-    def run() -> None:
-        from verl.inspect.picks import Picks
-
-        picks = Picks(row or (), random, grep, longest)
-        load_module("verl.inspect.command").run(context.args, picks, html=html, json_file=json, exact=exact)
-
-    exit_on_user_error(run)
+    exit_on_user_error(inspect_data, context.args, Picks(row or (), random, grep, longest), html, json, exact)
 
 
 @app.command(name="eval", context_settings=PASS_ON)
@@ -206,6 +201,19 @@ def run_proofs(model: str, real: bool, json: Path | None) -> None:
     command.use_cpu()
     if not command.prove(model, real=real, json_file=json):
         raise SystemExit(1)
+
+
+def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path | None, exact: bool) -> None:
+    """Run `verl inspect` with the arguments of a trainer.
+
+    Args:
+        html, json, exact: as in `verl.inspect.command.run`.
+    Raises:
+        UserError: as `verl.inspect.command.run`; or the arguments are no trainer's.
+    """
+    config = config_of_trainer(words)
+    picks.check()
+    load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact)
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:

@@ -53,3 +53,24 @@ EVALUATE = Command("verl.eval.sft_evaluator", ("verl.config.commands", "EvalConf
 CHAT = Command("verl.chat", ("verl.config.commands", "ChatConfig"), "verl chat DIR key=value …")
 EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"), "verl export SRC DIR key=value …")
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")
+
+
+def config_of_trainer(words: list[str]) -> Any:
+    """Build the config of the trainer whose arguments these are: of `verl sft`, or else of `verl reward` or `verl ppo`.
+
+    Raises:
+        UserError: they are no trainer's; the error is that of `verl sft`.
+    """
+    from verl.config.load import load_config
+
+    def of(command: Command) -> Any:
+        try:
+            return load_config(command.schema(), words)
+        except UserError as error:
+            return error
+
+    found = [of(command) for command in (SFT, REWARD, PPO)]
+    config = next((one for one in found if not isinstance(one, UserError)), found[0])
+    if isinstance(config, UserError):
+        raise config
+    return config

@@ -28,7 +28,7 @@ OTHERS = "other reasons"
 FOREIGN = re.compile(
     r"<\|[A-Za-z_0-9]{2,30}\|>|<｜[^<>｜\n]{2,30}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|</s>"
 )
-SPECIFIC = re.compile(r"'[^']{30,}'|\d+")
+SPECIFIC = re.compile(r"'[^']{30,}'|0x[0-9a-f]+|(?<![\w-])\d[\d.,]*(?!\w)")
 
 
 class Findings(dict[str, Finding]):
@@ -149,7 +149,7 @@ class Examiner:
     def _examine(self, seen: Seen, first: int, index: int, row: Row, values: Sequence[object], texts: list[str]) -> None:
         """Examine the texts of a valid row."""
         seen.digests[index] = digest("\0".join(texts).encode())
-        seen.asked[index] = digest("\0".join(texts[:-1]).encode()) if len(texts) > 1 and len(values) == 1 else 0
+        seen.asked[index] = digest("\0".join(texts[:-1]).encode()) if len(texts) > 1 and len(self._reading.names) == 1 else 0
         whole = "\n".join(texts)
         for kind, example in characters.odd_characters(whole):
             seen.characters.note(kind, row.where, example, characters.FIXES[kind])

@@ -138,7 +138,7 @@ def _data_set(key: str, trainer: _Trainer, found: Scan, entries: list[Entry]) ->
     files = [File(str(source), next(counts, 0)) for entry in entries for source in entry.sources]
     if found.long.rows and trainer.stops_at_long:
         longest = int(found.joined("whole").max())
-        name, _, limit = trainer.limit.partition("=")
+        name, _, _ = trainer.limit.partition("=")
         keep = f"{name}={longest} keeps them whole; " + (
             "data.overlong_prompts=drop drops them"
             if trainer.command == "ppo"

@@ -14,7 +14,7 @@ from verl.data.prompts import read_prompt
 from verl.data.render import Renderer
 from verl.data.row import Notes, Row
 from verl.data.shapes import read_question
-from verl.data.tables import RowReader, render_rows
+from verl.data.tables import ChatInput, RowReader, render_rows
 from verl.errors import UserError
 
 Note = tuple[int, str, str]  # of Notes: number of rows, location and example of the first
@@ -142,7 +142,7 @@ class PromptReading:
 
     def read(self, row: Row) -> Sequence[object]:
         asked = read_question(row, self.config, self.config.system_prompt, "data.")
-        return [*asked.messages, *([] if asked.reference is None else [asked.reference])]
+        return [ChatInput(asked.messages), asked.reference or ""]
 
     def tokens(self, renderer: Renderer, rows: list[Row], *, keep: bool = False) -> Tokens:
         found, notes, limit = Tokens(), Notes(), self.config.max_prompt_length

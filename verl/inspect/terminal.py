@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from verl.inspect import words
 from verl.inspect.result import DataSet, Finding, Inspection, Lengths, Shown, ShownRow
-from verl.inspect.words import Fact, Group
+from verl.inspect.words import Fact, printable
 from verl.progress import open_console
 
 STYLES = {
@@ -26,6 +26,8 @@ BAR = 40  # characters of the longest bar
 def show(found: Inspection, console: Console | None = None) -> None:
     """Print what was found."""
     out = console or open_console(highlight=False)
+    is_good, verdict = words.verdict(found)
+    out.print(Text(printable(verdict), "bold green" if is_good else "bold red"), soft_wrap=True)
     _print_facts(out, words.of_run(found))
     for data in found.sets:
         out.print(_heading(data.key))
@@ -36,7 +38,7 @@ def show(found: Inspection, console: Console | None = None) -> None:
             _print_group(out, group, data)
     if found.validation is not None:
         out.print(_heading("overlap"))
-        _print_group(out, Group("validation rows that repeat training rows", found.overlap), found.validation)
+        _print_group(out, words.overlap_of(found), found.validation)
     if found.steps is not None:
         out.print(_heading("steps"))
         _print_facts(out, words.of_steps(found.steps, found.command))
@@ -58,7 +60,7 @@ def _print_facts(out: Console, facts: list[Fact]) -> None:
         out.print(Text.assemble((f"{label:<14}", "cyan"), printable(text)), soft_wrap=True)
 
 
-def _print_group(out: Console, group: Group, data: DataSet) -> None:
+def _print_group(out: Console, group: words.Group, data: DataSet) -> None:
     if not group.findings:
         out.print(Text.assemble((f"{group.title}: ", "cyan"), group.nothing), soft_wrap=True)
         return
@@ -71,7 +73,7 @@ def _print_group(out: Console, group: Group, data: DataSet) -> None:
 def _lines(finding: Finding, unit: str) -> Iterator[Text]:
     yield Text(f"  {printable(words.of_finding(finding, unit))}")
     if finding.example:
-        yield Text(f"    such as: {printable(finding.example)}", "dim")
+        yield Text(f"    such as: {printable(finding.example).replace(chr(10), ' ⏎ ')}", "dim")
     if finding.fix:
         yield Text(f"    fix: {printable(finding.fix)}", "dim")
 
@@ -94,26 +96,30 @@ def _legend() -> Text:
 
 def _row(row: ShownRow) -> RenderableType:
     title = Text(f"row {row.number:,}, {printable(row.place)} ({printable(row.why)})", "bold")
-    note = [Text(printable(row.note), "yellow")] if row.note else []
+    parts: list[RenderableType] = [Text(printable(row.note), "yellow")] if row.note else []
+    if row.documents:
+        parts.append(_side_by_side([_document(one) for one in row.documents]))
+    if row.columns:
+        parts.append(_table(row.columns))
+    return Panel(Group(*parts), title=title, title_align="left")
+
+
+def _side_by_side(documents: list[Panel]) -> Table:
     table = Table.grid(padding=(0, 1), expand=True)
-    for _ in row.documents:
-        table.add_column(ratio=1)  # two documents of a pair stand side by side
-    table.add_row(*(_document(one) for one in row.documents))
-    columns = Table.grid(padding=(0, 1))
-    for name, value in row.columns.items():
-        columns.add_row(Text(printable(name), "cyan"), Text(printable(value)))
-    whole = Table.grid(expand=True)
-    for part in (*note, table, columns):
-        whole.add_row(part)
-    return Panel(whole, title=title, title_align="left")
+    for _ in documents:
+        table.add_column(ratio=1)
+    table.add_row(*documents)
+    return table
+
+
+def _table(columns: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for name, value in columns.items():
+        table.add_row(Text(printable(name), "cyan"), Text(printable(value)))
+    return table
 
 
 def _document(shown: Shown) -> Panel:
     size = f"{shown.tokens:,} tokens, {shown.trained:,} trained" if shown.tokens else ""
     text = Text.assemble(*((printable(part.text), STYLES[part.kind]) for part in shown.parts))
     return Panel(text, title=f"{shown.name} {size}".strip(), title_align="left", border_style="dim")
-
-
-def printable(text: str) -> str:
-    """Return a text with control characters other than line ends and tabs escaped, and what changes its direction."""
-    return "".join(one if one in "\n\t" or one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -35,6 +35,39 @@ def count(number: int, unit: str) -> str:
     return f"{number:,} {unit[:-1] if number == 1 else unit}"
 
 
+def printable(text: str) -> str:
+    """Return a text in which control characters, and those that are not seen or change its direction, are escaped.
+
+    A terminal and a browser obey some of them. Line ends and tabs stay.
+    """
+    return text if text.isascii() and text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(one: str) -> str:
+    return (
+        one
+        if one in "\n\t" or one.isprintable() or (one.isspace() and one not in "\r\v\f\u2028\u2029\x85\x1c\x1d\x1e\x1f")
+        else ascii(one)[1:-1]
+    )
+
+
+def verdict(found: Inspection) -> tuple[bool, str]:
+    """Return whether the run could begin, and what it would train, in one line."""
+    invalid = [(data, one) for data in found.sets for one in data.invalid]
+    command = f"verl {found.command}"
+    if invalid:
+        (data, first), many = invalid[0], sum(one.rows for _, one in invalid)
+        place = first.places[0] if first.places else data.key
+        return False, f"{command} would stop: {count(many, data.unit)} invalid, the first {place}: {first.what}"
+    if not found.train.used:
+        return False, f"{command} would stop: no row is left"
+    data = found.train
+    of_sample = f" of a sample of {data.tokenized:,}" if data.is_sample else ""
+    verb = "ask" if data.unit == "prompts" else "train on"
+    left = sum(one.rows for one in data.dropped)
+    return True, f"{command} would {verb} {count(data.used, data.unit)}{of_sample}{f', and leave out {left:,}' if left else ''}"
+
+
 def of_run(found: Inspection) -> list[Fact]:
     return [
         ("read as", f"data of verl {found.command}"),
@@ -95,6 +128,10 @@ def groups_of(data: DataSet) -> list[Group]:
         Group("control tokens spelled out in the text", data.control),
         Group("rare or broken characters", data.characters),
     ]
+
+
+def overlap_of(found: Inspection) -> Group:
+    return Group("validation rows that repeat training rows", found.overlap)
 
 
 def of_finding(finding: Finding, unit: str) -> str:
