@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from verl import __version__, signals
-from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, config_of_trainer, load_module
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module, trainer_config
 from verl.errors import UserError, exit_on_user_error
 from verl.inspect.picks import Picks
 
@@ -211,7 +211,9 @@ def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path |
     Raises:
         UserError: as `verl.inspect.command.run`; or the arguments are no trainer's.
     """
-    config = config_of_trainer(words)
+    from verl.config.load import load_config
+
+    config = trainer_config(lambda schema: load_config(schema, words))
     picks.check()
     load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact)
 

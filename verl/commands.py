@@ -1,6 +1,7 @@
 """The commands, each with its module and its config class. Both are imported only when used."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -55,22 +56,25 @@ EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"),
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")
 
 
-def config_of_trainer(words: list[str]) -> Any:
+def trainer_config(build: Callable[[type[Any]], Any]) -> Any:
     """Build the config of the trainer whose arguments these are: of `verl sft`, or else of `verl reward` or `verl ppo`.
 
+    Args:
+        build: builds a config of a class; raises UserError if the arguments are not those of its trainer.
     Raises:
         UserError: they are no trainer's; the error is that of `verl sft`.
     """
-    from verl.config.load import load_config
+    errors = []
+    for command in (SFT, REWARD, PPO):
+        config = _or_error(build, command.schema())
+        if not isinstance(config, UserError):
+            return config
+        errors.append(config)
+    raise errors[0]
 
-    def of(command: Command) -> Any:
-        try:
-            return load_config(command.schema(), words)
-        except UserError as error:
-            return error
 
-    found = [of(command) for command in (SFT, REWARD, PPO)]
-    config = next((one for one in found if not isinstance(one, UserError)), found[0])
-    if isinstance(config, UserError):
-        raise config
-    return config
+def _or_error(build: Callable[[type[Any]], Any], schema: type[Any]) -> Any:
+    try:
+        return build(schema)
+    except UserError as error:
+        return error

@@ -18,7 +18,7 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
         html, json_file: files to write it to, too.
         exact: as in `verl.inspect.inspection.inspect`.
     Raises:
-        UserError: the data or the model is invalid, or a row that was asked for does not exist.
+        UserError: the data or the model is invalid; or, after all else is shown, a row that was asked for does not exist.
         DiskError: a file cannot be written.
     """
     for path in (html, json_file):
@@ -29,6 +29,9 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
         _write(json_file, json.dumps(found.as_json(), ensure_ascii=False, indent=1) + "\n")
     if html is not None:
         _write(html, page(found))
+    if found.missing:
+        fix = f"{found.train.key} has {found.train.rows:,} rows; name one by its number or its place, such as {found.train.files[0].name}:1"
+        raise UserError(f"there is no row {' and no row '.join(found.missing)}", where="--row", fix=fix)
 
 
 def _check_folder(path: Path | None) -> None:

@@ -86,6 +86,7 @@ def inspect(config: TrainerConfig, picks: Picks, *, exact: bool = False, console
             overlap=[] if validation is None else overlap_of(of_validation, of_train),
             steps=_steps(config, trainer, train, of_train, entries),
             rows=shown,
+            missing=sorted(of_train.missing),
             found=None if picks.text is None else of_train.matched,
             seconds=time.perf_counter() - since,
         )

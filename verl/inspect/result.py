@@ -202,7 +202,7 @@ class Inspection:
         train, validation: the rows; validation is None without data.val_files.
         overlap: validation rows that are training rows too, or nearly.
         steps: None if no row is used.
-        rows: the rows that were asked for.
+        rows: the rows that were asked for; `missing`: numbers and places that were asked for, but are not there.
         found: number of rows with the text that was asked for; None if none was.
         seconds: time that the inspection took.
     """
@@ -216,6 +216,7 @@ class Inspection:
     overlap: list[Finding] = field(default_factory=list)
     steps: Steps | None = None
     rows: list[ShownRow] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     found: int | None = None
     seconds: float = 0.0
 

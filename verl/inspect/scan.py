@@ -54,6 +54,7 @@ class Scan:
     long: Finding = field(default_factory=lambda: Finding("too long"))
     stop_ids: set[int] = field(default_factory=set)
     matched: int = 0
+    missing: set[str] = field(default_factory=set)  # of Picks.rows
     picked: dict[int, tuple[str, Row | UserError]] = field(default_factory=dict)  # why, and the row, by its number
     parts: list[Seen] = field(default_factory=list)
     longest: list[tuple[int, int, Row]] = field(default_factory=list)
@@ -163,6 +164,7 @@ class _Rows:
     def __init__(self, rows: Iterator[Row | UserError], found: Scan, picks: Picks):
         self._rows, self._found, self._picks = rows, found, picks
         self._wanted = set(picks.rows)
+        found.missing = set(picks.rows)
         self._drawn: list[tuple[int, Row | UserError]] = []
         self._random = random.Random(0)
         self.characters = 0
@@ -183,6 +185,7 @@ class _Rows:
     def _keep(self, row: Row | UserError) -> None:
         if self._wanted and not self._wanted.isdisjoint(_names(self.number, row)):
             self._found.picked[self.number] = ("asked for", row)
+            self._found.missing -= set(_names(self.number, row))
         if self.number == 0 and self._picks.is_empty:
             self._found.picked[0] = ("first", row)
         if len(self._drawn) < self._picks.random:
