@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl.commands import EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module, trainer_config
 from verl.config.commands import keyed
-from verl.config.objects import Given, config_of
+from verl.config.objects import Given, config_of, words_of
 from verl.inspect.picks import Picks
 from verl.rollout import DEFAULTS, Options
 
@@ -142,7 +142,10 @@ def inspect_data(
     picks.check()
     schemas = [command.schema() for command in (SFT, REWARD, PPO)]
     own = next((schema for schema in schemas if any(isinstance(part, schema) for part in config)), None)
-    settings = trainer_config(lambda schema: config_of(schema, config)) if own is None else config_of(own, config)
+    if own is not None:
+        settings = config_of(own, config)
+    else:
+        settings = trainer_config([word for part in config for word in words_of(part, SFT.schema())])
     found: Inspection = load_module("verl.inspect.inspection").inspect(settings, picks, exact=exact)
     return found
 

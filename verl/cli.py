@@ -211,9 +211,7 @@ def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path |
     Raises:
         UserError: as `verl.inspect.command.run`; or the arguments are no trainer's.
     """
-    from verl.config.load import load_config
-
-    config = trainer_config(lambda schema: load_config(schema, words))
+    config = trainer_config(words)
     picks.check()
     load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact)
 

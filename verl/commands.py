@@ -1,7 +1,6 @@
 """The commands, each with its module and its config class. Both are imported only when used."""
 
 import importlib
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -56,25 +55,13 @@ EXPORT = Command("verl.models.export", ("verl.config.commands", "ExportConfig"),
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …")
 
 
-def trainer_config(build: Callable[[type[Any]], Any]) -> Any:
+def trainer_config(words: list[str]) -> Any:
     """Build the config of the trainer whose arguments these are: of `verl sft`, or else of `verl reward` or `verl ppo`.
 
-    Args:
-        build: builds a config of a class; raises UserError if the arguments are not those of its trainer.
     Raises:
-        UserError: they are no trainer's; the error is that of `verl sft`.
+        UserError: as `verl.config.load.load_config`.
     """
-    errors = []
-    for command in (SFT, REWARD, PPO):
-        config = _or_error(build, command.schema())
-        if not isinstance(config, UserError):
-            return config
-        errors.append(config)
-    raise errors[0]
+    from verl.config.load import load_config
+    from verl.config.trainers import closest
 
-
-def _or_error(build: Callable[[type[Any]], Any], schema: type[Any]) -> Any:
-    try:
-        return build(schema)
-    except UserError as error:
-        return error
+    return load_config(closest([command.schema() for command in (SFT, REWARD, PPO)], words), words)

@@ -1,5 +1,6 @@
 """`verl inspect`: what it says of rows is what the trainers make of them, whatever the rows are."""
 
+import io
 import json
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def inspected(folder: Path, tmp_path: Path) -> Any:
         given = [f"data.train_files={write(tmp_path / 'train.jsonl', data)}", f"model.partial_pretrain={folder / 'model'}"]
         if validation is not None:
             given.append(f"data.val_files={write(tmp_path / 'val.jsonl', validation)}")
-        return verl.inspect_data(*given, f"data.cache_dir={tmp_path / 'cache'}", *words, **options)
+        return verl.inspect_data(*given, *words, **options)
 
     return inspect
 
@@ -222,7 +223,7 @@ def test_a_page_that_escapes_nothing_would_be_noticed() -> None:
 
 def test_a_terminal_gets_no_control_characters_of_rows(inspected: Any) -> None:
     found = inspected([row("\x1b]0;title\x07 [bold]x[/bold] [/]", "a\u202eb\x9b31m")])
-    console = Console(record=True, width=100, force_terminal=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, width=100, file=io.StringIO())
     terminal.show(found, console)
     text = console.export_text()
     assert "\\x1b]0;title\\x07 [bold]x[/bold] [/]" in text

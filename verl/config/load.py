@@ -46,7 +46,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     if "--version" in argv:
         print(__version__)
         raise SystemExit(0)
-    given = _given(argv)
+    given = read_words(argv)
     defaults = _defaults(schema, given)
     config = _structured(defaults)
     known = _keys(config)
@@ -79,7 +79,7 @@ def _checked(config: DictConfig) -> Any:
     return result
 
 
-def _given(argv: list[str]) -> list[Assignment]:
+def read_words(argv: list[str]) -> list[Assignment]:
     """Return the assignments of files and arguments; later ones win."""
     files, pairs = _split(argv)
     given = [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
@@ -157,7 +157,7 @@ def describe(schema: type, argv: Sequence[str] = ()) -> str:
     from verl.config.help import help_text  # a run does not print it
 
     words = [word for number, word in enumerate(argv) if "=" in word or "--config" in argv[max(0, number - 1) : number + 1]]
-    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")])))
+    return help_text(_defaults(schema, read_words([word for word in words if word not in ("-h", "--help")])))
 
 
 def _split(argv: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:

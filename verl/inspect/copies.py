@@ -61,6 +61,8 @@ def _repeats(values_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _among(values_R: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return of each row whether its value, which is not 0, is among the others, and where it is first."""
+    if not len(others):
+        return np.zeros(len(values_R), dtype=bool), np.zeros(len(values_R), dtype=np.int64)
     known, first = np.unique(others, return_index=True)
     place_R = np.minimum(np.searchsorted(known, values_R), len(known) - 1)
     return (known[place_R] == values_R) & (values_R != 0), first[place_R]

@@ -35,6 +35,8 @@ CHARACTERS_FOR_PROCESSES = 8_000_000  # fewer are finished before other processe
 CHARACTERS_TOKENIZED = 40_000_000  # of more, a sample is tokenized
 ROWS_COMPARED = 30_000  # of more, a sample is compared for near copies
 
+NOTHING = Seen(0, [], np.zeros(0, np.uint64), np.zeros(0, np.uint64))
+
 
 @dataclass
 class Scan:
@@ -79,7 +81,7 @@ class Scan:
 
     def joined(self, name: str) -> np.ndarray:
         """Return an array of all rows, documents or sketches: the concatenation of a field of the chunks."""
-        return np.concatenate([np.asarray(getattr(part, name)) for part in self.parts])
+        return np.concatenate([np.asarray(getattr(part, name)) for part in (NOTHING, *self.parts)])
 
 
 class Places:
