@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from places import ROOT
 from rich.console import Console
 from tiny import write_problems_and_model
 
 import verl
+from verl.cli import app
 from verl.config.load import load_config
 from verl.config.sft import SFTConfig
 from verl.data.documents import load_documents
@@ -366,3 +369,26 @@ def test_wrong_words_end_with_2_before_torch_is_loaded(words: str, said: str) ->
     code += f"sys.argv = ['verl', 'inspect', *{words.split()!r}]; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
+def test_the_page_on_data_shows_what_its_commands_print(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (section,) = re.findall(r"^## Looking at data\n(.*?)(?=^## )", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = dict(re.findall(r"^```(\w*)\n(.*?)^```\n", section, re.M | re.S))
+    commands, rows, printed = (blocks[kind] for kind in ("bash", "jsonl", ""))
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text(rows, encoding="utf-8")
+    Path("test.jsonl").write_text(rows.splitlines(keepends=True)[0], encoding="utf-8")
+    words = [
+        [re.sub("^(model.partial_pretrain)=.*", rf"\1={folder / 'model'}", word) for word in line.split()] for line in commands.splitlines()
+    ]
+    for number, (verl_word, command_word, *given) in enumerate(words):
+        assert (verl_word, command_word) == ("verl", "inspect")
+        with pytest.raises(SystemExit) as ended:
+            app([command_word, *given], standalone_mode=False)
+        assert ended.value.code == (2 if "--row" in given else 0)  # there is no row 17
+        shown = capsys.readouterr().out
+        assert number > 0 or [line for line in printed.splitlines() if line not in shown.splitlines()] == []
+    assert Path("data.html").is_file()
+    assert Path("data.json").is_file()
