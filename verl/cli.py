@@ -96,8 +96,7 @@ def inspect(
     exact: Annotated[bool, typer.Option("--all", help="Tokenize all rows; otherwise, a sample of very many.")] = False,
 ) -> None:
     """Show what a trainer would make of its data: rows used, cut and dropped, lengths, copies, odd characters, and rows as the model
-    sees them. Needs no GPU. The arguments are those of verl sft, verl reward or verl ppo: key=value …"""
-
+    sees them. Needs no GPU. The arguments are those of verl sft, verl reward or verl ppo: key=value … Exit code 1: it would stop."""
     exit_on_user_error(inspect_data, context.args, Picks(row or (), random, grep, longest), html, json, exact)
 
 
@@ -210,10 +209,12 @@ def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path |
         html, json, exact: as in `verl.inspect.command.run`.
     Raises:
         UserError: as `verl.inspect.command.run`; or the arguments are no trainer's.
+        SystemExit: with 1 if the trainer would stop at its data.
     """
     config = trainer_config(words)
     picks.check()
-    load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact)
+    if not load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact):
+        raise SystemExit(1)
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:

@@ -387,7 +387,7 @@ def test_the_page_on_data_shows_what_its_commands_print(
         assert (verl_word, command_word) == ("verl", "inspect")
         with pytest.raises(SystemExit) as ended:
             app([command_word, *given], standalone_mode=False)
-        assert ended.value.code == (2 if "--row" in given else 0)  # there is no row 17
+        assert ended.value.code == (2 if "--row" in given else 1)  # there is no row 17, and row 2 is invalid
         shown = capsys.readouterr().out
         assert number > 0 or [line for line in printed.splitlines() if line not in shown.splitlines()] == []
     assert Path("data.html").is_file()

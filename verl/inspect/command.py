@@ -9,14 +9,17 @@ from verl.inspect.inspection import TrainerConfig, inspect
 from verl.inspect.page import page
 from verl.inspect.picks import Picks
 from verl.inspect.terminal import show
+from verl.inspect.words import verdict
 
 
-def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> None:
+def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> bool:
     """Inspect the data of a trainer's config, and print what was found.
 
     Args:
         html, json_file: files to write it to, too.
         exact: as in `verl.inspect.inspection.inspect`.
+    Returns:
+        whether the trainer would begin.
     Raises:
         UserError: the data or the model is invalid; or, after all else is shown, a row that was asked for does not exist.
         DiskError: a file cannot be written.
@@ -32,6 +35,7 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
     if found.missing:
         fix = f"{found.train.key} has {found.train.rows:,} rows; name one by its number or its place, such as {found.train.files[0].name}:1"
         raise UserError(f"there is no row {' and no row '.join(found.missing)}", where="--row", fix=fix)
+    return verdict(found)[0]
 
 
 def _check_folder(path: Path | None) -> None:
