@@ -19,7 +19,8 @@ FIXES = {
     GARBLED: "decode the source with its right encoding",
     ENTITIES: "write the characters themselves, if the text is no HTML",
 }
-IN_ASCII = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]|&(?:amp|lt|gt|quot|apos|nbsp|#\d{2,5}|#x[0-9a-fA-F]{2,5});")
+IN_ASCII = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|#\d{2,5}|#x[0-9a-fA-F]{2,5});")
 # Without the joiners U+200C and U+200D, which Persian, Indian scripts and emoji need.
 ELSEWHERE = re.compile(
     "[\x80-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ufff9-\ufffb\ufffd\ue000-\uf8ff\U000f0000-\U0010ffff]"
@@ -44,6 +45,8 @@ def odd_characters(text: str) -> Iterator[tuple[str, str]]:
 
 def _matches(text: str) -> Iterator["re.Match[str]"]:
     yield from IN_ASCII.finditer(text)
+    if "&" in text:
+        yield from ENTITY.finditer(text)
     if not text.isascii():
         yield from ELSEWHERE.finditer(text)
         yield from IN_CHINESE.finditer(text)

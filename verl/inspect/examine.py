@@ -153,7 +153,7 @@ class Examiner:
         whole = "\n".join(texts)
         for kind, example in characters.odd_characters(whole):
             seen.characters.note(kind, row.where, example, characters.FIXES[kind])
-        if any(first in whole for first in self._first) and not any(isinstance(value, RenderedText) for value in values):
+        if any(map(whole.__contains__, self._first)) and not any(isinstance(value, RenderedText) for value in values):
             for name in dict.fromkeys(found[0] for found in self._names.finditer(whole)):
                 place = whole.index(name)
                 own = "it is encoded as plain text, not as the token" if name in self._own else "not a token of this tokenizer"

@@ -23,7 +23,8 @@ def sketch(text: str) -> np.ndarray:
     words_W = np.array([zlib.crc32(word.encode()) for word in WORD.findall(text[:LONGEST].lower())], dtype=np.uint64)
     found = _EMPTY.copy()
     found.update_batch(np.unique(_shingles(words_W)).tolist())
-    return found.hashvalues
+    values_P: np.ndarray = found.hashvalues
+    return values_P
 
 
 def _shingles(words_W: np.ndarray) -> np.ndarray:
@@ -33,7 +34,8 @@ def _shingles(words_W: np.ndarray) -> np.ndarray:
     for place in range(min(IN_A_ROW, len(words_W))):
         mixed = (mixed * np.uint64(0x9E3779B97F4A7C15) + words_W[place : place + count]) & np.uint64(0xFFFFFFFFFFFFFFFF)
         mixed ^= mixed >> np.uint64(29)
-    return mixed >> np.uint64(32)
+    hashes: np.ndarray = mixed >> np.uint64(32)
+    return hashes
 
 
 def alike(sketches_NP: np.ndarray) -> Iterator[tuple[int, int, float]]:

@@ -109,7 +109,7 @@ class DocumentReading:
         found.long = [found.places[row] for row in np.flatnonzero(is_long_R)]
         kept_R = np.zeros(len(found.places), dtype=bool)
         kept_R[documents.row_numbers_N // per_row] = True
-        stops_R = is_long_R & (self.config.truncation == "error")
+        stops_R = is_long_R if self.config.truncation == "error" else np.zeros_like(is_long_R)
         for row in np.flatnonzero(~kept_R & ~stops_R).tolist():
             of_row = list(range(row * per_row, (row + 1) * per_row))
             (reason,) = self._cut(table.take(of_row)).report.dropped

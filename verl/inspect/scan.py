@@ -32,8 +32,8 @@ from verl.progress import Bar, open_console
 
 CHARACTERS_PER_CHUNK = 8_000_000
 CHARACTERS_FOR_PROCESSES = 8_000_000  # fewer are finished before other processes have started
-CHARACTERS_TOKENIZED = 40_000_000  # of more, a sample is tokenized
-ROWS_COMPARED = 30_000  # of more, a sample is compared for near copies
+CHARACTERS_TOKENIZED = 20_000_000  # of more, a sample is tokenized
+ROWS_COMPARED = 20_000  # of more, a sample is compared for near copies
 
 NOTHING = Seen(0, [], np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 

@@ -82,7 +82,7 @@ def _histogram(lengths: Lengths) -> Table:
     most = max(one.documents for one in lengths.bins)
     table = Table.grid(padding=(0, 1))
     for justify in ("right", "left", "right"):
-        table.add_column(justify=justify)  # type: ignore[arg-type]
+        table.add_column(justify=justify)
     for one in lengths.bins:
         bar = "█" * round(BAR * one.documents / most) or ("▏" if one.documents else "")
         table.add_row(f"{one.first:,}–{one.last:,}", Text(bar, "green"), f"{one.documents:,}")
