@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
     from verl.api import EvalResult as EvalResult
     from verl.api import evaluate as evaluate
     from verl.api import export as export
+    from verl.api import inspect_data as inspect_data
     from verl.api import load_rollout as load_rollout
     from verl.api import ppo as ppo
     from verl.api import reward as reward
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
     from verl.errors import UserError as UserError
     from verl.generate import Answer as Answer
     from verl.generate import TextRollout as TextRollout
+    from verl.inspect.result import Inspection as Inspection
     from verl.run import TrainResult as TrainResult
 
     RewardConfig = RewardTrainerConfig
@@ -56,11 +58,13 @@ _PLACES = {
     "reward": ("verl.api", "reward"),
     "evaluate": ("verl.api", "evaluate"),
     "export": ("verl.api", "export"),
+    "inspect_data": ("verl.api", "inspect_data"),
     "load_rollout": ("verl.api", "load_rollout"),
     "TrainResult": ("verl.run", "TrainResult"),
     "EvalResult": ("verl.api", "EvalResult"),
     "TextRollout": ("verl.generate", "TextRollout"),
     "Answer": ("verl.generate", "Answer"),
+    "Inspection": ("verl.inspect.result", "Inspection"),
     "UserError": ("verl.errors", "UserError"),
     "Stopped": ("verl.errors", "Stopped"),
 }

@@ -20,13 +20,15 @@ are as before, even after an error. For several GPUs, start the program with tor
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from verl.commands import EVALUATE, EXPORT, PPO, REWARD, SFT, Command
+from verl.commands import EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module, trainer_config
 from verl.config.commands import keyed
-from verl.config.objects import Given, config_of
+from verl.config.objects import Given, config_of, words_of
+from verl.inspect.picks import Picks
 from verl.rollout import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
     from verl.config.sft import SFTConfig
     from verl.generate import TextRollout
+    from verl.inspect.result import Inspection
     from verl.run import TrainResult
 
 
@@ -110,6 +113,41 @@ def export(*config: "ExportConfig | Given | Path") -> Path:
     with session():
         directory: Path = EXPORT.load().export(settings)
         return directory
+
+
+def inspect_data(
+    *config: "SFTConfig | RewardTrainerConfig | PPOConfig | Given",
+    rows: "Sequence[int | str]" = (),
+    longest: bool = False,
+    random: int = 0,
+    text: str | None = None,
+    exact: bool = False,
+) -> "Inspection":
+    """Read the data of a config, and return what a trainer would make of it, as `verl inspect` prints it. Nothing is written.
+
+        found = verl.inspect_data("data.train_files=train.jsonl", "model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct")
+        print(found.train.used, [finding.what for finding in found.train.copies], found.as_json())
+
+    Args:
+        config: that of `sft`, or else of `reward` or `ppo`.
+        rows: numbers, from 1, or places (train.jsonl:17) of rows to show; with nothing to show, the first row is shown.
+        longest: whether to show the longest rows.
+        random: number of rows to show, drawn at random.
+        text: show rows that contain this text.
+        exact: whether to tokenize all rows; otherwise, a sample of very many.
+    Raises:
+        UserError: the config is invalid, or there is no such model or file. Invalid rows are findings, not errors.
+    """
+    picks = Picks([str(row) for row in rows], random, text, longest)
+    picks.check()
+    schemas = [command.schema() for command in (SFT, REWARD, PPO)]
+    own = next((schema for schema in schemas if any(isinstance(part, schema) for part in config)), None)
+    if own is not None:
+        settings = config_of(own, config)
+    else:
+        settings = trainer_config([word for part in config for word in words_of(part, SFT.schema())])
+    found: Inspection = load_module("verl.inspect.inspection").inspect(settings, picks, exact=exact)
+    return found
 
 
 def load_rollout(path: "str | Path", name: str = "auto", options: Options = DEFAULTS) -> "TextRollout":

@@ -7,8 +7,9 @@ from typing import Annotated, NoReturn
 import typer
 
 from verl import __version__, signals
-from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SERVE, SFT, Command, load_module
+from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SERVE, SFT, Command, load_module, trainer_config
 from verl.errors import UserError, exit_on_user_error
+from verl.inspect.picks import Picks
 
 EXAMPLES = "\n\n".join(
     [
@@ -109,6 +110,27 @@ def plan(
         exit_on_user_error(print_keys, context.args, plan_of_sft())
     else:
         exit_on_user_error(show_plan, gpus, context.args)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: verl inspect data.train_files=train.jsonl model.partial_pretrain=checkpoints/base --longest --html data.html",
+)
+def inspect(
+    context: typer.Context,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Show this row: its number, from 1, or its place (train.jsonl:17).", metavar="N")
+    ] = None,
+    longest: Annotated[bool, typer.Option("--longest", help="Show the longest rows.")] = False,
+    random: Annotated[int, typer.Option(help="Show so many rows, drawn at random.", metavar="N")] = 0,
+    grep: Annotated[str | None, typer.Option(help="Show rows that contain this text.", metavar="TEXT")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write what was found to this file, as one page.", metavar="FILE")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write what was found to this file, as JSON.", metavar="FILE")] = None,
+    exact: Annotated[bool, typer.Option("--all", help="Tokenize all rows; otherwise, a sample of very many.")] = False,
+) -> None:
+    """Show what a trainer would make of its data: rows used, cut and dropped, lengths, copies, odd characters, and rows as the model
+    sees them. Needs no GPU. The arguments are those of verl sft, verl reward or verl ppo: key=value … Exit code 1: it would stop."""
+    exit_on_user_error(inspect_data, context.args, Picks(row or (), random, grep, longest), html, json, exact)
 
 
 @app.command(name="eval", context_settings=PASS_ON)
@@ -239,6 +261,21 @@ def run_proofs(model: str, real: bool, json: Path | None) -> None:
     command = load_module("verl.prove.command")
     command.use_cpu()
     if not command.prove(model, real=real, json_file=json):
+        raise SystemExit(1)
+
+
+def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path | None, exact: bool) -> None:
+    """Run `verl inspect` with the arguments of a trainer.
+
+    Args:
+        html, json, exact: as in `verl.inspect.command.run`.
+    Raises:
+        UserError: as `verl.inspect.command.run`; or the arguments are no trainer's.
+        SystemExit: with 1 if the trainer would stop at its data.
+    """
+    config = trainer_config(words)
+    picks.check()
+    if not load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact):
         raise SystemExit(1)
 
 

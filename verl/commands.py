@@ -99,3 +99,15 @@ SERVE = Command(
     ("model_path",),
 )
 DEMO = Command("verl.demo.run", ("verl.config.commands", "DemoConfig"), "verl demo key=value …", "verl demo")
+
+
+def trainer_config(words: list[str]) -> Any:
+    """Build the config of the trainer whose arguments these are: of `verl sft`, or else of `verl reward` or `verl ppo`.
+
+    Raises:
+        UserError: as `verl.config.load.load_config`.
+    """
+    from verl.config.load import load_config
+    from verl.config.trainers import closest
+
+    return load_config(closest([command.schema() for command in (SFT, REWARD, PPO)], words), words)

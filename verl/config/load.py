@@ -47,7 +47,7 @@ def load_config(schema: type[Config], argv: list[str]) -> Config:
     if "--version" in argv:
         print(__version__)
         raise SystemExit(0)
-    given = _given(argv, schema)
+    given = read_words(argv, schema)
     defaults = _defaults(schema, given)
     config = _structured(defaults)
     known = _keys(config)
@@ -85,7 +85,7 @@ def _checked(config: DictConfig, *, best: bool = False) -> Any:
     return result
 
 
-def _given(argv: list[str], schema: type) -> list[Assignment]:
+def read_words(argv: list[str], schema: type) -> list[Assignment]:
     """Return the assignments of files and arguments; later ones win."""
     files, pairs = _split(argv, schema)
     given = [one for file in files for one in assignments_in(file)] + [argument(key, text) for key, text in pairs]
@@ -163,7 +163,7 @@ def describe(schema: type, argv: Sequence[str] = ()) -> str:
     from verl.config.help import help_text  # a run does not print it
 
     words = [word for number, word in enumerate(argv) if "=" in word or "--config" in argv[max(0, number - 1) : number + 1]]
-    return help_text(_defaults(schema, _given([word for word in words if word not in ("-h", "--help")], schema)))
+    return help_text(_defaults(schema, read_words([word for word in words if word not in ("-h", "--help")], schema)))
 
 
 def _split(argv: list[str], schema: type) -> tuple[list[Path], list[tuple[str, str]]]:

@@ -26,10 +26,10 @@ def config_of(schema: type[Config], given: Sequence[object]) -> Config:
     Raises:
         UserError: an argument is none of these, or a key, type or value is invalid.
     """
-    return load_config(schema, [word for part in given for word in _words_of(part, schema)])
+    return load_config(schema, [word for part in given for word in words_of(part, schema)])
 
 
-def _words_of(part: object, schema: type) -> list[str]:
+def words_of(part: object, schema: type) -> list[str]:
     """Return one argument of the Python API as command-line arguments."""
     if isinstance(part, str):
         if part in ("-h", "--help", "--version"):

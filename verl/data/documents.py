@@ -33,7 +33,7 @@ SAME_WHEN_CUT = "with two answers that are equal up to data.max_length"
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
+class Table:
     """ROWS_PER_TABLE cached documents, memory-mapped; the last table may have fewer."""
 
     ids_B: np.ndarray
@@ -46,9 +46,9 @@ class _Table:
     mask_digests: np.ndarray
 
     @staticmethod
-    def mapped(table: pa.RecordBatch) -> "_Table":
+    def mapped(table: pa.RecordBatch) -> "Table":
         ids, mask = table.column("input_ids"), table.column("loss_mask")
-        return _Table(
+        return Table(
             ids_B=_numbers(ids.values, np.int32),
             mask_B=_numbers(mask.values, bool),
             ends=_numbers(ids.offsets, np.int32),
@@ -96,7 +96,7 @@ class Documents:
     fingerprint: Fingerprint
     report: Report
     _starts_N: np.ndarray
-    _tables: list[_Table]
+    _tables: list[Table]
     documents_per_row: int = 1
     values: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
     choice: RowChoice | None = None
@@ -169,9 +169,13 @@ def load_documents(
         except DiskError as error:
             uncached.append(f"warning: the tokenized rows are kept in memory, not in the cache: {error}")
             tables = list(new())
-    mapped = [_Table.mapped(table) for table in tables]
+    mapped = [Table.mapped(table) for table in tables]
     _check_ids(mapped, len(tokenizer), path)
-    documents = _cut(mapped, config, key, tokenizer.chat_template, columns.documents_per_row)
+    documents = cut(mapped, config, key, tokenizer.chat_template, columns.documents_per_row)
+    if not len(documents):
+        from verl.data.document_errors import none_left
+
+        raise none_left(documents.report, SAME_ANSWERS, config.max_length, key)
     notes = [*describe_sources(entries), *_notes(mapped).lines(), *left_aside, *uncached]
     if any(entry.has_share for entry in entries):
         documents, shares = _mixed(documents, entries, key)
@@ -179,7 +183,7 @@ def load_documents(
     return replace(documents, report=replace(documents.report, notes=notes))
 
 
-def _check_ids(tables: list[_Table], vocabulary: int, path: Path) -> None:
+def _check_ids(tables: list[Table], vocabulary: int, path: Path) -> None:
     """Raises UserError: the tokenizer has no such token."""
     for table in tables:
         if len(table.ids_B) and not 0 <= int(table.ids_B.min()) <= int(table.ids_B.max()) < vocabulary:
@@ -187,7 +191,7 @@ def _check_ids(tables: list[_Table], vocabulary: int, path: Path) -> None:
             raise UserError(found, where=str(path), fix="delete this file of the cache")
 
 
-def _notes(tables: list[_Table]) -> Notes:
+def _notes(tables: list[Table]) -> Notes:
     notes = Notes()
     for table in tables:
         notes.merge(Notes(json.loads(table.metadata.get(b"notes", b"{}"))))
@@ -222,11 +226,11 @@ def _code_hash() -> str:
     return _hash([path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))])
 
 
-def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: object, per_row: int) -> Documents:
+def cut(tables: list[Table], config: DocumentsConfig, key: str, template: object, per_row: int) -> Documents:
     """Cut the documents to `data.max_length` tokens, and drop the rows that then have no trained token.
 
     Raises:
-        UserError: a document is too long and `data.truncation` is "error", or no row is left.
+        UserError: a document is too long and `data.truncation` is "error".
     """
     lengths_R = np.concatenate([np.diff(table.ends) for table in tables])
     starts_R = np.concatenate([table.ends[:-1] for table in tables]).astype(np.int64)
@@ -263,10 +267,6 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: obje
         trained_tokens=int(trained_R[kept_N].sum()),
         rows_with_control_text=sum(table.rows_with_control_text for table in tables),
     )
-    if not len(kept_N):
-        from verl.data.document_errors import none_left
-
-        raise none_left(report, SAME_ANSWERS, config.max_length, key)
     digests = _digests(tables, starts_R, lengths_R, kept_N)
     return Documents(
         lengths_N=lengths_R[kept_N].astype(np.int32),
@@ -282,7 +282,7 @@ def _cut(tables: list[_Table], config: DocumentsConfig, key: str, template: obje
     )
 
 
-def _digests(tables: list[_Table], starts_R: np.ndarray, lengths_R: np.ndarray, kept_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _digests(tables: list[Table], starts_R: np.ndarray, lengths_R: np.ndarray, kept_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes of the token ids and of the loss mask of each kept document, as it is cut, uint64 [N]."""
     ids_R, mask_R = (np.concatenate([getattr(table, name) for table in tables]) for name in ("ids_digests", "mask_digests"))
     whole_R = np.concatenate([np.diff(table.ends) for table in tables])
@@ -297,5 +297,5 @@ def _numbers(column: pa.Array, dtype: type) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
 
 
-def _place(tables: list[_Table], row: int) -> str:
+def _place(tables: list[Table], row: int) -> str:
     return str(tables[row // ROWS_PER_TABLE].places[row % ROWS_PER_TABLE].as_py())

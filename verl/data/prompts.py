@@ -136,7 +136,7 @@ def load_prompts(
     renderer = Renderer(tokenizer)
     entries, progress = resolve_entries(files, key), ReadProgress()
     rows = list(islice(valid_rows(sources_of(entries), progress), None if max_samples == -1 else max_samples))
-    found = [_prompt(row, config, renderer) for row in rows]
+    found = [read_prompt(row, config, renderer) for row in rows]
     long = [prompt for prompt in found if len(prompt.token_ids) > config.max_prompt_length]
     if long and (config.overlong_prompts == "error" or len(long) == len(found)):
         raise _too_long(long, len(found), config, key)
@@ -162,7 +162,7 @@ def _mixed(prompts: Prompts, entries: list[Entry], rows_by_source: list[int], nu
     return replace(prompts, choice=mixture, fingerprint=fingerprint, notes=[*prompts.notes, shares])
 
 
-def _prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
+def read_prompt(row: Row, config: PromptConfig, renderer: Renderer) -> Prompt:
     asked = _asked(row, config)
     values = row.values if config.response_key is None else {**row.values, "reference": asked.reference}
     try:

@@ -79,7 +79,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         templates = tokenizer.chat_template
-        self._encoder = Encoder(tokenizer, "\n".join(templates.values()) if isinstance(templates, dict) else templates or "")
+        self.encoder = Encoder(tokenizer, "\n".join(templates.values()) if isinstance(templates, dict) else templates or "")
 
     def chat(self, messages: object, tools: object = None) -> Rendered:
         """Render one chat, with the assistant's turns trained.
@@ -105,7 +105,7 @@ class Renderer:
         if chats:
             self._check_template()
         texts = [or_error(self._text_of, chat) for chat in chats]
-        if not self._encoder.cuts:
+        if not self.encoder.cuts:
             return [text if isinstance(text, UserError) else or_error(self._encode_whole, text) for text in texts]
         rendered = iter(self._encode_in_pieces([text for text in texts if not isinstance(text, UserError)]))
         return [text if isinstance(text, UserError) else next(rendered) for text in texts]
@@ -165,10 +165,10 @@ class Renderer:
         Raises:
             UserError: the tokenizer has no end-of-text token.
         """
-        controls = [not isinstance(text, RenderedText) and self._encoder.data.is_in(text) for text in texts]
-        ordinary = iter(self._encoder.encode([text for text, has_control in zip(texts, controls, strict=True) if not has_control]))
+        controls = [not isinstance(text, RenderedText) and self.encoder.data.is_in(text) for text in texts]
+        ordinary = iter(self.encoder.encode([text for text, has_control in zip(texts, controls, strict=True) if not has_control]))
         bodies = [
-            self._encoder.encode_plain(text) if has_control else next(ordinary) for text, has_control in zip(texts, controls, strict=True)
+            self.encoder.encode_plain(text) if has_control else next(ordinary) for text, has_control in zip(texts, controls, strict=True)
         ]
         return [or_error(self._whole_text, *both) for both in zip(texts, bodies, controls, strict=True)]
 
@@ -185,7 +185,7 @@ class Renderer:
             if not isinstance(text, RenderedText):
                 applied_templates.check_text(text, self._special)
             else:
-                applied_templates.check_rendered(text, has_tokens=self._encoder.data.is_in(text))
+                applied_templates.check_rendered(text, has_tokens=self.encoder.data.is_in(text))
                 begin = [] if body[: len(begin)] == begin else begin
                 end = [] if applied_templates.ends_with_control(text, self._special) else end
         return Rendered([*begin, *body, *end], [False] * len(begin) + [True] * len([*body, *end]), has_control)
@@ -203,7 +203,7 @@ class Renderer:
         """Return a hash that changes when the same data would give different tokens."""
         names = [self._tokenizer.special_tokens_map, self._tokenizer.chat_template, transformers.__version__]
         digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
-        digest.update(self._encoder.state().encode())
+        digest.update(self.encoder.state().encode())
         return digest.hexdigest()
 
     def _check_template(self) -> None:
@@ -218,7 +218,7 @@ class Renderer:
         except UserError as error:
             raise UserError(error.what, where="chat template", fix=error.fix) from None
         ((start, end),) = text.trained
-        return self._encoder.encode([text.text[start:end]])[0][-1]
+        return self.encoder.encode([text.text[start:end]])[0][-1]
 
     @functools.cached_property
     def _reads_parts(self) -> bool:
@@ -233,7 +233,7 @@ class Renderer:
 
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:
-        return tuple(self._encoder.special)
+        return tuple(self.encoder.special)
 
     @functools.cached_property
     def _text_begin(self) -> list[int]:
@@ -272,16 +272,16 @@ class Renderer:
         from verl.data.turns import Turns  # most data has only plain chats
 
         return Turns(
-            chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._encoder.stop, self._template(chat)
+            chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self.encoder.stop, self._template(chat)
         )
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
         fields = [(self._control(message, value), value) for message in chat.messages for key, value in message.items() if key != "role"]
-        fields += [(self._encoder.data, chat.tools), (self._encoder.data, chat.template_kwargs)]
+        fields += [(self.encoder.data, chat.tools), (self.encoder.data, chat.template_kwargs)]
         if not any(control.touches(text) for control, value in fields for text in strings(value)):
             return chat, None
-        disguise, hide = Disguise([chat.messages, chat.tools, chat.template_kwargs]), self._encoder.data.hide_in
+        disguise, hide = Disguise([chat.messages, chat.tools, chat.template_kwargs]), self.encoder.data.hide_in
         messages = [
             {key: value if key == "role" else self._control(message, value).hide_in(value, disguise) for key, value in message.items()}
             for message in chat.messages
@@ -292,7 +292,7 @@ class Renderer:
     def _control(self, message: Message, value: object) -> ControlText:
         """Return the control text to hide in a field: special tokens in the assistant's own text, every control token elsewhere."""
         is_own_text = message["role"] == "assistant" and isinstance(value, str)
-        return self._encoder.answers if is_own_text else self._encoder.data
+        return self.encoder.answers if is_own_text else self.encoder.data
 
     # Rendering
 
@@ -346,7 +346,7 @@ class Renderer:
         spans = []
         for number in trained:
             prompt = self._render(chat.up_to(number), for_answer=True)
-            stop = self._encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
+            stop = self.encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
             if stop is None or not _says(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
                 return None
             spans.append((len(prompt), stop.end()))
@@ -367,7 +367,7 @@ class Renderer:
 
     def _encode_in_pieces(self, texts: list[_Text]) -> list[Rendered]:
         """Cut each text at the ends of its trained spans, and encode the pieces of all texts in one call."""
-        ordinary = iter(self._encoder.encode([piece for text in texts if not text.disguise for piece, _ in text.pieces()]))
+        ordinary = iter(self.encoder.encode([piece for text in texts if not text.disguise for piece, _ in text.pieces()]))
         rendered = []
         for text in texts:
             ids: list[int] = []
@@ -376,7 +376,7 @@ class Renderer:
                 tokens = self._encode_one(piece, text.disguise) if text.disguise else next(ordinary)
                 ids += tokens
                 mask += [trained] * len(tokens)
-            rendered.append(Rendered(ids, mask, self._encoder.is_control_in(text.disguise), text.notes))
+            rendered.append(Rendered(ids, mask, self.encoder.is_control_in(text.disguise), text.notes))
         return rendered
 
     def _encode_whole(self, text: _Text) -> Rendered:
@@ -393,10 +393,10 @@ class Renderer:
                 what = "the tokenizer merges the end of the prompt and the beginning of the answer into one token"
                 raise UserError(what, where="messages", fix="let the answer begin with a letter, or remove the row")
             mask[len(before) : len(within)] = [True] * (len(within) - len(before))
-        return Rendered(ids, mask, self._encoder.is_control_in(text.disguise), text.notes)
+        return Rendered(ids, mask, self.encoder.is_control_in(text.disguise), text.notes)
 
     def _encode_one(self, text: str, disguise: Disguise | None) -> list[int]:
-        return self._encoder.encode_disguised(text, disguise) if disguise else self._encoder.encode([text])[0]
+        return self.encoder.encode_disguised(text, disguise) if disguise else self.encoder.encode([text])[0]
 
 
 def or_error(function: Callable[..., Result], *args: object) -> Result | UserError:

@@ -119,13 +119,13 @@ def tokenized(
     progress = ReadProgress()
     rows = ROWS_PER_TABLE // columns.documents_per_row
     chunks = _chunks(itertools.islice(read_rows_and_errors(sources, progress, columns.columns_read), limit), rows)
-    processes = 1 if size_bytes(sources, columns.columns_read) < BYTES_FOR_PROCESSES else workers or _cpu_cores()
+    processes = 1 if size_bytes(sources, columns.columns_read) < BYTES_FOR_PROCESSES else workers or cpu_cores()
     done = _in_this_process(tokenizer, columns, chunks) if processes == 1 else _in_processes(tokenizer, columns, chunks, processes)
     for table in _valid(_with_progress(done, progress, console), key):
         yield table.replace_schema_metadata({**table.schema.metadata, "rows_by_source": json.dumps(progress.rows_by_source)})
 
 
-def _cpu_cores() -> int:
+def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -134,7 +134,7 @@ def _chunks(rows: Iterator[Row | UserError], size: int) -> Iterator[Chunk]:
         yield chunk
 
 
-def _render(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
+def render_rows(renderer: Renderer, columns: RowReader, chunk: Chunk) -> Done:
     inputs = [row if isinstance(row, UserError) else or_error(columns.read, row) for row in chunk]
     values = [value for of_row in inputs if not isinstance(of_row, UserError) for value in of_row]
     chats = iter(renderer.chats([value for value in values if isinstance(value, ChatInput)]))
@@ -184,7 +184,7 @@ def _without_common_prefix(texts: Sequence[Rendered | UserError], row: Row) -> l
 
 
 def _in_this_process(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk]) -> Iterator[Done]:
-    return map(functools.partial(_render, Renderer(tokenizer), columns), chunks)
+    return map(functools.partial(render_rows, Renderer(tokenizer), columns), chunks)
 
 
 def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks: Iterator[Chunk], workers: int) -> Iterator[Done]:
@@ -195,7 +195,7 @@ def _in_processes(tokenizer: PreTrainedTokenizerBase, columns: RowReader, chunks
 
 def _prepared(tokenizer: PreTrainedTokenizerBase, columns: RowReader) -> Callable[[Chunk], Done]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return functools.partial(_render, Renderer(tokenizer), columns)
+    return functools.partial(render_rows, Renderer(tokenizer), columns)
 
 
 def _with_progress(done: Iterator[Done], progress: ReadProgress, console: Console | None) -> Iterator[Done]:

@@ -1,0 +1,1 @@
+"""`verl inspect`: what a trainer would make of its data, before it trains."""

@@ -1,0 +1,51 @@
+"""Runs `verl inspect`: prints what was found, and writes it as a page or as JSON."""
+
+import json
+from pathlib import Path
+
+from verl.disk import disk_errors_named
+from verl.errors import UserError
+from verl.inspect.inspection import TrainerConfig, inspect
+from verl.inspect.page import page
+from verl.inspect.picks import Picks
+from verl.inspect.terminal import show
+from verl.inspect.words import verdict
+
+
+def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> bool:
+    """Inspect the data of a trainer's config, and print what was found.
+
+    Args:
+        html, json_file: files to write it to, too.
+        exact: as in `verl.inspect.inspection.inspect`.
+    Returns:
+        whether the trainer would begin.
+    Raises:
+        UserError: the data or the model is invalid; or, after all else is shown, a row that was asked for does not exist.
+        DiskError: a file cannot be written.
+    """
+    for path in (html, json_file):
+        _check_folder(path)
+    found = inspect(config, picks, exact=exact)
+    show(found)
+    if json_file is not None:
+        _write(json_file, json.dumps(found.as_json(), ensure_ascii=False, indent=1) + "\n")
+    if html is not None:
+        _write(html, page(found))
+    if found.missing:
+        fix = f"{found.train.key} has {found.train.rows:,} rows; name one by its number or its place, such as {found.train.files[0].name}:1"
+        raise UserError(f"there is no row {' and no row '.join(found.missing)}", where="--row", fix=fix)
+    return verdict(found)[0]
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is not None and not path.expanduser().parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r}", where=str(path), fix=f"mkdir -p {path.parent}")
+
+
+def _write(path: Path, text: str) -> None:
+    path = path.expanduser()
+    with disk_errors_named(path, fix="choose another file"):
+        # Half of a surrogate pair may be in the location of a row: names of files are bytes.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    print(f"written: {path}", flush=True)
