@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
     from verl.api import ppo as ppo
     from verl.api import reward as reward
     from verl.api import sft as sft
+    from verl.api import write_report as write_report
     from verl.config.commands import EvalConfig as EvalConfig
     from verl.config.commands import ExportConfig as ExportConfig
     from verl.config.pairs import RewardTrainerConfig as RewardTrainerConfig
@@ -56,6 +57,7 @@ _PLACES = {
     "evaluate": ("verl.api", "evaluate"),
     "export": ("verl.api", "export"),
     "load_rollout": ("verl.api", "load_rollout"),
+    "write_report": ("verl.api", "write_report"),
     "TrainResult": ("verl.run", "TrainResult"),
     "EvalResult": ("verl.api", "EvalResult"),
     "TextRollout": ("verl.generate", "TextRollout"),

@@ -20,6 +20,7 @@ are as before, even after an error. For several GPUs, start the program with tor
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,33 @@ def export(*config: "ExportConfig | Given | Path") -> Path:
     with session():
         directory: Path = EXPORT.load().export(settings)
         return directory
+
+
+def write_report(
+    *runs: str | Path,
+    evaluations: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    png: str | Path | None = None,
+) -> Path:
+    """Write a page about runs, one HTML file, as `verl report` does.
+
+        verl.write_report(run.directory, evaluations=["eval-before", "eval-after"])
+
+    Args:
+        runs: directories of runs.
+        evaluations: directories of evaluations, besides those that are in the runs' directories or beside them.
+        out: the page; None: report.html in the first run's directory.
+        png: directory for the curves as PNG; None: there are none.
+    Returns:
+        the page.
+    Raises:
+        UserError: a directory is not what it should be, a package is missing, or a file would be lost.
+    """
+    from verl.report import command
+
+    places = [None if path is None else Path(path) for path in (out, png)]
+    page, _, _ = command.write_report([*map(Path, runs)], [*map(Path, evaluations)], out=places[0], png=places[1])
+    return page
 
 
 def load_rollout(path: "str | Path", name: str = "auto", options: Options = DEFAULTS) -> "TextRollout":
