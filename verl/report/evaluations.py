@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from verl.report.statistics import Interval, PairedTest, compare, interval_of, i
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 LARGEST = 2**30  # bytes of predictions.jsonl that are read
-BASE = "base"
+STEP_NAME = "global_step_"
+_VALIDATION = re.compile(r"validation_(\d+)\.jsonl")
 _DEPTH = 3  # of folders in a run's directory that are searched
 
 
@@ -48,6 +50,7 @@ class Evaluation:
         notes: what is odd about the files, one sentence each.
         run: number of the run whose model it is of; None: of none of them.
         step: steps of the checkpoint; 0 for the model that the run began with; None if unknown.
+        is_validation: whether the run itself made it, with greedy answers to its validation prompts.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     run: int | None = None
     step: int | None = None
+    is_validation: bool = False
 
     @property
     def model(self) -> str:
@@ -65,7 +69,18 @@ class Evaluation:
     @property
     def subject(self) -> tuple[str, ...]:
         """What is measured, and how: evaluations of the same subject can be compared."""
-        keys = ("test_file", "metric", "max_samples", "n", "temperature", "prompt_key", "response_key", "messages_key", "system_prompt")
+        keys = (
+            "test_file",
+            "run",
+            "metric",
+            "max_samples",
+            "n",
+            "temperature",
+            "prompt_key",
+            "response_key",
+            "messages_key",
+            "system_prompt",
+        )
         return tuple(json.dumps(self.settings.get(key), sort_keys=True, default=str) for key in keys)
 
     @cached_property
@@ -96,6 +111,8 @@ class Evaluation:
     @property
     def measure(self) -> str:
         """Name of the mean score."""
+        if self.is_validation:
+            return "Reward on validation prompts"
         return "Exact match" if self.is_share else "Mean score"
 
     @property
@@ -159,12 +176,12 @@ def read_evaluation(path: Path) -> Evaluation:
         evaluation.notes.append(f"{path}: {RESULTS} is missing: the evaluation is not finished. The answers so far are counted.")
     except (OSError, ValueError, RecursionError) as error:
         evaluation.notes.append(f"{path}: {RESULTS} cannot be read ({error}); the scores are counted from {PREDICTIONS}.")
-    _read_answers(evaluation)
+    _read_answers(evaluation, path / PREDICTIONS)
     return evaluation
 
 
-def _read_answers(evaluation: Evaluation) -> None:
-    path = evaluation.path / PREDICTIONS
+def _read_answers(evaluation: Evaluation, path: Path) -> None:
+    """Read predictions.jsonl, or a file of validation answers, whose score is the reward."""
     try:
         lines = regular_file.read(path, LARGEST, follow=True).decode("utf-8", errors="replace").split("\n")
     except OSError as error:
@@ -183,7 +200,7 @@ def _answer(line: str) -> Answer | None:
     try:
         row: Any = json.loads(line)
         extracted = row.get("extracted")
-        score = float(row["score"])
+        score = float(row["score"] if "score" in row else row["reward"])
         texts = [str(row[key]) for key in ("prompt", "reference", "response")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -192,6 +209,22 @@ def _answer(line: str) -> Answer | None:
 
 def is_evaluation(path: Path) -> bool:
     return (path / RESULTS).is_file() or (path / PREDICTIONS).is_file()
+
+
+def read_validations(run: RunFiles, number: int) -> list[Evaluation]:
+    """Return the first and the last validation of a run of reinforcement learning, as evaluations by its reward.
+
+    Args:
+        number: of the run.
+    """
+    found = [(int(match[1]), path) for path in _files(run.directory / "rollouts") if (match := _VALIDATION.fullmatch(path.name))]
+    validations = []
+    for step, path in dict.fromkeys([*sorted(found)[:1], *sorted(found)[-1:]]):
+        settings = {"model_path": f"{run.directory}/{STEP_NAME}{step}", "test_file": run.setting("data.val_files"), "metric": "reward"}
+        evaluation = Evaluation(path, settings | {"run": str(run.directory)}, run=number, step=step, is_validation=True)
+        _read_answers(evaluation, path)
+        validations.append(evaluation)
+    return validations
 
 
 def find_evaluations(runs: Sequence[RunFiles], named: Sequence[Path]) -> list[Evaluation]:
@@ -207,24 +240,40 @@ def find_evaluations(runs: Sequence[RunFiles], named: Sequence[Path]) -> list[Ev
     for evaluation in found.values():
         evaluation.run, evaluation.step = _owner(evaluation, runs)
     for run in runs:
-        for path in sorted(run.directory.absolute().parent.iterdir()):
+        for path in _files(run.directory.absolute().parent):
             if path.resolve() not in found and path.is_dir() and is_evaluation(path):
                 evaluation = read_evaluation(path)
                 evaluation.run, evaluation.step = _owner(evaluation, runs)
                 if evaluation.run is not None:
                     found[path.resolve()] = evaluation
-    return sorted(found.values(), key=_order)
+    validations = [validation for number, run in enumerate(runs) for validation in read_validations(run, number)]
+    return sorted([*found.values(), *validations], key=_order)
 
 
 def _order(evaluation: Evaluation) -> tuple[Any, ...]:
     """Evaluations of the same questions are together; of a run, the earlier step first."""
     run = len(evaluation.settings) if evaluation.run is None else evaluation.run
-    return evaluation.subject, evaluation.step != 0, run, -1 if evaluation.step is None else evaluation.step, str(evaluation.path)
+    return (
+        evaluation.is_validation,
+        evaluation.subject,
+        evaluation.step != 0,
+        run,
+        -1 if evaluation.step is None else evaluation.step,
+        str(evaluation.path),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return what is in a folder; nothing if it is missing or may not be read."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _inside(folder: Path, depth: int) -> Iterator[Path]:
     """Yield the evaluations in a folder, but for those in checkpoints, which have none."""
-    for path in sorted(folder.iterdir()):
+    for path in _files(folder):
         if path.is_dir() and not path.is_symlink() and not STEP.fullmatch(path.name):
             if is_evaluation(path):
                 yield path

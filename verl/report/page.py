@@ -18,7 +18,7 @@ from typing import Any
 from verl import __version__
 from verl.errors import UserError
 from verl.report.charts import FEW_POINTS, OTHERS, Chart
-from verl.report.evaluations import BASE, Comparison, Evaluation, Turned
+from verl.report.evaluations import Comparison, Evaluation, Turned
 from verl.report.metrics import counted
 from verl.report.runs import RunFiles
 from verl.report.settings import changed_settings, command_of, command_of_evaluation, shell, trainer_of
@@ -190,7 +190,9 @@ def _name(evaluation: Evaluation, names: Sequence[str]) -> str:
     if evaluation.run is None or evaluation.step is None:
         return evaluation.model if evaluation.settings else evaluation.path.name
     run = f"{names[evaluation.run]}, " if len(names) > 1 else ""
-    return f"{run}step {evaluation.step:,}" if evaluation.step else f"{BASE} model"
+    if evaluation.is_validation:
+        return f"{run}validation at step {evaluation.step:,}"
+    return f"{run}step {evaluation.step:,}" if evaluation.step else "base model"
 
 
 def _evaluation(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
@@ -277,5 +279,5 @@ def _commands(report: Report) -> list[tuple[str, str]]:
     """Return the commands that repeat runs and evaluations, each with what it does."""
     names = [run.name for run in report.runs]
     found = [(run.name, command_of(run)) for run in report.runs]
-    found += [(f"evaluation: {_name(one, names)}", command_of_evaluation(one)) for one in report.evaluations]
+    found += [(f"evaluation: {_name(one, names)}", command_of_evaluation(one)) for one in report.evaluations if not one.is_validation]
     return [(name, shell(words)) for name, words in found if words is not None]

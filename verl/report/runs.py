@@ -15,7 +15,7 @@ from verl.manifest import MANIFEST, STEP, steps_in
 from verl.redaction import redact, redact_text
 from verl.report.metrics import METRICS, Metrics, read_metrics
 
-CONFIG, LOG, STATE, BEST = "config.yaml", "train.log", "trainer_state.json", "best_checkpoint.json"
+CONFIG, LOG, STATE, BEST, ENVIRONMENT = "config.yaml", "train.log", "trainer_state.json", "best_checkpoint.json", "environment.json"
 LARGEST_CONFIG, LARGEST_LOG = 2**20, 2**28  # bytes
 MOST_LINES = 200  # of the beginning of a run that are shown
 _STEP_LINE = re.compile(r"step \d[\d,]*/\d")
@@ -176,14 +176,15 @@ def _read_log(run: RunFiles) -> None:
 
 
 def _read_checkpoints(run: RunFiles) -> None:
-    """Note the checkpoints, and the versions that wrote the newest one."""
+    """Note the checkpoints, and the versions that the run began with, or else those that wrote the newest checkpoint."""
+    run.versions = {str(name): str(version) for name, version in _read_json(run, ENVIRONMENT).items()}
     found = [path for path in steps_in(run.directory) if path.is_dir()]
     run.checkpoints = [path.name for path in found]
     if found:
         newest = found[-1].name
         manifest, model = _read_json(run, f"{newest}/{MANIFEST}"), _read_json(run, f"{newest}/config.json")
         versions = {"verl": manifest.get("verl"), "transformers": model.get("transformers_version")}
-        run.versions = {name: str(version) for name, version in versions.items() if version is not None}
+        run.versions = {name: str(version) for name, version in versions.items() if version is not None} | run.versions
         run.processes = processes if isinstance(processes := manifest.get("world_size"), int) else None
 
 

@@ -59,7 +59,7 @@ def state_of(run: RunFiles) -> str:
 def _exact_match(evaluations: Sequence[Evaluation]) -> list[Fact]:
     groups: dict[tuple[str, ...], list[Evaluation]] = {}
     for evaluation in evaluations:
-        if evaluation.mean is not None:
+        if evaluation.mean is not None and not evaluation.is_validation:
             groups.setdefault(evaluation.subject, []).append(evaluation)
     if not groups:
         return []
