@@ -42,8 +42,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
 
 __version__ = "0.1.0"
 
-# Public names: module and name there.
-_PLACES = {
+_PLACES = {  # public names: module and name there
     "SFTConfig": ("verl.config.sft", "SFTConfig"),
     "PPOConfig": ("verl.config.ppo", "PPOConfig"),
     # The config of `verl.reward`; its class has the longer name because `reward.*` are settings of another kind (verl.config.ppo).

@@ -39,7 +39,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 OTHERS = "Other metrics"
-_SMOOTH = {"train/loss", "train/grad_norm", "train/accuracy", "rl/reward", "rl/response_tokens", "rl/entropy", "perf/tokens_per_second"}
+# Metrics that vary from step to step, because each step has other rows.
+_SMOOTH = set(
+    "train/loss train/grad_norm train/accuracy rl/reward rl/reward_std rl/response_tokens rl/truncated rl/entropy rl/kl_k3 critic/loss "
+    "rl/explained_variance perf/tokens_per_second perf/generated_tokens_per_second perf/step_seconds perf/mfu".split()
+)
 _NO_CURVES = {"epoch"}
 
 

@@ -295,10 +295,12 @@ def _owner(evaluation: Evaluation, runs: Sequence[RunFiles]) -> tuple[int | None
                 return number, int(step[1])
             if model in places or (os.path.basename(model) == "best" and os.path.dirname(model) in places):
                 return number, None
-    for number, run in enumerate(runs):
-        if models & _spellings(str(run.setting("model.partial_pretrain") or "")):
-            return number, 0
-    return None, None
+    return next(((number, 0) for number, run in enumerate(runs) if is_base(evaluation, run)), (None, None))
+
+
+def is_base(evaluation: Evaluation, run: RunFiles) -> bool:
+    """Return whether an evaluation is of the model that a run began with."""
+    return bool(_spellings(evaluation.model) & _spellings(str(run.setting("model.partial_pretrain") or "")))
 
 
 def _spellings(path: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +12,7 @@ from verl import regular_file
 METRICS = "metrics.jsonl"
 LARGEST = 2**30  # bytes of metrics.jsonl that are read
 MOST_POINTS = 2000  # of a curve on the page
-_HALF_LIVES = 40  # of the smoothing, in the length of a curve
+_HALF_LIVES = 60  # of the smoothing, in the length of a curve
 
 Point: TypeAlias = tuple[float, float]  # step and value
 
@@ -107,16 +107,26 @@ def counted(number: int, noun: str) -> str:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Return the exponentially weighted mean of the values up to each point, unbiased at the beginning.
+    """Return the exponentially weighted mean of the values around each point: of both sides, so that the curve does not lag behind.
 
-    The weight of a value halves over a fortieth of the curve, so that curves of any length look alike.
+    The weight of a value halves over a sixtieth of the curve, so that curves of any length look alike.
     """
     decay = 0.5 ** (1 / max(1.0, len(points) / _HALF_LIVES))
-    mean, weight, found = 0.0, 0.0, []
-    for step, value in points:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        found.append((step, mean / weight))
-    return found
+    before, after = list(_sums(points, decay)), list(_sums(points[::-1], decay))[::-1]
+    both = zip(points, before, after, strict=True)
+    # Each point is in both sums.
+    return [
+        (step, (left + right - value) / (before_weight + after_weight - 1))
+        for (step, value), (left, before_weight), (right, after_weight) in both
+    ]
+
+
+def _sums(points: Sequence[Point], decay: float) -> Iterator[tuple[float, float]]:
+    """Yield the weighted sum of the values up to each point, and the sum of the weights."""
+    total = weight = 0.0
+    for _, value in points:
+        total, weight = decay * total + value, decay * weight + 1
+        yield total, weight
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -26,11 +26,13 @@
     button.style.removeProperty("outline-color");
     return found;
   };
+  const isDark = () => root.dataset.theme === "dark" || (root.dataset.theme === "auto" && dark.matches);
   const faded = (hex, alpha) => `rgba(${[1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)).join(",")},${alpha})`;
   const columns = (points) => ({ x: points.map((p) => p[0]), y: points.map((p) => p[1]) });
 
   const traces = (chart) => chart.curves.flatMap((curve) => {
-    const ink = data.colors[curve.run % data.colors.length], dash = dashes[Math.floor(curve.run / data.colors.length) % dashes.length];
+    const colors = data.colors[isDark() ? "dark" : "light"];
+    const ink = colors[curve.run % colors.length], dash = dashes[Math.floor(curve.run / colors.length) % dashes.length];
     const line = { color: ink, width: 2, dash }, name = data.runs[curve.run];
     if (curve.smooth === null) {
       const few = curve.points.length <= data.few_points;
@@ -44,14 +46,14 @@
   });
 
   const layout = (chart, log) => {
-    const axis = { gridcolor: color("--grid"), zeroline: false, linecolor: color("--line"), tickcolor: color("--line"), automargin: true };
+    const axis = { showspikes: false, gridcolor: color("--grid"), zeroline: false, linecolor: color("--line"), tickcolor: color("--line"), automargin: true };
     const hover = { bgcolor: color("--ground"), bordercolor: color("--line"), font: { color: color("--ink"), size: 12 }, namelength: 40 };
     return {
       font: { family: getComputedStyle(document.body).fontFamily, size: 11.5, color: color("--quiet") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 14, t: 8, b: 8 }, showlegend: false,
       hovermode: "x unified", hoverlabel: hover, dragmode: coarse ? false : "zoom", autosize: true,
       xaxis: { ...axis, title: { text: "step", standoff: 4 }, nticks: 6, hoverformat: ",d" },
-      yaxis: { ...axis, title: { text: chart.unit, standoff: 6 }, nticks: 6, type: log ? "log" : "linear", hoverformat: ".4~g", exponentformat: "power" },
+      yaxis: { ...axis, title: { text: chart.unit, standoff: 6 }, nticks: 6, type: log ? "log" : "linear", hoverformat: ".4~g", exponentformat: "power", minexponent: 5, separatethousands: true },
     };
   };
 

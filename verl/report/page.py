@@ -18,16 +18,17 @@ from typing import Any
 from verl import __version__
 from verl.errors import UserError
 from verl.report.charts import FEW_POINTS, OTHERS, Chart
-from verl.report.evaluations import Comparison, Evaluation, Turned
+from verl.report.evaluations import Comparison, Evaluation, Turned, is_base
 from verl.report.metrics import counted
 from verl.report.runs import RunFiles
 from verl.report.settings import changed_settings, command_of, command_of_evaluation, shell, trainer_of
-from verl.report.statistics import BOOTSTRAP
-from verl.report.summary import facts_of, method_of, number_text, score_text, state_of
+from verl.report.statistics import BOOTSTRAP, NO_DIFFERENCE, PairedTest
+from verl.report.summary import Fact, facts_of, method_of, number_text, score_text, state_of
 
 GENERATOR = '<meta name="generator" content="verl report">'
-# Of Okabe and Ito, told apart with any kind of colour vision, and by eye on light and dark ground.
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6BC8", "#8C8C8C"]
+# Of Okabe and Ito, told apart with any kind of colour vision; then the same hues for dark ground.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#B5538F", "#B87A00", "#3E97C9", "#7F6BC8", "#7A7A7A"]
+DARK_COLORS = ["#56ABE0", "#F28C4F", "#3CC79A", "#E39CC4", "#EDB74A", "#9AD2F5", "#AE9FEE", "#B4B4B4"]
 MOST_SHOWN = {"right": 40, "wrong": 40, "same_wrong": 15, "same_right": 5}  # answers of each kind
 LONGEST_TEXT = 4000  # characters; the middle of a longer one is omitted
 _HEADINGS = {"right": "Turned right", "wrong": "Turned wrong", "same_wrong": "Still wrong", "same_right": "Still right"}
@@ -63,9 +64,9 @@ def render(report: Report) -> str:
         library=base64.b64encode(gzip.compress(library.encode(), mtime=0)).decode(),
         data=_chart_data(report),
         title=f"Report: {', '.join(names)}",
+        summary=_summary(report),
         made=datetime.now(timezone.utc),
         version=__version__,
-        colors=COLORS,
         runs=[_run(number, run, report) for number, run in enumerate(report.runs)],
         groups=report.charts,
         others=OTHERS,
@@ -75,6 +76,7 @@ def render(report: Report) -> str:
         settings=changed_settings(report.runs),
         commands=_commands(report),
     )
+    # Half a character, as a damaged file may have, cannot be written.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -145,7 +147,13 @@ def _chart_data(report: Report) -> dict[str, Any]:
     for chart in charts:
         chart["unit"], chart["title"] = _for_plotly(chart["unit"]), _for_plotly(chart["title"])
     names = [_for_plotly(run.name) for run in report.runs]
-    return {"runs": names, "colors": COLORS, "few_points": FEW_POINTS, "charts": charts}
+    return {"runs": names, "colors": {"light": COLORS, "dark": DARK_COLORS}, "few_points": FEW_POINTS, "charts": charts}
+
+
+def _color(run: int) -> str:
+    """Return the colour of a run, as CSS."""
+    number = run % len(COLORS)
+    return f"light-dark({COLORS[number]}, {DARK_COLORS[number]})"
 
 
 def _for_plotly(text: str) -> str:
@@ -154,7 +162,6 @@ def _for_plotly(text: str) -> str:
 
 def _run(number: int, run: RunFiles, report: Report) -> dict[str, Any]:
     versions, devices = dict(run.versions), []
-    own = [evaluation for evaluation in report.evaluations if evaluation.run == number]
     if device := run.said("device: "):
         devices.append(("Device", device))
     if model := run.said("model: "):
@@ -164,10 +171,10 @@ def _run(number: int, run: RunFiles, report: Report) -> dict[str, Any]:
     return {
         "name": run.name,
         "directory": str(run.directory),
-        "color": COLORS[number % len(COLORS)],
+        "color": _color(number),
         "method": method_of(run),
         "state": state_of(run),
-        "facts": facts_of(run, own),
+        "facts": facts_of(run, _own(report, number)),
         "notes": run.notes,
         "warnings": run.warnings,
         "data": "\n".join(run.data_lines),
@@ -175,6 +182,18 @@ def _run(number: int, run: RunFiles, report: Report) -> dict[str, Any]:
         "checkpoints": _checkpoints(run),
         "trainer": trainer_of(run),
     }
+
+
+def _summary(report: Report) -> list[tuple[str, list[Fact | None]]]:
+    """Return the facts of several runs as a table: label, and the fact of each run."""
+    facts = [{fact.label: fact for fact in facts_of(run, _own(report, number))} for number, run in enumerate(report.runs)]
+    labels = dict.fromkeys(label for of_run in facts for label in of_run)
+    return [(label, [of_run.get(label) for of_run in facts]) for label in labels]
+
+
+def _own(report: Report, number: int) -> list[Evaluation]:
+    """Return the evaluations of a run's models, and of the model that it began with, which other runs may have begun with too."""
+    return [one for one in report.evaluations if one.run == number or is_base(one, report.runs[number])]
 
 
 def _checkpoints(run: RunFiles) -> str:
@@ -214,7 +233,7 @@ def _evaluation(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
         "answers": len(evaluation.answers),
         "truncated": evaluation.results.get("truncated"),
         "path": str(evaluation.path),
-        "color": "currentColor" if evaluation.run is None or evaluation.step == 0 else COLORS[evaluation.run % len(COLORS)],
+        "color": "currentColor" if evaluation.run is None or evaluation.step == 0 else _color(evaluation.run),
         "versions": {str(k): str(v) for k, v in versions.items()}
         if isinstance(versions := evaluation.results.get("versions"), dict)
         else {},
@@ -243,7 +262,7 @@ def _test_text(one: Comparison) -> dict[str, str]:
     assert test is not None
     is_share = one.before.is_share and one.after.is_share
     low, high = test.interval.low, test.interval.high
-    points = [f"{100 * x:+.1f}" if is_share else f"{x:+.4g}" for x in (test.difference, low, high)]
+    points = [(f"{100 * x:+.1f}" if is_share else f"{x:+.4g}").replace("-", "−") for x in (test.difference, low, high)]
     p_value = "p < 0.0001" if test.p_value < 0.0001 else f"p = {test.p_value:.2g}"
     return {
         "difference": points[0],
@@ -252,8 +271,14 @@ def _test_text(one: Comparison) -> dict[str, str]:
         "interval_method": "resampled" if test.interval.method == BOOTSTRAP else test.interval.method,
         "p_value": p_value,
         "method": test.method,
-        "verdict": "The difference is larger than chance explains." if test.p_value < 0.05 else "Chance alone may explain the difference.",
+        "verdict": _verdict(test),
     }
+
+
+def _verdict(test: PairedTest) -> str:
+    if test.method == NO_DIFFERENCE:
+        return "The two score the same on every question."
+    return "The difference is larger than chance explains." if test.p_value < 0.05 else "Chance alone may explain the difference."
 
 
 def _turned(turned: Turned) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from verl.report.evaluations import Evaluation
+from verl.report.metrics import counted
 from verl.report.runs import RunFiles
 from verl.report.settings import trainer_of
 
@@ -65,9 +66,10 @@ def _exact_match(evaluations: Sequence[Evaluation]) -> list[Fact]:
         return []
     shown = max(groups.values(), key=len)
     before, after = shown[0], shown[-1]
-    n = f"{len(after.scores):,} questions"
+    n = counted(len(after.scores), "question")
     if before is after:
-        return [Fact(after.measure, score_text(after.mean, after), n)]
+        which = "the base model" if after.step == 0 else "the run" if after.step is None else f"step {after.step:,}"
+        return [Fact(after.measure, score_text(after.mean, after), f"of {which}, {n}")]
     return [Fact(after.measure, f"{score_text(before.mean, before)} → {score_text(after.mean, after)}", f"{n}, before and after")]
 
 
