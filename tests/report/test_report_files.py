@@ -179,6 +179,23 @@ def test_evaluations_of_other_files_are_not_compared() -> None:
     assert comparisons_of(found) == []
 
 
+def test_an_evaluation_is_compared_with_the_model_that_its_run_began_with(tmp_path: Path) -> None:
+    """Of a chain of two runs: the second began with a checkpoint of the first."""
+    runs, answers = [], [Answer("q", "1", "r", None, 1.0)] * 3
+    for name, base in (("sft", "model"), ("rl", str(tmp_path / "sft/global_step_9")), ("other", "model")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"model: {{partial_pretrain: {base}}}\n")
+        runs.append(read_run(tmp_path / name))
+    models = ("model", tmp_path / "sft/global_step_9", tmp_path / "rl/global_step_2", tmp_path / "other/global_step_4")
+    owners = ((0, 0), (0, 9), (1, 2), (2, 4))
+    found = [
+        Evaluation(Path(f"e{number}"), {"test_file": "t", "model_path": str(model)}, answers=answers, run=run, step=step)
+        for number, (model, (run, step)) in enumerate(zip(models, owners, strict=True))
+    ]
+    pairs = [(str(one.before.path), str(one.after.path)) for one in comparisons_of(found, runs)]
+    assert pairs == [("e0", "e1"), ("e1", "e2"), ("e0", "e3"), ("e1", "e3")]
+
+
 # Statistics
 
 

@@ -40,8 +40,8 @@ def write_report(
     found = [read_run(path) for path in dict.fromkeys(runs)]
     name_apart(found)
     page = _place(out, found[0].directory)
-    figures = find_evaluations(found, [path.expanduser() for path in evaluations])
-    report = Report(found, charts_of([run.metrics for run in found]), figures, comparisons_of(figures))
+    measured = find_evaluations(found, [path.expanduser() for path in evaluations])
+    report = Report(found, charts_of([run.metrics for run in found]), measured, comparisons_of(measured, found))
     text = render(report)
     # The page holds settings and lines of the log, which only the owner may read, too.
     with disk_errors_named(page, needed=len(text), fix="make room, or choose another file with --out"):

@@ -309,13 +309,30 @@ def _spellings(path: str) -> set[str]:
     return {os.path.normpath(path), os.path.realpath(os.path.expanduser(path))}
 
 
-def comparisons_of(evaluations: Sequence[Evaluation]) -> list[Comparison]:
-    """Compare, of each subject, every evaluation with the first one: of the model that the run began with, if there is one."""
+def comparisons_of(evaluations: Sequence[Evaluation], runs: Sequence[RunFiles] = ()) -> list[Comparison]:
+    """Compare, of each subject, every evaluation with that of the model that its run began with, or else with the first one.
+
+    The last evaluations of several runs are compared with the first run's, too.
+    """
     groups: dict[tuple[str, ...], list[Evaluation]] = defaultdict(list)
     for evaluation in evaluations:
         if evaluation.answers and evaluation.settings:
             groups[evaluation.subject].append(evaluation)
-    return [compared(before, after) for before, *others in groups.values() for after in others]
+    return [compared(before, after) for group in groups.values() for before, after in _pairs(group, runs)]
+
+
+def _pairs(group: Sequence[Evaluation], runs: Sequence[RunFiles]) -> list[tuple[Evaluation, Evaluation]]:
+    """Return which evaluations of a subject are compared, the earlier one first."""
+    pairs = []
+    for after in group:
+        bases = [one for one in group if one is not after and after.run is not None and runs and is_base(one, runs[after.run])]
+        before = bases[0] if bases and after.step != 0 else group[0]
+        if before is not after:
+            pairs.append((before, after))
+    last = {one.run: one for one in group if one.run is not None and one.step != 0}  # of each run
+    first, *others = [last[run] for run in sorted(last)] or [None]
+    seen = {frozenset((id(before), id(after))) for before, after in pairs}
+    return [*pairs, *((first, one) for one in others if first is not None and frozenset((id(first), id(one))) not in seen)]
 
 
 def compared(before: Evaluation, after: Evaluation) -> Comparison:

@@ -37,6 +37,7 @@ def _draw(chart: Chart, names: Sequence[str], colors: Sequence[str]) -> Any:
     """Return a figure of matplotlib, which no window shows and no other figure shares a state with."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}):
         figure = Figure(figsize=_SIZE, layout="constrained")
@@ -49,6 +50,7 @@ def _draw(chart: Chart, names: Sequence[str], colors: Sequence[str]) -> Any:
             lines += axes.plot(*zip(*(curve.smooth or curve.points), strict=True), color=color, linewidth=1.2, marker=mark)
         axes.set(xlabel="step", ylabel=chart.unit, title=chart.title)
         axes.grid(alpha=0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         if len(names) > 1:
             axes.legend(lines, [names[curve.run] for curve in chart.curves], frameon=False, fontsize=7)
     return figure

@@ -48,11 +48,13 @@
   const layout = (chart, log) => {
     const axis = { showspikes: false, gridcolor: color("--grid"), zeroline: false, linecolor: color("--line"), tickcolor: color("--line"), automargin: true };
     const hover = { bgcolor: color("--ground"), bordercolor: color("--line"), font: { color: color("--ink"), size: 12 }, namelength: 40 };
+    const steps = chart.curves.flatMap((curve) => [curve.points[0][0], curve.points.at(-1)[0]]);
+    const few = Math.max(...steps) - Math.min(...steps) < 6 ? { dtick: 1 } : { nticks: 6 }; // no step 1.5
     return {
       font: { family: getComputedStyle(document.body).fontFamily, size: 11.5, color: color("--quiet") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 14, t: 8, b: 8 }, showlegend: false,
       hovermode: "x unified", hoverlabel: hover, dragmode: coarse ? false : "zoom", autosize: true,
-      xaxis: { ...axis, title: { text: "step", standoff: 4 }, nticks: 6, hoverformat: ",d" },
+      xaxis: { ...axis, title: { text: "step", standoff: 4 }, ...few, hoverformat: ",d" },
       yaxis: { ...axis, title: { text: chart.unit, standoff: 6 }, nticks: 6, type: log ? "log" : "linear", hoverformat: ".4~g", exponentformat: "power", minexponent: 5, separatethousands: true },
     };
   };

@@ -142,9 +142,12 @@ def shortened(text: str, most: int = LONGEST_TEXT) -> str:
 
 
 def _chart_data(report: Report) -> dict[str, Any]:
-    """Return what the page's script draws. Names are escaped: plotly.js reads a few tags in them."""
+    """Return what the page's script draws, with six digits. Names are escaped: plotly.js reads a few tags in them."""
     charts = [asdict(chart) for group in report.charts.values() for chart in group]
     for chart in charts:
+        for curve in chart["curves"]:
+            for name in ("points", "smooth"):
+                curve[name] = curve[name] and [(step, float(f"{value:.6g}")) for step, value in curve[name]]
         chart["unit"], chart["title"] = _for_plotly(chart["unit"]), _for_plotly(chart["title"])
     names = [_for_plotly(run.name) for run in report.runs]
     return {"runs": names, "colors": {"light": COLORS, "dark": DARK_COLORS}, "few_points": FEW_POINTS, "charts": charts}

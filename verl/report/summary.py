@@ -1,10 +1,11 @@
 """What a report says about a run in one look."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from verl.report.evaluations import Evaluation
+from verl.report.evaluations import Evaluation, is_base
 from verl.report.metrics import counted
 from verl.report.runs import RunFiles
 from verl.report.settings import trainer_of
@@ -25,10 +26,10 @@ def facts_of(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Fact]:
     """Return the facts of a run; those that its files do not tell are left out.
 
     Args:
-        evaluations: of the run's models, in order.
+        evaluations: of the run's models, and of the one that it began with.
     """
     return [
-        *_exact_match(evaluations),
+        *_exact_match(run, evaluations),
         *_change(run, "rl/reward", "Reward", "mean of a step's answers"),
         *([] if trainer_of(run) == "verl ppo" else _change(run, "train/loss", "Training loss", "from the first step to the last")),
         *_validation(run),
@@ -57,9 +58,9 @@ def state_of(run: RunFiles) -> str:
     return f"all {total:,} steps done" if run.steps >= total else f"{run.steps:,} of {total:,} steps done: it is running, or was stopped"
 
 
-def _exact_match(evaluations: Sequence[Evaluation]) -> list[Fact]:
+def _exact_match(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Fact]:
     groups: dict[tuple[str, ...], list[Evaluation]] = {}
-    for evaluation in evaluations:
+    for evaluation in sorted(evaluations, key=lambda one: (not is_base(one, run), math.inf if one.step is None else one.step)):
         if evaluation.mean is not None and not evaluation.is_validation:
             groups.setdefault(evaluation.subject, []).append(evaluation)
     if not groups:
@@ -68,7 +69,7 @@ def _exact_match(evaluations: Sequence[Evaluation]) -> list[Fact]:
     before, after = shown[0], shown[-1]
     n = counted(len(after.scores), "question")
     if before is after:
-        which = "the base model" if after.step == 0 else "the run" if after.step is None else f"step {after.step:,}"
+        which = "the base model" if is_base(after, run) else "the run" if after.step is None else f"step {after.step:,}"
         return [Fact(after.measure, score_text(after.mean, after), f"of {which}, {n}")]
     return [Fact(after.measure, f"{score_text(before.mean, before)} → {score_text(after.mean, after)}", f"{n}, before and after")]
 
