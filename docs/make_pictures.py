@@ -20,10 +20,10 @@ import verl
 
 PICTURES = Path(__file__).with_name("pictures")
 LARGEST = 200_000  # bytes of a picture
-SIZE = {"width": 1120, "height": 1060}
+WIDTH = 1120
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-# From the heading of a section to the bottom of the window.
-SECTIONS = {"report": "#summary", "report-answers": "#evaluation"}
+# What stands at the top of a picture, and its height.
+PARTS = {"report": ("#summary", 1090), "report-evaluation": ("#evaluation", 700), "report-answers": ("#answers > h2:last-of-type", 820)}
 
 
 def main(words: list[str]) -> None:
@@ -52,13 +52,13 @@ def take(page: Path) -> None:
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         for theme in ("light", "dark"):
-            tab = browser.new_context(viewport=SIZE, color_scheme=theme).new_page()  # type: ignore[arg-type]
+            tab = browser.new_context(viewport={"width": WIDTH, "height": 900}, color_scheme=theme).new_page()  # type: ignore[arg-type]
             tab.goto(page.as_uri())
             tab.wait_for_selector("html[data-ready=true]", state="attached")
-            # One answer is shown, and the others that turned are in view.
-            tab.evaluate("document.querySelector('.answer')?.setAttribute('open', '')")
-            for name, section in SECTIONS.items():
-                tab.evaluate("section => document.querySelector(section).scrollIntoView({behavior: 'instant'})", section)
+            tab.evaluate("document.querySelector('#answers > details[open] .answer')?.setAttribute('open', '')")
+            for name, (part, height) in PARTS.items():
+                tab.set_viewport_size({"width": WIDTH, "height": height})
+                tab.evaluate("part => document.querySelector(part)?.scrollIntoView({behavior: 'instant'})", part)
                 tab.wait_for_timeout(500)
                 save(tab.screenshot(), PICTURES / f"{name}-{theme}.png")
         browser.close()

@@ -102,7 +102,7 @@ class Visit:
         self.tab.wait_for_selector("html[data-ready=true]", state="attached", timeout=60_000)
 
     def count(self, selector: str) -> int:
-        return self.tab.locator(selector).count()
+        return int(self.tab.locator(selector).count())
 
 
 @pytest.mark.parametrize("width", [1280, 390])

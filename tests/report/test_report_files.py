@@ -56,11 +56,14 @@ def test_values_that_are_not_finite_are_no_points() -> None:
     assert parse_metrics(line(1, a=None) + line(2, a=3.0)).curve("a") == [(2, 3.0)]
 
 
-def test_smoothing_keeps_a_constant_and_does_not_begin_at_zero() -> None:
-    assert [value for _, value in smoothed([(step, 3.0) for step in range(500)])] == pytest.approx([3.0] * 500)
-    noisy = [(float(step), value) for step, value in enumerate(np.random.default_rng(0).normal(1, 1, 2000))]
-    tail = [value for _, value in smoothed(noisy)][500:]
-    assert np.std(tail) < 0.2 and abs(np.mean(tail) - 1) < 0.1
+def test_smoothing_keeps_lines_and_their_ends_and_calms_noise() -> None:
+    line_ = [(float(step), 3.0 - 0.01 * step) for step in range(700)]
+    assert [value for _, value in smoothed(line_)] == pytest.approx([value for _, value in line_], abs=1e-3), "a straight line has no lag"
+    noise = np.random.default_rng(0).normal(1, 1, 3000)
+    found = [value for _, value in smoothed([(float(step), value) for step, value in enumerate(noise)])]
+    assert (found[0], found[-1]) == (noise[0], noise[-1])
+    assert np.std(found[300:-300]) < 0.2 and abs(np.mean(found) - 1) < 0.1
+    assert smoothed([(1.0, 2.0)]) == [(1.0, 2.0)] and smoothed([]) == []
 
 
 def test_thinning_a_long_curve_keeps_its_peaks() -> None:

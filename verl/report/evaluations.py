@@ -93,7 +93,7 @@ class Evaluation:
         for start in range(0, len(self.answers), n):
             first = self.answers[start]
             place = (first.prompt, first.reference)
-            found[(*place, seen[place])] = self.answers[start : start + n]
+            found[first.prompt, first.reference, seen[place]] = self.answers[start : start + n]
             seen[place] += 1
         return found
 
@@ -201,10 +201,10 @@ def _answer(line: str) -> Answer | None:
         row: Any = json.loads(line)
         extracted = row.get("extracted")
         score = float(row["score"] if "score" in row else row["reward"])
-        texts = [str(row[key]) for key in ("prompt", "reference", "response")]
+        prompt, reference, response = (str(row[key]) for key in ("prompt", "reference", "response"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return Answer(*texts, None if extracted is None else str(extracted), score) if score == score else None
+    return Answer(prompt, reference, response, None if extracted is None else str(extracted), score) if score == score else None
 
 
 def is_evaluation(path: Path) -> bool:
@@ -330,9 +330,9 @@ def _pairs(group: Sequence[Evaluation], runs: Sequence[RunFiles]) -> list[tuple[
         if before is not after:
             pairs.append((before, after))
     last = {one.run: one for one in group if one.run is not None and one.step != 0}  # of each run
-    first, *others = [last[run] for run in sorted(last)] or [None]
+    lasts = [last[run] for run in sorted(last)]
     seen = {frozenset((id(before), id(after))) for before, after in pairs}
-    return [*pairs, *((first, one) for one in others if first is not None and frozenset((id(first), id(one))) not in seen)]
+    return [*pairs, *((lasts[0], one) for one in lasts[1:] if frozenset((id(lasts[0]), id(one))) not in seen)]
 
 
 def compared(before: Evaluation, after: Evaluation) -> Comparison:

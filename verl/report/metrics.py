@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from verl import regular_file
 
 METRICS = "metrics.jsonl"
 LARGEST = 2**30  # bytes of metrics.jsonl that are read
 MOST_POINTS = 2000  # of a curve on the page
-_HALF_LIVES = 60  # of the smoothing, in the length of a curve
+_HALF_LIVES = 150  # of the smoothing, in the length of a curve
+_WIDTH = 10  # half-lives after which a value counts no more: its weight is a thousandth
 
 Point: TypeAlias = tuple[float, float]  # step and value
 
@@ -107,18 +110,27 @@ def counted(number: int, noun: str) -> str:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """Return the exponentially weighted mean of the values around each point: of both sides, so that the curve does not lag behind.
+    """Return the exponentially weighted mean of the values around each point.
 
-    The weight of a value halves over a sixtieth of the curve, so that curves of any length look alike.
+    It looks to both sides alike, so that the curve does not lag behind, and begins and ends where the values do: near the ends, it looks
+    no further than to the nearer one. A value's weight halves over a 150th of the curve, so that curves of any length look alike.
     """
-    decay = 0.5 ** (1 / max(1.0, len(points) / _HALF_LIVES))
+    half_life = max(1.0, len(points) / _HALF_LIVES)
+    decay, width = 0.5 ** (1 / half_life), math.ceil(_WIDTH * half_life)
     before, after = list(_sums(points, decay)), list(_sums(points[::-1], decay))[::-1]
-    both = zip(points, before, after, strict=True)
-    # Each point is in both sums.
-    return [
-        (step, (left + right - value) / (before_weight + after_weight - 1))
-        for (step, value), (left, before_weight), (right, after_weight) in both
-    ]
+    values_N = np.array([value for _, value in points])
+    weights_W = decay ** np.abs(np.arange(-width, width + 1))
+    found = []
+    for number, (step, value) in enumerate(points):
+        near = min(number, len(points) - 1 - number)
+        if near < width:
+            weights = weights_W[width - near : width + near + 1]
+            mean = float(values_N[number - near : number + near + 1] @ weights / weights.sum())
+        else:  # what is further away than `width` has no weight to speak of; the point itself is in both sums
+            (left, left_weight), (right, right_weight) = before[number], after[number]
+            mean = (left + right - value) / (left_weight + right_weight - 1)
+        found.append((step, mean))
+    return found
 
 
 def _sums(points: Sequence[Point], decay: float) -> Iterator[tuple[float, float]]:
