@@ -52,7 +52,7 @@ def take(page: Path) -> None:
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         for theme in ("light", "dark"):
-            tab = browser.new_context(viewport={"width": WIDTH, "height": 900}, color_scheme=theme).new_page()  # type: ignore[arg-type]
+            tab = browser.new_context(viewport={"width": WIDTH, "height": 900}, color_scheme=theme).new_page()
             tab.goto(page.as_uri())
             tab.wait_for_selector("html[data-ready=true]", state="attached")
             tab.evaluate("document.querySelector('#answers > details[open] .answer')?.setAttribute('open', '')")

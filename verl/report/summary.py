@@ -81,18 +81,18 @@ def score_text(score: float | None, evaluation: Evaluation) -> str:
     return f"{score:.1%}" if evaluation.is_share else number_text(score)
 
 
-def number_text(value: float | None) -> str:
-    """Return a number in a form that is short and has what matters of it."""
+def number_text(value: float | None, digits: int = 4) -> str:
+    """Return a number with so many digits that count."""
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def _change(run: RunFiles, metric: str, label: str, detail: str) -> list[Fact]:
     first, last = run.metrics.first(metric), run.metrics.last(metric)
     if first is None:
         return []
-    return [Fact(label, f"{number_text(first)} → {number_text(last)}", detail)]
+    return [Fact(label, f"{number_text(first, 3)} → {number_text(last, 3)}", detail)]
 
 
 def _validation(run: RunFiles) -> list[Fact]:
