@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from verl import regular_file
@@ -35,6 +36,7 @@ def write_report(
     Raises:
         UserError: a directory is not what it should be, a package is missing, or a file would be lost.
     """
+    _check_packages("jinja2", "plotly", "scipy", *(["matplotlib"] if png is not None else []))
     if not runs:
         raise UserError("no run is named", where="verl report", fix="name a run's directory: verl report DIR")
     found = [read_run(path) for path in dict.fromkeys(runs)]
@@ -70,6 +72,13 @@ def main(runs: Sequence[Path], evaluations: Sequence[Path], out: Path | None, pn
     if files:
         print(f"wrote {counted(len(files), 'picture')} into {files[0].parent}")
     print(f"wrote {page}")
+
+
+def _check_packages(*names: str) -> None:
+    """Raise UserError if a package of the extra `report` is missing."""
+    for name in names:
+        if find_spec(name) is None:
+            raise UserError(f"{name} is not installed", where="verl report", fix='pip install "verl[report]"')
 
 
 def _place(out: Path | None, directory: Path) -> Path:

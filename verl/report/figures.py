@@ -18,7 +18,7 @@ def write_figures(directory: Path, charts: Mapping[str, Sequence[Chart]], names:
         names: of the runs.
         colors: of the runs; they repeat.
     Raises:
-        UserError: the directory cannot be written, or matplotlib is missing.
+        UserError: the directory cannot be written.
     """
     files = []
     try:

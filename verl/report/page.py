@@ -11,12 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import cache
 from importlib import resources
 from typing import Any
 
 from verl import __version__
-from verl.errors import UserError
 from verl.report.charts import FEW_POINTS, OTHERS, Chart
 from verl.report.evaluations import Comparison, Evaluation, Turned, is_base
 from verl.report.metrics import counted
@@ -52,7 +50,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """Return the page. Raises UserError: a package of the extra `report` is missing."""
+    """Return the page."""
     environment = _environment()
     script, library = _read("page.js"), _library()
     names = [run.name for run in report.runs]
@@ -81,10 +79,8 @@ def render(report: Report) -> str:
 
 
 def _environment() -> Any:
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise needs(error) from error
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("verl.report", "."),
         autoescape=True,
@@ -97,11 +93,6 @@ def _environment() -> Any:
     return environment
 
 
-def needs(error: ImportError) -> UserError:
-    """Return the error for a package of the extra that is missing."""
-    return UserError(f"{error.name} is not installed", where="verl report", fix='pip install "verl[report]"')
-
-
 def _markup(text: str) -> Any:
     from markupsafe import Markup
 
@@ -112,13 +103,10 @@ def _read(name: str) -> str:
     return resources.files("verl.report").joinpath(name).read_text(encoding="utf-8")
 
 
-@cache
 def _library() -> str:
-    """Return the source of plotly.js. Raises UserError: plotly is not installed."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise needs(error) from error
+    """Return the source of plotly.js."""
+    from plotly.offline import get_plotlyjs
+
     return str(get_plotlyjs())
 
 
