@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
     from verl.api import ppo as ppo
     from verl.api import reward as reward
     from verl.api import sft as sft
+    from verl.api import write_report as write_report
     from verl.config.commands import EvalConfig as EvalConfig
     from verl.config.commands import ExportConfig as ExportConfig
     from verl.config.pairs import RewardTrainerConfig as RewardTrainerConfig
@@ -44,8 +45,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
 
 __version__ = "0.1.0"
 
-# Public names: module and name there.
-_PLACES = {
+_PLACES = {  # public names: module and name there
     "SFTConfig": ("verl.config.sft", "SFTConfig"),
     "PPOConfig": ("verl.config.ppo", "PPOConfig"),
     # The config of `verl.reward`; its class has the longer name because `reward.*` are settings of another kind (verl.config.ppo).
@@ -60,6 +60,7 @@ _PLACES = {
     "export": ("verl.api", "export"),
     "inspect_data": ("verl.api", "inspect_data"),
     "load_rollout": ("verl.api", "load_rollout"),
+    "write_report": ("verl.api", "write_report"),
     "TrainResult": ("verl.run", "TrainResult"),
     "EvalResult": ("verl.api", "EvalResult"),
     "TextRollout": ("verl.generate", "TextRollout"),

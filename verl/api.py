@@ -150,6 +150,33 @@ def inspect_data(
     return found
 
 
+def write_report(
+    *runs: str | Path,
+    evaluations: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    png: str | Path | None = None,
+) -> Path:
+    """Write a page about runs, one HTML file, as `verl report` does.
+
+        verl.write_report(run.directory, evaluations=["eval-before", "eval-after"])
+
+    Args:
+        runs: directories of runs.
+        evaluations: directories of evaluations, besides those that are in the runs' directories or beside them.
+        out: the page; None: report.html in the first run's directory.
+        png: directory for the curves as PNG; None: there are none.
+    Returns:
+        the page.
+    Raises:
+        UserError: a directory is not what it should be, a package is missing, or a file would be lost.
+    """
+    from verl.report import command
+
+    places = [None if path is None else Path(path) for path in (out, png)]
+    page, _, _ = command.write_report([*map(Path, runs)], [*map(Path, evaluations)], out=places[0], png=places[1])
+    return page
+
+
 def load_rollout(path: "str | Path", name: str = "auto", options: Options = DEFAULTS) -> "TextRollout":
     """Load a checkpoint for generation.
 

@@ -192,6 +192,26 @@ def prove(
     exit_on_user_error(run_proofs, model, real, json)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="DIR…", help="Directories of runs (trainer.default_local_dir).", show_default=False)
+    ],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--eval", help="An evaluation (output_dir of verl eval); repeatable.", metavar="DIR")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first run's directory.", metavar="FILE")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the curves as PNG into this directory, too.", metavar="DIR")] = None,
+) -> None:
+    """Write a page about runs, one HTML file: curves, evaluations, answers that turned, settings, commands.
+
+    Evaluations in a run's directory, and those beside it of its models, are found.
+
+    Example: verl report checkpoints/verl-sft/run --eval eval-before --eval eval-after
+    """
+    exit_on_user_error(show_report, runs, evaluation or [], out, png)
+
+
 def train(gpus: int | None, words: list[str], trainer: Command) -> None:
     """Run a trainer in this process, or, if `gpus` is given, in that many processes."""
     if is_program():
@@ -290,6 +310,11 @@ def show_board(directories: list[Path], logger: str | None, host: str, port: int
 def plan_of_sft() -> Command:
     """Return `verl plan`, whose keys are those of `verl sft`."""
     return SFT._replace(usage="verl plan [--gpus N] key=value …", example=SFT.example.replace("verl sft", "verl plan --gpus 8"))
+
+
+def show_report(runs: list[Path], evaluations: list[Path], out: Path | None, png: Path | None) -> None:
+    """Run `verl report`. Raises UserError: a directory is not what it should be, a package is missing, or a file would be lost."""
+    load_module("verl.report.command").main(runs, evaluations, out, png)
 
 
 def show_plan(gpus: int | None, words: list[str]) -> None:

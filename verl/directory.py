@@ -8,17 +8,19 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import yaml
 
-from verl import dist, regular_file
+from verl import __version__, dist, regular_file
 from verl.config.shared import RunConfig, TrainerConfig
 from verl.config.trajectory import CONTENT, MODEL, Change, changes, kind_of, values_of
 from verl.config.yaml_text import Loader
@@ -28,8 +30,16 @@ from verl.lock import Lock, LockedError, take
 from verl.manifest import refuse_inside, steps_in
 from verl.typed_json import DamageError, read_json
 
-CONFIG, METRICS, LOG = "config.yaml", "metrics.jsonl", "train.log"
-FILES = ("lock", LOG, METRICS, CONFIG, "trainer_state.json", "latest_checkpointed_iteration.txt")  # that a run writes into its directory
+CONFIG, METRICS, LOG, ENVIRONMENT = "config.yaml", "metrics.jsonl", "train.log", "environment.json"
+FILES = (
+    "lock",
+    LOG,
+    METRICS,
+    CONFIG,
+    ENVIRONMENT,
+    "trainer_state.json",
+    "latest_checkpointed_iteration.txt",
+)  # that a run writes into its directory
 LARGEST_CONFIG = 2**20  # bytes
 LONGEST_LINE = 2**20  # bytes, of metrics.jsonl
 ANOTHER = "remove it, or set trainer.default_local_dir to another directory"
@@ -284,7 +294,7 @@ def _sweep(directory: Path) -> None:
 
 
 def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callable[[str], None]) -> None:
-    """Write config.yaml, and keep the metrics of the steps that a run resumes from, one line for each.
+    """Write config.yaml and environment.json, and keep the metrics of the steps that a run resumes from, one line for each.
 
     A new run sets the metrics of an earlier one aside. Each file is replaced: a kill leaves the old one or the new one.
     """
@@ -296,6 +306,7 @@ def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callabl
         metrics.rename(aside)
         say(f"{METRICS} of the run before, which has {other}no checkpoint here, is now {aside.name}")
     replace_text(config, config_yaml, private=True)
+    replace_text(directory / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
     if metrics.exists():
         kept: dict[float, str] = {}
         for line in _lines(metrics):
@@ -304,6 +315,12 @@ def begin_files(directory: Path, config_yaml: str, start_step: int, say: Callabl
                 kept[step] = line
         replace_text(metrics, "".join(line + "\n" for _, line in sorted(kept.items())))
     flush(directory)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a run trains with, by package."""
+    packages = ("torch", "transformers", "peft", "accelerate")
+    return {"verl": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
 def _lines(path: Path) -> Iterator[str]:

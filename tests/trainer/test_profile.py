@@ -47,7 +47,7 @@ def test_a_run_traces_the_step_it_was_told_and_the_two_after_it(folder: Path) ->
 
 def test_a_run_that_never_saves_leaves_no_checkpoint_and_one_that_is_not_traced_no_profile(folder: Path) -> None:
     run = train(folder, "plain")
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl", "train.log"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "environment.json", "metrics.jsonl", "train.log"]
 
 
 class Told:

@@ -166,8 +166,10 @@ def test_two_processes_give_the_losses_of_one(folder: Path, plain_run: Metrics) 
 def test_what_a_run_leaves_on_disk(folder: Path, plain_run: Metrics) -> None:
     directory = folder / "plain"
     assert {path.name for path in directory.iterdir()} == {
-        "config.yaml", "trainer_state.json", "metrics.jsonl", "train.log", "latest_checkpointed_iteration.txt", f"global_step_{STEPS}"
+        "config.yaml", "environment.json", "trainer_state.json", "metrics.jsonl", "train.log", "latest_checkpointed_iteration.txt",
+        f"global_step_{STEPS}"
     }  # fmt: skip
+    assert json.loads((directory / "environment.json").read_text())["torch"] == torch.__version__
     checkpoint = directory / f"global_step_{STEPS}"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")

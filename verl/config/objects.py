@@ -38,9 +38,9 @@ def words_of(part: object, schema: type) -> list[str]:
     if isinstance(part, schema):
         completed(part)  # raises if a group has the keys of a plugin other than the one that it names
         defaults = dict(_leaves(_tree(schema())))
-        return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part)) if key not in defaults or defaults[key] != value]
+        return [f"{key}={word(key, value)}" for key, value in _leaves(_tree(part)) if key not in defaults or defaults[key] != value]
     if isinstance(part, Mapping):
-        return [f"{key}={_word(key, value)}" for key, value in _leaves(_tree(part))]
+        return [f"{key}={word(key, value)}" for key, value in _leaves(_tree(part))]
     what = f"the class {part.__name__}" if isinstance(part, type) else f"{type(part).__name__}"
     is_list = isinstance(part, list | tuple)
     fix = "pass its items one by one, such as verl.sft(*words)" if is_list else f"{schema.__name__}() has the defaults"
@@ -57,7 +57,7 @@ def _is_group(value: object) -> bool:
     return is_dataclass(value) and not isinstance(value, type)
 
 
-def _word(key: str, value: object) -> str:
+def word(key: str, value: object) -> str:
     """Return a value as text that `argument` reads back."""
     if value is None or isinstance(value, bool):
         return {None: NULL, True: "true", False: "false"}[value]
@@ -69,9 +69,9 @@ def _word(key: str, value: object) -> str:
         text = str(os.fspath(value))
         return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_word(key, item) for item in value)}]"
+        return f"[{', '.join(word(key, item) for item in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_word(key, str(name))}: {_word(key, item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(f"{word(key, str(name))}: {word(key, item)}" for name, item in value.items()) + "}"
     raise UserError(f"found {type(value).__name__}", where=key, fix="give text, a path, a number, true, false, null, or a list of these")
 
 
