@@ -148,6 +148,20 @@ def test_an_adapter_is_merged_and_stops_where_its_template_does(tmp_path: Path) 
     assert stop[0] == trained and served.system_prompt is None
 
 
+def test_answers_end_where_the_template_does_whatever_the_generation_config_says(
+    learned_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = shutil.copytree(learned_checkpoint, tmp_path / "model")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "repetition_penalty": 1.5}))
+    (above := tmp_path / "above").mkdir()
+    served = serve.prepare(ServeConfig(str(checkpoint)), above)
+    stop = load_tokenizer(str(checkpoint)).convert_tokens_to_ids("<|im_end|>")
+    written = json.loads((served.folder / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [stop, 0] and written["repetition_penalty"] == 1.5
+    assert json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert "repetition_penalty=1.5: the server applies it" in capsys.readouterr().out
+
+
 def test_the_system_prompt_of_the_training_is_in_the_curl_line(learned_checkpoint: Path, tmp_path: Path) -> None:
     served = serve.Served(tmp_path / "m", "It's brief: 短")
     line = serve.curl_line("http://127.0.0.1:8000", served)
