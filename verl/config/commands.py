@@ -308,10 +308,10 @@ def optioned(given: Sequence[Any], options: Mapping[str, str], flags: Mapping[st
         if flags and name in flags and not sign:
             found.append(flags[name])
         elif name in options:
-            value = value if sign else next(words, None)
-            if value is None or (isinstance(value, str) and (not value or value.startswith("--"))):
+            of_option: Any = value if sign else next(words, "")
+            if isinstance(of_option, str) and (not of_option or of_option.startswith("--")):
                 raise UserError(f"{name} needs a value", fix=f"{name} VALUE, or {options[name]}=VALUE")
-            found.append(f"{options[name]}={os.fspath(value)}")
+            found.append(f"{options[name]}={os.fspath(of_option)}")
         else:
             rest.append(word)
     return [*rest, *found]
