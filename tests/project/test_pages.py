@@ -220,6 +220,7 @@ def test_the_site_has_all_pages_and_asks_no_other_host(site: Path) -> None:
     written = list(site.rglob("*.html"))
     assert len(written) > len(PAGES) + len(OTHERS)
     assert [str(path) for path in written if fetched.search(path.read_text(encoding="utf-8"))] == []
+    assert (site / "docs" / "pictures" / "run.svg").is_file()
     found = (site / "search.js").read_text(encoding="utf-8")
     assert "data.truncation" in found and "显存" in found and "def score_group" not in found
 
