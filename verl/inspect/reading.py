@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from verl.config.ppo import PromptConfig
+from verl.data.chat import ChatInput
 from verl.data.documents import Documents, DocumentsConfig, Table, cut
 from verl.data.prompts import read_prompt
 from verl.data.render import Renderer
 from verl.data.row import Notes, Row
 from verl.data.shapes import read_question
-from verl.data.tables import ChatInput, RowReader, render_rows
+from verl.data.tables import RowReader, render_rows
 from verl.errors import UserError
 
 Note = tuple[int, str, str]  # of Notes: number of rows, location and example of the first
