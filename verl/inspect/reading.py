@@ -106,7 +106,7 @@ class DocumentReading:
         documents, found.places = self._cut(table), table.column("where").to_pylist()[::per_row]
         found.notes, found.stop_ids = _notes(table), set(documents.stop_ids)
         found.whole = np.diff(table.column("input_ids").offsets.to_numpy())
-        is_long_R: np.ndarray = (found.whole.reshape(-1, per_row) > self.config.max_length).any(1)
+        is_long_R = np.asarray((found.whole.reshape(-1, per_row) > self.config.max_length).any(1))
         found.long = [found.places[row] for row in np.flatnonzero(is_long_R)]
         kept_R = np.zeros(len(found.places), dtype=bool)
         kept_R[documents.row_numbers_N // per_row] = True
