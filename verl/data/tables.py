@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
-from verl.data.chat import BESIDES, RenderedText
-from verl.data.chat import ChatInput as ChatInput
+from verl.data.chat import BESIDES, ChatInput, RenderedText
 from verl.data.render import Rendered, Renderer, or_error
 from verl.data.row import UNREAD, Notes, ReadProgress, Row
 from verl.data.source import LARGE_BYTES, Source, read_rows_and_errors, size_bytes
