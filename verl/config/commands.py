@@ -244,7 +244,7 @@ class ExportConfig:
         if re.fullmatch(r"[1-9]\d*(\.\d+)? *(KB|MB|GB|TB)", self.max_shard_size, re.IGNORECASE) is None:
             raise UserError(f"found {self.max_shard_size!r}", where="max_shard_size", fix="give a size such as 5GB or 500MB")
         if self.directory is None and not (self.hub or self.card or self.gguf):
-            raise UserError("directory must be given", fix=f"verl export {self.source} NEW_DIR; --help lists all keys")
+            raise UserError("a new directory must be given", where="verl export", fix=f"write verl export {self.source} NEW_DIR")
         if self.directory is None and not self.merge:
             raise UserError("merge=false without an output directory", where="merge", fix="leave it out: nothing is merged without one")
         if not self.merge and (self.dtype or self.gguf):
