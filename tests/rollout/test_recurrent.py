@@ -47,7 +47,7 @@ SIZES: dict[str, Any] = dict(
 )
 IDS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 RULE: dict[str, Any] = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
-HYBRID = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+HYBRID: dict[str, Any] = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
 KIMI: dict[str, Any] = dict(
     linear_num_heads=4,

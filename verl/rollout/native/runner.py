@@ -1,7 +1,6 @@
 """The model of the native engine: prefill, and decode steps as CUDA graphs.
 
-The model is not copied. During a forward pass, its decoder layers use the caches of the slots, with the attention of `attention.py` and the
-state of `recurrent.py`.
+The model is not copied. During a forward pass, its decoder layers use the caches of the slots, by `attention.py` and `recurrent.py`.
 Afterwards, the model is restored for its trainer.
 
 Dimensions: S slots, B rows of a decode step (the first B slots), T packed tokens, R stored tokens, H hidden size, V vocabulary, C tokens of
