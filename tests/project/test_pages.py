@@ -17,7 +17,7 @@ from places import ROOT
 from typer.testing import CliRunner
 
 import verl.commands
-from verl import cli
+from verl import cli, early
 from verl.commands import Command
 from verl.config.load import ALIASES, load_config
 from verl.errors import UserError
