@@ -14,12 +14,12 @@ BUILD = ROOT / "build" / "site"
 # Pages outside docs/.
 OTHER_PAGES = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md")
 # Pages of features that are being added. Until they are there, their lines of the navigation and of lists and tables are left out.
-AWAITED = ("docs/inspect.md", "docs/report.md", "docs/evaluation.md", "docs/watching.md", "docs/sharing.md", "docs/ui.md")
+AWAITED = ("docs/ui.md",)
 
 LINK = re.compile(r"(?<!\\)\]\((?!\w+:|#)([^()\s#]+)((?:#[^()\s]*)?)\)")
 CODE_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".json": "json", ".jsonl": "json", ".ipynb": "json"}
-AS_THEY_ARE = (".png", ".svg", ".jpg")
+PICTURES = (".png", ".svg", ".jpg")
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n\n"
 
 
@@ -41,6 +41,7 @@ def gather(root: Path, build: Path) -> None:
     for page in pages(root):
         add_page(page, root, build / "pages")
     shutil.copytree(root / "docs" / "site", build / "pages" / "site")
+    shutil.copytree(root / "docs" / "pictures", build / "pages" / "docs" / "pictures")
     write(build / "mkdocs.yml", settings(root))
 
 
@@ -60,10 +61,7 @@ def add_page(page: Path, root: Path, folder: Path) -> None:
     def linked(match: re.Match[str]) -> str:
         path = Path(os.path.normpath(page.parent / match[1]))
         there = root / path
-        if there.suffix in AS_THEY_ARE and there.is_file():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(there, folder / path)
-        elif there.suffix != ".md" and there.exists():
+        if there.suffix not in (".md", *PICTURES) and there.exists():
             shown = path / "index.md" if there.is_dir() else path.with_name(f"{path.name}.md")
             write(folder / shown, listing(there, root) if there.is_dir() else code(there, root))
             return f"]({os.path.relpath(shown, page.parent)})"

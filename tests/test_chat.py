@@ -287,7 +287,7 @@ def test_a_chat_that_one_of_two_cannot_go_on_with_is_unchanged_in_both(learned_c
             raise UserError("is full")
 
     config = chat.ChatConfig(model_path=str(learned_checkpoint), temperature=0.0)
-    one, full = chat.open_chat(config), Full(config, None, None, None)  # type: ignore[arg-type]
+    one, full = chat.open_chat(config), Full(config, None, None, None)
     with pytest.raises(UserError, match="is full"):
         chat.Talk([one, full]).ask(ONE["question"])
     assert one.messages == full.messages == []

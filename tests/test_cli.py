@@ -175,6 +175,7 @@ def test_exit_codes_pass_through(error: BaseException | None, code: int, monkeyp
             raise error
 
     monkeypatch.setitem(sys.modules, "verl.chat", SimpleNamespace(main=main))
+    monkeypatch.setattr(early, "check", lambda command, words: list(words))
     assert call(monkeypatch, "chat", "DIR") == code
 
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,15 +38,6 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 """
 
 
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of temporary files, which has to be empty at the end."""
-    (folder := tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setenv("TMPDIR", str(folder))
-    return folder
-
-
 def write_stand_in(folder: Path, first: str = "") -> Path:
     """Write a program `vllm` into a folder. Returns the file in which it writes its arguments down."""
     folder.mkdir()
@@ -71,6 +61,12 @@ def started(words: list[object], folder: Path, **env: str) -> Iterator[tuple[For
         process.kill()
 
 
+def port_in(said: str) -> int:
+    found = re.search(r"127\.0\.0\.1:(\d+)", said)
+    assert found is not None
+    return int(found[1])
+
+
 def asked(line: str, question: str) -> str:
     """Run the curl line that was printed, with another question."""
     line = line.replace("What is 17 + 25?", question)
@@ -79,40 +75,39 @@ def asked(line: str, question: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_transformers_server_answers_as_the_checkpoint_does(learned_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
+def test_transformers_server_answers_as_the_checkpoint_does(learned_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(learned_checkpoint, tmp_path / "a model")
     # Other stop tokens than the template's: without them, the answer would go on to its longest.
     (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "do_sample": True}))
-    for process, said in started([checkpoint, "port=0", "engine=transformers"], tmp_path, TMPDIR=str(temporary)):
+    for process, said in started([checkpoint, "port=0", "engine=transformers"], tmp_path):
         line = said.splitlines()[-1]
         assert said.startswith("a-model answers at http://127.0.0.1:")
         assert [asked(line, row["question"]) for row in ROWS[:2]] == [row["answer"] for row in ROWS[:2]]
-        port = int(re.search(r"127\.0\.0\.1:(\d+)", said)[1])
+        port = port_in(said)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        assert list(temporary.glob("verl-serve-*")) == []
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
             pass
 
 
-def test_vllm_is_started_where_it_is_on_the_path(learned_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
+def test_vllm_is_started_where_it_is_on_the_path(learned_checkpoint: Path, tmp_path: Path) -> None:
     record = write_stand_in(tmp_path / "bin")
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     words = [learned_checkpoint, "port=0", "name=mine", "arguments=[--max-model-len,128]"]
-    for process, said in started(words, tmp_path, PATH=path, TMPDIR=str(temporary)):
+    for process, said in started(words, tmp_path, PATH=path):
         assert "(vllm)" in said and '"model": "mine"' in said
         (verb, folder, *rest) = json.loads(record.read_text())
         assert verb == "serve" and Path(folder).name == "mine" and (Path(folder) / "model.safetensors").is_file()
         assert rest[:4] == ["--served-model-name", "mine", "--host", "127.0.0.1"] and rest[-2:] == ["--max-model-len", "128"]
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0 and list(temporary.glob("verl-serve-*")) == []
+        assert process.wait(60) == 0 and not Path(folder).parent.exists()
 
 
-def test_a_server_ends_with_the_command_even_if_that_is_killed(learned_checkpoint: Path, tmp_path: Path, temporary: Path) -> None:
+def test_a_server_ends_with_the_command_even_if_that_is_killed(learned_checkpoint: Path, tmp_path: Path) -> None:
     write_stand_in(tmp_path / "bin")
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    for process, said in started([learned_checkpoint, "port=0"], tmp_path, PATH=path, TMPDIR=str(temporary)):
-        port = int(re.search(r"127\.0\.0\.1:(\d+)", said)[1])
+    for process, said in started([learned_checkpoint, "port=0"], tmp_path, PATH=path):
+        port = port_in(said)
         process.kill()
         process.wait(10)
         since = time.monotonic()
@@ -145,11 +140,26 @@ def test_a_server_that_ends_by_itself_is_told_with_its_last_lines(
 def test_an_adapter_is_merged_and_stops_where_its_template_does(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", write_base(tmp_path / "base"))
     load_tokenizer(str(tmp_path / "base")).save_pretrained(adapter)
-    served = serve.prepare(ServeConfig(str(adapter)), (above := tmp_path / "above").mkdir() or above)
+    (above := tmp_path / "above").mkdir()
+    served = serve.prepare(ServeConfig(str(adapter)), above)
     assert (served.folder / "model.safetensors").is_file() and not (served.folder / "adapter_config.json").exists()
     stop = json.loads((served.folder / "generation_config.json").read_text())["eos_token_id"]
     (trained,) = {load_tokenizer(str(adapter)).convert_tokens_to_ids("<|im_end|>")}
     assert stop[0] == trained and served.system_prompt is None
+
+
+def test_answers_end_where_the_template_does_whatever_the_generation_config_says(
+    learned_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = shutil.copytree(learned_checkpoint, tmp_path / "model")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "repetition_penalty": 1.5}))
+    (above := tmp_path / "above").mkdir()
+    served = serve.prepare(ServeConfig(str(checkpoint)), above)
+    stop = load_tokenizer(str(checkpoint)).convert_tokens_to_ids("<|im_end|>")
+    written = json.loads((served.folder / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [stop, 0] and written["repetition_penalty"] == 1.5
+    assert json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert "repetition_penalty=1.5: the server applies it" in capsys.readouterr().out
 
 
 def test_the_system_prompt_of_the_training_is_in_the_curl_line(learned_checkpoint: Path, tmp_path: Path) -> None:

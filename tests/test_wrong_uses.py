@@ -38,7 +38,7 @@ USES = [
     ("sft --config nothere.yaml", "nothere.yaml: no such config file", "the current folder is"),
     ("prove", "missing argument 'MODEL'", "write verl prove MODEL"),
     ("chat", "a checkpoint must be given", "write verl chat checkpoints/verl-sft/run"),
-    ("export model", "a new directory must be given", "write verl export checkpoints/verl-sft/run my-model"),
+    ("export model", "a new directory must be given", "write verl export model NEW_DIR"),
     # Keys
     (f"sft {SFT} leraning_rate=1e-5", "unknown key 'leraning_rate'", "did you mean optim.lr?"),
     (f"sft {SFT} lora_r=8", "unknown key 'lora_r'", "did you mean model.lora_rank?"),

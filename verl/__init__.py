@@ -38,7 +38,6 @@ if TYPE_CHECKING:  # what editors and type checkers see; when the program runs, 
     from verl.errors import UserError as UserError
     from verl.generate import Answer as Answer
     from verl.generate import TextRollout as TextRollout
-    from verl.inspect.result import Inspection as Inspection
     from verl.run import TrainResult as TrainResult
 
     RewardConfig = RewardTrainerConfig
@@ -65,7 +64,6 @@ _PLACES = {  # public names: module and name there
     "EvalResult": ("verl.api", "EvalResult"),
     "TextRollout": ("verl.generate", "TextRollout"),
     "Answer": ("verl.generate", "Answer"),
-    "Inspection": ("verl.inspect.result", "Inspection"),
     "UserError": ("verl.errors", "UserError"),
     "Stopped": ("verl.errors", "Stopped"),
 }

@@ -32,7 +32,7 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
     """
     from verl.config.load import load_config
 
-    if not command.example:  # a command that reads its words itself
+    if not command.example or (command is EVALUATE and _compares(words)):  # a command that reads its words itself
         return list(words)
     given = named(command, words)
     with outlined():
@@ -44,6 +44,11 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
             raise
     check_names(config)
     return given
+
+
+def _compares(words: Sequence[str]) -> bool:
+    """Return whether these are the arguments of `verl eval DIR --against OTHER`, which compares two finished evaluations."""
+    return bool(words) and not words[0].startswith("-") and "=" not in words[0] and any(word.startswith("--against") for word in words)
 
 
 def check_module(module: str, words: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ class RunView:
         self._validated: dict[str, tuple[int, float]] = {}  # by metric: the step and the value
         self._best: dict[str, tuple[int, float]] = {}
         self._starvation = Starvation()
-        self._wait = ""
+        self._wait, self._is_over = "", False
         self._doing: tuple[str, int] | None = None
         self._since = time.monotonic()
         self._panel = Panel(self._lines, f"{COMMANDS.get(type(run.settings).__name__, 'verl')} · {run.directory}", console)
@@ -86,7 +86,8 @@ class RunView:
         self._panel.start()
 
     def stop(self) -> None:
-        """Leave the panel as it is now."""
+        """Leave the panel as it is now, without what was being done."""
+        self._is_over = True
         self._panel.stop()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -161,6 +162,7 @@ class RunView:
             self._doing, self._since = (phase, step), now
         seconds = now - self._since
         doing = self._wait or signals.where() + (f", for {clock(seconds)}" if seconds >= SECONDS_BEFORE_TOLD else "")
+        doing = "" if self._is_over else doing
         saved = f"newest checkpoint {self._run.checkpoint.name}" if self._run.checkpoint is not None else ""
         return " · ".join(part for part in (doing, saved) if part)
 

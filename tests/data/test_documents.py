@@ -196,14 +196,15 @@ def test_errors_of_rows_are_gathered_up_to_ten(tmp_path: Path) -> None:
 
 def test_one_error_of_many_rows_is_told_once(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", [{"question": "a"}] * 6)
-    what = error_of(tmp_path, path).what
-    assert what == f"column 'answer' is missing (found: question) ({path}:1 and 5 more of the first 6 rows)"
+    error = error_of(tmp_path, path)
+    assert error.what == "column 'answer' is missing (found: question), as in 5 more of the first 6 rows"
+    assert error.where == f"{path}:1"
 
 
 def test_many_errors_end_the_reading_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROWS_PER_TABLE", 16)
     path = write(tmp_path / "train.jsonl", [{"question": "a"}] * 100)
-    assert error_of(tmp_path, path).what.endswith(":1 and 15 more of the first 16 rows)")
+    assert error_of(tmp_path, path).what.endswith(", as in 15 more of the first 16 rows")
 
 
 # Length

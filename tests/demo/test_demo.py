@@ -216,4 +216,4 @@ def test_before_the_first_step_the_demos_logger_says_nothing() -> None:
     logger.log(0, {"val/exact_match": 0.25})
     assert said == []
     logger.log(1, {"rl/reward": 0.5, "perf/tokens_per_second": 1000.0})
-    assert said == ["step 1/60 · mean reward 0.500 · 1,000 tokens/s"]
+    assert said == ["step 1/60 · rl/reward 0.500 · 1,000 tokens/s"]

@@ -1,5 +1,6 @@
 """MLflow and SwanLab: their stores have the run without its secrets; a service that fails or is slow costs neither the run nor time."""
 
+import json
 import os
 import signal
 import sys
@@ -72,6 +73,9 @@ def test_swanlab_offline_keeps_the_run_on_disk_without_its_secrets(
     content = b"".join(path.read_bytes() for path in (tmp_path / "out/swanlog").rglob("*") if path.is_file())
     assert b"train/loss" in content and b"micro_batch_size_per_gpu" in content
     assert SECRET.encode() not in content and b"secret-word" not in content
+    (about,) = (tmp_path / "out/swanlog").rglob("swanlab-metadata.json")
+    recorded = json.loads(about.read_text())
+    assert recorded["runtime"] is None and recorded["git"] is None, "neither the command line nor the address of a repository"
 
 
 @no_warnings_as_errors

@@ -84,7 +84,7 @@ def test_the_metadata_is_what_the_hub_reads(run: Path, tmp_path: Path) -> None:
     assert data["tags"] == ["verl", "sft", "lora"]
     (result,) = data["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "exact_match", "value": 0.5, "name": "exact match (gsm8k)"}]
-    assert ModelCard(text).data.eval_results[0].dataset_name == "test.jsonl"
+    assert result["dataset"]["name"] == "test.jsonl"
 
 
 def test_an_adapter_that_is_not_merged_has_a_card_of_an_adapter(run: Path, tmp_path: Path) -> None:

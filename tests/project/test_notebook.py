@@ -47,8 +47,8 @@ def test_the_notebook_runs_and_its_last_cell_shows_that_the_model_learned(tmp_pa
     assert after > before + 30
     assert [texts(cell, "stderr") for cell in cells] == [""] * len(cells), "no warning, no other library's bar"
     (bar,) = bars(cells[2])
-    assert bar["text/plain"].startswith("training ━") and "loss " in bar["text/plain"] and "text/html" in bar
-    assert len(bars(cells[3])) == 2, "a bar for each evaluation"
+    assert bar["text/plain"].startswith("╭─ verl sft") and "train/loss " in bar["text/plain"] and "text/html" in bar
+    assert len(bars(cells[3])) == 2, "a panel for each evaluation"
     assert "saved notebook-run/checkpoints/global_step_" in texts(cells[2]) and "step 2/" not in texts(cells[2])
     assert (tmp_path / "notebook-run" / "exported" / "config.json").is_file()
 

@@ -84,7 +84,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that were waited before a request was repeated."""
     found: list[float] = []
-    monkeypatch.setattr(judge, "sleep", found.append)
+    monkeypatch.setattr(judge, "_wait", found.append)
     return found
 
 
@@ -178,6 +178,21 @@ def test_a_service_that_hangs_or_drips_is_left_in_time(service: Service, waits: 
     with pytest.raises(UserError, match=r"did not answer within 0.2 s \(asked 2 times\)"):
         judge.score("q", "a", row(), settings(service, judge_timeout=0.2, judge_retries=1))
     assert time.perf_counter() - since < 10 and len(service.requests) == 2
+
+
+def test_after_one_refusal_no_other_request_is_repeated(service: Service) -> None:
+    """Those that wait to be repeated would hold up the end of the command for a minute."""
+
+    def reply(number: int, body: dict[str, Any]) -> Reply:
+        is_first = "answer 0" in body["messages"][0]["content"]
+        time.sleep(0.3 if is_first else 0.0)
+        return (401, {}, {}) if is_first else (429, {"Retry-After": "60"}, {})
+
+    service.reply = reply
+    since = time.perf_counter()
+    with pytest.raises(UserError, match="answered 401"):
+        judge.score_batch(["q"] * 4, [f"answer {number}" for number in range(4)], [row()] * 4, settings(service))
+    assert time.perf_counter() - since < 30 and len(service.requests) <= 7
 
 
 def test_a_service_that_is_not_there_is_named(service: Service, waits: list[float]) -> None:

@@ -9,13 +9,13 @@ import torch
 from verl.errors import UserError
 from verl.rollout import Options
 from verl.rollout.native import slots as module
-from verl.rollout.native.attention import KVShape, RecurrentShape, StateCache, StateShape
+from verl.rollout.native.attention import KVShape, LayerCache, RecurrentShape, StateCache, StateShape
 from verl.rollout.native.scheduler import Compaction, Request
 from verl.rollout.native.slots import Slots, SlotSize, bytes_of_states, bytes_per_position
 
 SHAPES = [KVShape(2, 4, 4), KVShape(2, 4, 6)]
 CONVOLUTION, RULE = StateShape((5, 3), torch.bfloat16), StateShape((2, 4, 6), torch.float32)
-RECURRENT = [RecurrentShape(CONVOLUTION, RULE), *SHAPES, RecurrentShape(CONVOLUTION, None)]
+RECURRENT: list[KVShape | RecurrentShape] = [RecurrentShape(CONVOLUTION, RULE), *SHAPES, RecurrentShape(CONVOLUTION, None)]
 
 
 def slots_of(shapes: list[Any] = SHAPES, **options: Any) -> Slots:
@@ -107,12 +107,14 @@ def test_a_moved_answer_goes_on_where_it_was() -> None:
     slots.reset()
     numbers = np.linspace(0, 0.9, 4, dtype=np.float32)
     slots.state.begin([(0, Request(0, (5, 6), 4, numbers)), (2, Request(1, (7, 8, 9), 3, numbers + 0.05))])
-    slots.layers[1].value[2] = torch.rand(2, 8, 6)
+    layer = slots.layers[1]
+    assert isinstance(layer, LayerCache)
+    layer.value[2] = torch.rand(2, 8, 6)
     slots.state.advance(torch.tensor([11, 12, 13]), torch.tensor([-0.5, -1.0, -1.5]))
-    answer, values = slots.state.read([2]), slots.layers[1].value[2, :, :6].clone()
+    answer, values = slots.state.read([2]), layer.value[2, :, :6].clone()
     slots.compact(Compaction([2], [1], 6, 2))
     assert slots.state.read([1]) == answer == [([13], [-1.5])]
-    assert torch.equal(slots.layers[1].value[1, :, :6], values)
+    assert torch.equal(layer.value[1, :, :6], values)
     assert slots.state.active_S.tolist() == [1, 1, 0] and slots.state.position_S.tolist() == [2, 3, 0]
     slots.state.advance(torch.tensor([0, 14]), torch.tensor([-0.5, -0.5]))
     assert slots.state.active_S.tolist() == [0, 1, 0], "0 is a stop token"

@@ -333,7 +333,9 @@ def test_the_first_command_of_the_readme_runs_as_it_stands(folder: Path, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "checkpoints" / "global_step_40" / "config.json").exists()
-    assert done.stdout.count("\nstep ") == 40 and "epoch 1:" in done.stdout
+    log = (tmp_path / "checkpoints" / "train.log").read_text()
+    assert log.count("\nstep ") == 40 and "epoch 1:" in done.stdout
+    assert "\nstep 1/40 · train/loss " in done.stdout and "\nstep 40/40 · train/loss " in done.stdout
 
 
 def test_the_second_command_of_the_readme_runs_as_it_stands(folder: Path, tmp_path: Path) -> None:

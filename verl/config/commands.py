@@ -244,7 +244,7 @@ class ExportConfig:
         if re.fullmatch(r"[1-9]\d*(\.\d+)? *(KB|MB|GB|TB)", self.max_shard_size, re.IGNORECASE) is None:
             raise UserError(f"found {self.max_shard_size!r}", where="max_shard_size", fix="give a size such as 5GB or 500MB")
         if self.directory is None and not (self.hub or self.card or self.gguf):
-            raise UserError("directory must be given", fix=f"verl export {self.source} NEW_DIR; --help lists all keys")
+            raise UserError("a new directory must be given", where="verl export", fix=f"write verl export {self.source} NEW_DIR")
         if self.directory is None and not self.merge:
             raise UserError("merge=false without an output directory", where="merge", fix="leave it out: nothing is merged without one")
         if not self.merge and (self.dtype or self.gguf):
@@ -308,10 +308,10 @@ def optioned(given: Sequence[Any], options: Mapping[str, str], flags: Mapping[st
         if flags and name in flags and not sign:
             found.append(flags[name])
         elif name in options:
-            value = value if sign else next(words, None)
-            if value is None or (isinstance(value, str) and (not value or value.startswith("--"))):
+            of_option: Any = value if sign else next(words, "")
+            if isinstance(of_option, str) and (not of_option or of_option.startswith("--")):
                 raise UserError(f"{name} needs a value", fix=f"{name} VALUE, or {options[name]}=VALUE")
-            found.append(f"{options[name]}={os.fspath(value)}")
+            found.append(f"{options[name]}={os.fspath(of_option)}")
         else:
             rest.append(word)
     return [*rest, *found]

@@ -19,10 +19,10 @@ from verl.data.answers import (
     whole_chat,
     with_system_of,
 )
+from verl.data.chat import ChatInput
 from verl.data.documents import Documents, DocumentsConfig, load_documents
 from verl.data.row import Row, describe
 from verl.data.source import read_rows
-from verl.data.tables import ChatInput
 from verl.errors import UserError
 
 LABELS: dict[object, bool] = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # 1 and 1.0 equal True

@@ -16,10 +16,9 @@ from verl.data.answers import (
     whole_chat,
     with_system_of,
 )
-from verl.data.chat import Message
+from verl.data.chat import ChatInput, Message
 from verl.data.row import Row
 from verl.data.shapes import LABELLED
-from verl.data.tables import ChatInput
 from verl.errors import UserError
 
 SAME_QUESTION = "pair two answers to the same question"

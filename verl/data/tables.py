@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.config.sft import DataConfig
 from verl.data.cache import table_of
-from verl.data.chat import BESIDES, RenderedText
-from verl.data.chat import ChatInput as ChatInput
+from verl.data.chat import BESIDES, ChatInput, RenderedText
 from verl.data.render import Rendered, Renderer, or_error
 from verl.data.row import UNREAD, Notes, ReadProgress, Row
 from verl.data.source import LARGE_BYTES, Source, read_rows_and_errors, size_bytes
@@ -237,8 +236,8 @@ def _valid(done: Iterator[Done], key: str) -> Iterator[pa.RecordBatch]:
 def _together(errors: list[UserError], rows: int, key: str) -> UserError:
     fixes = list(dict.fromkeys(error.fix for error in errors if error.fix))[:3]
     if len(errors) > 3 and len({error.what for error in errors}) == 1:  # told once
-        places = f"{errors[0].where} and {len(errors) - 1:,} more of the first {rows:,} rows"
-        return UserError(f"{errors[0].what} ({places})", where=key, fix=fixes[0] if fixes else None)
+        what = f"{errors[0].what}, as in {len(errors) - 1:,} more of the first {rows:,} rows"
+        return UserError(what, where=errors[0].where, fix=fixes[0] if fixes else None)
     lines = [f"  {error.where}: {error.what}" for error in errors[:ERRORS_SHOWN]]
     more = [f"  and {len(errors) - ERRORS_SHOWN:,} more"] if len(errors) > ERRORS_SHOWN else []
     what = "\n".join([f"{len(errors):,} of the first {rows:,} rows are invalid:", *lines, *more])

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from verl.data.chat import RenderedText
+from verl.data.chat import ChatInput, RenderedText
 from verl.data.encode import strings
 from verl.data.fingerprint import digest
 from verl.data.render import Renderer
 from verl.data.row import Notes, Row
-from verl.data.tables import ChatInput
 from verl.errors import UserError
 from verl.inspect import characters
 from verl.inspect.near import PERMUTATIONS, sketch

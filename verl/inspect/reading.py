@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from verl.config.ppo import PromptConfig
+from verl.data.chat import ChatInput
 from verl.data.documents import Documents, DocumentsConfig, Table, cut
 from verl.data.prompts import read_prompt
 from verl.data.render import Renderer
 from verl.data.row import Notes, Row
 from verl.data.shapes import read_question
-from verl.data.tables import ChatInput, RowReader, render_rows
+from verl.data.tables import RowReader, render_rows
 from verl.errors import UserError
 
 Note = tuple[int, str, str]  # of Notes: number of rows, location and example of the first
@@ -105,7 +106,7 @@ class DocumentReading:
         documents, found.places = self._cut(table), table.column("where").to_pylist()[::per_row]
         found.notes, found.stop_ids = _notes(table), set(documents.stop_ids)
         found.whole = np.diff(table.column("input_ids").offsets.to_numpy())
-        is_long_R = (found.whole.reshape(-1, per_row) > self.config.max_length).any(1)
+        is_long_R = np.asarray((found.whole.reshape(-1, per_row) > self.config.max_length).any(1))
         found.long = [found.places[row] for row in np.flatnonzero(is_long_R)]
         kept_R = np.zeros(len(found.places), dtype=bool)
         kept_R[documents.row_numbers_N // per_row] = True

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from verl.bar import Bar
 from verl.data.encode import strings
 from verl.data.row import Notes, ReadProgress, Row
 from verl.data.source import Entry, read_rows_and_errors, sources_of
@@ -28,7 +29,7 @@ from verl.inspect.examine import GREP_KEPT, LONGEST_KEPT, Chunk, Examiner, Findi
 from verl.inspect.picks import Picks
 from verl.inspect.reading import Reading
 from verl.inspect.result import Finding
-from verl.progress import Bar, open_console
+from verl.progress import open_console
 
 CHARACTERS_PER_CHUNK = 8_000_000
 CHARACTERS_FOR_PROCESSES = 8_000_000  # fewer are finished before other processes have started

@@ -62,10 +62,9 @@ def verdict(found: Inspection) -> tuple[bool, str]:
     if not found.train.used:
         return False, f"{command} would stop: no row is left"
     data = found.train
-    of_sample = f" of a sample of {data.tokenized:,}" if data.is_sample else ""
-    verb = "ask" if data.unit == "prompts" else "train on"
-    left = sum(one.rows for one in data.dropped)
-    return True, f"{command} would {verb} {count(data.used, data.unit)}{of_sample}{f', and leave out {left:,}' if left else ''}"
+    verb, left = "ask" if data.unit == "prompts" else "train on", sum(one.rows for one in data.dropped)
+    used = f"{data.used:,} of the {count(data.tokenized, data.unit)} of a sample" if data.is_sample else count(data.used, data.unit)
+    return True, f"{command} would {verb} {used}{f', and leave out {left:,}' if left else ''}"
 
 
 def of_run(found: Inspection) -> list[Fact]:

@@ -17,7 +17,7 @@ from verl.models.card import FILE as CARD
 from verl.models.card import LICENCE_KEYS
 from verl.redaction import redact_text
 
-HTTPError = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of huggingface_hub uses
+HTTPError: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of huggingface_hub uses
 TOKENS = "make a token that may write at https://huggingface.co/settings/tokens, then run `hf auth login`, or set HF_TOKEN"
 
 

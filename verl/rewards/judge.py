@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from time import sleep
+from threading import Event, Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -122,13 +121,17 @@ def score(prompt: str, response: str, row: dict[str, Any], settings: Settings) -
 
 def score_batch(prompts: Sequence[str], responses: Sequence[str], rows: Sequence[dict[str, Any]], settings: Settings) -> list[float]:
     """Return the grade of each response, see `score`. Several requests are sent at a time."""
-    with ThreadPoolExecutor(settings.judge_requests) as pool:
-        waiting = [pool.submit(score, *one, settings) for one in zip(prompts, responses, rows, strict=True)]
-        try:
-            return [one.result() for one in waiting]
-        except (UserError, KeyboardInterrupt):  # the other requests would fail too, or are not wanted
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    try:
+        with ThreadPoolExecutor(settings.judge_requests) as pool:
+            waiting = [pool.submit(score, *one, settings) for one in zip(prompts, responses, rows, strict=True)]
+            try:
+                return [one.result() for one in waiting]
+            except (UserError, KeyboardInterrupt):  # the other requests would fail too, or are not wanted
+                _given_up.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        _given_up.clear()
 
 
 def grade_of(reply: str, best: float) -> float:
@@ -181,6 +184,8 @@ class Replies:
 
 
 _replies = Replies()
+_given_up = Event()  # no request is repeated any more
+_wait = _given_up.wait
 
 
 def asked(prompt: str, settings: Settings) -> str:
@@ -195,9 +200,9 @@ def asked(prompt: str, settings: Settings) -> str:
     data = json.dumps({key: value for key, value in body.items() if value is not None}).encode()
     attempt = 1
     while isinstance(found := _answered(url, data, settings), _FailedError):
-        if not found.may_pass or attempt > settings.judge_retries:
+        if not found.may_pass or attempt > settings.judge_retries or _given_up.is_set():
             raise UserError(f"{found}{f' (asked {attempt} times)' if attempt > 1 else ''}", where=url, fix=found.fix) from found
-        sleep(min(LONGEST_WAIT, found.seconds if found.seconds is not None else 2.0 ** (attempt - 1)))
+        _wait(min(LONGEST_WAIT, found.seconds if found.seconds is not None else 2.0 ** (attempt - 1)))
         attempt += 1
     return found
 

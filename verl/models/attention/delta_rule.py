@@ -241,9 +241,9 @@ def _rule(code: Callable[..., Any], module: str, name: str) -> Callable[..., Any
         beta: Tensor,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        carried: CarriedState | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        carried: CarriedState | None = options.pop("carried", None)
         if carried is not None:
             return carried.compute(module, name, (query, key, value, g, beta), **options)
         inputs, bounds = (query, key, value, g, beta), cu_seq_lens_q if cu_seqlens is None else cu_seqlens

@@ -1,7 +1,6 @@
 """The model of the native engine: prefill, and decode steps as CUDA graphs.
 
-The model is not copied. During a forward pass, its decoder layers use the caches of the slots, with the attention of `attention.py` and the
-state of `recurrent.py`.
+The model is not copied. During a forward pass, its decoder layers use the caches of the slots, by `attention.py` and `recurrent.py`.
 Afterwards, the model is restored for its trainer.
 
 Dimensions: S slots, B rows of a decode step (the first B slots), T packed tokens, R stored tokens, H hidden size, V vocabulary, C tokens of
@@ -43,6 +42,9 @@ from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
 
 RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the largest position, which a CUDA graph cannot record
+OTHER_STATE = (
+    "it has other decode state than, in each layer, keys and values of one attention or the state of one delta rule or convolution"
+)
 USE_HF = "set rollout.name=auto or hf: transformers' own code generates, slower and exact"
 
 
@@ -89,7 +91,7 @@ class Runner:
                 self._forward(index_T[None], index_T[None])
             shapes = [shape for probe in probes if (shape := probe.found()) is not None]
             if not probes or len(shapes) < len(probes):
-                raise UserError("it has other decode state than the keys and values of one attention, or of one delta rule, in each layer")
+                raise UserError(OTHER_STATE)
             return shapes
         except torch.OutOfMemoryError:
             raise
