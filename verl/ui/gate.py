@@ -13,7 +13,9 @@ App = Callable[[Scope, Callable[[], Awaitable[Any]], Send], Awaitable[None]]
 
 # What gradio's page asks for. All else is refused: its routes that serve files or other hosts, its records, and its monitor.
 _API = "run/predict|queue/join|queue/data|upload|upload_progress|heartbeat/[^/]+|startup-events|cancel|reset/?|theme.css|info/?"
-_PATHS = re.compile(rf"/|/pages/[^/]+|/favicon\.ico|/(en|zh)/?|/(en|zh)/(config/?|theme\.css|(assets|static)/.+|gradio_api/({_API}))")
+_PATHS = re.compile(
+    rf"/|/pages/[^/]+|/favicon\.ico|/manifest\.json|/(en|zh)/?|/(en|zh)/(config/?|theme\.css|(assets|static)/.+|gradio_api/({_API}))"
+)
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; "

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from verl.errors import UserError
 from verl.pace import clock
+from verl.ui.curve import picture
 from verl.ui.jobs import Answer, Job, Jobs
 from verl.ui.texts import LANGUAGES, translate
 from verl.ui.watch import look
@@ -61,8 +61,8 @@ class Page:
             timer.tick(self._look, [seen, self._output], outputs, show_progress=HIDDEN, queue=False)
         return blocks
 
-    def _text(self, name: str, **values: object) -> str:
-        return translate(name, self._language, **values)
+    def _text(self, key: str, **values: object) -> str:
+        return translate(key, self._language, **values)
 
     def _head(self) -> str:
         other = next(one for one in LANGUAGES if one != self._language)
@@ -106,17 +106,7 @@ class Page:
             start = gr.Button(self._text("start"), variant="primary", elem_id="start")
             stop = gr.Button(self._text("stop"), elem_id="stop")
         self._status = gr.HTML(self._said("idle"), elem_id="status")
-        self._curve = gr.LinePlot(
-            x="step",
-            y="loss",
-            color="metric",
-            x_title=self._text("step"),
-            y_title=self._text("curve"),
-            height=260,
-            buttons=[],
-            show_label=False,
-            elem_id="curve",
-        )
+        self._curve = gr.HTML(elem_id="curve")
         self._log = gr.HTML(elem_id="log")
         settings = {self._model, self._data, self._validation, self._more, self._epochs, self._lr, self._rank, self._output}
         start.click(self._on_start, settings, self._status, show_progress=HIDDEN)
@@ -262,15 +252,13 @@ class Page:
         now = {
             "found": self._of("inspect", self._inspection, "inspect_wait"),
             "status": self._training(train, run),
-            "curve": [] if run is None else run.points,
+            "curve": "" if run is None else picture(run.points, run.total, self._text("step")),
             "log": "" if run is None else f'<pre class="log" aria-label="{self._text("log")}">{html.escape(run.log)}</pre>',
             "scores": self._of("evaluate", self._evaluation, "evaluating"),
             "report": self._of("report", self._written, "reporting"),
         }
         before = seen or {}
         changed = {name: value if before.get(name) != value and value is not None else gr.skip() for name, value in now.items()}
-        if changed["curve"] == now["curve"]:
-            changed["curve"] = pd.DataFrame(now["curve"], columns=["step", "loss", "metric"])
         return [now, *changed.values()]
 
     def _of(self, kind: str, show: Any, wait: str) -> str | None:
@@ -284,7 +272,7 @@ class Page:
 
     def _inspection(self, job: Job) -> str:
         found = job.answer["result"] if job.answer else {}
-        text = self._said("inspected", used=f"{found['used']:,}", steps=found["steps"] or "–")
+        text = self._said("inspected", used=f"{found['used']:,}", steps=f"{found['steps'] or 0:,}")
         wrong = self._said("invalid", what=", ".join(found["invalid"])) if found["invalid"] else ""
         return text + wrong + self._framed(found["page"])
 
@@ -329,8 +317,8 @@ class Page:
     def _busy(self, job: Job) -> str:
         return self._said("busy", kind=self._text(f"kind_{job.kind}"), time=clock(job.seconds))
 
-    def _said(self, name: str, **values: object) -> str:
-        return f'<div class="said" role="status">{html.escape(self._text(name, **values))}</div>'
+    def _said(self, key: str, **values: object) -> str:
+        return f'<div class="said" role="status">{html.escape(self._text(key, **values))}</div>'
 
     def _failed(self, answer: Answer) -> str:
         if "error" not in answer:

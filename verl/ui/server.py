@@ -112,6 +112,14 @@ def application(jobs: Any, directory: Path) -> Any:
     def front() -> Response:
         return Response(status_code=303, headers={"location": "/en/"})
 
+    @app.get("/manifest.json")  # the page names it; it cannot be installed as an app, as its address changes
+    def manifest() -> dict[str, str]:
+        return {"name": "verl", "display": "browser", "start_url": "/"}
+
+    @app.get("/favicon.ico")
+    def icon() -> Response:
+        return Response(status_code=204)
+
     @app.get("/pages/{name}")
     def made(name: str) -> Response:
         path = jobs.pages.get(name)

@@ -24,7 +24,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "validation_info": ("Rows that are not trained: they show what was learned", "不参与训练的数据，用来看模型学会了多少"),
     "upload": ("Upload a file", "上传文件"),
     "inspect": ("Look at the data", "查看数据"),
-    "inspected": ("{used} rows are used: {steps}", "使用 {used} 行：{steps}"),
+    "inspected": ("Rows: {used}, steps: {steps}", "数据 {used} 行，共 {steps} 步"),
     "inspect_wait": (
         "Reading the data. Nothing is changed by this.",
         "正在读取数据，不会改动任何东西。",
@@ -88,10 +88,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "fix": ("What to do", "解决办法"),
     "need": ("is empty", "没有填写"),
     "need_fix": ("fill it in, or upload a file", "请填写，或上传文件"),
-    "wait_result": ("Wait until the run has ended, or stop it", "请等待任务结束，或先停止它"),
 }
 
 
-def translate(name: str, language: str, **values: object) -> str:
+def translate(key: str, language: str, **values: object) -> str:
     """Return a text of the page in a language of LANGUAGES, with its values."""
-    return TEXTS[name][LANGUAGES.index(language)].format(**values)
+    return TEXTS[key][LANGUAGES.index(language)].format(**values)

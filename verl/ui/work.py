@@ -74,7 +74,7 @@ def _inspect(given: list[Any], page: str, rows: int) -> Answer:
 
     Path(page).write_text(as_page(found), encoding="utf-8")
     stops = [finding.what for one in found.sets for finding in one.invalid]
-    return {"page": page, "used": found.train.used, "steps": None if found.steps is None else found.steps.text, "invalid": stops}
+    return {"page": page, "used": found.train.used, "steps": None if found.steps is None else found.steps.total, "invalid": stops}
 
 
 def _evaluate(given: list[Any]) -> Answer:
