@@ -41,7 +41,7 @@ def picture(points: Sequence[Point], total: int, step_word: str) -> str:
         marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in own) if len(own) <= 60 else ""
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in own)
         newest = next(value for _, value, metric in reversed(points) if metric == name)
-        label = f'<text class="name" x="{LEFT + 200 * number}" y="14">{html.escape(name)} {newest:.4g}</text>'
+        label = f'<text class="name" x="{LEFT + 300 * number}" y="14">{html.escape(name)} {newest:.4g}</text>'
         parts.append(f'<g class="curve curve-{number}"><polyline points="{line}"/>{marks}{label}</g>')
     return f'<svg class="loss" role="img" viewBox="0 0 {WIDTH} {HEIGHT}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
 

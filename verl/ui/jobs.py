@@ -1,5 +1,6 @@
 """What the page has started: one call of the Python API at a time, in a process of its own, and what came of the last ones."""
 
+import contextlib
 import json
 import os
 import signal
@@ -59,9 +60,13 @@ class Worker:
             self._process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """End the process when it has answered."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        """Wait until the process has answered and ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._printed.close()
 
     def wait(self) -> None:
         """Wait until the process has ended."""
@@ -181,7 +186,6 @@ class Jobs:
     def _finish(self, job: Job, worker: Worker) -> None:
         answer = worker.ask(job.kind, job.arguments)
         worker.close()
-        worker.wait()
         job.answer, job.ended = answer, time.monotonic()
         with self._lock:
             self._running = None
