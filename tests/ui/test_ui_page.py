@@ -102,6 +102,7 @@ def test_three_steps_without_a_word_on_the_console_or_a_request_to_another_host(
     visit.tab.click("#ask")
     for name in ("mine", "base"):
         visit.tab.wait_for_selector(f"#{name} .bot", timeout=SECONDS)
+        assert "<img src=http://example.com/x.png> What" in visit.tab.inner_text(f"#{name}"), "it is text, not a picture that is loaded"
     visit.fill("test", folder / "test.jsonl")
     visit.tab.click("#evaluate")
     assert re.search(r"exact_match \d+\.\d% \(95% interval", visit.until("scores", "%"))

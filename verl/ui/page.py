@@ -117,7 +117,7 @@ class Page:
         with gr.Row():
             mine = gr.Chatbot(label=self._text("result"), height=300, render_markdown=False, buttons=[], min_width=280, elem_id="mine")
             base = gr.Chatbot(label=self._text("base"), height=300, render_markdown=False, buttons=[], min_width=280, elem_id="base")
-        self._chats = (mine, base)
+        self._said_so_far = gr.State(([], []))
         self._compare.change(lambda shown: gr.update(visible=shown), self._compare, base)
         self._question = gr.Textbox(label=self._text("question"), placeholder=self._text("question_hint"), elem_id="question")
         with gr.Row():
@@ -129,10 +129,10 @@ class Page:
             self._temperature = gr.Number(
                 0, label=self._text("temperature"), info=self._text("temperature_info"), minimum=0, min_width=160, elem_id="temperature"
             )
-        inputs = {self._question, mine, base, self._compare, self._output, self._model, self._tokens, self._temperature}
+        inputs = {self._question, self._said_so_far, self._compare, self._output, self._model, self._tokens, self._temperature}
         for ready in (ask.click, self._question.submit):
-            ready(self._on_ask, inputs, [self._question, mine, base, self._chat_error])
-        clear.click(lambda: ([], [], ""), None, [mine, base, self._chat_error])
+            ready(self._on_ask, inputs, [self._question, self._said_so_far, mine, base, self._chat_error])
+        clear.click(lambda: (([], []), [], [], ""), None, [self._said_so_far, mine, base, self._chat_error])
         self._measure()
 
     def _measure(self) -> None:
@@ -199,25 +199,24 @@ class Page:
     def _on_report(self, output: str) -> str:
         return self._begin("report", lambda: {"run": self._needed("output", output)}) or self._said("reporting")
 
-    def _on_ask(self, values: Values) -> tuple[str, Any, Any, str]:
-        question, (mine, base) = values[self._question].strip(), self._chats
+    def _on_ask(self, values: Values) -> list[Any]:
+        """Return what is left in the box of the question, the chats, what is shown of each, and the error."""
+        question, nothing = values[self._question].strip(), [gr.skip()] * 3
         if not question:
-            return "", gr.skip(), gr.skip(), ""
-        shown = [mine, base] if values[self._compare] else [mine]
-        chats = [[*_messages(values[chat]), {"role": "user", "content": question}] for chat in shown]
+            return ["", *nothing, ""]
+        number = 2 if values[self._compare] else 1
+        chats = [[*chat, {"role": "user", "content": question}] for chat in values[self._said_so_far][:number]]
         try:
-            models = [
-                self._needed("output", values[self._output]),
-                *([self._needed("model", values[self._model])] if len(shown) > 1 else []),
-            ]
+            models = [self._needed("output", values[self._output]), *([self._needed("model", values[self._model])] if number > 1 else [])]
             sampling = {"max_new_tokens": values[self._tokens] or 256, "temperature": values[self._temperature] or 0}
             answer = self._jobs.chat({"models": models, "chats": chats, "sampling": sampling})
         except UserError as error:
-            return question, gr.skip(), gr.skip(), self._error(error)
+            return [question, *nothing, self._error(error)]
         if "result" not in answer:
-            return question, gr.skip(), gr.skip(), self._failed(answer)
+            return [question, *nothing, self._failed(answer)]
         told = [[*chat, {"role": "assistant", "content": text}] for chat, text in zip(chats, answer["result"], strict=True)]
-        return "", told[0], told[1] if len(told) > 1 else gr.skip(), ""
+        told += values[self._said_so_far][number:]
+        return ["", tuple(told), *map(_shown, told), ""]
 
     def _begin(self, kind: str, arguments: Any, directory: str = "") -> str:
         """Start a call. Returns the error if it cannot be started, or an empty text."""
@@ -342,12 +341,6 @@ def _newest(run: str) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else "model"
 
 
-def _messages(chat: list[dict[str, Any]] | None) -> list[dict[str, str]]:
-    """Return what a chat shows as messages of a role and a text."""
-    return [{"role": message["role"], "content": _text_of(message["content"])} for message in chat or []]
-
-
-def _text_of(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+def _shown(chat: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return a chat as text: gradio would take what looks like a tag for one, and load an image from wherever it is."""
+    return [{**message, "content": html.escape(message["content"]).replace("\n", "<br>")} for message in chat]

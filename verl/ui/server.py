@@ -1,6 +1,7 @@
 """`verl ui`: serves the page on this machine until Ctrl-C, with a new token each time."""
 
 import importlib.util
+import logging
 import os
 import secrets
 import signal
@@ -90,6 +91,7 @@ def _serve(directory: Path, temporary: Path, listener: socket.socket) -> None:
         if jobs.running is not None:
             print("ending the page; the run that is going on stops after its step, and saves a checkpoint", flush=True)
         jobs.close()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL + 1)  # the requests of tabs that are open end as errors
         server.should_exit = True
         thread.join(END_SECONDS + 3)
     finally:
