@@ -17,6 +17,7 @@ EXAMPLES = "\n\n".join(
         *(command.example for command in (SFT, EVALUATE, CHAT, EXPORT, SERVE, PPO, REWARD)),
         SFT.example.replace("verl sft", "verl plan --gpus 8"),
         "verl demo",
+        "verl ui",
         "verl doctor",
         "verl prove Qwen/Qwen2.5-0.5B-Instruct",
     ]
