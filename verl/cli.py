@@ -212,6 +212,20 @@ def report(
     exit_on_user_error(show_report, runs, evaluation or [], out, png)
 
 
+@app.command()
+def ui(
+    directory: Annotated[Path, typer.Option("--dir", help="Folder of runs and uploaded files.", metavar="FOLDER")] = Path(
+        "checkpoints/verl-ui"
+    ),
+    port: Annotated[int | None, typer.Option(help="Port; default: 7860, or the next free one.", min=1, max=65535)] = None,
+) -> None:
+    """Open a page for this machine's browser: choose model and data, train, watch, try the result.
+
+    Example: verl ui --dir experiments
+    """
+    exit_on_user_error(open_page, directory, port)
+
+
 def train(gpus: int | None, words: list[str], trainer: Command) -> None:
     """Run a trainer in this process, or, if `gpus` is given, in that many processes."""
     if is_program():
@@ -305,6 +319,11 @@ def show_board(directories: list[Path], logger: str | None, host: str, port: int
 
     one_of("--logger", logger, (None, "tensorboard", "trackio"))
     load_module("verl.board").open_board(directories, logger, host=host, port=port)
+
+
+def open_page(directory: Path, port: int | None) -> None:
+    """Run `verl ui`. Raises UserError: gradio is not installed, the port is taken, or the folder cannot be written."""
+    load_module("verl.ui.server").open_ui(directory.expanduser(), port)
 
 
 def plan_of_sft() -> Command:

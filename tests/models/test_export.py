@@ -225,7 +225,7 @@ def test_a_run_directory_stands_for_its_newest_checkpoint(tied: Path, tmp_path: 
         write_adapter(tmp_path / "run" / f"global_step_{step}", tied, size=size)
     (tmp_path / "run" / "global_step_20").rename(tmp_path / "run" / "global_step_20.tmp")  # not committed
     written = export(tmp_path / "run", tmp_path / "out")
-    assert "newest checkpoint, global_step_10" in capsys.readouterr().err
+    assert "its newest complete checkpoint, global_step_10" in capsys.readouterr().err
     newest = PeftModel.from_pretrained(load(tied), tmp_path / "run" / "global_step_10")
     torch.testing.assert_close(logits(load(written)), logits(newest), rtol=0, atol=1e-4)
 
