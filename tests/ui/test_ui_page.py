@@ -106,6 +106,8 @@ def test_three_steps_without_a_word_on_the_console_or_a_request_to_another_host(
     visit.fill("test", folder / "test.jsonl")
     visit.tab.click("#evaluate")
     assert re.search(r"exact_match \d+\.\d% \(95% interval", visit.until("scores", "%"))
+    visit.tab.click("#evaluate-base")
+    visit.tab.wait_for_function("document.querySelector('#scores').innerText.split('exact_match').length === 3", timeout=SECONDS)
     visit.tab.click("#write-report")
     visit.until("report", "Open")
     visit.tab.frame_locator("#report iframe").get_by_text("all 40 steps done").wait_for(timeout=SECONDS)

@@ -40,7 +40,7 @@ def ask(path: str, query: str = "", kind: str = "http", **headers: str) -> tuple
 
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in {"host": HERE, **headers}.items()]
     scope = {"type": kind, "path": path, "query_string": query.encode(), "headers": pairs}
-    asyncio.run(Gate(app, "secret", 7860)(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(Gate(app, "secret", 7860)(scope, receive, send))
     given = {name.decode(): value.decode() for name, value in sent[0].get("headers", [])}
     return sent[0].get("status", sent[0].get("code")), given, bool(reached)
 

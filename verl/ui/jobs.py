@@ -108,12 +108,14 @@ class Jobs:
 
     Attributes:
         last: the newest call of each kind.
+        ended: all calls that have ended.
         pages: files that the page may show, by name: those that its own calls wrote.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.last: dict[str, Job] = {}
+        self.ended: list[Job] = []
         self.pages: dict[str, Path] = {}
         self._running: tuple[Job, Worker] | None = None
         self._chat: Worker | None = None
@@ -187,6 +189,7 @@ class Jobs:
         answer = worker.ask(job.kind, job.arguments)
         worker.close()
         job.answer, job.ended = answer, time.monotonic()
+        self.ended.append(job)
         with self._lock:
             self._running = None
 

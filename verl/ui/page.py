@@ -185,12 +185,14 @@ class Page:
         def arguments() -> dict[str, Any]:
             run = self._needed("output", output)
             evaluated = self._needed("model", model) if is_base else run
-            directory = Path(run).expanduser() / ("eval-base" if is_base else f"eval-{_newest(run)}")
+            what = "base" if is_base else _newest(run)
+            directory = Path(run).expanduser() / f"eval-{what}-{Path(self._needed('test', test)).stem}"
             given = {
                 "model_path": evaluated,
-                "test_file": self._needed("test", test),
+                "test_file": test.strip(),
                 "output_dir": str(directory),
                 "max_new_tokens": tokens or 256,
+                "overwrite": True,  # of this step, on these rows
             }
             return {"given": [given]}
 
@@ -253,7 +255,7 @@ class Page:
             "status": self._training(train, run),
             "curve": "" if run is None else picture(run.points, run.total, self._text("step")),
             "log": "" if run is None else f'<pre class="log" aria-label="{self._text("log")}">{html.escape(run.log)}</pre>',
-            "scores": self._of("evaluate", self._evaluation, "evaluating"),
+            "scores": self._evaluations(),
             "report": self._of("report", self._written, "reporting"),
         }
         before = seen or {}
@@ -274,6 +276,16 @@ class Page:
         text = self._said("inspected", used=f"{found['used']:,}", steps=f"{found['steps'] or 0:,}")
         wrong = self._said("invalid", what=", ".join(found["invalid"])) if found["invalid"] else ""
         return text + wrong + self._framed(found["page"])
+
+    def _evaluations(self) -> str | None:
+        """Return the newest result of each model, and what is to be said of the last evaluation."""
+        last = self._jobs.last.get("evaluate")
+        results = [job for job in self._jobs.ended if job.kind == "evaluate" and job is not last and "result" in (job.answer or {})]
+        newest = {job.arguments["given"][0]["model_path"]: job for job in results}
+        if last is not None and "result" in (last.answer or {}):
+            newest.pop(last.arguments["given"][0]["model_path"], None)
+        said = self._of("evaluate", self._evaluation, "evaluating")
+        return None if said is None else "".join(map(self._evaluation, newest.values())) + said
 
     def _evaluation(self, job: Job) -> str:
         scores: dict[str, Any] = job.answer["result"]["scores"] if job.answer else {}
