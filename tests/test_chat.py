@@ -225,7 +225,7 @@ def test_an_answer_cannot_steer_the_terminal(learned_checkpoint: Path, capsys: p
         ([], "error: model_path must be given"),
         (["./nothing"], "error: ./nothing: no such model directory"),
         (["./nothing", "temperature=-1"], "error: temperature: found -1.0"),
-        (["./nothing", "./more"], "error: cannot read './more'"),
+        (["./nothing", "./more"], "error: './more' is a model or a directory, and no key names it\n  fix: write compare=./more"),
     ],
 )
 def test_a_wrong_command_says_what_to_do(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:

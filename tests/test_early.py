@@ -94,8 +94,9 @@ def test_words_that_stand_alone_get_the_names_of_their_keys() -> None:
         early.named(CHAT, ["DIR", "--system"])
     for command in (SFT, PPO, REWARD):
         assert early.named(command, ["a=b", "word"]) == ["a=b", "word"], "which the config refuses"
-    with pytest.raises(UserError, match="a new directory must be given"):
-        early.named(EXPORT, ["A"])
+    assert early.named(EXPORT, ["A"]) == ["source=A"], "which may go to the Hub"
+    with pytest.raises(UserError, match="a checkpoint must be given"):
+        early.named(CHAT, [])
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once_with_what_to_do(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_names_in_requests_are_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["engine=other"], "engine: found 'other'\n  fix: one of auto, vllm, transformers"),
+        (["engine=other"], "engine: found 'other'\n  fix: write one of auto, vllm or transformers"),
         (["engine=vllm"], "vllm is not installed\n  fix: "),
         (["port=70000"], "port: found 70000"),
         (["name=a b"], "name: found 'a b'"),

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from verl.commands import EVALUATE, EXPORT, PPO, REWARD, SFT, Command, load_module, trainer_config
 from verl.config.commands import keyed
 from verl.config.objects import Given, config_of, words_of
-from verl.inspect.picks import Picks
+from verl.inspection.picks import Picks
 from verl.rollout import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from verl.config.ppo import PPOConfig
     from verl.config.sft import SFTConfig
     from verl.generate import TextRollout
-    from verl.inspect.result import Inspection
+    from verl.inspection.result import Inspection
     from verl.run import TrainResult
 
 
@@ -146,7 +146,7 @@ def inspect_data(
         settings = config_of(own, config)
     else:
         settings = trainer_config([word for part in config for word in words_of(part, SFT.schema())])
-    found: Inspection = load_module("verl.inspect.inspection").inspect(settings, picks, exact=exact)
+    found: Inspection = load_module("verl.inspection.inspection").inspect(settings, picks, exact=exact)
     return found
 
 

@@ -9,7 +9,7 @@ import typer
 from verl import __version__, signals
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SERVE, SFT, Command, load_module, trainer_config
 from verl.errors import UserError, exit_on_user_error
-from verl.inspect.picks import Picks
+from verl.inspection.picks import Picks
 
 EXAMPLES = "\n\n".join(
     [
@@ -303,14 +303,14 @@ def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path |
     """Run `verl inspect` with the arguments of a trainer.
 
     Args:
-        html, json, exact: as in `verl.inspect.command.run`.
+        html, json, exact: as in `verl.inspection.command.run`.
     Raises:
-        UserError: as `verl.inspect.command.run`; or the arguments are no trainer's.
+        UserError: as `verl.inspection.command.run`; or the arguments are no trainer's.
         SystemExit: with 1 if the trainer would stop at its data.
     """
     config = trainer_config(words)
     picks.check()
-    if not load_module("verl.inspect.command").run(config, picks, html=html, json_file=json, exact=exact):
+    if not load_module("verl.inspection.command").run(config, picks, html=html, json_file=json, exact=exact):
         raise SystemExit(1)
 
 

@@ -39,7 +39,7 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
         try:
             config = load_config(command.schema(), given)
         except UserError as error:
-            if isinstance(error.__cause__, NameError):  # an outline has not all of its file
+            if isinstance(error.__cause__, NameError | TypeError | AttributeError):  # an outline has not all of its file
                 return given
             raise
     check_names(config)

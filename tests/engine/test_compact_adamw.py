@@ -321,7 +321,7 @@ def test_offloading_to_the_host_goes_with_the_plain_optimizer_alone(key: str, va
 
 @pytest.mark.parametrize(
     ("word", "there"),
-    [("optim.name=lion", "adamw, adamw_8bit, or path/to/file.py"), ("model.param_dtype=float16", "one of float32 or bfloat16")],
+    [("optim.name=lion", "adamw, adamw_8bit, or path/to/file.py"), ("model.param_dtype=float16", "write one of float32 or bfloat16")],
 )
 def test_an_unknown_optimizer_or_dtype_names_those_there_are(word: str, there: str) -> None:
     with pytest.raises(UserError) as caught:

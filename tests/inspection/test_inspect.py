@@ -21,14 +21,14 @@ from verl.config.load import load_config
 from verl.config.sft import SFTConfig
 from verl.data.documents import load_documents
 from verl.data.tables import Columns
-from verl.inspect import near, scan, terminal
-from verl.inspect.characters import CONTROL, ENTITIES, GARBLED, INVISIBLE, LOST, PRIVATE, RETURNS, odd_characters
-from verl.inspect.copies import ASKED, EXACT, NEARLY, SHARED
-from verl.inspect.examine import is_drawn
-from verl.inspect.lengths import lengths_of
-from verl.inspect.page import page
-from verl.inspect.result import Finding, Inspection
-from verl.inspect.words import printable
+from verl.inspection import near, scan, terminal
+from verl.inspection.characters import CONTROL, ENTITIES, GARBLED, INVISIBLE, LOST, PRIVATE, RETURNS, odd_characters
+from verl.inspection.copies import ASKED, EXACT, NEARLY, SHARED
+from verl.inspection.examine import is_drawn
+from verl.inspection.lengths import lengths_of
+from verl.inspection.page import page
+from verl.inspection.result import Finding, Inspection
+from verl.inspection.words import printable
 from verl.models.load import load_tokenizer
 
 SCRIPT = "</pre></script><script>document.title='taken'</script><img src=x onerror=alert(1)>\"' &amp;"

@@ -38,9 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def typed(words: list[str], folder: Path) -> list[str]:
-    """The words with what the reader has in place of Qwen's models and of step 100."""
+    """The words with what the reader has in place of Qwen's models, of step 100 and of the demo's run."""
     saved = sorted((folder / "checkpoints" / "verl-sft" / "run").glob("global_step_*"))
     here = [re.sub(r"Qwen/[\w.-]+", str(folder / "model"), word) for word in words[1:]]
+    here = [word.replace("demo-run/checkpoints", "checkpoints/verl-sft/run") for word in here]
     here = [word.replace("global_step_100", saved[-1].name) if saved else word for word in here]
     return here + SMALLER.get(words[1], "").split()
 
@@ -56,14 +57,15 @@ def run(commands: list[list[str]], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    """The same, after the README's commands."""
-    run(README, folder)
+    """The same, after the README's commands; the report, which follows the demo there, is the last."""
+    run(sorted(README, key=lambda words: words[1] == "report"), folder)
     return folder
 
 
 def test_the_readmes_commands_run_in_their_order(trained: Path) -> None:
     results = json.loads((trained / "eval-run" / "results.json").read_text())
     assert results["n"] == 2 and (trained / "my-model" / "model.safetensors").is_file()
+    assert (trained / "checkpoints" / "verl-sft" / "run" / "report.html").is_file()
     written = {path.parent.relative_to(trained / "checkpoints").as_posix() for path in (trained / "checkpoints").rglob("global_step_*")}
     assert written >= {"verl-sft/run", "verl-sft/run-2", "verl-rl/run", "verl-reward/run"}
 
@@ -79,4 +81,4 @@ def test_the_commands_of_a_page_run(page: str, trained: Path) -> None:
 
 def test_the_readme_in_chinese_has_the_same_commands() -> None:
     chinese = [words for words in commands(text_of("README.zh-CN.md")) if words[0] == "verl"]
-    assert chinese == README and len(README) == 8
+    assert chinese == README and len(README) == 9

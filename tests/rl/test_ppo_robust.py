@@ -352,7 +352,7 @@ def test_empty_answers_have_rewards_and_are_learned_from_as_far_as_there_are_tok
         (
             {"reward__name": "empty.py"},
             "reward.name=empty.py: is no reward: it has no 'score'",
-            "math, or path/to/file.py with score",
+            "or path/to/file.py with score",
         ),
         ({"reward__name": "mine.no_such"}, "no module 'mine' for rewards 'mine.no_such'", "give the path of a .py file"),
         ({"reward__name": "format", "reward__format": "['(']"}, "reward.format: '(' is not a regular expression", "such as [<think>"),

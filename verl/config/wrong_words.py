@@ -101,7 +101,9 @@ def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> Use
             f"{word!r} is a file, and no key names it", fix=f"write data.train_files={word}, or test_file={word} for verl eval"
         )
     if place.is_dir() or word.count("/") == 1:
-        return UserError(f"{word!r} is a model or a directory, and no key names it", fix=f"write model.partial_pretrain={word}")
+        key = next((key for key in ("model.partial_pretrain", "compare") if key in known), None)
+        fix = f"write {key}={word}" if key else "remove it; --help lists all keys"
+        return UserError(f"{word!r} is a model or a directory, and no key names it", fix=fix)
     if ":" in word and not word.startswith((":", "/")):
         name, _, text = word.partition(":")
         return UserError(f"{word!r} has a colon in place of =", fix=f"write {name}={text.strip() or (value or '<value>')}")

@@ -70,7 +70,7 @@ def _train(given: list[Any]) -> Answer:
 
 def _inspect(given: list[Any], page: str, rows: int) -> Answer:
     found = verl.inspect_data(*given, random=rows, longest=True)
-    from verl.inspect.page import page as as_page
+    from verl.inspection.page import page as as_page
 
     Path(page).write_text(as_page(found), encoding="utf-8")
     stops = [finding.what for one in found.sets for finding in one.invalid]

@@ -7,7 +7,7 @@ import numpy as np
 
 from verl.data.loader import Packing, row_order
 from verl.data.pack import pack, pad_groups
-from verl.inspect.result import Bin, Lengths
+from verl.inspection.result import Bin, Lengths
 
 BINS = 20
 QUANTILES = (0, 50, 90, 99, 100)

@@ -23,13 +23,13 @@ from verl.data.template_end import added_end
 from verl.engine.decisions import packing_of, packing_of_pairs
 from verl.engine.hardware import ASSUMED
 from verl.engine.outline import Outline
-from verl.inspect.copies import copies_in, overlap_of
-from verl.inspect.lengths import fill_of, lengths_of
-from verl.inspect.picks import Picks
-from verl.inspect.reading import DocumentReading, PromptReading, Reading
-from verl.inspect.result import DataSet, File, Finding, Inspection, Steps
-from verl.inspect.scan import Scan, scan
-from verl.inspect.shown import Shower
+from verl.inspection.copies import copies_in, overlap_of
+from verl.inspection.lengths import fill_of, lengths_of
+from verl.inspection.picks import Picks
+from verl.inspection.reading import DocumentReading, PromptReading, Reading
+from verl.inspection.result import DataSet, File, Finding, Inspection, Steps
+from verl.inspection.scan import Scan, scan
+from verl.inspection.shown import Shower
 from verl.progress import quiet_libraries
 from verl.trainer.inputs import read_tokenizer
 

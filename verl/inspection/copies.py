@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from verl.inspect import near
-from verl.inspect.result import PLACES, Finding
-from verl.inspect.scan import Scan
+from verl.inspection import near
+from verl.inspection.result import PLACES, Finding
+from verl.inspection.scan import Scan
 
 EXACT, ASKED = "equal to an earlier row", "the question of an earlier row, with another answer"
 NEARLY = f"nearly equal to an earlier row ({near.SIMILARITY:.0%} of three-word sequences or more are shared)"

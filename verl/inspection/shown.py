@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from verl.data.render import Renderer
 from verl.data.row import Row
 from verl.errors import UserError
-from verl.inspect.reading import Reading
-from verl.inspect.result import Part, Shown, ShownRow
+from verl.inspection.reading import Reading
+from verl.inspection.result import Part, Shown, ShownRow
 
 LONGEST_TOKENS, LONGEST_TEXT = 3000, 6000  # of what is shown; the middle of more is left out
 UNUSED = "left out of training"

@@ -14,10 +14,10 @@ from verl.data.fingerprint import digest
 from verl.data.render import Renderer
 from verl.data.row import Notes, Row
 from verl.errors import UserError
-from verl.inspect import characters
-from verl.inspect.near import PERMUTATIONS, sketch
-from verl.inspect.reading import Reading, Tokens
-from verl.inspect.result import Finding
+from verl.inspection import characters
+from verl.inspection.near import PERMUTATIONS, sketch
+from verl.inspection.reading import Reading, Tokens
+from verl.inspection.result import Finding
 
 GREP_KEPT = 5  # rows with the text that was asked for that are shown
 LONGEST_KEPT = 3

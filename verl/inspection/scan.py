@@ -25,10 +25,10 @@ from verl.data.source import Entry, read_rows_and_errors, sources_of
 from verl.data.tables import ROWS_PER_TABLE, cpu_cores
 from verl.data.tokenizing import in_processes
 from verl.errors import UserError
-from verl.inspect.examine import GREP_KEPT, LONGEST_KEPT, Chunk, Examiner, Findings, Seen, prepared
-from verl.inspect.picks import Picks
-from verl.inspect.reading import Reading
-from verl.inspect.result import Finding
+from verl.inspection.examine import GREP_KEPT, LONGEST_KEPT, Chunk, Examiner, Findings, Seen, prepared
+from verl.inspection.picks import Picks
+from verl.inspection.reading import Reading
+from verl.inspection.result import Finding
 from verl.progress import open_console
 
 CHARACTERS_PER_CHUNK = 8_000_000

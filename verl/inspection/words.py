@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from verl.inspect.result import DataSet, Finding, Inspection, Lengths, Steps
+from verl.inspection.result import DataSet, Finding, Inspection, Lengths, Steps
 
 Fact = tuple[str, str]  # label and text
 KINDS = {

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from verl.disk import disk_errors_named
 from verl.errors import UserError
-from verl.inspect.inspection import TrainerConfig, inspect
-from verl.inspect.page import page
-from verl.inspect.picks import Picks
-from verl.inspect.terminal import show
-from verl.inspect.words import verdict
+from verl.inspection.inspection import TrainerConfig, inspect
+from verl.inspection.page import page
+from verl.inspection.picks import Picks
+from verl.inspection.terminal import show
+from verl.inspection.words import verdict
 
 
 def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> bool:
@@ -17,7 +17,7 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
 
     Args:
         html, json_file: files to write it to, too.
-        exact: as in `verl.inspect.inspection.inspect`.
+        exact: as in `verl.inspection.inspection.inspect`.
     Returns:
         whether the trainer would begin.
     Raises:

@@ -7,9 +7,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from verl.inspect import words
-from verl.inspect.result import DataSet, Finding, Inspection, Lengths, Shown, ShownRow
-from verl.inspect.words import Fact, printable
+from verl.inspection import words
+from verl.inspection.result import DataSet, Finding, Inspection, Lengths, Shown, ShownRow
+from verl.inspection.words import Fact, printable
 from verl.progress import open_console
 
 STYLES = {

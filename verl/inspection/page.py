@@ -5,8 +5,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from verl import __version__
-from verl.inspect import words
-from verl.inspect.result import Inspection, Lengths
+from verl.inspection import words
+from verl.inspection.result import Inspection, Lengths
 
 TEMPLATE = "page.html.jinja"
 
