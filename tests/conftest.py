@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,8 +28,10 @@ rollout/test_native trainer/test_saving faults/test_attacks
 
 
 def pytest_configure() -> None:
-    """Import flash-linear-attention, which warns: with warnings as errors, transformers would take it for not installed."""
-    if importlib.util.find_spec("fla"):
+    """Take Ctrl-C, and import flash-linear-attention."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what runs in the background so, and so would its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if importlib.util.find_spec("fla"):  # it warns: with warnings as errors, transformers would take it for not installed
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("fla")
