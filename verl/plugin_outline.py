@@ -60,6 +60,8 @@ def _fill(module: ModuleType, tree: ast.Module) -> None:
 def _is_needed(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         return any(node.module == name or (node.module or "").startswith(f"{name}.") for name in LIGHT)
+    if isinstance(node, ast.Assign):  # a constant, which a message may name
+        return isinstance(node.value, ast.Constant)
     return isinstance(node, ast.ClassDef) and node.name == "Settings"
 
 

@@ -63,7 +63,7 @@ def trained(folder: Path) -> Path:
 
 
 def test_the_readmes_commands_run_in_their_order(trained: Path) -> None:
-    results = json.loads((trained / "eval-run" / "results.json").read_text())
+    results = json.loads((trained / "checkpoints" / "verl-sft" / "run" / "eval" / "results.json").read_text())
     assert results["n"] == 2 and (trained / "my-model" / "model.safetensors").is_file()
     assert (trained / "checkpoints" / "verl-sft" / "run" / "report.html").is_file()
     written = {path.parent.relative_to(trained / "checkpoints").as_posix() for path in (trained / "checkpoints").rglob("global_step_*")}

@@ -121,7 +121,7 @@ ABSENT = (
     (("tensor_parallel_size", "tensor_model_parallel_size", "pipeline_parallel_size"), "there is none in training: model.strategy=fsdp2"),
     (("neftune_noise_alpha", "neftune"), "there is no NEFTune; model.lora_dropout is against overfitting, too"),
     (("label_smoothing_factor", "label_smoothing"), "there is no label smoothing; leave it out"),
-    (("num_gpus", "gpus", "num_processes", "nproc_per_node"), "it is an option: verl sft --gpus N key=value …"),
+    (("num_gpus", "gpus", "num_processes", "nproc_per_node"), "it is an option: write --gpus N after the name of the command"),
 )
 
 

@@ -47,7 +47,7 @@ def no_command(word: str, names: Sequence[str]) -> UserError:
         names: the commands.
     """
     known = {**{name: name for name in names}, **{other: meant for other, meant in COMMANDS.items() if meant in names or meant[:1] == "-"}}
-    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.65)
     if near:
         fix = f"did you mean verl {known[near[0]]}?"
     elif "=" in word:
@@ -101,7 +101,7 @@ def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> Use
             f"{word!r} is a file, and no key names it", fix=f"write data.train_files={word}, or test_file={word} for verl eval"
         )
     if place.is_dir() or word.count("/") == 1:
-        key = next((key for key in ("model.partial_pretrain", "compare") if key in known), None)
+        key = next((key for key in ("model.partial_pretrain", "compare", "model_path") if key in known), None)
         fix = f"write {key}={word}" if key else "remove it; --help lists all keys"
         return UserError(f"{word!r} is a model or a directory, and no key names it", fix=fix)
     if ":" in word and not word.startswith((":", "/")):

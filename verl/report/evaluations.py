@@ -80,6 +80,10 @@ class Evaluation:
             "response_key",
             "messages_key",
             "system_prompt",
+            "chat_template_kwargs",
+            "few_shot",
+            "few_shot_file",
+            "reward",
         )
         return tuple(json.dumps(self.settings.get(key), sort_keys=True, default=str) for key in keys)
 
@@ -113,6 +117,9 @@ class Evaluation:
         """Name of the mean score."""
         if self.is_validation:
             return "Reward on validation prompts"
+        written = self.results.get("measure")
+        if isinstance(written, str) and written:
+            return written[:1].upper() + written[1:]
         return "Exact match" if self.is_share else "Mean score"
 
     @property
