@@ -103,6 +103,11 @@ def test_vllm_is_started_where_it_is_on_the_path(learned_checkpoint: Path, tmp_p
         assert process.wait(60) == 0 and not Path(folder).parent.exists()
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_server_ends_with_the_command_even_if_that_is_killed(learned_checkpoint: Path, tmp_path: Path) -> None:
     write_stand_in(tmp_path / "bin")
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -110,13 +115,12 @@ def test_a_server_ends_with_the_command_even_if_that_is_killed(learned_checkpoin
         port = port_in(said)
         process.kill()
         process.wait(10)
-        since = time.monotonic()
-        while time.monotonic() - since < 10:
-            with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", port)):
-                    return
+        deadline = time.monotonic() + 10
+        while (answers := listens(port)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        pytest.fail("the server is still there")
+        assert not answers, "the server is still there"
+        return
+    pytest.fail("no server was started")
 
 
 def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,14 +97,14 @@ def train(folder: Path, output: str, **changes: object) -> list[dict[str, float]
 def reward_model(folder: Path) -> Path:
     """Trained until it knows which of two answers belongs to a problem."""
     changes = {"data__val_files": folder / "test.jsonl", "data__train_batch_size": 16, "data__max_tokens_per_micro_batch": 8192}
-    train(folder, "reward", **changes, trainer__total_training_steps=130, optim__lr=6e-3)
-    return folder / "reward" / "global_step_130"
+    train(folder, "reward", **changes, trainer__total_training_steps=200, optim__lr=6e-3)
+    return folder / "reward" / "global_step_200"
 
 
 def test_a_trained_reward_model_ranks_pairs_that_it_has_not_seen(folder: Path, reward_model: Path) -> None:
     metrics = metrics_of(folder / "reward")
     assert metrics[0]["train/loss"] == pytest.approx(math.log(2)), "a head of zeros prefers neither"
-    assert metrics[-1]["val/accuracy"] > 0.8 and metrics[-1]["val/margin"] > 1  # 0.89 to 0.95, by the processor's rounding
+    assert metrics[-1]["val/accuracy"] > 0.9 and metrics[-1]["val/margin"] > 1
     rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
     model = RewardModel(RewardModelConfig(str(reward_model)), device="cpu", tokenizer=None, say=print)
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
