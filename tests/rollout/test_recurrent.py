@@ -266,10 +266,12 @@ def test_the_last_inputs_of_a_prompt_shorter_than_the_convolution_begin_with_zer
 def test_on_a_gpu_the_same_holds_with_cuda_graphs(family: str, compiles: bool) -> None:
     model = model_of(family).to("cuda")  # type: ignore[arg-type]
     rollout = NativeRollout(model, [0], Options(max_sequences=6, compile=compiles))
+    # In float32, the grouped product of experts copies from the host.
+    assert (rollout.runner.why_eager is not None) == (family in ("qwen3-next", "kimi linear"))
     for sampling in (GREEDY, DRAWN):
         expected = HfRollout(model, [0]).generate(PROMPTS, sampling)
         found = rollout.generate(PROMPTS, sampling)
-        assert rollout.runner._graphs
+        assert bool(rollout.runner._graphs) == (rollout.runner.why_eager is None)
         assert tokens(found) == tokens(expected)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0)

@@ -62,6 +62,8 @@ class NativeRollout:
         try:
             with self.runner.eager():
                 is_exact = probe.is_exact(self._all)
+            if is_exact:
+                self.runner.try_recording(self.slots)
         finally:
             self.slots.free()
             self.slots = slots
@@ -191,7 +193,8 @@ class NativeRollout:
 
     def describe(self) -> str:
         """See `Rollout.describe`."""
-        return describe_model(self.runner.model)
+        why = self.runner.why_eager
+        return describe_model(self.runner.model) + (f", decode steps without CUDA graphs ({why})" if why else "")
 
     def _free(self) -> None:
         self.runner.drop_graphs()

@@ -41,7 +41,7 @@ from verl.rollout.native.recurrent import SlotState
 from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
 
-RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the largest position, which a CUDA graph cannot record
+RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the largest position: a recorded step would keep the first result
 OTHER_STATE = (
     "it has other decode state than, in each layer, keys and values of one attention or the state of one delta rule or convolution"
 )
@@ -57,6 +57,7 @@ class Runner:
     Attributes:
         device: device of the model.
         shapes: for each layer, shapes of the keys and values of one token, or of its recurrent state.
+        why_eager: why decode steps are not recorded as CUDA graphs, which makes them slower; None: they are, or there is no GPU.
     Raises:
         UserError: the architecture has other decode state than these, or its attention is not supported.
     """
@@ -67,6 +68,7 @@ class Runner:
         self._layers = decoder_layers(model.get_decoder())  # a model that sees has others too, which text does not pass through
         use_whole_cpu(model)
         self._can_record = not RESIZED_ROPE & _rope_types(model.config)
+        self.why_eager = None if self._can_record else "its rotary embeddings are computed on the host"
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         self._pool = _graph_pool(self.device)
         self.shapes = self._probe()
@@ -99,6 +101,23 @@ class Runner:
             raised = f"its code does not take packed texts ({type(error).__name__}: {error})".replace("\n", " ")
             what = error.what if isinstance(error, UserError) else raised
             raise UserError(f"{kind} cannot be run by the native engine: {what}", where="rollout.name=native", fix=USE_HF) from error
+
+    @torch.no_grad()
+    def try_recording(self, slots: Slots) -> None:
+        """Record a decode step of one row and drop it, to find out whether the model's code can be a CUDA graph. The row is overwritten.
+
+        Code that waits for the GPU or copies from the host cannot, such as a loop over experts, or their grouped product in float32.
+        """
+        if not (has_kernel(self.device) and self._can_record):
+            return
+        try:
+            with self._attending(_run_layer, slots.layers, DecodeBatch(slots.state.position_S[:1], None)):
+                _record(partial(self._launch, slots.state, 1, Sampling(1)), self._pool)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # PyTorch has no type for it, and a model's code may raise anything
+            self._can_record, self.why_eager = False, str(error).partition("\n")[0]
+        self.drop_graphs()
 
     @contextmanager
     def eager(self) -> Iterator[None]:
