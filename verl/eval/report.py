@@ -225,8 +225,10 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
         table.add_row(results["flexible_measure"], f"{flexible:.2%}")
     for k, found in (results["pass_at_k"] or {}).items():
         table.add_row(f"pass@{k}", _shown_with_interval(found))
-    if (vote := results["majority_vote"]) is not None:
-        table.add_row(f"majority vote of {results['answers'] // results['n']}", _shown_with_interval(vote))
+    if results["pass_at_k"] is not None:
+        vote = results["majority_vote"]
+        shown = "none: no answer could be extracted" if vote is None else _shown_with_interval(vote)
+        table.add_row(f"majority vote of {results['answers'] // results['n']}", shown)
     answers = "" if results["answers"] == results["n"] else f", {results['answers']:,} answers"
     table.add_row("questions", f"{results['n']:,}{answers}")
     table.add_row("cut at max_new_tokens", f"{results['truncated']:.2%}")
