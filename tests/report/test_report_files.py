@@ -12,6 +12,7 @@ import verl
 from verl.errors import UserError
 from verl.eval import against
 from verl.eval.intervals import WILSON, interval_of, wilson_interval
+from verl.report import command
 from verl.report.charts import charts_of
 from verl.report.comparisons import comparisons_of
 from verl.report.evaluations import Answer, Evaluation, read_evaluation
@@ -243,6 +244,18 @@ def test_a_run_is_compared_with_the_latest_run_before_it_that_finished_on_its_da
         f"run-4 is compared with run-2: {finished} other training data (last step 1970-01-01 00:02 UTC)",
         f"run-10 is compared with run-2: {finished} the same training data (last step 1970-01-01 00:02 UTC)",
     ]
+
+
+def test_page_and_command_say_which_run_another_one_is_compared_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / "run", tmp_path / "run-2"]
+    for minute, folder in enumerate(folders):
+        write_run(folder, steps=10, minute=minute)
+        results = write_evaluation(folder / "eval", [1.0, 0.0, 1.0]) / "results.json"
+        results.write_text(results.read_text().replace(str(folder / "eval"), str(folder / "global_step_10")))
+    command.main(folders, [], tmp_path / "page.html", None)
+    why = "run-2 is compared with run: the latest run before it that finished, on the same training data (last step 1970-01-01 00:00 UTC)"
+    assert capsys.readouterr().out.count(f"\n{why}\n") == 1
+    assert f'<p class="quiet">{why}.</p>' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_if_no_run_finished_the_latest_one_is_compared_and_this_is_said(tmp_path: Path) -> None:
