@@ -46,6 +46,11 @@ class Manifest:
         (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
+def step_name(step: int) -> str:
+    """Return the name of the checkpoint after a step, which `STEP` matches."""
+    return f"global_step_{step}"
+
+
 def steps_in(directory: Path) -> list[Path]:
     """Return everything in a directory that has a checkpoint's name, by step: also a file or a link of that name."""
     found = [(int(match[1]), path) for path in directory.glob("global_step_*") if (match := STEP.fullmatch(path.name))]

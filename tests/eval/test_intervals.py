@@ -29,11 +29,11 @@ def test_scores_that_are_no_shares_have_the_interval_of_scipys_bootstrap() -> No
 def test_the_bootstrap_draws_questions_not_answers() -> None:
     """Answers to one question are alike: as many independent ones would give a narrower interval."""
     each = np.random.default_rng(0).random(50)
-    (low, high), method = interval_of(np.repeat(each, 8).tolist(), n=8)
+    (low, high), method = interval_of([[score] * 8 for score in each.tolist()])
     assert method == "bootstrap" and (low, high) == bootstrap_interval(each.tolist())
-    narrow, _ = interval_of(np.repeat(each, 8).tolist(), n=1)
+    narrow, _ = interval_of([[score] for score in np.repeat(each, 8).tolist()])
     assert narrow[1] - narrow[0] < 0.5 * (high - low)
-    assert interval_of([1.0, 0.0, 0.0, 0.0], n=2) == (wilson_interval(0.25, 2), "wilson")
+    assert interval_of([[1.0, 0.0], [0.0, 0.0]]) == (wilson_interval(0.25, 2), "wilson")
 
 
 @pytest.mark.parametrize(("n", "right", "k"), [(5, 2, 1), (5, 2, 2), (5, 2, 4), (6, 0, 3), (6, 6, 2), (6, 1, 6), (7, 3, 5)])
@@ -66,6 +66,34 @@ def test_mcnemars_test_is_the_binomial_test_of_scipy(better: int, worse: int) ->
     assert mcnemar(better, worse) == pytest.approx(expected)
 
 
+# Newcombe 1998, Statistics in Medicine 17, 2635, table III, method 10, which prints four digits: e, f, g, h, and the limits of (f - g) / n.
+TABLE_III = [
+    ((36, 12, 2, 0), (0.0569, 0.3404)),
+    ((20, 12, 2, 16), (0.0562, 0.3292)),
+    ((18, 12, 2, 18), (0.0562, 0.3290)),
+    ((36, 14, 0, 0), (0.1528, 0.4167)),
+    ((35, 14, 0, 1), (0.1461, 0.4175)),
+    ((18, 14, 0, 18), (0.1441, 0.3963)),
+    ((2, 97, 1, 0), (0.8721, 0.9854)),
+    ((1, 97, 1, 1), (0.8736, 0.9850)),
+    ((0, 29, 1, 0), (0.6666, 0.9882)),
+    ((0, 30, 0, 0), (0.8395, 1.0)),
+    ((54, 0, 0, 0), (-0.0664, 0.0664)),
+    ((30, 0, 0, 24), (-0.0358, 0.0358)),
+]
+
+
+@pytest.mark.parametrize(("cells", "limits"), TABLE_III)
+def test_the_interval_of_a_paired_difference_has_the_limits_in_the_paper(
+    cells: tuple[int, int, int, int], limits: tuple[float, float]
+) -> None:
+    found = newcombe_interval(*cells)
+    assert found == pytest.approx(limits, abs=1e-4)
+    both, first, second, neither = cells
+    low, high = newcombe_interval(both, second, first, neither)
+    assert (-high, -low) == pytest.approx(found), "with the models exchanged"
+
+
 def test_the_interval_of_a_paired_difference_is_newcombes() -> None:
     """Complete response before and after consolidation therapy (Cavo et al. 2012): -0.0621 (-0.1186 to -0.0046), as in chapter 8 of
     Fagerland, Lydersen and Laake, Statistical Analysis of Contingency Tables, whose R package contingencytables prints these figures."""
@@ -73,6 +101,17 @@ def test_the_interval_of_a_paired_difference_is_newcombes() -> None:
     found = compare([1.0] * 65 + [0.0] * 96, [1.0] * 59 + [0.0] * 6 + [1.0] * 16 + [0.0] * 80)
     assert found.difference == pytest.approx(-0.0621, abs=5e-5) and found.interval == newcombe_interval(59, 6, 16, 80)
     assert (found.better, found.worse, found.test) == (6, 16, "exact McNemar test") and found.p_value == mcnemar(6, 16)
+
+
+@pytest.mark.parametrize(("both", "rate", "other_rate"), [(0.4, 0.85, 0.43), (0.9, 0.98, 0.6)])
+def test_the_interval_of_a_difference_holds_it_in_95_of_100_samples(both: float, rate: float, other_rate: float) -> None:
+    random, truth, held = np.random.default_rng(2), both * rate + (1 - both) * other_rate - both, 0
+    for _ in range(400):
+        others = random.random(100) < both
+        scores = np.where(others, random.random(100) < rate, random.random(100) < other_rate)
+        low, high = compare(scores.astype(float).tolist(), others.astype(float).tolist()).interval
+        held += low <= truth <= high
+    assert 0.92 <= held / 400 <= 0.99
 
 
 def test_models_that_agree_everywhere_still_have_an_interval() -> None:

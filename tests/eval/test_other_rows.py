@@ -128,6 +128,13 @@ def test_several_answers_have_pass_at_k_and_a_majority_vote(tmp_path: Path, chec
     assert "pass@4" in out and "majority vote of 4" in out
 
 
+def test_that_there_is_no_majority_vote_is_said(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "never.py").write_text("def score(prompt, response, row):\n    return 0\n")
+    results = evaluate(config(tmp_path, checkpoint, n=2, temperature=1.5, metric=str(tmp_path / "never.py")))
+    assert results["pass_at_k"] is not None and results["majority_vote"] is None
+    assert "majority vote of 2 none: no answer could be extracted" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_score_that_is_neither_right_nor_wrong_has_no_pass_at_k(tmp_path: Path, checkpoint: Path) -> None:
     results = evaluate(config(tmp_path, checkpoint, n=2, temperature=1.5, metric="f1"))
     assert results["pass_at_k"] is None and results["majority_vote"] is None

@@ -310,7 +310,7 @@ def test_the_page_is_written_into_the_first_run_and_never_into_a_checkpoint(fold
         verl.write_report(folder / "good", out=folder / f"good/global_step_{STEPS}/report.html")
 
 
-@pytest.mark.parametrize("name", ["plotly", "scipy", "jinja2", "matplotlib"])
+@pytest.mark.parametrize("name", ["plotly", "jinja2", "matplotlib"])
 def test_a_package_that_is_missing_is_named_with_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf'{name} is not installed\n  fix: pip install "verl\[report\]"'):

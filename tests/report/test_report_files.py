@@ -1,7 +1,7 @@
 """What verl report reads: metrics of runs that are writing, resumed or damaged, and the statistics of evaluations."""
 
 import json
-import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,15 @@ import pytest
 
 import verl
 from verl.errors import UserError
-from verl.eval.report import wilson_interval
+from verl.eval import against
+from verl.eval.intervals import WILSON, interval_of, wilson_interval
+from verl.report import command
 from verl.report.charts import charts_of
-from verl.report.evaluations import Answer, Evaluation, comparisons_of, read_evaluation
+from verl.report.comparisons import comparisons_of
+from verl.report.evaluations import Answer, Evaluation, read_evaluation
 from verl.report.metrics import MOST_POINTS, Metrics, parse_metrics, smoothed, thinned
 from verl.report.page import visible
-from verl.report.runs import name_apart, read_run
-from verl.report.statistics import BOOTSTRAP, MCNEMAR, SIGN_FLIPS, compare, interval_of
+from verl.report.runs import RunFiles, name_apart, read_run
 
 
 def line(step: int, **values: float | None) -> str:
@@ -138,7 +140,7 @@ def write_evaluation(folder: Path, scores: list[float], *, n: int = 1, cut: str 
     folder.mkdir()
     rows = [{"prompt": f"q{i // n}", "reference": "1", "response": f"r{i}", "extracted": None, "score": s} for i, s in enumerate(scores)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + cut)
-    config = {"model_path": str(folder), "test_file": "t.jsonl", "n": n}
+    config = {"model_path": str(folder), "test_file": "t.jsonl", "metric": "exact", "n": n}
     (folder / "results.json").write_text(json.dumps({"answers": len(rows), "config": config}))
     return folder
 
@@ -173,7 +175,7 @@ def test_equal_questions_are_paired_one_by_one() -> None:
 
 def test_several_answers_to_a_question_count_as_one_by_their_mean(tmp_path: Path) -> None:
     found = read_evaluation(write_evaluation(tmp_path / "a", [1.0, 0.0, 0.0, 0.0], n=2))
-    assert found.scores == [0.5, 0.0] and found.interval is not None and found.interval.method == BOOTSTRAP
+    assert found.scores == [0.5, 0.0] and found.interval == (wilson_interval(0.25, 2), WILSON)
 
 
 def test_evaluations_of_other_files_are_not_compared() -> None:
@@ -183,11 +185,11 @@ def test_evaluations_of_other_files_are_not_compared() -> None:
 
 
 def test_an_evaluation_is_compared_with_the_model_that_its_run_began_with(tmp_path: Path) -> None:
-    """Of a chain of two runs: the second began with a checkpoint of the first."""
+    """Of a chain of two runs: the second began with a checkpoint of the first. The third has the data of the first."""
     runs, answers = [], [Answer("q", "1", "r", None, 1.0)] * 3
-    for name, base in (("sft", "model"), ("rl", str(tmp_path / "sft/global_step_9")), ("other", "model")):
+    for name, base, data in (("sft", "model", "a"), ("rl", str(tmp_path / "sft/global_step_9"), "b"), ("other", "model", "a")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(f"model: {{partial_pretrain: {base}}}\n")
+        (tmp_path / name / "config.yaml").write_text(f"model: {{partial_pretrain: {base}}}\ndata: {{train_files: {data}}}\n")
         runs.append(read_run(tmp_path / name))
     models = ("model", tmp_path / "sft/global_step_9", tmp_path / "rl/global_step_2", tmp_path / "other/global_step_4")
     owners = ((0, 0), (0, 9), (1, 2), (2, 4))
@@ -199,47 +201,100 @@ def test_an_evaluation_is_compared_with_the_model_that_its_run_began_with(tmp_pa
     assert pairs == [("e0", "e1"), ("e1", "e2"), ("e0", "e3"), ("e1", "e3")]
 
 
-# Statistics
+# Which run with which
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 20), (7, 20), (20, 20), (431, 1319)])
-def test_the_interval_is_the_evaluators(right: int, n: int) -> None:
-    found, expected = interval_of([1.0] * right + [0.0] * (n - right)), wilson_interval(right / n, n)
-    assert found is not None and expected is not None
-    assert (found.low, found.high) == pytest.approx(expected, abs=1e-6)
+def write_run(folder: Path, *, steps: int, minute: int, data: str = "train.jsonl") -> RunFiles:
+    """A run of ten steps, of which some are done, the last one at a minute."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"data: {{train_files: {data}}}\ntrainer: {{total_training_steps: 10}}\n")
+    (folder / "metrics.jsonl").write_text("".join(line(step, a=1.0) for step in range(1, steps + 1)))
+    os.utime(folder / "metrics.jsonl", (60 * minute, 60 * minute))
+    return read_run(folder)
 
 
-@pytest.mark.parametrize(("right", "wrong"), [(1, 0), (5, 1), (3, 12), (40, 22), (6, 6)])
-def test_mcnemars_test_is_the_binomial_sum(right: int, wrong: int) -> None:
-    turned = right + wrong
-    tail = sum(math.comb(turned, k) for k in range(min(right, wrong) + 1)) / 2**turned
-    before, after = [0.0] * right + [1.0] * wrong + [1.0] * 9, [1.0] * right + [0.0] * wrong + [1.0] * 9
-    found = compare(before, after)
-    assert found is not None and found.method == MCNEMAR
-    assert found.p_value == pytest.approx(min(1.0, 2 * tail))
-    assert found.difference == pytest.approx((right - wrong) / (turned + 9))
-    assert found.interval.low < found.difference < found.interval.high
+def of_runs(runs: list[RunFiles]) -> list[Evaluation]:
+    """One evaluation of the last checkpoint of each run."""
+    answers = [Answer("q", "1", "r", None, 1.0)] * 3
+    return [
+        Evaluation(Path(run.name), {"test_file": "t", "model_path": str(run.directory)}, answers=answers, run=number, step=10)
+        for number, run in enumerate(runs)
+    ]
 
 
-def test_the_interval_of_a_difference_holds_it_in_95_of_100_samples() -> None:
-    random, truth, held = np.random.default_rng(2), 0.2, 0
-    for _ in range(400):
-        before = random.random(100) < 0.4
-        after = np.where(before, random.random(100) < 0.85, random.random(100) < 0.4333333)
-        found = compare(before.astype(float).tolist(), after.astype(float).tolist())
-        assert found is not None
-        held += found.interval.low <= truth <= found.interval.high
-    assert 0.92 <= held / 400 <= 0.99
+def test_a_run_is_compared_with_the_latest_run_before_it_that_finished_on_its_data(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "run", steps=10, minute=1),
+        write_run(tmp_path / "run-10", steps=10, minute=9),
+        write_run(tmp_path / "run-2", steps=10, minute=2),
+        write_run(tmp_path / "run-3", steps=4, minute=3),
+        write_run(tmp_path / "run-4", steps=10, minute=4, data="other.jsonl"),
+    ]
+    found = comparisons_of(of_runs(runs), runs)
+    assert [(one.before.path.name, one.after.path.name) for one in found] == [
+        ("run", "run-2"),
+        ("run-2", "run-3"),  # not `run`, which the folder begins with
+        ("run-2", "run-4"),  # run-3 was killed
+        ("run-2", "run-10"),  # run-4 has other data
+    ]
+    finished = "the latest run before it that finished, on"
+    assert [one.why for one in found] == [
+        f"run-2 is compared with run: {finished} the same training data (last step 1970-01-01 00:01 UTC)",
+        f"run-3 is compared with run-2: {finished} the same training data (last step 1970-01-01 00:02 UTC)",
+        f"run-4 is compared with run-2: {finished} other training data (last step 1970-01-01 00:02 UTC)",
+        f"run-10 is compared with run-2: {finished} the same training data (last step 1970-01-01 00:02 UTC)",
+    ]
 
 
-def test_scores_between_right_and_wrong_are_compared_by_flipping_signs() -> None:
-    random = np.random.default_rng(0)
-    before = random.random(60)
-    better, same = compare(before.tolist(), (before + 0.2).tolist()), compare(before.tolist(), random.permutation(before).tolist())
-    assert better is not None and same is not None and better.method == SIGN_FLIPS
-    assert better.p_value < 0.001 and same.p_value > 0.05
-    assert compare(before.tolist(), before.tolist()) is not None
-    assert compare([1.0], [0.0]) is None
+def test_page_and_command_say_which_run_another_one_is_compared_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / "run", tmp_path / "run-2"]
+    for minute, folder in enumerate(folders):
+        write_run(folder, steps=10, minute=minute)
+        results = write_evaluation(folder / "eval", [1.0, 0.0, 1.0]) / "results.json"
+        results.write_text(results.read_text().replace(str(folder / "eval"), str(folder / "global_step_10")))
+    command.main(folders, [], tmp_path / "page.html", None)
+    why = "run-2 is compared with run: the latest run before it that finished, on the same training data (last step 1970-01-01 00:00 UTC)"
+    assert capsys.readouterr().out.count(f"\n{why}\n") == 1
+    assert f'<p class="quiet">{why}.</p>' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_if_no_run_finished_the_latest_one_is_compared_and_this_is_said(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run-{number}", steps=number, minute=number) for number in (3, 2, 4)]
+    found = comparisons_of(of_runs(runs), runs)
+    assert [(one.before.path.name, one.after.path.name) for one in found] == [("run-2", "run-3"), ("run-3", "run-4")]
+    assert all("of which none is known to have finished, on the same training data" in one.why for one in found)
+    for run in runs:
+        run.config = {}
+    assert "; its training data may be other (last" in comparisons_of(of_runs(runs), runs)[0].why
+
+
+def test_a_model_of_no_run_is_compared_with_the_first_evaluation(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "run", steps=10, minute=1)]
+    other = Evaluation(Path("other"), {"test_file": "t", "model_path": "other"}, answers=[Answer("q", "1", "r", None, 0.0)] * 3)
+    (one,) = comparisons_of([*of_runs(runs), other], runs)
+    assert (one.before.path.name, one.after.path.name, one.why) == ("run", "other", "")
+
+
+# The same figures as those of verl eval
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("levels", [2, 5])
+def test_intervals_and_comparisons_are_those_of_the_evaluator(tmp_path: Path, n: int, levels: int) -> None:
+    random, read = np.random.default_rng(levels), []
+    for name in ("a", "b"):
+        scores = (random.integers(levels, size=60) / (levels - 1)).tolist()
+        read.append(read_evaluation(write_evaluation(tmp_path / name, scores, n=n)))
+        assert read[-1].interval == interval_of([scores[start : start + n] for start in range(0, 60, n)])
+    (one,) = comparisons_of(read)
+    assert one.test == against.compared(*(against.read(str(tmp_path / name), "here") for name in ("b", "a")))
+    assert one.test is not None and one.test.interval_method == ("paired bootstrap" if n * levels > 2 else "Newcombe 1998, method 10")
+
+
+def test_one_question_is_too_few(tmp_path: Path) -> None:
+    before, after = (read_evaluation(write_evaluation(tmp_path / name, [score])) for name, score in (("a", 0.0), ("b", 1.0)))
+    assert comparisons_of([before, after])[0].test is None
+    assert before.interval is not None and read_evaluation(write_evaluation(tmp_path / "c", [0.5])).interval is None
 
 
 def test_marks_that_reorder_a_text_are_made_visible() -> None:

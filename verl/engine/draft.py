@@ -25,7 +25,7 @@ from verl.durable import flush, replace_text
 from verl.engine.position import STATE, Position
 from verl.engine.stored_state import StoredState
 from verl.errors import DiskError, UserError
-from verl.manifest import MANIFEST, Entry, Manifest, check_sizes, entry_of, find_files
+from verl.manifest import MANIFEST, Entry, Manifest, check_sizes, entry_of, find_files, step_name
 from verl.typed_json import DamageError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -57,7 +57,7 @@ class Draft:
 
     @property
     def final(self) -> Path:
-        return self.root / f"global_step_{self.position.step}"
+        return self.root / step_name(self.position.step)
 
     @property
     def temporary(self) -> Path:

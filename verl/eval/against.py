@@ -7,7 +7,6 @@ In the first form, OTHER may also be a checkpoint. It is evaluated first, into o
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ from typing import Any
 from rich.console import Console
 
 from verl.errors import UserError
+from verl.eval.files import PREDICTIONS, RESULTS, Key, keys_of
 from verl.eval.grader import Question
 from verl.eval.paired import Comparison, compare
-from verl.eval.report import PREDICTIONS, RESULTS
 
 # Settings in which two evaluations may differ without their scores being of different things.
 FREE = ("model_path", "output_dir", "overwrite", "against", "batch_size", "rollout", "trust_remote_code", "metric", "n")
 FIX = "name the output_dir of a finished evaluation, or a checkpoint"
 EVEN = 0.05  # largest p-value that is called a difference
-Key = tuple[str, str, int]  # a question, its right answer, and which of several equal rows it is
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,9 @@ def read(name: str, where: str) -> Evaluation:
 
 
 def scores_of(questions: Sequence[tuple[str, str]], scores: Sequence[float], n: int) -> dict[Key, float]:
-    """Return the mean score of each question. Rows with the same question and right answer are told apart by their order."""
+    """Return the mean score of each question."""
     keys = keys_of(questions)
     return {key: sum(scores[number * n : (number + 1) * n]) / n for number, key in enumerate(keys)}
-
-
-def keys_of(questions: Sequence[tuple[str, str]]) -> list[Key]:
-    """Return a key for each question and right answer."""
-    seen: dict[tuple[str, str], int] = defaultdict(int)
-    keys = []
-    for question in questions:
-        keys.append((*question, seen[question]))
-        seen[question] += 1
-    return keys
 
 
 def check(other: Evaluation, questions: Sequence[Question], metric: str) -> None:

@@ -13,6 +13,7 @@ Z_95 = 1.959964  # 97.5th percentile of the normal distribution
 RESAMPLES, FEWEST_RESAMPLES = 10_000, 1_000
 MOST_DRAWS = 200_000_000  # random numbers of one interval: some seconds
 SEED = 20_210_707
+WILSON, BOOTSTRAP = "wilson", "bootstrap"
 
 Interval = tuple[float, float]
 
@@ -49,17 +50,18 @@ def are_right_or_wrong(scores: Sequence[float]) -> bool:
     return all(score in (0.0, 1.0) for score in scores)
 
 
-def interval_of(scores: Sequence[float], *, n: int) -> tuple[Interval, str]:
+def interval_of(scores: Sequence[Sequence[float]]) -> tuple[Interval, str]:
     """Return the 95% interval of a mean score, and its method: Wilson's for right and wrong answers, else the bootstrap.
 
     Args:
-        scores: `n` adjacent scores per question.
+        scores: of each question, those of its answers.
     """
-    if are_right_or_wrong(scores):
-        found = wilson_interval(sum(scores) / len(scores), len(scores) // n)
-        assert found is not None
-        return found, "wilson"
-    return bootstrap_interval([sum(scores[i : i + n]) / n for i in range(0, len(scores), n)]), "bootstrap"
+    means = [sum(of_one) / len(of_one) for of_one in scores]
+    if not are_right_or_wrong([score for of_one in scores for score in of_one]):
+        return bootstrap_interval(means), BOOTSTRAP
+    found = wilson_interval(min(1.0, sum(means) / len(means)), len(means))
+    assert found is not None
+    return found, WILSON
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

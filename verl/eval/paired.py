@@ -1,4 +1,4 @@
-"""Comparison of two models on the same questions: a paired test and the 95% confidence interval of the difference.
+"""Comparison of two models on the same questions, for `verl eval --against` and `verl report`: a paired test and an interval.
 
 Dimensions: Q questions, P patterns of signs.
 """
@@ -68,8 +68,8 @@ def mcnemar(better: int, worse: int) -> float:
 def newcombe_interval(both: int, first: int, second: int, neither: int) -> Interval:
     """Return the 95% interval of the difference of two paired proportions (Newcombe 1998, Statistics in Medicine 17, 2635, method 10).
 
-    It combines Wilson's intervals of both proportions, with their correlation, and does not shrink to nothing if the models agree
-    everywhere.
+    It combines Wilson's intervals of both proportions, with their correlation. It stays within -1 and 1, and does not shrink to nothing
+    if the models agree everywhere.
 
     Args:
         both, first, second, neither: number of questions that both models, only the first, only the second, and neither answered.

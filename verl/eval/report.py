@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,12 +22,13 @@ from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.answers_panel import AnswersPanel
+from verl.eval.files import PREDICTIONS, RESULTS
 from verl.eval.grader import Grader, Prediction
 from verl.eval.intervals import are_right_or_wrong, interval_of, majority_vote, numbers_of_answers, pass_at_k, wilson_interval
 from verl.manifest import refuse_inside
 from verl.redaction import redact
 
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+T = TypeVar("T")
 
 
 class AnswerProgress:
@@ -149,7 +150,7 @@ def summarize(
     """
     flexible = [p.correct_flexible for p in predictions if p.correct_flexible is not None]
     scores, tokens = [p.score for p in predictions], sum(p.tokens for p in predictions)
-    interval, method = interval_of(scores, n=config.n)
+    interval, method = interval_of(_by_question(scores, config.n))
     return {
         "metric": grader.metric,
         "metric_chosen_because": why,
@@ -183,7 +184,7 @@ def _of_several(predictions: Sequence[Prediction], n: int) -> dict[str, Any]:
 
     Scores that are not right or wrong have no pass@k, and a metric that extracts no answers has no vote.
     """
-    groups = [predictions[start : start + n] for start in range(0, len(predictions), n)]
+    groups = _by_question(predictions, n)
     if n == 1 or not are_right_or_wrong([p.score for p in predictions]):
         return {"pass_at_k": None, "majority_vote": None}
     rights = [sum(p.correct for p in group) for group in groups]
@@ -194,6 +195,11 @@ def _of_several(predictions: Sequence[Prediction], n: int) -> dict[str, Any]:
         "pass_at_k": {k: _with_interval(shares) for k, shares in passes.items()},
         "majority_vote": _with_interval(votes) if has_votes else None,
     }
+
+
+def _by_question(items: Sequence[T], n: int) -> list[Sequence[T]]:
+    """Cut what there is of `n` consecutive answers to each question by question."""
+    return [items[start : start + n] for start in range(0, len(items), n)]
 
 
 def _with_interval(shares: Sequence[float]) -> dict[str, Any]:
@@ -219,8 +225,10 @@ def print_table(console: Console, results: dict[str, Any]) -> None:
         table.add_row(results["flexible_measure"], f"{flexible:.2%}")
     for k, found in (results["pass_at_k"] or {}).items():
         table.add_row(f"pass@{k}", _shown_with_interval(found))
-    if (vote := results["majority_vote"]) is not None:
-        table.add_row(f"majority vote of {results['answers'] // results['n']}", _shown_with_interval(vote))
+    if results["pass_at_k"] is not None:
+        vote = results["majority_vote"]
+        shown = "none: no answer could be extracted" if vote is None else _shown_with_interval(vote)
+        table.add_row(f"majority vote of {results['answers'] // results['n']}", shown)
     answers = "" if results["answers"] == results["n"] else f", {results['answers']:,} answers"
     table.add_row("questions", f"{results['n']:,}{answers}")
     table.add_row("cut at max_new_tokens", f"{results['truncated']:.2%}")

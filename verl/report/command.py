@@ -11,7 +11,8 @@ from verl.durable import replace_text
 from verl.errors import UserError
 from verl.manifest import refuse_inside
 from verl.report.charts import charts_of
-from verl.report.evaluations import comparisons_of, find_evaluations
+from verl.report.comparisons import comparisons_of
+from verl.report.evaluations import find_evaluations
 from verl.report.figures import write_figures
 from verl.report.metrics import counted
 from verl.report.page import COLORS, GENERATOR, Report, render
@@ -36,7 +37,7 @@ def write_report(
     Raises:
         UserError: a directory is not what it should be, a package is missing, or a file would be lost.
     """
-    _check_packages("jinja2", "plotly", "scipy", *(["matplotlib"] if png is not None else []))
+    _check_packages("jinja2", "plotly", *(["matplotlib"] if png is not None else []))
     if not runs:
         raise UserError("no run is named", where="verl report", fix="name a run's directory: verl report DIR")
     found = [read_run(path) for path in dict.fromkeys(runs)]
@@ -60,13 +61,13 @@ def main(runs: Sequence[Path], evaluations: Sequence[Path], out: Path | None, pn
         for note in run.notes:
             print(f"  note: {note}")
     for evaluation in report.evaluations:
-        interval = evaluation.interval
-        range_text = (
-            "" if interval is None else f", 95% interval {score_text(interval.low, evaluation)} to {score_text(interval.high, evaluation)}"
-        )
+        (low, high), _ = evaluation.interval or ((None, None), "")
+        range_text = "" if low is None else f", 95% interval {score_text(low, evaluation)} to {score_text(high, evaluation)}"
         print(f"{evaluation.path}: {evaluation.measure.lower()} {score_text(evaluation.mean, evaluation)}{range_text}")
         for note in evaluation.notes:
             print(f"  note: {note}")
+    for why in dict.fromkeys(comparison.why for comparison in report.comparisons if comparison.why):
+        print(why)
     if not report.evaluations:
         print("no evaluation found: verl eval makes one, and --eval DIR names one that is elsewhere")
     if files:

@@ -1,9 +1,9 @@
-"""Evaluations of a run's models: the directories of `verl eval`, how they belong to runs, and which answers turned between two of them."""
+"""Evaluations of a run's models: the directories of `verl eval`, and how they belong to runs."""
 
 import json
+import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +12,13 @@ from typing import Any
 
 from verl import regular_file
 from verl.errors import UserError
-from verl.manifest import STEP
+from verl.eval.files import PREDICTIONS, RESULTS, Key, is_evaluation, keys_of
+from verl.eval.intervals import Interval, are_right_or_wrong, interval_of
+from verl.manifest import STEP, step_name
 from verl.report.metrics import counted
 from verl.report.runs import RunFiles
-from verl.report.statistics import Interval, PairedTest, compare, interval_of, is_binary
 
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 LARGEST = 2**30  # bytes of predictions.jsonl that are read
-STEP_NAME = "global_step_"
 _VALIDATION = re.compile(r"validation_(\d+)\.jsonl")
 _DEPTH = 3  # of folders in a run's directory that are searched
 
@@ -88,18 +87,12 @@ class Evaluation:
         return tuple(json.dumps(self.settings.get(key), sort_keys=True, default=str) for key in keys)
 
     @cached_property
-    def questions(self) -> dict[tuple[str, str, int], list[Answer]]:
-        """Answers by question: its text, its reference, and how many equal ones come before it."""
+    def questions(self) -> dict[Key, list[Answer]]:
+        """The answers to each question."""
         n = self.settings.get("n", 1)
         n = n if isinstance(n, int) and n > 0 else 1
-        found: dict[tuple[str, str, int], list[Answer]] = {}
-        seen: dict[tuple[str, str], int] = defaultdict(int)
-        for start in range(0, len(self.answers), n):
-            first = self.answers[start]
-            place = (first.prompt, first.reference)
-            found[first.prompt, first.reference, seen[place]] = self.answers[start : start + n]
-            seen[place] += 1
-        return found
+        keys = keys_of((first.prompt, first.reference) for first in self.answers[::n])
+        return {key: self.answers[number * n : (number + 1) * n] for number, key in enumerate(keys)}
 
     @cached_property
     def scores(self) -> list[float]:
@@ -125,40 +118,13 @@ class Evaluation:
     @property
     def is_share(self) -> bool:
         """Whether each answer is either right or wrong."""
-        return is_binary([answer.score for answer in self.answers])
+        return are_right_or_wrong([answer.score for answer in self.answers])
 
     @cached_property
-    def interval(self) -> Interval | None:
-        return interval_of(self.scores)
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A question that two evaluations answered."""
-
-    before: Answer
-    after: Answer
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two evaluations of the same questions.
-
-    Attributes:
-        test: None if they have too few questions in common.
-        right, wrong: questions whose score rose and fell.
-        same_right, same_wrong: questions whose score stayed, at 1 and below.
-        unpaired: questions that only one of the two has.
-    """
-
-    before: Evaluation
-    after: Evaluation
-    test: PairedTest | None
-    right: list[Turned]
-    wrong: list[Turned]
-    same_right: list[Turned]
-    same_wrong: list[Turned]
-    unpaired: int
+    def interval(self) -> tuple[Interval, str] | None:
+        """The 95% interval of the mean score, and its method, as `verl eval` gives them; None if there are too few questions."""
+        scores = [[answer.score for answer in answers] for answers in self.questions.values()]
+        return interval_of(scores) if len(scores) > 1 or (scores and self.is_share) else None
 
 
 def mean_score(answers: Sequence[Answer]) -> float:
@@ -214,10 +180,6 @@ def _answer(line: str) -> Answer | None:
     return Answer(prompt, reference, response, None if extracted is None else str(extracted), score) if score == score else None
 
 
-def is_evaluation(path: Path) -> bool:
-    return (path / RESULTS).is_file() or (path / PREDICTIONS).is_file()
-
-
 def read_validations(run: RunFiles, number: int) -> list[Evaluation]:
     """Return the first and the last validation of a run of reinforcement learning, as evaluations by its reward.
 
@@ -227,7 +189,7 @@ def read_validations(run: RunFiles, number: int) -> list[Evaluation]:
     found = [(int(match[1]), path) for path in _files(run.directory / "rollouts") if (match := _VALIDATION.fullmatch(path.name))]
     validations = []
     for step, path in dict.fromkeys([*sorted(found)[:1], *sorted(found)[-1:]]):
-        settings = {"model_path": f"{run.directory}/{STEP_NAME}{step}", "test_file": run.setting("data.val_files"), "metric": "reward"}
+        settings = {"model_path": f"{run.directory}/{step_name(step)}", "test_file": run.setting("data.val_files"), "metric": "reward"}
         evaluation = Evaluation(path, settings | {"run": str(run.directory)}, run=number, step=step, is_validation=True)
         _read_answers(evaluation, path)
         validations.append(evaluation)
@@ -259,7 +221,7 @@ def find_evaluations(runs: Sequence[RunFiles], named: Sequence[Path]) -> list[Ev
 
 def _order(evaluation: Evaluation) -> tuple[Any, ...]:
     """Evaluations of the same questions are together; of a run, the earlier step first."""
-    run = len(evaluation.settings) if evaluation.run is None else evaluation.run
+    run = math.inf if evaluation.run is None else evaluation.run
     return (
         evaluation.is_validation,
         evaluation.subject,
@@ -314,52 +276,3 @@ def _spellings(path: str) -> set[str]:
     if not path:
         return set()
     return {os.path.normpath(path), os.path.realpath(os.path.expanduser(path))}
-
-
-def comparisons_of(evaluations: Sequence[Evaluation], runs: Sequence[RunFiles] = ()) -> list[Comparison]:
-    """Compare, of each subject, every evaluation with that of the model that its run began with, or else with the first one.
-
-    The last evaluations of several runs are compared with the first run's, too.
-    """
-    groups: dict[tuple[str, ...], list[Evaluation]] = defaultdict(list)
-    for evaluation in evaluations:
-        if evaluation.answers and evaluation.settings:
-            groups[evaluation.subject].append(evaluation)
-    return [compared(before, after) for group in groups.values() for before, after in _pairs(group, runs)]
-
-
-def _pairs(group: Sequence[Evaluation], runs: Sequence[RunFiles]) -> list[tuple[Evaluation, Evaluation]]:
-    """Return which evaluations of a subject are compared, the earlier one first."""
-    pairs = []
-    for after in group:
-        bases = [one for one in group if one is not after and after.run is not None and runs and is_base(one, runs[after.run])]
-        before = bases[0] if bases and after.step != 0 else group[0]
-        if before is not after:
-            pairs.append((before, after))
-    last = {one.run: one for one in group if one.run is not None and one.step != 0}  # of each run
-    lasts = [last[run] for run in sorted(last)]
-    seen = {frozenset((id(before), id(after))) for before, after in pairs}
-    return [*pairs, *((lasts[0], one) for one in lasts[1:] if frozenset((id(lasts[0]), id(one))) not in seen)]
-
-
-def compared(before: Evaluation, after: Evaluation) -> Comparison:
-    """Pair the questions of two evaluations by their texts, and sort them by what became of their answers."""
-    there, here = before.questions, after.questions
-    pairs = [(there[question], here[question]) for question in there if question in here]
-    scores = [(mean_score(a), mean_score(b)) for a, b in pairs]
-    kinds: dict[str, list[Turned]] = {"right": [], "wrong": [], "same_right": [], "same_wrong": []}
-    for (a, b), (x, y) in zip(pairs, scores, strict=True):
-        kind = "right" if y > x else "wrong" if y < x else "same_right" if y >= 1 else "same_wrong"
-        kinds[kind].append(_shown(a, b, kind))
-    test = compare([x for x, _ in scores], [y for _, y in scores])
-    unpaired = len(there) + len(here) - 2 * len(pairs)
-    return Comparison(before, after, test, kinds["right"], kinds["wrong"], kinds["same_right"], kinds["same_wrong"], unpaired)
-
-
-def _shown(before: list[Answer], after: list[Answer], kind: str) -> Turned:
-    """Return the answers to show of a question: of several, those that differ most in the way that it turned."""
-    if kind in ("same_right", "same_wrong"):
-        return Turned(before[0], after[0])
-    low, high = (before, after) if kind == "right" else (after, before)
-    worst, best = min(low, key=lambda answer: answer.score), max(high, key=lambda answer: answer.score)
-    return Turned(worst, best) if kind == "right" else Turned(best, worst)

@@ -15,12 +15,14 @@ from importlib import resources
 from typing import Any
 
 from verl import __version__
+from verl.eval.intervals import WILSON
+from verl.eval.paired import Comparison as PairedComparison
 from verl.report.charts import FEW_POINTS, OTHERS, Chart
-from verl.report.evaluations import Comparison, Evaluation, Turned, is_base
+from verl.report.comparisons import Comparison, Turned
+from verl.report.evaluations import Evaluation, is_base
 from verl.report.metrics import counted
 from verl.report.runs import RunFiles
 from verl.report.settings import changed_settings, command_of, command_of_evaluation, shell, trainer_of
-from verl.report.statistics import BOOTSTRAP, NO_DIFFERENCE, PairedTest
 from verl.report.summary import Fact, facts_of, method_of, number_text, score_text, state_of
 
 GENERATOR = '<meta name="generator" content="verl report">'
@@ -206,20 +208,20 @@ def _name(evaluation: Evaluation, names: Sequence[str]) -> str:
 
 
 def _evaluation(evaluation: Evaluation, names: Sequence[str]) -> dict[str, Any]:
-    interval = evaluation.interval
-    scale = 100.0 if evaluation.is_share or (interval is not None and 0 <= interval.low <= interval.high <= 1) else None
-    mean = evaluation.mean
-    shown = None if scale is None or interval is None or mean is None else [100 * x for x in (interval.low, mean, interval.high)]
+    (low, high), method = evaluation.interval or ((None, None), "")
+    mean, bar = evaluation.mean, None
+    if low is not None and high is not None and mean is not None and 0 <= low <= high <= 1:
+        bar = [100 * low, 100 * mean, 100 * high]
     return {
         "name": _name(evaluation, names),
         "model": evaluation.model,
         "file": str(evaluation.settings.get("test_file", "")),
         "measure": evaluation.measure,
         "score": score_text(mean, evaluation),
-        "low": "" if interval is None else score_text(interval.low, evaluation),
-        "high": "" if interval is None else score_text(interval.high, evaluation),
-        "method": "" if interval is None else interval.method,
-        "bar": shown,
+        "low": "" if low is None else score_text(low, evaluation),
+        "high": "" if high is None else score_text(high, evaluation),
+        "method": "Wilson" if method == WILSON else method,
+        "bar": bar,
         "questions": len(evaluation.scores),
         "answers": len(evaluation.answers),
         "truncated": evaluation.results.get("truncated"),
@@ -237,6 +239,7 @@ def _comparison(one: Comparison, names: Sequence[str]) -> dict[str, Any]:
     return {
         "before": _name(one.before, names),
         "after": _name(one.after, names),
+        "why": one.why,
         "test": None if one.test is None else _test_text(one),
         "unpaired": counted(one.unpaired, "answer") if one.unpaired else "",
         "counts": {_HEADINGS[kind]: len(found) for kind, found in kinds.items()},
@@ -252,22 +255,22 @@ def _test_text(one: Comparison) -> dict[str, str]:
     test = one.test
     assert test is not None
     is_share = one.before.is_share and one.after.is_share
-    low, high = test.interval.low, test.interval.high
+    low, high = test.interval
     points = [(f"{100 * x:+.1f}" if is_share else f"{x:+.4g}").replace("-", "−") for x in (test.difference, low, high)]
     p_value = "p < 0.0001" if test.p_value < 0.0001 else f"p = {test.p_value:.2g}"
     return {
         "difference": points[0],
         "unit": "percentage points" if is_share else "of the mean score",
         "interval": f"{points[1]} to {points[2]}",
-        "interval_method": "resampled" if test.interval.method == BOOTSTRAP else test.interval.method,
+        "interval_method": test.interval_method,
         "p_value": p_value,
-        "method": test.method,
+        "method": test.test,
         "verdict": _verdict(test),
     }
 
 
-def _verdict(test: PairedTest) -> str:
-    if test.method == NO_DIFFERENCE:
+def _verdict(test: PairedComparison) -> str:
+    if test.better == test.worse == 0:
         return "The two score the same on every question."
     return "The difference is larger than chance explains." if test.p_value < 0.05 else "Chance alone may explain the difference."
 

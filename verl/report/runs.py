@@ -11,6 +11,7 @@ import yaml
 from verl import regular_file
 from verl.config.yaml_text import Loader
 from verl.errors import UserError
+from verl.eval.files import is_evaluation
 from verl.manifest import MANIFEST, STEP, steps_in
 from verl.redaction import redact, redact_text
 from verl.report.metrics import METRICS, Metrics, read_metrics
@@ -35,6 +36,7 @@ class RunFiles:
         checkpoints: names of its checkpoints, by step.
         versions: version by package, as far as the files tell.
         notes: what is odd about the files, one sentence each.
+        last_written: when its metrics were, in seconds since 1970; None if it has none. A copy of a run may have the time of the copy.
     """
 
     directory: Path
@@ -49,6 +51,7 @@ class RunFiles:
     versions: dict[str, str] = field(default_factory=dict)
     processes: int | None = None
     notes: list[str] = field(default_factory=list)
+    last_written: float | None = None
 
     def setting(self, key: str) -> Any:
         """Return the value of a key such as `optim.lr`; None if the config has none."""
@@ -69,6 +72,11 @@ class RunFiles:
             if isinstance(found, int) and found > 0:
                 return found
         return None
+
+    @property
+    def is_finished(self) -> bool | None:
+        """Whether all steps are done; None if no file tells how many there are."""
+        return None if self.total_steps is None else self.steps >= self.total_steps
 
     def _planned(self) -> int | None:
         found = next((match for line in self.beginning if (match := re.match(r"plan: ([\d,]+) steps?\b", line))), None)
@@ -108,7 +116,7 @@ def read_run(path: Path) -> RunFiles:
     if not any((directory / name).exists() for name in (CONFIG, METRICS, LOG)) and not steps_in(directory):
         raise _no_run(path, directory)
     metrics = read_metrics(directory)
-    run = RunFiles(directory, directory.resolve().name, metrics, notes=list(metrics.notes))
+    run = RunFiles(directory, directory.resolve().name, metrics, notes=list(metrics.notes), last_written=_last_written(directory))
     run.config = _read_config(run)
     run.state, run.best = _read_json(run, STATE), _read_json(run, BEST)
     _read_log(run)
@@ -116,9 +124,16 @@ def read_run(path: Path) -> RunFiles:
     return run
 
 
+def _last_written(directory: Path) -> float | None:
+    try:
+        return (directory / METRICS).stat().st_mtime
+    except OSError:
+        return None
+
+
 def _no_run(path: Path, directory: Path) -> UserError:
     """Say what a directory is that is no run's."""
-    if (directory / "results.json").is_file() or (directory / "predictions.jsonl").is_file():
+    if is_evaluation(directory):
         return UserError("is an evaluation, not a run", where=str(path), fix=f"name the run first, then: --eval {path}")
     inside = sorted(
         child.name for child in directory.iterdir() if child.is_dir() and ((child / CONFIG).exists() or (child / METRICS).exists())

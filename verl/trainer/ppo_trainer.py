@@ -18,6 +18,7 @@ from verl.engine.hardware import measure
 from verl.engine.outline import Outline
 from verl.engine.position import Position
 from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
+from verl.manifest import step_name
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
@@ -211,7 +212,7 @@ def leave_early(config: PPOConfig, here: Position, start: Position, run: Run, sa
     run.should_stop()  # all ranks learn of the signal
     run.enter("saving", here.step)
     saver.finish()
-    is_saved = here.step == start.step or run.checkpoint == run.directory / f"global_step_{here.step}"
+    is_saved = here.step == start.step or run.checkpoint == run.directory / step_name(here.step)
     if not is_saved and config.trainer.save_freq != "never":
         saver.save(here, {})
         saver.finish()
