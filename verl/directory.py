@@ -305,13 +305,13 @@ def _claimed(directory: Path, purpose: str) -> Claimed:
 
 def _taken(directory: Path, purpose: str, notes: list[str]) -> Lock:
     """Lock a directory, which is made again if a run that could not begin has removed it meanwhile."""
-    while True:
-        try:
-            return take(directory, purpose, notes.append)
-        except FileNotFoundError:
-            if directory.is_dir():
-                raise
-            directory.mkdir(parents=True, exist_ok=True)
+    try:
+        return take(directory, purpose, notes.append)
+    except FileNotFoundError:
+        if directory.is_dir():
+            raise
+    directory.mkdir(parents=True, exist_ok=True)
+    return take(directory, purpose, notes.append)
 
 
 def _sweep(directory: Path) -> None:

@@ -19,7 +19,6 @@ from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
 from verl.durable import append_text, real_folder, replace_text
 from verl.errors import RankError, Stopped, UserError
-from verl.pace import counted
 from verl.progress import open_console
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class Run:
             try:
                 text = ending(self, self._metrics(), time.monotonic() - self._since)
             except Exception as error:  # such as a file that somebody has changed meanwhile: the run is done, and its work is saved
-                text = f"done: {counted(self.step, 'step')}; its metrics cannot be read: {type(error).__name__}: {error}"
+                text = f"done: {self.step:,} of {self.total_steps:,} steps; its metrics cannot be read: {type(error).__name__}: {error}"
             self.say(text)
 
     def owned(self) -> Path:

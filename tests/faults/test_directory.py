@@ -54,26 +54,25 @@ def test_a_run_that_cannot_begin_leaves_what_was_there_and_nothing_else(there: l
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine\n")
     before = names_in(tmp_path)
-    with pytest.raises(UserError, match="no such column"), run_in(tmp_path / "checkpoints/mine") as run:
-        run.say("reading")
-        run.start_logging(0, 5)
-        raise UserError("no such column")
+    with pytest.raises(UserError, match="no such column"):
+        fail_in(tmp_path / "checkpoints/mine", UserError("no such column"), lambda run: run.start_logging(0, 5))
     assert names_in(tmp_path) == before
     assert all((tmp_path / name).read_text().startswith("mine\n") for name in there)
 
 
 def test_a_run_that_has_begun_or_whose_directory_has_other_files_meanwhile_is_left(tmp_path: Path) -> None:
-    with pytest.raises(UserError), run_in(tmp_path / "trained") as run:
+    def train(run: Run) -> None:
         run.start_logging(0, 5)
         run.log(1, {"train/loss": 1.0})
-        raise UserError("the loss is not finite")
+
+    with pytest.raises(UserError, match="not finite"):
+        fail_in(tmp_path / "trained", UserError("the loss is not finite"), train)
     assert {"trained/train.log", "trained/metrics.jsonl", "trained/config.yaml"} <= names_in(tmp_path)
-    with pytest.raises(UserError), run_in(tmp_path / "written") as run:
-        (run.directory / "notes.txt").write_text("mine")
-        raise UserError("no such column")
+    with pytest.raises(UserError, match="no such column"):
+        fail_in(tmp_path / "written", UserError("no such column"), lambda run: (run.directory / "notes.txt").touch())
     assert {"written/train.log", "written/notes.txt"} <= names_in(tmp_path)
-    with pytest.raises(ZeroDivisionError), run_in(tmp_path / "broken"):
-        1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fail_in(tmp_path / "broken", ZeroDivisionError(), lambda run: None)
     assert "broken/train.log" in names_in(tmp_path)
 
 
@@ -84,9 +83,12 @@ def test_a_late_error_of_a_command_reaches_the_terminal_and_leaves_no_directory(
     assert not any(name.startswith("checkpoints") for name in names_in(tmp_path))
 
 
-def run_in(directory: Path) -> Run:
+def fail_in(directory: Path, error: Exception, work: Callable[[Run], object]) -> None:
+    """Begin a run in a directory, do some work in it, and fail."""
     words = ["data.train_files=a", "model.partial_pretrain=b", f"trainer.default_local_dir={directory}", "trainer.logger=console"]
-    return Run(load_config(SFTConfig, words))
+    with Run(load_config(SFTConfig, words)) as run:
+        work(run)
+        raise error
 
 
 def words(folder: Path, output: str | None, **changes: object) -> list[str]:

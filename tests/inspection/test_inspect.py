@@ -251,7 +251,7 @@ def test_a_huge_row_is_read_and_its_middle_left_out(inspected: Any) -> None:
     assert len(page(found)) < 200_000
 
 
-def test_a_file_without_a_row_that_can_be_read_is_an_error_and_a_damaged_one_a_finding(inspected: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_file_of_which_nothing_can_be_read_is_an_error_and_a_damaged_one_a_finding(inspected: Any, folder: Path, tmp_path: Path) -> None:
     def inspect(*names: str, **options: Any) -> Inspection:
         files = ",".join(str(tmp_path / name) for name in names)
         return verl.inspect_data(f"data.train_files=[{files}]", f"model.partial_pretrain={folder / 'model'}", **options)

@@ -28,7 +28,8 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
         _check_folder(path)
     found = inspect(config, picks, exact=exact)
     if found.missing:
-        fix = f"{found.train.key} has {count(found.train.rows, 'rows')}; name one by its number or its place, such as {found.train.files[0].name}:1"
+        place = f"{found.train.files[0].name}:1"
+        fix = f"{found.train.key} has {count(found.train.rows, 'rows')}; name one by its number or its place, such as {place}"
         raise UserError(f"there is no row {' and no row '.join(found.missing)}", where="--row", fix=fix)
     show(found)
     if json_file is not None:
