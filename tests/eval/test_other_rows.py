@@ -218,7 +218,7 @@ def test_questions_are_paired_by_their_text_and_others_are_left_out_aloud(tmp_pa
     file.write_text("\n".join([*lines[2:], *lines[:2]]) + "\n")  # in another order
     sft_evaluator.main([one, "--against", two])
     out = capsys.readouterr().out
-    assert "on 2 questions" in out and "warning: 3 questions that only one of them answered are left out" in out
+    assert "on 2 questions" in out and "warning: left out, because only one of them answered: 3 questions" in out
     assert "score       1.0000 against 0.3750" in out and "paired bootstrap" in out and "sign flips" in out
 
 

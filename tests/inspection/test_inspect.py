@@ -346,6 +346,15 @@ def test_mixtures_make_the_steps_of_their_shares(folder: Path) -> None:
     assert (found.train.rows, found.steps.per_epoch) == (80, 2)
 
 
+def test_in_a_pipe_a_row_is_lines_and_its_place_is_in_one_piece(inspected: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspected([row("What is it? " * 20, "It is four.")])
+    terminal.show(found)
+    shown = capsys.readouterr().out.splitlines()
+    (title,) = (number for number, line in enumerate(shown) if line.startswith("row 1, "))
+    assert shown[title] == f"row 1, {found.rows[0].place} (first)"
+    assert any("What is it? " * 20 in line for line in shown[title + 1 :]) and not any("│" in line for line in shown)
+
+
 def command(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "verl", "inspect", *words], capture_output=True, text=True, timeout=120)
 

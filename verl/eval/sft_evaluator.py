@@ -32,6 +32,7 @@ from verl.models.format_check import check_format
 from verl.models.kind import GENERATES, check_kind
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
+from verl.pace import counted
 from verl.progress import open_console
 from verl.rewards._fitting import Chosen, choose
 from verl.rewards._scoring import warning_of
@@ -148,7 +149,7 @@ def answer_and_grade(
         return grader.grade(questions, [Answer(number // config.n, done.text(tokenizer), done) for number, done in batch])
 
     device = rollout.describe()
-    console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
+    console.print(f"{config.model_path} answers {counted(len(questions), 'question')} on {device}")
     characters = config.n * sum(len(question.prompt) + len(question.reference) for question in questions)
     report.check_room(directory, len(questions) * config.n, characters, max_new_tokens, console)
     report.clear_earlier(directory, console)

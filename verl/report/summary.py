@@ -55,7 +55,11 @@ def state_of(run: RunFiles) -> str:
     total = run.total_steps
     if total is None:
         return f"step {run.steps:,}"
-    return f"all {total:,} steps done" if run.steps >= total else f"{run.steps:,} of {total:,} steps done: it is running, or was stopped"
+    return (
+        f"all {counted(total, 'step')} done"
+        if run.steps >= total
+        else f"{run.steps:,} of {counted(total, 'step')} done: it is running, or was stopped"
+    )
 
 
 def _exact_match(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Fact]:
