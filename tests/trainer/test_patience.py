@@ -66,7 +66,7 @@ def test_a_run_without_a_better_validation_ends_with_a_checkpoint_and_says_why(
     assert len([line for line in said if line.startswith("saved ")]) == 3
     train(folder, tmp_path / "out", trainer__patience=3)  # started again, it says the same and trains nothing
     again = capsys.readouterr().out.splitlines()
-    assert said[-1] in again
+    assert said[why] in again
     assert metrics_of(tmp_path / "out") == metrics
 
 
