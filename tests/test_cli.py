@@ -27,6 +27,8 @@ from verl.config.pairs import RewardTrainerConfig
 from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError
+from verl.progress import open_console
+from verl.prove.report import show
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
 
@@ -246,6 +248,23 @@ def test_doctor_says_what_is_here(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = capsys.readouterr().out
     for part in ("python", "torch", "transformers", "attention", "current folder", "downloaded models"):
         assert part in shown
+
+
+def test_in_a_pipe_no_command_wraps_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal, and where COLUMNS says how wide one is, lines are wrapped in words."""
+    (place := tmp_path / ("deep" * 20) / ("folder" * 20)).mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(place))
+    monkeypatch.setenv("COLUMNS", "80")
+    finding = doctor.Finding("disk", "downloaded models", f"1 GiB free in {place}", "warning", f"free {place}")
+    doctor.report([finding], open_console())
+    show(subject_named(str(place)), [], 1.0)
+    shown = capsys.readouterr().out
+    assert shown.count(f"1 GiB free in {place}") == 2 and f"fix: free {place}" in shown and f"verl prove {place}: a model\n" in shown
+    assert open_console(force_terminal=True).width == 80
+
+
+def subject_named(name: str) -> Any:
+    return SimpleNamespace(name=name, describe=lambda: "a model")
 
 
 def requirement(text: str) -> doctor.Requirement:

@@ -9,7 +9,9 @@ from runs import run_with
 
 from verl.config.load import load_config
 from verl.config.pairs import RewardTrainerConfig
+from verl.config.sft import SFTConfig
 from verl.ending import ending
+from verl.errors import Stopped
 from verl.run import Run
 
 METRICS = [
@@ -27,7 +29,8 @@ def checkpoint(folder: Path, config: dict[str, object], name: str = "config.json
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    run = run_with(tmp_path / "my run", "data.val_files=my test.jsonl")
+    run = run_with(tmp_path / "my run", "data.val_files=my test.jsonl", "trainer.max_seconds=25", total_steps=3)
+    run.step = 3
     run.checkpoint = checkpoint(run.directory / "global_step_3", {"architectures": ["Qwen2ForCausalLM"]})
     return run
 
@@ -40,8 +43,30 @@ def test_it_says_loss_time_tokens_and_the_best_step(run: Run) -> None:
 
 
 def test_the_time_of_a_resumed_run_is_that_of_its_own_steps(run: Run) -> None:
-    run.start_step, run.total_steps = 1, 3
+    run.start_step = 1
     assert ending(run, METRICS, 60.0).startswith("done: 3 steps, 2 of them in 1:00 · ")
+
+
+def test_a_run_that_stopped_early_says_of_how_many_steps_and_goes_on_with_more_patience(tmp_path: Path) -> None:
+    words = ["data.val_files=b", "trainer.best_metric=val/loss", "trainer.patience=3", f"trainer.default_local_dir={tmp_path}"]
+    run = Run(load_config(SFTConfig, ["data.train_files=a", "model.partial_pretrain=c", *words]))
+    run.step, run.total_steps, run.checkpoint = 3, 7, checkpoint(tmp_path / "global_step_3", {})
+    first, *_, last = ending(run, METRICS, 83.0).splitlines()
+    assert first.startswith("done: 3 of 7 steps in 1:23 · ")
+    assert last == f"  verl sft --config {tmp_path / 'config.yaml'} trainer.patience=6"
+
+
+def test_a_stopped_run_shows_the_commands_and_goes_on_with_its_own_config(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.total_steps = 7
+    with pytest.raises(Stopped):
+        run.leave(3)
+    first, second, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("stopped by ") and second == f"the model is in {run.checkpoint}; next:"
+    assert shlex.split(last) == ["verl", "sft", "--config", str(run.directory / "config.yaml")]
+    run.checkpoint = None
+    with pytest.raises(Stopped):
+        run.leave(3)
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_its_commands_are_quoted_for_the_shell(run: Run, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ USES = [
     # Words that are no keys
     ("sft", "data.train_files and model.partial_pretrain must be given", "add data.train_files=… model.partial_pretrain=…"),
     ("sft train.jsonl", "'train.jsonl' is a file, and no key names it", "write data.train_files=train.jsonl"),
+    ("inspect train.jsonl", "'train.jsonl' is a file, and no key names it", "write data.train_files=train.jsonl"),
+    ("eval train.jsonl", "'train.jsonl' is a file, and no key names it", "write test_file=train.jsonl"),
+    ("sft book.xlsx", "'book.xlsx' is a file, and no key names it", "write data.train_files=book.xlsx"),
     ("sft model", "'model' is a model or a directory, and no key names it", "write model.partial_pretrain=model"),
     ("sft recipe.yaml", "'recipe.yaml' is a file, and no key names it", "write --config recipe.yaml"),
     (f"sft --lr 1e-5 {SFT}", "there is no option '--lr'", "write optim.lr=1e-5"),
@@ -77,6 +80,8 @@ USES = [
     ("sft data.train_files=[train.jsonl model.partial_pretrain=model", "cannot read the value", "write lists as [a,b]"),
     ("sft data.train_files=a.jsonl,b.jsonl model.partial_pretrain=model", "is one text with 2 files", "write a list: 'data.train_files=["),
     ("sft data.train_files=book.xlsx model.partial_pretrain=model", "a spreadsheet", "CSV"),
+    ("inspect data.train_files=book.xlsx model.partial_pretrain=model", "a spreadsheet", "CSV"),
+    (f"inspect {SFT} --row 999", "there is no row 999", "data.train_files has 16 rows"),
     ("sft data.train_files=broken.jsonl model.partial_pretrain=model", "broken.jsonl:2: not JSON", "write one object per line"),
     (f"sft {SFT} data.prompt_key=qestion", "column 'qestion' is missing", "did you mean data.prompt_key=question?"),
     (f"reward {SFT}", "column 'chosen' is missing", "set data.chosen_key to the right column"),

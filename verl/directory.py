@@ -12,6 +12,7 @@ import platform
 import re
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -26,13 +27,14 @@ from verl.config.trajectory import CONTENT, MODEL, Change, changes, kind_of, val
 from verl.config.yaml_text import Loader
 from verl.durable import UNFINISHED, append_text, flush, replace_text
 from verl.errors import UserError
+from verl.lock import FILE as LOCK
 from verl.lock import Lock, LockedError, take
 from verl.manifest import refuse_inside, steps_in
 from verl.typed_json import DamageError, read_json
 
 CONFIG, METRICS, LOG, ENVIRONMENT = "config.yaml", "metrics.jsonl", "train.log", "environment.json"
 FILES = (
-    "lock",
+    LOCK,
     LOG,
     METRICS,
     CONFIG,
@@ -56,6 +58,8 @@ class Claimed:
         mark: an empty file in it, by which other nodes recognise it.
         notes: what to say after the run's first line.
         why: why it is not the directory with the plain name; empty if it is.
+        made: the directories that were made for it, the innermost first.
+        before: names of what was in it before.
     """
 
     directory: Path
@@ -63,6 +67,8 @@ class Claimed:
     mark: Path
     notes: list[str] = field(default_factory=list)
     why: str = ""
+    made: list[Path] = field(default_factory=list)
+    before: frozenset[str] = frozenset()
 
     def check(self) -> None:
         """Check that the lock is still held, and write the metrics to disk.
@@ -80,9 +86,23 @@ class Claimed:
             fix = "restore it; the same command resumes from the newest checkpoint in it"
             raise UserError(f"cannot be written: {error.strerror}", where=str(self.directory), fix=fix) from error
 
-    def release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
+    def release(self, *, is_vain: bool = False) -> None:
+        """Give the directory up.
+
+        Args:
+            is_vain: whether the run could not begin: nothing is left then of what it has made, if nothing else has been put beside it.
+        """
+        if self.lock is None:
+            return
+        with suppress(OSError):
+            if is_vain and self.lock.is_held() and not is_used(self.directory):
+                new = {path.name for path in self.directory.iterdir()} - self.before
+                for name in new - {LOCK} if new <= set(FILES) else ():
+                    (self.directory / name).unlink()
+        self.lock.release()
+        with suppress(OSError):  # such as one that is not empty
+            for folder in self.made if is_vain else ():
+                folder.rmdir()
 
 
 def claimed(config: RunConfig) -> Claimed:
@@ -99,11 +119,12 @@ def claimed(config: RunConfig) -> Claimed:
         if config.trainer.save_freq != "never":
             dist.together(lambda: _find(found))
     except BaseException:
-        found.release()
-        raise
-    finally:
         if dist.is_main():
             mark.unlink()
+        found.release(is_vain=True)
+        raise
+    if dist.is_main():
+        mark.unlink()
     return found
 
 
@@ -267,17 +288,30 @@ def _claimed(directory: Path, purpose: str) -> Claimed:
     refuse_inside(directory, str(directory), "set trainer.default_local_dir to a directory outside it")
     notes: list[str] = []
     try:
+        made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         directory.mkdir(parents=True, exist_ok=True)
+        before = frozenset(path.name for path in directory.iterdir())
         for name in FILES:
             regular_file.check_regular(directory / name, ANOTHER)
-        lock = take(directory, purpose, notes.append)
+        lock = _taken(directory, purpose, notes)
         _sweep(directory)
         append_text(directory / LOG, "", private=True)
         (mark := directory / f".{uuid4().hex}").touch()
     except OSError as error:
         what = f"cannot be written: {error.strerror}"
         raise UserError(what, where=str(directory), fix="set trainer.default_local_dir") from error
-    return Claimed(directory, lock, mark, notes)
+    return Claimed(directory, lock, mark, notes, made=made, before=before)
+
+
+def _taken(directory: Path, purpose: str, notes: list[str]) -> Lock:
+    """Lock a directory, which is made again if a run that could not begin has removed it meanwhile."""
+    try:
+        return take(directory, purpose, notes.append)
+    except FileNotFoundError:
+        if directory.is_dir():
+            raise
+    directory.mkdir(parents=True, exist_ok=True)
+    return take(directory, purpose, notes.append)
 
 
 def _sweep(directory: Path) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl.errors import UserError
+from verl.progress import open_console
 
 if TYPE_CHECKING:
     from verl.models.attention.flash import Kernel
@@ -191,6 +192,6 @@ def main(argv: list[str]) -> None:
     if argv:
         raise UserError(f"cannot read {argv[0]!r}", fix="verl doctor takes no arguments")
     findings = examine()
-    report(findings, Console())
+    report(findings, open_console())
     if any(finding.state == "missing" for finding in findings):
         raise SystemExit(1)

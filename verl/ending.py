@@ -15,24 +15,35 @@ Metrics = Sequence[Mapping[str, float]]
 
 
 def ending(run: Shown, metrics: Metrics, seconds: float) -> str:
-    """Return the last lines of a run that has done all steps.
+    """Return the last lines of a run that has done all steps, or has stopped early.
 
     Args:
         metrics: of all steps, as in metrics.jsonl.
         seconds: that this command took.
     """
     steps = [line for line in metrics if line.get("step", 0) > 0]
-    here = f", {run.total_steps - run.start_step:,} of them" if run.start_step else ""
-    done = [f"done: {counted(len(steps), 'step')}{here} in {clock(seconds)}", *_changes(steps)]
+    here = f", {run.step - run.start_step:,} of them" if run.start_step else ""
+    many = counted(len(steps), "step") if run.step == run.total_steps else f"{run.step:,} of {counted(run.total_steps, 'step')}"
+    done = [f"done: {many}{here} in {clock(seconds)}", *_changes(steps)]
     tokens = next((line["train/tokens"] for line in reversed(steps) if "train/tokens" in line), None)
     done += [f"{tokens:,.0f} tokens"] if tokens is not None else []
     lines = [" · ".join(done), *_best(metrics)]
     if run.checkpoint is None:
         return "\n".join([*lines, f"no checkpoint was saved (trainer.save_freq=never); metrics: {run.directory / 'metrics.jsonl'}"])
+    return "\n".join([*lines, commands(run)])
+
+
+def commands(run: Shown, *, is_stopped: bool = False) -> str:
+    """Return where the model of a run is, and the commands that come next. The run has a checkpoint.
+
+    Args:
+        is_stopped: whether a signal or the time limit has stopped it, so that the same command goes on.
+    """
+    assert run.checkpoint is not None
     best = run.directory / "best"
     model = run.directory / best.readlink() if best.is_symlink() else run.checkpoint
     what = "the best model" if best.is_symlink() else "the model"
-    return "\n".join([*lines, f"{what} is in {model}; next:", *(f"  {line}" for line in _next(run, model))])
+    return "\n".join([f"{what} is in {model}; next:", *(f"  {line}" for line in _next(run, model, is_stopped=is_stopped))])
 
 
 def _changes(steps: Metrics) -> list[str]:
@@ -57,10 +68,11 @@ def _best(metrics: Metrics) -> list[str]:
     return []
 
 
-def _next(run: Shown, model: Path) -> list[str]:
+def _next(run: Shown, model: Path, *, is_stopped: bool) -> list[str]:
     """Return commands for the shell: to evaluate, chat, export, and go on."""
     command, directory = COMMANDS.get(type(run.settings).__name__, "verl sft"), run.directory
-    name, merged, again = _word(model), _word(directory.with_name(f"{directory.name}-model")), _longer(command, run)
+    name, merged = _word(model), _word(directory.with_name(f"{directory.name}-model"))
+    again = _longer(command, run, is_stopped=is_stopped)
     if _is_reward_model(model):
         return [f"verl ppo reward_model.path={name} model.partial_pretrain=<model> data.train_files=<questions>", again]
     tests = run.config["data"].get("val_files")
@@ -76,14 +88,18 @@ def _next(run: Shown, model: Path) -> list[str]:
     return [*lines, again]
 
 
-def _longer(command: str, run: Shown) -> str:
+def _longer(command: str, run: Shown, *, is_stopped: bool) -> str:
     """Return the command that trains further, with the same keys."""
-    trainer = run.settings.trainer
+    trainer, again = run.settings.trainer, f"{command} --config {_word(run.directory / 'config.yaml')}"
+    if is_stopped:
+        return again
+    if run.step < run.total_steps and trainer.patience is not None:
+        return f"{again} trainer.patience={2 * trainer.patience}"
     if trainer.total_training_steps is not None:
         longer = f"trainer.total_training_steps={2 * trainer.total_training_steps}"
     else:
         longer = f"trainer.total_epochs={trainer.total_epochs + 1}"
-    return f"{command} --config {_word(run.directory / 'config.yaml')} {longer}"
+    return f"{again} {longer}"
 
 
 def _word(value: object) -> str:

@@ -9,17 +9,23 @@ from typing import Any
 from rich.console import Console
 
 _LIBRARIES = ("torch.distributed", "torch._higher_order_ops.wrap")  # the second one warns about activation checkpointing in compiled code
+UNWRAPPED = 1_000_000  # columns
 
 
 def open_console(**options: Any) -> Console:
     """Return a console for lines of text. It prints plain text in notebooks too, where rich would print each line as an HTML block.
+
+    In a pipe or a file, no line is wrapped: whoever reads it, such as `grep`, wants a path in one piece.
 
     Args:
         options: arguments of `rich.console.Console`.
     """
     if in_notebook():  # stdout claims to be a terminal, but has no cursor to move
         options = {"force_terminal": False, **options}
-    return Console(force_jupyter=False, **options)
+    console = Console(force_jupyter=False, **options)
+    if not console.is_terminal and "width" not in options:
+        console.width = UNWRAPPED
+    return console
 
 
 def in_notebook() -> bool:

@@ -18,7 +18,7 @@ from verl import dist
 from verl.config.load import to_yaml
 from verl.config.shared import RunConfig
 from verl.durable import append_text, real_folder, replace_text
-from verl.errors import Stopped
+from verl.errors import RankError, Stopped, UserError
 from verl.progress import open_console
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 OUT_OF_TIME = 1  # a reason to stop; others are numbers of signals, and one more
 SECONDS_BETWEEN_LINES = 10.0  # of one kind, on the terminal
+ALWAYS = ("saved", "epoch")  # kinds of which each line is printed
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,16 @@ class Run:
             if error is None:
                 self.enter("finishing the loggers")
             self._finish()
-            if error is None and 0 < self.total_steps == self.step:
+            if error is None and self.start_step < self.step:
                 self._say_ending()
         except Stopped as stopped:  # every step is done
             self._tell(stopped)
             raise
         finally:
             if self._claim is not None:
-                self._claim.release()
+                # What ends it before a step is the user's to mend, and stands on the terminal; after a rank's death, train.log has more.
+                is_vain = isinstance(error, UserError) and not isinstance(error, RankError) and self.step == self.start_step
+                self._claim.release(is_vain=is_vain)
 
     def _tell(self, error: BaseException | None) -> None:
         """Print that a signal has left the run in a phase that may be left at any time."""
@@ -138,7 +141,7 @@ class Run:
             try:
                 text = ending(self, self._metrics(), time.monotonic() - self._since)
             except Exception as error:  # such as a file that somebody has changed meanwhile: the run is done, and its work is saved
-                text = f"done: {self.total_steps:,} steps; its metrics cannot be read: {type(error).__name__}: {error}"
+                text = f"done: {self.step:,} of {self.total_steps:,} steps; its metrics cannot be read: {type(error).__name__}: {error}"
             self.say(text)
 
     def owned(self) -> Path:
@@ -194,7 +197,7 @@ class Run:
         """Write a line that comes again and again to train.log. Of each kind, the first is printed, the last, and one in ten seconds.
 
         Args:
-            kind: such as "step" or "saved". Lines of steps are not printed where a panel shows the step.
+            kind: such as "step". Lines of steps are not printed where a panel shows the step; those of saves and epochs always are.
             is_last: whether it is the last one of the kind in the run.
         """
         if dist.is_main():
@@ -202,7 +205,7 @@ class Run:
 
             text, now = redact_text(text), time.monotonic()
             is_shown = kind == "step" and self._view is not None and self._view.is_drawn
-            if not is_shown and (is_last or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
+            if not is_shown and (is_last or kind in ALWAYS or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
                 self._printed[kind] = now
                 self._print(text)
             self._append("train.log", text)
@@ -295,6 +298,10 @@ class Run:
         by = f"trainer.max_seconds={self.settings.trainer.max_seconds:g}" if number is None else number.name
         self._stop_view()  # so that it stands above the line
         self.say(f"stopped by {by} after step {step}; {how}")
+        if self.checkpoint is not None and dist.is_main():
+            from verl.ending import commands  # once in a run
+
+            self.say(commands(self, is_stopped=True))
         self._finish()
         dist.barrier()  # torchrun ends all processes as soon as one exits, and rank 0 may still be finishing its loggers
         stopped = Stopped(number, self.checkpoint)

@@ -29,6 +29,7 @@ class Shown(Protocol):
     config: dict[str, Any]
     directory: Path
     total_steps: int
+    step: int
     start_step: int
     checkpoint: Path | None
 

@@ -103,6 +103,13 @@ def test_an_unknown_word_names_the_nearest_one(word: str, what: str, fix: str) -
     assert fix in (error.fix or "")
 
 
+@pytest.mark.parametrize(("schema", "key"), [(SFTConfig, "data.train_files"), (EvalConfig, "test_file")])
+def test_a_file_without_a_key_gets_the_key_of_its_command_only(schema: type, key: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(schema, ["train.jsonl"])
+    assert error.value.fix == f"write {key}=train.jsonl"
+
+
 @pytest.mark.parametrize(
     "word", ["optim.lr=fast", "data.packing=maybe", "data.max_length=1.5", "optim.betas=0.9", "data.train_files=[a", "trainer.seed=null"]
 )

@@ -53,6 +53,7 @@ def test_each_epoch_draws_every_prompt_once_and_goes_on_with_the_next(folder: Pa
     ("prompts", "per_step", "steps", "said"),
     [
         (8, 4, 2, "each of 8 prompts is asked once (2 steps × 4 = 8 = 1 × 8)"),
+        (1, 1, 3, "the one prompt is asked 3 times (3 steps × 1 = 3 = 3 × 1)"),
         (10, 4, 2, "8 of 10 prompts are asked once, and 2 not at all (2 steps × 4 = 8)"),
         (10, 4, 7, "8 of 10 prompts are asked 3 times, the other 2 twice (7 steps × 4 = 28 = 2 × 10 + 8); a step that reaches the end of"),
         (3, 8, 1, "warning: a step draws more prompts (8) than there are (3), so each is asked 2 to 3 times in one step; 2 of 3 prompts"),

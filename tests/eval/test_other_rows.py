@@ -14,10 +14,11 @@ from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.data.render import Renderer
 from verl.errors import UserError
-from verl.eval import few_shot, metric, sft_evaluator
+from verl.eval import few_shot, sft_evaluator
 from verl.eval.grader import Question
 from verl.eval.intervals import wilson_interval
 from verl.eval.sft_evaluator import evaluate
+from verl.rewards._fitting import choose
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ LONG = "You can reset the router by pressing the small button at its back for te
     ],
 )
 def test_the_metric_fits_the_right_answers(pairs: list[tuple[str, str]], name: str) -> None:
-    chosen = metric.choose(asked(*pairs))
+    chosen = choose(asked(*pairs))
     assert chosen.name == name, chosen
     assert ("judge" in chosen.describe()) == (name == "f1")
     assert chosen.describe().startswith(f"metric: {name}, because ")
@@ -73,7 +74,7 @@ def test_the_metric_fits_the_right_answers(pairs: list[tuple[str, str]], name: s
 
 def test_a_system_prompt_may_ask_for_the_mark() -> None:
     question = Question("t:1", "1 + 2?", "3", {}, [{"role": "system", "content": "End in #### N."}, {"role": "user", "content": "1 + 2?"}])
-    assert metric.choose([question]).name == "gsm8k"
+    assert choose([question]).name == "gsm8k"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_questions_are_paired_by_their_text_and_others_are_left_out_aloud(tmp_pa
     file.write_text("\n".join([*lines[2:], *lines[:2]]) + "\n")  # in another order
     sft_evaluator.main([one, "--against", two])
     out = capsys.readouterr().out
-    assert "on 2 questions" in out and "warning: 3 questions that only one of them answered are left out" in out
+    assert "on 2 questions" in out and "warning: left out, because only one of them answered: 3 questions" in out
     assert "score       1.0000 against 0.3750" in out and "paired bootstrap" in out and "sign flips" in out
 
 

@@ -38,9 +38,57 @@ from verl.lock import LockedError, Owner, take
 from verl.manifest import entry_of
 from verl.models.export import export
 from verl.models.tiny import write_tiny_model
+from verl.run import Run
 from verl.trainer import fsdp_sft_trainer, ppo_trainer, reward_trainer
 
 STEPS = 4
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("there", [[], ["checkpoints/mine/notes.txt"], ["checkpoints/mine/train.log", "checkpoints/other/train.log"]])
+def test_a_run_that_cannot_begin_leaves_what_was_there_and_nothing_else(there: list[str], tmp_path: Path) -> None:
+    for name in there:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine\n")
+    before = names_in(tmp_path)
+    with pytest.raises(UserError, match="no such column"):
+        fail_in(tmp_path / "checkpoints/mine", UserError("no such column"), lambda run: run.start_logging(0, 5))
+    assert names_in(tmp_path) == before
+    assert all((tmp_path / name).read_text().startswith("mine\n") for name in there)
+
+
+def test_a_run_that_has_begun_or_whose_directory_has_other_files_meanwhile_is_left(tmp_path: Path) -> None:
+    def train(run: Run) -> None:
+        run.start_logging(0, 5)
+        run.log(1, {"train/loss": 1.0})
+
+    with pytest.raises(UserError, match="not finite"):
+        fail_in(tmp_path / "trained", UserError("the loss is not finite"), train)
+    assert {"trained/train.log", "trained/metrics.jsonl", "trained/config.yaml"} <= names_in(tmp_path)
+    with pytest.raises(UserError, match="no such column"):
+        fail_in(tmp_path / "written", UserError("no such column"), lambda run: (run.directory / "notes.txt").touch())
+    assert {"written/train.log", "written/notes.txt"} <= names_in(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        fail_in(tmp_path / "broken", ZeroDivisionError(), lambda run: None)
+    assert "broken/train.log" in names_in(tmp_path)
+
+
+def test_a_late_error_of_a_command_reaches_the_terminal_and_leaves_no_directory(folder: Path, tmp_path: Path) -> None:
+    given = {"data.train_files": folder / "train.jsonl", "data.prompt_key": "qestion", "model.partial_pretrain": folder / "model"}
+    done = run_forked(*SFT, *as_words(given, {}), folder=tmp_path)
+    assert (done.returncode, "column 'qestion' is missing" in done.stderr) == (2, True), done.stderr
+    assert not any(name.startswith("checkpoints") for name in names_in(tmp_path))
+
+
+def fail_in(directory: Path, error: Exception, work: Callable[[Run], object]) -> None:
+    """Begin a run in a directory, do some work in it, and fail."""
+    words = ["data.train_files=a", "model.partial_pretrain=b", f"trainer.default_local_dir={directory}", "trainer.logger=console"]
+    with Run(load_config(SFTConfig, words)) as run:
+        work(run)
+        raise error
 
 
 def words(folder: Path, output: str | None, **changes: object) -> list[str]:

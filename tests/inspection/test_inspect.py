@@ -251,18 +251,28 @@ def test_a_huge_row_is_read_and_its_middle_left_out(inspected: Any) -> None:
     assert len(page(found)) < 200_000
 
 
-def test_an_empty_file_is_an_error_and_a_damaged_one_a_finding(inspected: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_file_of_which_nothing_can_be_read_is_an_error_and_a_damaged_one_a_finding(inspected: Any, folder: Path, tmp_path: Path) -> None:
+    def inspect(*names: str, **options: Any) -> Inspection:
+        files = ",".join(str(tmp_path / name) for name in names)
+        return verl.inspect_data(f"data.train_files=[{files}]", f"model.partial_pretrain={folder / 'model'}", **options)
+
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(verl.UserError, match="the file is empty"):
-        verl.inspect_data(f"data.train_files={tmp_path / 'empty.jsonl'}", f"model.partial_pretrain={folder / 'model'}")
     (tmp_path / "blank.jsonl").write_text("\n\n\n")
-    blank = verl.inspect_data(f"data.train_files={tmp_path / 'blank.jsonl'}", f"model.partial_pretrain={folder / 'model'}")
-    assert whats(blank.train.invalid) == ["the file has no rows"]
-    assert (blank.train.rows, blank.steps, blank.train.lengths) == (0, None, None)
-    assert "would stop" in page(blank)
+    (tmp_path / "book.xlsx").write_bytes(b"PK\3\4")
     (tmp_path / "cut.json").write_text('[{"question": "a?", "answer": "b"}, {"question": "c?", "ans')
-    cut = verl.inspect_data(f"data.train_files={tmp_path / 'cut.json'}", f"model.partial_pretrain={folder / 'model'}")
+    write(tmp_path / "whole.jsonl", [row("a?", "b")])
+    for name, said in (("empty.jsonl", "the file is empty"), ("blank.jsonl", "the file has no rows"), ("book.xlsx", "a spreadsheet")):
+        with pytest.raises(verl.UserError, match=said):
+            inspect(name)
+        with pytest.raises(verl.UserError, match=said):
+            inspect("whole.jsonl", name)
+    cut = inspect("cut.json", "whole.jsonl")
     assert (cut.train.rows, len(cut.train.invalid)) == (1, 1)
+    with pytest.raises(verl.UserError, match=r"cut\.json"):  # where it is cut, row 2 may have been
+        inspect("cut.json", rows=[2])
+    none = inspected([row("a?", "")])
+    assert (none.train.rows, none.steps, none.train.lengths) == (1, None, None)
+    assert "would stop" in page(none)
 
 
 def test_pairs_stand_side_by_side_and_equal_ones_are_dropped_by_name(inspected: Any) -> None:
@@ -336,19 +346,31 @@ def test_mixtures_make_the_steps_of_their_shares(folder: Path) -> None:
     assert (found.train.rows, found.steps.per_epoch) == (80, 2)
 
 
+def test_in_a_pipe_a_row_is_lines_and_its_place_is_in_one_piece(inspected: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspected([row("What is it? " * 20, "It is four.")])
+    terminal.show(found)
+    shown = capsys.readouterr().out.splitlines()
+    (title,) = (number for number, line in enumerate(shown) if line.startswith("row 1, "))
+    assert shown[title] == f"row 1, {found.rows[0].place} (first)"
+    assert any("What is it? " * 20 in line for line in shown[title + 1 :]) and not any("│" in line for line in shown)
+
+
 def command(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "verl", "inspect", *words], capture_output=True, text=True, timeout=120)
 
 
-def test_the_command_writes_the_page_and_json_and_ends_with_2_for_a_row_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_page_and_json_or_for_a_row_that_is_not_there_only_an_error(folder: Path, tmp_path: Path) -> None:
     words = [
         f"data.train_files={folder / 'train.jsonl'}",
         f"data.val_files={folder / 'test.jsonl'}",
         f"model.partial_pretrain={folder / 'model'}",
     ]
-    done = command(*words, "--row", "2", "--row", "999", "--html", f"{tmp_path / 'a.html'}", "--json", f"{tmp_path / 'a.json'}")
-    assert (done.returncode, "there is no row 999" in done.stderr) == (2, True), done.stderr
-    assert "verl sft would train on 60 rows" in done.stdout
+    words += ["--row", "2", "--html", f"{tmp_path / 'a.html'}", "--json", f"{tmp_path / 'a.json'}"]
+    done = command(*words, "--row", "999")
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", []), done.stderr
+    assert "there is no row 999" in done.stderr
+    done = command(*words)
+    assert done.returncode == 0 and "verl sft would train on 60 rows" in done.stdout, done.stderr
     assert (tmp_path / "a.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert (found["train"]["used"], found["validation"]["used"], found["rows"][0]["number"]) == (60, 20, 2)

@@ -1,6 +1,7 @@
 """The model card: it tells what the run was, is YAML that the Hub reads, and holds nothing secret."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,17 @@ def test_a_card_tells_how_the_model_was_made(run: Path, tmp_path: Path, capsys: 
         assert told in text, told
     assert "optim.weight_decay" not in text and "elsewhere" not in text
     said = capsys.readouterr().out
-    assert f"left out of the card: {run / 'other' / 'results.json'} is of another model" in said
+    assert f"left out of the card: {run / 'other' / 'results.json'} is of another model: elsewhere\n" in said
+    assert "GB of weights" not in said, "a size of a few kilobytes is no 0.00 GB"
+
+
+def test_the_folder_of_an_evaluation_of_another_checkpoint_is_named_once(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scores(run / "early", run / "global_step_1", 0.5, [0.15, 0.85])
+    card_of(run, tmp_path / "out", "--card")
+    shutil.rmtree(run / "early")
+    assert f"left out of the card: {run / 'early' / 'results.json'} is of another model: global_step_1\n" in capsys.readouterr().out
 
 
 def test_the_metadata_is_what_the_hub_reads(run: Path, tmp_path: Path) -> None:

@@ -289,6 +289,11 @@ def test_an_adapter_that_is_lost_in_rounding_is_refused(tied: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cast_that_changes_nothing_says_so(tied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(tied, tmp_path / "out", "dtype=float32")
+    assert "casting to float32 changes the logits of a prompt by nothing\n" in capsys.readouterr().out
+
+
 def test_weights_that_float16_cannot_hold_are_refused(tied: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", tied)
     with torch.no_grad():

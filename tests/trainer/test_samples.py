@@ -21,6 +21,7 @@ from verl.rollout import Sampling, load_rollout
 from verl.trainer.samples import Samples
 
 STEPS = 4
+LONG = ["Hold the power button for ten seconds, and then start the router again.", "Press the green key until the light goes out."]
 RUN: dict[str, object] = {"trainer__total_training_steps": STEPS, "trainer__test_freq": 2, "trainer__save_freq": 2, "optim__lr": 1e-2}
 SAMPLES: dict[str, object] = {"samples__rows": 3, "samples__max_new_tokens": 12}
 
@@ -143,7 +144,21 @@ def test_a_signal_while_rows_are_answered_ends_the_run_with_a_checkpoint(folder:
     assert train(folder, "signal", **SAMPLES)[-1]["val/exact_match"] == 0.0
 
 
-def test_chats_and_answers_without_a_mark_are_compared_as_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("answers", "graded_by"),
+    [(["Paris", "Rome"], "exact"), (["so #### 3", "3 #### 4"], "gsm8k"), ([r"\boxed{x}", r"\boxed{2}"], "math"), (LONG, "the same text")],
+)
+def test_without_a_metric_the_one_of_the_evaluator_is_taken_and_text_is_compared(
+    answers: list[str], graded_by: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": "What is it?", "answer": answer}) + "\n" for answer in answers))
+    files = {"data__train_files": tmp_path / "rows.jsonl", "data__val_files": tmp_path / "rows.jsonl"}
+    steps = {"trainer__total_training_steps": 1, "trainer__default_local_dir": tmp_path / "run"}
+    sft_runs.train(folder, "unused", **{**RUN, **SAMPLES, "data__train_batch_size": 2, **files, **steps})
+    assert f"graded by {graded_by}\n" in capsys.readouterr().out
+
+
+def test_chats_are_answered_and_learned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chats = [
         [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}],
         [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Bye."}],
@@ -153,7 +168,7 @@ def test_chats_and_answers_without_a_mark_are_compared_as_text(folder: Path, cap
         folder, "chats", **{**RUN, **SAMPLES}, data__train_files=folder / "chats.jsonl", data__val_files=folder / "chats.jsonl"
     )
     assert metrics[-1]["val/exact_match"] == 1.0, "two short answers are learned at once"
-    assert "graded by the same text" in capsys.readouterr().out
+    assert "graded by exact" in capsys.readouterr().out
     found = [(line["prompt"], line["reference"]) for line in lines_of(folder / "chats/samples/step_4.jsonl")]
     assert found == [("Hello", "Hi."), ("Bye", "Bye.")]
 

@@ -69,7 +69,7 @@ class SamplesConfig:
     rows: int = 0
     # Longest answer, in tokens.
     max_new_tokens: int = 256
-    # What counts as right: a name in verl/rewards or path/to/file.py; null: gsm8k if all reference answers have a number after ####, else
+    # What counts as right: a name in verl/rewards or path/to/file.py; null: the metric that verl eval chooses for these rows, and for texts
     # the same text.
     metric: str | None = None
 

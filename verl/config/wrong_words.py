@@ -35,7 +35,7 @@ COMMANDS = {
     "version": "--version",
     "help": "--help",
 }
-DATA_ENDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".tsv")
+DATA_ENDS = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".gz", ".tsv", ".xlsx")
 OPTIONS = {"v": "verl --version", "V": "verl --version", **dict.fromkeys(("gpu", "gpus", "num_gpus"), "--gpus N")}
 DASHES = "‐‑‒–—−"  # that word processors write in place of a hyphen
 
@@ -97,9 +97,9 @@ def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> Use
         return UserError(f"{word!r} is a file, and no key names it", fix=f"write --config {word}")
     place = Path(word).expanduser()
     if word.lower().endswith(DATA_ENDS):
-        return UserError(
-            f"{word!r} is a file, and no key names it", fix=f"write data.train_files={word}, or test_file={word} for verl eval"
-        )
+        key = next((key for key in ("data.train_files", "test_file") if key in known), None)
+        fix = f"write {key}={word}" if key else "remove it; --help lists all keys"
+        return UserError(f"{word!r} is a file, and no key names it", fix=fix)
     if place.is_dir() or word.count("/") == 1:
         key = next((key for key in ("model.partial_pretrain", "compare", "model_path") if key in known), None)
         fix = f"write {key}={word}" if key else "remove it; --help lists all keys"

@@ -21,6 +21,7 @@ from verl.data.row import ReadProgress, Row, notes_of
 from verl.data.shapes import Asked, read_question
 from verl.data.source import Entry, describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import UserError
+from verl.pace import counted
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Prompts:
     def __str__(self) -> str:
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         dropped = f", {self.dropped:,} dropped as longer than data.max_prompt_length" if self.dropped else ""
-        prompts = f"{len(lengths):,} prompts{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
+        prompts = f"{counted(len(lengths), 'prompt')}{dropped}; {sum(lengths) / len(lengths):.0f} tokens each, the longest {max(lengths):,}"
         return "\n".join([prompts, *self.notes])
 
 
@@ -96,7 +97,8 @@ def describe_draws(prompts: int, per_step: int, steps: int) -> str:
     if not times:
         often = f"{draws:,} of {prompts:,} prompts are asked once, and {prompts - draws:,} not at all ({sum_of})"
     elif not more:
-        often = f"each of {prompts:,} prompts is asked {_often(times)} ({sum_of} = {times:,} × {prompts:,})"
+        who = f"each of {prompts:,} prompts" if prompts > 1 else "the one prompt"
+        often = f"{who} is asked {_often(times)} ({sum_of} = {times:,} × {prompts:,})"
     else:
         often = (
             f"{more:,} of {prompts:,} prompts are asked {_often(times + 1)}, the other {prompts - more:,} {_often(times)} "

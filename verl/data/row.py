@@ -210,10 +210,11 @@ Wanted = Callable[[Collection[str]], Collection[str]]  # given the columns of a 
 
 
 class ReadProgress:
-    """How much has been read: the fraction of the input, from 0 to 1, and the number of rows of each file so far."""
+    """How much has been read: the fraction of the input, from 0 to 1, the number of rows of each file so far, and the file that is read."""
 
     def __init__(self) -> None:
         self.share = 0.0
+        self.source = 0
         self.rows_by_source: list[int] = []
 
 

@@ -72,7 +72,7 @@ def read_rows_and_errors(sources: list[Source], progress: ReadProgress | None = 
     progress = progress or ReadProgress()
     progress.rows_by_source = [0] * len(sources)
     for number, source in enumerate(sources):
-        within = ReadProgress()
+        progress.source, within = number, ReadProgress()
         for row in _hub_rows(source, wanted) if isinstance(source, str) else file_rows(source, within, wanted):
             progress.share = (number + within.share) / len(sources)
             progress.rows_by_source[number] += 1

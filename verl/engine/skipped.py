@@ -21,14 +21,15 @@ def tell(place: str, found: str, what: str, rows: Sequence[dict[str, Any]], path
         what: what was skipped, such as "the update was skipped".
         path: a JSON Lines file; its folder is created.
     """
-    where = f"are in {path}"
+    its, are = (f"its {len(rows):,} rows", "are") if len(rows) != 1 else ("its row", "is")
+    where = f"{are} in {path}"
     if dist.is_main():
         try:
             real_folder(path.parent)
             replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         except OSError as error:  # training does not need the file
             where = f"could not be written into {path}: {error.strerror}"
-    return f"warning: {place}: {found}: {what}; its {len(rows):,} rows {where}"
+    return f"warning: {place}: {found}: {what}; {its} {where}"
 
 
 def refuse_more(place: str, found: str, rows: Sequence[dict[str, Any]], in_a_row: int, most: int) -> None:

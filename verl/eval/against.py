@@ -18,6 +18,7 @@ from verl.errors import UserError
 from verl.eval.files import PREDICTIONS, RESULTS, Key, keys_of
 from verl.eval.grader import Question
 from verl.eval.paired import Comparison, compare
+from verl.pace import counted
 
 # Settings in which two evaluations may differ without their scores being of different things.
 FREE = ("model_path", "output_dir", "overwrite", "against", "batch_size", "rollout", "trust_remote_code", "metric", "n")
@@ -145,9 +146,9 @@ def show(found: dict[str, Any], this: Evaluation, other: Evaluation, console: Co
     model, other_model = this.results["config"]["model_path"], found["model_path"]
     if model == other_model:
         model, other_model = this.name, other.name
-    console.print(f"\n{model} against {other_model} on {found['questions']:,} questions, metric {this.metric}")
+    console.print(f"\n{model} against {other_model} on {counted(found['questions'], 'question')}, metric {this.metric}")
     if left_out := found["questions_left_out"]:
-        console.print(f"warning: {left_out:,} questions that only one of them answered are left out")
+        console.print(f"warning: left out, because only one of them answered: {counted(left_out, 'question')}")
     for setting in found["other_settings"]:
         console.print(f"warning: other settings: {setting}")
     console.print(f"  score       {found['score']:.4f} against {found['other_score']:.4f}")

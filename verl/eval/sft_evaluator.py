@@ -25,14 +25,16 @@ from verl.data.row import ReadProgress, Row, notes_of
 from verl.data.shapes import read_question
 from verl.data.source import describe_sources, resolve_entries, sources_of, valid_rows
 from verl.errors import Stopped, UserError, exit_on_user_error
-from verl.eval import against, few_shot, metric, report
+from verl.eval import against, few_shot, report
 from verl.eval.grader import Answer, Grader, Prediction, Question
 from verl.lock import held
 from verl.models.format_check import check_format
 from verl.models.kind import GENERATES, check_kind
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
+from verl.pace import counted
 from verl.progress import open_console
+from verl.rewards._fitting import Chosen, choose
 from verl.rewards._scoring import warning_of
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.session import session
@@ -85,7 +87,7 @@ def evaluate_one(config: EvalConfig, console: Console) -> dict[str, Any]:
         cores.take(console.print)
         signals.enter("reading questions and loading the model")
         questions = read_questions(config, console)
-        chosen = None if config.metric else metric.choose(questions)
+        chosen = None if config.metric else choose(questions)
         grader = open_grader(config, chosen, questions, console)
         if other is not None:
             against.check(other, questions, grader.metric)
@@ -102,7 +104,7 @@ def evaluate_one(config: EvalConfig, console: Console) -> dict[str, Any]:
         return results
 
 
-def open_grader(config: EvalConfig, chosen: metric.Chosen | None, questions: list[Question], console: Console) -> Grader:
+def open_grader(config: EvalConfig, chosen: Chosen | None, questions: list[Question], console: Console) -> Grader:
     """Load the metric, say which it is, and check that it can read every right answer."""
     grader = Grader(config, config.metric or (chosen.name if chosen else ""), Waiting(console))
     console.print(chosen.describe() if chosen else f"metric: {config.metric}")
@@ -147,7 +149,7 @@ def answer_and_grade(
         return grader.grade(questions, [Answer(number // config.n, done.text(tokenizer), done) for number, done in batch])
 
     device = rollout.describe()
-    console.print(f"{config.model_path} answers {len(questions):,} questions on {device}")
+    console.print(f"{config.model_path} answers {counted(len(questions), 'question')} on {device}")
     characters = config.n * sum(len(question.prompt) + len(question.reference) for question in questions)
     report.check_room(directory, len(questions) * config.n, characters, max_new_tokens, console)
     report.clear_earlier(directory, console)

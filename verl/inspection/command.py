@@ -9,7 +9,7 @@ from verl.inspection.inspection import TrainerConfig, inspect
 from verl.inspection.page import page
 from verl.inspection.picks import Picks
 from verl.inspection.terminal import show
-from verl.inspection.words import verdict
+from verl.inspection.words import count, verdict
 
 
 def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> bool:
@@ -21,20 +21,21 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
     Returns:
         whether the trainer would begin.
     Raises:
-        UserError: the data or the model is invalid; or, after all else is shown, a row that was asked for does not exist.
+        UserError: the data or the model is invalid, or a row that was asked for does not exist; nothing is printed or written then.
         DiskError: a file cannot be written.
     """
     for path in (html, json_file):
         _check_folder(path)
     found = inspect(config, picks, exact=exact)
+    if found.missing:
+        place = f"{found.train.files[0].name}:1"
+        fix = f"{found.train.key} has {count(found.train.rows, 'rows')}; name one by its number or its place, such as {place}"
+        raise UserError(f"there is no row {' and no row '.join(found.missing)}", where="--row", fix=fix)
     show(found)
     if json_file is not None:
         _write(json_file, json.dumps(found.as_json(), ensure_ascii=False, indent=1) + "\n")
     if html is not None:
         _write(html, page(found))
-    if found.missing:
-        fix = f"{found.train.key} has {found.train.rows:,} rows; name one by its number or its place, such as {found.train.files[0].name}:1"
-        raise UserError(f"there is no row {' and no row '.join(found.missing)}", where="--row", fix=fix)
     return verdict(found)[0]
 
 

@@ -61,7 +61,7 @@ def inspect(config: TrainerConfig, picks: Picks, *, exact: bool = False, console
         exact: whether to tokenize all rows, however many; otherwise, a sample of very many.
         console: console of the progress bar.
     Raises:
-        UserError: there is no such model or file, or the chat template cannot be used.
+        UserError: there is no such model or file, no row of a file can be read, or the chat template cannot be used.
     """
     since = time.perf_counter()
     trainer = _trainer_of(config)

@@ -127,15 +127,18 @@ def scan(
     exact: bool,
     console: Console | None = None,
 ) -> Scan:
-    """Read and examine the rows of the files. A file that cannot be read any further is a finding too.
+    """Read and examine the rows of the files. A file that cannot be read to its end is a finding too.
 
     Args:
         limit: number of rows to use, from the start; None: all.
         workers: processes for large files; None: one per CPU core.
         exact: whether to tokenize and compare all rows, however many.
+    Raises:
+        UserError: no row of a file can be read, or a row to show may be in the part of a file that cannot be read.
     """
     progress, found = ReadProgress(), Scan()
-    rows = _Rows(itertools.islice(read_rows_and_errors(sources_of(entries), progress, reading.columns_read), limit), found, picks)
+    every = read_rows_and_errors(sources_of(entries), progress, reading.columns_read)
+    rows = _Rows(itertools.islice(every, limit), progress, found, picks)
     chunks = _chunks(rows, progress, found, exact)
     first = next(chunks, None)
     bar = Bar(*Progress.get_default_columns(), console=console or open_console(stderr=True), transient=True)
@@ -164,8 +167,8 @@ def _examined(
 class _Rows:
     """The rows of the files, of which it keeps those to show. An error that ends the reading is the last row."""
 
-    def __init__(self, rows: Iterator[Row | UserError], found: Scan, picks: Picks):
-        self._rows, self._found, self._picks = rows, found, picks
+    def __init__(self, rows: Iterator[Row | UserError], progress: ReadProgress, found: Scan, picks: Picks):
+        self._rows, self._progress, self._found, self._picks = rows, progress, found, picks
         self._wanted = set(picks.rows)
         found.missing = set(picks.rows)
         self._drawn: list[tuple[int, Row | UserError]] = []
@@ -183,6 +186,10 @@ class _Rows:
                 self.characters += size
                 yield row, size
         except UserError as error:
+            # Of a file that begins, what is in it is shown; a file of which nothing can be read is the trainer's error. So is one whose
+            # rest may have a row that was asked for.
+            if not self._progress.rows_by_source[self._progress.source] or self._found.missing:
+                raise
             self._found.invalid.note_error(error, "")
 
     def _keep(self, row: Row | UserError) -> None:

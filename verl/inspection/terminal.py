@@ -48,7 +48,7 @@ def show(found: Inspection, console: Console | None = None) -> None:
             out.print(Text(f"{words.count(found.found, 'rows')} with the text"))
         out.print(_legend(), soft_wrap=True)
     for row in found.rows:
-        out.print(_row(row))
+        _print_row(out, row)
 
 
 def _heading(text: str) -> Text:
@@ -94,8 +94,19 @@ def _legend() -> Text:
     return Text.assemble(*(piece for part in parts for piece in (part, "  ")))
 
 
-def _row(row: ShownRow) -> RenderableType:
+def _print_row(out: Console, row: ShownRow) -> None:
+    """Print a row in frames on a terminal, and as lines in a pipe or a file, which has no width."""
     title = Text(f"row {row.number:,}, {printable(row.place)} ({printable(row.why)})", "bold")
+    if out.is_terminal:
+        out.print(_framed(row, title))
+        return
+    lines = [title, *([Text(printable(row.note))] if row.note else [])]
+    lines += [line for one in row.documents for line in (Text(_named(one)), _text(one))]
+    lines += [Text(f"{printable(name)} {printable(value)}") for name, value in row.columns.items()]
+    out.print(*lines, sep="\n", soft_wrap=True)
+
+
+def _framed(row: ShownRow, title: Text) -> RenderableType:
     parts: list[RenderableType] = [Text(printable(row.note), "yellow")] if row.note else []
     if row.documents:
         parts.append(_side_by_side([_document(one) for one in row.documents]))
@@ -120,6 +131,13 @@ def _table(columns: dict[str, str]) -> Table:
 
 
 def _document(shown: Shown) -> Panel:
-    size = f"{shown.tokens:,} tokens, {shown.trained:,} trained" if shown.tokens else ""
-    text = Text.assemble(*((printable(part.text), STYLES[part.kind]) for part in shown.parts))
-    return Panel(text, title=f"{shown.name} {size}".strip(), title_align="left", border_style="dim")
+    return Panel(_text(shown), title=_named(shown), title_align="left", border_style="dim")
+
+
+def _named(shown: Shown) -> str:
+    size = f"{words.count(shown.tokens, 'tokens')}, {shown.trained:,} trained" if shown.tokens else ""
+    return f"{shown.name} {size}".strip()
+
+
+def _text(shown: Shown) -> Text:
+    return Text.assemble(*((printable(part.text), STYLES[part.kind]) for part in shown.parts))

@@ -16,6 +16,7 @@ from verl import regular_file
 from verl.models.foreign import ADAPTER_CONFIG
 from verl.models.prompt_format import FILE as PROMPT_FORMAT
 from verl.models.provenance import Provenance, Scores, Stage, card_file_of
+from verl.pace import counted
 from verl.redaction import redact, redact_text
 
 FILE = "README.md"
@@ -204,10 +205,14 @@ def _training(made: Provenance) -> str:
 
 
 def _stage(stage: Stage) -> str:
-    steps = f"{stage.step:,} of {stage.total_steps:,}" if stage.total_steps else _count(stage.step)
-    of_rows = f" of {stage.rows_per_step:,} rows" if stage.rows_per_step else ""
+    steps = (
+        f"{stage.step:,} of {counted(stage.total_steps, 'step')}"
+        if stage.total_steps
+        else f"{_count(stage.step)} step{'s' * (stage.step != 1)}"
+    )
+    of_rows = f" of {counted(stage.rows_per_step, 'row')}" if stage.rows_per_step else ""
     by = f", by verl {stage.version}" if stage.version else ""
-    head = f"### {_run(stage)}\n\n{steps} steps{of_rows}{by}."
+    head = f"### {_run(stage)}\n\n{steps}{of_rows}{by}."
     if not stage.settings:
         return f"{head} All settings are the defaults."
     shown = redact({key: shortened(value) for key, value in stage.settings.items()})

@@ -308,7 +308,7 @@ def check_cast(cast_TV: Tensor, expected_TV: Tensor, effect_TV: Tensor | None, d
     if lost > LARGEST_CAST_EFFECT:
         what = f"casting to {names} loses the adapter: rounding changes the logits {lost:.2g} times as much as the adapter does"
         raise UserError(what, where="dtype", fix="set dtype=float32, or export a checkpoint that was trained further")
-    say(f"casting to {names} changes the logits of a prompt by up to {difference:.1g}")
+    say(f"casting to {names} changes the logits of a prompt by {f'up to {difference:.1g}' if difference else 'nothing'}")
 
 
 def check_written(folder: Path, cast_TV: Tensor, ids_T: Tensor, config: ExportConfig, *, has_other_parts: bool) -> None:
@@ -360,7 +360,8 @@ def describe(target: Path) -> str:
         return f"an adapter of {(target / ADAPTER_WEIGHTS).stat().st_size / 1e6:,.1f} MB"
     files = weight_files(str(target))
     size = sum(path.stat().st_size for path in files)
-    return f"{size / 1e9:,.2f} GB of weights in {len(files)} file{'s' if len(files) > 1 else ''}"
+    written = f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    return f"{written} of weights in {len(files)} file{'s' if len(files) > 1 else ''}"
 
 
 def main(argv: list[str]) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from verl.pace import counted
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by name in safetensors
 SHARDS = "model{suffix}.safetensors"
 
@@ -65,9 +67,10 @@ class OnDisk(dict[str, torch.dtype]):
         if not self.passed_over:
             return ""
         kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in self.passed_over})
-        shown = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else "")
+        shown = ", ".join(kinds[:3]) + (f" and {counted(len(kinds) - 3, 'more kind')}" if len(kinds) > 3 else "")
         size = f"{self.extra_bytes / 1e9:,.2f} GB" if self.extra_bytes >= 1e7 else f"{self.extra_bytes:,} bytes"
-        return f"{len(self.passed_over)} tensors of the model's files are not trained, and saved as they are ({size}): {shown}"
+        many = counted(len(self.passed_over), "tensor")
+        return f"not trained, and saved as in the model's files: {many} ({size}): {shown}"
 
 
 def look(model: PreTrainedModel, source: str, *, keeps: bool) -> OnDisk:

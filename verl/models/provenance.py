@@ -284,5 +284,7 @@ def _belonging(found: Sequence[Path], places: set[str], base: str) -> tuple[list
         elif base and (model == base or _place(model) == _place(base)):
             scores.append(Scores(file.parent, results, "the base model"))
         else:
-            left_out.append(f"{file} is of another model: {model}")
+            # A path that begins as the file's own does is not written twice.
+            is_beside = Path(model).expanduser().resolve().parent in file.resolve().parents
+            left_out.append(f"{file} is of another model: {Path(model).name if is_beside else model}")
     return scores, left_out

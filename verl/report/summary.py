@@ -55,7 +55,9 @@ def state_of(run: RunFiles) -> str:
     total = run.total_steps
     if total is None:
         return f"step {run.steps:,}"
-    return f"all {total:,} steps done" if run.is_finished else f"{run.steps:,} of {total:,} steps done: it is running, or was stopped"
+    if run.is_finished:
+        return f"all {counted(total, 'step')} done"
+    return f"{run.steps:,} of {counted(total, 'step')} done: it is running, or was stopped"
 
 
 def _exact_match(run: RunFiles, evaluations: Sequence[Evaluation]) -> list[Fact]:

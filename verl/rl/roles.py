@@ -27,6 +27,7 @@ from verl.models.format_check import check_format
 from verl.models.kind import CRITIC, LANGUAGE_MODEL, REWARD_MODEL, check_kind
 from verl.models.load import read_adapter_config, read_config, resolve
 from verl.models.prompt_format import system_of
+from verl.pace import counted
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.answering import Answerer
@@ -286,10 +287,10 @@ def describe_steps(config: PPOConfig, total_steps: int) -> str:
     """Return the numbers of prompts, answers, updates and tokens of a step, as one line for the log."""
     prompts, samples, updates = config.data.prompts_per_step, config.rollout.samples_per_prompt, config.algorithm.updates_per_step
     many = f"{dist.world_size()} processes" if dist.world_size() > 1 else "1 process"
-    steps = f"{total_steps:,} step{'s' if total_steps != 1 else ''}"
+    steps = counted(total_steps, "step")
     return (
-        f"{steps} of {prompts:,} prompts × {samples} answers = {prompts * samples:,} answers; "
-        f"{updates} update{'s' if updates > 1 else ''} per step with {prompts // updates * samples:,} answers each; "
+        f"{steps} of {counted(prompts, 'prompt')} × {counted(samples, 'answer')} = {counted(prompts * samples, 'answer')}; "
+        f"{counted(updates, 'update')} per step with {counted(prompts // updates * samples, 'answer')} each; "
         f"prompts of up to {config.data.max_prompt_length:,} and answers of up to {config.rollout.max_new_tokens:,} tokens, "
         f"in micro-batches of up to {token_budget(config):,} tokens on each of {many}"
     )

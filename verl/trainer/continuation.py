@@ -24,6 +24,7 @@ from verl.engine.optim import learning_rate
 from verl.engine.position import Position
 from verl.errors import UserError
 from verl.manifest import steps_in
+from verl.pace import counted
 from verl.run import Run
 from verl.trainer.best import Best
 from verl.trainer.patience import describe_early
@@ -180,10 +181,10 @@ def _say_length(fresh: Position, saved: Position, found: Sequence[Change], run: 
     for key, optim in optimizers.items():
         if before == 0 or (step := _first_other_rate(optim, before, now)) is not None:
             rates = "" if before == 0 else _rates(optim, before, now, step or 0)
-            what = f"this run has {now:,} steps, and the run of this checkpoint {before or 'another number of'}"
+            what = f"this run has {counted(now, 'step')}, and the run of this checkpoint {before or 'another number of'}"
             run.say(f"warning: {what}: from here on, its learning rate ({key}.lr_scheduler={optim.lr_scheduler}) is another one{rates}")
             return
-    run.say(f"the run now has {now:,} steps in place of {before:,}; the learning rates so far do not depend on it")
+    run.say(f"the run now has {counted(now, 'step')} in place of {before:,}; the learning rates so far do not depend on it")
 
 
 def _first_other_rate(optim: OptimConfig, before: int, now: int) -> int | None:

@@ -10,6 +10,7 @@ from verl.config.ppo import PPOConfig
 from verl.config.shared import OptimConfig
 from verl.engine.outline import Outline
 from verl.errors import UserError
+from verl.pace import counted
 from verl.rl.method import load_method
 from verl.run import Run
 
@@ -64,12 +65,13 @@ def _of_batches(config: Any, rows: Rows, rows_per_step: int, total_steps: int) -
     if isinstance(config, PPOConfig):
         return  # the plan says how often each prompt is asked
     if many < processes:
-        yield f"data.train_files has {many:,} rows for {processes:,} processes, so {processes - many:,} of them train nothing"
+        idle = processes - many
+        yield f"data.train_files has {counted(many, 'row')} for {processes:,} processes, so {idle:,} of them get nothing to train"
     elif many < rows_per_step:
-        rows_there = f"{many:,} row{'s' if many != 1 else ''}"
+        rows_there = counted(many, "row")
         yield (
             f"data.train_batch_size={rows_per_step:,} is more than the {rows_there} of data.train_files, so each step is one epoch: "
-            f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows_there}"
+            f"{counted(total_steps, 'step')} of {rows_there}"
         )
 
 
@@ -121,8 +123,9 @@ def _of_policy(config: PPOConfig, total_steps: int) -> Iterator[str]:
         return
     yield from _of_rate(config.critic.optim, "critic.optim")
     if config.critic.warmup_steps >= total_steps:
+        first = counted(config.critic.warmup_steps, "step")
         raise UserError(
-            f"the first {config.critic.warmup_steps:,} steps train only the critic, and the run has {total_steps:,} steps",
+            f"the first {first} would train only the critic, and the run has {counted(total_steps, 'step')}",
             where="critic.warmup_steps",
             fix=f"give less than {total_steps:,}, or train for longer (trainer.total_training_steps)",
         )

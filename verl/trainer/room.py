@@ -10,6 +10,7 @@ from verl.engine.build_heads import Critic
 from verl.engine.checkpoint import committed
 from verl.engine.checkpoint_size import checkpoint_bytes
 from verl.errors import UserError
+from verl.pace import counted
 from verl.run import Run
 
 BESIDES = 16 * 2**20  # bytes of the tokenizer, metrics and logs
@@ -61,8 +62,9 @@ def compared(config: TrainerConfig, directory: Path, each: int, saves: int) -> s
         return None
     fits = max(1, (free - BESIDES) // each)
     return (
-        f"warning: {directory}: {many:,} checkpoints of {size_text(each)} will not fit on the disk: {size_text(many * each)} needed, "
-        f"{size_text(free)} free\n  fix: keep fewer of them with trainer.max_ckpt_to_keep={max(1, fits - 1)}, save less often with "
+        f"warning: {directory}: {counted(many, 'checkpoint')} of {size_text(each)} will not fit on the disk: "
+        f"{size_text(many * each)} needed, {size_text(free)} free\n  fix: keep fewer of them with "
+        f"trainer.max_ckpt_to_keep={max(1, fits - 1)}, save less often with "
         "trainer.save_freq, make room, or set trainer.default_local_dir to a directory on another disk"
     )
 

@@ -6,7 +6,7 @@ or graded is told once, and the run continues without samples.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -24,11 +24,11 @@ from verl.engine.build import Built
 from verl.errors import AbandonedError, UserError
 from verl.plugin import Plugins
 from verl.rewards import _scoring
+from verl.rewards._fitting import Asked, choose
 from verl.rollout import Options, Rollout, Sampling
 from verl.run import Run
 from verl.workers.calls import Failure
 
-MARK = "####"  # before the final number of an answer
 AT_ONCE = 64  # answers that are generated at the same time
 NO_LIMIT = 2**31  # tokens of a prompt; the model's positions are the limit
 
@@ -52,11 +52,17 @@ def read_samples(config: SFTConfig, tokenizer: PreTrainedTokenizerBase, run: Run
     run.enter("reading the rows to answer")
     dist.together(lambda: found.extend(_read(config.data, most, tokenizer)) if dist.is_main() else None)
     prompts = dist.from_main(found)
-    metric = config.samples.metric or ("gsm8k" if all(MARK in str(prompt.row["reference"]) for prompt in prompts) else None)
+    metric = config.samples.metric or _fitting_metric(prompts)
     samples = Samples(prompts, config, tokenizer, run)
     if metric is not None:
         dist.together(lambda: samples.use(metric))
     return samples
+
+
+def _fitting_metric(prompts: Sequence[Prompt]) -> str | None:
+    """Return the metric that `verl eval` would choose; None for texts, of which f1 only says how alike they are, not which are right."""
+    name = choose([Asked(prompt.text, str(prompt.row["reference"]), prompt.messages) for prompt in prompts]).name
+    return None if name == "f1" else name
 
 
 def _read(data: DataConfig, most: int, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

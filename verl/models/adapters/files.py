@@ -18,6 +18,7 @@ from verl.errors import UserError
 from verl.models.adapter_settings import check_patterns, read_settings
 from verl.models.adapters.targets import ALL_LINEAR, names_today, without_false_warnings
 from verl.models.load import check_unchanged
+from verl.pace import counted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # prefix of peft's module names
@@ -113,7 +114,8 @@ def read_values(adapted: PeftModel, path: str) -> None:
     if missing := sorted(name for name in own.keys() - weights.keys() if ".lora_A." in name or ".lora_B." in name):
         missing = sorted(set(missing) - set(names_today(adapted, weights)))
     if missing:
-        what = f"{WEIGHTS} has no {missing[0].removeprefix(_PREFIX)}" + (f", nor {len(missing) - 1} others" if len(missing) > 1 else "")
+        others = f", nor {counted(len(missing) - 1, 'other')}" if len(missing) > 1 else ""
+        what = f"{WEIGHTS} has no {missing[0].removeprefix(_PREFIX)}{others}"
         raise UserError(what, where=path, fix="copy or save the adapter again")
 
 

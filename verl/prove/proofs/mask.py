@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.data.render import GENERATION_MARK, Renderer
 from verl.models.load import load_tokenizer
+from verl.pace import counted
 from verl.prove.outcome import Outcome
 from verl.prove.subject import Subject
 
@@ -62,11 +63,11 @@ def _difference(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, Any]], 
     if marked:
         expected = np.array(found["assistant_masks"][: len(ids)], dtype=bool)
         wrong = int((mask != expected).sum())
-        return f"{wrong} tokens are masked otherwise than transformers' assistant mask" if wrong else None
+        return f"masked otherwise than by transformers' assistant mask: {counted(wrong, 'token')}" if wrong else None
     spans = _text_of_spans(tokenizer, ids, mask)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     if len(spans) != len(answers):
-        return f"{len(spans)} trained spans for {len(answers)} answers"
+        return f"{counted(len(spans), 'trained span')} for {counted(len(answers), 'answer')}"
     rest = _after_prompt(tokenizer, chat)
     if rest is not None and not rest.startswith(spans[-1]):
         return f"the trained text {spans[-1]!r} is not what follows the generation prompt, {rest!r}"

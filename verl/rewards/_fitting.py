@@ -1,10 +1,10 @@
 """Which metric fits the rows, if the user names none."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from verl.eval.grader import Question
 from verl.rewards import choice, gsm8k
 from verl.rewards._statement import HASHES
 from verl.rewards._words import CHARACTER, words_of
@@ -14,6 +14,28 @@ LONGEST_EXACT, MOST_WORDS = 40, 5  # of a right answer that can be expected word
 LETTERS = choice.Settings()
 OPTION = re.compile(r"(?:^|[\s(（])([AB])\s?[.):：、）]", re.MULTILINE)
 BOX = re.compile(r"\\boxed\b")
+
+
+class Question(Protocol):
+    """A row with its right answer."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def reference(self) -> str: ...
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A `Question`."""
+
+    prompt: str
+    reference: str
+    messages: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
