@@ -274,6 +274,15 @@ def test_seeds_are_all_different() -> None:
     assert len(seeds) == 64 and min(seeds) >= 0 and max(seeds) < 2**63
 
 
+def test_the_release_that_keeps_old_weights_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen with 0.28.0 on a CPU: after an update, log-probabilities were 0.5 from the trainer's."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=None, __version__="0.28.0"))
+    monkeypatch.setitem(sys.modules, "verl.rollout._vllm_weights", SimpleNamespace(BACKEND="none"))
+    monkeypatch.setattr(rollout_vllm.dist, "start", lambda: None)
+    with pytest.raises(UserError, match=r"tied to the embedding(?s:.)*another one"):
+        load_rollout("vllm", str(path), tokenizer_of(path), STOP_IDS)
+
+
 def test_an_adapter_or_a_missing_vllm_is_said_with_the_way_out(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="verl export"):

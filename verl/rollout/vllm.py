@@ -167,11 +167,14 @@ def _start(path: str, options: Options) -> Any:
         raise UserError("vLLM in this process must generate on all processes", where="mapping.rollout", fix=fix)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else vLLM logs hundreds of lines
     try:
-        from vllm import LLM
+        from vllm import LLM, __version__
 
         from verl.rollout._vllm_weights import BACKEND
     except ImportError as error:
         raise UserError(f"vLLM is not installed, or is not the required release: {error}", fix='pip install "verl[vllm]"') from error
+    if __version__.startswith("0.28."):
+        fix = "install another one of 0.26 to 0.33"
+        raise UserError("vLLM 0.28 gives no new weights to an output layer that is tied to the embedding", fix=fix)
     on_gpu = torch.cuda.is_available()
     try:
         with _restored_globals():
