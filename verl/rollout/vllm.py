@@ -11,6 +11,7 @@ Without development mode, a server generates but does not accept new weights.
 import gc
 import os
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 2**28  # weights passed to vLLM at a time
 CPU_CACHE_BYTES = 2**30  # KV cache of an engine on a CPU
+RESETS, RESET_SECONDS = 20, 0.1  # a server cannot reset its prefix cache while it answers
 SEQUENCES = 256  # default number of concurrent requests to a server, which batches them itself
 
 
@@ -112,8 +114,9 @@ class VllmRollout:
         self._llm.start_weight_update()
         for bucket in _buckets(with_tied(named_tensors, self._tied)):
             self._llm.update_weights({"update_info": {"named_tensors": bucket}})
-        self._llm.finish_weight_update(str(version))
-        self._llm.reset_prefix_cache()  # its keys and values were computed with the old weights
+        self._llm.finish_weight_update()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM's prefix cache still holds keys and values that were computed with the old weights")
         self._version = version
 
     def sleep(self) -> None:
@@ -139,6 +142,7 @@ class VllmRollout:
             return
         from vllm.distributed.parallel_state import destroy_model_parallel
 
+        self.wake()  # vLLM's allocator frees each address once more if it sleeps; after that error, it frees nothing else
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         destroy_model_parallel()
@@ -163,11 +167,14 @@ def _start(path: str, options: Options) -> Any:
         raise UserError("vLLM in this process must generate on all processes", where="mapping.rollout", fix=fix)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # else vLLM logs hundreds of lines
     try:
-        from vllm import LLM
+        from vllm import LLM, __version__
 
         from verl.rollout._vllm_weights import BACKEND
     except ImportError as error:
         raise UserError(f"vLLM is not installed, or is not the required release: {error}", fix='pip install "verl[vllm]"') from error
+    if __version__.startswith("0.28."):
+        fix = "install another one of 0.26 to 0.33"
+        raise UserError("vLLM 0.28 gives no new weights to an output layer that is tied to the embedding", fix=fix)
     on_gpu = torch.cuda.is_available()
     try:
         with _restored_globals():
@@ -321,7 +328,7 @@ class VllmServer:
         choice = answer["choices"][0]
         token_ids = choice.get("token_ids")
         if token_ids is None:
-            fix = f"start vLLM of a release near 0.32: {self._server.start}"
+            fix = f"start vLLM 0.26 to 0.33: {self._server.start}"
             raise UserError("does not return token ids", where=self._server.url, fix=fix)
         if choice["finish_reason"] not in ("stop", "length"):
             raise UserError(f"aborted a response: {choice['finish_reason']}", where=self._server.url, fix="read the server's log")
@@ -377,14 +384,18 @@ class VllmServer:
         self._settings()
         self.wake()
         place = find_weights_folder(self._server, self._weights_folder)
-        send_weights(with_tied(named_tensors, self._tied), place, lambda folder: self._load(folder, version))
+        send_weights(with_tied(named_tensors, self._tied), place, self._load)
         self._version = version
 
-    def _load(self, folder: Path, version: int) -> None:
+    def _load(self, folder: Path) -> None:
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         self._server.post("/collective_rpc", reload, timeout=WEIGHTS_TIMEOUT)
-        self._server.post("/reset_prefix_cache")
-        self._server.post("/update_weight_version", {"new_version": str(version)})
+        for _ in range(RESETS):
+            if self._server.post("/reset_prefix_cache")["success"]:
+                return
+            time.sleep(RESET_SECONDS)
+        what = "keeps keys and values that were computed with the old weights, because it answers others' requests too"
+        raise UserError(what, where=self._server.url, fix="give this run a server of its own")
 
     def sleep(self) -> None:
         """See `Rollout.sleep`. Do nothing if the server was started without --enable-sleep-mode, as on GPUs of its own."""
