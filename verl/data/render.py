@@ -204,6 +204,8 @@ class Renderer:
         names = [self._tokenizer.special_tokens_map, self._tokenizer.chat_template, transformers.__version__]
         digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
         digest.update(self.encoder.state().encode())
+        if self._end is not self.encoder.stop:
+            digest.update(self._end.pattern.encode())
         return digest.hexdigest()
 
     def _check_template(self) -> None:
@@ -219,6 +221,21 @@ class Renderer:
             raise UserError(error.what, where="chat template", fix=error.fix) from None
         ((start, end),) = text.trained
         return self.encoder.encode([text.text[start:end]])[0][-1]
+
+    @functools.cached_property
+    def _end(self) -> re.Pattern[str]:
+        """Matches what ends a turn: a special token, or several tokens of which the last is the end-of-text token.
+
+        Cohere's templates write <|END_RESPONSE|> and the end-of-text token, at which generation stops, after each answer. Only what also
+        stands before a next question counts: a template may end the whole chat with a token of its own.
+        """
+        stop, eos, tokens = self.encoder.stop, self._tokenizer.eos_token, "|".join(map(re.escape, self.encoder.control))
+        text = or_error(self._fill, PROBE, [*PROBE.messages, PROBE.messages[0]], {}) if self._tokenizer.chat_template and eos else None
+        if text is None or isinstance(text, UserError):
+            return stop
+        after = text[0][0].partition(PROBE.messages[1]["content"])[2]
+        found = re.match(rf"(?:{tokens})+?{re.escape(str(eos))}", after)
+        return re.compile(f"{re.escape(found[0])}|{stop.pattern}") if found else stop
 
     @functools.cached_property
     def _reads_parts(self) -> bool:
@@ -271,9 +288,7 @@ class Renderer:
     def _turns(self, chat: Chat, trained: list[int]) -> "Turns":
         from verl.data.turns import Turns  # most data has only plain chats
 
-        return Turns(
-            chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self.encoder.stop, self._template(chat)
-        )
+        return Turns(chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._end, self._template(chat))
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
@@ -346,7 +361,7 @@ class Renderer:
         spans = []
         for number in trained:
             prompt = self._render(chat.up_to(number), for_answer=True)
-            stop = self.encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
+            stop = self._end.search(text, len(prompt)) if text.startswith(prompt) else None
             if stop is None or not _says(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
                 return None
             spans.append((len(prompt), stop.end()))
