@@ -27,9 +27,7 @@ DYNAMIC: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 
 MODELS: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     "longrope": (
         Phi3ForCausalLM,
-        Phi3Config(
-            **SIZES, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE | {"original_max_position_embeddings": LIMIT}
-        ),
+        Phi3Config(**SIZES, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE | {"original_max_position_embeddings": LIMIT}),
     ),
     "dynamic": (LlamaForCausalLM, LlamaConfig(**SIZES, max_position_embeddings=LIMIT, rope_parameters=DYNAMIC)),
 }
