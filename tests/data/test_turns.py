@@ -397,12 +397,12 @@ def test_the_end_of_text_behind_the_end_of_an_answer_is_trained_and_stops_genera
     renderer = Renderer(tokenizer)
     assert trained(tokenizer, renderer.chat(TWO)) == [f"four{COHERE_END}", f"yes{COHERE_END}"]
     assert renderer.stop_ids == [tokenizer.eos_token_id]
-    assert tokenizer.decode(renderer.turn_after(user("sure?"))).startswith("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>sure?")
+    assert str(tokenizer.decode(renderer.turn_after(user("sure?")))).startswith("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>sure?")
 
 
 def test_a_token_that_ends_the_chat_alone_is_no_end_of_an_answer() -> None:
     special, _, names = FAMILIES["cohere"]
-    tokenizer = families.byte_level(ENDS_CHAT, special, **names)
+    tokenizer = families.byte_level(ENDS_CHAT, special, (), **names)
     renderer = Renderer(tokenizer)
     assert trained(tokenizer, renderer.chat(TWO)) == ["four<|END_RESPONSE|>", "yes<|END_RESPONSE|>"]
     assert tokenizer.convert_ids_to_tokens(renderer.stop_ids) == ["<|END_RESPONSE|>"]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_large_numbers_in_a_tokenizers_settings_are_no_token_ids(tmp_path: Path)
         check_tokenizer_files(str(tmp_path))
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "too few kinds of layers": (
         {"layer_types": ["full_attention"]},
         "`num_hidden_layers` (2) must be equal to the number of `layer_types` (1)",

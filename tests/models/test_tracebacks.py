@@ -18,7 +18,18 @@ from verl.rollout import Options, Sampling, auto
 pytestmark = pytest.mark.usefixtures("process_group")
 
 # A decoder in another place, positions or heads of other names, a view of what attention returns, tuples, parts for pictures.
-NAMES = ("afmoe", "biogpt", "deepseek_v32", "gemma3", "glm_moe_dsa", "jetmoe", "llama4_text", "modernbert-decoder", "mpt", "nemotron")
+NAMES: tuple[str, ...] = (
+    "afmoe",
+    "biogpt",
+    "deepseek_v32",
+    "gemma3",
+    "glm_moe_dsa",
+    "jetmoe",
+    "llama4_text",
+    "modernbert-decoder",
+    "mpt",
+    "nemotron",
+)
 NAMES += ("olmo_hybrid", "qwen3_5_text", "qwen3_next", "stablelm")
 
 

@@ -224,18 +224,10 @@ class Renderer:
 
     @functools.cached_property
     def _end(self) -> re.Pattern[str]:
-        """Matches what ends a turn: a special token, or several tokens of which the last is the end-of-text token.
+        """Matches what ends a turn (`template_end.pattern_of_end`)."""
+        from verl.data.template_end import pattern_of_end  # rows in the cache need none
 
-        Cohere's templates write <|END_RESPONSE|> and the end-of-text token, at which generation stops, after each answer. Only what also
-        stands before a next question counts: a template may end the whole chat with a token of its own.
-        """
-        stop, eos, tokens = self.encoder.stop, self._tokenizer.eos_token, "|".join(map(re.escape, self.encoder.control))
-        text = or_error(self._fill, PROBE, [*PROBE.messages, PROBE.messages[0]], {}) if self._tokenizer.chat_template and eos else None
-        if text is None or isinstance(text, UserError):
-            return stop
-        after = text[0][0].partition(PROBE.messages[1]["content"])[2]
-        found = re.match(rf"(?:{tokens})+?{re.escape(str(eos))}", after)
-        return re.compile(f"{re.escape(found[0])}|{stop.pattern}") if found else stop
+        return pattern_of_end(self._tokenizer, self.encoder.stop, self.encoder.control)
 
     @functools.cached_property
     def _reads_parts(self) -> bool:

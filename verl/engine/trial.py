@@ -162,7 +162,7 @@ def _sees_later_tokens(model: PreTrainedModel, where: str) -> UserError:
     )
     if getattr(text, "use_bidirectional_attention", None):  # PaliGemma sets it by itself
         what += f"; the attention of its {text.model_type} is two-way (use_bidirectional_attention)"
-        fix += ", such as Qwen3 or Gemma 3, also one that reads pictures"
+        fix += "; of those that read pictures, such as Gemma 3 or Qwen2.5-VL"
     elif getattr(text, "is_decoder", None) is False:
         fix += f"; in the config.json of a {text.model_type}, set is_decoder to true"
     return UserError(what, where=where, fix=fix)

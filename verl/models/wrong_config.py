@@ -96,7 +96,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def _wrongly_null(config: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """Return the keys that are null, and not so in the defaults of this model type."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     usual = dict(_flat(CONFIG_MAPPING[kind]().to_dict())) if kind in CONFIG_MAPPING else {}
     return [key for key, value in values.items() if value is None and usual.get(key, 0) is not None and key != "architectures"]
 
