@@ -59,6 +59,16 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         image_token_id=440, boi_token_id=441, eoi_token_id=442,
     ),
 }  # fmt: skip
+# The language part has no attention but eager, though the whole takes PyTorch's.
+EAGER: dict[str, Callable[[], PretrainedConfig]] = {
+    "llava over gemma 2": lambda: _config(
+        "llava", {"model_type": "gemma2", "sliding_window": 8}, {**TOWER, "model_type": "clip_vision_model"}, image_token_index=440
+    ),
+    "paligemma 2": lambda: _config(
+        "paligemma", {"model_type": "gemma2", "sliding_window": 8}, {**TOWER, "model_type": "siglip_vision_model"},
+        image_token_index=440, projection_dim=32,
+    ),
+}  # fmt: skip
 
 
 def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], **others: Any) -> PretrainedConfig:
@@ -72,7 +82,7 @@ def write_checkpoint(kind: str, folder: Path, *, dtype: torch.dtype | None = Non
         dtype: of all weights; None: bfloat16, and float32 for norms and some others, in the language part and in the vision part.
     """
     torch.manual_seed(0)
-    model: Any = AutoModelForImageTextToText.from_config(CONFIGS[kind]())
+    model: Any = AutoModelForImageTextToText.from_config({**CONFIGS, **EAGER}[kind]())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))

@@ -23,6 +23,12 @@ needs_trl = pytest.mark.skipif(TEMPLATES is None, reason="needs the templates of
 THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 PARTS = ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end", "outputs▁begin", "output▁begin", "output▁end", "outputs▁end")
 DEEPSEEK = tuple(f"<｜tool▁{part}｜>" for part in PARTS)
+COHERE = [
+    "<BOS_TOKEN>",
+    *(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "END_OF_TURN", "SYSTEM", "USER", "CHATBOT")),
+    "<|START_RESPONSE|>",
+    "<|END_RESPONSE|>",
+]
 FAMILIES: dict[str, tuple[list[Any], tuple[str, ...], dict[str, str]]] = {
     "qwen": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], THINK, {"eos_token": "<|im_end|>"}),
     "llama": (
@@ -42,6 +48,8 @@ FAMILIES: dict[str, tuple[list[Any], tuple[str, ...], dict[str, str]]] = {
         THINK,
         {"eos_token": "<|endoftext|>"},
     ),
+    "cohere": (COHERE, (), {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>"}),
+    "nemotron": (["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"], THINK, {"bos_token": "<s>", "eos_token": "<|im_end|>"}),
     "phi": (["<|endoftext|>", "<|im_start|>", "<|im_sep|>", "<|im_end|>"], (), {"eos_token": "<|im_end|>"}),
     "mistral": (
         [
@@ -111,6 +119,7 @@ TOOLS = [user("weather?"), assistant(None, tool_calls=[CALL]), {"role": "tool", 
 HISTORY = "earlier turns are context: the chat template writes them without the thought that its prompt for an answer begins"
 QWEN_CALL = '<tool_call>\n{"name": "look_up", "arguments": {"place": "the \\"Röme\\""}}\n</tool_call><|im_end|>'
 QWEN35_CALL = '<tool_call>\n<function=look_up>\n<parameter=place>\nthe "Röme"\n</parameter>\n</function>\n</tool_call><|im_end|>'
+COHERE_END = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -157,6 +166,16 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
                 "<|channel|>analysis<|message|>the sun<|end|><|start|>assistant<|channel|>final<|message|>sunny<|return|>",
             ],
         ),
+        ("cohere", "cohere2", TWO, [f"four{COHERE_END}", f"yes{COHERE_END}"]),
+        ("cohere", "cohere2_training", TWO, [f"four{COHERE_END}", f"yes{COHERE_END}"]),
+        ("deepseek", "deepseekv3", ONE, ["\n</think>\n\nfour<｜end▁of▁sentence｜>"]),
+        ("deepseek", "deepseekv3", TWO, ["\n</think>\n\nyes<｜end▁of▁sentence｜>"]),
+        ("deepseek", "deepseekv3", THOUGHTS, ["so it is\n</think>\n\nyes<｜end▁of▁sentence｜>"]),
+        ("deepseek", "deepseekv3", TOOLS, ["sunny<｜end▁of▁sentence｜>"]),
+        ("nemotron", "nemotron_3_nano", ONE, ["</think>four<|im_end|>"]),
+        ("nemotron", "nemotron_3_nano", TWO, ["</think>yes<|im_end|>"]),
+        ("nemotron", "nemotron_3_super", THOUGHTS, ["so it is\n</think>\n\nyes<|im_end|>"]),
+        ("nemotron", "nemotron_3_ultra", REASONING, ["so it is</think>yes<|im_end|>"]),
         ("glm", "glm4moe_training", TWO, ["\n<think></think>\nfour<|user|>", "\n<think></think>\nyes<|user|>"]),
         ("glm", "glm4moe_training", THOUGHTS, ["\n<think></think>\nfour<|user|>", "\n<think>so it is</think>\nyes<|user|>"]),
     ],
@@ -181,6 +200,11 @@ def test_trained_tokens_are_the_assistants_text_and_its_stop_token(family: str, 
         ("mistral", "mistral"),
         ("phi", "phi4"),
         ("deepseek", "deepseek_r1_distill"),
+        ("deepseek", "deepseekv3"),
+        ("nemotron", "nemotron_3_nano"),
+        ("nemotron", "nemotron_3_ultra"),
+        ("cohere", "cohere2"),
+        ("cohere", "cohere2_training"),
         ("gptoss", "gptoss"),
         ("glm", "glm4moe_training"),
     ],
@@ -352,6 +376,36 @@ def test_glm_4_5_with_an_end_is_trained_as_by_its_template_with_marks(messages: 
         found.append((rendered.input_ids, rendered.loss_mask))
         assert all(text.startswith(start) for text, start in zip(trained(tokenizer, rendered), expected, strict=True))
     assert found[0] == found[1]
+
+
+# After Command R7B: the end of a response, and behind it the end-of-text token, at which generation stops.
+ENDS_TWICE = (
+    "{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+    "{% if m.role == 'assistant' %}<|CHATBOT_TOKEN|>{{ m.content }}<|END_RESPONSE|>{% else %}<|USER_TOKEN|>{{ m.content }}{% endif %}"
+    "<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
+)
+ENDS_CHAT = ENDS_TWICE.replace(
+    "<|END_OF_TURN_TOKEN|>{% endfor %}", "{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("are_special", [True, False])
+def test_the_end_of_text_behind_the_end_of_an_answer_is_trained_and_stops_generation(are_special: bool) -> None:
+    special, _, names = FAMILIES["cohere"]
+    kept, added = (special, ()) if are_special else (special[:-2], tuple(special[-2:]))
+    tokenizer = families.byte_level(ENDS_TWICE, kept, added, **names)
+    renderer = Renderer(tokenizer)
+    assert trained(tokenizer, renderer.chat(TWO)) == [f"four{COHERE_END}", f"yes{COHERE_END}"]
+    assert renderer.stop_ids == [tokenizer.eos_token_id]
+    assert str(tokenizer.decode(renderer.turn_after(user("sure?")))).startswith("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>sure?")
+
+
+def test_a_token_that_ends_the_chat_alone_is_no_end_of_an_answer() -> None:
+    special, _, names = FAMILIES["cohere"]
+    tokenizer = families.byte_level(ENDS_CHAT, special, (), **names)
+    renderer = Renderer(tokenizer)
+    assert trained(tokenizer, renderer.chat(TWO)) == ["four<|END_RESPONSE|>", "yes<|END_RESPONSE|>"]
+    assert tokenizer.convert_ids_to_tokens(renderer.stop_ids) == ["<|END_RESPONSE|>"]
 
 
 # After Qwen3-Thinking-2507: the prompt begins the thought, and only the last turn is written with an empty one.

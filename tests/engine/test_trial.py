@@ -47,6 +47,7 @@ from verl.engine.scorers import TokenScorer
 from verl.engine.trial import check_scorer, choose_path
 from verl.engine.weights import _separate
 from verl.errors import UserError
+from verl.models.attention.packed import PACKED as PACKED_NAME
 from verl.models.attention.packed import ForwardPath
 from verl.models.load import load_for_training
 from verl.models.twin import keep_few_layers
@@ -133,12 +134,17 @@ def test_a_twin_of_layers_that_share_keys_has_such_a_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("mamba", "MambaMixer carries its state"), ("llama 4, in chunks", "attention"), ("falcon with alibi", "KeyError")]
+    ("name", "why"),
+    [
+        ("mamba", "MambaMixer carries its state"),
+        ("llama 4, in chunks", "attention"),
+        ("falcon with alibi", "its attention code has no interface for packed texts"),
+    ],
 )
 def test_other_architectures_run_one_document_at_a_time_and_say_why(name: str, why: str) -> None:
     path = path_of(ALONE[name])
     assert not path.packed
-    assert why in path.describe()
+    assert why in path.describe() and PACKED_NAME not in path.describe()
 
 
 def test_a_window_that_packed_attention_does_not_get_is_noticed_though_no_text_is_that_long() -> None:
@@ -152,6 +158,26 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
     config = BertConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
     with pytest.raises(UserError, match=r"no causal language model(.|\n)*is_decoder"):
         path_of(config)
+
+
+def test_a_model_whose_text_is_read_both_ways_is_named_as_such() -> None:
+    """PaliGemma sets this by itself; it is no BERT."""
+    vision: dict[str, Any] = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text, vision = SIZES | {"model_type": "gemma"}, vision | {"model_type": "siglip_vision_model"}
+    config = AutoConfig.for_model("paligemma", text_config=text, vision_config=vision, projection_dim=64)
+    with pytest.raises(UserError) as caught:
+        path_of(config)
+    assert "the attention of its gemma is two-way (use_bidirectional_attention)" in caught.value.what
+    assert "BERT" not in str(caught.value) and "is_decoder" not in str(caught.value)
+
+
+def test_a_window_without_a_token_is_named(tmp_path: Path) -> None:
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=0, max_window_layers=0, layer_types=None)
+    scorer = TokenScorer(load_for_training(str(write_model(tmp_path, config))).model)
+    with pytest.raises(UserError, match=r"sliding_window is 0\n.*fix: correct it in config\.json"):
+        check_scorer(scorer)
 
 
 def test_attention_that_drops_weights_in_training_alone_is_not_packed() -> None:
@@ -236,7 +262,13 @@ def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkey
         check_scorer(scorer)
 
 
-def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
-    AutoConfig.for_model("t5", d_model=16, num_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no causal language model of type t5"):
-        _ = Outline(ModelConfig(partial_pretrain=str(tmp_path))).path
+@pytest.mark.parametrize("kind", ["t5", "vit", "clip", "wav2vec2"])
+def test_what_is_no_language_model_is_refused_for_what_it_is(kind: str, tmp_path: Path) -> None:
+    """It is in a local directory: nobody is asked to give one."""
+    AutoConfig.for_model(kind, **{"num_layers": 1, "d_model": 16} if kind == "t5" else {}).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    for use in (lambda: Outline(ModelConfig(partial_pretrain=str(tmp_path))).path, lambda: load_for_training(str(tmp_path))):
+        with pytest.raises(UserError) as caught:
+            use()
+        assert "local model directory" not in str(caught.value) and "Hub" not in str(caught.value)
+        assert caught.value.what == f"transformers has no causal language model of type {kind}"

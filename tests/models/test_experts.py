@@ -202,6 +202,18 @@ def test_what_is_left_out_is_named_and_counted(tmp_path: Path) -> None:
     assert "4 experts, which have neither DoRA nor dropout (model.layers.*.mlp.experts.down_proj, " in str(note)
 
 
+def test_a_rank_above_the_size_of_layers_is_no_reason_to_refuse_and_gates_are_left_out_and_named(tmp_path: Path) -> None:
+    """peft trains such an adapter, too. Of a gate with one output, no rank makes a smaller one."""
+    base = write("qwen2_moe", tmp_path / "base")
+    adapted = trained(base, lora_rank=64)  # above the width of 32
+    assert "2 with one output (model.layers.*.mlp.shared_expert_gate)" in str(adapted.left_out)
+    names = {name for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert not any("shared_expert_gate" in name for name in names)
+    assert any("q_proj" in name for name in names) and any("mlp.experts" in name for name in names)
+    expected, folder = logits(adapted), saved(adapted, tmp_path / "adapter")
+    assert (logits(load_for_inference(str(folder), device="cpu", dtype=torch.float32)) - expected).abs().max() < 1e-4
+
+
 def test_experts_in_another_form_are_named() -> None:
     from transformers import DbrxConfig
     from transformers.models.dbrx.configuration_dbrx import DbrxAttentionConfig, DbrxFFNConfig

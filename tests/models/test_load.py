@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from verl.engine.build import build
 from verl.errors import UserError
 from verl.models.damage import check_tokenizer_files
 from verl.models.inference import load_for_inference
-from verl.models.load import load_for_training
+from verl.models.load import load_for_training, load_tokenizer
 from verl.models.saved import export_model
 from verl.models.tiny import tiny_tokenizer
 
@@ -109,7 +110,7 @@ def test_inference_takes_the_dtype_of_the_file_or_the_one_asked_for(tmp_path: Pa
 
 PEAK = """
 import sys, threading, time, torch
-from verl.models.load import load_for_training
+from verl.models.load import load_for_training, load_tokenizer
 def anonymous():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 def watch():
@@ -208,3 +209,69 @@ def test_large_numbers_in_a_tokenizers_settings_are_no_token_ids(tmp_path: Path)
     file.write_text(json.dumps({**settings, "added_tokens_decoder": {str(10**9): {"content": "<x>"}}}))
     with pytest.raises(UserError, match="has the token id 1000000000"):
         check_tokenizer_files(str(tmp_path))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
+    "too few kinds of layers": (
+        {"layer_types": ["full_attention"]},
+        "`num_hidden_layers` (2) must be equal to the number of `layer_types` (1)",
+        "correct num_hidden_layers or layer_types",
+    ),
+    "no heads": ({"num_attention_heads": None}, "num_attention_heads is null, expected int", "correct num_attention_heads"),
+    "no epsilon": ({"rms_norm_eps": None}, "rms_norm_eps is null, expected float", "correct rms_norm_eps"),
+    "an unknown activation": ({"hidden_act": "nonsense"}, "hidden_act is 'nonsense', which transformers", "correct hidden_act"),
+    "an unknown rope": (
+        {"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}},
+        "rope_parameters.rope_type is 'foo', which transformers",
+        "correct rope_parameters.rope_type",
+    ),
+    "half a rope": (
+        {"rope_parameters": {"rope_type": "yarn"}},
+        "Missing required keys in `rope_parameters` for 'rope_type'='yarn': {'factor'}",
+        "correct rope_parameters",
+    ),
+    "no base of the rope": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+        "rope_parameters.rope_theta is null, with which its code fails (TypeError: unsupported operand",
+        "correct rope_parameters.rope_theta",
+    ),
+    "padding beyond the vocabulary": (
+        {"pad_token_id": 4096, "vocab_size": 100},
+        "pad_token_id is 4096, which is not within vocab_size 100",
+        "correct vocab_size or pad_token_id",
+    ),
+    "no type": ({"model_type": None}, "has no model_type", "add model_type"),
+    "an unknown type": ({"model_type": "foo9"}, "model_type is 'foo9', which transformers", "correct model_type"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_in_a_config_is_named_with_its_file_and_key(name: str, tmp_path: Path) -> None:
+    changes, what, fix = WRONG[name]
+    write_model(tmp_path, qwen2_config(tie_word_embeddings=True))
+    config = {**json.loads((tmp_path / "config.json").read_text()), **changes}
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if (key, value) != ("model_type", None)}))
+    with pytest.raises(UserError) as caught:
+        load_for_training(str(tmp_path))
+    error = caught.value
+    assert error.where == str(tmp_path / "config.json") and "\n" not in error.what
+    assert what in error.what and (error.fix or "").startswith(fix)
+
+
+def test_the_tokenizer_reads_the_config_too_and_says_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path, qwen2_config())
+    tiny_tokenizer(["to be or not to be"], vocab_size=300).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": None}))
+    with pytest.raises(UserError, match=r"config\.json: rms_norm_eps is null, expected float\n  fix: correct rms_norm_eps"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_what_is_wrong_elsewhere_is_not_blamed_on_the_config(tmp_path: Path) -> None:
+    write_model(tmp_path, qwen2_config())
+    tiny_tokenizer(["to be or not to be"], vocab_size=300).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert caught.value.where == str(tmp_path) and caught.value.what.startswith("cannot load the tokenizer: ")
+    assert "Hub" not in (caught.value.fix or "")

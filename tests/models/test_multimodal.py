@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import sft_runs
 import torch
-from multimodal_models import CONFIGS, VOCABULARY, tensors_of, whole_model, write_checkpoint
+from multimodal_models import CONFIGS, EAGER, VOCABULARY, tensors_of, whole_model, write_checkpoint
 from peft import PeftModel
 from runs import losses
 from tiny import RandomDocuments
@@ -26,13 +26,14 @@ from verl.engine.trial import choose_path
 from verl.errors import UserError
 from verl.models import export as exporting
 from verl.models import saved
+from verl.models.attention.packed import PACKED
 from verl.models.heads import load_reward_model
 from verl.models.inference import load_for_inference
 from verl.models.load import language_class, load_for_training
 from verl.models.multimodal import PROCESSOR_FILES
 from verl.models.shards import load_without_values, small_twin
 from verl.models.twin import twin_configs
-from verl.rollout import Sampling
+from verl.rollout import Options, Sampling, auto
 from verl.rollout.hf import HfRollout
 from verl.rollout.native.engine import NativeRollout
 
@@ -162,6 +163,26 @@ def test_answers_are_those_of_the_whole_checkpoint(checkpoint: Path) -> None:
     for kind in (HfRollout, NativeRollout):
         found = [answer.token_ids for answer in kind(model, [2]).generate(PROMPTS, sampling)]
         assert [list(ids) for ids in found] == expected
+
+
+@pytest.mark.parametrize("kind", EAGER)
+@pytest.mark.parametrize("before", [None, PACKED])
+def test_around_a_language_part_that_has_eager_attention_alone_answers_are_those_of_the_whole(
+    kind: str, before: str | None, tmp_path: Path
+) -> None:
+    path = write_checkpoint(kind, tmp_path / "model", dtype=torch.float32)
+    model, whole = load_for_inference(str(path), device="cpu", dtype=torch.float32), whole_model(path)
+    whole.set_attn_implementation("eager")
+    if before is not None:  # as in training
+        model.set_attn_implementation(before)
+    own = model.config.get_text_config()._attn_implementation
+    rollout = auto.choose(model, [2], Options(), is_shared=True)
+    assert isinstance(rollout, HfRollout) and rollout.way.attention == "eager"
+    for prompt, answer in zip(PROMPTS, rollout.generate(PROMPTS, Sampling(max_new_tokens=8, temperature=0.0)), strict=True):
+        with torch.no_grad():
+            logits_TV = whole(input_ids=torch.tensor([[*prompt, *answer.token_ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert logits_TV.argmax(-1).tolist() == answer.token_ids
+    assert model.config.get_text_config()._attn_implementation == own
 
 
 def test_a_sharded_model_reads_its_language_part_alone(tmp_path: Path) -> None:

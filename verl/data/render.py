@@ -204,6 +204,8 @@ class Renderer:
         names = [self._tokenizer.special_tokens_map, self._tokenizer.chat_template, transformers.__version__]
         digest = hashlib.sha256(json.dumps(names, sort_keys=True).encode())
         digest.update(self.encoder.state().encode())
+        if self._end is not self.encoder.stop:
+            digest.update(self._end.pattern.encode())
         return digest.hexdigest()
 
     def _check_template(self) -> None:
@@ -219,6 +221,13 @@ class Renderer:
             raise UserError(error.what, where="chat template", fix=error.fix) from None
         ((start, end),) = text.trained
         return self.encoder.encode([text.text[start:end]])[0][-1]
+
+    @functools.cached_property
+    def _end(self) -> re.Pattern[str]:
+        """Matches what ends a turn (`template_end.pattern_of_end`)."""
+        from verl.data.template_end import pattern_of_end  # rows in the cache need none
+
+        return pattern_of_end(self._tokenizer, self.encoder.stop, self.encoder.control)
 
     @functools.cached_property
     def _reads_parts(self) -> bool:
@@ -271,9 +280,7 @@ class Renderer:
     def _turns(self, chat: Chat, trained: list[int]) -> "Turns":
         from verl.data.turns import Turns  # most data has only plain chats
 
-        return Turns(
-            chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self.encoder.stop, self._template(chat)
-        )
+        return Turns(chat, trained, lambda chat, for_answer: self._render(chat, for_answer=for_answer), self._end, self._template(chat))
 
     def _disguised(self, chat: Chat) -> tuple[Chat, Disguise | None]:
         """Return the chat with control text hidden, and the hidden text; None if there is nothing to hide."""
@@ -346,7 +353,7 @@ class Renderer:
         spans = []
         for number in trained:
             prompt = self._render(chat.up_to(number), for_answer=True)
-            stop = self.encoder.stop.search(text, len(prompt)) if text.startswith(prompt) else None
+            stop = self._end.search(text, len(prompt)) if text.startswith(prompt) else None
             if stop is None or not _says(text[len(prompt) : stop.start()], chat.messages[number]["content"]):
                 return None
             spans.append((len(prompt), stop.end()))

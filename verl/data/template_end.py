@@ -1,4 +1,4 @@
-"""The end of a chat's last answer, for chat templates that write none.
+"""How an answer ends: the tokens that a chat template writes after it, and the end of a chat's last answer where a template writes none.
 
 Some templates, such as those of GLM-4, end an answer only with the control token that begins the next message. The last answer of a chat
 then has no end, and could not be trained. The end is added to the template itself, with which the checkpoint is saved, so that everything
@@ -6,7 +6,7 @@ that loads it agrees.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,24 @@ def added_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
     text = "".join(templates.values()) if isinstance(templates, dict) else templates or ""
     found = re.search(rf"\{{# {ADDED}(.*?) #\}}", text)
     return found[1] if found else None
+
+
+def pattern_of_end(tokenizer: PreTrainedTokenizerBase, stop: re.Pattern[str], control: Iterable[str]) -> re.Pattern[str]:
+    """Return what matches the end of an answer: a special token, or several control tokens of which the last is the end-of-text token.
+
+    Cohere's templates write <|END_RESPONSE|> and the end-of-text token, at which generation stops, after each answer. Only what also stands
+    before a next question counts: a template may end the whole chat with a token of its own.
+
+    Args:
+        stop: matches a special token; it is returned if the template does not write several.
+        control: the tokenizer's control tokens.
+    """
+    template, eos = tokenizer.chat_template, tokenizer.eos_token
+    if not isinstance(template, str) or not eos:
+        return stop
+    after = _text(tokenizer, template, [QUESTION, ANSWER, QUESTION]).partition(str(ANSWER["content"]))[2]
+    found = re.match(rf"(?:{'|'.join(map(re.escape, control))})+?{re.escape(str(eos))}", after)
+    return re.compile(f"{re.escape(found[0])}|{stop.pattern}") if found else stop
 
 
 def _begin_of(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[dict[str, Any]], following: dict[str, Any]) -> str:

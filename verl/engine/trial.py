@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from verl import dist
@@ -22,8 +22,8 @@ from verl.engine.scorers import Scorer, TokenScorer
 from verl.errors import UserError
 from verl.models.attention import plain
 from verl.models.attention.delta_rule import keep_documents_apart, watched
-from verl.models.attention.packed import PACKED_PATH, USE_ANOTHER, ForwardPath
-from verl.models.damage import check_finite, explained
+from verl.models.attention.packed import PACKED, PACKED_PATH, USE_ANOTHER, ForwardPath
+from verl.models.damage import check_finite, no_language_model
 from verl.models.load import decoder_of, language_class
 from verl.models.twin import random_model, twin_configs
 
@@ -33,6 +33,8 @@ SHORT_LENGTHS = (5, 3)  # tokens; on a real model they take no time
 # The second is shorter than the windows of a twin (`verl.models.twin.SHORT`), and the others are longer.
 LENGTHS = (41, 6, 23)
 RECURRENT = re.compile(r"mamba|mixer|ssm|rwkv|recurrent|delta|lstm|lightning|linearattention|shortconv|kda", re.IGNORECASE)
+NO_INTERFACE = "its attention code has no interface for packed texts"
+WINDOW = re.compile(r"window|attention_chunk")
 OTHER_PARTS = re.compile(r"(model|lm|mlp|norm|layer|embedding|embeddings|sdpaattention|cache)$", re.IGNORECASE)
 
 
@@ -74,6 +76,8 @@ def choose_path(config: PretrainedConfig, where: str, *, trust_remote_code: bool
     own_code = getattr(config, "auto_map", None) if trust_remote_code else None
     if own_code and "AutoModelForCausalLM" not in own_code:
         return PACKED_PATH  # a reward model of another kind, which check_hidden looks at
+    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and language_class(config) is AutoModelForCausalLM:
+        raise no_language_model(config.model_type, where)
     key = config.to_json_string(use_diff=False)
     if key not in _chosen:
         with _quiet():
@@ -117,8 +121,6 @@ def _make_twin(config: PretrainedConfig, where: str, *, trust_remote_code: bool)
             except Exception as error:  # not every architecture can be that small, or computes in float64
                 failure = failure or error
     assert failure is not None
-    if "Unrecognized configuration class" in str(failure):
-        raise explained("model", where, failure) from failure
     return failure
 
 
@@ -148,9 +150,22 @@ def _alone(model: PreTrainedModel, documents: Sequence[Document], where: str, to
     changed[-1] += 1 if changed[-1] == 0 else -1
     before = _logprobs(model, longest[0])[:-1]
     if _difference(_logprobs(model, changed)[:-1], before) > tolerance:
-        what = f"{type(model).__name__} is no causal language model: the probability of a token depends on the tokens after it"
-        raise UserError(what, where=where, fix="choose a causal language model; in the config.json of a BERT, set is_decoder to true")
+        raise _sees_later_tokens(model, where)
     return torch.cat([found[index] for index in range(len(documents))])
+
+
+def _sees_later_tokens(model: PreTrainedModel, where: str) -> UserError:
+    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    what, fix = (
+        f"{name} is no causal language model: the probability of a token depends on the tokens after it",
+        "choose a causal language model",
+    )
+    if getattr(text, "use_bidirectional_attention", None):  # PaliGemma sets it by itself
+        what += f"; the attention of its {text.model_type} is two-way (use_bidirectional_attention)"
+        fix += "; of those that read pictures, such as Gemma 3 or Qwen2.5-VL"
+    elif getattr(text, "is_decoder", None) is False:
+        fix += f"; in the config.json of a {text.model_type}, set is_decoder to true"
+    return UserError(what, where=where, fix=fix)
 
 
 def _choose(twin: Twin, where: str) -> ForwardPath:
@@ -180,6 +195,8 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
     except UserError as error:
         return error.what + (_without_dropout(scorer.model.config) if "dropout" in error.what else "")
     except Exception as error:  # the code of a model may raise anything where it does not expect packed documents
+        if PACKED in str(error):  # its own table of attention functions lacks ours
+            return NO_INTERFACE
         return f"packed documents make its code fail ({_first_line(error)})"
     if difference <= TOLERANCES[twin.dtype]:
         return None
@@ -253,11 +270,18 @@ def check_scorer(scorer: TokenScorer) -> None:
     if difference != difference:
         check_finite(model, model.name_or_path or name)
     if not difference < TOLERANCE:
-        raise UserError(
-            f"the log-probabilities of {name} in packed batches differ from those of single documents by {difference:.2g}",
-            where="model.partial_pretrain",
-            fix=USE_ANOTHER,
-        )
+        what, odd = f"the log-probabilities of {name} in packed batches differ from those of single documents", _odd_windows(model)
+        fix = "correct it in config.json: a positive number of tokens, or null for no window" if odd else USE_ANOTHER
+        raise UserError(f"{what} by {difference:.2g}{odd}", where="model.partial_pretrain", fix=fix)
+
+
+def _odd_windows(model: PreTrainedModel) -> str:
+    """Say which windows of attention in the config hold no token; "" if all do."""
+    values = vars(model.config.get_text_config(decoder=True)).items()
+    odd = [
+        f"{name} is {value}" for name, value in values if WINDOW.search(name) and type(value) is int and value < 1 and "layer" not in name
+    ]
+    return f"; {' and '.join(odd)}" if odd else ""
 
 
 @contextmanager

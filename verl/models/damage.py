@@ -209,26 +209,36 @@ def explained(what: str, path: str, error: Exception) -> UserError:
     of_machine = disk_error(error, where=path, doing="read") if _is_of_disk(error) else None
     if (found := of_machine or memory_error(error, where=path)) is not None:
         return found
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
+    from verl.models.wrong_config import explain, one_line  # of errors alone
+
+    reason = one_line(error)
     if "trust_remote_code" in str(error):
         return UserError(f"the {what} needs Python code from its repository", where=path, fix="if you trust it, set trust_remote_code=true")
     if "Unrecognized configuration class" in str(error):
-        kind = model_type(path)
-        fix = "give a causal language model, such as Qwen2, Qwen3, Llama or Mistral; encoders, encoder-decoders and vision are not trained"
-        return UserError(f"transformers has no causal language model of type {kind}", where=path, fix=fix)
+        return no_language_model(model_type(path), path)
     if isinstance(error, SafetensorError):
         return UserError(f"damaged weights: {reason}", where=path, fix=SAVE_AGAIN)
     if "size mismatch" in str(error) or "mismatched" in str(error):
         fix = "restore the config.json that belongs to these weights, or save the model again"
         return UserError(f"its weights have other shapes than config.json says{_other_shape(path)}", where=path, fix=fix)
+    if not isinstance(error, OSError) and (found := explain(path, error)) is not None:
+        return found
     fix = "give a local model directory, or a Hub name; the Hub needs a network connection, and a login for gated models"
     if "gguf" in path.lower():
         fix = f"GGUF is for inference: give the model that it was made from, usually the name without GGUF; otherwise {fix}"
     elif "safetensors" in reason:
         fix = f"only weights in safetensors are read; {fix}"
-    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-    return UserError(f"cannot load the {what}: {kind}{reason}", where=path, fix=fix)
+    elif isinstance(error, ImportError):
+        fix = "install the package that it names"
+    elif Path(path).expanduser().exists():
+        fix = f"check the files of the directory: {SAVE_AGAIN}, or copy them from the original"
+    return UserError(f"cannot load the {what}: {reason}", where=path, fix=fix)
+
+
+def no_language_model(kind: str, path: str) -> UserError:
+    """Return the error for a model of this model_type, of which transformers has no causal language model."""
+    fix = "give a causal language model, such as Qwen2, Qwen3, Llama or Mistral; encoders, encoder-decoders and vision are not trained"
+    return UserError(f"transformers has no causal language model of type {kind}", where=path, fix=fix)
 
 
 def model_type(path: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist
 from verl.engine.layers import decoder_layers
@@ -98,8 +98,8 @@ def generation_mode(
     """
     layers = decoder_layers(model)
     before = [(layer.__dict__.pop("forward", None), layer._compiled_call_impl) for layer in layers]
-    training, own_attention = model.training, model.config._attn_implementation
-    changes = own_attention != attention and model._can_set_attn_implementation()
+    training, own_attention = model.training, _attention_of(model.config)
+    changes = model.config.get_text_config()._attn_implementation != attention and model._can_set_attn_implementation()
     try:
         for layer in layers:
             _set(layer, None if forwards is None else forwards.get(layer), None)
@@ -116,6 +116,12 @@ def generation_mode(
         for layer, (forward, compiled) in zip(layers, before, strict=True):
             layer.__dict__.pop("forward", None)
             _set(layer, forward, compiled)
+
+
+def _attention_of(config: PretrainedConfig) -> Any:
+    """Return the attention implementations of a model and of its parts: around Gemma 2, which has eager alone, the whole may have sdpa."""
+    parts = {name: part._attn_implementation for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    return {"": config._attn_implementation, **parts}
 
 
 def _set(layer: nn.Module, forward: Callable[..., Any] | None, compiled: Any) -> None:
