@@ -15,7 +15,6 @@ HIDDEN, HEADS, HEAD = 64, 4, 16
 SIZES: dict[str, int] = {
     **dict.fromkeys(("encoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads", "num_query_groups"), HEADS),
     "qk_rope_head_dim": 8,
-    "qk_head_dim": HEAD + 8,
     "rotary_dim": 8,
     "attention_head_dim": HEAD,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -88,28 +87,32 @@ MIXERS = (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim
 HIDDEN_NAMES = (
     *("hidden_size", "d_model", "n_embd", "embedding_dim", "lru_width", "dim", "ffn_hidden_size_in", "word_embed_proj_dim", "embed_dim"),
     *("emb_dim", "embedding_size", "hidden_size_global", "attention_hidden_size", "text_hidden_size", "out_hidden_size"),
-    *("vision_hidden_size", "encoder_hidden_size"),
+    *("vision_hidden_size", "encoder_hidden_size", "adapter_in_dim", "adapter_out_dim"),
 )
-HEAD_NAMES = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads", "num_heads")
+HEAD_NAMES: tuple[str, ...] = ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads", "num_heads")
 HEAD_NAMES += ("swa_num_attention_heads", "num_sliding_attention_heads", "num_attention_heads_per_layer")
 GROUP_NAMES = ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "num_global_key_value_heads")
-HEAD_SIZES = ("head_dim", "swa_head_dim", "global_head_dim", "kv_channels", "d_kv", "d_head", "dim_head", "v_head_dim", "swa_v_head_dim")
-HEAD_SIZES += ("qk_nope_head_dim",)
-# Further sizes that are compared in a part of a config: the small value of the smallest one, how much larger each further one is, and names.
+HEAD_SIZES: tuple[str, ...] = ("head_dim", "swa_head_dim", "global_head_dim", "kv_channels", "d_kv", "d_head", "dim_head")
+HEAD_SIZES += ("v_head_dim", "swa_v_head_dim", "qk_nope_head_dim")
+# Further sizes that are compared in a part of a config: the small value of the smallest one, what each further one has more, and names.
 KINDS: tuple[tuple[int, int, tuple[str, ...]], ...] = (
     (HEAD, HEAD, ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim")),
     (16, 8, ("q_lora_rank", "kv_lora_rank", "o_lora_rank")),
-    (96, 16, ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "dense_intermediate_size")),
+    (
+        96,
+        16,
+        ("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size", "dense_intermediate_size"),
+    ),
     (96, 16, ("d_inner", "feed_forward_size", "mlp_dim")),
     (64, 16, ("intermediate_size_mlp", "shared_intermediate_size", "shared_expert_intermediate_size", "dff", "dim_ff")),
     (64, 16, ("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size")),
     (32, 16, ("moe_intermediate_size", "expert_ffn_hidden_size")),
 )
 # Shares of RoPE's frequencies for time, height and width, where a model's code has them as a default that its config need not state.
-SECTIONS = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl"), [16, 24, 24]),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), [8, 12, 12]),
-    "ernie4_5_vl_moe": [22, 22, 20],
+SECTIONS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "paddleocr_vl"), (16, 24, 24)),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm_ocr"), (8, 12, 12)),
+    "ernie4_5_vl_moe": (22, 22, 20),
 }
 Small = dict[str, dict[int, int]]  # by a size's name, its small value for each value of the model
 
@@ -118,7 +121,8 @@ def small_hidden_sizes(parts: Iterable[Mapping[str, Any]], of_text: int | None) 
     """Return the small widths of all parts of a config; that of the language part is HIDDEN."""
     found = {value for part in parts for value in _stated(part, HIDDEN_NAMES)}
     ordered = sorted(found, key=lambda value: (value != of_text, value))
-    return dict.fromkeys(HIDDEN_NAMES, _ladder(ordered, HIDDEN, HIDDEN))
+    ladder = _ladder(ordered, HIDDEN, HIDDEN)
+    return dict.fromkeys(HIDDEN_NAMES, ladder)
 
 
 def small_sizes(part: Mapping[str, Any]) -> Small:
@@ -126,12 +130,13 @@ def small_sizes(part: Mapping[str, Any]) -> Small:
     small: Small = {}
     for first, step, names in KINDS:
         ladder = _ladder(sorted(_stated(part, names)), first, step)
-        small |= dict.fromkeys(names, {value: min(value, size) for value, size in ladder.items()})
+        kept = {value: min(value, size) for value, size in ladder.items()}
+        small |= dict.fromkeys(names, kept)
     return small | _head_sizes(part) | _heads(part)
 
 
 def _head_sizes(part: Mapping[str, Any]) -> Small:
-    """Return the small sizes of heads. Where a part of each head is rotated (DeepSeek), `head_dim` may be the size of that part or of both."""
+    """Return the small sizes of heads. Where a part of a head is rotated (DeepSeek), `head_dim` may be the size of that part or both."""
     rotated, plain = part.get("qk_rope_head_dim"), _stated(part, ["qk_nope_head_dim"])
     whole = {rotated + size: size for size in plain} if rotated else {}
     is_whole = part.get("head_dim") in (rotated, *whole)
@@ -139,7 +144,7 @@ def _head_sizes(part: Mapping[str, Any]) -> Small:
     small = {value: min(value, size) for value, size in _ladder(sorted(_stated(part, names)), HEAD, HEAD).items()}
     wholes = {both: small[size] + SIZES["qk_rope_head_dim"] for both, size in whole.items()}
     of_head = {rotated: SIZES["qk_rope_head_dim"], **wholes} if is_whole and rotated else small
-    return dict.fromkeys(HEAD_SIZES, small) | {"head_dim": of_head, "qk_head_dim": wholes}
+    return dict.fromkeys(HEAD_SIZES, small) | {"head_dim": of_head, "qk_head_dim": wholes or small}
 
 
 def _heads(part: Mapping[str, Any]) -> Small:

@@ -6,7 +6,7 @@ kinds of layers, experts, RoPE. What only makes it large becomes small. Windows 
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def _unbuilt(config: PretrainedConfig, error: Exception) -> UserError:
         with torch.device("meta"):
             whole_class(config).from_config(copy.deepcopy(config))
     except Exception as itself:
-        what = f"transformers cannot build a {config.model_type} of this config: {type(itself).__name__}: {' '.join(str(itself).split())[:200]}"
+        why = f"{type(itself).__name__}: {' '.join(str(itself).split())[:200]}"
+        what = f"transformers cannot build a {config.model_type} of this config: {why}"
         return UserError(what, where="MODEL", fix="correct the config, or give one of a causal language model")
     what = f"there is no small {config.model_type} yet: {said}"
     return UserError(what, where="MODEL", fix="report it with the config; verl prove --real DIR needs no twin")
@@ -190,7 +191,7 @@ def _rope(value: Mapping[str, Any], head: int) -> dict[str, Any]:
     return small
 
 
-def _shared_out(sections: list[int], total: int) -> list[int]:
+def _shared_out(sections: Sequence[int], total: int) -> list[int]:
     """Return sections of the same shares with another total."""
     whole = sum(sections)
     ends = [round(total * sum(sections[: place + 1]) / whole) for place in range(len(sections))]
