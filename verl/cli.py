@@ -189,7 +189,10 @@ def prove(
     real: Annotated[bool, typer.Option("--real", help="Prove the model itself, not a tiny twin of its architecture.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write what was found to this file, too.", metavar="FILE")] = None,
 ) -> None:
-    """Prove on a CPU, in a minute, what is exact for a model's architecture: MODEL. Exit code 1: something is wrong."""
+    """Prove on a CPU, in a minute, what is exact for a model's architecture: MODEL.
+
+    Exit code 1: something is wrong; 2: there is no such model, or fine-tuning it is refused.
+    """
     exit_on_user_error(run_proofs, model, real, json)
 
 
@@ -292,11 +295,11 @@ def run_module(name: str, words: list[str], command: Command | None = None) -> N
 
 
 def run_proofs(model: str, real: bool, json: Path | None) -> None:
-    """Run `verl prove`. Raises SystemExit(1) if something is wrong, UserError if there is no such model."""
+    """Run `verl prove`. Raises SystemExit: 1 if something is wrong, 2 if fine-tuning is refused. Raises UserError without such a model."""
     command = load_module("verl.prove.command")
     command.use_cpu()
-    if not command.prove(model, real=real, json_file=json):
-        raise SystemExit(1)
+    if code := command.prove(model, real=real, json_file=json):
+        raise SystemExit(code)
 
 
 def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path | None, exact: bool) -> None:

@@ -26,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("prove")
     config = Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=14, num_hidden_layers=28)
     config.save_pretrained(folder)
-    assert command.prove(str(folder / "config.json"), json_file=folder / "found.json")
+    assert command.prove(str(folder / "config.json"), json_file=folder / "found.json") == 0
     summary = json.loads((folder / "found.json").read_text())
     return {outcome["name"]: outcome for outcome in summary["outcomes"]}
 

@@ -9,22 +9,34 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 from verl.data.pack import Document
+from verl.models.load import language_class
 
 SMALL = 1e-3  # a parameter's gradient counts relative to its own norm, or to this share of the whole one if that is larger
+
+
+def whole_class(config: PretrainedConfig) -> Any:
+    """Return transformers' own class of a model, with all its parts, of which the trainer may load the language part only.
+
+    Raises:
+        UserError: the model is none that verl trains, such as an encoder-decoder.
+    """
+    return AutoModelForCausalLM if language_class(config) is AutoModelForCausalLM else AutoModelForImageTextToText
 
 
 def load(path: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a model directory with transformers alone, with the attention of its own (eager) where it has one."""
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
-    if getattr(AutoConfig.from_pretrained(path), "alibi", False):  # eager Falcon adds ALiBi's bias twice
+    config = AutoConfig.from_pretrained(path)
+    kind = whole_class(config)
+    if getattr(config, "alibi", False):  # eager Falcon adds ALiBi's bias twice
         options["attn_implementation"] = "sdpa"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, **({"attn_implementation": "eager"} | options))
+        model = kind.from_pretrained(path, **({"attn_implementation": "eager"} | options))
     except ValueError:  # it has one implementation only
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model = kind.from_pretrained(path, **options)
     if hasattr(model.config, "rescale_every"):  # RWKV: its weights in evaluation would be others, and so their gradients
         model.config.rescale_every = 0
     loaded: PreTrainedModel = model.eval()

@@ -12,22 +12,33 @@ from verl.prove.outcome import Outcome, State
 from verl.prove.subject import Subject
 
 COLORS: dict[State, str] = {"holds": "green", "slower": "cyan", "refused": "yellow", "wrong": "bold red", "none": "dim"}
+WIDTHS = (13, 25, 7, None)  # of the columns: the same in each line, which is printed when it is finished
 
 
-def show(subject: Subject, outcomes: Sequence[Outcome], seconds: float) -> None:
-    """Print a line for each outcome, and their totals."""
-    console = open_console(highlight=False)
-    console.print(Text(f"verl prove {subject.name}: {subject.describe()}"))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(4):
-        table.add_column(overflow="fold")
-    group = ""
-    for outcome in outcomes:
-        name = "" if outcome.group == group else outcome.group
-        table.add_row(name, outcome.name, Text(outcome.state, COLORS[outcome.state]), Text(outcome.found))
-        group = outcome.group
-    console.print(table)
-    console.print(Text(f"{totals(outcomes)}; {seconds:.0f} seconds"))
+class Report:
+    """The table, a line at a time. A refusal that a line above has is not repeated."""
+
+    def __init__(self, subject: Subject):
+        self.console, self.group = open_console(highlight=False), ""
+        self.refusals: dict[str, str] = {}  # the line of each
+        self.console.print(Text(f"verl prove {subject.name}: {subject.describe()}"))
+
+    def show(self, outcome: Outcome) -> None:
+        """Print the line of an outcome."""
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for width in WIDTHS:
+            table.add_column(width=width, overflow="fold")
+        found = outcome.found
+        if outcome.state == "refused" and (line := self.refusals.setdefault(found, outcome.name)) != outcome.name:
+            found = f"as {line}"
+        name = "" if outcome.group == self.group else outcome.group
+        table.add_row(name, outcome.name, Text(outcome.state, COLORS[outcome.state]), Text(found))
+        self.console.print(table)
+        self.group = outcome.group
+
+    def end(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """Print the totals."""
+        self.console.print(Text(f"{totals(outcomes)}; {seconds:.0f} seconds"))
 
 
 def totals(outcomes: Sequence[Outcome]) -> str:

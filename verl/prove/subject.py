@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -31,6 +33,7 @@ from verl.run import TrainResult
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
 STEPS, LR = 3, 1e-3
+MODELS = ("twin", "still", "auxiliary-loss", "random")  # in the scratch folder
 DECODED = 20  # tokens
 LENGTHS = (3, 70, 17, 5, 40, 23, 9, 52)  # tokens: shorter and longer than a twin's window of 16 and its short positions of 48
 QUESTIONS = ["What is 17 + 25?", "Name a color.", "Is the sky blue today, or is it grey as it was the day before?", "Why?"]
@@ -52,7 +55,7 @@ class Subject:
         config: that of `model`.
         given: that of what the user named; the twin's is smaller.
         origin: the directory or Hub name whose tokenizer and chat template are proved; None: a config came alone.
-        random: what makes training random in the model's config, such as dropout; a twin has none of it.
+        random: what makes training random in the model's config, such as dropout; `model` has none of it.
     """
 
     name: str
@@ -108,15 +111,20 @@ class Subject:
 
     def variant(self, name: str, changes: dict[str, Any]) -> "Subject":
         """Return the same model with other values in its config."""
-        model = self.folder / name
-        shutil.copytree(self.model, model)
-        values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
         place = values["text_config"] if isinstance(values.get("text_config"), dict) else values
         place.update(changes)
-        (model / "config.json").write_text(json.dumps(values), encoding="utf-8")
         folder = self.folder / f"{name}-runs"
         folder.mkdir()
-        return replace(self, model=model, folder=folder)
+        return replace(self, model=with_config(self.model, values, self.folder / name), folder=folder)
+
+    def named(self, text: str) -> str:
+        """Return a text in which the models in the scratch folder, which is gone afterwards, have the name that the user gave."""
+        for folder in (self.folder.resolve(), self.folder):
+            models = "|".join(re.escape(name) for name in MODELS)
+            text = re.sub(rf"{re.escape(str(folder))}/({models})(?![\w-])", self.name, text)
+            text = text.replace(f"{folder}/", "")
+        return text
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -225,6 +233,21 @@ class Subject:
     @cached_property
     def adapter(self) -> Callable[[], TrainResult]:
         return _once(lambda: self.fine_tune("adapter", **{"model.lora_rank": 4, "optim.lr": 1e-2}))
+
+
+def with_config(model: Path, values: dict[str, Any], target: Path) -> Path:
+    """Write a model directory with other values in its config.json. The weights are the same files, if the file system allows."""
+    others = shutil.ignore_patterns("config.json", "manifest.json")  # a manifest is of the config as it was
+    shutil.copytree(model, target, ignore=others, copy_function=_link)
+    (target / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return target
+
+
+def _link(source: Any, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
 
 
 @contextmanager

@@ -13,4 +13,4 @@ def prove(subject: Subject) -> Outcome:
     if of_model.packed == of_twin.packed:
         return Outcome(GROUP, NAME, "holds" if of_model.packed else "slower", said, 0.0)
     other = "packed" if of_twin.packed else "one document at a time"
-    return Outcome(GROUP, NAME, "wrong" if of_model.packed else "slower", f"{said}; its twin: {other}")
+    return Outcome(GROUP, NAME, "wrong" if of_model.packed else "slower", f"{said}; as it is compared here, without dropout: {other}")
