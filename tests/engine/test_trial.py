@@ -224,9 +224,14 @@ def test_a_block_inside_a_layer_is_no_layer_and_layers_that_share_weights_are_sh
         shared = AutoModelForCausalLM.from_config(PACKED["qwen2"])
     layers = decoder_layers(mamba)
     assert len(layers) == 2
-    assert _separate(layers) == layers
+    assert _separate(layers, mamba) == layers
     shared.model.layers[1].mlp = shared.model.layers[0].mlp
-    assert _separate(decoder_layers(shared)) == []
+    assert _separate(decoder_layers(shared), shared) == []
+    with torch.device("meta"):
+        bert = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=True, num_hidden_layers=2))
+    bert.tie_weights()
+    embeddings, *others = decoder_layers(bert)
+    assert type(embeddings).__name__ == "BertEmbeddings" and _separate([embeddings, *others], bert) == others
 
 
 def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
