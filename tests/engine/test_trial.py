@@ -14,6 +14,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
+    BertLMHeadModel,
+    CTRLConfig,
     CwmConfig,
     FalconConfig,
     FalconForCausalLM,
@@ -31,6 +33,7 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -98,6 +101,11 @@ ALONE: dict[str, PretrainedConfig] = {
         vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=True, **NAMES
     ),
 }
+BERT = BertConfig(
+    **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+CTRL = CTRLConfig(vocab_size=512, n_positions=512, n_embd=48, dff=56, n_layer=2, n_head=4)
 
 
 def path_of(config: PretrainedConfig) -> ForwardPath:
@@ -209,9 +217,13 @@ def test_loss_and_gradient_are_those_of_each_document_alone_however_rows_are_cut
             torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-5 * largest, msg=parameter)
 
 
-def test_ranks_with_sharded_weights_and_unequal_numbers_of_documents_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    """Rank 0 has seven documents and rank 1 has one; each document gathers the weights from both."""
-    model = write_model(tmp_path / "model", ALONE["falcon with alibi"], kind=FalconForCausalLM)
+@pytest.mark.parametrize("kind", [FalconForCausalLM, BertLMHeadModel])
+def test_ranks_with_sharded_weights_and_unequal_numbers_of_documents_do_not_wait_for_each_other(
+    kind: type[PreTrainedModel], tmp_path: Path
+) -> None:
+    """Rank 0 has seven documents and rank 1 has one; each document gathers the weights from both. The embeddings of BERT are one of its
+    blocks, and share their weight with the output layer."""
+    model = write_model(tmp_path / "model", BERT if kind is BertLMHeadModel else ALONE["falcon with alibi"], kind=kind)
     expected = loss_and_gradient_alone(model, unequal_documents())[1]
     run_ranks("gradient.py", model, tmp_path / "found.pt", "unequal")
     found, whole = torch.load(tmp_path / "found.pt", weights_only=True), torch.cat([g.flatten() for g in expected.values()])
@@ -239,6 +251,15 @@ def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkey
     monkeypatch.setattr(type(scorer.model.model), "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match="the code of Qwen2ForCausalLM fails on a short text: ZeroDivisionError"):
         check_scorer(scorer)
+
+
+def test_a_failure_that_training_an_adapter_alone_has_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CTRL changes its input in place, which transformers' own hook makes a tensor that must not be."""
+    path_of(CTRL)
+    monkeypatch.setattr(trial, "_chosen", {})
+    monkeypatch.setattr(trial, "require_input_gradient", PreTrainedModel.enable_input_require_grads)
+    with pytest.raises(UserError, match=r"its code fails .*in-place operation"):
+        path_of(CTRL)
 
 
 def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def test_a_run_trains_the_whole_language_part_alone_and_resumes(checkpoint: Path
     dist.stop()
     assert losses(sft_runs.train(tmp_path, "twice", **keys)) == losses(at_once)
     before, after = tensors_of(checkpoint), tensors_of(tmp_path / "twice" / "global_step_2")
-    assert {name for name in before if torch.equal(before[name], after[name])} == vision(before)
+    buffers = {name for name in before if name.endswith("layer_scalar")}  # of Gemma 4
+    assert {name for name in before if torch.equal(before[name], after[name])} == vision(before) | buffers
     assert before.keys() == after.keys()
 
 

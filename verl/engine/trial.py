@@ -181,7 +181,7 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
     except UserError as error:
         return error.what + (_without_dropout(scorer.model.config) if "dropout" in error.what else "")
     except Exception as error:  # the code of a model may raise anything where it does not expect packed documents
-        return f"packed documents make its code fail ({_first_line(error)})"
+        return f"{'packed documents make its code fail' if path.packed else 'its code fails'} ({_first_line(error)})"
     if difference <= TOLERANCES[twin.dtype]:
         return None
     kinds = sorted({type(module).__name__ for module in scorer.modules()}, key=lambda name: (name.endswith("Block"), len(name), name))

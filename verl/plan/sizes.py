@@ -21,8 +21,10 @@ def decoder(outline: Outline) -> Decoder:
     text = model.config.get_text_config()
     tables = {id(p): p for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
     everything, in_layers = numel(model.parameters()), sum(numel(layer.parameters()) for layer in layers)
+    if not layers:  # a class that does not name its blocks, such as CTRL
+        in_layers = everything - numel(tables.values())
     sizes = Decoder(
-        layers=max(1, len(layers)),
+        layers=len(layers) or text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=next(filter(None, (layer_value(text, name) for name in WIDTHS)), 4 * text.hidden_size),
         heads=heads.query,
