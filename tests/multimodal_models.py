@@ -51,13 +51,11 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "mistral3": lambda: _config(
         "mistral3", {"model_type": "mistral"}, {**TOWER, "head_dim": 8}, image_token_index=440, spatial_merge_size=2
     ),
-    "gemma4": lambda: _config(
-        "gemma4",
-        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8,
-         "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0, "global_head_dim": 8, "final_logit_softcapping": 5.0},
-        {**TOWER, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "position_embedding_size": 16},
-        image_token_id=440, boi_token_id=441, eoi_token_id=442,
+    "gemma4, unequal heads": lambda: _gemma4(
+        global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, enable_moe_block=True, num_experts=4, top_k_experts=2,
+        moe_intermediate_size=16,
     ),
+    "gemma4": lambda: _gemma4(global_head_dim=8),
 }  # fmt: skip
 # The language part has no attention but eager, though the whole takes PyTorch's.
 EAGER: dict[str, Callable[[], PretrainedConfig]] = {
@@ -69,6 +67,19 @@ EAGER: dict[str, Callable[[], PretrainedConfig]] = {
         image_token_index=440, projection_dim=32,
     ),
 }  # fmt: skip
+
+
+def _gemma4(**text: Any) -> PretrainedConfig:
+    kinds = ["sliding_attention", "full_attention"]
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0}
+    return _config(
+        "gemma4",
+        {"sliding_window": 8, "layer_types": kinds, "final_logit_softcapping": 5.0, **own, **text},
+        {**TOWER, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "position_embedding_size": 16},
+        image_token_id=440,
+        boi_token_id=441,
+        eoi_token_id=442,
+    )
 
 
 def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], **others: Any) -> PretrainedConfig:

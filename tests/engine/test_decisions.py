@@ -8,7 +8,7 @@ import pytest
 import torch
 from decided import decided
 from tiny import RandomDocuments, qwen2_config, write_model, write_problems_and_model
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BartConfig, OPTConfig, PretrainedConfig, Qwen2Config
 
 from verl import dist
 from verl.config.pairs import PairsConfig
@@ -34,6 +34,7 @@ from verl.models.attention import packed
 from verl.models.attention.flash import NOT_INSTALLED, Heads
 from verl.models.attention.packed import PACKED_PATH, AttentionChoice
 from verl.models.load import load_tokenizer
+from verl.models.randomness import left_out_layers
 from verl.plan.plan import plan_run
 from verl.trainer import fsdp_sft_trainer
 
@@ -261,7 +262,7 @@ def test_adapters_are_put_beside_a_copy_of_the_outline() -> None:
 
 def test_without_a_gpu_nothing_asks_for_the_models_shapes() -> None:
     outline = Outline(ModelConfig(partial_pretrain="/nowhere"))
-    outline.heads, outline.path = Heads(4, 2, 16), PACKED_PATH  # from the config alone
+    outline.heads, outline.path = (Heads(4, 2, 16),), PACKED_PATH  # from the config alone
     assert not decide(outline, CPUS, RUN, choose_spread(outline, CPUS)).compiled
 
 
@@ -271,6 +272,21 @@ def test_one_attention_serves_all_models_of_a_process() -> None:
     other = Heads(2, 1, 32)
     decide(outline_of("tiny"), hardware, RUN, choose_spread(outline_of("tiny"), hardware), other_heads=[other, Heads(4, 2, 16), other])
     assert set(asked) == {(Heads(4, 2, 16), other)}
+
+
+@pytest.mark.parametrize("keys", [{}, {"context_parallel_size": 2, "strategy": "ddp"}])
+def test_processes_that_would_leave_out_different_layers_are_refused(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Each would wait for another one in a layer that only one of them computes."""
+    OPTConfig(layerdrop=0.5).save_pretrained(tmp_path)
+    ranks, dropping = Hardware(CPU, processes=2), Outline(ModelConfig(partial_pretrain=str(tmp_path), **keys))
+    with pytest.raises(UserError, match=r"opt model leaves out layers at random in training \(layerdrop=0.5\)") as error:
+        choose_spread(dropping, ranks)
+    assert "layerdrop=0 in its config.json" in str(error.value.fix) and ("ddp" in str(error.value.fix)) == (not keys)
+    choose_spread(dropping, CPUS)
+    choose_spread(dropping, ranks, holds_still=True)
+    choose_spread(Outline(ModelConfig(partial_pretrain=str(tmp_path), strategy="ddp")), ranks)
+    assert left_out_layers(BartConfig(decoder_layerdrop=0.1)) == {"decoder_layerdrop": 0.1}
+    assert not left_out_layers(BartConfig(encoder_layerdrop=0.1))  # a causal language model has no encoder
 
 
 def test_what_is_here_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

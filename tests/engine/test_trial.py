@@ -14,6 +14,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
+    BertLMHeadModel,
+    CTRLConfig,
     CwmConfig,
     FalconConfig,
     FalconForCausalLM,
@@ -31,6 +33,7 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -99,6 +102,11 @@ ALONE: dict[str, PretrainedConfig] = {
         vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, alibi=True, multi_query=True, **NAMES
     ),
 }
+BERT = BertConfig(
+    **{name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+CTRL = CTRLConfig(vocab_size=512, n_positions=512, n_embd=48, dff=56, n_layer=2, n_head=4)
 
 
 def path_of(config: PretrainedConfig) -> ForwardPath:
@@ -235,9 +243,13 @@ def test_loss_and_gradient_are_those_of_each_document_alone_however_rows_are_cut
             torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-5 * largest, msg=parameter)
 
 
-def test_ranks_with_sharded_weights_and_unequal_numbers_of_documents_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    """Rank 0 has seven documents and rank 1 has one; each document gathers the weights from both."""
-    model = write_model(tmp_path / "model", ALONE["falcon with alibi"], kind=FalconForCausalLM)
+@pytest.mark.parametrize("kind", [FalconForCausalLM, BertLMHeadModel])
+def test_ranks_with_sharded_weights_and_unequal_numbers_of_documents_do_not_wait_for_each_other(
+    kind: type[PreTrainedModel], tmp_path: Path
+) -> None:
+    """Rank 0 has seven documents and rank 1 has one; each document gathers the weights from both. The embeddings of BERT are one of its
+    blocks, and share their weight with the output layer."""
+    model = write_model(tmp_path / "model", BERT if kind is BertLMHeadModel else ALONE["falcon with alibi"], kind=kind)
     expected = loss_and_gradient_alone(model, unequal_documents())[1]
     run_ranks("gradient.py", model, tmp_path / "found.pt", "unequal")
     found, whole = torch.load(tmp_path / "found.pt", weights_only=True), torch.cat([g.flatten() for g in expected.values()])
@@ -250,9 +262,14 @@ def test_a_block_inside_a_layer_is_no_layer_and_layers_that_share_weights_are_sh
         shared = AutoModelForCausalLM.from_config(PACKED["qwen2"])
     layers = decoder_layers(mamba)
     assert len(layers) == 2
-    assert _separate(layers) == layers
+    assert _separate(layers, mamba) == layers
     shared.model.layers[1].mlp = shared.model.layers[0].mlp
-    assert _separate(decoder_layers(shared)) == []
+    assert _separate(decoder_layers(shared), shared) == []
+    with torch.device("meta"):
+        bert = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=True, num_hidden_layers=2))
+    bert.tie_weights()
+    embeddings, *others = decoder_layers(bert)
+    assert type(embeddings).__name__ == "BertEmbeddings" and _separate([embeddings, *others], bert) == others
 
 
 def test_a_failure_of_the_models_own_code_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,3 +289,12 @@ def test_what_is_no_language_model_is_refused_for_what_it_is(kind: str, tmp_path
             use()
         assert "local model directory" not in str(caught.value) and "Hub" not in str(caught.value)
         assert caught.value.what == f"transformers has no causal language model of type {kind}"
+
+
+def test_a_failure_that_training_an_adapter_alone_has_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CTRL changes its input in place, which transformers' own hook makes a tensor that must not be."""
+    path_of(CTRL)
+    monkeypatch.setattr(trial, "_chosen", {})
+    monkeypatch.setattr(trial, "require_input_gradient", PreTrainedModel.enable_input_require_grads)
+    with pytest.raises(UserError, match=r"its code fails .*in-place operation"):
+        path_of(CTRL)

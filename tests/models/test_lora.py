@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sft_runs
 import torch
 import transformers
 from forked import run_forked
@@ -15,11 +16,11 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from places import run_ranks
 from ranks import train_adapters
-from runs import SFT
+from runs import SFT, losses
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, RandomDocuments, qwen2_config, write_model
+from tiny import VOCABULARY, RandomDocuments, qwen2_config, sharp, write_model, write_problems_and_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, CTRLConfig, CTRLLMHeadModel, PreTrainedModel, Qwen2Tokenizer
 
 from verl import dist
 from verl.algorithms import sft
@@ -147,6 +148,16 @@ def test_transformers_would_not_read_dora_under_pefts_own_name(tied: Path, token
     renamed = {name.replace("magnitude_vector.weight", "magnitude_vector"): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file, metadata={"format": "pt"})
     assert (logits(AutoModelForCausalLM.from_pretrained(file.parent)) - run.logits()).abs().max() > 1e-3
+
+
+def test_an_adapter_trains_beside_code_that_changes_its_input_in_place(tmp_path: Path) -> None:
+    folder = write_problems_and_model(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    shape: dict[str, Any] = dict(n_positions=512, n_embd=48, dff=56, n_layer=2, n_head=4)
+    config = CTRLConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape)
+    sharp(CTRLLMHeadModel, config).save_pretrained(folder / "model")
+    found = losses(sft_runs.train(folder, "run", model__lora_rank=4, trainer__total_training_steps=6, optim__lr=1e-2))
+    assert found[-1] < found[0] - 0.1
 
 
 @pytest.mark.parametrize("kind", ["dora", "trained tokens", "all of it"])

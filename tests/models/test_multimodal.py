@@ -47,7 +47,7 @@ def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return write_checkpoint(request.param, tmp_path_factory.mktemp("mixed") / request.param)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["gemma3", "gemma4, unequal heads", "qwen2_5_vl"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(request.param, tmp_path_factory.mktemp("base") / request.param, dtype=torch.float32)
 
@@ -81,7 +81,7 @@ def test_what_was_not_trained_is_saved_byte_for_byte(mixed: Path, tmp_path: Path
     assert torch.equal(logits(whole), logits(whole_model(mixed)))
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "llama4", "qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "gemma4, unequal heads", "llama4", "qwen2_5_vl", "qwen3_5"])
 def test_the_gradient_on_packed_documents_is_that_of_a_plain_loop(kind: str, tmp_path: Path) -> None:
     """Positions of three dimensions, chunks, windows and recurrent layers: each document is computed as if alone."""
     path = write_checkpoint(kind, tmp_path / kind, dtype=torch.float32)
@@ -128,7 +128,8 @@ def test_a_run_trains_the_whole_language_part_alone_and_resumes(checkpoint: Path
     dist.stop()
     assert losses(sft_runs.train(tmp_path, "twice", **keys)) == losses(at_once)
     before, after = tensors_of(checkpoint), tensors_of(tmp_path / "twice" / "global_step_2")
-    assert {name for name in before if torch.equal(before[name], after[name])} == vision(before)
+    buffers = {name for name in before if name.endswith("layer_scalar")}  # of Gemma 4
+    assert {name for name in before if torch.equal(before[name], after[name])} == vision(before) | buffers
     assert before.keys() == after.keys()
 
 

@@ -12,7 +12,18 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from tiny import RandomDocuments, qwen2_config, write_problems_and_model
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    CTRLConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from verl import cli, dist
 from verl.algorithms import sft
@@ -241,6 +252,15 @@ def test_parameters_are_those_of_the_model(config: PretrainedConfig) -> None:
     assert sizes.trained == sum(p.numel() for p in model.parameters())
     assert sizes.layer * sizes.layers + sizes.root == sizes.trained
     assert sizes.root == sizes.table * (1 if sizes.tied else 2) + sizes.hidden
+
+
+@pytest.mark.parametrize(
+    ("config", "width"), [(GPT2Config(n_layer=3), 4 * 768), (OPTConfig(num_hidden_layers=3), 3072), (CTRLConfig(n_layer=3), 8192)]
+)
+def test_models_with_other_names_for_their_sizes_are_planned_too(config: PretrainedConfig, width: int) -> None:
+    sizes = sizes_of(config)
+    assert (sizes.layers, sizes.hidden, sizes.intermediate) == (3, config.hidden_size, width)
+    assert sizes.layer * sizes.layers + sizes.root == sizes.trained
 
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:

@@ -15,7 +15,7 @@ from verl import dist
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
-from verl.engine.layers import Compiler, recompute_activations
+from verl.engine.layers import Compiler, recompute_activations, require_input_gradient
 from verl.engine.outline import Outline
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.engine.weights import MasterWeights
@@ -235,7 +235,7 @@ def _use_operators(adapted: "PeftModel", model: PreTrainedModel, decisions: Deci
 
     use_operators(adapted, checkpointed=decisions.checkpointing != "none")
     # Frozen embeddings have no gradient, so the first layer's input would not require one, and that layer would be compiled separately.
-    model.enable_input_require_grads()
+    require_input_gradient(model)
 
 
 def loading_device(decisions: Decisions) -> torch.device:

@@ -20,6 +20,7 @@ from verl.errors import UserError
 from verl.models.attention import flash
 from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import PACKED_PATH, AttentionChoice, ForwardPath, has_flash
+from verl.models.randomness import left_out_layers
 
 if TYPE_CHECKING:
     from verl.config.pairs import PairsConfig
@@ -148,7 +149,8 @@ def decide(
     settings = outline.settings
     dtype = choose_compute_dtype(settings.compute_dtype, hardware.device)
     compiled, why = _choose_compiling(outline, hardware, workload, scalar_head=scalar_head)
-    heads = tuple(dict.fromkeys([outline.heads.of_each(settings.context_parallel_size), *other_heads]))
+    own_heads = [heads.of_each(settings.context_parallel_size) for heads in outline.heads]
+    heads = tuple(dict.fromkeys([*own_heads, *other_heads]))
     return Decisions(
         hardware=hardware,
         workload=workload,
@@ -207,12 +209,22 @@ def token_budget_of_answers(asked: int | None, longest: int) -> int:
 # Sharding.
 
 
-def choose_spread(outline: Outline, hardware: Hardware) -> Spread:
+def choose_spread(outline: Outline, hardware: Hardware, *, holds_still: bool = False) -> Spread:
     """Choose between replicating the weights on each process and sharding them. "auto" replicates models that are small for a GPU.
 
+    Args:
+        holds_still: whether nothing in the model is random in training, as in reinforcement learning.
     Raises:
-        UserError: the number of processes is not a multiple of the shard size, or host memory is too small for offloading.
+        UserError: the number of processes is not a multiple of the shard size; host memory is too small for offloading; or processes that
+            share weights or documents would leave out different layers.
     """
+    spread = _choose_spread(outline, hardware)
+    if hardware.processes > 1 and not holds_still:
+        _check_layers(outline, spread)
+    return spread
+
+
+def _choose_spread(outline: Outline, hardware: Hardware) -> Spread:
     settings, fsdp = outline.settings, outline.settings.fsdp_config
     check_multiple(hardware.processes, fsdp.shard_size or 1, key="model.fsdp_config.shard_size")
     pin = fsdp.cpu_offload and hardware.has_gpu and _may_pin(outline, hardware)
@@ -220,6 +232,22 @@ def choose_spread(outline: Outline, hardware: Hardware) -> Spread:
     if settings.strategy == "ddp" or (settings.strategy == "auto" and _is_small(outline, hardware)):
         return Spread("ddp", sharding)
     return Spread("fsdp2", sharding)
+
+
+def _check_layers(outline: Outline, spread: Spread) -> None:
+    """Raise UserError if processes that exchange weights or tokens in each layer would leave out different layers."""
+    splits = outline.settings.context_parallel_size > 1
+    if spread.strategy == "ddp" and not splits:
+        return
+    if found := left_out_layers(outline.config):
+        named = " and ".join(f"{name}={value:g}" for name, value in found.items())
+        zeros = " and ".join(f"{name}=0" for name in found)
+        what = (
+            f"this {outline.config.model_type} model leaves out layers at random in training ({named}), each process other ones, and those "
+            f"that share {'documents' if splits else 'weights'} would wait for each other for ever"
+        )
+        other = "" if splits else ", or model.strategy=ddp for whole weights on each process"
+        raise UserError(what, where=outline.settings.partial_pretrain, fix=f"set {zeros} in its config.json{other}")
 
 
 def check_multiple(processes: int, size: int, *, key: str) -> None:
@@ -296,10 +324,11 @@ def _graph_tokens(outline: Outline, hardware: Hardware, spread: Spread, dtype: t
     """Return the largest micro-batch to capture in a CUDA graph if the layers are compiled, in tokens; 0: none."""
     settings = outline.settings
     alone = hardware.processes == 1 and not spread.sharding.cpu_offload
-    flash_attention = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa"
+    flash_attention = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa" and not _too_large(outline.heads)
     if settings.cuda_graphs is False or not alone or not flash_attention or dtype.itemsize * outline.trained_parameters > LARGEST_GRADIENTS:
         return 0
-    if outline.path.rule is not None:  # its kernels read the lengths of the documents on the host
+    # Kernels of a rule read the lengths of the documents on the host; a graph would leave out the same layers in each step.
+    if outline.path.rule is not None or left_out_layers(outline.config):
         return 0
     return min(LARGEST_TOKENS, int(LARGEST_WORK * outline.layers / outline.stored_numbers))
 
@@ -322,19 +351,26 @@ def choose_attention(wanted: str, hardware: Hardware, dtype: torch.dtype, heads:
         if wanted != "auto":
             raise UserError(f"{wanted} needs a GPU and bfloat16", where="model.attn_implementation", fix="leave it at auto")
         return AttentionChoice()
+    too_large, heads = _too_large(heads), [each for each in heads if each.size <= flash.LARGEST_HEAD]
     if wanted == "auto":
         found = refusals(hardware, dtype, heads, workload)
         best = next((kernel for kernel, refusal in found.items() if refusal is None), None)
-        return AttentionChoice(best or "fa2", {kernel: refusal for kernel, refusal in found.items() if refusal is not None})
+        refused = {kernel: refusal for kernel, refusal in found.items() if refusal is not None}
+        return AttentionChoice(best or "fa2", refused, too_large)
     kernel = next((kernel for kernel in flash.PACKAGES if kernel == wanted), None)
     if kernel is None:
-        return AttentionChoice("fa2")
+        return AttentionChoice("fa2", too_large=too_large)
     refusal = hardware.refusal(kernel, dtype, *heads)
     if refusal is not None:
         package = flash.PACKAGES[kernel]
         fix = package.install if refusal == flash.NOT_INSTALLED else "leave it at auto"
         raise UserError(f"{package.name}: {refusal}", where="model.attn_implementation", fix=fix)
-    return AttentionChoice(kernel)
+    return AttentionChoice(kernel, too_large=too_large)
+
+
+def _too_large(heads: Sequence[Heads]) -> tuple[int, ...]:
+    """Return the sizes of heads that FlashAttention does not have."""
+    return tuple(sorted({each.size for each in heads if each.size > flash.LARGEST_HEAD}))
 
 
 def choose_rule(rule: "Rule | None", hardware: Hardware, dtype: torch.dtype) -> "RuleChoice | None":

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import calculate_time_spent, counters
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -32,6 +32,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             found.append(module)
             inside.update(module.modules())
     return found
+
+
+def require_input_gradient(model: PreTrainedModel) -> None:
+    """Let the input of the first layer require a gradient in place, though the embeddings are frozen."""
+    model.get_input_embeddings().register_forward_hook(_require_gradient)
+
+
+def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    # The copy may be changed in place, as CTRL does, which a tensor may not be of which a gradient is required.
+    return output.requires_grad_().clone() if torch.is_grad_enabled() and not output.requires_grad else output
 
 
 # Compiling

@@ -60,8 +60,8 @@ class Outline:
         return self.settings.lora_rank > 0 or self.settings.lora_adapter_path is not None
 
     @cached_property
-    def heads(self) -> Heads:
-        """The model's attention heads. This needs only the config."""
+    def heads(self) -> tuple[Heads, ...]:
+        """The model's attention heads, the largest first (`heads_of`). This needs only the config."""
         return heads_of(self.config)
 
     @cached_property

@@ -17,7 +17,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 from transformers.utils import logging
 
 from verl import dist
+from verl.data.batch import Batch
 from verl.data.pack import Document, collate
+from verl.engine.layers import require_input_gradient
 from verl.engine.scorers import Scorer, TokenScorer
 from verl.errors import UserError
 from verl.models.attention import plain
@@ -190,20 +192,27 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
         scorer = TokenScorer(twin.make(path.attention), path=path).eval()
         batch = collate(twin.documents, range(len(twin.documents)))
         difference = _difference(scorer(batch).logprob_M, twin.expected_M)
-        if path.packed:
-            scorer.train()(batch)  # dropout of attention is off in evaluation
+        _train(scorer, batch)  # dropout of attention is off in evaluation
     except UserError as error:
         return error.what + (_without_dropout(scorer.model.config) if "dropout" in error.what else "")
     except Exception as error:  # the code of a model may raise anything where it does not expect packed documents
         if PACKED in str(error):  # its own table of attention functions lacks ours
             return NO_INTERFACE
-        return f"packed documents make its code fail ({_first_line(error)})"
+        return f"{'packed documents make its code fail' if path.packed else 'its code fails'} ({_first_line(error)})"
     if difference <= TOLERANCES[twin.dtype]:
         return None
     kinds = sorted({type(module).__name__ for module in scorer.modules()}, key=lambda name: (name.endswith("Block"), len(name), name))
     if names := [name for name in kinds if RECURRENT.search(name) and not OTHER_PARTS.search(name)]:
         return f"{names[0]} carries its state into the next document, and packed documents need kernels that reset it"
     return f"packed attention does not have all of its attention (log-probabilities differ by {difference:.2g})"
+
+
+@torch.enable_grad()
+def _train(scorer: TokenScorer, batch: Batch) -> None:
+    """Run the forward and backward pass of training. Embeddings are frozen, as they are beside adapters."""
+    scorer.model.get_input_embeddings().requires_grad_(False)
+    require_input_gradient(scorer.model)
+    scorer.train()(batch).logprob_M.sum().backward()
 
 
 def _without_dropout(config: PretrainedConfig) -> str:

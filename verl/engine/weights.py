@@ -300,7 +300,7 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
         "offload_policy": CPUOffloadPolicy(pin_memory=sharding.pin) if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
         "reshard_after_forward": sharding.reshard_after_forward and not alone,
     }
-    separate = _separate(decoder_layers(scorer.model))
+    separate = _separate(decoder_layers(scorer.model), scorer)
     if not scorer.path.packed:
         from verl.engine.one_by_one import use_all_weights  # as in Scorer.hidden
 
@@ -313,7 +313,9 @@ def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_d
     return sharded
 
 
-def _separate(layers: list[nn.Module]) -> list[nn.Module]:
-    """Return the layers that share no weight with another one."""
+def _separate(layers: list[nn.Module], whole: nn.Module) -> list[nn.Module]:
+    """Return the layers that share no weight with another one, or with a part of the whole outside them, such as the output layer."""
+    inside = {module for layer in layers for module in layer.modules()}
     uses = Counter(p for layer in layers for p in layer.parameters())
+    uses.update(p for module in whole.modules() if module not in inside for p in module.parameters(recurse=False))
     return [layer for layer in layers if all(uses[p] == 1 for p in layer.parameters())]

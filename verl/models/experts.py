@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from verl.models.per_layer import layer_value
+
 CHOSEN = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
 NUMBERS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 NOT_CHOSEN = {"router", "gate", "shared_expert", "shared_experts"}  # every token uses these
@@ -75,7 +77,7 @@ def _number(module: nn.Module) -> int | None:
 
 def _chosen(parent: nn.Module, config: Any) -> int | None:
     """Return the number of experts that a token is sent to, from the router beside them, or else from the config."""
-    return _first((parent, *parent.children()), CHOSEN) or _first((config,), CHOSEN)
+    return _first((parent, *parent.children()), CHOSEN) or next(filter(None, (layer_value(config, name) for name in CHOSEN)), None)
 
 
 def _first(places: Iterable[Any], names: tuple[str, ...]) -> int | None:

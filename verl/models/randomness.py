@@ -9,12 +9,18 @@ from transformers import PretrainedConfig
 
 # Config values by this name make something random in training. Those of classification heads do not reach a language model.
 RANDOM = re.compile(r"drop(out|path|_path|_rate)|pdrop|_drop$|layer_?drop|jitter")
+LEFT_OUT = re.compile(r"^(decoder_)?layer_?drop$")
 OF_HEADS = re.compile(r"^(classifier|summary|cls|token_classifier)_|classifier_dropout")
 
 
 def random_settings(config: PretrainedConfig) -> dict[str, float]:
     """Return the values of a config that make its language model random in training, by name, such as {"attention_dropout": 0.1}."""
     return dict(_random(config.get_text_config().to_dict()))
+
+
+def left_out_layers(config: PretrainedConfig) -> dict[str, float]:
+    """Return the values of a config by which its language model leaves out whole layers at random in training, as {"layerdrop": 0.1}."""
+    return {name: value for name, value in random_settings(config).items() if LEFT_OUT.search(name)}
 
 
 def _random(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

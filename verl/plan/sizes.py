@@ -6,22 +6,27 @@ from typing import Any
 
 from torch import nn
 
+from verl.engine.layers import decoder_layers
 from verl.engine.outline import Outline
+from verl.models.per_layer import layer_value
 from verl.plan.memory import Decoder
+
+WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner", "dff")  # names of the feed-forward width
 
 
 def decoder(outline: Outline) -> Decoder:
     """Return the sizes of the model as it is trained, including its adapters."""
-    model, heads = outline.model, outline.heads
-    text, inner = model.config.get_text_config(), model.get_decoder()
-    assert isinstance(inner, nn.Module)
-    layers: Any = inner.layers
+    model, layers = outline.model, decoder_layers(outline.model)
+    heads = max(outline.heads, key=lambda each: each.size * (each.query + 2 * each.key_value))  # of layers that differ, the largest counts
+    text = model.config.get_text_config()
     tables = {id(p): p for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
-    everything, in_layers = numel(model.parameters()), numel(layers.parameters())
+    everything, in_layers = numel(model.parameters()), sum(numel(layer.parameters()) for layer in layers)
+    if not layers:  # a class that does not name its blocks, such as CTRL
+        in_layers = everything - numel(tables.values())
     sizes = Decoder(
-        layers=len(layers),
+        layers=len(layers) or text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=next(filter(None, (layer_value(text, name) for name in WIDTHS)), 4 * text.hidden_size),
         heads=heads.query,
         key_heads=heads.key_value,
         head_size=heads.size,

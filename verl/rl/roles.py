@@ -122,11 +122,11 @@ def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: 
         token_budget=token_budget(config),
     )
     of_critic = outline_of_critic(config, outline) if method.needs_critic else None
-    heads = [*([] if of_critic is None else [of_critic.heads]), *heads_of_reward_model(config)]
-    actor = decide(outline, hardware, workload, choose_spread(outline, hardware), other_heads=heads)
+    heads = [*([] if of_critic is None else of_critic.heads), *heads_of_reward_model(config)]
+    actor = decide(outline, hardware, workload, choose_spread(outline, hardware, holds_still=True), other_heads=heads)
     if of_critic is None:
         return RoleDecisions(actor, None)
-    critic = decide(of_critic, hardware, workload, actor.spread, other_heads=[outline.heads, *heads], scalar_head=True)
+    critic = decide(of_critic, hardware, workload, actor.spread, other_heads=[*outline.heads, *heads], scalar_head=True)
     return RoleDecisions(actor, critic)
 
 
@@ -141,10 +141,10 @@ def outline_of_critic(config: PPOConfig, actor: Outline) -> Outline:
     return actor if path in (None, config.model.partial_pretrain) else Outline(replace(config.model, partial_pretrain=path))
 
 
-def heads_of_reward_model(config: PPOConfig) -> list[Heads]:
+def heads_of_reward_model(config: PPOConfig) -> Sequence[Heads]:
     """Return the attention heads of the reward model, if there is one."""
     model = config.reward_model
-    return [] if model.path is None else [heads_of(read_config(model.path, trust_remote_code=model.trust_remote_code))]
+    return () if model.path is None else heads_of(read_config(model.path, trust_remote_code=model.trust_remote_code))
 
 
 def build_roles(

@@ -49,6 +49,7 @@ PACKAGES: dict[Kernel, Package] = {
 }
 
 NOT_INSTALLED = "not installed"
+LARGEST_HEAD = 256  # numbers of a head, in every release of FlashAttention
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A model that is loaded with `attn_implementation=PACKED` is called with one row 
 `packed_kwargs(batch)`. No token attends to another document. There are two exact implementations:
 
 - CUDA in half precision: FlashAttention with variable lengths, from PyTorch or from an installed newer package;
-- otherwise, and for soft-capped scores and attention sinks: PyTorch alone, one document at a time.
+- otherwise, and for soft-capped scores, attention sinks and heads that are too large for it: PyTorch alone, one document at a time.
 
 `use_attention` selects the FlashAttention kernel of the process. A model that cannot be computed this way runs its own code
 (`ForwardPath`).
@@ -26,6 +26,7 @@ from verl import dist
 from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models.attention import flash
+from verl.models.per_layer import layer_values
 
 if TYPE_CHECKING:
     from verl.models.attention.delta_rule import Rule
@@ -80,10 +81,12 @@ class AttentionChoice:
     Attributes:
         kernel: FlashAttention kernel, or "sdpa" for PyTorch's scaled dot-product attention.
         refused: kernels for this GPU that cannot be used, with the reason.
+        too_large: sizes of heads that FlashAttention does not have; layers with them use scaled dot-product attention.
     """
 
     kernel: flash.Kernel | Literal["sdpa"] = "fa2"
     refused: dict[flash.Kernel, str] = field(default_factory=dict)
+    too_large: tuple[int, ...] = ()
 
 
 _kernel: flash.Kernel | Literal["sdpa"] = "fa2"  # global, because transformers' models call attention by name
@@ -123,12 +126,14 @@ def attention_kept() -> Iterator[None]:
         flash.activate("fa3" if had_fa3 else "fa2")
 
 
-def heads_of(config: PretrainedConfig) -> flash.Heads:
-    """Return the attention heads of a causal language model."""
+def heads_of(config: PretrainedConfig) -> tuple[flash.Heads, ...]:
+    """Return the attention heads of a causal language model, the largest first; more than one if layers differ."""
     text = config.get_text_config(decoder=True)
-    query = getattr(text, "num_attention_heads", None) or 1  # a recurrent model has none
-    size = getattr(text, "head_dim", None) or text.hidden_size // query
-    return flash.Heads(query, getattr(text, "num_key_value_heads", None) or query, size)
+    found = []
+    for query, key_value, size in layer_values(text, "num_attention_heads", "num_key_value_heads", "head_dim"):
+        query = query or 1  # a recurrent model has none
+        found.append(flash.Heads(query, key_value or query, size or text.hidden_size // query))
+    return tuple(sorted(dict.fromkeys(found), key=lambda heads: (heads.size, heads.key_value), reverse=True))
 
 
 def describe_attention(choice: AttentionChoice, device_type: str, dtype: torch.dtype) -> str:
@@ -139,6 +144,10 @@ def describe_attention(choice: AttentionChoice, device_type: str, dtype: torch.d
     if choice.kernel == "sdpa":
         return "PyTorch's scaled dot product, one document at a time (model.attn_implementation=sdpa)"
     refused = "; ".join(f"{flash.PACKAGES[kernel].name}: {reason}" for kernel, reason in choice.refused.items())
+    if choice.too_large:
+        sizes = " and ".join(map(str, choice.too_large))
+        slow = f"PyTorch's scaled dot product, one document at a time, for heads of {sizes} numbers"
+        refused = f"{slow}; {refused}" if refused else slow
     return flash.version(choice.kernel) + (f" ({refused})" if refused else "")
 
 
@@ -186,7 +195,7 @@ def packed_attention(
     soft_cap, sink_N = options.get("softcap"), options.get("s_aux")
     if sink_N is not None and context:
         raise UserError(f"{type(module).__name__} needs attention sinks, which a split document does not have", fix=USE_ANOTHER)
-    is_plain = soft_cap is None and sink_N is None
+    is_plain = soft_cap is None and sink_N is None and query_TND.shape[-1] <= flash.LARGEST_HEAD
     if is_plain and _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
         output_TND = flash.flash_attention(
             query_TND,

@@ -22,12 +22,14 @@ from verl.errors import UserError
 from verl.models.attention.flash import Heads
 
 
-def check_heads(config: PretrainedConfig, heads: Heads, size: int) -> None:
-    """Raise UserError if `size` does not divide the model's number of query heads."""
-    if heads.query % size:
-        sizes = ", ".join(str(n) for n in range(1, heads.query + 1) if heads.query % n == 0)
+def check_heads(config: PretrainedConfig, heads: Sequence[Heads], size: int) -> None:
+    """Raise UserError if `size` does not divide the number of query heads of every layer."""
+    common = math.gcd(*(each.query for each in heads))
+    if common % size:
+        sizes = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        numbers = " and ".join(map(str, sorted({each.query for each in heads})))
         raise UserError(
-            f"the {heads.query} attention heads of {config.model_type} cannot be divided among {size} processes",
+            f"the {numbers} attention heads of {config.model_type} cannot be divided among {size} processes",
             where=f"model.context_parallel_size={size}",
             fix=f"set one of {sizes}",
         )
