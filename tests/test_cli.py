@@ -28,7 +28,7 @@ from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.errors import UserError
 from verl.progress import open_console
-from verl.prove.report import show
+from verl.prove.report import Report
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
 
@@ -257,7 +257,7 @@ def test_in_a_pipe_no_command_wraps_a_path(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "80")
     finding = doctor.Finding("disk", "downloaded models", f"1 GiB free in {place}", "warning", f"free {place}")
     doctor.report([finding], open_console())
-    show(subject_named(str(place)), [], 1.0)
+    Report(subject_named(str(place)))
     shown = capsys.readouterr().out
     assert shown.count(f"1 GiB free in {place}") == 2 and f"fix: free {place}" in shown and f"verl prove {place}: a model\n" in shown
     assert open_console(force_terminal=True).width == 80

@@ -90,9 +90,10 @@ def _devices() -> Iterator[Finding]:
         import torch
 
         from verl.engine.decisions import refusals
+        from verl.engine.description import describe_attention
         from verl.engine.hardware import measure
         from verl.models.attention.flash import Heads
-        from verl.models.attention.packed import AttentionChoice, describe_attention
+        from verl.models.attention.packed import AttentionChoice
     except ImportError as error:
         yield Finding("device", "torch", f"cannot be imported: {error}", "missing", "install the missing packages above")
         return

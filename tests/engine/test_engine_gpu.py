@@ -22,6 +22,7 @@ from verl.data.loader import Loader, Packing, micro_batches
 from verl.engine import checkpoint, restore
 from verl.engine.checkpoint import Position
 from verl.engine.contract import TokenOut
+from verl.engine.description import describe_attention
 from verl.engine.engine import Engine
 from verl.engine.layers import compile_layers, recompute_activations
 from verl.engine.logprobs import logprobs_with_gradient_
@@ -29,7 +30,7 @@ from verl.engine.scorers import TokenScorer
 from verl.engine.trial import check_scorer
 from verl.engine.weights import Sharding, Spread
 from verl.models.adapters.lora import add_adapters
-from verl.models.attention.packed import AttentionChoice, describe_attention
+from verl.models.attention.packed import AttentionChoice
 from verl.models.liger import use_liger
 from verl.models.load import load_for_training
 from verl.models.saved import export_model

@@ -22,8 +22,8 @@ from verl.engine.hardware import Hardware
 from verl.engine.layers import decoder_layers
 from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer
+from verl.engine.sharding import shard
 from verl.engine.trial import check_scorer
-from verl.engine.weights import Sharding, shard
 from verl.errors import UserError
 from verl.models.attention.packed import packed_attention
 from verl.models.load import load_for_training
@@ -177,7 +177,7 @@ def test_while_a_layer_computes_the_weights_of_the_next_are_on_their_way(model_p
     dist.start()
     model = load_for_training(str(model_path)).model
     first, second = decoder_layers(model)
-    shard(TokenScorer(model), torch.device("cpu"), Sharding(), compute_dtype=torch.float32)
+    shard(TokenScorer(model), torch.device("cpu"), compute_dtype=torch.float32)
     assert asked == {"forward": [(first, second)], "backward": [(second, first)]}
 
 

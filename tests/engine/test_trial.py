@@ -47,8 +47,8 @@ from verl.engine.engine import Engine
 from verl.engine.layers import decoder_layers
 from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer
+from verl.engine.sharding import _separate
 from verl.engine.trial import check_scorer, choose_path
-from verl.engine.weights import _separate
 from verl.errors import UserError
 from verl.models.attention.packed import PACKED as PACKED_NAME
 from verl.models.attention.packed import ForwardPath

@@ -17,10 +17,12 @@ from transformers import LlamaConfig
 
 from verl import doctor
 from verl.engine.decisions import Workload, choose_attention, refusals
+from verl.engine.description import describe_attention
 from verl.engine.hardware import measure
 from verl.errors import UserError
 from verl.models.attention import flash, flash_trial, packed
-from verl.models.attention.packed import AttentionChoice, describe_attention, heads_of, packed_attention, use_attention
+from verl.models.attention.packed import AttentionChoice, packed_attention, use_attention
+from verl.models.per_layer import heads_of
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma4ForCausalLM,
 
 from verl.config.shared import ModelConfig
 from verl.engine.decisions import Workload, choose_attention, choose_spread, decide
+from verl.engine.description import describe_attention
 from verl.engine.hardware import ASSUMED
 from verl.engine.outline import Outline
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
-from verl.models.attention.packed import describe_attention, heads_of
 from verl.models.attention.ulysses import check_heads
+from verl.models.per_layer import heads_of
 from verl.plan.sizes import decoder
 from verl.rollout import Sampling
 from verl.rollout.hf import HfRollout

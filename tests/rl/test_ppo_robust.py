@@ -30,8 +30,9 @@ from verl.engine.decisions import Workload
 from verl.engine.hardware import Hardware
 from verl.errors import UserError, exit_on_user_error
 from verl.models.attention.flash import Heads
-from verl.models.attention.packed import AttentionChoice, heads_of
+from verl.models.attention.packed import AttentionChoice
 from verl.models.load import load_tokenizer
+from verl.models.per_layer import heads_of
 from verl.rollout._http import RefusedError
 from verl.trainer import ppo_trainer
 
@@ -120,7 +121,7 @@ def test_a_critic_of_another_architecture_is_looked_at_itself(folder: Path, monk
     path = other_critic(folder, "llama")
     train(folder, "other_critic", algorithm__name="ppo", critic__partial_pretrain=path, trainer__total_training_steps=1)
     assert looked_at == [LlamaForTokenClassification]
-    both = {heads_of(AutoConfig.from_pretrained(folder / "model")), Heads(query=2, key_value=1, size=32)}
+    both = {*heads_of(AutoConfig.from_pretrained(folder / "model")), Heads(query=2, key_value=1, size=32)}
     assert len(both) == 2 and served == [both, both]  # for the actor and for the critic
     assert metrics_of(folder / "other_critic")[0]["critic/grad_norm"] > 0
 
@@ -139,7 +140,7 @@ def test_a_reward_model_of_another_architecture_is_looked_at_and_served_too(fold
     served = heads_served(monkeypatch)
     judged: dict[str, object] = {"reward__name": "null", "reward_model__path": path, "trainer__total_training_steps": 1}
     (line,) = train(folder, "judged", **judged)
-    both = {heads_of(AutoConfig.from_pretrained(folder / "model")), Heads(query=8, key_value=4, size=8)}
+    both = {*heads_of(AutoConfig.from_pretrained(folder / "model")), Heads(query=8, key_value=4, size=8)}
     assert len(both) == 2 and served == [both]
     assert line["rl/reward"] == pytest.approx(line["reward/model"]) and line["rl/reward"] != 0
 

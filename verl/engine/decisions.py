@@ -20,7 +20,6 @@ from verl.errors import UserError
 from verl.models.attention import flash
 from verl.models.attention.flash import Heads, Kernel
 from verl.models.attention.packed import PACKED_PATH, AttentionChoice, ForwardPath, has_flash
-from verl.models.randomness import left_out_layers
 
 if TYPE_CHECKING:
     from verl.config.pairs import PairsConfig
@@ -220,7 +219,9 @@ def choose_spread(outline: Outline, hardware: Hardware, *, holds_still: bool = F
     """
     spread = _choose_spread(outline, hardware)
     if hardware.processes > 1 and not holds_still:
-        _check_layers(outline, spread)
+        from verl.engine.left_out import check_layers  # of several processes alone
+
+        check_layers(outline.config, outline.settings, spread)
     return spread
 
 
@@ -232,22 +233,6 @@ def _choose_spread(outline: Outline, hardware: Hardware) -> Spread:
     if settings.strategy == "ddp" or (settings.strategy == "auto" and _is_small(outline, hardware)):
         return Spread("ddp", sharding)
     return Spread("fsdp2", sharding)
-
-
-def _check_layers(outline: Outline, spread: Spread) -> None:
-    """Raise UserError if processes that exchange weights or tokens in each layer would leave out different layers."""
-    splits = outline.settings.context_parallel_size > 1
-    if spread.strategy == "ddp" and not splits:
-        return
-    if found := left_out_layers(outline.config):
-        named = " and ".join(f"{name}={value:g}" for name, value in found.items())
-        zeros = " and ".join(f"{name}=0" for name in found)
-        what = (
-            f"this {outline.config.model_type} model leaves out layers at random in training ({named}), each process other ones, and those "
-            f"that share {'documents' if splits else 'weights'} would wait for each other for ever"
-        )
-        other = "" if splits else ", or model.strategy=ddp for whole weights on each process"
-        raise UserError(what, where=outline.settings.partial_pretrain, fix=f"set {zeros} in its config.json{other}")
 
 
 def check_multiple(processes: int, size: int, *, key: str) -> None:
@@ -327,6 +312,8 @@ def _graph_tokens(outline: Outline, hardware: Hardware, spread: Spread, dtype: t
     flash_attention = has_flash(hardware.device.type, dtype) and settings.attn_implementation != "sdpa" and not _too_large(outline.heads)
     if settings.cuda_graphs is False or not alone or not flash_attention or dtype.itemsize * outline.trained_parameters > LARGEST_GRADIENTS:
         return 0
+    from verl.models.randomness import left_out_layers  # once in a run
+
     # Kernels of a rule read the lengths of the documents on the host; a graph would leave out the same layers in each step.
     if outline.path.rule is not None or left_out_layers(outline.config):
         return 0

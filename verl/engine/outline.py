@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from verl.config.shared import ModelConfig
 from verl.engine.layers import decoder_layers
 from verl.models.attention.flash import Heads
-from verl.models.attention.packed import ForwardPath, heads_of
+from verl.models.attention.packed import ForwardPath
 from verl.models.load import numel, outline, read_config
 
 ADAPTER_KEYS = ("lora_rank", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora", "lora_adapter_path")
@@ -62,6 +62,8 @@ class Outline:
     @cached_property
     def heads(self) -> tuple[Heads, ...]:
         """The model's attention heads, the largest first (`heads_of`). This needs only the config."""
+        from verl.models.per_layer import heads_of  # once in a run
+
         return heads_of(self.config)
 
     @cached_property

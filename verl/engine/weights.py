@@ -4,21 +4,17 @@ Three classes with the same methods: `MasterWeights` for one process, `Replicate
 rank, and `ShardedWeights` for FSDP2 and CPU offloading.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from verl import dist as processes
-from verl.engine.layers import decoder_layers
 from verl.engine.scorers import Scorer
 
 BUCKET = 2**25  # gradients per all-reduce, in float32: 128 MiB
@@ -240,7 +236,9 @@ class ShardedWeights:
         compute_dtype: torch.dtype,
         fill: Callable[[nn.Module, torch.device], None] | None,
     ):
-        self._sharded = shard(scorer, device, sharding, compute_dtype=compute_dtype)
+        from verl.engine.sharding import shard  # of sharded weights alone
+
+        self._sharded = shard(scorer, device, compute_dtype=compute_dtype, **asdict(sharding))
         self.place = sharding.describe()
         if fill is not None:
             fill(scorer, torch.device("cpu") if sharding.cpu_offload else device)
@@ -281,41 +279,3 @@ def spread_weights(
             return ShardedWeights(scorer, device, spread.sharding, compute_dtype=compute_dtype, fill=fill)
         return ReplicatedWeights(scorer.to(device), compute_dtype)
     return MasterWeights(scorer.to(device), compute_dtype)
-
-
-def shard(scorer: Scorer, device: torch.device, sharding: Sharding, *, compute_dtype: torch.dtype) -> FSDPModule:
-    """Shard each decoder layer separately, and the rest (embeddings, last norm, output layer, layers that share weights) together.
-
-    While a layer computes, the weights of the next one are prefetched.
-
-    Returns:
-        the same module, sharded.
-    """
-    mesh = processes.mesh(device, sharding.size)
-    # With one rank, resharding would only add copies.
-    alone = mesh.size() == 1 and not sharding.cpu_offload
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=sharding.pin) if sharding.cpu_offload and device.type != "cpu" else OffloadPolicy(),
-        "reshard_after_forward": sharding.reshard_after_forward and not alone,
-    }
-    separate = _separate(decoder_layers(scorer.model), scorer)
-    if not scorer.path.packed:
-        from verl.engine.one_by_one import use_all_weights  # as in Scorer.hidden
-
-        use_all_weights(separate)
-    layers: list[Any] = [fully_shard(layer, **options) for layer in separate]
-    for layer, following in pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
-    sharded: FSDPModule = fully_shard(scorer, **{**options, "reshard_after_forward": False})
-    return sharded
-
-
-def _separate(layers: list[nn.Module], whole: nn.Module) -> list[nn.Module]:
-    """Return the layers that share no weight with another one, or with a part of the whole outside them, such as the output layer."""
-    inside = {module for layer in layers for module in layer.modules()}
-    uses = Counter(p for layer in layers for p in layer.parameters())
-    uses.update(p for module in whole.modules() if module not in inside for p in module.parameters(recurse=False))
-    return [layer for layer in layers if all(uses[p] == 1 for p in layer.parameters())]

@@ -22,10 +22,10 @@ from verl.engine.references import AdapterOffReference, build_reference
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
-from verl.models.attention.packed import heads_of
 from verl.models.format_check import check_format
 from verl.models.kind import CRITIC, LANGUAGE_MODEL, REWARD_MODEL, check_kind
 from verl.models.load import read_adapter_config, read_config, resolve
+from verl.models.per_layer import heads_of
 from verl.models.prompt_format import system_of
 from verl.pace import counted
 from verl.rewards._model import check_scores

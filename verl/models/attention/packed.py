@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface
 
 from verl import dist
 from verl.data.batch import Batch
 from verl.errors import UserError
 from verl.models.attention import flash
-from verl.models.per_layer import layer_values
 
 if TYPE_CHECKING:
     from verl.models.attention.delta_rule import Rule
@@ -124,31 +123,6 @@ def attention_kept() -> Iterator[None]:
     finally:
         _kernel = before
         flash.activate("fa3" if had_fa3 else "fa2")
-
-
-def heads_of(config: PretrainedConfig) -> tuple[flash.Heads, ...]:
-    """Return the attention heads of a causal language model, the largest first; more than one if layers differ."""
-    text = config.get_text_config(decoder=True)
-    found = []
-    for query, key_value, size in layer_values(text, "num_attention_heads", "num_key_value_heads", "head_dim"):
-        query = query or 1  # a recurrent model has none
-        found.append(flash.Heads(query, key_value or query, size or text.hidden_size // query))
-    return tuple(sorted(dict.fromkeys(found), key=lambda heads: (heads.size, heads.key_value), reverse=True))
-
-
-def describe_attention(choice: AttentionChoice, device_type: str, dtype: torch.dtype) -> str:
-    """Describe the attention kernel of a run on this device, and why other kernels are not used."""
-    if not has_flash(device_type, dtype):
-        reason = "no GPU" if device_type != "cuda" else "it needs bfloat16 or float16"
-        return f"PyTorch's scaled dot product, one document at a time (no FlashAttention: {reason})"
-    if choice.kernel == "sdpa":
-        return "PyTorch's scaled dot product, one document at a time (model.attn_implementation=sdpa)"
-    refused = "; ".join(f"{flash.PACKAGES[kernel].name}: {reason}" for kernel, reason in choice.refused.items())
-    if choice.too_large:
-        sizes = " and ".join(map(str, choice.too_large))
-        slow = f"PyTorch's scaled dot product, one document at a time, for heads of {sizes} numbers"
-        refused = f"{slow}; {refused}" if refused else slow
-    return flash.version(choice.kernel) + (f" ({refused})" if refused else "")
 
 
 def has_flash(device_type: str, dtype: torch.dtype) -> bool:
