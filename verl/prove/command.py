@@ -18,6 +18,7 @@ from verl.prove.outcome import Outcome, failed, refused
 from verl.prove.report import show, summary
 from verl.prove.subject import Subject
 from verl.prove.twin import randomness, read_config, write_twin
+from verl.regular_file import check_output
 
 GROUPS = ("data", "fine-tuning", "experts", "adapter", "generation", "reinforcement")
 
@@ -33,6 +34,8 @@ def prove(path: str, *, real: bool = False, json_file: Path | None = None) -> bo
     Raises:
         UserError: no such model, or there can be no twin of it.
     """
+    if json_file is not None:
+        check_output(json_file)
     since = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="verl-prove-") as scratch, quiet_libraries():
         subject = make_subject(path, Path(scratch), real=real)
@@ -40,7 +43,7 @@ def prove(path: str, *, real: bool = False, json_file: Path | None = None) -> bo
     seconds = time.perf_counter() - since
     show(subject, found, seconds)
     if json_file is not None:
-        json_file.write_text(json.dumps(summary(subject, found, seconds), indent=1) + "\n", encoding="utf-8")
+        json_file.expanduser().write_text(json.dumps(summary(subject, found, seconds), indent=1) + "\n", encoding="utf-8")
     return all(outcome.state != "wrong" for outcome in found)
 
 

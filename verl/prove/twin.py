@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from verl.errors import UserError
+from verl.models.foreign import refuse_path
 from verl.prove.tokenizer import PAD, VOCABULARY, byte_tokenizer
 
 WINDOW = 16  # tokens of windows and chunks
@@ -290,6 +291,9 @@ def read_config(path: str) -> PretrainedConfig:
     """
     from verl.models.load import loading
 
+    local = Path(path).expanduser()
+    if not (local.is_file() and local.suffix == ".json") and not (local / "config.json").is_file():
+        refuse_path(path)
     with loading("model", path):
-        config: PretrainedConfig = AutoConfig.from_pretrained(Path(path).expanduser() if Path(path).expanduser().exists() else path)
+        config: PretrainedConfig = AutoConfig.from_pretrained(local if local.exists() else path)
     return config
