@@ -1,6 +1,7 @@
 """Wrong uses of the command line: the first line says what is wrong, and the second one what to write."""
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,9 +11,78 @@ from forked import run_forked
 from tiny import write_problems_and_model
 
 SFT = "data.train_files=train.jsonl model.partial_pretrain=model"
+BEST = "data.val_files=test.jsonl trainer.best_metric"
+PLACE = "trainer.default_local_dir"
 EVAL = "model_path=model test_file=test.jsonl output_dir=results"
 # What is typed after `verl`, a part of the first line, and a part of the second one.
 USES = [
+    # Options with typing errors, and their values
+    (f"inspect {SFT} --radom 3", "there is no option '--radom'", "write --random 3"),
+    (f"inspect {SFT} --longst", "there is no option '--longst'", "write --longest"),
+    (f"inspect {SFT} --random abc", "'abc' is no whole number", "write verl inspect --random 3"),
+    ("export model new --crad", "there is no option '--crad'", "write --card"),
+    ("export model new --dtyp float32", "there is no option '--dtyp'", "write --dtype float32"),
+    ("export model new --hbu=me/x", "there is no option '--hbu'", "write --hub me/x"),
+    ("report begun --evl x", "there is no option '--evl'", "write --eval x"),
+    ("serve model --prot 8000", "there is no option '--prot'", "write --port 8000"),
+    ("chat model --comapre model", "there is no option '--comapre'", "write --compare model"),
+    (f"eval {EVAL} --agianst model", "there is no option '--agianst'", "write --against model"),
+    ("sft --cofnig recipe.yaml", "there is no option '--cofnig'", "write --config recipe.yaml"),
+    (f"ppo --gups 2 {SFT}", "there is no option '--gups'", "write --gpus 2"),
+    ("prove model --rael", "there is no option '--rael'", "write --real"),
+    ("demo --sed 3", "there is no option '--sed'", "write --seed 3"),
+    ("demo --dir x", "there is no option '--dir'", "--help lists all keys"),
+    ("ui --port abc", "'abc' is no port: a whole number from 1 to 65535", "write verl ui --port 8080"),
+    ("board begun --port=99999", "'99999' is no port: a whole number from 1 to 65535", "write verl board --port 8080"),
+    # Words too many
+    ("ui experiments", "one word too many: experiments", "write verl ui --dir experiments"),
+    ("prove model model", "one word too many: model", "verl prove takes one MODEL"),
+    ("serve model model", "one word too many: 'model'", "remove it: verl serve DIR"),
+    ("export model new third", "one word too many: 'third'", "remove it: verl export SRC NEW_DIR"),
+    ("eval model", "'model' is a model or a directory", "write model_path=model test_file=… output_dir=…"),
+    ("eval test.jsonl", "'test.jsonl' is a file", "write test_file=test.jsonl"),
+    ("demo foo", "'foo' is no key with a value", "such as seed=1"),
+    # A folder of runs, a run or a checkpoint in place of another
+    ("chat runs", "is a folder of runs: runs/b/new, runs/a/old, the newest first", "verl chat runs/b/new"),
+    ("serve runs/a", "is a folder of runs: runs/a/old", "verl serve runs/a/old"),
+    ("export runs out", "is a folder of runs: runs/b/new", "verl export runs/b/new out"),
+    ("eval runs", "is a folder of runs: runs/b/new", "model_path=runs/b/new"),
+    ("eval model_path=runs test_file=test.jsonl output_dir=results", "is a folder of runs", "verl eval model_path=runs/b/new test_file"),
+    ("chat model compare=runs", "compare=runs: is a folder of runs", "verl chat model compare=runs/b/new"),
+    (f"eval {EVAL} --against runs", "against=runs: is a folder of runs", "--against runs/b/new"),
+    ("sft data.train_files=train.jsonl model.partial_pretrain=runs", "is a folder of runs", "model.partial_pretrain=runs/b/new"),
+    ("prove runs", "is a folder of runs", "verl prove runs/b/new"),
+    ("report runs", "is a folder of runs", "verl report runs/b/new"),
+    ("prove empty", "is an empty directory", "give the directory that has config.json"),
+    ("prove train.jsonl", "is a file, not a directory", "give the directory"),
+    ("eval model --against full", "verl eval model: is a checkpoint, not an evaluation", "verl eval model_path=model test_file=test.jsonl"),
+    ("eval begun --against full", "verl eval begun: is a run, not an evaluation", "evaluate it first: verl eval model_path=begun"),
+    (
+        "eval done --against model",
+        "against=model: is a checkpoint",
+        "verl eval model_path=model test_file=asked.jsonl output_dir=model-eval",
+    ),
+    ("eval dnoe --against model", "no such directory", "did you mean done?"),
+    ("eval train.jsonl --against done", "is a file, not an evaluation", "name the output_dir"),
+    ("eval cut --against done", "an evaluation that was interrupted", "overwrite=true"),
+    ("eval outer --against done", "is not an evaluation, and has outer/one in it", "name one of them, such as outer/one"),
+    ("report begun --eval model", "--eval model: is a checkpoint, not an evaluation", "verl eval model_path=model"),
+    # Files in place of directories, and the other way
+    (f"sft {SFT} {PLACE}=train.jsonl", "is a file, and a directory is wanted", f"{PLACE}=checkpoints"),
+    (f"sft {SFT} {PLACE}=train.jsonl/run", "train.jsonl is a file, so there can be no", f"{PLACE}=checkpoints"),
+    ("eval model_path=model test_file=test.jsonl output_dir=train.jsonl", "is a file, and a directory is wanted", "output_dir=results"),
+    ("ui --dir train.jsonl", "--dir train.jsonl: is a file, and a directory is wanted", "verl ui --dir experiments"),
+    ("prove model --json empty", "empty: is a directory, expected a file", "give the name of a file"),
+    ("prove model --json nothere/found.json", "there is no folder 'nothere'", "mkdir -p nothere"),
+    (f"inspect {SFT} --json empty", "empty: is a directory, expected a file", "give the name of a file"),
+    ("sft --config train.jsonl", "is a file of rows, expected a config file", "write data.train_files=train.jsonl"),
+    ("sft --config begun", "is a directory, expected a config file", "did you mean --config begun/config.yaml?"),
+    # Metrics of the validation
+    (f"sft {SFT} {BEST}=val/los", "does not measure val/los", "did you mean val/loss?"),
+    (f"sft {SFT} {BEST}=loss", "loss is no metric of the validation", "did you mean val/loss?"),
+    (f"sft {SFT} {BEST}=val/accuracy trainer.best_mode=max", "does not measure val/accuracy", "write one of val/loss, val/exact_match"),
+    (f"ppo {SFT} {BEST}=val/rewards", "does not measure val/rewards", "did you mean val/reward?"),
+    (f"reward {SFT} {BEST}=val/acuracy", "does not measure val/acuracy", "did you mean val/accuracy?"),
     # Commands
     (f"train {SFT}", "there is no command 'train'", "did you mean verl sft?"),
     (f"finetune {SFT}", "there is no command 'finetune'", "did you mean verl sft?"),
@@ -35,7 +105,7 @@ USES = [
     (f"sft {SFT} optim.lr:1e-5", "'optim.lr:1e-5' has a colon in place of =", "write optim.lr=1e-5"),
     (f"sft {SFT} optim.lr 1e-5", "'optim.lr' has no value", "write optim.lr=1e-5"),
     (f"sft {SFT} —model.lora_rank=8", "'—model.lora_rank'", "model.lora_rank"),
-    (f"sft --gpu 2 {SFT}", "there is no option '--gpu'", "write --gpus N"),
+    (f"sft --gpu 2 {SFT}", "there is no option '--gpu'", "write --gpus 2"),
     (f"sft --gpus two {SFT}", "invalid value for '--gpus'", "write verl sft --gpus 2"),
     (f"sft --gpus 0 {SFT}", "invalid value for '--gpus'", "write verl sft --gpus 2"),
     ("sft --config nothere.yaml", "nothere.yaml: no such config file", "the current folder is"),
@@ -84,7 +154,7 @@ USES = [
     (f"inspect {SFT} --row 999", "there is no row 999", "data.train_files has 16 rows"),
     ("sft data.train_files=broken.jsonl model.partial_pretrain=model", "broken.jsonl:2: not JSON", "write one object per line"),
     (f"sft {SFT} data.prompt_key=qestion", "column 'qestion' is missing", "did you mean data.prompt_key=question?"),
-    (f"reward {SFT}", "column 'chosen' is missing", "set data.chosen_key to the right column"),
+    (f"reward {SFT}", "has one answer (column 'answer'), not a pair", "verl sft trains on such rows"),
     (f"sft {SFT} data.max_length=4", "rows are longer than data.max_length=4", "data.max_length="),
     (f"sft {SFT} data.chat_template=nothere.jinja", "data.chat_template=nothere.jinja: no such file", "give the path of a file"),
     ("sft data.train_files=train.jsonl model.partial_pretrain=./modle", "no such model directory", "did you mean model?"),
@@ -96,7 +166,7 @@ USES = [
     ("chat scorer", "is a reward model", "reward_model.path of verl ppo"),
     ("chat model --best", "no key names a run's directory", "model_path=checkpoints/verl-sft/run"),
     ("export model full", "the directory is not empty", "choose a new directory"),
-    ("export model train.jsonl", "is a file, not a directory", "choose a new directory"),
+    ("export model train.jsonl", "is a file, and a directory is wanted", "directory=my-model"),
 ]
 
 
@@ -108,6 +178,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("full/a", "begun/train.log", "begun/config.yaml"):
         (folder / name).touch()
     (folder / "broken.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": \n')
+    for age, run in enumerate(("runs/b/new", "runs/a/old")):
+        shutil.copytree(folder / "model", step := folder / run / "global_step_2")
+        os.utime(step, (0, 1e9 - age))
+    for name in ("done", "cut", "outer/one"):
+        (folder / name).mkdir(parents=True)
+    for name in ("done", "outer/one"):
+        (folder / name / "results.json").write_text('{"config": {"test_file": "asked.jsonl", "n": 1}, "answers": 1}')
+    for name in ("done", "cut"):
+        (folder / name / "predictions.jsonl").write_text('{"prompt": "1", "reference": "2", "score": 0}\n')
     with zipfile.ZipFile(folder / "book.xlsx", "w") as book:
         book.writestr("xl/workbook.xml", "<x/>")
     shutil.copytree(folder / "model", folder / "scorer")
@@ -127,4 +206,4 @@ def test_the_first_line_says_what_is_wrong_and_the_second_what_to_write(typed: s
 
 
 def test_there_are_many() -> None:
-    assert len(USES) == len({typed for typed, _, _ in USES}) >= 70
+    assert len(USES) == len({typed for typed, _, _ in USES}) >= 120

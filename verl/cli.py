@@ -47,6 +47,8 @@ def run_words(words: list[str]) -> None:
         from verl.config.wrong_words import no_command
 
         raise no_command(words[0], names)
+    if any(word.startswith("--") for word in words[1:]):
+        refuse_misspelled_options(words)
     try:
         code = app(standalone_mode=False)
     except Exception as error:  # typer's own errors are of the click that is in it
@@ -59,6 +61,19 @@ def run_words(words: list[str]) -> None:
             raise SystemExit(getattr(error, "exit_code", 2)) from None
         raise found from None
     raise SystemExit(code or 0)
+
+
+def refuse_misspelled_options(words: list[str]) -> None:
+    """Raise UserError if a word looks like an option of its command, and is none: the parser passes it on as if it were a key."""
+    from verl.config.wrong_words import refuse_misspelled
+
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    options = [param for param in command.params if param.param_type_name == "option"]
+    values = {name: "" if param.is_flag else param.metavar or "N" for param in options for name in param.opts}
+    trainers = {"sft": SFT, "ppo": PPO, "reward": REWARD, "plan": SFT, "inspect": SFT}
+    own = {one.usage.split()[1]: one for one in (EVALUATE, CHAT, EXPORT, SERVE, DEMO)}
+    schema = found.schema() if (found := (trainers | own).get(words[0])) is not None else None
+    refuse_misspelled(words, values, schema)
 
 
 def print_version(asked: bool) -> None:
@@ -296,6 +311,12 @@ def run_module(name: str, words: list[str], command: Command | None = None) -> N
 
 def run_proofs(model: str, real: bool, json: Path | None) -> None:
     """Run `verl prove`. Raises SystemExit: 1 if something is wrong, 2 if fine-tuning is refused. Raises UserError without such a model."""
+    from verl.run_directory import checkpoint_in, folder_of_runs, is_run_directory
+
+    if is_run_directory(model):
+        model = checkpoint_in(model, "MODEL")
+    elif not (Path(model).expanduser() / "config.json").is_file() and (found := folder_of_runs(model, lambda run: f"verl prove {run}")):
+        raise found
     command = load_module("verl.prove.command")
     command.use_cpu()
     if code := command.prove(model, real=real, json_file=json):

@@ -286,6 +286,7 @@ def _reasons(named: Path, directory: Path, trainer: TrainerConfig, mine: dict[st
 
 def _claimed(directory: Path, purpose: str) -> Claimed:
     refuse_inside(directory, str(directory), "set trainer.default_local_dir to a directory outside it")
+    regular_file.check_directory(directory, str(directory), "set trainer.default_local_dir to a directory; it is made if it is missing")
     notes: list[str] = []
     try:
         made = [folder for folder in (directory, *directory.parents) if not folder.exists()]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -12,9 +13,13 @@ from urllib.parse import urlsplit
 from verl.commands import EVALUATE, PPO, REWARD, SFT, Command
 from verl.errors import UserError, print_error
 from verl.plugin_outline import outlined
+from verl.regular_file import check_directory
+from verl.run_directory import RESULTS
 
 SECONDS_TO_CONNECT = 10.0  # to the Hub
+LONGEST_SHOWN = 160  # characters of a command line in an error
 DATA = ("data.train_files", "data.val_files", "test_file")
+PLACES = {"trainer.default_local_dir": "checkpoints/verl-sft/run", "output_dir": "results", "directory": "my-model"}  # with examples
 FILES = ("data.chat_template",)
 PLUGINS = (("trainer.logger", "verl.loggers"), ("rollout.name", "verl.rollout"), ("rollout.tool", "verl.tools"))
 
@@ -42,6 +47,7 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
             if isinstance(error.__cause__, NameError | TypeError | AttributeError):  # an outline has not all of its file
                 return given
             raise
+    refuse_folders_of_runs(config, words, command.usage.split()[1])
     check_names(config)
     return given
 
@@ -76,10 +82,20 @@ def named(command: Command, words: Sequence[str]) -> list[str]:
         is_option = word.startswith("-") or "=" in word or (number > 0 and words[number - 1] == "--config")
         if not is_option and keys:
             given[number] = f"{keys.pop(0)}={word}"
+        elif not is_option and _is_too_many(command, words[:number], word):
+            fix = f"remove it: {command.usage.partition(' key=')[0]}"
+            raise UserError(f"there is one word too many: {word!r}", where=f"verl {command.usage.split()[1]}", fix=fix)
     if keys and not any(word.startswith("--config") for word in words) and keys[0] in _required(command):
         shown = {"model_path": "a checkpoint", "source": "a checkpoint", "directory": "a new directory"}[keys[0]]
         raise UserError(f"{shown} must be given", where=command.usage.partition(" key=")[0], fix=f"write {command.example}")
     return given
+
+
+def _is_too_many(command: Command, before: Sequence[str], word: str) -> bool:
+    """Return whether a word without `=` is one too many: it is no key, and no value of the word before it."""
+    keys = {field.name for field in fields(command.schema())}
+    follows = bool(before) and (before[-1] in keys or before[-1].startswith("-") or before[-1].endswith("="))
+    return bool(command.places) and "compare" not in keys and word not in keys and ":" not in word and not follows
 
 
 def _without_options(command: Command, words: Sequence[str]) -> list[str]:
@@ -106,8 +122,37 @@ def _required(command: Command) -> list[str]:
     return [field.name for field in fields(command.schema()) if field.default == "???"]
 
 
+def refuse_folders_of_runs(config: Any, words: Sequence[str], name: str) -> None:
+    """Raise UserError if a key names a folder of runs in place of a checkpoint or a run; its fix is the command line `words` of `name`."""
+    from verl.run_directory import folder_of_runs
+
+    for key in (*MODELS, "compare", "against"):
+        value = _value(config, key)
+        if not isinstance(value, str) or any((Path(value).expanduser() / file).is_file() for file in ("config.json", RESULTS)):
+            continue
+        found = folder_of_runs(value, lambda run, value=value: _with_run(words, name, value, run))  # type: ignore[misc]
+        if found is not None:
+            raise UserError(found.what, where=f"{key}={value}", fix=found.fix)
+
+
+def _with_run(words: Sequence[str], name: str, folder: str, run: str) -> str:
+    """Return a command line with a run in place of a folder of runs; a long one has other arguments left out."""
+    typed = [f"{sign[0]}{sign[1]}{run}" if sign[2] == folder else shlex.quote(word) for word in words if (sign := _parts(word))]
+    shown = typed if len(" ".join(typed)) <= LONGEST_SHOWN else [*(word for word in typed if run in word), "…"]
+    return " ".join(["verl", name, *shown])
+
+
+def _parts(word: str) -> tuple[str, str, str]:
+    """Return the key of a word, its `=` and its value; of a word without a key, the value alone."""
+    key, sign, value = word.partition("=")
+    return (key, sign, value) if sign else ("", "", word)
+
+
 def check_names(config: Any) -> None:
     """Check that what keys name is there. Raises UserError."""
+    for key, example in PLACES.items():
+        if isinstance(place := _value(config, key), str):
+            check_directory(Path(place).expanduser(), f"{key}={place}", f"give a directory, such as {key}={example}")
     for key in DATA:
         _check_data(_value(config, key), key)
     for key in FILES:
@@ -120,6 +165,8 @@ def check_names(config: Any) -> None:
             _check_plugin(name, key, package)
     for key in MODELS:
         _check_model(_value(config, key), key)
+    if isinstance(against := _value(config, "against"), str) and not (Path(against).expanduser() / RESULTS).is_file():
+        _check_model(against, "against")
 
 
 def _value(config: Any, key: str) -> Any:
@@ -167,7 +214,7 @@ def _check_model(name: Any, key: str) -> None:
             raise UserError(error.what, where=f"{key}={name}", fix=error.fix) from error
         if not folder.exists():
             _check_hub(name, key)
-    if key in ("model_path", "source"):
+    if key in ("model_path", "source", "against"):
         kind.check_kind(name, kind.GENERATES, where=f"{key}={name}")
     elif key == "model.lora_adapter_path":
         kind.check_kind(name, (kind.ADAPTER,), where=f"{key}={name}")

@@ -29,7 +29,7 @@ from uuid import uuid4
 
 from verl.errors import UserError
 from verl.redaction import redact_text
-from verl.regular_file import check_regular, open_file
+from verl.regular_file import check_directory, check_regular, open_file
 
 FILE = "lock"
 HEARTBEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
@@ -215,6 +215,7 @@ def held(directory: Path, purpose: str) -> Iterator[None]:
     Raises:
         UserError: another process has it, or the directory cannot be written.
     """
+    check_directory(directory, str(directory), "choose a directory; it is made if it is missing")
     try:
         lock = take(directory, purpose, lambda note: print(note, flush=True))
     except OSError as error:

@@ -39,6 +39,23 @@ def read(path: Path, most: int = MAX_BYTES, *, follow: bool = False) -> bytes:
     return content
 
 
+def check_directory(path: Path, where: str, fix: str) -> None:
+    """Raise UserError if a directory cannot be at a path, because it is that of a file or goes through one; nothing at all is right."""
+    there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
+    if there is not None and not there.is_dir():
+        kind = "a link that leads nowhere" if there.is_symlink() and not there.exists() else "a file"
+        what = f"is {kind}, and a directory is wanted" if there == path else f"{there} is {kind}, so there can be no directory in it"
+        raise UserError(what, where=where, fix=fix)
+
+
+def check_output(path: Path) -> None:
+    """Raise UserError if a file cannot be written at a path: a directory is there, or its folder is not."""
+    path = path.expanduser()
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r}", where=str(path), fix=f"mkdir -p {path.parent}")
+    check_regular(path, "give the name of a file", follow=True)
+
+
 def check_regular(path: Path, fix: str, *, follow: bool = False) -> None:
     """Raise UserError if there is something else than a regular file at a path; nothing at all is right too."""
     try:

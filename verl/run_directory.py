@@ -2,7 +2,10 @@
 
 import math
 import os
+import shlex
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from verl.errors import UserError
@@ -10,6 +13,7 @@ from verl.manifest import MANIFEST, check_sizes, find_files, read_manifest, step
 from verl.parent import LAUNCHER
 from verl.typed_json import DamageError, read_json
 
+RESULTS = "results.json"  # of an evaluation
 BEST_FILE = "best_checkpoint.json"
 # Keys that name a checkpoint.
 KEYS = (
@@ -20,7 +24,9 @@ KEYS = (
     "trainer.resume_from_path",
     "model_path",
     "source",
+    "against",
 )
+MOST_NAMED = 3  # runs of a folder
 _MODELS = ("config.json", "adapter_config.json")
 _said: set[str] = set()  # a command reads its config twice
 
@@ -38,6 +44,8 @@ def name_checkpoints(config: object, *, best: bool = False) -> None:
         for part in path:
             group = getattr(group, part, None)
         value = getattr(group, name, None)
+        if key == "against" and (Path(str(value)).expanduser() / RESULTS).is_file():
+            continue  # an evaluation, which may be in a run's directory
         if isinstance(value, str) and is_run_directory(value):
             setattr(group, name, checkpoint_in(value, key, best=best))
             found += 1
@@ -53,6 +61,37 @@ def is_run_directory(name: str) -> bool:
     if not folder.is_dir() or any((folder / model).is_file() for model in _MODELS):
         return False
     return bool(steps_in(folder)) or ((folder / "config.yaml").is_file() and (folder / "train.log").is_file())
+
+
+def runs_in(name: str) -> list[Path]:
+    """Return the directories of runs in a folder and in its folders, such as checkpoints/verl-sft/run in checkpoints; the newest first."""
+    found = list[Path]()
+    with suppress(OSError):
+        for child in Path(name).expanduser().iterdir():
+            inside = [child] if is_run_directory(str(child)) else list(child.iterdir()) if child.is_dir() and not child.is_symlink() else []
+            found += [path for path in inside if is_run_directory(str(path))]
+    return sorted(found, key=_last_written, reverse=True)
+
+
+def folder_of_runs(name: str, command: Callable[[str], str]) -> UserError | None:
+    """Return the error of a folder that holds runs, in place of the directory of one; None if it holds none.
+
+    Args:
+        command: returns what to write, of one of the runs.
+    """
+    if not (found := runs_in(name)):
+        return None
+    runs, saved = [str(run) for run in found], next((run for run in found if steps_in(run)), found[0])
+    more = f" and {len(runs) - MOST_NAMED} more" if len(runs) > MOST_NAMED else ""
+    what = f"is a folder of runs: {', '.join(runs[:MOST_NAMED])}{more}{', the newest first' if len(runs) > 1 else ''}"
+    return UserError(what, where=name, fix=f"name one of them: {command(shlex.quote(str(saved)))}")
+
+
+def _last_written(run: Path) -> float:
+    """Return when the newest file of a run was written, by its log, its metrics and its checkpoints."""
+    with suppress(OSError):
+        return max(path.stat().st_mtime for path in [run / "train.log", run / "metrics.jsonl", *steps_in(run)] if path.exists())
+    return 0.0
 
 
 def checkpoint_in(name: str, key: str, *, best: bool = False) -> str:

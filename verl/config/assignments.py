@@ -69,6 +69,10 @@ def assignments_in(path: Path) -> list[Assignment]:
     """
     from verl.config.yaml_text import Loader, TextLoader  # a run reads its config once
 
+    if path.is_dir() or path.suffix not in (".yaml", ".yml", ""):
+        from verl.config.file_errors import refuse_kind  # most files are right
+
+        refuse_kind(path)
     try:
         written = path.read_text(encoding="utf-8")
         loaded, texts = Loader.read(written), TextLoader.read(written)

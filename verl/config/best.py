@@ -1,5 +1,7 @@
 """Checks of the keys of what is measured at validations: sample answers, the best checkpoint, early stopping."""
 
+import difflib
+from collections.abc import Sequence
 from typing import Protocol
 
 from verl.config.shared import TrainerConfig
@@ -7,10 +9,18 @@ from verl.errors import UserError, at_least, one_of
 
 # Metrics whose best value is known from the end of their name.
 BEST_MODES = {"loss": "min", "perplexity": "min", "kl": "min", "exact_match": "max", "accuracy": "max", "reward": "max", "margin": "max"}
+# What the validation of a trainer measures, by its method. Of methods in users' files, this is only known when they have measured.
+ANSWERS = ("loss", "exact_match")
+PAIRS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+MEASURED = {"bradley_terry": PAIRS, "dpo": (*PAIRS, "chosen_logprob", "rejected_logprob")}
 
 
-def check_best(trainer: TrainerConfig, val_files: object) -> None:
-    """Check the keys of the best checkpoint and of early stopping. Raises UserError naming the key."""
+def check_best(trainer: TrainerConfig, val_files: object, measured: Sequence[str] | None) -> None:
+    """Check the keys of the best checkpoint and of early stopping. Raises UserError naming the key.
+
+    Args:
+        measured: what the validation measures, without `val/`; None: not known yet.
+    """
     one_of("trainer.best_mode", trainer.best_mode, (None, "min", "max"))
     at_least("trainer.patience", trainer.patience, 1)
     if trainer.best_metric is None:
@@ -21,12 +31,24 @@ def check_best(trainer: TrainerConfig, val_files: object) -> None:
         return
     if not trainer.best_metric.startswith("val/"):
         what = f"{trainer.best_metric} is no metric of the validation"
-        raise UserError(what, where="trainer.best_metric", fix="give one that begins with val/, such as val/loss")
+        name = trainer.best_metric.rpartition("/")[2]
+        fix = f"did you mean val/{name}?" if name in (measured or ()) else f"give one that begins with val/, such as {_example(measured)}"
+        raise UserError(what, where="trainer.best_metric", fix=fix)
     if val_files is None:
         raise UserError("there are no validation rows", where="trainer.best_metric", fix="set data.val_files")
     if trainer.save_freq == "never":
         raise UserError("trainer.save_freq=never saves no checkpoint", where="trainer.best_metric", fix="set another trainer.save_freq")
+    name = trainer.best_metric.removeprefix("val/")
+    if measured is not None and name not in measured:
+        near = difflib.get_close_matches(name, measured, n=1)
+        names = ", ".join(f"val/{one}" for one in measured)
+        fix = f"did you mean val/{near[0]}? The validation measures {names}" if near else f"write one of {names}"
+        raise UserError(f"the validation does not measure {trainer.best_metric}", where="trainer.best_metric", fix=fix)
     best_mode(trainer)
+
+
+def _example(measured: Sequence[str] | None) -> str:
+    return f"val/{measured[0]}" if measured else "val/loss"
 
 
 def best_mode(trainer: TrainerConfig) -> str:

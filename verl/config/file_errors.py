@@ -6,7 +6,19 @@ import yaml
 
 from verl.errors import UserError
 
+ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".txt")  # ends of the names of files of rows
 EXAMPLE = "`data: {train_files: train.jsonl}`"
+
+
+def refuse_kind(path: Path) -> None:
+    """Raise UserError if what is given as a config file is a directory, or by its name a file of rows."""
+    if path.is_dir():
+        found = sorted(str(one) for end in ("yaml", "yml") for one in path.glob(f"*.{end}"))
+        fix = f"did you mean --config {found[0]}?" if found else "give a YAML file, such as the config.yaml of a run"
+        raise UserError("is a directory, expected a config file", where=f"--config {path}", fix=fix)
+    if path.name.lower().endswith(ROWS) and path.is_file():
+        fix = f"write data.train_files={path}, or test_file={path} for verl eval"
+        raise UserError("is a file of rows, expected a config file with keys", where=f"--config {path}", fix=fix)
 
 
 def not_yaml(path: Path, error: yaml.YAMLError) -> UserError:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.best import check_best
+from verl.config.best import MEASURED, check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
@@ -78,7 +78,7 @@ class RewardTrainerConfig:
         check_optim(self.optim)
         check_offload(model, self.optim)
         check_trainer(self.trainer)
-        check_best(self.trainer, self.data.val_files)
+        check_best(self.trainer, self.data.val_files, MEASURED.get(self.algorithm.name))
         check_dist(self.dist)
         check_samples(data)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))

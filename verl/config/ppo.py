@@ -66,6 +66,14 @@ def reward_names(reward: RewardConfig) -> list[str]:
     return [] if reward.name is None else list(reward.name) if isinstance(reward.name, list) else [reward.name]
 
 
+def measured(reward: RewardConfig, model: RewardModelConfig) -> list[str] | None:
+    """Return what the validation may measure, without `val/`; None if users' files, whose names may be any, take part."""
+    names = reward_names(reward)
+    if any("." in str(name) for name in names):
+        return None
+    return ["reward", *(["exact_match"] if names else []), *map(str, names), *([] if model.path is None else ["model"])]
+
+
 @dataclass
 class PromptConfig:
     # Rows with prompts: a path, a glob, a Hub data set or a list, as in fine-tuning, also with shares.
@@ -176,7 +184,7 @@ class PPOConfig:
             check_optim(optim, key)
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
-        check_best(self.trainer, self.data.val_files)
+        check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model))
         check_dist(self.dist)
         check_samples(self.data)
         check_batches(self)

@@ -92,9 +92,9 @@ class SFTConfig:
         check_optim(self.optim)
         check_offload(self.model, self.optim)
         check_trainer(self.trainer)
-        from verl.config.best import check_best, check_sampled  # once in a run
+        from verl.config.best import ANSWERS, check_best, check_sampled  # once in a run
 
-        check_best(self.trainer, self.data.val_files)
+        check_best(self.trainer, data.val_files, ANSWERS)
         check_sampled(self.samples, self.trainer, data.val_files, data.text_key)
         check_dist(self.dist)
         one_of("data.train_turns", data.train_turns, ("all", "last"))

@@ -18,7 +18,7 @@ from verl.data.answers import (
 )
 from verl.data.chat import ChatInput, Message
 from verl.data.row import Row
-from verl.data.shapes import LABELLED
+from verl.data.shapes import ANSWERS, LABELLED
 from verl.errors import UserError
 
 SAME_QUESTION = "pair two answers to the same question"
@@ -56,9 +56,9 @@ class PairColumns:
         """
         if row.is_text:
             raise UserError("plain text has no pairs", where=row.where, fix="write the pairs as JSONL or Parquet")
+        self._refuse_one_answer(row)
         if self.prompt_key is None and (texts := self._texts(row)):
             return texts
-        self._refuse_label(row)
         tools = tools_of(row, self.tools_key, "data.tools_key")
         prompt_key = prompt_column(row, self.prompt_key)
         prompt = prompt_of(row, prompt_key)
@@ -76,11 +76,17 @@ class PairColumns:
             return []
         return [row.text(self.chosen_key, "data.chosen_key"), row.text(self.rejected_key, "data.rejected_key")]
 
-    def _refuse_label(self, row: Row) -> None:
-        """Raise UserError if the row is one answer with a label."""
-        if self.chosen_key not in row.values and row.values.keys() >= set(LABELLED):
+    def _refuse_one_answer(self, row: Row) -> None:
+        """Raise UserError if the row is one answer, with a label or without."""
+        if row.has(self.chosen_key) or row.has(self.rejected_key):
+            return
+        if row.values.keys() >= set(LABELLED):
             what = "the row is one answer with a label (columns 'completion' and 'label'), not a pair of answers"
             raise UserError(what, where=row.where, fix="the methods of `verl reward` compare two answers; give rows with both")
+        if one := [column for column in ANSWERS if column in row.values or column in row.unread]:
+            what = f"the row has one answer (column {one[0]!r}), not a pair of answers (column {self.chosen_key!r} is missing)"
+            fix = "verl sft trains on such rows; verl reward needs a better and a worse answer: data.chosen_key, data.rejected_key"
+            raise UserError(what, where=row.where, fix=fix)
 
     def _common_messages(self, row: Row, chosen: list[Message], rejected: list[Message]) -> list[Message]:
         """Return the messages before the two answers.

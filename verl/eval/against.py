@@ -17,12 +17,12 @@ from rich.console import Console
 from verl.errors import UserError
 from verl.eval.files import PREDICTIONS, RESULTS, Key, keys_of
 from verl.eval.grader import Question
+from verl.eval.missing import FIX, no_evaluation
 from verl.eval.paired import Comparison, compare
 from verl.pace import counted
 
 # Settings in which two evaluations may differ without their scores being of different things.
 FREE = ("model_path", "output_dir", "overwrite", "against", "batch_size", "rollout", "trust_remote_code", "metric", "n")
-FIX = "name the output_dir of a finished evaluation, or a checkpoint"
 EVEN = 0.05  # largest p-value that is called a difference
 
 
@@ -51,13 +51,17 @@ def is_evaluation(name: str) -> bool:
     return (Path(name).expanduser() / RESULTS).is_file()
 
 
-def read(name: str, where: str) -> Evaluation:
+def read(name: str, where: str, other: str | None = None) -> Evaluation:
     """Read a finished evaluation.
 
+    Args:
+        other: the directory of the evaluation with which it is compared.
     Raises:
         UserError: its files are missing, cannot be read, or do not belong together.
     """
     directory = Path(name).expanduser()
+    if not is_evaluation(name):
+        raise no_evaluation(name, where, other)
     try:
         results = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
         rows = [json.loads(line) for line in (directory / PREDICTIONS).read_text(encoding="utf-8").split("\n") if line]
@@ -122,7 +126,7 @@ def compare_directories(name: str, other_name: str, console: Console) -> dict[st
     Raises:
         UserError: one of them is none, or they cannot be compared.
     """
-    this, other = read(name, f"verl eval {name}"), read(other_name, f"against={other_name}")
+    this, other = read(name, f"verl eval {name}", other_name), read(other_name, f"against={other_name}", name)
     found = described(compared(this, other), this, other)
     show(found, this, other, console)
     return found

@@ -27,6 +27,7 @@ from verl.eval.grader import Grader, Prediction
 from verl.eval.intervals import are_right_or_wrong, interval_of, majority_vote, numbers_of_answers, pass_at_k, wilson_interval
 from verl.manifest import refuse_inside
 from verl.redaction import redact
+from verl.regular_file import check_directory
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ def open_directory(config: EvalConfig) -> Path:
     """
     directory, where = Path(config.output_dir).expanduser(), f"output_dir={config.output_dir}"
     refuse_inside(directory, where, "choose a directory outside it")
+    check_directory(directory, where, "choose a directory; it is made if it is missing")
     try:
         if not config.overwrite and (directory / RESULTS).exists():
             fix = "set another output_dir, or overwrite=true to replace them"

@@ -10,6 +10,7 @@ from verl.inspection.page import page
 from verl.inspection.picks import Picks
 from verl.inspection.terminal import show
 from verl.inspection.words import count, verdict
+from verl.regular_file import check_output
 
 
 def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> bool:
@@ -25,7 +26,8 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
         DiskError: a file cannot be written.
     """
     for path in (html, json_file):
-        _check_folder(path)
+        if path is not None:
+            check_output(path)
     found = inspect(config, picks, exact=exact)
     if found.missing:
         place = f"{found.train.files[0].name}:1"
@@ -37,11 +39,6 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
     if html is not None:
         _write(html, page(found))
     return verdict(found)[0]
-
-
-def _check_folder(path: Path | None) -> None:
-    if path is not None and not path.expanduser().parent.is_dir():
-        raise UserError(f"there is no folder {str(path.parent)!r}", where=str(path), fix=f"mkdir -p {path.parent}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from verl.errors import UserError
 from verl.manifest import steps_in
+from verl.run_directory import folder_of_runs
 
 ADAPTER_CONFIG = "adapter_config.json"
 FROM_GGUF = "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=FILE).save_pretrained(NEW_DIR), and the same for AutoTokenizer"
@@ -66,6 +67,8 @@ def refuse_path(path: str) -> None:
         raise UserError("the name of the model is empty", fix="give a local model directory, or a Hub name")
     if local.is_dir():
         refuse_formats(path)
+        if (found := folder_of_runs(path, str)) is not None:
+            raise found
         newest = newest_step(local)
         hint = f"did you mean {newest}?" if newest else "give the directory that has config.json"
         raise UserError("has no config.json" if any(local.iterdir()) else "is an empty directory", where=path, fix=hint)

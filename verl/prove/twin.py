@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from verl.errors import UserError
+from verl.models.foreign import refuse_path
 from verl.prove.plain import whole_class
 from verl.prove.sizes import (
     HEAD,
@@ -284,6 +285,8 @@ def read_config(path: str) -> PretrainedConfig:
     from verl.models.load import loading, resolve
 
     local = Path(path).expanduser()
+    if not local.is_file() and not (local / "config.json").is_file():
+        refuse_path(path)
     source = str(local) if local.is_file() else resolve(path)
     with loading("model", path):
         config: PretrainedConfig = AutoConfig.from_pretrained(source)

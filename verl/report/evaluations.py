@@ -14,9 +14,11 @@ from verl import regular_file
 from verl.errors import UserError
 from verl.eval.files import PREDICTIONS, RESULTS, Key, is_evaluation, keys_of
 from verl.eval.intervals import Interval, are_right_or_wrong, interval_of
+from verl.eval.missing import no_evaluation
 from verl.manifest import STEP, step_name
 from verl.report.metrics import counted
 from verl.report.runs import RunFiles
+from verl.run_directory import is_run_directory
 
 LARGEST = 2**30  # bytes of predictions.jsonl that are read
 _VALIDATION = re.compile(r"validation_(\d+)\.jsonl")
@@ -138,6 +140,8 @@ def read_evaluation(path: Path) -> Evaluation:
         UserError: it has neither results.json nor predictions.jsonl.
     """
     if not is_evaluation(path):
+        if not path.is_dir() or is_run_directory(str(path)) or (path / "config.json").is_file():
+            raise no_evaluation(str(path), f"--eval {path}")
         fix = "name the output_dir of verl eval, which holds both"
         raise UserError(f"has no {RESULTS} and no {PREDICTIONS}, so it is no evaluation", where=str(path), fix=fix)
     evaluation = Evaluation(path)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.errors import UserError
+from verl.regular_file import check_directory
 from verl.report.charts import FEW_POINTS, OTHERS, Chart
 
 DPI = 200
@@ -21,6 +22,7 @@ def write_figures(directory: Path, charts: Mapping[str, Sequence[Chart]], names:
         UserError: the directory cannot be written.
     """
     files = []
+    check_directory(directory, f"--png {directory}", "choose a directory; it is made if it is missing")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for heading, group in charts.items():

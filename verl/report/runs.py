@@ -15,6 +15,7 @@ from verl.eval.files import is_evaluation
 from verl.manifest import MANIFEST, STEP, steps_in
 from verl.redaction import redact, redact_text
 from verl.report.metrics import METRICS, Metrics, read_metrics
+from verl.run_directory import folder_of_runs
 
 CONFIG, LOG, STATE, BEST, ENVIRONMENT = "config.yaml", "train.log", "trainer_state.json", "best_checkpoint.json", "environment.json"
 LARGEST_CONFIG, LARGEST_LOG = 2**20, 2**28  # bytes
@@ -141,6 +142,8 @@ def _no_run(path: Path, directory: Path) -> UserError:
     if inside:
         fix = "name them: " + " ".join(str(path / name) for name in inside[:3])
         return UserError(f"is no run's directory, but holds {len(inside)}", where=str(path), fix=fix)
+    if (found := folder_of_runs(str(path), lambda run: f"verl report {run}")) is not None:
+        return found
     what = f"has no {CONFIG}, no {METRICS} and no checkpoint, so it is no run's directory"
     return UserError(what, where=str(path), fix="name the run's trainer.default_local_dir")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.errors import UserError
+from verl.regular_file import check_directory
 
 LOOPBACK = "127.0.0.1"
 PORT = 7860  # the first free one from there on
@@ -28,8 +29,9 @@ def open_ui(directory: Path, port: int | None = None) -> None:
         directory: folder of runs and uploaded files.
         port: None: 7860, or the next free one.
     Raises:
-        UserError: gradio is not installed, the port is taken, or the folder cannot be written.
+        UserError: gradio is not installed, the folder is a file, the port is taken, or the folder cannot be written.
     """
+    check_directory(directory, f"--dir {directory}", "give a folder, such as verl ui --dir experiments; it is made if it is missing")
     if importlib.util.find_spec("gradio") is None:
         raise UserError("gradio is not installed", where="verl ui", fix=INSTALL)
     try:
