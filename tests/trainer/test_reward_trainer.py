@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from verl import dist
 from verl.algorithms import dpo
+from verl.config.best import MEASURED
 from verl.config.pairs import PairsConfig
 from verl.config.ppo import RewardModelConfig
 from verl.config.shared import ModelConfig, OptimConfig
@@ -141,6 +142,13 @@ def test_a_run_that_was_resumed_is_the_uninterrupted_one(method: str, folder: Pa
     assert [step["train/loss"] for step in rest] == [step["train/loss"] for step in whole[STEPS // 2 :]]
     final = [Path(folder / f"{run}-{method}" / f"global_step_{STEPS}" / "model.safetensors").read_bytes() for run in ("whole", "rest")]
     assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("method", ["bradley_terry", "dpo"])
+def test_the_config_knows_what_the_validation_of_a_method_measures(method: str, folder: Path) -> None:
+    of_validation = {"data__val_files": folder / "test.jsonl", "data__val_max_samples": 2}
+    (step,) = train(folder, f"names-{method}", algorithm__name=method, trainer__total_training_steps=1, **of_validation)
+    assert {name for name in step if name.startswith("val/")} == {f"val/{name}" for name in MEASURED[method]}
 
 
 def test_two_processes_train_as_one_does(folder: Path) -> None:
