@@ -173,14 +173,20 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="write the table of docs/models.md")
     options = parser.parse_args()
     names = options.names or (IN_CI if options.ci else list(families()))
+    if unknown := [name for name in names if name not in families()]:
+        parser.error(f"no family named {', '.join(unknown)}; there are: {', '.join(families())}")
     (options.folder / "configs").mkdir(parents=True, exist_ok=True)
     run(names, options.folder, options.processes)
     if options.table:
         write_table(options.folder)
-    files = [options.folder / f"{file_name(name)}.json" for name in names]
+    files = [path for name in names if (path := options.folder / f"{file_name(name)}.json").is_file()]
+    unfinished = len(names) - len(files)
     wrong = [o for path in files for o in json.loads(path.read_text())["outcomes"] if o["state"] == "wrong"]
-    print(f"{len(names)} families, {len(wrong)} lines wrong")
-    return int(bool(wrong))
+    print(
+        f"{len(names)} families, {len(wrong)} lines wrong"
+        + (f", {unfinished} not finished: see their .log in {options.folder}" if unfinished else "")
+    )
+    return int(bool(wrong) or bool(unfinished))
 
 
 if __name__ == "__main__":

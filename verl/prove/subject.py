@@ -32,6 +32,7 @@ from verl.prove.plain import experts_in
 from verl.run import TrainResult
 from verl.trainer import fsdp_sft_trainer, ppo_trainer
 
+LOOPS = 8  # with weights that differ by rounding: in some of them, a token has another expert
 STEPS, LR = 3, 1e-3
 MODELS = ("twin", "still", "auxiliary-loss", "random")  # in the scratch folder
 DECODED = 20  # tokens
@@ -66,9 +67,9 @@ class Subject:
     origin: str | None = None
     random: dict[str, float] = field(default_factory=dict)
 
-    def rounded(self) -> Iterator[PreTrainedModel]:
-        """Yield the plain model, and the same whose weights differ by float32's rounding, three times."""
-        for seed in range(4):
+    def rounded(self, times: int = 3) -> Iterator[PreTrainedModel]:
+        """Yield the plain model, and the same whose weights differ by float32's rounding, so many times."""
+        for seed in range(times + 1):
             model, generator = plain.load(self.model), torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for weight in model.parameters() if seed else ():
@@ -105,7 +106,7 @@ class Subject:
         documents, others = self.rendered(self.train_file), self.rendered(self.test_file)
         loops = [
             [*plain.train(model, documents, steps=STEPS, lr=LR, weight_decay=0.01, clip=1e6), plain.mean_loss(model, others)]
-            for model in self.rounded()
+            for model in self.rounded(LOOPS)
         ]
         return float(np.ptp(np.array(loops), axis=0).max())
 
