@@ -264,8 +264,8 @@ def test_flash_attention_3_replaces_what_pytorch_calls_and_gives_it_back(gpu: No
 
 
 def test_the_heads_of_a_model_are_read_from_its_configuration() -> None:
-    assert heads_of(qwen2_config()) == flash.Heads(query=4, key_value=2, size=16)
-    assert heads_of(LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=32)) == flash.Heads(query=4, key_value=4, size=32)
+    assert heads_of(qwen2_config()) == (flash.Heads(query=4, key_value=2, size=16),)
+    assert heads_of(LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=32)) == (flash.Heads(query=4, key_value=4, size=32),)
 
 
 def arguments(dtype: torch.dtype = torch.float32, tokens: int = BOUNDS[-1]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:

@@ -285,7 +285,7 @@ def read_config(path: str) -> PretrainedConfig:
     from verl.models.load import loading, resolve
 
     local = Path(path).expanduser()
-    if not local.is_file() and not (local / "config.json").is_file():
+    if not (local.is_file() and local.suffix == ".json") and not (local / "config.json").is_file():
         refuse_path(path)
     source = str(local) if local.is_file() else resolve(path)
     with loading("model", path):
