@@ -83,9 +83,8 @@ def test_reinforcement_learning_with_a_server_trains_on_answers_of_the_newest_we
     keys: dict[str, object] = {f"{key.replace('.', '__')}": value for key, _, value in (word.partition("=") for word in words)}
     found = train(folder, "served", trainer__total_training_steps=2, **keys)
     assert stand_in.calls.count("/v1/completions") == 2 * 16
-    assert (
-        stand_in.calls.count("/collective_rpc") == stand_in.calls.count("/reset_prefix_cache") == 2
-    )  # new weights, without what was computed with the old
+    # New weights, without what was computed with the old ones: at the start, and after each step.
+    assert stand_in.calls.count("/collective_rpc") == stand_in.calls.count("/reset_prefix_cache") == 3
     assert all(line["rl/rollout_difference"] < 1e-5 for line in found), "after an update too"
     assert all(line["train/grad_norm"] > 0 for line in found)
 
