@@ -73,7 +73,7 @@ USES = [
     ("eval model_path=model test_file=test.jsonl output_dir=train.jsonl", "is a file, and a directory is wanted", "output_dir=results"),
     ("ui --dir train.jsonl", "--dir train.jsonl: is a file, and a directory is wanted", "verl ui --dir experiments"),
     ("prove model --json empty", "empty: is a directory, expected a file", "give the name of a file"),
-    ("prove model --json nothere/found.json", "there is no folder 'nothere'", "mkdir -p nothere"),
+    ("prove model --json train.jsonl/found.json", "train.jsonl: is a file, and a directory is wanted", "choose another folder"),
     (f"inspect {SFT} --json empty", "empty: is a directory, expected a file", "give the name of a file"),
     ("sft --config train.jsonl", "is a file of rows, expected a config file", "write data.train_files=train.jsonl"),
     ("sft --config begun", "is a directory, expected a config file", "did you mean --config begun/config.yaml?"),

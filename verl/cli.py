@@ -317,6 +317,10 @@ def run_proofs(model: str, real: bool, json: Path | None) -> None:
         model = checkpoint_in(model, "MODEL")
     elif not (Path(model).expanduser() / "config.json").is_file() and (found := folder_of_runs(model, lambda run: f"verl prove {run}")):
         raise found
+    if not (Path(model).expanduser().is_file() and model.endswith(".json")):
+        from verl.early import check_model
+
+        check_model(model, "MODEL")
     command = load_module("verl.prove.command")
     command.use_cpu()
     if code := command.prove(model, real=real, json_file=json):

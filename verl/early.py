@@ -164,9 +164,9 @@ def check_names(config: Any) -> None:
         for name in names if isinstance(names, list) else [names]:
             _check_plugin(name, key, package)
     for key in MODELS:
-        _check_model(_value(config, key), key)
+        check_model(_value(config, key), key)
     if isinstance(against := _value(config, "against"), str) and not (Path(against).expanduser() / RESULTS).is_file():
-        _check_model(against, "against")
+        check_model(against, "against")
 
 
 def _value(config: Any, key: str) -> Any:
@@ -198,7 +198,7 @@ def _check_plugin(name: Any, key: str, package: str) -> None:
         raise unknown(package.rpartition(".")[2], name, known, where=key)
 
 
-def _check_model(name: Any, key: str) -> None:
+def check_model(name: Any, key: str) -> None:
     """Check that a local model is there, and is of a kind that the key takes. A name on the Hub is looked up when it is loaded."""
     if not isinstance(name, str):
         return

@@ -49,11 +49,16 @@ def check_directory(path: Path, where: str, fix: str) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError if a file cannot be written at a path: a directory is there, or its folder is not."""
-    path = path.expanduser()
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {str(path.parent)!r}", where=str(path), fix=f"mkdir -p {path.parent}")
+    """Make the folder of a file that will be written. Raises UserError: it cannot be made or written, or no file is at the path."""
+    path, fix = path.expanduser(), "choose another folder"
+    check_directory(path.parent, str(path.parent), fix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"its folder cannot be made: {error.strerror}", where=str(path), fix=fix) from error
     check_regular(path, "give the name of a file", follow=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError("cannot be written: permission denied", where=str(path), fix=fix)
 
 
 def check_regular(path: Path, fix: str, *, follow: bool = False) -> None:

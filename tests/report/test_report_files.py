@@ -19,6 +19,7 @@ from verl.report.evaluations import Answer, Evaluation, read_evaluation
 from verl.report.metrics import MOST_POINTS, Metrics, parse_metrics, smoothed, thinned
 from verl.report.page import visible
 from verl.report.runs import RunFiles, name_apart, read_run
+from verl.report.summary import state_of
 
 
 def line(step: int, **values: float | None) -> str:
@@ -98,6 +99,23 @@ def test_a_run_with_damaged_files_has_a_page_that_says_so(tmp_path: Path) -> Non
         assert sum(part in note for note in notes) == 1
     text = verl.write_report(tmp_path).read_text(encoding="utf-8")
     assert "config.yaml cannot be read" in text and "settings are not known" in text
+
+
+def test_a_run_that_trainer_patience_ended_is_not_said_to_be_running(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("trainer: {total_training_steps: 4}\n")
+    (tmp_path / "metrics.jsonl").write_text(line(1, train__loss=1.0) + line(2, train__loss=0.5))
+    log = "stopped early after step 2 of 4: val/loss has not become better in 1 validation\n"
+    (tmp_path / "train.log").write_text(log)
+    run = read_run(tmp_path)
+    assert run.is_finished and state_of(run) == "stopped early by trainer.patience, after 2 of 4 steps"
+    (tmp_path / "metrics.jsonl").write_text("".join(line(step, train__loss=1.0) for step in (1, 2, 3)))  # it goes on
+    assert not read_run(tmp_path).is_finished
+
+
+def test_the_folders_of_a_page_are_made(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=2, minute=0)
+    verl.write_report(run.directory, out=tmp_path / "new" / "deep" / "page.html")
+    assert (tmp_path / "new" / "deep" / "page.html").is_file()
 
 
 def test_a_run_that_has_not_finished_a_step_has_a_page(tmp_path: Path) -> None:

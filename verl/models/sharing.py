@@ -4,6 +4,7 @@ What can fail early fails before anything is computed: a wrong token, a name tha
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def check_card(folder: Path) -> None:
         UserError: it is a checkpoint, to which nothing is added, or has a README.md that verl did not write.
     """
     adapter = " merge=false" if (folder / ADAPTER_CONFIG).is_file() else ""
-    refuse_inside(folder, str(folder), f"write a copy with a card: verl export {folder} NEW_DIR{adapter} --card")
+    refuse_inside(folder, str(folder), f"write a copy with a card: verl export {shlex.quote(str(folder))} NEW_DIR{adapter} --card")
     if own_card(folder) is not None:
         fix = "move it away, or leave out --card: what is pushed has this README.md"
         raise UserError("is there, and verl did not write it", where=str(folder / FILE), fix=fix)

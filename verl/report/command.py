@@ -89,8 +89,7 @@ def _place(out: Path | None, directory: Path) -> Path:
     if page.is_dir():
         page = page / NAME
     refuse_inside(page, where, "choose a file outside it")
-    if not page.parent.is_dir():
-        raise UserError("the folder is missing", where=where, fix=f"make it: mkdir -p {page.parent}")
+    regular_file.check_output(page)
     if os.path.lexists(page) and not _is_report(page):
         raise UserError("is there already, and is no report of verl", where=where, fix="choose another file with --out, or move it away")
     return page

@@ -36,6 +36,7 @@ class RunFiles:
         state: trainer_state.json.
         checkpoints: names of its checkpoints, by step.
         versions: version by package, as far as the files tell.
+        stopped_early: whether trainer.patience ended it at its last step, by its log.
         notes: what is odd about the files, one sentence each.
         last_written: when its metrics were, in seconds since 1970; None if it has none. A copy of a run may have the time of the copy.
     """
@@ -51,6 +52,7 @@ class RunFiles:
     checkpoints: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     processes: int | None = None
+    stopped_early: bool = False
     notes: list[str] = field(default_factory=list)
     last_written: float | None = None
 
@@ -76,8 +78,8 @@ class RunFiles:
 
     @property
     def is_finished(self) -> bool | None:
-        """Whether all steps are done; None if no file tells how many there are."""
-        return None if self.total_steps is None else self.steps >= self.total_steps
+        """Whether all steps are done, or trainer.patience has ended it; None if no file tells how many steps there are."""
+        return self.stopped_early or (None if self.total_steps is None else self.steps >= self.total_steps)
 
     def _planned(self) -> int | None:
         found = next((match for line in self.beginning if (match := re.match(r"plan: ([\d,]+) steps?\b", line))), None)
@@ -186,6 +188,7 @@ def _read_log(run: RunFiles) -> None:
         return
     lines = text.splitlines()
     run.warnings = list(dict.fromkeys(line for line in lines if line.lower().startswith("warning:")))
+    run.stopped_early = any(line.startswith(f"stopped early after step {run.steps} of ") for line in lines)
     begins = [number for number, line in enumerate(lines) if line.startswith("data.train_files: ")]
     for line in lines[begins[-1] if begins else 0 :]:
         if _STEP_LINE.match(line) or len(run.beginning) == MOST_LINES:

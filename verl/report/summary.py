@@ -55,6 +55,8 @@ def state_of(run: RunFiles) -> str:
     total = run.total_steps
     if total is None:
         return f"step {run.steps:,}"
+    if run.stopped_early:
+        return f"stopped early by trainer.patience, after {run.steps:,} of {counted(total, 'step')}"
     if run.is_finished:
         return f"all {counted(total, 'step')} done"
     return f"{run.steps:,} of {counted(total, 'step')} done: it is running, or was stopped"
