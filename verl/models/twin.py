@@ -171,6 +171,8 @@ def keep_few_layers(text: Any) -> None:
         if getattr(text, name, 0):
             setattr(text, name, min(1, kept - 1))
     text.num_hidden_layers = kept
+    if getattr(text, "num_blocks", None) == layers:  # another name for it (xLSTM)
+        text.num_blocks = kept
     for name in ("vocab_size", "vocab_size_per_layer_input"):
         if isinstance(size := getattr(text, name, None), int) and size > VOCABULARY:
             setattr(text, name, VOCABULARY)
@@ -211,6 +213,8 @@ def _narrow(text: Any) -> None:
             rope["mrope_section"] = _shares(sections, sum(sections) * NARROW["head_dim"] // before)
     equal = getattr(text, "num_attention_heads", None) == getattr(text, "num_key_value_heads", None)
     narrow = NARROW | {"num_key_value_heads": NARROW["num_attention_heads"]} if equal else NARROW
+    if getattr(text, "embedding_dim", None) == text.hidden_size:  # another name for it (xLSTM)
+        narrow = narrow | {"embedding_dim": NARROW["hidden_size"]}
     for name, small in narrow.items():
         if isinstance(size := getattr(text, name, None), int) and size > small:
             setattr(text, name, small)

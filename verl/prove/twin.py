@@ -213,7 +213,7 @@ def _few_layers(values: Mapping[str, Any], small: dict[str, Any], sizes: Small) 
             small["per_layer_config"] = {
                 number: _of_layer(settings, layer, sizes) for number, layer in enumerate(kept) if _of_layer(settings, layer, sizes)
             }
-        small[key] = len(kept)
+        small |= {name: len(kept) for name in LAYERS if values.get(name) == layers}  # xLSTM has two names for one number
         return
 
 
@@ -248,6 +248,8 @@ def _fit(values: Mapping[str, Any], small: dict[str, Any]) -> None:
         small["original_max_position_embeddings"] = SHORT_POSITIONS
     if values.get("attention_head_dim"):  # Zamba: attention reads two hidden states side by side
         small["attention_hidden_size"], small["attention_head_dim"] = 2 * HIDDEN, 2 * HIDDEN // HEADS
+    if values.get("qk_dim_factor"):  # xLSTM: its cache has these widths in multiples of 64, its layers as they are
+        small["qk_dim_factor"], small["v_dim_factor"] = 1.0, 2.0
     if values.get("hybrid_layer_ids"):  # Zamba2: the layers that have attention, too
         small["hybrid_layer_ids"] = [i for i, kind in enumerate(small.get("layers_block_type") or []) if kind == "hybrid"]
     _fit_mixers(small)
