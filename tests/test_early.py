@@ -40,10 +40,25 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
         "chat ./nothing",
         "sft --gpus 2 optim.lrr=1",
         "ppo --help",
+        f"sft {NEEDED} samples.metric=gsm8kk",
+        f"sft {NEEDED} trainer.save_freq=1.5",
+        "sft data.train_files= model.partial_pretrain=Qwen/Qwen2.5-0.5B",
+        "eval model_path=m test_file=train.jsonl output_dir=done",
+        "eval done --against train.jsonl",
+        "export model done",
+        "export model new --hub bad//name",
+        "inspect data.train_files=train.jsonl model.partial_pretrain=model --row two",
+        "inspect data.train_files=train.jsonl model.partial_pretrain=model --html done",
+        "inspect data.train_files=train.jsonl,other.jsonl model.partial_pretrain=model",
+        "prove model --json done",
     ],
 )
 def test_torch_is_not_imported_for_it(words: str, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "results.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", ATTEXIT, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=60)

@@ -311,8 +311,11 @@ def run_module(name: str, words: list[str], command: Command | None = None) -> N
 
 def run_proofs(model: str, real: bool, json: Path | None) -> None:
     """Run `verl prove`. Raises SystemExit: 1 if something is wrong, 2 if fine-tuning is refused. Raises UserError without such a model."""
+    from verl.regular_file import check_output
     from verl.run_directory import checkpoint_in, folder_of_runs, is_run_directory
 
+    if json is not None:
+        check_output(json)
     if is_run_directory(model):
         model = checkpoint_in(model, "MODEL")
     elif not (Path(model).expanduser() / "config.json").is_file() and (found := folder_of_runs(model, lambda run: f"verl prove {run}")):
@@ -336,8 +339,15 @@ def inspect_data(words: list[str], picks: Picks, html: Path | None, json: Path |
         UserError: as `verl.inspection.command.run`; or the arguments are no trainer's.
         SystemExit: with 1 if the trainer would stop at its data.
     """
+    from verl import early
+    from verl.regular_file import check_output
+
     config = trainer_config(words)
     picks.check()
+    for path in (html, json):
+        if path is not None:
+            check_output(path)
+    early.check_names(config)
     if not load_module("verl.inspection.command").run(config, picks, html=html, json_file=json, exact=exact):
         raise SystemExit(1)
 

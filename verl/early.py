@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from verl.commands import EVALUATE, PPO, REWARD, SFT, Command
 from verl.errors import UserError, print_error
+from verl.manifest import check_new_directory
 from verl.plugin_outline import outlined
 from verl.regular_file import check_directory
 from verl.run_directory import RESULTS
@@ -21,7 +22,13 @@ LONGEST_SHOWN = 160  # characters of a command line in an error
 DATA = ("data.train_files", "data.val_files", "test_file")
 PLACES = {"trainer.default_local_dir": "checkpoints/verl-sft/run", "output_dir": "results", "directory": "my-model"}  # with examples
 FILES = ("data.chat_template",)
-PLUGINS = (("trainer.logger", "verl.loggers"), ("rollout.name", "verl.rollout"), ("rollout.tool", "verl.tools"))
+PLUGINS = {
+    "trainer.logger": "verl.loggers",
+    "rollout.name": "verl.rollout",
+    "rollout.tool": "verl.tools",
+    "samples.metric": "verl.rewards",
+    "metric": "verl.rewards",
+}
 
 MODELS = ("model.partial_pretrain", "model.lora_adapter_path", "critic.partial_pretrain", "reward_model.path", "model_path", "source")
 
@@ -37,6 +44,8 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
     """
     from verl.config.load import load_config
 
+    if command is EVALUATE and _compares(words):
+        _check_finished(_without_options(EVALUATE, words))
     if not command.example or (command is EVALUATE and _compares(words)):  # a command that reads its words itself
         return list(words)
     given = named(command, words)
@@ -55,6 +64,16 @@ def check(command: Command, words: Sequence[str]) -> list[str]:
 def _compares(words: Sequence[str]) -> bool:
     """Return whether these are the arguments of `verl eval DIR --against OTHER`, which compares two finished evaluations."""
     return bool(words) and not words[0].startswith("-") and "=" not in words[0] and any(word.startswith("--against") for word in words)
+
+
+def _check_finished(words: Sequence[str]) -> None:
+    """Raise UserError if one of the directories of `verl eval DIR --against OTHER` is not of a finished evaluation."""
+    name, other = words[0], next((word.removeprefix("against=") for word in words if word.startswith("against=")), "")
+    from verl.eval.missing import no_evaluation
+
+    for one, where, its_other in ((name, f"verl eval {name}", other), (other, f"against={other}", name)):
+        if one and not (Path(one).expanduser() / RESULTS).is_file():
+            raise no_evaluation(one, where, its_other)
 
 
 def check_module(module: str, words: Sequence[str]) -> None:
@@ -153,13 +172,14 @@ def check_names(config: Any) -> None:
     for key, example in PLACES.items():
         if isinstance(place := _value(config, key), str):
             check_directory(Path(place).expanduser(), f"{key}={place}", f"give a directory, such as {key}={example}")
+    _check_outputs(config)
     for key in DATA:
         _check_data(_value(config, key), key)
     for key in FILES:
         name = _value(config, key)
         if isinstance(name, str) and not Path(name).expanduser().is_file():
             raise UserError("no such file", where=f"{key}={name}", fix=f"give the path of a file; the current folder is {Path.cwd()}")
-    for key, package in PLUGINS:
+    for key, package in PLUGINS.items():
         names = _value(config, key)
         for name in names if isinstance(names, list) else [names]:
             _check_plugin(name, key, package)
@@ -167,6 +187,20 @@ def check_names(config: Any) -> None:
         check_model(_value(config, key), key)
     if isinstance(against := _value(config, "against"), str) and not (Path(against).expanduser() / RESULTS).is_file():
         check_model(against, "against")
+
+
+def _check_outputs(config: Any) -> None:
+    """Check that what a command will write is not there already, and where a model is pushed to."""
+    if isinstance(results := _value(config, "output_dir"), str):
+        from verl.eval.files import check_results
+
+        check_results(Path(results).expanduser(), f"output_dir={results}", overwrite=config.overwrite)
+    if isinstance(target := _value(config, "directory"), str):
+        check_new_directory(Path(target).expanduser())
+    if isinstance(repository := _value(config, "hub"), str):
+        from verl.models.foreign import check_repository
+
+        check_repository(repository)
 
 
 def _value(config: Any, key: str) -> Any:
@@ -182,6 +216,8 @@ def _check_data(files: Any, key: str) -> None:
 
     for one in files if isinstance(files, list | tuple) else [files]:
         name = one.get("path") if isinstance(one, dict) else one
+        if name == "":
+            raise UserError("is empty", where=key, fix=f"give a file, such as {key}=train.jsonl")
         if isinstance(name, str) and name and not is_on_hub(name):
             resolve_entries(name, key)
 

@@ -71,6 +71,15 @@ def refuse_inside(path: Path, where: str, fix: str) -> None:
             raise UserError(what, where=where, fix=fix)
 
 
+def check_new_directory(target: Path) -> None:
+    """Raise UserError if the target is a file, a directory that is not empty, or inside a checkpoint."""
+    refuse_inside(target, str(target), "choose a new directory outside it")
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError("the directory is not empty", where=str(target), fix="choose a new directory, or empty this one")
+    if target.exists() and not target.is_dir():
+        raise UserError("is a file, not a directory", where=str(target), fix="choose a new directory")
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of a checkpoint. Raises DamageError: it is missing, malformed, or has a name that is no path inside."""
     manifest = read(directory / MANIFEST, Manifest)

@@ -40,12 +40,14 @@ def read(path: Path, most: int = MAX_BYTES, *, follow: bool = False) -> bytes:
 
 
 def check_directory(path: Path, where: str, fix: str) -> None:
-    """Raise UserError if a directory cannot be at a path, because it is that of a file or goes through one; nothing at all is right."""
+    """Raise UserError if a directory cannot be made or written at a path, such as one that goes through a file."""
     there = next((one for one in (path, *path.parents) if os.path.lexists(one)), None)
     if there is not None and not there.is_dir():
         kind = "a link that leads nowhere" if there.is_symlink() and not there.exists() else "a file"
         what = f"is {kind}, and a directory is wanted" if there == path else f"{there} is {kind}, so there can be no directory in it"
         raise UserError(what, where=where, fix=fix)
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot be written: {there} is not yours to write" if there != path else "cannot be written", where=where, fix=fix)
 
 
 def check_output(path: Path) -> None:

@@ -56,6 +56,8 @@ def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
 def not_a_number(value: Any, kind: Any) -> str | None:
     """Say that a text was found where a number is expected; None if it is something else."""
     options = _options(kind) - {type(None)}
+    if isinstance(value, float) and int in options and float not in options:
+        return f"{value} is not a whole number"
     if not isinstance(value, str) or not options or not options <= {int, float}:
         return None
     return f"{value!r} is not a {'number' if float in options else 'whole number'}"

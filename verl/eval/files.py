@@ -1,9 +1,12 @@
 """The files of an evaluation: their names, and which questions of two evaluations are the same."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
+
+from verl.errors import UserError
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 
@@ -23,3 +26,19 @@ def keys_of(questions: Iterable[tuple[str, str]]) -> list[Key]:
         keys.append((*question, seen[question]))
         seen[question] += 1
     return keys
+
+
+def check_results(directory: Path, where: str, *, overwrite: bool) -> None:
+    """Raise UserError if a directory has the results of an evaluation, which are not to be overwritten."""
+    if not overwrite and (directory / RESULTS).exists():
+        fix = "set another output_dir, or overwrite=true to replace them"
+        raise UserError(f"has the results of an evaluation{about(directory / RESULTS)}", where=where, fix=fix)
+
+
+def about(results: Path) -> str:
+    """Return which evaluation has written results; empty if they cannot be read."""
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        return f" ({found['config']['model_path']} on {found['config']['test_file']}: {found['exact_match']:.4f})"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""

@@ -22,7 +22,7 @@ from verl.disk import FULL_BYTES, disk_errors_named, free_bytes, size_text
 from verl.durable import replace_text
 from verl.errors import UserError
 from verl.eval.answers_panel import AnswersPanel
-from verl.eval.files import PREDICTIONS, RESULTS
+from verl.eval.files import PREDICTIONS, RESULTS, about, check_results
 from verl.eval.grader import Grader, Prediction
 from verl.eval.intervals import are_right_or_wrong, interval_of, majority_vote, numbers_of_answers, pass_at_k, wilson_interval
 from verl.manifest import refuse_inside
@@ -74,10 +74,8 @@ def open_directory(config: EvalConfig) -> Path:
     directory, where = Path(config.output_dir).expanduser(), f"output_dir={config.output_dir}"
     refuse_inside(directory, where, "choose a directory outside it")
     check_directory(directory, where, "choose a directory; it is made if it is missing")
+    check_results(directory, where, overwrite=config.overwrite)
     try:
-        if not config.overwrite and (directory / RESULTS).exists():
-            fix = "set another output_dir, or overwrite=true to replace them"
-            raise UserError(f"has the results of an evaluation{_about(directory / RESULTS)}", where=where, fix=fix)
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
@@ -85,20 +83,11 @@ def open_directory(config: EvalConfig) -> Path:
     return directory
 
 
-def _about(results: Path) -> str:
-    """Return which evaluation has written results; empty if they cannot be read."""
-    try:
-        found = json.loads(results.read_text(encoding="utf-8"))
-        return f" ({found['config']['model_path']} on {found['config']['test_file']}: {found['exact_match']:.4f})"
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
-
-
 def clear_earlier(directory: Path, console: Console) -> None:
     """Clear the files of an earlier evaluation, so that results and predictions always belong together, and say so."""
     results, predictions = directory / RESULTS, directory / PREDICTIONS
     if results.exists():
-        console.print(f"{directory}: replaces the results of an evaluation{_about(results)} (overwrite=true)")
+        console.print(f"{directory}: replaces the results of an evaluation{about(results)} (overwrite=true)")
     elif predictions.exists() and predictions.stat().st_size:
         console.print(f"{directory}: replaces the answers of an evaluation that was interrupted")
     results.unlink(missing_ok=True)

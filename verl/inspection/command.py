@@ -10,7 +10,6 @@ from verl.inspection.page import page
 from verl.inspection.picks import Picks
 from verl.inspection.terminal import show
 from verl.inspection.words import count, verdict
-from verl.regular_file import check_output
 
 
 def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_file: Path | None = None, exact: bool = False) -> bool:
@@ -25,9 +24,6 @@ def run(config: TrainerConfig, picks: Picks, *, html: Path | None = None, json_f
         UserError: the data or the model is invalid, or a row that was asked for does not exist; nothing is printed or written then.
         DiskError: a file cannot be written.
     """
-    for path in (html, json_file):
-        if path is not None:
-            check_output(path)
     found = inspect(config, picks, exact=exact)
     if found.missing:
         place = f"{found.train.files[0].name}:1"

@@ -38,3 +38,5 @@ class Picks:
         for row in self.rows:
             if row.lstrip("-").isdecimal() and int(row) < 1:
                 raise UserError(f"found {row}", where="--row", fix="rows count from 1")
+            if not row.isdecimal() and not row.rpartition(":")[2].isdecimal():
+                raise UserError(f"{row!r} is no row", where="--row", fix="give its number or its place: --row 17, --row train.jsonl:17")

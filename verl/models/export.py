@@ -23,7 +23,7 @@ from verl.config.commands import ExportConfig, keyed
 from verl.config.load import load_config
 from verl.disk import check_room, disk_errors_named
 from verl.errors import UserError, exit_on_user_error
-from verl.manifest import refuse_inside
+from verl.manifest import check_new_directory
 from verl.models.adapters import files
 from verl.models.card import FILE as CARD
 from verl.models.foreign import newest_step
@@ -64,7 +64,7 @@ def export(config: ExportConfig) -> Path:
     if config.directory is None:
         return share_as_it_is(config, sharing)
     target = Path(config.directory).expanduser().absolute()
-    check_target(target)
+    check_new_directory(target)
     source = find_source(config.source)
     check_kind(source, GENERATES)
     with torch.no_grad(), scratch_beside(target) as folder:
@@ -152,15 +152,6 @@ def keep_format(source: str, folder: Path) -> None:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def check_target(target: Path) -> None:
-    """Raise UserError if the target is a file, a directory that is not empty, or inside a checkpoint."""
-    refuse_inside(target, str(target), "choose a new directory outside it")
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError("the directory is not empty", where=str(target), fix="choose a new directory, or empty this one")
-    if target.exists() and not target.is_dir():
-        raise UserError("is a file, not a directory", where=str(target), fix="choose a new directory")
 
 
 def find_source(path: str) -> str:

@@ -92,3 +92,15 @@ def _is_in_folder(local: Path) -> bool:
 def newest_step(folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's directory; None if there is none."""
     return next(reversed(steps_in(folder)), None)
+
+
+def check_repository(name: str) -> None:
+    """Raise UserError if a text cannot be the name of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # few commands push a model
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        what = f"is no name of a repository: {str(error).splitlines()[0]}"
+        raise UserError(what, where=f"hub={name}", fix="give owner/name, of letters, digits, -, _ and .") from error

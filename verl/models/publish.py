@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 
 from verl.errors import UserError
 from verl.manifest import MANIFEST
 from verl.models.card import FILE as CARD
 from verl.models.card import LICENCE_KEYS
+from verl.models.foreign import check_repository
 from verl.redaction import redact_text
 
 HTTPError: Any = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version of huggingface_hub uses
@@ -43,11 +43,7 @@ def check_place(name: str, *, replace: bool) -> Place:
         UserError: the name is none, the token is missing, wrong or another owner's, the Hub cannot be reached, or the repository exists.
     """
     api = HfApi()
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        what = f"is no name of a repository: {first_sentence(error)}"
-        raise UserError(what, where=f"hub={name}", fix="give owner/name, of letters, digits, -, _ and .") from error
+    check_repository(name)
     with hub_errors_named(api.endpoint, name):
         user = api.whoami()
         place = Place(name if "/" in name else f"{user['name']}/{name}", api.endpoint)
