@@ -130,12 +130,23 @@ USES = [
     (f"eval {EVAL} model=model", "unknown key 'model'", "did you mean model_path?"),
     ("chat model temprature=1", "unknown key 'temprature'", "did you mean temperature?"),
     # What is found before the work
+    ("chat modle", "model_path=modle: is not downloaded", "did you mean the directory model?"),
+    ("prove modle", "MODEL=modle: is not downloaded", "did you mean the directory model?"),
+    ("eval done", "'done' is an evaluation, and no key names it", "verl eval done --against OTHER"),
     (f"sft {SFT} samples.rows=2 data.val_files=train.jsonl samples.metric=gsm8kk", "'gsm8kk'", "gsm8k"),
     ("sft data.train_files= model.partial_pretrain=model", "data.train_files: is empty", "data.train_files=train.jsonl"),
     (f"sft {SFT} trainer.save_freq=1.5", "trainer.save_freq: 1.5 is not a whole number", "trainer.save_freq=epoch"),
     ("export model new --hub bad//name", "hub=bad//name: is no name of a repository", "give owner/name"),
-    ("inspect data.train_files=train.jsonl model.partial_pretrain=model --row two", "--row: 'two' is no row", "--row 17, --row train.jsonl:17"),
-    ("inspect data.train_files=train.jsonl model.partial_pretrain=model --html model", "model: is a directory, expected a file", "give the name of a file"),
+    (
+        "inspect data.train_files=train.jsonl model.partial_pretrain=model --row two",
+        "--row: 'two' is no row",
+        "--row 17, --row train.jsonl:17",
+    ),
+    (
+        "inspect data.train_files=train.jsonl model.partial_pretrain=model --html model",
+        "model: is a directory, expected a file",
+        "give the name of a file",
+    ),
     # Values
     (f"sft {SFT} optim.lr=abc", "optim.lr: 'abc' is not a number", "write e.g. optim.lr=1e-5"),
     (f"sft {SFT} data.max_length=1k", "data.max_length: '1k' is not a whole number", "write e.g. data.max_length=1024"),

@@ -1,6 +1,7 @@
 """`verl chat DIR`: chat with a checkpoint in the terminal, or with two that answer the same questions side by side."""
 
 import contextlib
+import difflib
 import importlib
 import io
 import locale
@@ -175,7 +176,7 @@ class Talk:
         return table
 
     def obey(self, line: str) -> None:
-        """Obey a command, such as `/undo`. Raises UserError: it has a wrong value."""
+        """Obey a command, such as `/undo`. Raises UserError: there is none of this name, or it has a wrong value."""
         word, _, rest = line.partition(" ")
         alone: dict[str, Callable[[], Any]] = {
             "/clear": self._clear,
@@ -191,8 +192,11 @@ class Talk:
             self._clear()
         elif word == "/set":
             self._set(rest.split())
+        elif word in alone:
+            raise UserError(f"{word} takes no words after it", fix=f"write {word}")
         else:
-            print(HELP)
+            near = difflib.get_close_matches(word, [*alone, "/system", "/set", "/exit"], n=1)
+            raise UserError(f"there is no command {word}", fix=f"did you mean {near[0]}? {HELP}" if near else HELP)
 
     def _clear(self) -> None:
         for chat in self._chats:

@@ -1,5 +1,6 @@
 """Errors of a command line that are found before torch is imported: its keys, their values, and files that are not there."""
 
+import difflib
 import importlib
 import os
 import shlex
@@ -265,7 +266,10 @@ def _check_hub(name: str, key: str) -> None:
     )
     if has_proxy or any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
         return
-    mirror = "set HF_ENDPOINT to a mirror, such as https://hf-mirror.com; or give the directory of a model that is here"
+    beside = [path.name for path in Path().iterdir() if path.is_dir()] if "/" not in name else []
+    near = difflib.get_close_matches(name, beside, n=1)
+    here = f"did you mean the directory {near[0]}? Else " if near else ""
+    mirror = f"{here}set HF_ENDPOINT to a mirror, such as https://hf-mirror.com; or give the directory of a model that is here"
     if constants.HF_HUB_OFFLINE:
         raise UserError("is not downloaded, and HF_HUB_OFFLINE is set", where=f"{key}={name}", fix=f"unset HF_HUB_OFFLINE; {mirror}")
     place = urlsplit(constants.ENDPOINT)

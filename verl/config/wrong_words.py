@@ -128,7 +128,7 @@ def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> Use
         known: the keys of the command.
     """
     from verl.config.unknown_keys import nearest
-    from verl.run_directory import folder_of_runs
+    from verl.run_directory import RESULTS, folder_of_runs
 
     plain = word.lstrip("-" + DASHES)
     if following[:1] == ["="]:
@@ -151,6 +151,10 @@ def unreadable(word: str, following: Sequence[str], known: Sequence[str]) -> Use
         key = next((key for key in ("data.train_files", "test_file") if key in known), None)
         fix = f"write {key}={word}" if key else "remove it; --help lists all keys"
         return UserError(f"{word!r} is a file, and no key names it", fix=fix)
+    if "against" in known and (place / RESULTS).is_file():
+        return UserError(
+            f"{word!r} is an evaluation, and no key names it", fix=f"verl eval {word} --against OTHER compares it with another"
+        )
     if place.is_dir() or word.count("/") == 1:
         key = next((key for key in ("model.partial_pretrain", "compare", "model_path") if key in known), None)
         if key and (found := folder_of_runs(word, lambda run: f"{key}={run}")) is not None:

@@ -158,10 +158,8 @@ def _alone(model: PreTrainedModel, documents: Sequence[Document], where: str, to
 
 def _sees_later_tokens(model: PreTrainedModel, where: str) -> UserError:
     name, text = type(model).__name__, model.config.get_text_config(decoder=True)
-    what, fix = (
-        f"{name} is no causal language model: the probability of a token depends on the tokens after it",
-        "choose a causal language model",
-    )
+    what = f"{name} is no causal language model: the probability of a token depends on the tokens after it"
+    fix = "choose a causal language model"
     if getattr(text, "use_bidirectional_attention", None):  # PaliGemma sets it by itself
         what += f"; the attention of its {text.model_type} is two-way (use_bidirectional_attention)"
         fix += "; of those that read pictures, such as Gemma 3 or Qwen2.5-VL"
