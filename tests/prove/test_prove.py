@@ -1,7 +1,9 @@
 """`verl prove`: a table of what holds for a model, and what is wrong with a broken verl."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import Qwen2Config
 from verl.errors import UserError
 from verl.prove import command
 from verl.prove.outcome import Outcome, compared, compared_beside_rounding
+from verl.prove.proofs import training
 from verl.prove.saved import loaded_again
 from verl.prove.tokenizer import byte_tokenizer
 
@@ -99,3 +102,41 @@ def test_the_table_counts_what_is_exact_and_shows_what_is_wrong(tmp_path: Path) 
     assert "| gemma2 | exact, slower | exact, slower | refused | exact | one document at a time: its own code; hf |" in rows
     assert "| GRPO | 1 |" in rows and "| wrong somewhere; lines that end in a traceback | 1; 1 |" in rows
     assert any(row.startswith("| rwkv |") and "**wrong**" in row for row in rows)
+
+
+class _Loops:
+    """A subject whose runs have these losses, and its plain loops, by the seed of their rounding, those."""
+
+    def __init__(self, found: list[float], loops: dict[int, list[float]]):
+        self.model, self._loops = "", loops
+        steps = [{"train/loss": loss} for loss in found[:-1]]
+        self._metrics = [*steps[:-1], steps[-1] | {"val/loss": found[-1]}]
+
+    def tuned(self) -> Any:
+        return SimpleNamespace(metrics=self._metrics)
+
+    def rounded(self, seeds: Iterable[int]) -> Iterable[int]:
+        return seeds
+
+    def plain_losses(self, seed: int) -> list[float]:
+        return self._loops.get(seed, self._loops[0])
+
+    rounding_after_steps = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("found", "state"),
+    [
+        ([2.0, 1.9, 1.8, 1.7], "holds"),
+        ([2.0, 1.9, 1.8, 1.7 + 1e-6], "holds"),
+        ([2.0, 1.9002, 1.8002, 1.7012], "holds"),  # as in the loop in which a token has another expert
+        ([2.0, 1.9002, 1.8002, 1.7013], "wrong"),  # as in none of them
+        ([2.0, 1.9002, 1.8, 1.7], "wrong"),
+    ],
+)
+def test_losses_are_those_of_one_of_the_plain_loops_that_rounding_makes(
+    found: list[float], state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.plain, "load", lambda _: 0)
+    subject: Any = _Loops(found, {0: [2.0, 1.9, 1.8, 1.7], 3: [2.0, 1.9002, 1.8002, 1.7012]})
+    assert training.prove(subject).state == state

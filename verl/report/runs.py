@@ -138,14 +138,8 @@ def _no_run(path: Path, directory: Path) -> UserError:
     """Say what a directory is that is no run's."""
     if is_evaluation(directory):
         return UserError("is an evaluation, not a run", where=str(path), fix=f"name the run first, then: --eval {path}")
-    inside = sorted(
-        child.name for child in directory.iterdir() if child.is_dir() and ((child / CONFIG).exists() or (child / METRICS).exists())
-    )
-    if inside:
-        fix = "name them: " + " ".join(str(path / name) for name in inside[:3])
-        return UserError(f"is no run's directory, but holds {len(inside)}", where=str(path), fix=fix)
     if (found := folder_of_runs(str(path), lambda run: f"verl report {run}")) is not None:
-        return found
+        return UserError(found.what, where=found.where, fix=f"{found.fix}; several are compared")
     what = f"has no {CONFIG}, no {METRICS} and no checkpoint, so it is no run's directory"
     return UserError(what, where=str(path), fix="name the run's trainer.default_local_dir")
 
