@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 OUT_OF_TIME = 1  # a reason to stop; others are numbers of signals, and one more
 SECONDS_BETWEEN_LINES = 10.0  # of one kind, on the terminal
-ALWAYS = ("saved", "epoch")  # kinds of which each line is printed
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ class Run:
         """Write a line that comes again and again to train.log. Of each kind, the first is printed, the last, and one in ten seconds.
 
         Args:
-            kind: such as "step". Lines of steps are not printed where a panel shows the step; those of saves and epochs always are.
+            kind: such as "step" or "saved". Lines of steps are not printed where a panel shows the step.
             is_last: whether it is the last one of the kind in the run.
         """
         if dist.is_main():
@@ -205,7 +204,7 @@ class Run:
 
             text, now = redact_text(text), time.monotonic()
             is_shown = kind == "step" and self._view is not None and self._view.is_drawn
-            if not is_shown and (is_last or kind in ALWAYS or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
+            if not is_shown and (is_last or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
                 self._printed[kind] = now
                 self._print(text)
             self._append("train.log", text)

@@ -63,7 +63,6 @@ def test_a_run_without_a_better_validation_ends_with_a_checkpoint_and_says_why(
     assert said[why + 1].startswith("done: 5 of 7 steps in ")
     assert f"the best model is in {tmp_path / 'out/global_step_2'}; next:" in said[why + 2 :]
     assert said[-1].endswith(f"--config {tmp_path / 'out/config.yaml'} trainer.patience=6")
-    assert len([line for line in said if line.startswith("saved ")]) == 3
     train(folder, tmp_path / "out", trainer__patience=3)  # started again, it says the same and trains nothing
     again = capsys.readouterr().out.splitlines()
     assert said[why] in again

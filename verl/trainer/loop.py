@@ -65,7 +65,7 @@ def train_loop(
                 report(number, metrics, meter.skipped_in_a_row, config.max_nonfinite_steps, loader, built.tokenizer, run)
             watch.see(number, metrics["train/loss"])
         if ends_epoch:
-            run.line(meter.end_epoch(step.epoch), "epoch")
+            run.line(meter.end_epoch(step.epoch), "epoch", is_last=last)
         saver.poll()
         if saves:
             here = replace(start, step=done, tokens=meter.tokens, supervised_tokens=meter.supervised_tokens, skipped=engine.skipped)

@@ -125,4 +125,4 @@ class Saver:
         checkpoint.prune(run.directory, self._config.max_ckpt_to_keep, good=self._good, needed=needed, say=run.say)
         state = {"step": step, "total_steps": run.total_steps, "checkpoint": saved.name, "metrics": metrics}
         run.keep_state({**state, THREADS: torch.get_num_threads()})
-        run.line(f"saved {saved}", "saved")
+        run.line(f"saved {saved}", "saved", is_last=step == run.total_steps)
