@@ -411,7 +411,7 @@ def test_bad_prompts_are_refused(folder: Path, tmp_path: Path, rows: list[object
         [
             (["test_file=nowhere.jsonl"], "no file"),
             (["metric=gsm9k"], "gsm9k"),  # C22
-            (["output_dir=/dev/null/x"], "output_dir=/dev/null/x: cannot be written"),
+            (["output_dir=/dev/null/x"], "output_dir=/dev/null/x: /dev/null is a file, so there can be no directory in it"),
             (["seed=-1"], "seed"),
             (["n=4"], "n=4 answers at temperature=0 are all equal"),
             (["rollout.name=natve"], "natve"),
@@ -528,6 +528,7 @@ SETTINGS: dict[str, str] = {
     "trainer.logger=wandbb": "wandbb",
     "trainer.resume_mode=maybe": "trainer.resume_mode",
     "trainer.resume_mode=resume_path": "do not go together",
+    "data.chat_template_kwargs={a: {b.c: 1}}": "data.chat_template_kwargs: the name 'b.c' has a dot",
     "trainer.default_local_dir=/dev/null/x": "/dev/null/x",
     "trainer.default_local_dir=${nothing}": "nothing",
     "trainer.experiment_name=${oc.env:HOME}": r"supports only \$\{key\}",

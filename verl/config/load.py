@@ -198,6 +198,10 @@ def _assign(config: DictConfig, given: Assignment, known: list[str], defaults: o
     value = given.value_for(type_of(defaults, key_now))
     if _asks_resolver(value) or _asks_resolver(given.key):
         raise UserError(f"found {value!r}", where=given.where, fix="a config supports only ${key}; write the value itself")
+    if isinstance(value, dict):
+        from verl.config.values import check_names  # few keys have names of their own in them
+
+        check_names(value, given.place)
     if "[hidden]" in str(value) and given.where != given.key:  # HIDDEN of verl.redaction
         fix = "give it again: verl writes no secrets into a run's config.yaml"
         raise UserError("found [hidden]", where=given.place, fix=fix)

@@ -4,9 +4,11 @@ import dataclasses
 import os
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, Union
 
 from verl.config.yaml_text import OldBoolean, TextLoader
+from verl.errors import UserError
 
 LARGEST = 2**31 - 1  # of a whole number, except a seed: counts and lengths are 32 bits wide
 LARGEST_SEED = 2**63 - 1
@@ -51,6 +53,15 @@ def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
         if int in options and abs(value) > largest:
             return "the number is too large", f"give at most {largest:,}"
     return None
+
+
+def check_names(values: Mapping[Any, Any], where: str) -> None:
+    """Raise UserError if a name in a mapping has a dot: in a config file, `a.b` is the name `b` in `a`, so it would not be read back."""
+    for name, value in values.items():
+        if "." in str(name):
+            raise UserError(f"the name {str(name)!r} has a dot", where=where, fix="choose a name without dots")
+        if isinstance(value, Mapping):
+            check_names(value, where)
 
 
 def not_a_number(value: Any, kind: Any) -> str | None:
