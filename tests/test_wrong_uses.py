@@ -130,6 +130,9 @@ USES = [
     (f"eval {EVAL} model=model", "unknown key 'model'", "did you mean model_path?"),
     ("chat model temprature=1", "unknown key 'temprature'", "did you mean temperature?"),
     # What is found before the work
+    ("inspect data.train_files=train.jsonl model.partial_pretrain=model --random", "--random has no value", "verl inspect --random 3"),
+    ("board runs --host", "--host has no value", "verl board --host"),
+    ("sft data.train_files=model model.partial_pretrain=model", "'model' is a directory", "it is a model's: name a data file"),
     ("chat modle", "model_path=modle: is not downloaded", "did you mean the directory model?"),
     ("prove modle", "MODEL=modle: is not downloaded", "did you mean the directory model?"),
     ("eval done", "'done' is an evaluation, and no key names it", "verl eval done --against OTHER"),

@@ -110,6 +110,9 @@ def wrong_option(error: Exception, words: Sequence[str]) -> UserError | None:
         given = next((f"{words[n + 1]!r}" for n, word in enumerate(words[:-1]) if word == names[0]), "the value")
         given = next((repr(word.partition("=")[2]) for word in words if word.startswith(f"{names[0]}=")), given)
         message, fix = f"invalid value for '{names[0]}': {given} is no {meaning}", f"write {where} {names[0]} {example}"
+    elif (name := getattr(error, "option_name", None)) and "requires an argument" in message:
+        meant = next((one for one in getattr(parser, "params", []) if name in one.opts), None)
+        message, fix = f"{name} has no value", f"write {where} {name} {NUMBERS.get(name, (getattr(meant, 'metavar', None) or 'VALUE',))[0]}"
     elif "unexpected extra argument" in message and parser is not None:
         extra = message.rpartition(" (")[2].rstrip(")")
         takes = [option for one in parser.params for option in one.opts if option == "--dir"]

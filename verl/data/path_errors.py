@@ -59,6 +59,8 @@ def _missing(path: Path, key: str) -> UserError:
 
 def files_in(folder: Path, *, for_training: bool) -> str:
     """Say how to name the data files of a folder and its subfolders: those to train or to evaluate with, if names tell them apart."""
+    if (folder / "config.json").is_file():
+        return "it is a model's: name a data file, such as train.jsonl"
     found = _data_files(folder)
     words = ("train",) if for_training else ("test", "val", "dev")
     named = [file for file in found if any(word in str(file.relative_to(folder)).lower() for word in words)] or found
