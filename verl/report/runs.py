@@ -112,9 +112,7 @@ def read_run(path: Path) -> RunFiles:
     directory = path.expanduser()
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "is missing"
-        raise UserError(
-            f"{what}, expected the directory of a run", where=str(path), fix="name a run's directory, such as checkpoints/verl-sft/run"
-        )
+        raise UserError(f"{what}, expected the directory of a run", where=str(path), fix="name the run's trainer.default_local_dir")
     resolved = directory.resolve()
     if STEP.fullmatch(resolved.name) and any((resolved.parent / name).exists() for name in (CONFIG, METRICS)):
         directory = resolved.parent
