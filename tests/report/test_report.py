@@ -325,7 +325,7 @@ def test_the_command_says_what_it_found_and_wrote(folder: Path) -> None:
     assert "exact match 100.0%, 95% interval 51.0% to 100.0%" in done.stdout
     assert done.stdout.endswith(f"wrote {folder / 'said.html'}\n")
     wrong = subprocess.run([*words[:4], str(folder)], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert wrong.returncode == 2 and "is no run's directory, but holds 2" in wrong.stderr
+    assert wrong.returncode == 2 and "is a folder of runs" in wrong.stderr
 
 
 def test_a_report_without_a_run_is_refused() -> None:
