@@ -170,28 +170,21 @@ def packed_attention(
     soft_cap, sink_N = options.get("softcap"), options.get("s_aux")
     if sink_N is not None and context:
         raise UserError(f"{type(module).__name__} needs attention sinks, which a split document does not have", fix=USE_ANOTHER)
+    options, prefixes = {"scale": scaling, "sliding_window": sliding_window}, options.get("prefixes")
     is_plain = soft_cap is None and sink_N is None and query_TND.shape[-1] <= flash.LARGEST_HEAD
-    by_flash, prefixes = is_plain and _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype), options.get("prefixes")
-    if by_flash and prefixes is not None and (sliding_window is None or sliding_window >= prefixes.longest_document):
+    if prefixes is not None:  # FlashAttention has no windows that reach into a prefix
+        is_plain = is_plain and (sliding_window is None or sliding_window >= prefixes.longest_document)
+    if not (is_plain and _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype)):
+        from verl.models.attention.plain import attention_per_document  # FlashAttention has no use for it
+
+        bounds, options = prefixes or cu_seq_lens_q, {**options, "soft_cap": soft_cap, "sink_N": sink_N}
+        output_TND = attention_per_document(query_TND, key_TKD, value_TKD, bounds, **options)
+    elif prefixes is not None:
         from verl.models.attention.shared import shared_attention  # only where documents share a prefix
 
         output_TND = shared_attention(query_TND, key_TKD, value_TKD, prefixes, scale=scaling)
-    elif by_flash and prefixes is None:
-        output_TND = flash.flash_attention(
-            query_TND,
-            key_TKD,
-            value_TKD,
-            cu_seq_lens_q,
-            max_length_q,
-            scale=scaling,
-            sliding_window=sliding_window,
-            kernel=_kernel,
-        )
     else:
-        from verl.models.attention.plain import attention_per_document  # FlashAttention has no use for it
-
-        more: dict[str, Any] = {"scale": scaling, "sliding_window": sliding_window, "soft_cap": soft_cap, "sink_N": sink_N}
-        output_TND = attention_per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, prefixes=prefixes, **more)
+        output_TND = flash.flash_attention(query_TND, key_TKD, value_TKD, cu_seq_lens_q, max_length_q, kernel=_kernel, **options)
     if context:
         output_TND = to_tokens(output_TND, query_1NTD.shape[1], context)
     return output_TND.unsqueeze(0), None

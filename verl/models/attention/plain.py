@@ -22,25 +22,25 @@ def attention_per_document(
     query_TND: Tensor,
     key_TKD: Tensor,
     value_TKD: Tensor,
-    cu_seqlens: Tensor,
+    bounds: "Tensor | Prefixes",
     *,
     scale: float | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sink_N: Tensor | None = None,
-    prefixes: "Prefixes | None" = None,
 ) -> Tensor:
     """Compute causal attention within each document, and to the prefix that it shares with others.
 
     Args:
-        cu_seqlens, scale, sliding_window: same as in `flash_attention`.
+        bounds: offsets of the documents, as in `flash_attention`; or the prefixes that some of them share.
+        scale, sliding_window: same as in `flash_attention`.
         soft_cap: largest score; a score becomes soft_cap · tanh(score / soft_cap).
         sink_N: a score for each head that takes a share of the softmax and has no value.
-        prefixes: the prefixes and their documents; None: no document has one.
     Returns:
         output_TND, contiguous.
     """
-    lengths = (cu_seqlens if prefixes is None else prefixes.segment_bounds).diff().tolist()
+    cu_seqlens, prefix_of = (bounds, {}) if isinstance(bounds, Tensor) else (bounds.segment_bounds, bounds.prefix_of_segment())
+    lengths = cu_seqlens.diff().tolist()
     by_head = (x.transpose(0, 1).unsqueeze(0) for x in (query_TND, key_TKD, value_TKD))
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window}
     compute: Callable[..., Tensor] = _fused
@@ -50,7 +50,7 @@ def attention_per_document(
         compute, options = _by_steps, {**options, "soft_cap": soft_cap, "sink_N": sink_N}
     # `split` instead of slices: its backward pass is one concatenation, while each slice would allocate a gradient of all T tokens.
     documents = list(zip(*(x.split(lengths, dim=2) for x in by_head), strict=True))
-    for number, prefix in ({} if prefixes is None else prefixes.prefix_of_segment()).items():
+    for number, prefix in prefix_of.items():
         query, *own = documents[number]
         documents[number] = (query, *(torch.cat(both, dim=2) for both in zip(documents[prefix][1:], own, strict=True)))
     outputs = [compute(*document, **options) for document in documents]
