@@ -5,6 +5,7 @@
 Dimensions: T tokens of the packed batch; L tokens of one document; M trained positions; V vocabulary.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -217,6 +218,8 @@ def why_not_shared(config: PretrainedConfig, where: str, *, trust_remote_code: b
 
     A tiny twin must give the same log-probabilities and gradients with and without sharing. Every rank finds the same.
     """
+    config = copy.deepcopy(config)
+    config._attn_implementation = None  # a loaded model's config has that of packed batches, and a twin's own code comes first
     key = config.to_json_string(use_diff=False)
     if key not in _whether_shared:
         with _quiet():
