@@ -20,13 +20,14 @@ from verl.data.pack import Document, collate
 PROMPTS: Mapping[int, tuple[int, ...]] = {40: (0, 1, 2, 3), 24: (4, 5), 31: (6, 7), 9: (8, 9)}
 ANSWERS = 10
 # The groups of each micro-batch; filler alone is one, too.
-CUTS: Mapping[str, Sequence[Sequence[Sequence[int]]]] = {
-    "one micro-batch": [PROMPTS.values()],  # type: ignore[list-item]
+Cut = Sequence[Sequence[Sequence[int]]]
+CUTS: Mapping[str, Cut] = {
+    "one micro-batch": [list(PROMPTS.values())],
     "a micro-batch for each prompt": [[numbers] for numbers in PROMPTS.values()],
     "a group in two micro-batches": [[(0, 1), (4, 5)], [(2, 3)], [(6, 7), (8, 9)], []],
     "some share none": [[(8, 9), (0, 1)], [(2, 3), (4, 5), (6, 7)]],
 }
-SINGLE = [[(0, 1), (2,), (3,)], [(4,), (5,), (6, 7)], [(8,), (9,)]]  # a pair is never torn apart
+SINGLE: Cut = [[(0, 1), (2,), (3,)], [(4,), (5,), (6, 7)], [(8,), (9,)]]  # a pair is never torn apart
 
 
 def answers() -> list[Document]:
@@ -42,7 +43,7 @@ def answers() -> list[Document]:
     return found
 
 
-def shared_batches(cut: Sequence[Sequence[Sequence[int]]], fields: Mapping[str, Sequence[np.ndarray]]) -> list[Batch]:
+def shared_batches(cut: Cut, fields: Mapping[str, Sequence[np.ndarray]]) -> list[Batch]:
     documents, batches = answers(), []
     for rows in cut:
         groups = [grouped(numbers, documents.__getitem__) for numbers in rows]
@@ -58,7 +59,7 @@ def unshared_batch(fields: Mapping[str, Sequence[np.ndarray]]) -> Batch:
 def main(model: str, saved: str) -> None:
     dist.start()
     fields = fields_of_answers(Path(model), answers())
-    mine = [[[(0, 1, 2, 3)], [(4, 5), (8, 9)]], [[(6, 7)], []]][dist.rank()]
+    mine: Cut = [[(6, 7)], []] if dist.rank() else [[(0, 1, 2, 3)], [(4, 5), (8, 9)]]
     found = {name: gradient(engine_of(name, Path(model)), shared_batches(mine, fields), method) for name, method in METHODS.items()}
     if dist.is_main():
         torch.save(found, saved)

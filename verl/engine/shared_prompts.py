@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from transformers import PretrainedConfig
 
 from verl import dist
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.trial import why_not_shared
 from verl.models.attention.packed import has_flash
-from verl.models.per_layer import heads_of
+from verl.models.per_layer import heads_of, layer_values
 from verl.models.randomness import is_random
 
 
@@ -67,7 +67,7 @@ def _why_not(engine: Engine, by_flash: bool, longest: int, *, trusted: bool) -> 
         return "the routers' load-balancing loss counts the tokens of each answer"
     if scorer.training and is_random(scorer, config):
         return "dropout is drawn for each answer"
-    if by_flash and (window := _shortest_window(scorer.model)) is not None and window < longest:
+    if by_flash and (window := _shortest_window(config)) is not None and window < longest:
         return f"FlashAttention has no prefixes in windows of {window:,} tokens, and an answer with its prompt may have {longest:,}"
     if (why := why_not_shared(config, scorer.model.name_or_path or kind, trust_remote_code=trusted)) is not None:
         return f"{kind}: {why}"
@@ -78,7 +78,9 @@ def _why_not(engine: Engine, by_flash: bool, longest: int, *, trusted: bool) -> 
     return None
 
 
-def _shortest_window(model: torch.nn.Module) -> int | None:
+def _shortest_window(config: PretrainedConfig) -> int | None:
     """Return the smallest sliding window of the layers, in tokens; None if they have none."""
-    found = (getattr(module, "sliding_window", None) for module in model.modules())
-    return min((window for window in found if isinstance(window, int)), default=None)
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or ["sliding"]
+    windows = [window for (window,) in layer_values(text, "sliding_window") if window]
+    return min(windows, default=None) if any("sliding" in kind for kind in kinds) else None
