@@ -91,8 +91,8 @@ def with_siblings(batch: Batch) -> Batch:
     """Answers see those before them in their group."""
     prefixes = batch.prefixes
     assert prefixes is not None
-    inner = (prefixes.segment_bounds < prefixes.group_tokens) & ~torch.isin(prefixes.segment_bounds, prefixes.group_bounds)
-    merged = prefixes._replace(segment_bounds=prefixes.segment_bounds[~inner], longest_segment=prefixes.longest_group)
+    inner = (prefixes.segment_bounds < prefixes.numbers.group_tokens) & ~torch.isin(prefixes.segment_bounds, prefixes.group_bounds)
+    merged = prefixes._replace(segment_bounds=prefixes.segment_bounds[~inner])
     return replace(batch, prefixes=merged)
 
 

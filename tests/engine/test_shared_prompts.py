@@ -118,7 +118,7 @@ def test_log_probabilities_and_gradients_are_those_of_documents_alone(name: str)
     documents, rows = documents_and_groups()
     (groups,) = pack_groups([grouped(row, documents.__getitem__) for row in rows], token_budget=1000, multiple_of=1)
     batch = collate_groups(groups, documents.__getitem__, multiple_of_tokens=16)
-    assert batch.prefixes is not None and batch.prefixes.prefix_tokens == 29 + 17
+    assert batch.prefixes is not None and batch.prefixes.numbers.prefix_tokens == 29 + 17
     found = scores_and_gradients(scorer, batch)
     numbers = batch.sample_ids_S[: batch.documents].tolist()
     expected = scores_and_gradients(scorer, collate([documents[n] for n in numbers], numbers))
@@ -309,5 +309,5 @@ def test_a_copy_has_copies_of_the_prefixes_offsets() -> None:
     batch = collate_groups([grouped((0, 1), documents.__getitem__)], documents.__getitem__)
     copy = batch.to("meta")
     assert copy.prefixes is not None and batch.prefixes is not None
-    assert all(x.is_meta for x in copy.prefixes if isinstance(x, torch.Tensor))
-    assert copy.prefixes[3:] == batch.prefixes[3:]
+    assert all(offsets.is_meta for offsets in copy.prefixes[:3])
+    assert copy.prefixes.numbers == batch.prefixes.numbers  # in host memory

@@ -178,16 +178,17 @@ def test_a_compiled_layer_keeps_the_operator_as_one_node_and_compiles_once(kerne
         compiles.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    def layer(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        return shared_attention(query * 2, key, value, options["prefixes"], scale=0.25)
+    def layer(hidden_TX: Tensor, **options: Any) -> Tensor:
+        query, key, value = (hidden_TX * 2).split([64, 32, 32], dim=1)  # heads have a fixed size, as in a model
+        tensors = query.unflatten(1, (4, 16)), key.unflatten(1, (2, 16)), value.unflatten(1, (2, 16))
+        return shared_attention(*tensors, options["prefixes"], scale=0.25)
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
-    for prompts, answers in (((131, 40), ((70, 1, 200), (33, 90))), ((64, 50), ((30, 30), (80, 3))), ((77,), ((20, 33, 48, 9),))):
+    for prompts, answers in (((77,), ((20, 33, 48, 9),)), ((131, 40), ((70, 1, 200), (33, 90))), ((64, 50), ((30, 30), (80, 3)))):
         prefixes = examples(prompts, answers)
         tensors = inputs(int(prefixes.segment_bounds[-1]), torch.float32)
-        found = compiled(*tensors, prefixes=prefixes)
-        doubled = (2 * tensors[0], *tensors[1:])
-        assert max(compared(found, expected_of(doubled, prefixes), tensors)) < 1e-4
+        found = compiled(torch.cat([x.flatten(1) for x in tensors], 1), prefixes=prefixes)
+        assert max(compared(found, expected_of(tuple(2 * x for x in tensors), prefixes), tensors)) < 1e-4
     assert len(compiles) == 1 and str(compiles[0]).count("shared_attention") == 1
 
 
@@ -201,9 +202,7 @@ def examples(prompts: tuple[int, ...], answers: tuple[tuple[int, ...], ...]) -> 
 def test_the_operator_keeps_what_pytorch_asks_of_operators(kernels: None) -> None:
     prefixes = example()
     bounds = [prefixes.segment_bounds, prefixes.group_bounds, prefixes.prefix_bounds]
-    sizes = [prefixes.longest_segment, prefixes.longest_group, prefixes.longest_prefix, prefixes.group_tokens]
-    sizes += [prefixes.first_token, prefixes.prefix_tokens]
-    arguments = (*inputs(int(prefixes.segment_bounds[-1]), torch.float32), bounds, sizes, 0.25)
+    arguments = (*inputs(int(prefixes.segment_bounds[-1]), torch.float32), bounds, prefixes.sizes, 0.25)
     asked = ("test_schema", "test_faketensor", "test_autograd_registration")
     found = torch.library.opcheck(shared._shared, arguments, test_utils=asked, raise_exception=False)
     assert found == dict.fromkeys(asked, "SUCCESS")

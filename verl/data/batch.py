@@ -115,4 +115,4 @@ class Batch:
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors: dict[str, Any] = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors, prefixes=self.prefixes and self.prefixes.with_tensors(change))
+        return replace(self, **tensors, prefixes=self.prefixes and self.prefixes.with_offsets(change))

@@ -19,7 +19,7 @@ import torch
 
 from verl.data.batch import Batch
 from verl.data.pack import Document, collate, pack
-from verl.data.prefixes import Prefixes
+from verl.data.prefixes import Prefixes, Sizes
 
 # A prefix costs a second call of attention, so a group shares one only if it has this many tokens and saves this share of the group's.
 SHORTEST, SMALLEST_SHARE = 16, 1 / 8
@@ -142,6 +142,14 @@ def _with_prefixes(batch: Batch, sharing: Sequence[Group], documents: int) -> Ba
     positions = batch.position_ids_T.clone()
     positions[: group_bounds[-1]] += torch.from_numpy(np.repeat(shared_of_document, lengths))
     bounds = np.append(segments[: documents + 1], segments[-1])
+    sizes = Sizes(
+        longest_segment=batch.max_seqlen,
+        longest_group=int(np.diff(group_bounds).max()),
+        longest_prefix=max(shared),
+        group_tokens=int(group_bounds[-1]),
+        first_token=int(segments[documents]),
+        prefix_tokens=sum(shared),
+    )
     return replace(
         batch,
         position_ids_T=positions,
@@ -153,12 +161,7 @@ def _with_prefixes(batch: Batch, sharing: Sequence[Group], documents: int) -> Ba
             segment_bounds=batch.cu_seqlens,
             group_bounds=torch.from_numpy(group_bounds),
             prefix_bounds=torch.from_numpy(prefix_bounds.astype(np.int32)),
-            longest_segment=batch.max_seqlen,
-            longest_group=int(np.diff(group_bounds).max()),
-            longest_prefix=max(shared),
-            group_tokens=int(group_bounds[-1]),
-            first_token=int(segments[documents]),
-            prefix_tokens=sum(shared),
+            sizes=torch.tensor(sizes),
             longest_document=int((lengths + shared_of_document).max()),
         ),
     )

@@ -15,15 +15,13 @@ N query heads, K key-value heads, D head size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from verl.data.prefixes import Prefixes, Sizes
 from verl.models.attention import flash
-
-if TYPE_CHECKING:
-    from verl.data.prefixes import Prefixes
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Part:
     is_causal: bool
 
 
-def shared_attention(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, prefixes: "Prefixes", *, scale: float | None) -> Tensor:
+def shared_attention(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, prefixes: Prefixes, *, scale: float | None) -> Tensor:
     """Compute attention of documents to their prefix and to themselves, on CUDA in bfloat16 or float16.
 
     Args:
@@ -54,29 +52,28 @@ def shared_attention(query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, pref
     Returns:
         output_TND.
     """
-    sizes = [prefixes.longest_segment, prefixes.longest_group, prefixes.longest_prefix, prefixes.group_tokens]
-    sizes += [prefixes.first_token, prefixes.prefix_tokens]
     bounds = [prefixes.segment_bounds, prefixes.group_bounds, prefixes.prefix_bounds]
     output_TND: Tensor
-    output_TND, _ = _shared(query_TND, key_TKD, value_TKD, bounds, sizes, scale or query_TND.shape[-1] ** -0.5)
+    output_TND, _ = _shared(query_TND, key_TKD, value_TKD, bounds, prefixes.sizes, scale or query_TND.shape[-1] ** -0.5)
     return output_TND
 
 
-def _parts(tokens: int, bounds: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Part, Part]:
+def _parts(tokens: int, bounds: Sequence[Tensor], sizes: Tensor) -> tuple[Part, Part]:
     """Return the attention of each segment to itself, and that of documents to prefixes."""
     segment_bounds, group_bounds, prefix_bounds = bounds
-    longest_segment, longest_group, longest_prefix, group_tokens, first_token, prefix_tokens = sizes
-    everything, documents, prefixes = slice(0, tokens), slice(0, group_tokens), slice(first_token, first_token + prefix_tokens)
+    of = Sizes(*sizes.tolist())
+    everything, documents = slice(0, tokens), slice(0, of.group_tokens)
+    prefixes = slice(of.first_token, of.first_token + of.prefix_tokens)
     return (
-        Part(everything, everything, segment_bounds, segment_bounds, longest_segment, longest_segment, is_causal=True),
-        Part(documents, prefixes, group_bounds, prefix_bounds, longest_group, longest_prefix, is_causal=False),
+        Part(everything, everything, segment_bounds, segment_bounds, of.longest_segment, of.longest_segment, is_causal=True),
+        Part(documents, prefixes, group_bounds, prefix_bounds, of.longest_group, of.longest_prefix, is_causal=False),
     )
 
 
 # One operator for both parts and their joining, so that it is one node in a compiled layer.
 @torch.library.custom_op("verl::shared_attention", mutates_args=())
 def _shared(
-    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, bounds: Sequence[Tensor], sizes: Sequence[int], scale: float
+    query_TND: Tensor, key_TKD: Tensor, value_TKD: Tensor, bounds: Sequence[Tensor], sizes: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return output_TND and the joined logsumexp_NT, float32."""
     own, other = _parts(len(query_TND), bounds, sizes)
@@ -92,7 +89,7 @@ def _shared(
 
 @torch.library.custom_op("verl::shared_attention_backward", mutates_args=())
 def _shared_backward(
-    output_gradient_TND: Tensor, saved: Sequence[Tensor], bounds: Sequence[Tensor], sizes: Sequence[int], scale: float
+    output_gradient_TND: Tensor, saved: Sequence[Tensor], bounds: Sequence[Tensor], sizes: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value. `saved` has query, key, value, output_TND and logsumexp_NT."""
     query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT = saved
@@ -112,14 +109,15 @@ _shared_backward.register_fake(flash._backward_shapes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query_TND, key_TKD, value_TKD, bounds, ctx.sizes, ctx.scale = inputs
-    ctx.save_for_backward(query_TND, key_TKD, value_TKD, *output, *bounds)
+    query_TND, key_TKD, value_TKD, bounds, sizes, ctx.scale = inputs
+    ctx.save_for_backward(query_TND, key_TKD, value_TKD, *output, *bounds, sizes)
 
 
 def _gradients(ctx: Any, output_gradient_TND: Tensor, logsumexp_gradient_NT: Tensor) -> tuple[Any, ...]:
     """Return the gradients of the inputs. The gradient of logsumexp_NT is ignored, because nothing uses that output."""
-    saved, bounds = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-    return (*_shared_backward(output_gradient_TND, saved, bounds, ctx.sizes, ctx.scale), [None] * len(bounds), None, None)
+    *saved, segment_bounds, group_bounds, prefix_bounds, sizes = ctx.saved_tensors
+    bounds = [segment_bounds, group_bounds, prefix_bounds]
+    return (*_shared_backward(output_gradient_TND, saved, bounds, sizes, ctx.scale), [None] * len(bounds), None, None)
 
 
 _shared.register_autograd(_gradients, setup_context=_save)

@@ -68,7 +68,7 @@ def _results(device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> tu
         torch.randn(len(own_T), number, heads.size, device=device, generator=generator).to(dtype).requires_grad_()
         for number in (heads.query, heads.key_value, heads.key_value, heads.query)
     )
-    inputs, on_device = (query_TND, key_TKD, value_TKD), prefixes.with_tensors(lambda x: x.to(device))
+    inputs, on_device = (query_TND, key_TKD, value_TKD), prefixes.with_offsets(lambda x: x.to(device))
     with torch.enable_grad():
         shared_TND = shared_attention(*inputs, on_device, scale=None)
         # The gradients of a prefix's copies are summed in float32.
