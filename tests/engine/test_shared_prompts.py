@@ -1,6 +1,7 @@
 """Who shares prompts: exact in every family that does, and the reason of every one that does not."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from decided import decided
+from part_kernels import backward_part, forward_part
 from tiny import write_model
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -31,16 +34,18 @@ from transformers import (
 
 from verl import dist
 from verl.config.shared import ModelConfig, OptimConfig
+from verl.data.batch import Batch
 from verl.data.groups import collate_groups, grouped, pack_groups, pieces_of, shared_tokens
 from verl.data.pack import Document, collate
 from verl.data.prefixes import Prefixes
 from verl.engine import shared_prompts, trial
 from verl.engine.engine import Engine
+from verl.engine.layers import compile_layers, recompute_activations
 from verl.engine.router_loss import RouterLoss
 from verl.engine.scorers import TokenScorer
 from verl.engine.shared_prompts import PromptSharing, choose_sharing
 from verl.engine.trial import choose_path, why_not_shared
-from verl.models.attention import plain
+from verl.models.attention import packed, plain, shared
 from verl.models.attention.packed import PACKED
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -311,3 +316,39 @@ def test_a_copy_has_copies_of_the_prefixes_offsets() -> None:
     assert copy.prefixes is not None and batch.prefixes is not None
     assert all(offsets.is_meta for offsets in copy.prefixes[:3])
     assert copy.prefixes.numbers == batch.prefixes.numbers  # in host memory
+
+
+# Compiled layers
+
+
+@pytest.fixture
+def flash_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers call the operator, as on a GPU."""
+    monkeypatch.setattr(packed, "has_flash", lambda *_: True)
+    monkeypatch.setattr(packed, "_kernel", "fa2")
+    monkeypatch.setattr(shared, "forward_part", forward_part)
+    monkeypatch.setattr(shared, "backward_part", backward_part)
+
+
+def batch_of(prompts: Sequence[tuple[int, tuple[int, ...]]]) -> Batch:
+    documents, groups = list[Document](), []
+    for start, (prompt, answers) in enumerate(prompts):
+        groups.append(range(len(documents), len(documents) + len(answers)))
+        documents += row(prompt, *answers, start=start)
+    return collate_groups([grouped(numbers, documents.__getitem__) for numbers in groups], documents.__getitem__, multiple_of_tokens=16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("checkpointing", [None, "selective"])
+def test_compiled_layers_share_prompts_and_are_not_compiled_for_each_batch(flash_stand_in: None, checkpointing: str | None) -> None:
+    scorer, plain_scorer = (TokenScorer(model_of(SHARED["qwen2"], PACKED)) for _ in range(2))
+    if checkpointing:
+        recompute_activations(scorer.model, selective=True)
+    compile_layers(scorer.model, backend="aot_eager")
+    graphs = []
+    for prompts in (((40, (9, 20)),), ((33, (5, 60, 7)), (50, (8, 8))), ((64, (5, 60, 7, 2)), (41, (30, 5, 6)), (20, (1, 1)))):
+        batch = batch_of(prompts)
+        found, expected = (scores_and_gradients(each, batch) for each in (scorer, plain_scorer))
+        assert relative(found[0], expected[0]) < 1e-5 and relative(found[1], expected[1]) < 1e-5
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1]

@@ -95,7 +95,8 @@ def _shared_backward(
     query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT = saved
     own, other = _parts(len(query_TND), bounds, sizes)
     gradient_TND, a, p = output_gradient_TND.contiguous(), other.queries, other.keys
-    query, key, value = backward_part(gradient_TND, query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT, own, scale)
+    parts = backward_part(gradient_TND, query_TND, key_TKD, value_TKD, output_TND, logsumexp_NT, own, scale)
+    query, key, value = (x.contiguous() for x in parts)  # as tracing has them; a kernel's are laid out like its inputs
     of_documents = gradient_TND[a], query_TND[a], key_TKD[p], value_TKD[p], output_TND[a], logsumexp_NT[:, a].contiguous()
     more_query, more_key, more_value = backward_part(*of_documents, other, scale)
     query[a] += more_query
@@ -132,7 +133,7 @@ def forward_part(query_QND: Tensor, key_XKD: Tensor, value_XKD: Tensor, part: Pa
     options: dict[str, Any] = {"scale": scale, "window_size_left": -1, "window_size_right": 0 if part.is_causal else -1}
     found = torch.ops.aten._flash_attention_forward(query_QND, key_XKD, value_XKD, *bounds, 0.0, part.is_causal, False, **options)
     output_QND, logsumexp_NQ = found[:2]
-    return output_QND, logsumexp_NQ
+    return output_QND.contiguous(), logsumexp_NQ
 
 
 def backward_part(
@@ -148,7 +149,7 @@ def backward_part(
     """Return a part's share of the gradients of query, key and value, given the joined output and log-sum-exp."""
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query_QND.device), torch.empty(0, device=query_QND.device)
     options: dict[str, Any] = {"scale": scale, "window_size_left": -1, "window_size_right": 0 if part.is_causal else -1}
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+    query, key, value = torch.ops.aten._flash_attention_backward(
         output_gradient_QND,
         query_QND,
         key_XKD,
@@ -164,4 +165,4 @@ def backward_part(
         *no_dropout,
         **options,
     )
-    return found
+    return query, key, value
