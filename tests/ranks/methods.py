@@ -20,7 +20,7 @@ from verl import dist
 from verl.algorithms import bradley_terry, dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, rloo, sft
 from verl.config.shared import OptimConfig
 from verl.data.batch import VALUES, Batch
-from verl.data.pack import collate
+from verl.data.pack import Document, collate
 from verl.engine.contract import LossOut
 from verl.engine.engine import Engine
 from verl.engine.moments import local
@@ -60,11 +60,12 @@ def engine_of(method: str, model: Path) -> Engine:
     return Engine(scorer_of(method, model), OptimConfig(clip_grad=1e9), total_steps=10, device=cpu, compute_dtype=torch.float32)
 
 
-def fields_of_answers(model: Path) -> dict[str, list[np.ndarray]]:
+def fields_of_answers(model: Path, answers: Sequence[Document] | None = None) -> dict[str, list[np.ndarray]]:
     """A value for each trained token of each answer: log-probabilities near the model's own, so that some are clipped."""
+    answers = documents() if answers is None else answers
     with torch.no_grad():
-        logprobs = TokenScorer(load_for_training(str(model)).model)(whole()).logprob_M.numpy()
-    random, lengths = np.random.default_rng(0), [int(mask[1:].sum()) for _, mask in documents()]
+        logprobs = TokenScorer(load_for_training(str(model)).model)(collate(answers, range(len(answers)))).logprob_M.numpy()
+    random, lengths = np.random.default_rng(0), [int(mask[1:].sum()) for _, mask in answers]
     near = [logprobs + 0.2 * random.standard_normal(len(logprobs)) for _ in range(3)]
     other = [random.standard_normal(len(logprobs)) for _ in range(3)]
     ends = np.cumsum(lengths)[:-1]
@@ -75,10 +76,6 @@ def fields_of_answers(model: Path) -> dict[str, list[np.ndarray]]:
 def documents() -> list[tuple[np.ndarray, np.ndarray]]:
     rows = RandomDocuments(longest=LONGEST)
     return [(ids, np.arange(len(ids)) >= 1 + len(ids) // 3) for ids, _ in map(rows.document, range(ANSWERS))]
-
-
-def whole() -> Batch:
-    return collate(documents(), range(ANSWERS))
 
 
 def batches(groups: Sequence[Sequence[int]], fields: dict[str, list[np.ndarray]]) -> list[Batch]:

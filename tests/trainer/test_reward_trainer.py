@@ -151,6 +151,18 @@ def test_the_config_knows_what_the_validation_of_a_method_measures(method: str, 
     assert {name for name in step if name.startswith("val/")} == {f"val/{name}" for name in MEASURED[method]}
 
 
+@pytest.mark.parametrize("method", ["bradley_terry", "dpo"])
+def test_pairs_that_share_their_prompts_teach_what_others_do(method: str, folder: Path) -> None:
+    words: dict[str, Any] = {"algorithm__name": method, "data__val_files": folder / "test.jsonl", "data__val_max_samples": 20}
+    found, expected = (train(folder, f"{method}-{word}", data__share_prompts=word, **words) for word in ("auto", "never"))
+    for here, there in zip(found, expected, strict=True):
+        assert here["train/tokens"] == there["train/tokens"]
+        for name in ("train/loss", "train/margin", "train/grad_norm", *(("val/loss",) if "val/loss" in there else ())):
+            assert here[name] == pytest.approx(there[name], rel=1e-3, abs=1e-5), name
+    logs = [(folder / f"{method}-{word}" / "train.log").read_text() for word in ("auto", "never")]
+    assert "prompts: shared" in logs[0] and "prompts: not shared, each answer has its own (data.share_prompts=never)" in logs[1]
+
+
 def test_two_processes_train_as_one_does(folder: Path) -> None:
     argv = words(
         folder,
@@ -200,13 +212,14 @@ def gradient_of_trl(trainer: object, model: torch.nn.Module, pairs: Documents) -
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents, tmp_path: Path, share_prompts: bool) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     dist.start()
     try:
         engine = engine_of(folder / "model")
-        loader = Loader(pairs, Packing(1, 512), rows_per_step=len(pairs), seed=1)
+        loader = Loader(pairs, Packing(1, 260 if share_prompts else 512, share_prompts=share_prompts), rows_per_step=len(pairs), seed=1)
         loader = replace(loader, documents=reward_trainer.with_reference(engine, pairs, loader))
         policy = AutoModelForCausalLM.from_pretrained(folder / "model")
         torch.manual_seed(3)
@@ -216,6 +229,7 @@ def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents
                 other.copy_(mine)
         step = loader.step(0)
         assert len(step.micro_batches) > 1
+        assert any(batch.prefixes is not None for batch in step.micro_batches) == share_prompts
         metrics = engine.backward(step.micro_batches, dpo.Loss(dpo.Settings(beta=0.3)))
         gradient = torch.cat([p.grad.flatten() for p in engine.trained])
     finally:

@@ -38,6 +38,8 @@ class PairsConfig:
     micro_batch_size_per_gpu: int = 4
     # Token budget of a micro-batch on one GPU; null: micro_batch_size_per_gpu × 2 × max_length.
     max_tokens_per_micro_batch: int | None = None
+    # The prompt in a micro-batch: "auto" packs it once for both answers where that is exact, "never" packs it with each answer.
+    share_prompts: str = "auto"
     # Longest prompt with an answer, in tokens.
     max_length: int = 1024
     # Answers with prompts over max_length: "error" stops before training, "left" cuts off the beginning, "right" the end.
@@ -82,6 +84,7 @@ class RewardTrainerConfig:
         check_dist(self.dist)
         check_samples(data)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
+        one_of("data.share_prompts", data.share_prompts, ("auto", "never"))
         if data.chosen_key == data.rejected_key:
             raise UserError("is the column of both answers", where=f"data.rejected_key={data.rejected_key}", fix="name two columns")
         at_least("data.max_length", data.max_length, 2)

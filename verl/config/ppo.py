@@ -105,6 +105,8 @@ class PromptConfig:
     # Tokens per micro-batch on one GPU, packed from whole answers with their prompts; null: 16384, or max_prompt_length + max_new_tokens
     # if that is more.
     max_tokens_per_micro_batch: int | None = None
+    # The prompt in a micro-batch: "auto" packs it once for all of its answers where that is exact, "never" packs it with each answer.
+    share_prompts: str = "auto"
     # Use only the first rows; null or -1: all.
     train_max_samples: int | None = None
     val_max_samples: int | None = None
@@ -194,6 +196,7 @@ class PPOConfig:
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
+        one_of("data.share_prompts", self.data.share_prompts, ("auto", "never"))
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
         one_of("rollout.on_error", self.rollout.on_error, ("stop", "reply"))

@@ -50,6 +50,7 @@ KINDS = {
     """,
     NEUTRAL: """
         data.val_files data.val_max_samples data.num_workers data.cache_dir data.micro_batch_size_per_gpu data.max_tokens_per_micro_batch
+        data.share_prompts
         mapping.actor mapping.critic mapping.reference mapping.reward mapping.rollout
         model.strategy model.context_parallel_size model.enable_gradient_checkpointing model.compile model.cuda_graphs model.use_liger
         model.attn_implementation model.trust_remote_code

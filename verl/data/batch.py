@@ -5,11 +5,14 @@ Dimensions: T tokens of the batch, or of this rank's slice under context paralle
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from verl.data.prefixes import Prefixes
 
 # Fields of reinforcement learning, with one value per trained position.
 VALUES = ("advantage_M", "old_logprob_M", "ref_logprob_M", "rollout_logprob_M", "value_M", "return_M")
@@ -32,6 +35,7 @@ class Batch:
             documents and may have no trained token; cu_seqlens, max_seqlen and sample_ids_S describe the whole batch on every rank.
         first_token: index of this rank's first token in the whole batch.
         has_filler: whether the last document is filler.
+        prefixes: beginnings that documents share (`verl.data.prefixes`), which are a part of the last, filling document; None: none.
         real_T: which tokens belong to a row, bool; None: all do. The others are filler or padding.
 
     For reinforcement learning, one float32 value per trained position, in the order of trained_M, or None if not computed:
@@ -54,6 +58,7 @@ class Batch:
     parts: int = 1
     first_token: int = 0
     has_filler: bool = False
+    prefixes: "Prefixes | None" = None
     real_T: Tensor | None = None
     advantage_M: Tensor | None = None
     old_logprob_M: Tensor | None = None
@@ -74,6 +79,7 @@ class Batch:
             number: index of the slice, from 0.
             parts: number of equal slices; it must divide the number of tokens.
         """
+        assert self.prefixes is None, "ranks cannot share the tokens of documents that share a prefix"
         tokens, rest = divmod(len(self.input_ids_T), parts)
         assert rest == 0, f"{len(self.input_ids_T)} tokens cannot be split into {parts} equal parts"
         here = slice(number * tokens, (number + 1) * tokens)
@@ -109,4 +115,4 @@ class Batch:
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors: dict[str, Any] = {f.name: change(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **tensors, prefixes=self.prefixes and self.prefixes.with_offsets(change))

@@ -63,11 +63,13 @@ class Packing:
         token_budget: maximum tokens of a packed micro-batch; None pads instead of packing.
         multiple_of_tokens: each rank's slice of a packed micro-batch is filled up to a multiple of this length, which makes matmuls
             faster on GPUs.
+        share_prompts: whether the documents of a row are packed with their common beginning once.
     """
 
     rows: int
     token_budget: int | None
     multiple_of_tokens: int = 1
+    share_prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ def micro_batches(
         part, parts: context-parallel rank and size; these ranks share each micro-batch, and each takes a slice of its tokens.
     """
     numbers_RK = rows[:, None] * documents.documents_per_row + np.arange(documents.documents_per_row)
+    if packing.share_prompts and packing.token_budget is not None:
+        from verl.data.groups import micro_batches_of_rows  # pairs alone
+
+        limits = {"token_budget": packing.token_budget, "multiple_of_tokens": packing.multiple_of_tokens}
+        return micro_batches_of_rows(numbers_RK.tolist(), documents.document, documents.values, rank=rank, world_size=world_size, **limits)
     lengths = documents.lengths_N[numbers_RK].sum(1).tolist()
     if packing.token_budget is None:
         groups = pad_groups(lengths, rows=packing.rows, multiple_of=world_size)

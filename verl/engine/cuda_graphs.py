@@ -116,7 +116,12 @@ class CapturedBackward:
             batch: batch in host memory.
             scale: factor that multiplies the loss, a scalar on the device.
         """
-        if len(batch.input_ids_T) > self._largest_tokens or batch.parts > 1 or not isinstance(algorithm.slope(batch), Tensor):
+        if (
+            len(batch.input_ids_T) > self._largest_tokens
+            or batch.parts > 1
+            or batch.prefixes is not None
+            or not isinstance(algorithm.slope(batch), Tensor)
+        ):
             return None
         self._steps += 1
         self._attach_gradients()

@@ -5,6 +5,7 @@
 Dimensions: T tokens of the packed batch; L tokens of one document; M trained positions; V vocabulary.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from verl import dist
 from verl.data.batch import Batch
+from verl.data.groups import collate_groups, grouped, numbers_of
 from verl.data.pack import Document, collate
 from verl.engine.layers import require_input_gradient
 from verl.engine.scorers import Scorer, TokenScorer
@@ -203,6 +205,56 @@ def _why_not(twin: Twin, path: ForwardPath) -> str | None:
     if names := [name for name in kinds if RECURRENT.search(name) and not OTHER_PARTS.search(name)]:
         return f"{names[0]} carries its state into the next document, and packed documents need kernels that reset it"
     return f"packed attention does not have all of its attention (log-probabilities differ by {difference:.2g})"
+
+
+# Prefixes that documents share
+
+_whether_shared: dict[str, str | None] = {}  # by config: a run asks for each of its models
+PROMPTS, ANSWERS = (20, 17), ((9, 2, 12), (1, 7))  # tokens of prompts, and of the answers to each; prompts are longer than windows
+
+
+def why_not_shared(config: PretrainedConfig, where: str, *, trust_remote_code: bool = False) -> str | None:
+    """Return why documents cannot share a prefix (`verl.data.groups`) in this architecture, in a few words; None if they can.
+
+    A tiny twin must give the same log-probabilities and gradients with and without sharing. Every rank finds the same.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = None  # a loaded model's config has that of packed batches, and a twin's own code comes first
+    key = config.to_json_string(use_diff=False)
+    if key not in _whether_shared:
+        with _quiet():
+            twin = _make_twin(config, where, trust_remote_code=trust_remote_code)
+            if isinstance(twin, Twin):
+                _whether_shared[key] = _differs_if_shared(twin)
+            else:
+                _whether_shared[key] = f"no tiny twin of it can be tried ({_first_line(twin)})"
+    return _whether_shared[key]
+
+
+def _differs_if_shared(twin: Twin) -> str | None:
+    documents, groups = list[Document](), []
+    random = np.random.default_rng(0)
+    vocabulary = twin.make(PACKED).config.get_text_config(decoder=True).vocab_size
+    for prompt, answers in zip(PROMPTS, ANSWERS, strict=True):
+        ids = random.integers(0, vocabulary, prompt)
+        whole = [np.concatenate([ids, random.integers(0, vocabulary, answer)]).astype(np.int32) for answer in answers]
+        documents += [(each, np.arange(len(each)) >= prompt) for each in whole]
+        groups.append(grouped(range(len(documents) - len(answers), len(documents)), documents.__getitem__))
+    try:
+        expected = _scores_and_gradients(twin, collate(documents, numbers_of(groups)))
+        found = _scores_and_gradients(twin, collate_groups(groups, documents.__getitem__, multiple_of_tokens=16))
+    except Exception as error:  # the code of a model may raise anything where it does not expect prefixes
+        return f"shared prompts make its code fail ({_first_line(error)})"
+    difference = max(_difference(f, e) / max(1.0, float(e.abs().max())) for f, e in zip(found, expected, strict=True))
+    return None if difference <= TOLERANCES[twin.dtype] else f"shared prompts change what it computes, by {difference:.2g}"
+
+
+@torch.enable_grad()
+def _scores_and_gradients(twin: Twin, batch: Batch) -> tuple[Tensor, Tensor]:
+    scorer = TokenScorer(twin.make(PACKED)).eval()
+    logprob_M = scorer(batch).logprob_M
+    (logprob_M * torch.arange(1.0, len(logprob_M) + 1, dtype=logprob_M.dtype).sin()).sum().backward()
+    return logprob_M.detach(), torch.cat([p.grad.flatten() for p in scorer.parameters() if p.grad is not None])
 
 
 @torch.enable_grad()

@@ -96,18 +96,22 @@ class Experience:
         return [packed.with_fields(**fields) for packed in self.updates]
 
 
-def pack_experience(collected: Collected, updates: int, token_budget: int, *, multiple_of_tokens: int, separate: bool) -> Experience:
+def pack_experience(
+    collected: Collected, updates: int, token_budget: int, *, multiple_of_tokens: int, separate: bool, share_prompts: bool
+) -> Experience:
     """Split the answers into updates of equally many prompts over all ranks, and pack them. Every rank calls it.
 
     Args:
         token_budget: maximum number of tokens of a micro-batch.
         multiple_of_tokens: micro-batches are filled to a multiple of this, which makes matmuls faster.
         separate: whether groups with equal rewards, whose advantages may be 0, get micro-batches of their own.
+        share_prompts: whether a micro-batch has a prompt once for all of its answers.
     """
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
     samples = collected.samples
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]
     spread = set(groups_with_spread(samples)) if separate else place.keys()
     flat = {i for i, s in enumerate(samples) if s.group not in spread}
-    packed = [pack_samples(samples, numbers, token_budget, multiple_of_tokens=multiple_of_tokens, separate=flat) for numbers in chosen]
+    options: dict[str, Any] = {"multiple_of_tokens": multiple_of_tokens, "separate": flat, "share_prompts": share_prompts}
+    packed = [pack_samples(samples, numbers, token_budget, **options) for numbers in chosen]
     return Experience(samples, packed)

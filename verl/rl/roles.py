@@ -20,6 +20,7 @@ from verl.engine.logprobs import Entropy
 from verl.engine.outline import Outline
 from verl.engine.references import AdapterOffReference, build_reference
 from verl.engine.scorers import TokenScorer
+from verl.engine.shared_prompts import PromptSharing, choose_sharing
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
 from verl.models.format_check import check_format
@@ -49,6 +50,7 @@ class Roles:
         reference: the initial model, or the method's own choice; None with `algorithm.keep_reference=false`.
         answerer: rollout and rewards.
         sleeps: whether the rollout frees memory while the other models work.
+        sharing: whether the answers to a prompt share it in a micro-batch.
     """
 
     actor: Built
@@ -56,6 +58,7 @@ class Roles:
     reference: Engine | AdapterOffReference | None
     answerer: Answerer
     sleeps: bool
+    sharing: PromptSharing
 
     def describe(self) -> str:
         """Return the models as lines for the log."""
@@ -65,7 +68,7 @@ class Roles:
                 f"critic: {type(self.critic.loaded.model).__name__}, {sum(p.numel() for p in self.critic.engine.trained):,} trained"
             )
         lines.append(f"reference: {'kept' if self.reference is not None else 'none (algorithm.keep_reference=false)'}")
-        return "\n".join([*lines, f"rollout: {self.answerer.rollout.describe()}"])
+        return "\n".join([*lines, self.sharing.describe(), f"rollout: {self.answerer.rollout.describe()}"])
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -187,7 +190,20 @@ def build_roles(
     check_positions(config, rollout)
     check_rope(config, actor.engine.scorer.model)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run)
-    return Roles(actor, critic, reference, answerer, config.rollout.sleep)
+    sharing = share_prompts(config, actor, [engine for engine in (critic and critic.engine, reference) if isinstance(engine, Engine)])
+    return Roles(actor, critic, reference, answerer, config.rollout.sleep, sharing)
+
+
+def share_prompts(config: PPOConfig, actor: Built, others: Sequence[Engine]) -> PromptSharing:
+    """Decide whether the answers to a prompt share it. Every rank calls it.
+
+    Args:
+        others: the models that compute the actor's micro-batches, too.
+    """
+    if config.rollout.samples_per_prompt == 1:
+        return PromptSharing("rollout.samples_per_prompt=1")
+    options = {"trusted": config.model.trust_remote_code}
+    return choose_sharing(config.data.share_prompts, [actor.engine, *others], actor.decisions, longest_sample(config), **options)
 
 
 def warn_of_dropout(config: PPOConfig, run: Run) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from verl import dist
 from verl.data.batch import VALUES, Batch
-from verl.data.pack import collate, pack
+from verl.data.groups import Group, collate_groups, numbers_of, pack_groups, pieces_of
+from verl.data.pack import collate
 from verl.data.prompts import Prompt
 
 
@@ -133,7 +134,13 @@ def _joined(arrays: list[np.ndarray]) -> Tensor:
 
 
 def pack_samples(
-    samples: list[Sample], chosen: Sequence[int], token_budget: int, *, multiple_of_tokens: int = 1, separate: Container[int] = ()
+    samples: list[Sample],
+    chosen: Sequence[int],
+    token_budget: int,
+    *,
+    multiple_of_tokens: int = 1,
+    separate: Container[int] = (),
+    share_prompts: bool = False,
 ) -> PackedSamples:
     """Pack whole answers with their prompts into micro-batches; filler makes their number equal on all ranks. Every rank calls it.
 
@@ -143,18 +150,21 @@ def pack_samples(
         token_budget: maximum number of tokens of a micro-batch.
         multiple_of_tokens: micro-batches are filled to a multiple of this.
         separate: numbers of answers that get micro-batches of their own.
+        share_prompts: whether a micro-batch has a prompt once for all of its answers.
     """
     kinds = ([number for number in chosen if number not in separate], [number for number in chosen if number in separate])
-    members = [numbers for kind in kinds for numbers in _members(samples, kind, token_budget)] or [[]]
-    batches = [collate([samples[i].document for i in numbers], numbers, multiple_of_tokens=multiple_of_tokens) for numbers in members]
-    return PackedSamples(samples, members, batches, multiple_of_tokens)
+    bins = [groups for kind in kinds for groups in _bins(samples, kind, token_budget, share_prompts=share_prompts)] or [[]]
+    batches = [collate_groups(groups, lambda i: samples[i].document, multiple_of_tokens=multiple_of_tokens) for groups in bins]
+    return PackedSamples(samples, [numbers_of(groups) for groups in bins], batches, multiple_of_tokens)
 
 
-def _members(samples: list[Sample], chosen: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Return the numbers of the answers in each micro-batch: equally many lists on all ranks, none if no rank has answers."""
+def _bins(samples: list[Sample], chosen: Sequence[int], token_budget: int, *, share_prompts: bool) -> list[list[Group]]:
+    """Return the answers of each micro-batch in groups: equally many lists on all ranks, none if no rank has answers."""
     if dist.most(len(chosen)) == 0:
         return []
-    lengths = [len(samples[number].prompt_ids) + len(samples[number].answer_ids) for number in chosen]
-    groups = pack(lengths, token_budget=token_budget, multiple_of=1)
-    most = dist.most(len(groups))
-    return [[chosen[i] for i in group] for group in groups] + [[] for _ in range(most - len(groups))]
+    by_prompt: dict[int, list[int]] = {}
+    for number in chosen:
+        by_prompt.setdefault(samples[number].group if share_prompts else number, []).append(number)
+    groups = [piece for numbers in by_prompt.values() for piece in pieces_of(numbers, lambda i: samples[i].document, token_budget)]
+    bins = pack_groups(groups, token_budget=token_budget, multiple_of=1)
+    return bins + [[] for _ in range(dist.most(len(bins)) - len(bins))]

@@ -142,9 +142,7 @@ def _rows(batches: Sequence[Batch], experience: Experience) -> list[dict[str, An
 
 def _tensors(batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Return all tensors of the micro-batches by name, such as `0.input_ids_T`."""
-    return {
-        f"{number}.{f.name}": value.contiguous()
-        for number, batch in enumerate(batches)
-        for f in fields(batch)
-        if isinstance(value := getattr(batch, f.name), torch.Tensor)
-    }
+    found = [(f"{n}.{f.name}", getattr(batch, f.name)) for n, batch in enumerate(batches) for f in fields(batch)]
+    for n, batch in enumerate(batches):
+        found += [(f"{n}.prefixes.{name}", value) for name, value in (batch.prefixes._asdict() if batch.prefixes else {}).items()]
+    return {name: value.contiguous() for name, value in found if isinstance(value, torch.Tensor)}

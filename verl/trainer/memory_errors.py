@@ -48,7 +48,10 @@ def rl_error(error: BaseException, config: PPOConfig, run: Run) -> UserError | N
 
 def longest_row(step: Step) -> int:
     """Return the tokens of the longest document among this process's micro-batches."""
-    return max((int(batch.cu_seqlens.diff().max()) for batch in step.micro_batches), default=0)
+    found = [
+        int(batch.cu_seqlens.diff().max()) if batch.prefixes is None else batch.prefixes.longest_document for batch in step.micro_batches
+    ]
+    return max(found, default=0)
 
 
 def plan_and_advice(loader: Loader, built: Built, run: Run) -> tuple[str, str]:

@@ -8,7 +8,7 @@ Start it with `torchrun` to use several processes. To read the code, start at `t
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from verl import dist
 from verl.config.load import load_config
@@ -146,8 +146,8 @@ def train_loop(
         except AbandonedError:
             leave_early(config, here, start, run, saver)
         run.enter("training", step + 1, limited=True)
-        budget, multiple, separate = token_budget(config), roles.actor.decisions.multiple_of_tokens, updates.skips_zero_advantage
-        experience = pack_experience(collected, updates.per_step, budget, multiple_of_tokens=multiple, separate=separate)
+        packing: dict[str, Any] = {"multiple_of_tokens": roles.actor.decisions.multiple_of_tokens, "share_prompts": roles.sharing.on}
+        experience = pack_experience(collected, updates.per_step, token_budget(config), separate=updates.skips_zero_advantage, **packing)
         with clock.phase("logprobs"):
             experience.old_logprobs = experience.logprobs_before(actor, method.shared) if method.needs_old_logprobs else None
             experience.ref_logprobs = experience.score(reference, "logprob_M") if reference is not None else None

@@ -25,6 +25,7 @@ from verl.engine.decisions import Decisions, Workload, choose_spread, decide, pa
 from verl.engine.engine import Engine
 from verl.engine.hardware import Hardware, measure
 from verl.engine.outline import Outline
+from verl.engine.shared_prompts import choose_sharing
 from verl.errors import exit_on_user_error
 from verl.run import Run, TrainResult
 from verl.session import session
@@ -62,7 +63,11 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         run.enter("loading the model")
         decisions = decide(outline, hardware, workload, spread, scalar_head=method.scorer == "score")
         built = build_for(config, method, tokenizer, pairs, decisions)
-        run.say(f"{built.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
+        sharing = choose_sharing(
+            config.data.share_prompts, [built.engine], decisions, config.data.max_length, trusted=config.model.trust_remote_code
+        )
+        loader = replace(loader, packing=replace(loader.packing, share_prompts=sharing.on))
+        run.say(f"{built.describe()}\n{sharing.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
         if method.needs_reference:
             # The checkpoint is loaded afterwards, so the reference is the initial model even if the run resumes.
             run.enter("computing the reference's log-probabilities")

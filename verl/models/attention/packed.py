@@ -102,7 +102,7 @@ def use_attention(choice: AttentionChoice) -> None:
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
     """Return the arguments that a transformers model passes on to its attention.
 
-    The names are those of transformers for packed batches. Only `context` is verl's own.
+    The names are those of transformers for packed batches. Only `context` and `prefixes` are verl's own.
     """
     return {
         "context": dist.context_name() if batch.parts > 1 else "",
@@ -110,6 +110,7 @@ def packed_kwargs(batch: Batch) -> dict[str, Any]:
         "cu_seq_lens_k": batch.cu_seqlens,
         "max_length_q": batch.max_seqlen,
         "max_length_k": batch.max_seqlen,
+        **({} if batch.prefixes is None else {"prefixes": batch.prefixes}),
     }
 
 
@@ -147,7 +148,7 @@ def packed_attention(
         cu_seq_lens_q: offsets of the documents, int32; see `flash_attention`.
         max_length_q: length of the longest document, or more.
         options: other arguments of transformers, such as `scaling` and `sliding_window`; and `context`, the name of the group of ranks that
-            share the batch's tokens, or "" if this rank has all tokens.
+            share the batch's tokens, or "" if this rank has all tokens; and `prefixes` of documents, if any (`verl.data.prefixes`).
     Returns:
         output_1TND and None (no attention weights).
     Raises:
@@ -169,23 +170,21 @@ def packed_attention(
     soft_cap, sink_N = options.get("softcap"), options.get("s_aux")
     if sink_N is not None and context:
         raise UserError(f"{type(module).__name__} needs attention sinks, which a split document does not have", fix=USE_ANOTHER)
+    options, prefixes = {"scale": scaling, "sliding_window": sliding_window}, options.get("prefixes")
     is_plain = soft_cap is None and sink_N is None and query_TND.shape[-1] <= flash.LARGEST_HEAD
-    if is_plain and _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype):
-        output_TND = flash.flash_attention(
-            query_TND,
-            key_TKD,
-            value_TKD,
-            cu_seq_lens_q,
-            max_length_q,
-            scale=scaling,
-            sliding_window=sliding_window,
-            kernel=_kernel,
-        )
-    else:
+    if prefixes is not None:  # FlashAttention has no windows that reach into a prefix
+        is_plain = is_plain and (sliding_window is None or sliding_window >= prefixes.longest_document)
+    if not (is_plain and _kernel != "sdpa" and has_flash(query_TND.device.type, query_TND.dtype)):
         from verl.models.attention.plain import attention_per_document  # FlashAttention has no use for it
 
-        more: dict[str, Any] = {"scale": scaling, "sliding_window": sliding_window, "soft_cap": soft_cap, "sink_N": sink_N}
-        output_TND = attention_per_document(query_TND, key_TKD, value_TKD, cu_seq_lens_q, **more)
+        bounds, options = prefixes or cu_seq_lens_q, {**options, "soft_cap": soft_cap, "sink_N": sink_N}
+        output_TND = attention_per_document(query_TND, key_TKD, value_TKD, bounds, **options)
+    elif prefixes is not None:
+        from verl.models.attention.shared import shared_attention  # only where documents share a prefix
+
+        output_TND = shared_attention(query_TND, key_TKD, value_TKD, prefixes, scale=scaling)
+    else:
+        output_TND = flash.flash_attention(query_TND, key_TKD, value_TKD, cu_seq_lens_q, max_length_q, kernel=_kernel, **options)
     if context:
         output_TND = to_tokens(output_TND, query_1NTD.shape[1], context)
     return output_TND.unsqueeze(0), None
