@@ -131,6 +131,9 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     # Free the engine's memory during training if that is worth the time to allocate it again; false: never.
     sleep: bool = True
+    # Updates by which the weights that draw an answer may be older than those that learn from it: 0, or 1. With 1, ranks of its own
+    # (mapping.rollout) draw the next step's answers while the trainer learns from those of this step.
+    staleness: int = 0
     # Tool that replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
     tool: str | None = None
     # Maximum number of the model's turns in one answer.
@@ -196,6 +199,7 @@ class PPOConfig:
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
+        one_of("rollout.staleness", self.rollout.staleness, (0, 1))
         one_of("rollout.on_error", self.rollout.on_error, ("stop", "reply"))
         at_least("critic.warmup_steps", self.critic.warmup_steps, 0)
         if not 0.0 < self.rollout.temperature < float("inf"):

@@ -15,16 +15,21 @@ from verl.rl.experience import Experience
 
 
 def step_metrics(
-    collected: Collected, experience: Experience, critic: Sequence[Mapping[str, Tensor]], actor: Sequence[Mapping[str, Tensor]]
+    collected: Collected,
+    experience: Experience,
+    critic: Sequence[Mapping[str, Tensor]],
+    actor: Sequence[Mapping[str, Tensor]],
+    version: int,
 ) -> dict[str, float]:
     """Return all metrics of a step except its time. Every rank calls it.
 
     Args:
         critic, actor: results of `Engine.train_step` for each update.
+        version: version of the weights that the step began with.
     """
     learned = experience.learned
     metrics = {f"rl/{name}": value for name, value in learned.metrics.items()} if learned is not None else {}
-    metrics |= _of_answers(collected)
+    metrics |= _of_answers(collected) | _of_versions(collected, version)
     metrics |= {f"critic/{name}": value for name, value in _over_updates(critic).items()}
     named = {"loss": "train/loss", "grad_norm": "train/grad_norm", "skipped": "train/skipped"}
     return metrics | {named.get(name, f"rl/{name}"): value for name, value in _over_updates(actor).items()}
@@ -49,6 +54,13 @@ def _of_answers(collected: Collected) -> dict[str, float]:
         "rl/turns": turns / n,
     }
     return metrics | _of_graders(collected)
+
+
+def _of_versions(collected: Collected, version: int) -> dict[str, float]:
+    """Return by how many updates the weights that drew the tokens of all answers are older than `version`: the mean and the largest."""
+    lags = [version - drawn_by for sample in collected.answered for drawn_by in sample.trained_versions]
+    tokens, total = dist.total([float(len(lags)), float(sum(lags))])
+    return {"rl/weight_lag": total / max(tokens, 1.0), "rl/largest_weight_lag": float(dist.most(max(0, max(lags, default=0))))}
 
 
 def _of_graders(collected: Collected) -> dict[str, float]:

@@ -1,0 +1,131 @@
+"""Messages between training processes and rollout processes.
+
+They go through torch.distributed. Prompts and answers are exchanged as objects among all processes; the first training process broadcasts
+weights to the rollout processes.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from verl import dist as processes
+from verl.errors import UserError
+from verl.rl.mapping import Layout
+from verl.rollout import Sampling
+
+BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
+
+
+@dataclass(frozen=True)
+class Request:
+    """The prompts of a request from one training process."""
+
+    prompts: list[list[int]]
+    sampling: Sampling
+    seeds: list[int] | None
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A request whose answers are fetched later, by `Finish`."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Asks for the answers that were begun."""
+
+
+@dataclass(frozen=True)
+class NewWeights:
+    version: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Name, shape and dtype of a tensor in a bucket. The bucket's bytes hold the tensors in the order of the entries."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class Bridge:
+    """Communication between training and rollout processes. Every process makes one, at the same time."""
+
+    def __init__(self, layout: Layout, device: torch.device):
+        self.layout, self.device = layout, device
+        self.sender = layout.training[0]
+        self.weights_group = dist.new_group([self.sender, *layout.rollout], timeout=processes.UNLIMITED)
+
+    @property
+    def trains(self) -> bool:
+        """Return whether this is a training process."""
+        return dist.get_rank() in self.layout.training
+
+    def exchange(self, value: object) -> list[Any]:
+        """Return every process's value, by rank.
+
+        Raises:
+            UserError: on all processes, if a process passed it as its value, or has ended.
+        """
+        values: list[Any] = processes.gathered(value, everywhere=True)
+        for found in values:
+            if isinstance(found, UserError):
+                raise found
+        return values
+
+    def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Broadcast weights from the first training process. The other training processes take part in gathering sharded weights."""
+        for bucket in _buckets(named_tensors):
+            if dist.get_rank() == self.sender:
+                self._broadcast([_Entry(name, tensor.shape, tensor.dtype) for name, tensor in bucket])
+                dist.broadcast(_bytes(bucket).to(self.device), self.sender, group=self.weights_group)
+        if dist.get_rank() == self.sender:
+            self._broadcast(None)
+
+    def receive(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that `send` broadcasts, on this process's device."""
+        while (entries := self._broadcast(None)) is not None:
+            sizes = [entry.shape.numel() * entry.dtype.itemsize for entry in entries]
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+            dist.broadcast(buffer, self.sender, group=self.weights_group)
+            for entry, part in zip(entries, buffer.split(sizes), strict=True):
+                yield entry.name, part.clone().view(entry.dtype).view(entry.shape)
+
+    def _broadcast(self, entries: list[_Entry] | None) -> list[_Entry] | None:
+        box = [entries]
+        dist.broadcast_object_list(box, self.sender, group=self.weights_group)
+        return box[0]
+
+
+def share_of(layout: Layout, requests: dict[int, Request], rank: int) -> list[tuple[int, int]]:
+    """Return what a rollout process answers: pairs of a training rank and the number of a prompt in its request.
+
+    Args:
+        requests: request of each training rank.
+    """
+    everything = [(trainer, number) for trainer in layout.training for number in range(len(requests[trainer].prompts))]
+    return everything[layout.rollout.index(rank) :: len(layout.rollout)]
+
+
+def _buckets(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in named_tensors:
+        bucket.append((name, tensor))
+        size += tensor.numel() * tensor.dtype.itemsize
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def _bytes(bucket: list[tuple[str, Tensor]]) -> Tensor:
+    return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])

@@ -1,0 +1,62 @@
+"""The schedule of a run with `rollout.staleness=1`: schedule.jsonl, one object for each event on each rollout rank, in order.
+
+    {"step": 2, "rank": 1, "event": "drawn", "version": 1, "prompts": [8, 9, 10, 11]}
+
+`step` is the step in which the trainer was. The events:
+
+    drawn      the rank began answers of the next step to the prompts of these numbers, under the weights of this version
+    answered   it answered at once, because the trainer waited: the first step, refills, further turns, validation
+    weights    from here on, it has the weights of this version
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from verl import dist, regular_file, signals
+from verl.durable import replace_text
+from verl.run import Run
+
+NAME = "schedule.jsonl"
+
+Event = dict[str, Any]
+
+
+class Schedule:
+    """Writes the schedule, on rank 0.
+
+    Args:
+        start_step: step that the run begins after; later events of the file are of a run that was interrupted, and are removed.
+    """
+
+    def __init__(self, run: Run, start_step: int):
+        self._run = run
+        if dist.is_main():
+            path = run.directory / NAME
+            kept = [event for event in read_events(path) if event["step"] <= start_step] if start_step > 0 else []
+            if path.exists():
+                replace_text(path, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Add events of the present step."""
+        step = signals.place()[1]
+        lines = [json.dumps({"step": step, **event}) for event in events]
+        if lines and dist.is_main():
+            self._run.append(NAME, "\n".join(lines))
+
+
+def read_events(path: Path) -> list[Event]:
+    """Read the events of a schedule. A last line that a kill has cut off is left out."""
+    if not path.exists():
+        return []
+    lines = regular_file.read(path, 2**33).decode("utf-8").splitlines()
+    return [event for line in lines if (event := _event(line)) is not None]
+
+
+def _event(line: str) -> Event | None:
+    try:
+        event: Event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("step"), int) else None
