@@ -34,6 +34,7 @@ from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.ahead import Ahead, SavedWithAnswers
 from verl.rl.answering import Answerer
 from verl.rl.bridge import Bridge
+from verl.rl.clock import Clock
 from verl.rl.method import Method
 from verl.rl.remote_rollout import RemoteRollout, rollout_options
 from verl.rl.schedule import Schedule
@@ -115,6 +116,13 @@ class Roles:
     def publish(self, version: int) -> None:
         """Copy the actor's current weights to the rollout."""
         self.answerer.rollout.update_weights(self.actor.named_weights(), version)
+
+    def renew(self, version: int, clock: Clock) -> None:
+        """Publish new weights, after the answers that are drawn ahead by those before."""
+        with clock.phase("generate"):
+            self.answerer.finish_next()
+        with clock.phase("update_rollout"):
+            self.publish(version)
 
 
 @dataclass(frozen=True)

@@ -163,10 +163,7 @@ def train_loop(
             of_critic = updates.critic(critic, experience, step)
         with clock.phase("update_actor"):
             of_actor = updates.actor(actor, experience, step)
-        with clock.phase("generate"):
-            roles.answerer.finish_next()
-        with clock.phase("update_rollout"):
-            roles.publish(step + 1)
+        roles.renew(step + 1, clock)
         metrics = step_metrics(collected, experience, of_critic, of_actor, step) | updates.adapt(of_actor, collected)
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)

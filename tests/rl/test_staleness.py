@@ -1,0 +1,305 @@
+"""Answers that are drawn one step ahead: which weights drew them, what corrects for it, and that a run can be repeated exactly."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import run_ranks
+from rl_runs import SOMETIMES, Pair, words, write_folder
+from runs import PPO, lines_of, metrics_of, timeless, wait_for
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from verl.engine import checkpoint
+from verl.errors import UserError
+from verl.trainer import ppo_trainer
+
+ROLES = ("actor", "critic", "reference", "reward")
+SPLIT: dict[str, object] = {**dict.fromkeys((f"mapping__{role}" for role in ROLES), "[0]"), "mapping__rollout": "[1]"}
+TRUNCATED: dict[str, object] = {"algorithm__importance_weights": "truncate"}
+AHEAD: dict[str, object] = {**SPLIT, **TRUNCATED, "rollout__staleness": 1, "optim__lr": 1e-3}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("staleness"))
+
+
+def run(folder: Path, output: str, *, processes: int = 2, **changes: object) -> Path:
+    run_ranks(*PPO, *words(folder, output, **changes), processes=processes)
+    return folder / output
+
+
+def weights_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(run / f"global_step_{step}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ahead(folder: Path) -> Path:
+    return run(folder, "ahead", trainer__save_freq=2, **AHEAD)
+
+
+def versions_of(run: Path) -> list[set[int]]:
+    return [{line["version"] for line in lines_of(run / "rollouts" / f"step_{step + 1}.jsonl")} for step in range(STEPS)]
+
+
+def test_the_answers_of_a_step_are_drawn_by_the_weights_of_the_step_before(ahead: Path) -> None:
+    assert versions_of(ahead) == [{0}, {0}, {1}, {2}]
+    assert [line["rl/weight_lag"] for line in metrics_of(ahead)] == [0, 1, 1, 1]
+    assert [line["rl/largest_weight_lag"] for line in metrics_of(ahead)] == [0, 1, 1, 1]
+
+
+# It keeps what it generates with, and what for.
+RECORDED = """
+import json
+from pathlib import Path
+
+from verl.rollout import native
+
+CALLS = Path(__file__).with_suffix(".jsonl")
+share = native.share
+
+
+def load(*arguments):
+    rollout = native.load(*arguments)
+    generate = rollout.generate
+
+    def recorded(prompts, sampling, seeds=None):
+        done = generate(prompts, sampling, seeds)
+        answers = [[prompts[i // sampling.n], c.token_ids, c.logprobs, c.version] for i, c in enumerate(done)]
+        with CALLS.open("a") as file:
+            print(json.dumps(answers), file=file)
+        return done
+
+    rollout.generate = recorded
+    return rollout
+"""
+
+
+def logprobs_of(model: Path, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Of each token of an answer, as transformers' model gives them."""
+    loaded = MODELS.setdefault(model, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval())
+    with torch.no_grad():
+        logits_TV = loaded(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits_TV.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+
+
+MODELS: dict[Path, Any] = {}
+
+
+def test_each_token_has_the_probability_of_the_weights_that_drew_it_and_is_weighed_by_what_it_has_become(folder: Path) -> None:
+    (folder / "recorded.py").write_text(RECORDED)
+    cap = 1.05
+    changes: dict[str, object] = {"rollout__name": folder / "recorded.py", "algorithm__importance_cap": cap, "trainer__save_freq": 1}
+    found = run(folder, "weighed", **{**AHEAD, **changes})
+    calls = lines_of(folder / "recorded.jsonl")
+    models = [folder / "model", *(found / f"global_step_{step + 1}" for step in range(STEPS))]
+    assert len(calls) == STEPS
+    for step, (answers, line) in enumerate(zip(calls, metrics_of(found), strict=True)):
+        drawn_by = max(0, step - 1)
+        drawn = torch.cat([torch.tensor(logprobs) for _, _, logprobs, _ in answers])
+        now, then, before = (
+            torch.cat([logprobs_of(models[version], prompt, answer) for prompt, answer, _, _ in answers])
+            for version in (step, drawn_by, max(0, step - 2))
+        )
+        assert {version for *_, version in answers} == {drawn_by}
+        torch.testing.assert_close(drawn, then, atol=1e-5, rtol=0)
+        weights = (now - drawn).exp()
+        assert line["rl/importance_weight"] == pytest.approx(float(weights.clamp(max=cap).mean()), abs=1e-5)
+        assert line["rl/rollout_difference"] == pytest.approx(float((now - drawn).abs().mean()), abs=1e-5)
+        if step > 1:  # else the test shows nothing
+            assert (weights > cap).any() and float((before - drawn).abs().mean()) > 1e-3
+            assert line["rl/importance_weight"] != pytest.approx(float(weights.mean()), abs=1e-5)
+
+
+def test_without_staleness_answers_and_weights_are_those_of_one_process_bit_for_bit_over_fifty_steps(folder: Path) -> None:
+    changes: dict[str, object] = {"trainer__total_training_steps": 50, "trainer__save_freq": 50, "rollout__max_new_tokens": 6}
+    alone, split = run(folder, "alone", processes=1, **changes), run(folder, "split", **changes, **SPLIT, rollout__staleness=0)
+    assert timeless(metrics_of(split)) == timeless(metrics_of(alone))
+    found, expected = weights_of(split, 50), weights_of(alone, 50)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not (split / "schedule.jsonl").exists() and not (split / "global_step_50/trainer/answers.safetensors").exists()
+
+
+def check_equal(found: Path, expected: Path, step: int = STEPS) -> None:
+    """That a run has the metrics, answers, schedule and weights of another, bit for bit."""
+    assert timeless(metrics_of(found)) == timeless(metrics_of(expected))
+    assert (found / "schedule.jsonl").read_text() == (expected / "schedule.jsonl").read_text()
+    for number in range(1, step + 1):
+        name = f"rollouts/step_{number}.jsonl"
+        assert (found / name).read_text() == (expected / name).read_text()
+    weights = weights_of(expected, step)
+    assert all(torch.equal(weights_of(found, step)[name], tensor) for name, tensor in weights.items())
+
+
+def test_the_schedule_says_who_drew_what_with_which_weights(ahead: Path) -> None:
+    events = lines_of(ahead / "schedule.jsonl")
+    assert [(event["step"], event["event"], event["version"]) for event in events] == [
+        (1, "answered", 0),
+        (1, "drawn", 0),
+        *((1, "weights", 1), (2, "drawn", 1)),
+        *((2, "weights", 2), (3, "drawn", 2)),
+        *((3, "weights", 3), (4, "weights", 4)),
+    ]
+    assert {event["rank"] for event in events} == {1}
+    assert [event["prompts"] for event in events if "prompts" in event] == [list(range(n, n + 4)) for n in range(0, 16, 4)]
+
+
+def gone_on(folder: Path, output: str, **changes: object) -> Path:
+    """A run of which another one does the last two steps again, from the checkpoint of the second."""
+    run(folder, output, trainer__save_freq=2, **changes)
+    for name in ("global_step_4", "rollouts/step_3.jsonl", "rollouts/step_4.jsonl"):
+        path = folder / output / name
+        path.rename(path.with_name(f"first_{path.name}"))
+    return run(folder, output, trainer__save_freq=2, **changes)
+
+
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ahead: Path, async_save: str) -> None:
+    resumed = gone_on(folder, f"resumed_{async_save}", **AHEAD, trainer__async_save=async_save)
+    check_equal(resumed, ahead)
+    manifest = json.loads((resumed / "global_step_2/manifest.json").read_text())
+    assert "trainer/answers.safetensors" in manifest["files"]
+    assert checkpoint.find_damage(resumed / "global_step_2") is None
+
+
+def test_without_the_answers_of_its_checkpoint_a_resumed_run_is_another_one(folder: Path, ahead: Path, monkeypatch: Any) -> None:
+    """The negative control of the test above."""
+    copied = shutil.copytree(ahead, folder / "without_answers")
+    shutil.rmtree(copied / "global_step_4")
+    path = copied / "global_step_2"
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["trainer/answers.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "trainer/answers.safetensors").unlink()
+    run(folder, "without_answers", trainer__save_freq=2, **AHEAD)
+    assert versions_of(copied) == [{0}, {0}, {2}, {2}]
+    assert timeless(metrics_of(copied))[3] != timeless(metrics_of(ahead))[3]
+
+
+def test_other_ranks_resume_with_the_answers_of_the_checkpoint(folder: Path, ahead: Path) -> None:
+    more = {**dict.fromkeys((f"mapping__{role}" for role in ROLES), "[0,1]"), "mapping__rollout": "[2]"}
+    copied = shutil.copytree(ahead, folder / "more_ranks")
+    shutil.rmtree(copied / "global_step_4")
+    run(folder, "more_ranks", processes=3, trainer__save_freq=2, **{**AHEAD, **more, "model__strategy": "fsdp2"})
+    assert (copied / "rollouts/step_3.jsonl").read_text() == (ahead / "rollouts/step_3.jsonl").read_text()
+    assert versions_of(copied) == versions_of(ahead)
+    for here, there in zip(metrics_of(copied), metrics_of(ahead), strict=True):
+        assert here["train/loss"] == pytest.approx(there["train/loss"], rel=1e-3, abs=1e-4)
+
+
+def test_adapters_learn_from_answers_of_the_step_before(folder: Path) -> None:
+    found = run(folder, "adapters", **{**AHEAD, "model__lora_rank": 4, "optim__lr": 1e-2})
+    lines = metrics_of(found)
+    assert [line["rl/largest_weight_lag"] for line in lines] == [0, 1, 1, 1]
+    assert lines[0]["rl/rollout_difference"] < 1e-5 < 1e-3 < lines[3]["rl/rollout_difference"]
+
+
+DYNAMIC: dict[str, object] = {"algorithm__name": "dapo", "algorithm__max_refills": 8}
+
+
+def test_refills_are_drawn_at_once_by_the_weights_of_now(folder: Path) -> None:
+    (folder / "sometimes.py").write_text(SOMETIMES)
+    found = run(folder, "refills", **AHEAD, **DYNAMIC, reward__name=folder / "sometimes.py", trainer__save_freq=2)
+    for step, line in enumerate(metrics_of(found)):
+        versions = {answer["number"]: answer["version"] for answer in lines_of(found / "rollouts" / f"step_{step + 1}.jsonl")}
+        first = min(versions)
+        assert {version for number, version in versions.items() if number < first + 4} == {max(0, step - 1)}
+        assert {version for number, version in versions.items() if number >= first + 4} <= {step}
+        assert 0 <= line["rl/weight_lag"] <= 1
+    assert sum(line["rl/refills"] for line in metrics_of(found)) > 0, "else the test shows nothing"
+    again = gone_on(folder, "refills_again", **AHEAD, **DYNAMIC, reward__name=folder / "sometimes.py")
+    check_equal(again, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout__staleness": 2}, "rollout.staleness: found 2"),
+        ({"rollout__staleness": 1}, "rollout.staleness=1: the ranks that train also generate"),
+        (
+            {"rollout__staleness": 1, "algorithm__importance_weights": "null"},
+            "rollout.staleness=1: answers drawn by older weights would be taken for answers of the weights that learn",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_read(folder: Path, changes: dict[str, object], said: str) -> None:
+    for dry_run in ("false", "true"):
+        given = words(folder, "refused", **{**TRUNCATED, **changes, "trainer__dry_run": dry_run, "data__train_files": "absent.jsonl"})
+        with pytest.raises(UserError) as caught:
+            ppo_trainer.main(given)
+        assert str(caught.value).startswith(said) and "fix: " in str(caught.value)
+
+
+def test_a_run_with_another_staleness_is_another_experiment(folder: Path, ahead: Path) -> None:
+    with pytest.raises(AssertionError, match="rollout.staleness: 1 -> 0"):
+        run(folder, "ahead", trainer__total_training_steps=5, **{**AHEAD, "rollout__staleness": 0})
+
+
+def pair(folder: Path, output: str, **changes: object) -> Pair:
+    return Pair(folder, output, **{name: value for name, value in {**AHEAD, **changes}.items() if not name.startswith("mapping__")})
+
+
+def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_bit_for_bit(folder: Path) -> None:
+    steps: dict[str, object] = {"trainer__total_training_steps": 60}
+    stopped = pair(folder, "stopped", **steps)
+    wait_for(lambda: (folder / "stopped/metrics.jsonl").exists() and len(metrics_of(folder / "stopped")) > 2)
+    for process in stopped.processes:
+        process.send_signal(signal.SIGTERM)
+    trains, generates = stopped.ends()
+    assert (trains[0], generates[0]) == (75, 0), trains[2] + generates[2]
+    assert "the same command resumes from" in trains[1] and "Traceback" not in trains[2] + generates[2]
+    assert len(metrics_of(folder / "stopped")) < 60, "else the test shows nothing"
+    for _ in range(1):
+        pair(folder, "stopped", **steps).ends()
+    whole = run(folder, "whole", **AHEAD, **steps)
+    check_equal(folder / "stopped", whole, 60)
+
+
+FAILS_AHEAD = """
+from verl.errors import UserError
+from verl.rollout import native
+
+share, calls = native.share, []
+
+
+def load(*arguments):
+    rollout = native.load(*arguments)
+    generate = rollout.generate
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise UserError("cannot today", where="the rollout", fix="ask again tomorrow")
+        return generate(*arguments)
+
+    rollout.generate = failing
+    return rollout
+"""
+
+
+def test_an_error_while_answers_are_drawn_ahead_ends_all_with_its_reason(folder: Path) -> None:
+    (folder / "fails.py").write_text(FAILS_AHEAD)
+    trains, generates = pair(folder, "fails", rollout__name=folder / "fails.py").ends()
+    assert trains[0] == generates[0] == 2
+    assert trains[2] == "error: the rollout: cannot today\n  fix: ask again tomorrow\n" and generates[2] == ""
+    assert len(metrics_of(folder / "fails")) == 1
+
+
+def test_a_reward_that_fails_while_answers_are_drawn_ends_all(folder: Path) -> None:
+    (folder / "raises.py").write_text("def score(prompt, response, row):\n    raise ValueError('never')\n")
+    trains, generates = pair(folder, "raises", reward__name=folder / "raises.py").ends()
+    assert trains[0] == generates[0] == 2 and "reward raises raised ValueError: never" in trains[2]
+
+
+def test_a_rollout_process_that_dies_is_named(folder: Path) -> None:
+    killed = pair(folder, "killed", trainer__total_training_steps=500)
+    wait_for(lambda: (folder / "killed/metrics.jsonl").exists() and len(metrics_of(folder / "killed")) > 1)
+    killed.processes[1].kill()
+    trains, _ = killed.ends()
+    assert trains[0] == 3 and "rank 1 (" in trains[2]
