@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("staleness"))
 
 
-def run(folder: Path, output: str, *, processes: int = 2, **changes: object) -> Path:
+def run(folder: Path, output: str, changes: Mapping[str, object], *, processes: int = 2) -> Path:
+    """Run on so many processes; the run's directory."""
     run_ranks(*PPO, *words(folder, output, **changes), processes=processes)
     return folder / output
 
@@ -41,7 +43,7 @@ def weights_of(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def ahead(folder: Path) -> Path:
-    return run(folder, "ahead", trainer__save_freq=2, **AHEAD)
+    return run(folder, "ahead", {**AHEAD, "trainer__save_freq": 2})
 
 
 def versions_of(run: Path) -> list[set[int]]:
@@ -96,7 +98,7 @@ def test_each_token_has_the_probability_of_the_weights_that_drew_it_and_is_weigh
     (folder / "recorded.py").write_text(RECORDED)
     cap = 1.05
     changes: dict[str, object] = {"rollout__name": folder / "recorded.py", "algorithm__importance_cap": cap, "trainer__save_freq": 1}
-    found = run(folder, "weighed", **{**AHEAD, **changes})
+    found = run(folder, "weighed", {**AHEAD, **changes})
     calls = lines_of(folder / "recorded.jsonl")
     models = [folder / "model", *(found / f"global_step_{step + 1}" for step in range(STEPS))]
     assert len(calls) == STEPS
@@ -119,7 +121,7 @@ def test_each_token_has_the_probability_of_the_weights_that_drew_it_and_is_weigh
 
 def test_without_staleness_answers_and_weights_are_those_of_one_process_bit_for_bit_over_fifty_steps(folder: Path) -> None:
     changes: dict[str, object] = {"trainer__total_training_steps": 50, "trainer__save_freq": 50, "rollout__max_new_tokens": 6}
-    alone, split = run(folder, "alone", processes=1, **changes), run(folder, "split", **changes, **SPLIT, rollout__staleness=0)
+    alone, split = run(folder, "alone", changes, processes=1), run(folder, "split", {**changes, **SPLIT, "rollout__staleness": 0})
     assert timeless(metrics_of(split)) == timeless(metrics_of(alone))
     found, expected = weights_of(split, 50), weights_of(alone, 50)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -150,25 +152,25 @@ def test_the_schedule_says_who_drew_what_with_which_weights(ahead: Path) -> None
     assert [event["prompts"] for event in events if "prompts" in event] == [list(range(n, n + 4)) for n in range(0, 16, 4)]
 
 
-def gone_on(folder: Path, output: str, **changes: object) -> Path:
+def gone_on(folder: Path, output: str, changes: Mapping[str, object]) -> Path:
     """A run of which another one does the last two steps again, from the checkpoint of the second."""
-    run(folder, output, trainer__save_freq=2, **changes)
+    run(folder, output, {**changes, "trainer__save_freq": 2})
     for name in ("global_step_4", "rollouts/step_3.jsonl", "rollouts/step_4.jsonl"):
         path = folder / output / name
         path.rename(path.with_name(f"first_{path.name}"))
-    return run(folder, output, trainer__save_freq=2, **changes)
+    return run(folder, output, {**changes, "trainer__save_freq": 2})
 
 
 @pytest.mark.parametrize("async_save", ["false", "true"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(folder: Path, ahead: Path, async_save: str) -> None:
-    resumed = gone_on(folder, f"resumed_{async_save}", **AHEAD, trainer__async_save=async_save)
+    resumed = gone_on(folder, f"resumed_{async_save}", {**AHEAD, "trainer__async_save": async_save})
     check_equal(resumed, ahead)
     manifest = json.loads((resumed / "global_step_2/manifest.json").read_text())
     assert "trainer/answers.safetensors" in manifest["files"]
     assert checkpoint.find_damage(resumed / "global_step_2") is None
 
 
-def test_without_the_answers_of_its_checkpoint_a_resumed_run_is_another_one(folder: Path, ahead: Path, monkeypatch: Any) -> None:
+def test_without_the_answers_of_its_checkpoint_a_resumed_run_is_another_one(folder: Path, ahead: Path) -> None:
     """The negative control of the test above."""
     copied = shutil.copytree(ahead, folder / "without_answers")
     shutil.rmtree(copied / "global_step_4")
@@ -177,7 +179,7 @@ def test_without_the_answers_of_its_checkpoint_a_resumed_run_is_another_one(fold
     del manifest["files"]["trainer/answers.safetensors"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "trainer/answers.safetensors").unlink()
-    run(folder, "without_answers", trainer__save_freq=2, **AHEAD)
+    run(folder, "without_answers", {**AHEAD, "trainer__save_freq": 2})
     assert versions_of(copied) == [{0}, {0}, {2}, {2}]
     assert timeless(metrics_of(copied))[3] != timeless(metrics_of(ahead))[3]
 
@@ -186,7 +188,7 @@ def test_other_ranks_resume_with_the_answers_of_the_checkpoint(folder: Path, ahe
     more = {**dict.fromkeys((f"mapping__{role}" for role in ROLES), "[0,1]"), "mapping__rollout": "[2]"}
     copied = shutil.copytree(ahead, folder / "more_ranks")
     shutil.rmtree(copied / "global_step_4")
-    run(folder, "more_ranks", processes=3, trainer__save_freq=2, **{**AHEAD, **more, "model__strategy": "fsdp2"})
+    run(folder, "more_ranks", {**AHEAD, **more, "model__strategy": "fsdp2", "trainer__save_freq": 2}, processes=3)
     assert (copied / "rollouts/step_3.jsonl").read_text() == (ahead / "rollouts/step_3.jsonl").read_text()
     assert versions_of(copied) == versions_of(ahead)
     for here, there in zip(metrics_of(copied), metrics_of(ahead), strict=True):
@@ -194,7 +196,7 @@ def test_other_ranks_resume_with_the_answers_of_the_checkpoint(folder: Path, ahe
 
 
 def test_adapters_learn_from_answers_of_the_step_before(folder: Path) -> None:
-    found = run(folder, "adapters", **{**AHEAD, "model__lora_rank": 4, "optim__lr": 1e-2})
+    found = run(folder, "adapters", {**AHEAD, "model__lora_rank": 4, "optim__lr": 1e-2})
     lines = metrics_of(found)
     assert [line["rl/largest_weight_lag"] for line in lines] == [0, 1, 1, 1]
     assert lines[0]["rl/rollout_difference"] < 1e-5 < 1e-3 < lines[3]["rl/rollout_difference"]
@@ -205,7 +207,8 @@ DYNAMIC: dict[str, object] = {"algorithm__name": "dapo", "algorithm__max_refills
 
 def test_refills_are_drawn_at_once_by_the_weights_of_now(folder: Path) -> None:
     (folder / "sometimes.py").write_text(SOMETIMES)
-    found = run(folder, "refills", **AHEAD, **DYNAMIC, reward__name=folder / "sometimes.py", trainer__save_freq=2)
+    changes: dict[str, object] = {**AHEAD, **DYNAMIC, "reward__name": folder / "sometimes.py"}
+    found = run(folder, "refills", {**changes, "trainer__save_freq": 2})
     for step, line in enumerate(metrics_of(found)):
         versions = {answer["number"]: answer["version"] for answer in lines_of(found / "rollouts" / f"step_{step + 1}.jsonl")}
         first = min(versions)
@@ -213,8 +216,7 @@ def test_refills_are_drawn_at_once_by_the_weights_of_now(folder: Path) -> None:
         assert {version for number, version in versions.items() if number >= first + 4} <= {step}
         assert 0 <= line["rl/weight_lag"] <= 1
     assert sum(line["rl/refills"] for line in metrics_of(found)) > 0, "else the test shows nothing"
-    again = gone_on(folder, "refills_again", **AHEAD, **DYNAMIC, reward__name=folder / "sometimes.py")
-    check_equal(again, found)
+    check_equal(gone_on(folder, "refills_again", changes), found)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +239,8 @@ def test_what_cannot_be_is_refused_before_anything_is_read(folder: Path, changes
 
 
 def test_a_run_with_another_staleness_is_another_experiment(folder: Path, ahead: Path) -> None:
-    with pytest.raises(AssertionError, match="rollout.staleness: 1 -> 0"):
-        run(folder, "ahead", trainer__total_training_steps=5, **{**AHEAD, "rollout__staleness": 0})
+    with pytest.raises(AssertionError, match=r"rollout\.staleness: 1 -> 0"):
+        run(folder, "ahead", {**AHEAD, "rollout__staleness": 0, "trainer__total_training_steps": 5})
 
 
 def pair(folder: Path, output: str, **changes: object) -> Pair:
@@ -255,9 +257,8 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_bit_for_bit(folder: P
     assert (trains[0], generates[0]) == (75, 0), trains[2] + generates[2]
     assert "the same command resumes from" in trains[1] and "Traceback" not in trains[2] + generates[2]
     assert len(metrics_of(folder / "stopped")) < 60, "else the test shows nothing"
-    for _ in range(1):
-        pair(folder, "stopped", **steps).ends()
-    whole = run(folder, "whole", **AHEAD, **steps)
+    assert [code for code, *_ in pair(folder, "stopped", **steps).ends()] == [0, 0]
+    whole = run(folder, "whole", {**AHEAD, **steps})
     check_equal(folder / "stopped", whole, 60)
 
 

@@ -5,6 +5,7 @@ They were drawn by weights that the checkpoint does not have, so a run that resu
 Dimensions: A answers, T tokens of all answers together.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,8 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from verl.errors import UserError
+from verl.regular_file import open_file
 from verl.rollout import Completion
-from verl.typed_json import DamageError, read_bytes
 
 NAME = "trainer/answers.safetensors"
 REASONS: tuple[Literal["stop", "length"], ...] = ("stop", "length")
@@ -29,7 +30,6 @@ DTYPES = {
     "logprob_T": torch.float64,
     "version_T": torch.int64,
 }
-MOST_BYTES = 2**36
 
 Drawn = Mapping[int, list[Completion]]  # answers to each prompt, by the prompt's number
 
@@ -59,8 +59,9 @@ def read_answers(checkpoint: Path) -> dict[int, list[Completion]]:
     if not path.exists():
         return {}
     try:
-        return _answers(load(read_bytes(path, MOST_BYTES)))
-    except (DamageError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        with os.fdopen(open_file(path), "rb") as file:
+            return _answers(load(file.read()))
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
         fix = "resume from another checkpoint: trainer.resume_mode=resume_path trainer.resume_from_path=…/global_step_N"
         raise UserError(f"the checkpoint is damaged: {NAME}: {error}", where=str(checkpoint), fix=fix) from error
 

@@ -10,6 +10,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def read_events(path: Path) -> list[Event]:
     """Read the events of a schedule. A last line that a kill has cut off is left out."""
     if not path.exists():
         return []
-    lines = regular_file.read(path, 2**33).decode("utf-8").splitlines()
-    return [event for line in lines if (event := _event(line)) is not None]
+    with os.fdopen(regular_file.open_file(path), encoding="utf-8", errors="replace") as file:
+        return [event for line in file if (event := _event(line)) is not None]
 
 
 def _event(line: str) -> Event | None:
