@@ -106,7 +106,7 @@ def test_each_token_has_the_probability_of_the_weights_that_drew_it_and_is_weigh
         drawn_by = max(0, step - 1)
         drawn = torch.cat([torch.tensor(logprobs) for _, _, logprobs, _ in answers])
         now, then, before = (
-            torch.cat([logprobs_of(models[version], prompt, answer) for prompt, answer, _, _ in answers])
+            torch.cat([logprobs_of(models[version], prompt, answer) for prompt, answer, *_ in answers])
             for version in (step, drawn_by, max(0, step - 2))
         )
         assert {version for *_, version in answers} == {drawn_by}

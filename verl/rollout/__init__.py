@@ -57,6 +57,7 @@ class Completion:
             they were not requested, or the engine does not return them.
         version: version of the weights that generated the response; of its first token, if `versions` are several.
         versions: version of the weights that generated each token; None: `version` generated all.
+        is_finished: False only within a run that draws a response under several weights: more tokens follow.
     """
 
     token_ids: list[int]
@@ -64,6 +65,7 @@ class Completion:
     logprobs: list[float] | None = None
     version: int = 0
     versions: list[int] | None = None
+    is_finished: bool = True
 
     def text(self, tokenizer: "PreTrainedTokenizerBase") -> str:
         """Return the text of the response, without its stop token."""

@@ -19,6 +19,7 @@ from verl.rollout import DEFAULTS, Completion, Options, Sampling
 from verl.rollout._model import check_positions, copy_weights, describe_model, merge_stop_ids, out_of_memory, positions_of, rope_limit
 from verl.rollout._plain import Probe
 from verl.rollout._sampler import uniform_numbers
+from verl.rollout.native.continuous import NativeContinuous
 from verl.rollout.native.runner import USE_HF, Runner
 from verl.rollout.native.scheduler import Request, Scheduler
 from verl.rollout.native.slots import Slots
@@ -86,11 +87,32 @@ class NativeRollout:
 
     def _finished(self, sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
         while self.scheduler.has_work:
-            self._admit()
-            ended = self._decode(sampling, STEPS[self._device.type])
-            if ended:
-                yield self._collect(ended, sampling)
-                self._compact()
+            if ended := self.advance(sampling):
+                yield ended
+
+    def advance(self, sampling: Sampling) -> list[tuple[int, Completion]]:
+        """Start requests if there is room, take decode steps, and return the responses that have finished, with their numbers."""
+        self._admit()
+        ended = self._decode(sampling, STEPS[self._device.type])
+        if not ended:
+            return []
+        finished = self._collect(ended, sampling)
+        self._compact()
+        return finished
+
+    def continuous(self, sampling: Sampling, responses: int, positions: int) -> NativeContinuous:
+        """See `verl.rollout.drawing`. No other method that generates may be called before it has stopped."""
+        return NativeContinuous(self, sampling, responses, positions)
+
+    def so_far(self, sampling: Sampling) -> list[tuple[int, Completion]]:
+        """Return the tokens of the responses that have started and not finished, with their numbers."""
+        if not (running := self.scheduler.running()):
+            return []
+        read = self.slots.state.read([slot for slot, _ in running])
+        return [
+            (request.number, Completion(ids, "length", logprobs if sampling.logprobs else None, self.version, is_finished=False))
+            for (_, request), (ids, logprobs) in zip(running, read, strict=True)
+        ]
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
@@ -114,14 +136,28 @@ class NativeRollout:
         return completion
 
     def _start(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> None:
-        """Allocate slots if they are too few or too short for this call, and queue its requests."""
+        """Queue the requests of a call."""
+        longest = self.check_lengths(prompts, sampling)
+        self.prepare(sampling, len(prompts) * sampling.n, longest)
+        self.scheduler.add(_requests(prompts, sampling, seeds))
+
+    def check_lengths(self, prompts: Sequence[list[int]], sampling: Sampling) -> int:
+        """Return the largest number of tokens of a prompt with its response. Raises UserError: it is too large for the model."""
         check_positions(prompts, sampling, self.positions)
         if not self.is_exact_for(prompts, sampling):
             assert self._rope_limit is not None
             what = f"beyond {self._rope_limit.tokens:,} tokens of a prompt with its response, the model's rotary embeddings are others"
             raise UserError(what, where="rollout.name=native", fix=USE_HF)
-        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        size = self.slots.size_for(len(prompts) * sampling.n, longest, sampling.max_new_tokens)
+        return max(map(len, prompts), default=0) + sampling.max_new_tokens
+
+    def prepare(self, sampling: Sampling, responses: int, positions: int) -> None:
+        """Allocate slots if they are too few or too short, and begin with an empty queue.
+
+        Args:
+            responses: number of responses to generate at the same time.
+            positions: maximum tokens of a prompt with its response.
+        """
+        size = self.slots.size_for(responses, positions, sampling.max_new_tokens)
         if size != self.slots.size:
             if self.slots.size is not None:
                 self._free()
@@ -129,8 +165,8 @@ class NativeRollout:
         self.slots.reset()
         self.runner.set_temperature(sampling.temperature)
         # A new scheduler, so that no keys and values of earlier calls are reused: shared weights may have changed without notice.
-        requests, on_gpu = _requests(prompts, sampling, seeds), self._device.type == "cuda"
-        self.scheduler = Scheduler(requests, self.slots.number, on_gpu=on_gpu, keeps_prompts=not self.slots.are_recurrent)
+        on_gpu, keeps_prompts = self._device.type == "cuda", not self.slots.are_recurrent
+        self.scheduler = Scheduler([], self.slots.number, on_gpu=on_gpu, keeps_prompts=keeps_prompts)
 
     def _admit(self) -> None:
         """Start queued requests in free slots, if the scheduler decides so."""

@@ -86,12 +86,23 @@ class Scheduler:
             are enough.
         keeps_prompts: whether a slot still has what the model computed for its prompt after decode steps. A recurrent state does not last,
             so that a prompt is shared by requests that start together only.
+    Attributes:
+        steps: decode steps so far.
     """
 
     def __init__(self, requests: Iterable[Request], slots: int, *, on_gpu: bool, keeps_prompts: bool = True):
         self._queue, self._slots, self._on_gpu, self._keeps_prompts = deque(requests), slots, on_gpu, keeps_prompts
         self._running: list[Request | None] = []  # by slot, up to the last one in use
+        self.steps = 0
         self._prompts: dict[int, Prompt] = {}  # by slot: the prompt whose keys and values are in it, also after its response has ended
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue more requests."""
+        self._queue += requests
+
+    def running(self) -> list[tuple[int, Request]]:
+        """Return the requests that run, each with its slot."""
+        return [(slot, request) for slot, request in enumerate(self._running) if request is not None]
 
     @property
     def has_work(self) -> bool:
@@ -167,6 +178,7 @@ class Scheduler:
         """
         running = [request for request in self._running if request is not None]
         steps = min(at_most, max(request.max_new_tokens - request.steps for request in running))
+        self.steps += steps
         for request in running:
             request.steps += steps
         return steps
@@ -194,9 +206,12 @@ class Scheduler:
         if self._queue or self._rows(used) == self.rows:
             return None
         last = [(slot, request) for slot, request in enumerate(self._running) if slot >= used and request is not None]
-        for target, (_, request) in zip(free, last, strict=False):  # free slots from `used` on are removed
+        for target, (source, request) in zip(free, last, strict=False):  # free slots from `used` on are removed
             self._running[target] = request
+            self._prompts[target] = self._prompts.get(source, ())
         del self._running[used:]
+        # What lies in the other slots is not kept: decode steps of more rows than are in use write into them.
+        self._prompts = {slot: prompt for slot, prompt in self._prompts.items() if slot < used}
         positions = max(len(request.prompt) + request.max_new_tokens for _, request in last)
         return Compaction([slot for slot, _ in last], free[: len(last)], positions, used)
 
