@@ -99,7 +99,7 @@ def test_each_token_has_the_probability_of_the_weights_that_drew_it_and_is_weigh
     cap = 1.05
     changes: dict[str, object] = {"rollout__name": folder / "recorded.py", "algorithm__importance_cap": cap, "trainer__save_freq": 1}
     found = run(folder, "weighed", {**AHEAD, **changes})
-    calls = lines_of(folder / "recorded.jsonl")
+    calls: list[Any] = list(lines_of(folder / "recorded.jsonl"))
     models = [folder / "model", *(found / f"global_step_{step + 1}" for step in range(STEPS))]
     assert len(calls) == STEPS
     for step, (answers, line) in enumerate(zip(calls, metrics_of(found), strict=True)):
@@ -144,9 +144,9 @@ def test_the_schedule_says_who_drew_what_with_which_weights(ahead: Path) -> None
     assert [(event["step"], event["event"], event["version"]) for event in events] == [
         (1, "answered", 0),
         (1, "drawn", 0),
-        *((1, "weights", 1), (2, "drawn", 1)),
-        *((2, "weights", 2), (3, "drawn", 2)),
-        *((3, "weights", 3), (4, "weights", 4)),
+        *((1, "finished", 0), (1, "weights", 1), (2, "drawn", 1)),
+        *((2, "finished", 1), (2, "weights", 2), (3, "drawn", 2)),
+        *((3, "finished", 2), (3, "weights", 3), (4, "weights", 4)),
     ]
     assert {event["rank"] for event in events} == {1}
     assert [event["prompts"] for event in events if "prompts" in event] == [list(range(n, n + 4)) for n in range(0, 16, 4)]
@@ -304,3 +304,6 @@ def test_a_rollout_process_that_dies_is_named(folder: Path) -> None:
     killed.processes[1].kill()
     trains, _ = killed.ends()
     assert trains[0] == 3 and "rank 1 (" in trains[2]
+
+
+PARTIAL: dict[str, object] = {**AHEAD, "rollout__partial": "true"}

@@ -8,6 +8,7 @@ so all tokens of an answer are drawn by weights that are one update older than t
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from verl.errors import UserError
 from verl.rl.answers_file import NAME, read_answers, write_answers
 from verl.rl.mapping import Layout
 from verl.rl.remote_rollout import RemoteRollout
+from verl.rl.schedule import events_after
 from verl.rollout import Completion, Sampling
 
 
@@ -63,7 +65,7 @@ class Ahead:
         if not self._is_asked:
             return
         done = self._rollout.finish()
-        dist.together(lambda: _check_logprobs(done))
+        check_logprobs(done)
         n = self._sampling.n
         self._here = {number: done[i * n : (i + 1) * n] for i, number in enumerate(self._asked)}
         self._is_asked, self._is_here = False, True
@@ -87,20 +89,12 @@ class Ahead:
         Raises:
             UserError: on all ranks: the file is damaged.
         """
-        found: list[dict[int, list[Completion]]] = []
-        dist.together(lambda: found.append(read_answers(checkpoint) if dist.is_main() else {}))
-        drawn_before = dist.from_main(found[0])
-        numbers = range(drawn, drawn + self._per_step)
-        if drawn_before and sorted(drawn_before) != list(numbers):
-            what = f"{NAME} has answers to other prompts than those that are drawn next, {numbers[0]} to {numbers[-1]}"
-            raise UserError(what, where=str(checkpoint), fix="resume from another checkpoint")
-        self._is_here = bool(drawn_before)
-        self._here = {number: answers for number, answers in drawn_before.items() if number % dist.world_size() == dist.rank()}
-
-    def write(self, directory: Path, drawn: dict[int, list[Completion]]) -> None:
-        """Write answers into a checkpoint, on rank 0."""
-        if dist.is_main() and drawn:
-            write_answers(directory / NAME, drawn)
+        found = read_drawn(checkpoint, drawn, [self._per_step])
+        if not all(answer.is_finished for answers in found.values() for answer in answers):
+            fix = "set rollout.partial=true, as in the run of this checkpoint"
+            raise UserError("has unfinished answers, which go on under newer weights", where=str(checkpoint), fix=fix)
+        self._is_here = bool(found)
+        self._here = {number: answers for number, answers in found.items() if number % dist.world_size() == dist.rank()}
 
     def gathered(self) -> dict[int, list[Completion]]:
         """Return the answers of all ranks that are here, by the number of their prompt. Every rank calls it."""
@@ -108,10 +102,18 @@ class Ahead:
         return {number: answers for of_rank in of_ranks for number, answers in of_rank.items()}
 
 
+class Gathers(Protocol):
+    """Draws answers ahead."""
+
+    def gathered(self) -> dict[int, list[Completion]]:
+        """Return the answers of all ranks for a checkpoint, by the number of their prompt. Every rank calls it."""
+        ...
+
+
 class SavedWithAnswers:
     """A model that is saved with the answers of the next step, see `verl.engine.background.SavedModel`."""
 
-    def __init__(self, model: SavedModel, ahead: Ahead):
+    def __init__(self, model: SavedModel, ahead: Gathers):
         self._model, self._ahead = model, ahead
 
     @property
@@ -121,7 +123,7 @@ class SavedWithAnswers:
     def export(self, directory: Path) -> None:
         """Write the model's files and the answers. Every rank calls it."""
         self._model.export(directory)
-        self._ahead.write(directory, self._ahead.gathered())
+        _write(directory, self._ahead.gathered())
 
     def gathered(self, copies: dict[str, Tensor]) -> Callable[[Path], None]:
         """Prepare `export`, and return the part that writes. Every rank calls it."""
@@ -129,9 +131,32 @@ class SavedWithAnswers:
 
         def write_all(directory: Path) -> None:
             write(directory)
-            self._ahead.write(directory, drawn)
+            _write(directory, drawn)
 
         return write_all
+
+
+def _write(directory: Path, drawn: dict[int, list[Completion]]) -> None:
+    if dist.is_main() and drawn:
+        write_answers(directory / NAME, drawn)
+
+
+def read_drawn(checkpoint: Path, drawn: int, expected: Sequence[int]) -> dict[int, list[Completion]]:
+    """Return the answers that a checkpoint has, of all ranks; none if it has no file of them. Every rank calls it.
+
+    Args:
+        drawn: number of prompts drawn before the step that begins.
+        expected: how many prompts may have answers.
+    Raises:
+        UserError: on all ranks: the file is damaged.
+    """
+    of_main: list[dict[int, list[Completion]]] = []
+    dist.together(lambda: of_main.append(read_answers(checkpoint) if dist.is_main() else {}))
+    found = dist.from_main(of_main[0])
+    if found and (sorted(found) != list(range(drawn, drawn + len(found))) or len(found) not in expected):
+        what = f"{NAME} has answers to other prompts than those that are drawn next, from number {drawn} on"
+        raise UserError(what, where=str(checkpoint), fix="resume from another checkpoint")
+    return found
 
 
 def share_of(prompts: Prompts, numbers: range, seed: int) -> list[tuple[int, Prompt]]:
@@ -140,7 +165,9 @@ def share_of(prompts: Prompts, numbers: range, seed: int) -> list[tuple[int, Pro
 
 
 def check_staleness(config: PPOConfig, layout: Layout) -> None:
-    """Raise UserError if answers cannot be drawn ahead, because the rollout has no ranks of its own."""
+    """Raise UserError if answers cannot be drawn ahead, because the rollout has no ranks of its own, or no schedule can be repeated."""
+    if config.rollout.replay is not None:
+        events_after(config.rollout.replay, 0)
     if config.rollout.staleness > 0 and not layout.is_split:
         raise UserError(
             "the ranks that train also generate, so answers cannot be drawn while they train",
@@ -149,10 +176,15 @@ def check_staleness(config: PPOConfig, layout: Layout) -> None:
         )
 
 
-def _check_logprobs(answers: Sequence[Completion]) -> None:
-    if any(answer.logprobs is None and answer.token_ids for answer in answers):
-        raise UserError(
-            "the rollout returns no log-probabilities, by which answers of older weights are corrected",
-            where="rollout.staleness=1",
-            fix="set another rollout.name, or rollout.staleness=0",
-        )
+def check_logprobs(answers: Sequence[Completion]) -> None:
+    """Raise UserError, on all ranks, if answers have no log-probabilities. Every rank calls it."""
+
+    def check() -> None:
+        if any(answer.logprobs is None and answer.token_ids for answer in answers):
+            raise UserError(
+                "the rollout returns no log-probabilities, by which answers of older weights are corrected",
+                where="rollout.staleness=1",
+                fix="set another rollout.name, or rollout.staleness=0",
+            )
+
+    dist.together(check)

@@ -16,6 +16,7 @@ from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.ahead import Ahead, share_of
+from verl.rl.ahead_partial import PartialAhead
 from verl.rl.clock import Clock
 from verl.rl.samples import Sample
 from verl.rl.tool import Tool, tool_of
@@ -85,7 +86,7 @@ class Answerer:
         self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
         self.exact_grader = scorer.exact
         self.sampling = Sampling(config.max_new_tokens, config.temperature, config.samples_per_prompt, seed)
-        self.ahead: Ahead | None = None
+        self.ahead: Ahead | PartialAhead | None = None
         self._tool = tool_of(config, workers or WorkersConfig(), watch)
         self._renderer = Renderer(tokenizer)
 

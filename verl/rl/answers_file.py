@@ -20,6 +20,7 @@ from verl.regular_file import open_file
 from verl.rollout import Completion
 
 NAME = "trainer/answers.safetensors"
+UNFINISHED = 2  # in place of a number of REASONS
 REASONS: tuple[Literal["stop", "length"], ...] = ("stop", "length")
 DTYPES = {
     "number_A": torch.int64,
@@ -40,7 +41,7 @@ def write_answers(path: Path, drawn: Drawn) -> None:
     columns: dict[str, list[Any]] = {
         "number_A": [number for number, _ in answers],
         "length_A": [len(answer.token_ids) for _, answer in answers],
-        "reason_A": [REASONS.index(answer.finish_reason) for _, answer in answers],
+        "reason_A": [REASONS.index(answer.finish_reason) if answer.is_finished else UNFINISHED for _, answer in answers],
         "oldest_A": [answer.version for _, answer in answers],
         "token_T": [token for _, answer in answers for token in answer.token_ids],
         "logprob_T": [logprob for _, answer in answers for logprob in answer.logprobs or []],
@@ -82,10 +83,11 @@ def _answers(found: Mapping[str, Tensor]) -> dict[int, list[Completion]]:
         drawn.setdefault(number, []).append(
             Completion(
                 columns["token_T"][part],
-                REASONS[reason],
+                "length" if reason == UNFINISHED else REASONS[reason],
                 columns["logprob_T"][part],
                 oldest,
                 None if set(versions) <= {oldest} else versions,
+                reason != UNFINISHED,
             )
         )
     return drawn

@@ -5,7 +5,7 @@ weights to the rollout processes.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from verl import dist as processes
 from verl.errors import UserError
 from verl.rl.mapping import Layout
-from verl.rollout import Sampling
+from verl.rollout import Completion, Sampling
 
+Answers = dict[int, dict[int, list[Completion]]]  # by the rank that asked, and the number of the prompt in its request
 BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
 
 
@@ -31,14 +32,33 @@ class Request:
 
 @dataclass(frozen=True)
 class Begin:
-    """A request whose answers are fetched later, by `Finish`."""
+    """A request whose answers are fetched later, by `Finish`.
+
+    Attributes:
+        so_far: what its answers have already, by the number of the prompt; empty: nothing.
+        is_again: whether they were begun before, by a run that this one resumes.
+    """
 
     request: Request
+    so_far: dict[int, list[Completion]] = field(default_factory=dict)
+    is_again: bool = False
 
 
 @dataclass(frozen=True)
 class Finish:
-    """Asks for the answers that were begun."""
+    """Asks for the answers that were begun; those of the first message if of several."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Asks for what all answers that were begun have so far. They stop, and go on from there."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The events of a run that is to be repeated, see `verl.rl.schedule`."""
+
+    events: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,7 @@ class Bridge:
     def __init__(self, layout: Layout, device: torch.device):
         self.layout, self.device = layout, device
         self.sender = layout.training[0]
+        self._calls, self._store = 0, dist.distributed_c10d._get_default_store()
         self.weights_group = dist.new_group([self.sender, *layout.rollout], timeout=processes.UNLIMITED)
 
     @property
@@ -78,6 +99,25 @@ class Bridge:
         for found in values:
             if isinstance(found, UserError):
                 raise found
+        return values
+
+    def call(self) -> None:
+        """Let rollout processes that draw meanwhile know of the message that is exchanged next. Every training process calls it."""
+        processes.barrier()  # none of them is late, so that the rollout does not wait long
+        if dist.get_rank() == self.sender:
+            self._store.set(f"rollout call {self._calls}", "")
+            if self._calls > 0:
+                self._store.delete_key(f"rollout call {self._calls - 1}")
+        self._calls += 1
+
+    def is_called(self) -> bool:
+        """Return whether a message comes that this rollout process has not taken."""
+        return bool(self._store.check([f"rollout call {self._calls}"]))
+
+    def take(self, value: object) -> list[Any]:
+        """Return the next message of each training process, on a rollout process that was called, or has nothing else to do."""
+        values = self.exchange(value)
+        self._calls += 1
         return values
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -14,9 +14,9 @@ from verl import dist as processes
 from verl import signals
 from verl.config.ppo import PPOConfig, longest_sample
 from verl.errors import AbandonedError
-from verl.rl.bridge import Begin, Bridge, Finish, NewWeights, Request, share_of
+from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Replay, Request, share_of
 from verl.rl.mapping import Layout
-from verl.rl.schedule import Schedule
+from verl.rl.schedule import Event, Schedule, event_of
 from verl.rollout import Completion, Options, Sampling
 
 
@@ -28,52 +28,96 @@ class RemoteRollout:
         schedule: is told what the rollout processes do; None: nobody asks.
     """
 
-    def __init__(self, bridge: Bridge):
-        self._bridge, self._is_open = bridge, True
-        self._begun: int | None = None  # number of prompts whose answers were begun and not fetched
+    def __init__(self, bridge: Bridge, *, is_partial: bool = False):
+        self._bridge, self._is_partial, self._is_open = bridge, is_partial, True
+        self._begun: list[int] = []  # numbers of prompts of each `begin` whose answers were not fetched
         self.version = 0
         self.schedule: Schedule | None = None
         answers = bridge.exchange(None)
         self.stop_ids, self.positions, self._device = answers[bridge.layout.rollout[0]]
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
-        """See `Rollout.generate`."""
-        self._ask(_request(prompts, sampling, seeds), "answered")
+        """See `Rollout.generate`. Raises AbandonedError: a signal came."""
+        self._send(_request(prompts, sampling, seeds))
         return self._answers(len(prompts))
 
-    def begin(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
-        """Begin to generate. `finish` returns the answers; until then, no other method may be called."""
-        self._ask(Begin(_request(prompts, sampling, seeds)), "drawn")
-        self._begun = len(prompts)
+    def begin(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        so_far: dict[int, list[Completion]] | None = None,
+        *,
+        is_again: bool = False,
+    ) -> None:
+        """Begin to generate. `finish` returns the answers. Unless the rollout is partial, no other method may be called until then.
+
+        Args:
+            so_far, is_again: see `verl.rl.bridge.Begin`.
+        """
+        self._send(Begin(_request(prompts, sampling, seeds), so_far or {}, is_again))
+        self._begun.append(len(prompts))
 
     def finish(self) -> list[Completion]:
-        """Wait for the answers that were begun, and return them as `generate` does."""
-        assert self._begun is not None
-        number, self._begun = self._begun, None
-        self._bridge.exchange(Finish())
-        return self._answers(number)
+        """Wait for the answers that were begun first, and return them as `generate` does.
 
-    def _ask(self, message: Request | Begin, event: str) -> None:
+        Raises:
+            AbandonedError: the rollout is partial, and a signal came; the answers go on.
+        """
+        self._send(Finish())
+        found = self._answers(self._begun[0])
+        self._begun.pop(0)
+        return found
+
+    def cut(self) -> list[list[Completion]]:
+        """Return, of each `begin` in order, what its answers have so far. The rollout is partial; the answers go on."""
+        self._send(Cut())
+        parts = self._bridge.exchange(None)
+        of_rollout = [parts[rank] for rank in self._bridge.layout.rollout]
+        return [self._mine([part[number] for part in of_rollout], prompts) for number, prompts in enumerate(self._begun)]
+
+    def replay(self, events: list[Event]) -> None:
+        """Let the rollout, which is partial, do what it did in another run. `events` are those that follow, on the first rank."""
+        self._send(Replay(events))
+
+    def _send(self, message: object) -> None:
+        if self._is_partial:
+            self._bridge.call()
         messages = self._bridge.exchange(message)
-        if self.schedule is not None:
-            layout = self._bridge.layout
-            requests = {rank: found.request if isinstance(found := messages[rank], Begin) else found for rank in layout.training}
-            self.schedule.note(
-                {"rank": rank, "event": event, "version": self.version, "prompts": _seeds(requests, share_of(layout, requests, rank))}
-                for rank in layout.rollout
-            )
+        name, layout = event_of(message), self._bridge.layout
+        if self.schedule is None or name is None:
+            return
+        requests = {rank: found.request if isinstance(found := messages[rank], Begin) else found for rank in layout.training}
+        version = message.version if isinstance(message, NewWeights) else self.version
+        self.schedule.note(
+            {
+                "rank": rank,
+                "event": name,
+                "version": version,
+                **({"decode_steps": messages[rank]} if self._is_partial else {}),
+                **({"prompts": _seeds(requests, share_of(layout, requests, rank))} if isinstance(message, Begin | Request) else {}),
+            }
+            for rank in layout.rollout
+        )
 
     def _answers(self, prompts: int) -> list[Completion]:
         """Receive the answers to the prompts of this process."""
+        ranks = self._bridge.layout.rollout
         try:
             with signals.held():  # the rollout processes give up, and tell all
                 answers = self._bridge.exchange(None)
         except AbandonedError:
             self._is_open = False  # they end
             raise
+        if any(answers[rank] is None for rank in ranks):
+            raise AbandonedError("given up, because the run stops")
+        return self._mine([answers[rank] for rank in ranks], prompts)
+
+    def _mine(self, of_rollout: list[Answers], prompts: int) -> list[Completion]:
+        """Return this process's answers in the order of its prompts."""
         mine: dict[int, list[Completion]] = {}
-        for rank in self._bridge.layout.rollout:
-            mine |= answers[rank].get(dist.get_rank(), {})
+        for answers in of_rollout:
+            mine |= answers.get(dist.get_rank(), {})
         return [completion for number in range(prompts) for completion in mine[number]]
 
     def stream(
@@ -84,11 +128,9 @@ class RemoteRollout:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`."""
-        self._bridge.exchange(NewWeights(version))
+        self._send(NewWeights(version))
         self._bridge.send(named_tensors)
         self.version = version
-        if self.schedule is not None:
-            self.schedule.note({"rank": rank, "event": "weights", "version": version} for rank in self._bridge.layout.rollout)
 
     def sleep(self) -> None:
         """Do nothing: the rollout processes have GPUs of their own."""
@@ -97,11 +139,11 @@ class RemoteRollout:
         """Do nothing."""
 
     def close(self) -> None:
-        """Let the rollout processes end. Answers that were begun are waited for."""
+        """Let the rollout processes end. Answers that were begun are waited for, unless the rollout is partial."""
         if self._is_open:
-            if self._begun is not None:
+            while self._begun and not self._is_partial:
                 self.finish()
-            self._bridge.exchange(None)
+            self._send(None)
 
     def describe(self) -> str:
         return f"{self._device} × {len(self._bridge.layout.rollout)}"

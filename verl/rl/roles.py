@@ -32,12 +32,13 @@ from verl.pace import counted
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.ahead import Ahead, SavedWithAnswers
+from verl.rl.ahead_partial import PartialAhead
 from verl.rl.answering import Answerer
 from verl.rl.bridge import Bridge
 from verl.rl.clock import Clock
 from verl.rl.method import Method
 from verl.rl.remote_rollout import RemoteRollout, rollout_options
-from verl.rl.schedule import Schedule
+from verl.rl.schedule import Schedule, events_after
 from verl.rl.still import hold_still
 from verl.rl.tool import load_tool
 from verl.rollout import Rollout, load_rollout, share
@@ -107,8 +108,11 @@ class Roles:
         if config.rollout.staleness == 0:
             return self.actor
         assert isinstance(rollout, RemoteRollout)
+        if config.rollout.replay is not None:
+            rollout.replay(events_after(config.rollout.replay, start.step))
         rollout.schedule = Schedule(run, start.step)
-        ahead = self.answerer.ahead = Ahead(rollout, self.answerer.sampling, prompts, config, start, run.total_steps)
+        kind = PartialAhead if config.rollout.partial else Ahead
+        ahead = self.answerer.ahead = kind(rollout, self.answerer.sampling, prompts, config, start, run.total_steps)
         if run.checkpoint is not None:
             ahead.restore(run.checkpoint, start.drawn)
         return SavedWithAnswers(self.actor, ahead)
@@ -244,7 +248,7 @@ def build_rollout(
 ) -> Rollout:
     """Build the rollout. It shares the actor's weights if this process has all of them; otherwise it is a copy, updated after each step."""
     if bridge is not None:
-        return RemoteRollout(bridge)
+        return RemoteRollout(bridge, is_partial=config.rollout.partial)
     name, path, options = config.rollout.name, config.model.partial_pretrain, rollout_options(config)
     if actor.is_whole:
         return share(name, actor.loaded.model, path, tokenizer, stop_ids, options)

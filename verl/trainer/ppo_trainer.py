@@ -30,8 +30,8 @@ from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
 from verl.rl.remote_rollout import divide
 from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
-from verl.rl.rollout_server import serve_rollout
 from verl.rl.sample_files import write_samples
+from verl.rl.serving import serve_rollout
 from verl.rl.updates import Updates
 from verl.run import Run, TrainResult
 from verl.session import session
