@@ -15,8 +15,14 @@ from runs import PPO, lines_of, metrics_of, timeless, wait_for
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from verl.config.load import load_config
+from verl.config.ppo import PPOConfig
+from verl.data.prompts import load_prompts
 from verl.engine import checkpoint
 from verl.errors import UserError
+from verl.models.load import load_tokenizer
+from verl.rl.answers_file import read_answers
+from verl.rollout.drawing import versions_of as versions_of_tokens
 from verl.trainer import ppo_trainer
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -228,6 +234,17 @@ def test_refills_are_drawn_at_once_by_the_weights_of_now(folder: Path) -> None:
             {"rollout__staleness": 1, "algorithm__importance_weights": "null"},
             "rollout.staleness=1: answers drawn by older weights would be taken for answers of the weights that learn",
         ),
+        ({"rollout__partial": "true"}, "rollout.partial=true: unfinished answers would go on under newer weights"),
+        (
+            {"rollout__staleness": 1, "rollout__partial": "true", "rollout__name": "vllm"},
+            "rollout.partial=true: vllm cannot stop an answer",
+        ),
+        ({"rollout__staleness": 1, "rollout__partial": "true", "algorithm__name": "dapo"}, "rollout.partial=true: which prompts are drawn"),
+        ({"rollout__replay": "absent.jsonl"}, "rollout.replay: without rollout.partial, the schedule does not depend on time"),
+        (
+            {"rollout__staleness": 1, "rollout__partial": "true", "rollout__replay": "absent.jsonl"},
+            "rollout.replay=absent.jsonl: has no events",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_read(folder: Path, changes: dict[str, object], said: str) -> None:
@@ -307,3 +324,117 @@ def test_a_rollout_process_that_dies_is_named(folder: Path) -> None:
 
 
 PARTIAL: dict[str, object] = {**AHEAD, "rollout__partial": "true"}
+# Answers of unequal length, more of them than there is room for, so that all that may happen does.
+UNEQUAL: dict[str, object] = {"rollout__max_new_tokens": 40, "rollout__max_sequences": 10}
+
+
+@pytest.fixture(scope="module")
+def partial(folder: Path) -> Path:
+    return run(folder, "partial", partial_words(folder))
+
+
+def partial_words(folder: Path) -> dict[str, object]:
+    saves: dict[str, object] = {"trainer__save_freq": 1, "trainer__test_freq": 3}
+    return {**PARTIAL, **UNEQUAL, **saves, "data__val_files": folder / "test.jsonl", "data__val_max_samples": 2}
+
+
+def of_two_versions(found: Path) -> list[dict[str, Any]]:
+    """Answers that more than one version of the weights drew."""
+    steps = [lines_of(found / "rollouts" / f"step_{step + 1}.jsonl") for step in range(STEPS)]
+    return [line for step in steps for line in step if "versions" in line]
+
+
+def test_no_token_is_drawn_by_weights_that_are_older_than_one_update(partial: Path) -> None:
+    for step, line in enumerate(metrics_of(partial)[1:]):
+        assert line["rl/largest_weight_lag"] == min(step, 1) >= line["rl/weight_lag"]
+        answers = lines_of(partial / "rollouts" / f"step_{step + 1}.jsonl")
+        assert sorted(answer["number"] for answer in answers) == sorted([*range(4 * step, 4 * step + 4)] * 4)
+        for answer in answers:
+            parts = answer.get("versions", [[answer["version"], answer["tokens"]]])
+            assert [version for version, _ in parts] in ([step], [step - 1], [step - 1, step]) or step == 0
+            assert sum(tokens for _, tokens in parts) == answer["tokens"]
+    assert of_two_versions(partial), "else the tests of it show nothing"
+
+
+def test_each_token_has_the_probability_of_the_version_that_it_names(folder: Path, partial: Path) -> None:
+    config = load_config(PPOConfig, words(folder, "partial", **PARTIAL, **UNEQUAL))
+    prompts = load_prompts(config.data, config.data.train_files, load_tokenizer(str(folder / "model")))
+    models = {0: folder / "model", **{step: partial / f"global_step_{step}" for step in range(1, STEPS)}}
+    differences, of_older = [], []
+    for step in range(1, STEPS):
+        for number, answers in read_answers(partial / f"global_step_{step}").items():
+            prompt = prompts.drawn(number, config.trainer.seed).token_ids
+            for answer in answers:
+                if not answer.token_ids:
+                    continue
+                drawn = torch.tensor(answer.logprobs)
+                each = {version: logprobs_of(models[version], prompt, answer.token_ids) for version in {*versions_of_tokens(answer)}}
+                named = torch.stack([each[version][place] for place, version in enumerate(versions_of_tokens(answer))])
+                differences.append((drawn - named).abs().max())
+                if len(each) > 1:
+                    of_older.append((drawn - each[min(each)]).abs().max())
+    assert len(differences) > 20 and max(differences) < 1e-5
+    assert max(of_older) > 1e-3, "else the test shows nothing"
+
+
+def test_a_schedule_repeats_a_run_bit_for_bit(folder: Path, partial: Path) -> None:
+    same = partial_words(folder)
+    check_equal(run(folder, "repeated", {**same, "rollout__replay": partial / "schedule.jsonl"}), partial)
+    # Weights that come one decode step earlier make another run.
+    events = lines_of(partial / "schedule.jsonl")
+    event = next(event for event in events if event["event"] == "weights" and event["step"] == STEPS - 1)
+    event["decode_steps"] -= 1
+    (folder / "changed.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    changed = run(folder, "changed", {**same, "rollout__replay": folder / "changed.jsonl"})
+    found, expected = timeless(metrics_of(changed)), timeless(metrics_of(partial))
+    assert found[:-1] == expected[:-1] and found[-1] != expected[-1]
+    # And a command that saves at other steps is none of that run.
+    with pytest.raises(AssertionError, match=r"rollout\.replay: the recorded run has 'cut' after \d+ decode steps in step 1"):
+        run(folder, "other", {**same, "rollout__replay": partial / "schedule.jsonl", "trainer__save_freq": 2})
+
+
+def test_a_resumed_run_goes_on_with_unfinished_answers_bit_for_bit_as_its_schedule_says(folder: Path, partial: Path) -> None:
+    copied = shutil.copytree(partial, folder / "partial_resumed")
+    for step in (3, 4):
+        shutil.rmtree(copied / f"global_step_{step}")
+        (copied / f"rollouts/step_{step}.jsonl").unlink()
+    held = read_answers(copied / "global_step_2")
+    assert any(not answer.is_finished and answer.token_ids for answers in held.values() for answer in answers), "else it shows nothing"
+    same = partial_words(folder)
+    run(folder, "partial_resumed", {**same, "rollout__replay": partial / "schedule.jsonl"})
+    check_equal(copied, partial)
+
+
+@pytest.mark.parametrize("ranks", ["[0,1]", "[0]"], ids=["two train", "two generate"])
+def test_three_processes_draw_without_a_pause(folder: Path, ranks: str) -> None:
+    more: dict[str, object] = {**dict.fromkeys((f"mapping__{role}" for role in ROLES), ranks), "model__strategy": "fsdp2"}
+    more["mapping__rollout"] = "[2]" if ranks == "[0,1]" else "[1,2]"
+    found = run(folder, f"three_{ranks}", {**PARTIAL, **UNEQUAL, **more}, processes=3)
+    assert [line["rl/largest_weight_lag"] for line in metrics_of(found)] == [0, 1, 1, 1]
+    assert all(len(lines_of(found / "rollouts" / f"step_{step + 1}.jsonl")) == 16 for step in range(STEPS))
+    replay: dict[str, object] = {"rollout__replay": found / "schedule.jsonl"}
+    check_equal(run(folder, f"three_{ranks}_again", {**PARTIAL, **UNEQUAL, **more, **replay}, processes=3), found)
+
+
+def test_a_signal_cuts_answers_that_are_drawn_and_they_go_on(folder: Path) -> None:
+    steps: dict[str, object] = {**UNEQUAL, "rollout__partial": "true", "trainer__total_training_steps": 40}
+    stopped = pair(folder, "cut", **steps)
+    wait_for(lambda: (folder / "cut/metrics.jsonl").exists() and len(metrics_of(folder / "cut")) > 2)
+    for process in stopped.processes:
+        process.send_signal(signal.SIGTERM)
+    trains, generates = stopped.ends()
+    assert (trains[0], generates[0]) == (75, 0), trains[2] + generates[2]
+    step = len(metrics_of(folder / "cut"))
+    assert step < 40, "else the test shows nothing"
+    held = read_answers(folder / f"cut/global_step_{step}")
+    assert [code for code, *_ in pair(folder, "cut", **steps).ends()] == [0, 0]
+    lines = metrics_of(folder / "cut")
+    assert [line["step"] for line in lines] == [*range(1, 41)] and max(line["rl/largest_weight_lag"] for line in lines) == 1
+    drawn = lines_of(folder / f"cut/rollouts/step_{step + 1}.jsonl")
+    tokenizer = load_tokenizer(str(folder / "model"))
+    begun = [(number, k, answer) for number, answers in held.items() for k, answer in enumerate(answers) if answer.token_ids]
+    assert begun, "else the test shows nothing"
+    for number, k, answer in begun:
+        if of_number := [line for line in drawn if line["number"] == number]:
+            text = str(tokenizer.decode(answer.token_ids, skip_special_tokens=True)).rstrip("�")
+            assert of_number[k]["response"].startswith(text) and of_number[k]["version"] == answer.version

@@ -118,14 +118,15 @@ class PartialServer:
         event = event_of(message)
         if self._due is None or event is None:
             return
-        due = self._due.pop(0) if self._due else {"step": "none", "event": "none", "decode_steps": self._steps}
-        if (due["event"], due["decode_steps"]) != (event, self._steps):
-            raise UserError(
-                f"in step {due['step']}, the recorded run had {due['event']!r} after {due['decode_steps']} decode steps, and this one has "
-                f"{event!r} after {self._steps}",
-                where="rollout.replay",
-                fix="give the command of the recorded run, with its trainer.save_freq, trainer.test_freq and machine",
-            )
+        due = self._due.pop(0) if self._due else None
+        if due is not None and (due["event"], due["decode_steps"]) == (event, self._steps):
+            return
+        recorded = "ends here" if due is None else f"has {due['event']!r} after {due['decode_steps']} decode steps in step {due['step']}"
+        raise UserError(
+            f"the recorded run {recorded}, and this one has {event!r} after {self._steps}",
+            where="rollout.replay",
+            fix="give the command of the recorded run, with its trainer.save_freq and trainer.test_freq, on the same kind of machine",
+        )
 
     def _answer(self, requests: dict[int, Request]) -> Answers | None:
         """Answer at once; None after a signal: this process is still asked for the answers that were begun."""
