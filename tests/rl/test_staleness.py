@@ -384,6 +384,7 @@ def test_a_schedule_repeats_a_run_bit_for_bit(folder: Path, partial: Path) -> No
     events = lines_of(partial / "schedule.jsonl")
     event = next(event for event in events if event["event"] == "weights" and event["step"] == STEPS - 1)
     event["decode_steps"] -= 1
+    next(event for event in events if event["event"] == "finished" and event["step"] == STEPS)["decode_steps"] += 1
     (folder / "changed.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     changed = run(folder, "changed", {**same, "rollout__replay": folder / "changed.jsonl"})
     found, expected = timeless(metrics_of(changed)), timeless(metrics_of(partial))

@@ -4,6 +4,7 @@ They go through torch.distributed. Prompts and answers are exchanged as objects 
 weights to the rollout processes.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from verl import dist as processes
-from verl.errors import UserError
+from verl import signals
+from verl.errors import AbandonedError, UserError
 from verl.rl.mapping import Layout
 from verl.rollout import Completion, Sampling
 
 Answers = dict[int, dict[int, list[Completion]]]  # by the rank that asked, and the number of the prompt in its request
+POLL_SECONDS = 0.002
 BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
 
 
@@ -119,6 +122,31 @@ class Bridge:
         values = self.exchange(value)
         self._calls += 1
         return values
+
+    def report(self, number: int | None) -> None:
+        """Let the training processes know that this rollout process has finished its answers of the `Begin` of this number.
+
+        Args:
+            number: counted from 0; None: an error is to be exchanged next.
+        """
+        self._store.set("rollout failed" if number is None else f"rollout {dist.get_rank()} finished {number}", "")
+
+    def wait_for(self, number: int) -> None:
+        """Wait until all rollout processes have finished the answers of the `Begin` of this number. Every training process calls it.
+
+        Raises:
+            AbandonedError: on all of them: a signal came before.
+        """
+        is_stopped = False
+        if dist.get_rank() == self.sender:
+            keys = [f"rollout {rank} finished {number}" for rank in self.layout.rollout]
+            while not (self._store.check(keys) or self._store.check(["rollout failed"]) or (is_stopped := signals.received() is not None)):
+                processes.check_others()
+                time.sleep(POLL_SECONDS)
+            for key in keys if not is_stopped else ():
+                self._store.delete_key(key)
+        if processes.from_main(is_stopped):
+            raise AbandonedError("given up, because the run stops")
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Broadcast weights from the first training process. The other training processes take part in gathering sharded weights."""

@@ -5,13 +5,12 @@ the next step begin in the slots that those of this step leave free. The numbers
 thing that depends on time; `Replay` has them from another run.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from verl import signals
 from verl.errors import AbandonedError, UserError
 from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Replay, Request, share_of
 from verl.rl.rollout_server import answer, or_raise_everywhere
@@ -43,7 +42,6 @@ class _Batch:
         return found
 
 
-@dataclass
 class PartialServer:
     """Draws answers, and does what the training processes ask for.
 
@@ -53,23 +51,24 @@ class PartialServer:
         UserError: the engine cannot stop an answer and go on with it.
     """
 
-    bridge: Bridge
-    rollout: Rollout
-    positions: int
-    _batches: list[_Batch] = field(default_factory=list)  # that were begun and not fetched, oldest first
-    _drawing: Continuous | None = None
-    _sampling: Sampling | None = None
-    _due: list[dict[str, Any]] | None = None  # events that this process is to repeat
-    _steps: int = 0  # decode steps since the message before
-
-    def __post_init__(self) -> None:
-        or_raise_everywhere(self.bridge, lambda: _check(self.rollout))
+    def __init__(self, bridge: Bridge, rollout: Rollout, positions: int):
+        self.bridge, self.rollout, self._positions = bridge, rollout, positions
+        self._batches: list[_Batch] = []  # that were begun and not sent, oldest first
+        self._sent = self._reported = 0  # number of batches that were sent, and of those that were reported to be finished
+        self._drawing: Continuous | None = None
+        self._sampling: Sampling | None = None
+        self._due: list[dict[str, Any]] | None = None  # events that this process is to repeat
+        self._steps = 0  # decode steps since the message before
+        or_raise_everywhere(bridge, lambda: _check(rollout))
 
     def next(self) -> list[Any]:
         """Draw until the training processes send a message, and return it."""
         self._steps = 0
+        self._report()
         while self._drawing is not None and self._drawing.has_work and not self._is_called():
-            or_raise_everywhere(self.bridge, self._step)
+            self._try(self._step)
+            self._report()
+        self._try(self._check_due)
         return self.bridge.take(self._steps)
 
     def _is_called(self) -> bool:
@@ -83,6 +82,21 @@ class PartialServer:
         self._drawing.step()
         self._steps += self._drawing.steps - before
 
+    def _report(self) -> None:
+        """Tell which answers are finished."""
+        while self._reported < self._sent + len(self._batches) and self._batches[self._reported - self._sent].is_finished:
+            self.bridge.report(self._reported)
+            self._reported += 1
+
+    def _try(self, work: Callable[[], Any]) -> Any:
+        """Return the result of `work`. If it raises UserError, all processes get the error with the next message."""
+        try:
+            return work()
+        except UserError as error:
+            self.bridge.report(None)
+            self.bridge.exchange(error)
+            raise
+
     def handle(self, messages: list[Any]) -> None:
         """Take part in what a message begins.
 
@@ -91,12 +105,16 @@ class PartialServer:
         """
         bridge, ranks = self.bridge, self.bridge.layout.training
         message = messages[bridge.sender]
-        or_raise_everywhere(bridge, lambda: self._repeat(message))
+        if isinstance(message, NewWeights):
+            self._repeat(message)  # the next message has weights, and cannot be an error
+        else:
+            self._try(lambda: self._repeat(message))
         match message:
             case Begin():
                 self._begin({rank: messages[rank] for rank in ranks})
             case Finish():
-                self._finish()
+                bridge.exchange(self._batches.pop(0).answers)
+                self._sent += 1
             case NewWeights(version):
                 self._stop()
                 self.rollout.update_weights(bridge.receive(), version)
@@ -110,7 +128,7 @@ class PartialServer:
             case Request():
                 self._stop()
                 requests = {rank: messages[rank] for rank in ranks}
-                bridge.exchange(or_raise_everywhere(bridge, lambda: self._answer(requests)))
+                bridge.exchange(self._try(lambda: self._answer(requests)))
                 self._go_on()
 
     def _repeat(self, message: object) -> None:
@@ -119,14 +137,13 @@ class PartialServer:
         if self._due is None or event is None:
             return
         due = self._due.pop(0) if self._due else None
-        if due is not None and (due["event"], due["decode_steps"]) == (event, self._steps):
-            return
-        recorded = "ends here" if due is None else f"has {due['event']!r} after {due['decode_steps']} decode steps in step {due['step']}"
-        raise UserError(
-            f"the recorded run {recorded}, and this one has {event!r} after {self._steps}",
-            where="rollout.replay",
-            fix="give the command of the recorded run, with its trainer.save_freq and trainer.test_freq, on the same kind of machine",
-        )
+        if due is None or (due["event"], due["decode_steps"]) != (event, self._steps):
+            raise _differs(due, f"{event!r} after {self._steps}")
+
+    def _check_due(self) -> None:
+        """Check that answers are finished which the run that is repeated took now: they would be waited for."""
+        if self._due and self._due[0]["event"] == "finished" and not (self._batches and self._batches[0].is_finished):
+            raise _differs(self._due[0], f"unfinished answers after {self._steps}")
 
     def _answer(self, requests: dict[int, Request]) -> Answers | None:
         """Answer at once; None after a signal: this process is still asked for the answers that were begun."""
@@ -146,34 +163,31 @@ class PartialServer:
             for drawing, begun in zip(fresh, so_far.get(seed, []), strict=False):
                 drawing.so_far = begun
             drawings[rank, number] = fresh
-        batch = _Batch(drawings)
-        self._batches.append(batch)
+        self._batches.append(batch := _Batch(drawings))
         self._sampling = messages[self.bridge.sender].request.sampling
-        if self._drawing is None:
-            self._drawing = begin(self.rollout, self._sampling, 2 * len(list(batch.all)), self.positions)
-        running = self._drawing
-        or_raise_everywhere(self.bridge, lambda: running.add(list(batch.all)))
+        self._draw(list(batch.all))
 
-    def _finish(self) -> None:
-        """Draw until the oldest answers are finished, and send them; None instead if a signal came before, and they go on."""
-        batch = self._batches[0]
-        while not batch.is_finished and signals.received() is None:
-            or_raise_everywhere(self.bridge, self._step)
-        values = self.bridge.exchange(batch.answers if batch.is_finished else None)
-        if all(values[rank] is not None for rank in self.bridge.layout.rollout):
-            self._batches.pop(0)
+    def _draw(self, drawings: list[Drawing]) -> None:
+        """Draw these answers too."""
+
+        def add() -> None:
+            assert self._sampling is not None
+            if self._drawing is None:
+                of_two_steps = 2 * len(list(self._batches[0].all))
+                self._drawing = begin(self.rollout, self._sampling, of_two_steps, self._positions)
+            self._drawing.add(drawings)
+
+        self._try(add)
 
     def _stop(self) -> None:
+        """Give each unfinished answer its tokens so far, and leave the engine to others; `_go_on` goes on with them."""
         if self._drawing is not None:
             self._drawing.stop()
             self._drawing = None
 
     def _go_on(self) -> None:
-        unfinished = [drawing for batch in self._batches for drawing in batch.all]
-        if unfinished:
-            assert self._sampling is not None
-            new = self._drawing = begin(self.rollout, self._sampling, 2 * len(list(self._batches[0].all)), self.positions)
-            or_raise_everywhere(self.bridge, lambda: new.add(unfinished))
+        if self._batches:
+            self._draw([drawing for batch in self._batches for drawing in batch.all])
 
 
 def _check(rollout: Rollout) -> None:
@@ -183,3 +197,12 @@ def _check(rollout: Rollout) -> None:
             where="rollout.partial=true",
             fix="set rollout.name=native, or rollout.partial=false: new weights then wait for the answers",
         )
+
+
+def _differs(due: dict[str, Any] | None, found: str) -> UserError:
+    recorded = "ends here" if due is None else f"has {due['event']!r} after {due['decode_steps']} decode steps in step {due['step']}"
+    return UserError(
+        f"the recorded run {recorded}, and this one has {found}",
+        where="rollout.replay",
+        fix="give the command of the recorded run, with its trainer.save_freq and trainer.test_freq, on the same kind of machine",
+    )

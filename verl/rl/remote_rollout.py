@@ -31,6 +31,7 @@ class RemoteRollout:
     def __init__(self, bridge: Bridge, *, is_partial: bool = False):
         self._bridge, self._is_partial, self._is_open = bridge, is_partial, True
         self._begun: list[int] = []  # numbers of prompts of each `begin` whose answers were not fetched
+        self._finished = 0  # number of calls of `finish`
         self.version = 0
         self.schedule: Schedule | None = None
         answers = bridge.exchange(None)
@@ -64,10 +65,11 @@ class RemoteRollout:
         Raises:
             AbandonedError: the rollout is partial, and a signal came; the answers go on.
         """
+        if self._is_partial:
+            self._bridge.wait_for(self._finished)
         self._send(Finish())
-        found = self._answers(self._begun[0])
-        self._begun.pop(0)
-        return found
+        self._finished += 1
+        return self._answers(self._begun.pop(0))
 
     def cut(self) -> list[list[Completion]]:
         """Return, of each `begin` in order, what its answers have so far. The rollout is partial; the answers go on."""

@@ -4,17 +4,28 @@ Dimensions: G generated tokens.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from verl.rollout import Sampling
+from verl.rollout import Completion, Sampling
 from verl.rollout._sampler import uniform_numbers
 from verl.rollout.drawing import Drawing
-from verl.rollout.native.scheduler import Request
+from verl.rollout.native.scheduler import Request, Scheduler
 
-if TYPE_CHECKING:
-    from verl.rollout.native.engine import NativeRollout
+
+class Engine(Protocol):
+    """What `verl.rollout.native.engine.NativeRollout` does here."""
+
+    scheduler: Scheduler
+
+    def check_lengths(self, prompts: Sequence[list[int]], sampling: Sampling) -> int: ...
+
+    def prepare(self, sampling: Sampling, responses: int, positions: int) -> None: ...
+
+    def advance(self, sampling: Sampling) -> list[tuple[int, Completion]]: ...
+
+    def so_far(self, sampling: Sampling) -> list[tuple[int, Completion]]: ...
 
 
 class NativeContinuous:
@@ -25,7 +36,7 @@ class NativeContinuous:
         positions: maximum tokens of a prompt with its response.
     """
 
-    def __init__(self, engine: "NativeRollout", sampling: Sampling, responses: int, positions: int):
+    def __init__(self, engine: Engine, sampling: Sampling, responses: int, positions: int):
         engine.prepare(sampling, responses, positions)
         self._engine, self._sampling = engine, sampling
         self._drawings: dict[int, Drawing] = {}  # by the number of their request
