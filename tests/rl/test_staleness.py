@@ -11,8 +11,10 @@ import pytest
 import torch
 from places import run_ranks
 from rl_runs import SOMETIMES, Pair, words, write_folder
+from rollout.test_commands import StandIn
 from runs import PPO, lines_of, metrics_of, timeless, wait_for
 from safetensors.torch import load_file
+from served import server
 from transformers import AutoModelForCausalLM
 
 from verl.config.load import load_config
@@ -439,3 +441,37 @@ def test_a_signal_cuts_answers_that_are_drawn_and_they_go_on(folder: Path) -> No
         if of_number := [line for line in drawn if line["number"] == number]:
             text = str(tokenizer.decode(answer.token_ids, skip_special_tokens=True)).rstrip("�")
             assert of_number[k]["response"].startswith(text) and of_number[k]["version"] == answer.version
+
+
+GOES_ON = """
+ROLE = "user"
+
+
+def reply(response, prompt, row):
+    return "Go on."
+"""
+
+
+@pytest.mark.parametrize("partial", ["false", "true"])
+def test_turns_after_a_tools_reply_are_drawn_by_the_weights_of_now(folder: Path, partial: str) -> None:
+    (folder / "goes_on.py").write_text(GOES_ON)
+    more: dict[str, object] = {"rollout__tool": folder / "goes_on.py", "rollout__max_turns": 2, "rollout__max_new_tokens": 100}
+    found = run(folder, f"tool_{partial}", {**AHEAD, **more, "rollout__partial": partial})
+    several = of_two_versions(found)
+    assert several and all(line["turns"] == 2 for line in several if partial == "false")
+    for step, line in enumerate(metrics_of(found)):
+        answers = lines_of(found / "rollouts" / f"step_{step + 1}.jsonl")
+        assert {answer["versions"][-1][0] for answer in answers if "versions" in answer} <= {step}
+        assert line["rl/largest_weight_lag"] <= 1
+    assert max(line["rl/turns"] for line in metrics_of(found)) > 1
+
+
+def test_a_server_draws_ahead_too(folder: Path) -> None:
+    stand_in = StandIn(folder / "model")
+    with server(stand_in.answer) as url:
+        more: dict[str, object] = {"rollout__name": "vllm", "rollout__url": url, "trainer__total_training_steps": 3}
+        found = run(folder, "served", {**AHEAD, **more})
+    first, *others = metrics_of(found)
+    assert first["rl/rollout_difference"] < 1e-5 < min(line["rl/rollout_difference"] for line in others)
+    assert [line["rl/weight_lag"] for line in (first, *others)] == [0, 1, 1]
+    assert stand_in.calls.count("/v1/completions") == 3 * 16

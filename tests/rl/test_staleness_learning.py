@@ -11,8 +11,8 @@ from runs import PPO
 pytestmark = [pytest.mark.learning, pytest.mark.timeout(4800)]
 
 AHEAD = (
-    "rollout.staleness=1 algorithm.importance_weights=truncate mapping.actor=[0] mapping.critic=[0] mapping.reference=[0] mapping.reward=[0] "
-    "mapping.rollout=[1]"
+    "rollout.staleness=1 algorithm.importance_weights=truncate "
+    "mapping.actor=[0] mapping.critic=[0] mapping.reference=[0] mapping.reward=[0] mapping.rollout=[1]"
 ).split()
 WITHIN = 0.03
 
