@@ -60,6 +60,7 @@ class Result:
         tokens_per_second: prompts and answers that are trained, over all seconds of the steps that count.
         answer_tokens, longest: mean and largest number of tokens of an answer.
         lag: mean number of updates by which the weights that drew a token were older.
+        difference: mean absolute difference between the log-probabilities of drawing and of learning; 0.01 or so is rounding.
         phases: seconds of the parts of a step on the first training process, medians.
         failed: why there are no numbers.
     """
@@ -70,6 +71,7 @@ class Result:
     answer_tokens: float = 0.0
     longest: int = 0
     lag: float = 0.0
+    difference: float = 0.0
     phases: dict[str, float] | None = None
     wall_seconds: float = 0.0
     failed: str | None = None
@@ -193,6 +195,7 @@ def result_of(name: str, directory: Path, ends: list[float], options: argparse.N
         statistics.mean(answers),
         max(answers),
         statistics.mean(line["rl/weight_lag"] for line in counted),
+        statistics.mean(line["rl/rollout_difference"] for line in counted),
         {phase.removeprefix("perf/seconds_"): statistics.median(line.get(phase, 0.0) for line in counted) for phase in phases},
         wall,
     )
@@ -202,16 +205,18 @@ def show(results: list[Result], options: argparse.Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 170)
     work = f"{options.prompts} prompts × {options.samples} answers a step, {options.steps} steps after {options.warmup}"
     title = f"{work}, on 2 × {device(options)}"
-    table = Table("run", "s a step", "tokens/s", "× both", "answer tokens", "longest", "lag", "seconds of phases", "wall s", title=title)
+    table = Table(
+        "run", "s a step", "tokens/s", "× both", "answer tokens", "longest", "lag", "difference", "seconds of phases", "wall s", title=title
+    )
     base = next((result.tokens_per_second for result in results if result.name == "both"), 0.0)
     for result in results:
         if result.failed is not None:
-            table.add_row(result.name, "failed", *[""] * 6, f"{result.wall_seconds:.0f}")
+            table.add_row(result.name, "failed", *[""] * 7, f"{result.wall_seconds:.0f}")
             continue
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in (result.phases or {}).items())
         faster = f"{result.tokens_per_second / base:.2f}" if base else ""
         row = [result.name, f"{result.seconds:.2f}", f"{result.tokens_per_second:,.0f}", faster, f"{result.answer_tokens:.0f}"]
-        table.add_row(*row, f"{result.longest:,}", f"{result.lag:.2f}", phases, f"{result.wall_seconds:.0f}")
+        table.add_row(*row, f"{result.longest:,}", f"{result.lag:.2f}", f"{result.difference:.4f}", phases, f"{result.wall_seconds:.0f}")
     console.print(table)
     for result in results:
         if result.failed is not None:

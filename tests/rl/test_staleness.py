@@ -298,28 +298,44 @@ def load(*arguments):
             raise UserError("cannot today", where="the rollout", fix="ask again tomorrow")
         return generate(*arguments)
 
+    advance = rollout.advance
+
+    def failing_step(*arguments):
+        calls.append(1)
+        if len(calls) == 60:
+            raise UserError("cannot today", where="the rollout", fix="ask again tomorrow")
+        return advance(*arguments)
+
     rollout.generate = failing
+    if PARTIAL:
+        rollout.advance = failing_step
     return rollout
 """
 
 
-def test_an_error_while_answers_are_drawn_ahead_ends_all_with_its_reason(folder: Path) -> None:
-    (folder / "fails.py").write_text(FAILS_AHEAD)
-    trains, generates = pair(folder, "fails", rollout__name=folder / "fails.py").ends()
+@pytest.mark.parametrize("partial", ["false", "true"])
+def test_an_error_while_answers_are_drawn_ahead_ends_all_with_its_reason(folder: Path, partial: str) -> None:
+    (folder / f"fails_{partial}.py").write_text(f"PARTIAL = {partial == 'true'}\n{FAILS_AHEAD}")
+    changes: dict[str, object] = {"rollout__name": folder / f"fails_{partial}.py", "rollout__partial": partial}
+    trains, generates = pair(folder, f"fails_{partial}", **{**changes, "trainer__total_training_steps": 50}).ends()
     assert trains[0] == generates[0] == 2
     assert trains[2] == "error: the rollout: cannot today\n  fix: ask again tomorrow\n" and generates[2] == ""
-    assert len(metrics_of(folder / "fails")) == 1
+    assert 1 <= len(metrics_of(folder / f"fails_{partial}")) < 50
 
 
-def test_a_reward_that_fails_while_answers_are_drawn_ends_all(folder: Path) -> None:
+@pytest.mark.parametrize("partial", ["false", "true"])
+def test_a_reward_that_fails_while_answers_are_drawn_ends_all(folder: Path, partial: str) -> None:
     (folder / "raises.py").write_text("def score(prompt, response, row):\n    raise ValueError('never')\n")
-    trains, generates = pair(folder, "raises", reward__name=folder / "raises.py").ends()
+    changes: dict[str, object] = {"reward__name": folder / "raises.py", "rollout__partial": partial}
+    trains, generates = pair(folder, f"raises_{partial}", **changes).ends()
     assert trains[0] == generates[0] == 2 and "reward raises raised ValueError: never" in trains[2]
 
 
-def test_a_rollout_process_that_dies_is_named(folder: Path) -> None:
-    killed = pair(folder, "killed", trainer__total_training_steps=500)
-    wait_for(lambda: (folder / "killed/metrics.jsonl").exists() and len(metrics_of(folder / "killed")) > 1)
+@pytest.mark.parametrize("partial", ["false", "true"])
+def test_a_rollout_process_that_dies_is_named(folder: Path, partial: str) -> None:
+    output = f"killed_{partial}"
+    killed = pair(folder, output, trainer__total_training_steps=500, rollout__partial=partial)
+    wait_for(lambda: (folder / output / "metrics.jsonl").exists() and len(metrics_of(folder / output)) > 1)
     killed.processes[1].kill()
     trains, _ = killed.ends()
     assert trains[0] == 3 and "rank 1 (" in trains[2]

@@ -50,7 +50,6 @@ class Ahead:
         """
         self._steps_left -= 1
         if self._steps_left == 0:
-            self._is_here = False
             return
         mine = share_of(self._prompts, range(drawn, drawn + self._per_step), self._seed)
         self._asked, self._is_asked = [number for number, _ in mine], True
@@ -63,6 +62,7 @@ class Ahead:
             UserError: on all ranks: the rollout returns no log-probabilities.
         """
         if not self._is_asked:
+            self._is_here = False
             return
         done = self._rollout.finish()
         check_logprobs(done)

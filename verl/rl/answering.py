@@ -39,6 +39,7 @@ class Collected:
         groups: number of answered groups, over all ranks.
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
+        is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
     """
 
     answered: list[Sample]
@@ -49,6 +50,7 @@ class Collected:
     groups: int
     kept: list[int]
     scored: list[Scored]
+    is_ahead: bool = False
 
     @property
     def answers(self) -> int:
@@ -273,7 +275,7 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             if with_spread:
                 answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored)
+            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, answerer.ahead is not None)
         refill += 1
 
 

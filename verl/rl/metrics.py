@@ -58,9 +58,10 @@ def _of_answers(collected: Collected) -> dict[str, float]:
 
 def _of_versions(collected: Collected, version: int) -> dict[str, float]:
     """Return by how many updates the weights that drew the tokens of all answers are older than `version`: the mean and the largest."""
-    lags = [version - drawn_by for sample in collected.answered for drawn_by in sample.trained_versions]
-    tokens, total = dist.total([float(len(lags)), float(sum(lags))])
-    return {"rl/weight_lag": total / max(tokens, 1.0), "rl/largest_weight_lag": float(dist.most(max(0, max(lags, default=0))))}
+    lags = [version - np.array(sample.trained_versions, dtype=np.int64) for sample in collected.answered]
+    tokens, total = dist.total([float(sum(map(len, lags))), float(sum(int(lags_M.sum()) for lags_M in lags))])
+    largest = max((int(lags_M.max()) for lags_M in lags if len(lags_M)), default=0)
+    return {"rl/weight_lag": total / max(tokens, 1.0), "rl/largest_weight_lag": float(dist.most(max(0, largest)))}
 
 
 def _of_graders(collected: Collected) -> dict[str, float]:
@@ -101,7 +102,7 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
         "perf/tokens_per_second": whole / seconds,
         "perf/tokens_per_second_per_gpu": whole / seconds / dist.world_size(),
     }
-    if clock.seconds.get("generate"):
+    if clock.seconds.get("generate") and not collected.is_ahead:
         metrics["perf/generated_tokens_per_second"] = drawn / clock.seconds["generate"]
     if device.type == "cuda":
         metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

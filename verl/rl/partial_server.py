@@ -173,7 +173,7 @@ class PartialServer:
         def add() -> None:
             assert self._sampling is not None
             if self._drawing is None:
-                of_two_steps = 2 * len(list(self._batches[0].all))
+                of_two_steps = max(1, 2 * len(list(self._batches[0].all)))
                 self._drawing = begin(self.rollout, self._sampling, of_two_steps, self._positions)
             self._drawing.add(drawings)
 

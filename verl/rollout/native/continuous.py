@@ -21,7 +21,7 @@ class Engine(Protocol):
 
     def check_lengths(self, prompts: Sequence[list[int]], sampling: Sampling) -> int: ...
 
-    def prepare(self, sampling: Sampling, responses: int, positions: int) -> None: ...
+    def prepare(self, sampling: Sampling, responses: int, positions: int, *, at_most: int) -> None: ...
 
     def advance(self, sampling: Sampling) -> list[tuple[int, Completion]]: ...
 
@@ -37,7 +37,7 @@ class NativeContinuous:
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, responses: int, positions: int):
-        engine.prepare(sampling, responses, positions)
+        engine.prepare(sampling, responses, positions, at_most=responses)  # so that what was generated before changes nothing
         self._engine, self._sampling = engine, sampling
         self._drawings: dict[int, Drawing] = {}  # by the number of their request
         self._added = 0

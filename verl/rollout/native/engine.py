@@ -5,6 +5,7 @@ step adds one token to every slot. When a response has ended, the next request t
 is one CUDA graph that also samples. Only every STEPS steps, the host reads which responses have ended.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -150,12 +151,13 @@ class NativeRollout:
             raise UserError(what, where="rollout.name=native", fix=USE_HF)
         return max(map(len, prompts), default=0) + sampling.max_new_tokens
 
-    def prepare(self, sampling: Sampling, responses: int, positions: int) -> None:
+    def prepare(self, sampling: Sampling, responses: int, positions: int, *, at_most: int = sys.maxsize) -> None:
         """Allocate slots if they are too few or too short, and begin with an empty queue.
 
         Args:
             responses: number of responses to generate at the same time.
             positions: maximum tokens of a prompt with its response.
+            at_most: number of slots to use, even if earlier calls have left more.
         """
         size = self.slots.size_for(responses, positions, sampling.max_new_tokens)
         if size != self.slots.size:
@@ -166,7 +168,7 @@ class NativeRollout:
         self.runner.set_temperature(sampling.temperature)
         # A new scheduler, so that no keys and values of earlier calls are reused: shared weights may have changed without notice.
         on_gpu, keeps_prompts = self._device.type == "cuda", not self.slots.are_recurrent
-        self.scheduler = Scheduler([], self.slots.number, on_gpu=on_gpu, keeps_prompts=keeps_prompts)
+        self.scheduler = Scheduler([], min(at_most, self.slots.number), on_gpu=on_gpu, keeps_prompts=keeps_prompts)
 
     def _admit(self) -> None:
         """Start queued requests in free slots, if the scheduler decides so."""
