@@ -266,8 +266,8 @@ def pair(folder: Path, output: str, **changes: object) -> Pair:
     return Pair(folder, output, **{name: value for name, value in {**AHEAD, **changes}.items() if not name.startswith("mapping__")})
 
 
-def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_bit_for_bit(folder: Path) -> None:
-    steps: dict[str, object] = {"trainer__total_training_steps": 60}
+def test_a_run_goes_on_after_a_signal_and_after_a_kill_bit_for_bit(folder: Path) -> None:
+    steps: dict[str, object] = {"trainer__total_training_steps": 60, "trainer__save_freq": 7}
     stopped = pair(folder, "stopped", **steps)
     wait_for(lambda: (folder / "stopped/metrics.jsonl").exists() and len(metrics_of(folder / "stopped")) > 2)
     for process in stopped.processes:
@@ -275,6 +275,12 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_bit_for_bit(folder: P
     trains, generates = stopped.ends()
     assert (trains[0], generates[0]) == (75, 0), trains[2] + generates[2]
     assert "the same command resumes from" in trains[1] and "Traceback" not in trains[2] + generates[2]
+    assert len(metrics_of(folder / "stopped")) < 60, "else the test shows nothing"
+    done, killed = len(metrics_of(folder / "stopped")), pair(folder, "stopped", **steps)
+    wait_for(lambda: len(metrics_of(folder / "stopped")) > done + 10)
+    for process in killed.processes:
+        process.kill()
+    assert [code for code, *_ in killed.ends()] == [-signal.SIGKILL] * 2
     assert len(metrics_of(folder / "stopped")) < 60, "else the test shows nothing"
     assert [code for code, *_ in pair(folder, "stopped", **steps).ends()] == [0, 0]
     whole = run(folder, "whole", {**AHEAD, **steps})

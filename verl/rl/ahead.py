@@ -89,7 +89,7 @@ class Ahead:
         Raises:
             UserError: on all ranks: the file is damaged.
         """
-        found = read_drawn(checkpoint, drawn, [self._per_step])
+        found = read_drawn(checkpoint, drawn, [self._per_step], self._sampling.n)
         if not all(answer.is_finished for answers in found.values() for answer in answers):
             fix = "set rollout.partial=true, as in the run of this checkpoint"
             raise UserError("has unfinished answers, which go on under newer weights", where=str(checkpoint), fix=fix)
@@ -141,21 +141,23 @@ def _write(directory: Path, drawn: dict[int, list[Completion]]) -> None:
         write_answers(directory / NAME, drawn)
 
 
-def read_drawn(checkpoint: Path, drawn: int, expected: Sequence[int]) -> dict[int, list[Completion]]:
+def read_drawn(checkpoint: Path, drawn: int, expected: Sequence[int], samples: int) -> dict[int, list[Completion]]:
     """Return the answers that a checkpoint has, of all ranks; none if it has no file of them. Every rank calls it.
 
     Args:
         drawn: number of prompts drawn before the step that begins.
         expected: how many prompts may have answers.
+        samples: number of answers to each.
     Raises:
         UserError: on all ranks: the file is damaged.
     """
     of_main: list[dict[int, list[Completion]]] = []
     dist.together(lambda: of_main.append(read_answers(checkpoint) if dist.is_main() else {}))
     found = dist.from_main(of_main[0])
-    if found and (sorted(found) != list(range(drawn, drawn + len(found))) or len(found) not in expected):
-        what = f"{NAME} has answers to other prompts than those that are drawn next, from number {drawn} on"
-        raise UserError(what, where=str(checkpoint), fix="resume from another checkpoint")
+    is_next = sorted(found) == list(range(drawn, drawn + len(found))) and len(found) in [0, *expected]
+    if not is_next or any(len(answers) != samples for answers in found.values()):
+        what = f"{NAME} has other answers than {samples} to each prompt that is drawn next, from number {drawn} on"
+        raise UserError(what, where=str(checkpoint), fix="resume with the settings of its run, or from another checkpoint")
     return found
 
 

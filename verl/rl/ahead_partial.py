@@ -67,7 +67,7 @@ class PartialAhead:
 
     def restore(self, checkpoint: Path, drawn: int) -> None:
         """Take the answers of a checkpoint as they were, whatever the number of ranks that wrote it. See `verl.rl.ahead.Ahead.restore`."""
-        self._known = read_drawn(checkpoint, drawn, [self._per_step, 2 * self._per_step])
+        self._known = read_drawn(checkpoint, drawn, [self._per_step, 2 * self._per_step], self._sampling.n)
 
     def gathered(self) -> dict[int, list[Completion]]:
         """Return what the answers of all ranks have so far, by the number of their prompt. They stop, and go on from there."""

@@ -39,8 +39,9 @@ class RemoteRollout:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`. Raises AbandonedError: a signal came."""
-        self._send(_request(prompts, sampling, seeds))
-        return self._answers(len(prompts))
+        with signals.held():  # the rollout processes give up, and tell all
+            self._send(_request(prompts, sampling, seeds))
+            return self._answers(len(prompts))
 
     def begin(
         self,
@@ -106,8 +107,7 @@ class RemoteRollout:
         """Receive the answers to the prompts of this process."""
         ranks = self._bridge.layout.rollout
         try:
-            with signals.held():  # the rollout processes give up, and tell all
-                answers = self._bridge.exchange(None)
+            answers = self._bridge.exchange(None)
         except AbandonedError:
             self._is_open = False  # they end
             raise
