@@ -1,9 +1,11 @@
 """A small model with problems to answer, and a reward that its random answers differ in, for tests of reinforcement learning."""
 
+import os
 from pathlib import Path
 
 import pytest
-from places import run_ranks
+from forked import Forked
+from places import free_port, run_ranks
 from runs import PPO, as_words, lines_of, metrics_of
 from tiny import write_problems_and_model
 
@@ -15,6 +17,10 @@ REWARD = '''"""The share of letters in the answer that are vowels."""
 def score(prompt: str, response: str, row: dict) -> float:
     return sum(c in "aeiou" for c in response.lower()) / max(1, len(response))
 '''
+# The second half of the questions' numbers earn nothing, so that some groups have no spread.
+SOMETIMES = (
+    "def score(prompt, response, row):\n    return float(int(row['reference'][-1]) % 2) * (1 + sum(c in 'aeiou' for c in response))\n"
+)
 COMPARED = ("train/loss", "train/grad_norm", "rl/reward", "rl/reward_std", "rl/entropy", "rl/kl_k3", "rl/response_tokens")
 OF_CRITIC = ("critic/loss", "critic/grad_norm", "rl/explained_variance")
 STEPS = 3  # of runs on several processes
@@ -70,3 +76,22 @@ def check_same(found: Path, expected: Path, *, has_critic: bool = False) -> None
     for here, there in zip(metrics_of(found), metrics_of(expected), strict=True):
         for name in (*COMPARED, *(OF_CRITIC if has_critic else ())):
             assert here[name] == pytest.approx(there[name], rel=1e-4, abs=1e-5), name
+
+
+class Pair:
+    """A process that trains, and one that generates for it; each can be looked at, and sent a signal, by itself."""
+
+    def __init__(self, folder: Path, output: str, **changes: object):
+        roles = {f"mapping__{role}": "[0]" for role in ("actor", "critic", "reference", "reward")} | {"mapping__rollout": "[1]"}
+        command = [*PPO, *words(folder, output, **roles, **changes)]
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = [Forked(command, folder, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+
+    def ends(self) -> list[tuple[int, str, str]]:
+        """Exit code, standard output and standard error of both."""
+        try:
+            said = [process.communicate(timeout=90) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, *texts) for process, texts in zip(self.processes, said, strict=True)]

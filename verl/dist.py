@@ -291,6 +291,12 @@ def cause_of(error: BaseException) -> BaseException:
     return error if _peers is None else _peers.cause_of(error)
 
 
+def check_others() -> None:
+    """Raise RankError if another rank has died, hangs or has failed."""
+    if _peers is not None:
+        _peers.check()
+
+
 def moved() -> None:
     """Note that the run gets on, so that no rank takes this one for hung."""
     from verl import signals

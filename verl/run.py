@@ -182,7 +182,7 @@ class Run:
 
             text = redact_text(text)
             self._print(text)
-            self._append("train.log", text)
+            self.append("train.log", text)
 
     def show(self, write: Callable[[Console], None]) -> None:
         """Print colored output: `write` is called with a console for the terminal, and with a plain one for train.log."""
@@ -190,7 +190,7 @@ class Run:
             write(self._console)
             text = io.StringIO()
             write(open_console(file=text, width=200))
-            self._append("train.log", text.getvalue().removesuffix("\n"))
+            self.append("train.log", text.getvalue().removesuffix("\n"))
 
     def line(self, text: str, kind: str = "step", *, is_last: bool = False) -> None:
         """Write a line that comes again and again to train.log. Of each kind, the first is printed, the last, and one in ten seconds.
@@ -207,7 +207,7 @@ class Run:
             if not is_shown and (is_last or now - self._printed.get(kind, -math.inf) >= SECONDS_BETWEEN_LINES):
                 self._printed[kind] = now
                 self._print(text)
-            self._append("train.log", text)
+            self.append("train.log", text)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write a step's metrics to metrics.jsonl, the loggers and the panel.
@@ -219,7 +219,7 @@ class Run:
         self.step = step
         if not dist.is_main():
             return
-        self._append("metrics.jsonl", _json({"step": step, **metrics}))
+        self.append("metrics.jsonl", _json({"step": step, **metrics}))
         self._loggers.log(step, metrics)
         if self._view is not None:
             self._view.log(step, metrics)
@@ -322,9 +322,9 @@ class Run:
         except (OSError, SystemExit) as error:  # a full disk; rich exits where nobody reads a pipe any more
             from verl.disk import silence_output
 
-            self._append("train.log", silence_output(error))
+            self.append("train.log", silence_output(error))
 
-    def _append(self, name: str, text: str) -> None:
+    def append(self, name: str, text: str) -> None:
         """Append a line to a file. If the disk fails, this is told once, and the line is written with the next one that can be."""
         lines = f"{self._unwritten.pop(name, '')}{text}\n"
         try:

@@ -59,7 +59,7 @@ class Start:
         ppo_trainer.main([*files, *words, f"trainer.default_local_dir={directory}", f"trainer.seed={self.seed}"])
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         steps = metrics_of(directory)[-1]["step"]
-        found = self._exact_match(directory / f"global_step_{steps}")
+        found = self.measure(directory / f"global_step_{steps}")
         print(f"seed {self.seed}: {output} {self.exact_match:.4f} -> {found:.4f}, {steps} steps, {wall:.0f} s, {processor:.0f} CPU s")
         return found
 
@@ -68,14 +68,15 @@ class Start:
         start, exact_match = self.folder / "model", 0.0
         for step in range(FIRST, STEPS + 1, EVERY):
             checkpoint = self.folder / "sft" / f"global_step_{step}"
-            found = self._exact_match(checkpoint)
+            found = self.measure(checkpoint)
             if found > BEYOND:
                 break
             if found <= HIGHEST:
                 start, exact_match = checkpoint, found
         return start, exact_match
 
-    def _exact_match(self, checkpoint: Path) -> float:
+    def measure(self, checkpoint: Path) -> float:
+        """Greedy exact match of a checkpoint on the held-out problems."""
         output = self.folder / "evaluation"
         config = EvalConfig(
             model_path=str(checkpoint), test_file=str(self.folder / "test.jsonl"), output_dir=str(output), max_new_tokens=64, overwrite=True

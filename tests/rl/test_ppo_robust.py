@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pickle
 import re
 import signal
@@ -17,10 +16,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
-from forked import Forked, run_forked
-from places import free_port
+from forked import run_forked
 from reward_models import PLAIN, scores_of_transformers, write_reward_model
-from rl_runs import train, words, write_folder
+from rl_runs import SOMETIMES, Pair, train, words, write_folder
 from runs import PPO, lines_of, metrics_of, timeless
 from tiny import write_model
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
@@ -166,12 +164,6 @@ def test_each_update_that_is_not_taken_has_a_file_of_its_own(folder: Path) -> No
 def test_without_a_critic_nothing_waits_for_it(folder: Path) -> None:
     (line,) = train(folder, "no_critic", critic__warmup_steps=3, trainer__total_training_steps=1)
     assert line["train/grad_norm"] > 0
-
-
-# The second half of the questions' numbers earn nothing, so that some groups have no spread.
-SOMETIMES = (
-    "def score(prompt, response, row):\n    return float(int(row['reference'][-1]) % 2) * (1 + sum(c in 'aeiou' for c in response))\n"
-)
 
 
 def test_what_dynamic_sampling_leaves_out_is_still_counted_and_on_disk(folder: Path) -> None:
@@ -533,25 +525,6 @@ def test_what_one_process_cannot_generate_ends_all_with_its_reason(folder: Path)
     assert done.returncode != 0
     assert "error: the second process: cannot today\n  fix: ask again tomorrow" in done.stderr
     assert "Traceback" not in done.stderr.split("error: the second process")[0]
-
-
-class Pair:
-    """A process that trains, and one that generates for it; each can be looked at, and sent a signal, by itself."""
-
-    def __init__(self, folder: Path, output: str, **changes: object):
-        roles = {f"mapping__{role}": "[0]" for role in ("actor", "critic", "reference", "reward")} | {"mapping__rollout": "[1]"}
-        command = [*PPO, *words(folder, output, **roles, **changes)]
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        self.processes = [Forked(command, folder, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-
-    def ends(self) -> list[tuple[int, str, str]]:
-        """Exit code, standard output and standard error of both."""
-        try:
-            said = [process.communicate(timeout=90) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        return [(process.returncode, *texts) for process, texts in zip(self.processes, said, strict=True)]
 
 
 def test_an_error_of_those_that_train_ends_who_generates_for_them(folder: Path) -> None:

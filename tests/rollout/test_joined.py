@@ -118,10 +118,20 @@ def test_prompts_in_the_slots_are_not_computed_again_until_the_weights_change(mo
         assert computed
 
 
+def test_prompts_in_slots_that_other_calls_pass_over_are_computed_again() -> None:
+    """A decode step of the first rows also writes into those that are not in use."""
+    model: Any = qwen2()
+    rollout, prompts = NativeRollout(model, [0]), random_prompts()
+    expected = rollout.generate(prompts, GREEDY)
+    for some in ([prompts[-1]], prompts[2:4], prompts[:1], prompts[1:]):
+        rollout.generate(some, GREEDY)
+        assert tokens(rollout.generate(prompts, GREEDY)) == tokens(expected)
+
+
 def test_a_prefill_that_fails_leaves_no_prompt_that_counts_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     rollout, prompts = NativeRollout(qwen2(), [0]), random_prompts()
-    expected, prefill = rollout.generate(prompts, GREEDY), Runner.prefill
-    rollout.update_weights((), 1)
+    prefill = Runner.prefill
+    expected = NativeRollout(qwen2(), [0]).generate(prompts, GREEDY)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -133,6 +133,14 @@ class RolloutConfig:
     gpu_memory_utilization: float = 0.5
     # Free the engine's memory during training if that is worth the time to allocate it again; false: never.
     sleep: bool = True
+    # Updates by which the weights that draw an answer may be older than those that learn from it: 0, or 1. With 1, ranks of its own
+    # (mapping.rollout) draw the next step's answers while the trainer learns from those of this step.
+    staleness: int = 0
+    # With staleness=1: new weights do not wait for answers; unfinished ones go on under them, and answers of the next step begin as soon as
+    # there is room. It needs the engine native. Two runs then differ by when weights came.
+    partial: bool = False
+    # With partial: repeat the run that wrote this schedule.jsonl, bit for bit.
+    replay: str | None = None
     # Tool that replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
     tool: str | None = None
     # Maximum number of the model's turns in one answer.
@@ -199,6 +207,7 @@ class PPOConfig:
         one_of("data.share_prompts", self.data.share_prompts, ("auto", "never"))
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
         at_least("rollout.max_turns", self.rollout.max_turns, 1)
+        check_staleness(self.rollout, self.algorithm)
         one_of("rollout.on_error", self.rollout.on_error, ("stop", "reply"))
         at_least("critic.warmup_steps", self.critic.warmup_steps, 0)
         if not 0.0 < self.rollout.temperature < float("inf"):
@@ -247,6 +256,25 @@ def check_mapping(mapping: MappingConfig) -> None:
         ranks = getattr(mapping, role)
         if ranks != "all" and not (isinstance(ranks, list) and ranks and all(isinstance(r, int) and r >= 0 for r in ranks)):
             raise UserError(f"found {ranks!r}", where=f"mapping.{role}", fix='give "all" or a list of ranks, such as [0,1]')
+
+
+def check_staleness(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
+    """Check the keys of answers that are drawn ahead. Raises UserError naming the key."""
+    one_of("rollout.staleness", rollout.staleness, (0, 1))
+    if rollout.replay is not None and not rollout.partial:
+        what = "without rollout.partial, the schedule does not depend on time: the same command repeats a run"
+        raise UserError(what, where="rollout.replay", fix="remove this key")
+    if not rollout.partial:
+        return
+    if rollout.staleness == 0:
+        what = "unfinished answers would go on under newer weights, which are not those of one step"
+        raise UserError(what, where="rollout.partial=true", fix="set rollout.staleness=1, or rollout.partial=false")
+    if rollout.name in ("hf", "vllm"):
+        what = f"{rollout.name} cannot stop an answer and go on with it under new weights"
+        raise UserError(what, where="rollout.partial=true", fix="set rollout.name=native, or rollout.partial=false")
+    if algorithm.dynamic_sampling:
+        what = "which prompts are drawn next depends on the rewards of this step's answers, but they are begun before"
+        raise UserError(what, where="rollout.partial=true", fix="set algorithm.dynamic_sampling=false, or rollout.partial=false")
 
 
 def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:

@@ -34,7 +34,8 @@ KINDS = {
         optim.name optim.lr optim.weight_decay optim.clip_grad optim.lr_scheduler optim.warmup_steps_ratio optim.min_lr_ratio
         optim.stable_ratio
         reward.name reward.weights reward_model.weight
-        rollout.name rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.tool rollout.max_turns
+        rollout.name rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.staleness rollout.partial
+        rollout.tool rollout.max_turns
         trainer.seed
     """,
     MODEL: """
@@ -58,6 +59,7 @@ KINDS = {
         reward.on_error reward.secrets reward.timeout_seconds reward.use_gpu reward.workers
         reward_model.max_tokens_per_micro_batch reward_model.trust_remote_code
         rollout.url rollout.gpu_memory_utilization rollout.max_sequences rollout.sleep rollout.weights_folder rollout.on_error
+        rollout.replay
         dist.timeout_seconds trainer.max_seconds trainer.max_nonfinite_steps
         samples.rows samples.max_new_tokens samples.metric
         trainer.async_save trainer.best_metric trainer.best_mode trainer.patience

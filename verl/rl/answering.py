@@ -15,6 +15,8 @@ from verl.config.workers import WorkersConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.rewards._scoring import Rewards, Scored
+from verl.rl.ahead import Ahead, share_of
+from verl.rl.ahead_partial import PartialAhead
 from verl.rl.clock import Clock
 from verl.rl.samples import Sample
 from verl.rl.tool import Tool, tool_of
@@ -37,6 +39,7 @@ class Collected:
         groups: number of answered groups, over all ranks.
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
+        is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
     """
 
     answered: list[Sample]
@@ -47,6 +50,7 @@ class Collected:
     groups: int
     kept: list[int]
     scored: list[Scored]
+    is_ahead: bool = False
 
     @property
     def answers(self) -> int:
@@ -63,6 +67,8 @@ class Answerer:
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
+        sampling: how the answers to train on are sampled.
+        ahead: draws the answers of the next step while this one is trained; None: each step draws its own.
     Raises:
         UserError: there is no such tool.
     """
@@ -79,15 +85,31 @@ class Answerer:
         watch: Watch | None = None,
     ):
         self.rollout = rollout
-        self._config, self._scorer, self._tokenizer, self._seed = config, scorer, tokenizer, seed
+        self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
         self.exact_grader = scorer.exact
+        self.sampling = Sampling(config.max_new_tokens, config.temperature, config.samples_per_prompt, seed)
+        self.ahead: Ahead | PartialAhead | None = None
         self._tool = tool_of(config, workers or WorkersConfig(), watch)
         self._renderer = Renderer(tokenizer)
 
-    def sampled(self, prompts: Sequence[tuple[int, Prompt]]) -> list[Sample]:
-        """Sample `samples_per_prompt` answers to each numbered prompt. Answers to one prompt are adjacent."""
-        sampling = Sampling(self._config.max_new_tokens, self._config.temperature, self._config.samples_per_prompt, self._seed)
-        return self._answered(prompts, sampling)
+    def sampled(self, prompts: Sequence[tuple[int, Prompt]], *, drawn_ahead: bool = False) -> list[Sample]:
+        """Sample `samples_per_prompt` answers to each numbered prompt. Answers to one prompt are adjacent.
+
+        Args:
+            drawn_ahead: whether the answers are those that were drawn ahead, if there are any.
+        """
+        drawn = self.ahead.take(prompts) if drawn_ahead and self.ahead is not None else None
+        return self._answered(prompts, self.sampling, drawn)
+
+    def begin_next(self, drawn: int) -> None:
+        """Ask for the answers of the next step, if they are drawn ahead. `drawn` is the number of prompts drawn before it."""
+        if self.ahead is not None:
+            self.ahead.begin(drawn)
+
+    def finish_next(self) -> None:
+        """Wait for the answers of the next step, if they are drawn ahead."""
+        if self.ahead is not None:
+            self.ahead.finish()
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """Decode one answer to each prompt greedily."""
@@ -123,8 +145,10 @@ class Answerer:
             groups=[sample.group for sample in samples],
         )
 
-    def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
-        completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
+    def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, drawn: list[Completion] | None = None) -> list[Sample]:
+        completions = drawn
+        if completions is None:
+            completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
         owners = [owner for owner in prompts for _ in range(sampling.n)]
         samples = [self._sample_of(number, prompt, done) for (number, prompt), done in zip(owners, completions, strict=True)]
         if self._tool is not None:
@@ -144,8 +168,9 @@ class Answerer:
 
     def _sample_of(self, number: int, prompt: Prompt, done: Completion) -> Sample:
         mask, logprobs = [True] * len(done.token_ids), None if done.logprobs is None else list(done.logprobs)
-        text = done.text(self._tokenizer)
-        return Sample(prompt, number, prompt.token_ids, list(done.token_ids), mask, logprobs, text, done.finish_reason, done.version)
+        text, versions = done.text(self._tokenizer), None if done.versions is None else list(done.versions)
+        ids, reason = list(done.token_ids), done.finish_reason
+        return Sample(prompt, number, prompt.token_ids, ids, mask, logprobs, text, reason, done.version, versions=versions)
 
     def _take_turns(self, samples: list[Sample], tool: Tool, sampling: Sampling) -> None:
         """Append tool replies and the model's next turns until no answer calls the tool."""
@@ -203,15 +228,13 @@ class Answerer:
             sample.finish_reason = "length"
             return False
         sample.earlier += [sample.text, reply]
-        sample.answer_ids += ids
-        sample.answer_mask += [False] * len(ids)
+        sample.append(ids, sample.version if sample.versions is None else sample.versions[-1], trained=False)
         if sample.logprobs is not None:
             sample.logprobs += [0.0] * len(ids)
         return True
 
     def _append_turn(self, sample: Sample, done: Completion) -> None:
-        sample.answer_ids += done.token_ids
-        sample.answer_mask += [True] * len(done.token_ids)
+        sample.append(done.token_ids, done.version if done.versions is None else done.versions, trained=True)
         if sample.logprobs is not None:
             sample.logprobs += done.logprobs or [0.0] * len(done.token_ids)
         sample.text, sample.finish_reason = done.text(self._tokenizer), done.finish_reason
@@ -221,7 +244,9 @@ class Answerer:
 def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig, clock: Clock) -> Collected:
     """Sample and score the answers of one step. Every rank calls it and answers its share of the prompts.
 
-    With dynamic sampling, groups with equal rewards are excluded, and new prompts replace them, up to `max_refills` times.
+    With dynamic sampling, groups with equal rewards are excluded, and new prompts replace them, up to `max_refills` times. If answers are
+    drawn ahead, those of the next step are asked for: before this step's are scored, or with dynamic sampling, whose number of prompts
+    depends on the scores, after.
 
     Args:
         drawn: number of prompts drawn before this step.
@@ -234,9 +259,11 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
     flat, first, refill = 0, drawn, 0
     while True:
         numbers = range(drawn, drawn + wanted - len(kept))
-        mine = [(number, prompts.drawn(number, config.trainer.seed)) for number in numbers if number % dist.world_size() == dist.rank()]
+        mine = share_of(prompts, numbers, config.trainer.seed)
         with clock.phase("generate"):
-            answers = answerer.sampled(mine)
+            answers = answerer.sampled(mine, drawn_ahead=refill == 0)
+            if not with_spread:
+                answerer.begin_next(numbers.stop)
         with clock.phase("score"):
             scored.append(answerer.score(answers))
         spread = groups_with_spread(answers)
@@ -245,8 +272,10 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
         kept = sorted({*kept, *(spread if with_spread else numbers)})
         answered += answers
         if len(kept) == wanted or refill == refills:
+            if with_spread:
+                answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored)
+            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, answerer.ahead is not None)
         refill += 1
 
 
@@ -261,4 +290,5 @@ def groups_with_spread(samples: Sequence[Sample]) -> list[int]:
 
 def _cut(done: Completion, most: int) -> Completion:
     logprobs = None if done.logprobs is None else done.logprobs[:most]
-    return replace(done, token_ids=done.token_ids[:most], finish_reason="length", logprobs=logprobs)
+    versions = None if done.versions is None else done.versions[:most]
+    return replace(done, token_ids=done.token_ids[:most], finish_reason="length", logprobs=logprobs, versions=versions)

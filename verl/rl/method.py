@@ -92,9 +92,23 @@ def load_method(config: PPOConfig) -> Method:
     if needs_critic and not hasattr(module, "ValueLoss"):
         fix = "write one, or: from verl.algorithms.ppo import ValueLoss"
         raise UserError("it needs a critic, and has no ValueLoss to train it", where=f"algorithm.name={shared.name}", fix=fix)
+    _check_correction(config, settings)
     loss = module.Loss(settings, config.rollout.max_new_tokens)
     flags = (bool(getattr(loss, name, False)) for name in ("skips_zero_advantage", "entropy_gradient"))
     return Method(module, shared, settings, needs_critic, needs_groups, _reference(config, module, settings), *flags)
+
+
+def _check_correction(config: PPOConfig, settings: Any) -> None:
+    """Raise UserError if answers of older weights would be taken for those of the weights that learn. A user's own method sees to it."""
+    if config.rollout.staleness == 0 or not isinstance(settings, PolicySettings):
+        return
+    if settings.importance_weights is None and settings.old_logprobs == "trainer":
+        raise UserError(
+            "answers drawn by older weights would be taken for answers of the weights that learn from them",
+            where="rollout.staleness=1",
+            fix="set algorithm.importance_weights=truncate, which weighs each token by its probability now over that when it was drawn, at "
+            "most algorithm.importance_cap; or algorithm.old_logprobs=rollout, which clips the ratio to when it was drawn",
+        )
 
 
 def _reference(config: PPOConfig, module: ModuleType, settings: Any) -> str | None:

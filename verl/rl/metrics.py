@@ -15,16 +15,21 @@ from verl.rl.experience import Experience
 
 
 def step_metrics(
-    collected: Collected, experience: Experience, critic: Sequence[Mapping[str, Tensor]], actor: Sequence[Mapping[str, Tensor]]
+    collected: Collected,
+    experience: Experience,
+    critic: Sequence[Mapping[str, Tensor]],
+    actor: Sequence[Mapping[str, Tensor]],
+    version: int,
 ) -> dict[str, float]:
     """Return all metrics of a step except its time. Every rank calls it.
 
     Args:
         critic, actor: results of `Engine.train_step` for each update.
+        version: version of the weights that the step began with.
     """
     learned = experience.learned
     metrics = {f"rl/{name}": value for name, value in learned.metrics.items()} if learned is not None else {}
-    metrics |= _of_answers(collected)
+    metrics |= _of_answers(collected) | _of_versions(collected, version)
     metrics |= {f"critic/{name}": value for name, value in _over_updates(critic).items()}
     named = {"loss": "train/loss", "grad_norm": "train/grad_norm", "skipped": "train/skipped"}
     return metrics | {named.get(name, f"rl/{name}"): value for name, value in _over_updates(actor).items()}
@@ -49,6 +54,14 @@ def _of_answers(collected: Collected) -> dict[str, float]:
         "rl/turns": turns / n,
     }
     return metrics | _of_graders(collected)
+
+
+def _of_versions(collected: Collected, version: int) -> dict[str, float]:
+    """Return by how many updates the weights that drew the tokens of all answers are older than `version`: the mean and the largest."""
+    lags = [version - np.array(sample.trained_versions, dtype=np.int64) for sample in collected.answered]
+    tokens, total = dist.total([float(sum(map(len, lags))), float(sum(int(lags_M.sum()) for lags_M in lags))])
+    largest = max((int(lags_M.max()) for lags_M in lags if len(lags_M)), default=0)
+    return {"rl/weight_lag": total / max(tokens, 1.0), "rl/largest_weight_lag": float(dist.most(max(0, largest)))}
 
 
 def _of_graders(collected: Collected) -> dict[str, float]:
@@ -89,7 +102,7 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
         "perf/tokens_per_second": whole / seconds,
         "perf/tokens_per_second_per_gpu": whole / seconds / dist.world_size(),
     }
-    if clock.seconds.get("generate"):
+    if clock.seconds.get("generate") and not collected.is_ahead:
         metrics["perf/generated_tokens_per_second"] = drawn / clock.seconds["generate"]
     if device.type == "cuda":
         metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

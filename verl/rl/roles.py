@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist, plugin
 from verl.config.ppo import PPOConfig, longest_sample
-from verl.data.prompts import Prompt
+from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
+from verl.engine.background import SavedModel
 from verl.engine.build import Built, build
 from verl.engine.build_heads import Critic, build_critic
 from verl.engine.checkpoint import Position
@@ -31,9 +32,14 @@ from verl.models.prompt_format import system_of
 from verl.pace import counted
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
+from verl.rl.ahead import Ahead, SavedWithAnswers
+from verl.rl.ahead_partial import PartialAhead
 from verl.rl.answering import Answerer
+from verl.rl.bridge import Bridge
+from verl.rl.clock import Clock
 from verl.rl.method import Method
-from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
+from verl.rl.remote_rollout import RemoteRollout, rollout_options
+from verl.rl.schedule import Schedule, events_after
 from verl.rl.still import hold_still
 from verl.rl.tool import load_tool
 from verl.rollout import Rollout, load_rollout, share
@@ -95,9 +101,35 @@ class Roles:
     def _engines(self) -> list[Engine]:
         return [self.actor.engine, *([] if self.critic is None else [self.critic.engine])]
 
+    def draw_ahead(self, config: PPOConfig, prompts: Prompts, start: Position, run: Run) -> SavedModel:
+        """With `rollout.staleness=1`, draw the answers of each next step ahead, from now on. Every rank calls it, with the first weights.
+
+        Returns:
+            what is saved as the actor: with answers that were drawn ahead, if there are any.
+        """
+        rollout = self.answerer.rollout
+        if config.rollout.staleness == 0:
+            return self.actor
+        assert isinstance(rollout, RemoteRollout)
+        if config.rollout.replay is not None:
+            rollout.replay(events_after(config.rollout.replay, start.step))
+        rollout.schedule = Schedule(run, start.step)
+        kind = PartialAhead if config.rollout.partial else Ahead
+        ahead = self.answerer.ahead = kind(rollout, self.answerer.sampling, prompts, config, start, run.total_steps)
+        if run.checkpoint is not None:
+            ahead.restore(run.checkpoint, start.drawn)
+        return SavedWithAnswers(self.actor, ahead)
+
     def publish(self, version: int) -> None:
         """Copy the actor's current weights to the rollout."""
         self.answerer.rollout.update_weights(self.actor.named_weights(), version)
+
+    def renew(self, version: int, clock: Clock) -> None:
+        """Publish new weights, after the answers that are drawn ahead by those before."""
+        with clock.phase("generate"):
+            self.answerer.finish_next()
+        with clock.phase("update_rollout"):
+            self.publish(version)
 
 
 @dataclass(frozen=True)
@@ -232,7 +264,7 @@ def build_rollout(
 ) -> Rollout:
     """Build the rollout. It shares the actor's weights if this process has all of them; otherwise it is a copy, updated after each step."""
     if bridge is not None:
-        return RemoteRollout(bridge)
+        return RemoteRollout(bridge, is_partial=config.rollout.partial)
     name, path, options = config.rollout.name, config.model.partial_pretrain, rollout_options(config)
     if actor.is_whole:
         return share(name, actor.loaded.model, path, tokenizer, stop_ids, options)

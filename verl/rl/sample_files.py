@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 from verl import dist
@@ -38,4 +39,5 @@ def _line(sample: Sample) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "turns": sample.turns,
         "version": sample.version,
+        **({} if sample.versions is None else {"versions": [[each, len(list(run))] for each, run in groupby(sample.trained_versions)]}),
     }

@@ -32,7 +32,8 @@ class Sample:
         text: the answer without its stop token; with a tool, the model's last turn.
         earlier: texts of the turns before the last, model and tool in turn.
         finish_reason: "stop", or "length" if the answer was cut off.
-        version: version of the weights that sampled the answer.
+        version: version of the weights that sampled the answer; of its first token, if `versions` are several.
+        versions: version of the weights for each token of the answer; None: `version` for all.
         parts: reward of each grader, by name.
         turns: number of the model's turns.
     """
@@ -50,6 +51,7 @@ class Sample:
     parts: dict[str, float] = field(default_factory=dict)
     turns: int = 1
     earlier: list[str] = field(default_factory=list)
+    versions: list[int] | None = None
 
     @property
     def document(self) -> tuple[np.ndarray, np.ndarray]:
@@ -60,6 +62,23 @@ class Sample:
     @property
     def trained_tokens(self) -> int:
         return sum(self.answer_mask)
+
+    @property
+    def trained_versions(self) -> list[int]:
+        """Version of the weights that sampled each trained token."""
+        if self.versions is None:
+            return [self.version] * self.trained_tokens
+        return [version for version, is_trained in zip(self.versions, self.answer_mask, strict=True) if is_trained]
+
+    def append(self, token_ids: list[int], version: int | list[int], *, trained: bool) -> None:
+        """Append tokens to the answer, with the version of the weights that sampled them."""
+        added = version if isinstance(version, list) else [version] * len(token_ids)
+        if self.versions is None and any(each != self.version for each in added):
+            self.versions = [self.version] * len(self.answer_ids)
+        if self.versions is not None:
+            self.versions += added
+        self.answer_ids += token_ids
+        self.answer_mask += [trained] * len(token_ids)
 
     @property
     def trained_logprobs(self) -> np.ndarray | None:

@@ -55,13 +55,17 @@ class Completion:
         finish_reason: "stop", or "length" if the response reached max_new_tokens.
         logprobs: log-probability of each token, natural log, at the sampling temperature (greedy: 1), before top_k and top_p; None if
             they were not requested, or the engine does not return them.
-        version: version of the weights that generated the response.
+        version: version of the weights that generated the response; of its first token, if `versions` are several.
+        versions: version of the weights that generated each token; None: `version` generated all.
+        is_finished: False only within a run that draws a response under several weights: more tokens follow.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logprobs: list[float] | None = None
     version: int = 0
+    versions: list[int] | None = None
+    is_finished: bool = True
 
     def text(self, tokenizer: "PreTrainedTokenizerBase") -> str:
         """Return the text of the response, without its stop token."""

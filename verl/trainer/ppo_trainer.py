@@ -20,6 +20,7 @@ from verl.engine.position import Position
 from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
 from verl.manifest import step_name
 from verl.rewards._scoring import Rewards, Scored
+from verl.rl.ahead import check_staleness
 from verl.rl.answering import Collected, collect
 from verl.rl.clock import Clock
 from verl.rl.experience import pack_experience
@@ -27,9 +28,10 @@ from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
-from verl.rl.remote_rollout import divide, serve_rollout
+from verl.rl.remote_rollout import divide
 from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
+from verl.rl.serving import serve_rollout
 from verl.rl.updates import Updates
 from verl.run import Run, TrainResult
 from verl.session import session
@@ -55,6 +57,7 @@ def train(config: PPOConfig) -> TrainResult:
     method = load_method(config)
     dist.together(lambda: check_names(config, method))
     layout = choose_layout(config.mapping, dist.world_size())
+    check_staleness(config, layout)
     bridge = divide(layout, device)
     if bridge is not None and not bridge.trains:
         serve_rollout(config, bridge, read_tokenizer(Outline(config.model), config.data))
@@ -81,11 +84,12 @@ def train(config: PPOConfig) -> TrainResult:
             run.enter("loading the checkpoint")
             restore.load(run.checkpoint, roles.actor.engine, roles.critic)
         roles.publish(start.step)
+        actor = roles.draw_ahead(config, prompts, start, run)
         roles.set_skipped(start)
         steps_per_epoch = max(1, len(prompts) // config.data.prompts_per_step)
         check_room(config.trainer, run, roles.actor, roles.critic, steps=total_steps - start.step, steps_per_epoch=steps_per_epoch)
         try:
-            saver = Saver(config.trainer, run, roles.actor, roles.critic, validation=validation)
+            saver = Saver(config.trainer, run, actor, roles.critic, validation=validation)
             with run.stepping(roles.trained_weights), saver:
                 train_loop(config, method, prompts, validation, roles, start, run, saver)
         except Stopped:  # on every training process, after the same step
@@ -108,6 +112,7 @@ def dry_run(config: PPOConfig) -> None:
     """
     dist.start()
     method, layout = load_method(config), choose_layout(config.mapping, dist.world_size())
+    check_staleness(config, layout)
     check_names(config, method)
     tokenizer = read_tokenizer(Outline(config.model), config.data)
     prompts = load_prompts(config.data, config.data.train_files, tokenizer, max_samples=config.data.train_max_samples)
@@ -158,9 +163,8 @@ def train_loop(
             of_critic = updates.critic(critic, experience, step)
         with clock.phase("update_actor"):
             of_actor = updates.actor(actor, experience, step)
-        with clock.phase("update_rollout"):
-            roles.publish(step + 1)
-        metrics = step_metrics(collected, experience, of_critic, of_actor) | updates.adapt(of_actor, collected)
+        roles.renew(step + 1, clock)
+        metrics = step_metrics(collected, experience, of_critic, of_actor, step) | updates.adapt(of_actor, collected)
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
         here = roles.with_skipped(replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef))

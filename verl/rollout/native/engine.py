@@ -5,6 +5,7 @@ step adds one token to every slot. When a response has ended, the next request t
 is one CUDA graph that also samples. Only every STEPS steps, the host reads which responses have ended.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -19,6 +20,7 @@ from verl.rollout import DEFAULTS, Completion, Options, Sampling
 from verl.rollout._model import check_positions, copy_weights, describe_model, merge_stop_ids, out_of_memory, positions_of, rope_limit
 from verl.rollout._plain import Probe
 from verl.rollout._sampler import uniform_numbers
+from verl.rollout.native.continuous import NativeContinuous
 from verl.rollout.native.runner import USE_HF, Runner
 from verl.rollout.native.scheduler import Request, Scheduler
 from verl.rollout.native.slots import Slots
@@ -34,8 +36,8 @@ class NativeRollout:
         stop_ids: tokens that end a response; those of the model's generation_config.json are added.
         is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
-        scheduler, slots, runner: parts of the engine; each call creates a new scheduler. If no trainer shares the weights, it knows the
-            prompts whose keys and values are still in the slots.
+        scheduler, slots, runner: parts of the engine; each call creates a new scheduler. While the weights stay as they were loaded, it knows
+            the prompts whose keys and values are still in the slots.
     Raises:
         UserError: the architecture has other decode state than keys and values or that of a delta rule, its attention is not supported, or
             its answers are not those of the plain model.
@@ -45,6 +47,8 @@ class NativeRollout:
         self.stop_ids = merge_stop_ids(stop_ids, model.generation_config)
         self.positions, self._rope_limit = positions_of(model), rope_limit(model)
         self.version, self._options, self._is_shared = 0, options, is_shared
+        # From call to call: not while a trainer changes the weights, maybe without notice, and resumed runs must give the same bits.
+        self._keeps_prompts = not is_shared
         compiles = options.compile if options.compile is not None else is_shared and model.device.type == "cuda" and has_compiler()
         self.runner = Runner(model, compiles=compiles)
         self.slots = self._new_slots(self.stop_ids, options)
@@ -87,11 +91,32 @@ class NativeRollout:
 
     def _finished(self, sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
         while self.scheduler.has_work:
-            self._admit()
-            ended = self._decode(sampling, STEPS[self._device.type])
-            if ended:
-                yield self._collect(ended, sampling)
-                self._compact()
+            if ended := self.advance(sampling):
+                yield ended
+
+    def advance(self, sampling: Sampling) -> list[tuple[int, Completion]]:
+        """Start requests if there is room, take decode steps, and return the responses that have finished, with their numbers."""
+        self._admit()
+        ended = self._decode(sampling, STEPS[self._device.type])
+        if not ended:
+            return []
+        finished = self._collect(ended, sampling)
+        self._compact()
+        return finished
+
+    def continuous(self, sampling: Sampling, responses: int, positions: int) -> NativeContinuous:
+        """See `verl.rollout.drawing`. No other method that generates may be called before it has stopped."""
+        return NativeContinuous(self, sampling, responses, positions)
+
+    def so_far(self, sampling: Sampling) -> list[tuple[int, Completion]]:
+        """Return the tokens of the responses that have started and not finished, with their numbers."""
+        if not (running := self.scheduler.running()):
+            return []
+        read = self.slots.state.read([slot for slot, _ in running])
+        return [
+            (request.number, Completion(ids, "length", logprobs if sampling.logprobs else None, self.version, is_finished=False))
+            for (_, request), (ids, logprobs) in zip(running, read, strict=True)
+        ]
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
@@ -115,14 +140,29 @@ class NativeRollout:
         return completion
 
     def _start(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None) -> None:
-        """Allocate slots if they are too few or too short for this call, and queue its requests."""
+        """Queue the requests of a call."""
+        longest = self.check_lengths(prompts, sampling)
+        self.prepare(sampling, len(prompts) * sampling.n, longest)
+        self.scheduler.add(_requests(prompts, sampling, seeds))
+
+    def check_lengths(self, prompts: Sequence[list[int]], sampling: Sampling) -> int:
+        """Return the largest number of tokens of a prompt with its response. Raises UserError: it is too large for the model."""
         check_positions(prompts, sampling, self.positions)
         if not self.is_exact_for(prompts, sampling):
             assert self._rope_limit is not None
             what = f"beyond {self._rope_limit.tokens:,} tokens of a prompt with its response, the model's rotary embeddings are others"
             raise UserError(what, where="rollout.name=native", fix=USE_HF)
-        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-        size = self.slots.size_for(len(prompts) * sampling.n, longest, sampling.max_new_tokens)
+        return max(map(len, prompts), default=0) + sampling.max_new_tokens
+
+    def prepare(self, sampling: Sampling, responses: int, positions: int, *, at_most: int = sys.maxsize) -> None:
+        """Allocate slots if they are too few or too short, and begin with an empty queue.
+
+        Args:
+            responses: number of responses to generate at the same time.
+            positions: maximum tokens of a prompt with its response.
+            at_most: number of slots to use, even if earlier calls have left more.
+        """
+        size = self.slots.size_for(responses, positions, sampling.max_new_tokens)
         if size != self.slots.size:
             if self.slots.size is not None:
                 self._free()
@@ -130,10 +170,10 @@ class NativeRollout:
         self.slots.reset()
         self.runner.refresh()
         self.runner.set_temperature(sampling.temperature)
-        if self._is_shared:  # the weights may have changed without notice
+        if not self._keeps_prompts:
             self.scheduler.forget_prompts()
-        requests, on_gpu, held = _requests(prompts, sampling, seeds), self._device.type == "cuda", self.scheduler.prompts
-        self.scheduler = Scheduler(requests, self.slots.number, on_gpu=on_gpu, keeps_prompts=not self.slots.are_recurrent, prompts=held)
+        on_gpu, keeps, held = self._device.type == "cuda", not self.slots.are_recurrent, self.scheduler.prompts
+        self.scheduler = Scheduler([], min(at_most, self.slots.number), on_gpu=on_gpu, keeps_prompts=keeps, prompts=held)
 
     def _admit(self) -> None:
         """Start queued requests in free slots, if the scheduler decides so."""
@@ -180,7 +220,7 @@ class NativeRollout:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`."""
-        self.version = version
+        self.version, self._keeps_prompts = version, False
         self.scheduler.forget_prompts()
         if not self._is_shared:
             copy_weights(self.runner.model, named_tensors)

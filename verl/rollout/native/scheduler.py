@@ -89,6 +89,7 @@ class Scheduler:
         prompts: prompts whose keys and values are in the slots already, by slot.
     Attributes:
         prompts: the same at any time, also after the responses have ended.
+        steps: decode steps so far.
     """
 
     def __init__(
@@ -102,7 +103,17 @@ class Scheduler:
     ):
         self._queue, self._slots, self._on_gpu, self._keeps_prompts = deque(requests), slots, on_gpu, keeps_prompts
         self._running: list[Request | None] = []  # by slot, up to the last one in use
-        self.prompts: dict[int, Prompt] = dict(prompts or {})
+        self.steps = 0
+        self.prompts: dict[int, Prompt] = {slot: prompt for slot, prompt in (prompts or {}).items() if slot < slots}
+        self._had: set[int] = set()  # slots that have had a request
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue more requests."""
+        self._queue += requests
+
+    def running(self) -> list[tuple[int, Request]]:
+        """Return the requests that run, each with its slot."""
+        return [(slot, request) for slot, request in enumerate(self._running) if request is not None]
 
     @property
     def has_work(self) -> bool:
@@ -132,7 +143,11 @@ class Scheduler:
         self._running += [None] * (max(slot for slot, _ in seated) + 1 - len(self._running))
         for slot, request in seated:
             self._running[slot] = request
-        return self._plan(seated)
+        admission = self._plan(seated)
+        self._had.update(slot for slot, _ in seated)
+        # Decode steps also write into slots of their rows that have had no request.
+        self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot in self._had}
+        return admission
 
     def _min_free(self) -> int:
         """Return the number of free slots that is worth a prefill. It is never more than the number of slots."""
@@ -178,6 +193,7 @@ class Scheduler:
         """
         running = [request for request in self._running if request is not None]
         steps = min(at_most, max(request.max_new_tokens - request.steps for request in running))
+        self.steps += steps
         for request in running:
             request.steps += steps
         return steps
@@ -207,8 +223,10 @@ class Scheduler:
         last = [(slot, request) for slot, request in enumerate(self._running) if slot >= used and request is not None]
         for target, (source, request) in zip(free, last, strict=False):  # free slots from `used` on are removed
             self._running[target] = request
-            self.prompts[target] = self.prompts[source]
+            self.prompts[target] = self.prompts.get(source, ())
         del self._running[used:]
+        # What lies in the other slots is not kept: decode steps of more rows than are in use write into them.
+        self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot < used}
         positions = max(len(request.prompt) + request.max_new_tokens for _, request in last)
         return Compaction([slot for slot, _ in last], free[: len(last)], positions, used)
 
