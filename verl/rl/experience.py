@@ -15,6 +15,7 @@ from verl.engine.engine import Engine
 from verl.engine.references import AdapterOffReference
 from verl.errors import UserError
 from verl.rl.answering import Collected, groups_with_spread
+from verl.rl.balance import balanced
 from verl.rl.method import Method
 from verl.rl.samples import PackedSamples, Sample, pack_samples
 
@@ -97,13 +98,14 @@ class Experience:
 
 
 def pack_experience(collected: Collected, updates: int, token_budget: int, *, multiple_of_tokens: int, separate: bool) -> Experience:
-    """Split the answers into updates of equally many prompts over all ranks, and pack them. Every rank calls it.
+    """Split the answers into updates of equally many prompts over all ranks, balance them over ranks, and pack them. Every rank calls it.
 
     Args:
         token_budget: maximum number of tokens of a micro-batch.
         multiple_of_tokens: micro-batches are filled to a multiple of this, which makes matmuls faster.
         separate: whether groups with equal rewards, whose advantages may be 0, get micro-batches of their own.
     """
+    collected = balanced(collected, updates, separate=separate)
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
     samples = collected.samples
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]

@@ -48,7 +48,7 @@ def _of_answers(collected: Collected) -> dict[str, float]:
         "rl/refills": float(collected.refills),
         "rl/turns": turns / n,
     }
-    return metrics | _of_graders(collected)
+    return metrics | collected.metrics | _of_graders(collected)
 
 
 def _of_graders(collected: Collected) -> dict[str, float]:
@@ -93,7 +93,19 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
         metrics["perf/generated_tokens_per_second"] = drawn / clock.seconds["generate"]
     if device.type == "cuda":
         metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return metrics, done
+    return metrics | waiting_metrics(clock, seconds), done
+
+
+def waiting_metrics(clock: Clock, seconds: float) -> dict[str, float]:
+    """Return the shares of a step in which ranks wait: their mean, in all and by phase, and the largest one of a rank. Every rank calls it.
+
+    Args:
+        seconds: of the step on this rank.
+    """
+    of_ranks = dist.gathered({name: waited / seconds for name, waited in clock.waiting().items()})
+    means = {f"perf/waiting_{name}": sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
+    largest = max(sum(rank.values()) for rank in of_ranks)
+    return {"perf/waiting_share": sum(means.values()), "perf/largest_waiting_share": largest, **means}
 
 
 def phase_seconds(clock: Clock) -> dict[str, float]:

@@ -20,6 +20,7 @@ from verl.engine.logprobs import Entropy
 from verl.engine.outline import Outline
 from verl.engine.references import AdapterOffReference, build_reference
 from verl.engine.scorers import TokenScorer
+from verl.engine.weights import ReplicatedWeights
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
 from verl.models.format_check import check_format
@@ -31,6 +32,7 @@ from verl.pace import counted
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
 from verl.rl.answering import Answerer
+from verl.rl.clock import Clock
 from verl.rl.method import Method
 from verl.rl.remote_rollout import Bridge, RemoteRollout, rollout_options
 from verl.rl.still import hold_still
@@ -73,6 +75,14 @@ class Roles:
         yield
         if self.sleeps:
             self.answerer.rollout.sleep()
+
+    def clock(self) -> Clock:
+        """Return a clock of this run's steps."""
+        clock = Clock(self.actor.engine.device, idle=("score",) if self.answerer.scores_on_cpu else ())
+        for engine in self._engines():
+            if isinstance(engine.weights, ReplicatedWeights):
+                engine.weights.waiting = clock.gradients
+        return clock
 
     @property
     def trained_weights(self) -> int:

@@ -91,6 +91,12 @@ class NativeRollout:
             if ended:
                 yield self._collect(ended, sampling)
                 self._compact()
+            elif sampling.progress:
+                yield []
+
+    def unfinished_tokens(self) -> dict[int, int]:
+        """See `Rollout`."""
+        return self.scheduler.unfinished()
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
