@@ -23,6 +23,7 @@ from verl import dist, signals
 from verl.config.ppo import PPOConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.engine.position import Position
+from verl.pace import counted
 from verl.rewards._scoring import Scored
 from verl.rl.answering import Answerer, Collected, collect
 from verl.rl.clock import Clock
@@ -40,12 +41,12 @@ class Finished:
     Attributes:
         longest: tokens of its longest answer.
         number: number of its prompt.
-        has_spread: whether the rewards of its answers differ.
+        counts: whether it is one of those that are wanted.
     """
 
     longest: int
     number: int
-    has_spread: bool = field(compare=False)
+    counts: bool = field(compare=False)
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Step:
         drawn: prompts drawn since the run began.
         waiting: abandoned prompts by number, as text, and the step that abandoned them; the oldest first.
         answered, scored: this rank's answers in groups that have finished, and their rewards.
-        groups, flat: number of these groups, and of those with equal rewards.
+        groups: number of these groups.
+        flat: number of this rank's groups with equal rewards.
         asked_again: number of prompts that had waited.
         abandoned: tokens of this rank's abandoned answers, as far as they were generated.
     """
@@ -93,19 +95,19 @@ class Step:
         """Add a round. Prompts that were asked and whose groups have not finished are waiting from now on."""
         self.kept = sorted([*self.kept, *found.taken])
         self.groups += len(found.finished)
-        self.flat += sum(not group.has_spread for group in found.finished)
         over = {group.number for group in found.finished}
         self.waiting |= {str(number): step for number in asked if number not in over}
         self.abandoned += found.abandoned
         for _, (samples, scored) in sorted(found.groups.items()):
             self.answered += samples
             self.scored.append(scored)
+            self.flat += not has_spread(samples)
 
 
 def collect_step(answerer: Answerer, prompts: Prompts, here: Position, config: PPOConfig, clock: Clock) -> Collected:
     """Sample and score the answers of one step, with over-sampling if `rollout.oversample` asks for it. Every rank calls it."""
     if config.rollout.oversample == 0:
-        return collect(answerer, prompts, here.drawn, config, clock)
+        return replace(collect(answerer, prompts, here.drawn, config, clock), waiting=here.abandoned)
     step, wanted = Step(here.drawn, dict(here.abandoned)), config.data.prompts_per_step
     with_spread = config.algorithm.dynamic_sampling
     refills = config.algorithm.max_refills if with_spread else 0
@@ -119,11 +121,12 @@ def collect_step(answerer: Answerer, prompts: Prompts, here: Position, config: P
         step.refills += 1
 
 
-def describe_oversampling(config: PPOConfig, rollout: Rollout) -> str | None:
+def describe_oversampling(config: PPOConfig, rollout: Rollout, start: Position) -> str | None:
     """Say what over-sampling does, for the first lines of a run; None without it."""
     wanted, share = config.data.prompts_per_step, config.rollout.oversample
     if share == 0:
-        return None
+        left = f"{counted(len(start.abandoned), 'prompt')} that over-sampling has abandoned"
+        return f"warning: {left} are asked again only with rollout.oversample" if start.abandoned else None
     text = (
         f"over-sampling: a step asks {more_than(wanted, share):,} prompts and takes the {wanted:,} that finish first; the others are asked "
         f"again, together, in a later step (rollout.oversample={share:g})"
@@ -154,7 +157,7 @@ def _draw(step: Step, missing: int, wanted: int, share: float) -> list[int]:
 def take_first(answerer: Answerer, mine: Sequence[tuple[int, Prompt]], wanted: int, clock: Clock, *, with_spread: bool) -> Round:
     """Answer prompts until enough groups have finished. Every rank calls it.
 
-    Groups are scored while others are generated: by users' graders in their processes, by others between steps of generation.
+    Users' graders score groups in their processes while others are generated.
 
     Args:
         mine: this rank's prompts with their numbers.
@@ -163,56 +166,68 @@ def take_first(answerer: Answerer, mine: Sequence[tuple[int, Prompt]], wanted: i
     """
     finished: list[Finished] = []
     counted, bound = finished, None
-    with closing(_Answers(answerer, mine)) as answers:
+    with closing(_Answers(answerer, mine, with_spread=with_spread)) as answers:
         while True:
             share = -(-max(1, wanted - len(counted)) // dist.world_size())
             with clock.phase("generate"):
                 dist.together(partial(answers.advance, share, bound))
             with clock.phase("score"):
-                dist.together(partial(answers.score, wait=not answers.can_advance(bound)))
-            of_ranks = dist.gathered((answers.take_scored(), answers.least, answers.is_done))
+                dist.together(partial(answers.score, wait=with_spread and not answers.can_advance(bound)))
+            of_ranks = dist.gathered((answers.take_finished(), answers.least, answers.is_done))
             finished = sorted([*finished, *(group for found, _, _ in of_ranks for group in found)])
-            counted = [group for group in finished if group.has_spread or not with_spread]
+            counted = [group for group in finished if group.counts]
             bound = counted[wanted - 1].longest if len(counted) >= wanted else None
             if all(done or (bound is not None and least >= bound) for _, least, done in of_ranks):
                 break
         if bound is not None:
             finished = [group for group in finished if group <= counted[wanted - 1]]
-        groups = {group.number: answers.groups[group.number] for group in finished if group.number in answers.groups}
-        return Round(finished, [group.number for group in counted[:wanted]], groups, answers.tokens_except(groups))
+        over = {group.number for group in finished}
+        with clock.phase("score"):
+            dist.together(partial(answers.score, wait=True, only=over))
+        groups = {number: group for number, group in answers.groups.items() if number in over}
+        return Round(finished, [group.number for group in counted[:wanted]], groups, answers.tokens_except(over))
+
+
+def has_spread(samples: Sequence[Sample]) -> bool:
+    """Return whether the rewards of answers differ."""
+    return len({sample.reward for sample in samples}) > 1
 
 
 class _Answers:
     """This rank's answers while they are generated and scored.
 
+    Args:
+        with_spread: whether groups with equal rewards do not count, so that a group has finished only when it is scored.
     Attributes:
-        groups: finished and scored groups by the number of their prompt.
+        groups: scored groups by the number of their prompt.
     """
 
-    def __init__(self, answerer: Answerer, prompts: Sequence[tuple[int, Prompt]]):
-        self._answerer, self._prompts = answerer, prompts
+    def __init__(self, answerer: Answerer, prompts: Sequence[tuple[int, Prompt]], *, with_spread: bool):
+        self._answerer, self._prompts, self._with_spread = answerer, prompts, with_spread
         self._sampling = replace(answerer.sampling, progress=True)
         self._stream: Iterator[list[tuple[int, Completion]]] | None = answerer.rollout.stream(
             [prompt.token_ids for _, prompt in prompts], self._sampling, [number for number, _ in prompts]
         )
         self._done: list[dict[int, Completion]] = [{} for _ in prompts]
-        self._unscored: list[int] = []  # places of prompts whose answers have all ended
-        self._scoring: list[tuple[list[int], Future[list[tuple[list[Sample], Scored]]]]] = []
+        self._ended = 0  # groups whose answers have all ended
+        self._unscored: list[int] = []  # their places among the prompts, until they are being scored
+        self._places: list[int] = []  # of the groups that are being scored
+        self._scoring: Future[list[tuple[list[Sample], Scored]]] | None = None
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="scoring") if answerer.scores_aside else None
         self._new: list[Finished] = []
+        self._finished: set[int] = set()
         self.groups: dict[int, tuple[list[Sample], Scored]] = {}
 
     @property
     def is_done(self) -> bool:
-        """Return whether all groups have finished and have been scored."""
-        return self._stream is None and not self._unscored and not self._scoring
+        """Return whether all groups have finished."""
+        return self._stream is None and len(self._finished) == len(self._prompts)
 
     @property
     def least(self) -> int:
-        """Tokens that every group without a score has at least, less one, in its longest answer: of a group that is still growing, those
-        that one of its answers has and will exceed."""
+        """The most tokens that the longest answer of every unfinished group is known to exceed."""
         tokens = self._tokens_of_unfinished()
-        open_places = [place for place, (number, _) in enumerate(self._prompts) if number not in self.groups]
+        open_places = [place for place, (number, _) in enumerate(self._prompts) if number not in self._finished]
         return min((self._outgrown(place, tokens) for place in open_places), default=NEVER)
 
     def can_advance(self, bound: int | None) -> bool:
@@ -236,10 +251,12 @@ class _Answers:
             AbandonedError: a signal has asked the run to end.
         """
         until = time.monotonic() + CHECK_SECONDS
-        enough = len(self._unscored) + groups
+        enough = self._ended + groups
         with signals.abandoning():
-            while len(self._unscored) < enough and time.monotonic() < until and self.can_advance(bound):
+            while self._ended < enough and self.can_advance(bound):
                 self._take()
+                if time.monotonic() >= until:
+                    return
 
     def _take(self) -> None:
         """Take what the rollout gives next."""
@@ -251,25 +268,45 @@ class _Answers:
             place, answer = divmod(number, self._sampling.n)
             self._done[place][answer] = completion
             if len(self._done[place]) == self._sampling.n:
+                self._ended += 1
                 self._unscored.append(place)
+                if not self._with_spread:
+                    self._finish(place, counts=True)
+        if self._aside is not None:
+            self.score(wait=False)
 
-    def score(self, *, wait: bool) -> None:
-        """Score the groups that have finished, in a thread beside generation if graders have processes of their own.
+    def score(self, *, wait: bool, only: Container[int] | None = None) -> None:
+        """Score groups whose answers have all ended: in a thread beside generation if graders have processes of their own.
 
         Args:
-            wait: whether to wait for all rewards.
+            wait: whether to wait for the rewards. Without it, groups are not scored here if they count whatever their rewards are.
+            only: numbers of the groups that are needed; None: all.
         """
-        places, self._unscored = sorted(self._unscored), []
-        if places and self._aside is None:
-            self._add(places, self._scored(places))
-        elif places and self._aside is not None:
-            self._scoring.append((places, self._aside.submit(self._scored, places)))
-        while self._scoring and (wait or self._scoring[0][1].done()):
-            places, future = self._scoring.pop(0)
-            self._add(places, future.result())
+        if self._aside is None:
+            if wait or self._with_spread:
+                self._add(self._scored(self._next(only)))
+            return
+        while True:
+            if self._scoring is not None and (self._scoring.done() or (wait and self._is_needed(only))):
+                scoring, self._scoring = self._scoring, None
+                self._add(scoring.result())
+            if self._scoring is None and (places := self._next(only)):
+                self._scoring = self._aside.submit(self._scored, places)
+            elif not wait or not self._is_needed(only):
+                return
 
-    def take_scored(self) -> list[Finished]:
-        """Return the groups that have been scored since the last call."""
+    def _next(self, only: Container[int] | None) -> list[int]:
+        """Take the places of the groups to score next."""
+        places = sorted(place for place in self._unscored if only is None or self._prompts[place][0] in only)
+        self._unscored, self._places = [], places
+        return places
+
+    def _is_needed(self, only: Container[int] | None) -> bool:
+        """Return whether a group that is being scored is needed."""
+        return self._scoring is not None and (only is None or any(self._prompts[place][0] in only for place in self._places))
+
+    def take_finished(self) -> list[Finished]:
+        """Return the groups that have finished since the last call."""
         found, self._new = self._new, []
         return found
 
@@ -285,14 +322,20 @@ class _Answers:
             [self._answerer.sample_of(*self._prompts[place], self._done[place][answer]) for answer in range(self._sampling.n)]
             for place in places
         ]
+        if not groups:
+            return []
         return list(zip(groups, _split(self._answerer.scored([sample for group in groups for sample in group]), groups), strict=True))
 
-    def _add(self, places: Sequence[int], scored: Sequence[tuple[list[Sample], Scored]]) -> None:
-        for place, (samples, of_group) in zip(places, scored, strict=True):
-            number = self._prompts[place][0]
-            self.groups[number] = samples, of_group
-            has_spread = len({sample.reward for sample in samples}) > 1
-            self._new.append(Finished(self._longest(place), number, has_spread))
+    def _add(self, found: Sequence[tuple[list[Sample], Scored]]) -> None:
+        for place, (samples, scored) in zip(self._places, found, strict=True):
+            self.groups[self._prompts[place][0]] = samples, scored
+            if self._with_spread:
+                self._finish(place, counts=has_spread(samples))
+
+    def _finish(self, place: int, *, counts: bool) -> None:
+        number = self._prompts[place][0]
+        self._finished.add(number)
+        self._new.append(Finished(self._longest(place), number, counts))
 
     def _longest(self, place: int) -> int:
         return max(len(completion.token_ids) for completion in self._done[place].values())
@@ -332,8 +375,8 @@ def _collected(step: Step, answerer: Answerer, first: int) -> Collected:
         [error for part in parts for error in part.errors],
     )
     finished = sum(sample.trained_tokens for sample in step.answered)
-    counts = [len(step.abandoned), sum(step.abandoned), len(step.answered), finished]
-    lost, lost_tokens, answers, tokens = dist.total([float(count) for count in counts])
+    counts = [len(step.abandoned), sum(step.abandoned), len(step.answered), finished, step.flat]
+    lost, lost_tokens, answers, tokens, flat = dist.total([float(count) for count in counts])
     metrics = {
         "rl/abandoned_answers": lost,
         "rl/waiting_prompts": float(len(step.waiting)),
@@ -344,5 +387,5 @@ def _collected(step: Step, answerer: Answerer, first: int) -> Collected:
     kept = set(step.kept)
     samples = [sample for sample in step.answered if sample.group in kept]
     return Collected(
-        step.answered, samples, step.drawn, step.refills, step.flat, step.groups, step.kept, [scored], metrics=metrics, waiting=step.waiting
+        step.answered, samples, step.drawn, step.refills, int(flat), step.groups, step.kept, [scored], metrics=metrics, waiting=step.waiting
     )

@@ -75,7 +75,7 @@ def train(config: PPOConfig) -> TrainResult:
         roles = build_roles(config, method, tokenizer, asked, bridge, decisions, run)
         run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
         run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}\n{describe_epochs(config, prompts, total_steps)}")
-        if (text := describe_oversampling(config, roles.answerer.rollout)) is not None:
+        if (text := describe_oversampling(config, roles.answerer.rollout, start)) is not None:
             run.say(text)
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
