@@ -21,14 +21,15 @@ class Unequal(NativeRollout):
         short = replace(sampling, max_new_tokens=2)
         limits = [sampling if seed % 2 or {is_equal} else short for seed in seeds or range(len(prompts))]
         each = zip(prompts, limits, seeds or range(len(prompts)))
-        return [done for prompt, limit, seed in each for done in super().generate([prompt], limit, [seed])]
+        return [done for prompt, limit, seed in each for done in NativeRollout.generate(self, [prompt], limit, [seed])]
 
 
 def share(model, path, tokenizer, stop_ids, options):
     return Unequal(model, stop_ids, options, is_shared=True)
 
 
-load = None
+def load(path, tokenizer, stop_ids, options):
+    raise NotImplementedError
 """
 
 
@@ -55,8 +56,8 @@ def fullest(cells: Cells, moves: dict[int, int], ranks: int) -> float:
     return float(loads.max() / loads.mean())
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_have_nearly_equal_work_after_few_moves(ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "uneven"), [(2, 1.02), (4, 1.05), (8, 1.1)])
+def test_ranks_have_nearly_equal_work_after_few_moves(ranks: int, uneven: float) -> None:
     before, after, moved = [], [], []
     for seed in range(20):
         cells = heavy(ranks, seed)
@@ -64,7 +65,7 @@ def test_ranks_have_nearly_equal_work_after_few_moves(ranks: int) -> None:
         before.append(fullest(cells, {}, ranks))
         after.append(fullest(cells, moves, ranks))
         moved.append(len(moves))
-    assert np.mean(after) < 1.02 < 1.05 < np.mean(before)
+    assert np.mean(after) < 1.015 < uneven < np.mean(before)
     assert max(after) < 1.05 and np.mean(moved) < 0.25 * 64
 
 
