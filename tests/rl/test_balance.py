@@ -83,11 +83,18 @@ def test_the_plan_ends_where_no_move_helps_and_each_update_is_balanced_for_itsel
 @pytest.fixture(scope="module")
 def unequal(folder: Path) -> dict[int, Path]:
     keys: dict[str, object] = {"rollout__name": folder / "unequal.py", "rollout__max_new_tokens": 40, "model__strategy": "ddp"}
-    return {processes: run_on(processes, folder, f"unequal_{processes}", algorithm__updates_per_step=2, **keys) for processes in (1, 2)}
+    keys |= {"data__prompts_per_step": 8, "algorithm__updates_per_step": 2}
+    return {processes: run_on(processes, folder, f"unequal_{processes}", **keys) for processes in (1, 2)}
 
 
 def test_exchanged_groups_are_learned_from_as_on_one_process(unequal: dict[int, Path]) -> None:
     check_same(unequal[2], unequal[1])
+    for step, line in enumerate(metrics_of(unequal[2])):
+        tokens = np.zeros(2)  # of ranks as they have drawn, with prompts of about 34 tokens
+        for answer in lines_of(unequal[2] / "rollouts" / f"step_{step + 1}.jsonl"):
+            tokens[answer["number"] % 2] += 34 + answer["tokens"]
+        assert tokens.max() / tokens.mean() > 1.25
+        assert line["perf/fullest_rank"] < 1.1
 
 
 def test_a_rank_with_short_answers_is_told_to_wait(folder: Path, unequal: dict[int, Path]) -> None:
@@ -102,6 +109,7 @@ def test_a_rank_with_short_answers_is_told_to_wait(folder: Path, unequal: dict[i
             and 0 < line["perf/waiting_share"] < line["perf/largest_waiting_share"] < 1
         )
     keys: dict[str, object] = {"rollout__name": folder / "equal.py", "rollout__max_new_tokens": 40, "model__strategy": "ddp"}
+    keys |= {"data__prompts_per_step": 8}
     equal = metrics_of(run_on(2, folder, "equal_2", **keys))
     waits, without = (np.mean([line["perf/waiting_generate"] for line in found[1:]]) for found in (lines, equal))
     assert waits > 0.1 and waits > 2 * without

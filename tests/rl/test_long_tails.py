@@ -117,9 +117,15 @@ def lengths_of(seed: int, groups: int = 12, n: int = 3) -> list[list[int]]:
 
 
 def taken(
-    lengths: Sequence[Sequence[int]], rollout: FakeRollout, wanted: int, *, with_spread: bool = False, aside: bool = False
+    lengths: Sequence[Sequence[int]],
+    rollout: FakeRollout,
+    wanted: int,
+    *,
+    with_spread: bool = False,
+    aside: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> list[int]:
-    prompts = [(number, Prompt(str(number), "", [], [1], {})) for number in range(len(lengths))]
+    prompts = [(number, Prompt(str(number), "", [], [1], {})) for number in numbers or range(len(lengths))]
     answerer: Any = FakeAnswerer(rollout, len(lengths[0]), aside=aside)
     found = take_first(answerer, prompts, wanted, Clock(torch.device("cpu")), with_spread=with_spread)
     assert sorted(found.groups) == sorted(group.number for group in found.finished)
@@ -157,6 +163,12 @@ def test_generation_ends_when_no_unfinished_group_can_be_among_the_first() -> No
     rollout = FakeRollout(lengths)
     assert taken(lengths, rollout, 3) == [1, 0, 2] and rollout.steps == 5, "of equal ones, the earlier prompts"
     assert taken(lengths, rollout := FakeRollout(lengths), 5)[-1] == 3 and rollout.steps == 90
+
+
+def test_a_group_that_may_still_end_with_the_last_one_is_waited_for() -> None:
+    """Prompt 3 is asked first. When its answers have ended, prompt 1 has one as long as they, and a short one that has not begun."""
+    lengths = [[5, 5], [5, 3]]
+    assert taken(lengths, FakeRollout(lengths, 1), 1, numbers=[3, 1]) == [1]
 
 
 def test_groups_are_scored_while_others_are_generated() -> None:

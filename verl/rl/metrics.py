@@ -24,7 +24,7 @@ def step_metrics(
     """
     learned = experience.learned
     metrics = {f"rl/{name}": value for name, value in learned.metrics.items()} if learned is not None else {}
-    metrics |= _of_answers(collected)
+    metrics |= _of_answers(collected) | _of_balance(experience)
     metrics |= {f"critic/{name}": value for name, value in _over_updates(critic).items()}
     named = {"loss": "train/loss", "grad_norm": "train/grad_norm", "skipped": "train/skipped"}
     return metrics | {named.get(name, f"rl/{name}"): value for name, value in _over_updates(actor).items()}
@@ -49,6 +49,13 @@ def _of_answers(collected: Collected) -> dict[str, float]:
         "rl/turns": turns / n,
     }
     return metrics | collected.metrics | _of_graders(collected)
+
+
+def _of_balance(experience: Experience) -> dict[str, float]:
+    """Return the tokens that the fullest rank trains on, over the mean of all ranks."""
+    mine = sum(len(s.prompt_ids) + len(s.answer_ids) for s in experience.samples)
+    (tokens,) = dist.total([float(mine)])
+    return {"perf/fullest_rank": dist.most(mine) * dist.world_size() / max(tokens, 1.0)}
 
 
 def _of_graders(collected: Collected) -> dict[str, float]:
