@@ -1,5 +1,6 @@
 """Over-sampling takes the groups of answers that finish first, and loses no prompt."""
 
+import itertools
 import json
 import math
 import random
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from rl_runs import STEPS, check_same, run_on, train, write_folder
 from runs import lines_of, metrics_of, timeless
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
@@ -27,7 +30,8 @@ from verl.rl import first_finished
 from verl.rl.clock import Clock
 from verl.rl.first_finished import take_first
 from verl.rl.samples import Sample
-from verl.rollout import Completion, Sampling
+from verl.rollout import Completion, Options, Sampling, vllm
+from verl.rollout.native import NativeRollout
 
 OVER: dict[str, object] = {"rollout__oversample": 0.5, "rollout__max_new_tokens": 100}
 STOPS = range(200, 240)  # of 770 tokens, so that lengths are about geometric, with a mean of 20
@@ -290,3 +294,63 @@ def test_what_cannot_abandon_answers_is_refused(changes: dict[str, object], wher
     with pytest.raises(UserError) as caught:
         load_config(PPOConfig, [f"{key}={value}" for key, value in keys.items()])
     assert caught.value.where == where and caught.value.fix
+
+
+# What engines tell of unfinished answers
+
+
+def test_native_tells_how_many_tokens_an_unfinished_answer_has(folder: Path) -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model")
+    rollout = NativeRollout(model, [1, *STOPS], Options(max_sequences=5))
+    told: list[dict[int, int]] = []
+    lengths: dict[int, int] = {}
+    for found in rollout.stream([[5, 6], [7, 8, 9]], Sampling(60, 1.0, 4, progress=True)):
+        told.append(rollout.unfinished_tokens())
+        lengths |= {number: len(done.token_ids) for number, done in found}
+        assert set(told[-1]) == set(range(8)) - lengths.keys()
+    assert max(lengths.values()) > 2 * min(lengths.values())
+    for before, after in itertools.pairwise(told):
+        assert all(before[number] <= after[number] <= before[number] + 1 for number in after)
+    assert all(tokens < lengths[number] for counts in told for number, tokens in counts.items())
+    assert any(tokens == lengths[number] - 1 for counts in told for number, tokens in counts.items()), "they are no lower bound alone"
+    assert told[-1] == {}
+
+
+class VllmEngine:
+    """Answers of 3 and 5 tokens in place of vLLM's engine, one token a step; the second is admitted a step later."""
+
+    def __init__(self, kind: str):
+        self._kind, self._steps, self.aborted = kind, 0, list[str]()
+
+    def add_request(self, number: str, prompt: object, params: object) -> None: ...
+
+    def abort_request(self, numbers: list[str]) -> None:
+        self.aborted = numbers
+
+    def step(self) -> list[SimpleNamespace]:
+        self._steps += 1
+        found = []
+        for number, first, length in (("0", 0, 3), ("1", 1, 5)):
+            tokens = self._steps - first
+            if 0 < tokens <= length and (self._kind == "CUMULATIVE" or tokens == length):
+                ids = list(range(tokens))
+                out = SimpleNamespace(token_ids=ids, logprobs=[{i: SimpleNamespace(logprob=-1.0)} for i in ids], finish_reason="stop")
+                found.append(SimpleNamespace(request_id=number, finished=tokens == length, outputs=[out]))
+        return found
+
+
+@pytest.mark.parametrize(("progress", "kind"), [(True, "CUMULATIVE"), (False, "FINAL_ONLY")])
+def test_vllm_in_this_process_tells_it_and_aborts_what_is_left(progress: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "_tokens", list)
+    monkeypatch.setattr(vllm, "_params", lambda sampling, seed, stop_ids: None)
+    rollout, engine = object.__new__(vllm.VllmRollout), VllmEngine(kind)
+    rollout.stop_ids, rollout.positions, rollout._asleep, rollout._version = [9], 100, set(), 0
+    rollout._llm = SimpleNamespace(llm_engine=engine)
+    stream = rollout.stream([[1], [2]], Sampling(10, 1.0, progress=progress))
+    found = [(len(next(stream)), dict(rollout.unfinished_tokens())) for _ in range(3 if progress else 1)]
+    if progress:
+        assert found == [(0, {0: 1, 1: 0}), (0, {0: 2, 1: 1}), (1, {1: 2})]
+    else:
+        assert found == [(1, {1: 0})], "at least"
+    stream.close()  # type: ignore[attr-defined]
+    assert engine.aborted == ["1"]
