@@ -169,6 +169,12 @@ def test_generation_ends_when_no_unfinished_group_can_be_among_the_first() -> No
     assert taken(lengths, rollout := FakeRollout(lengths), 5)[-1] == 3 and rollout.steps == 90
 
 
+def test_with_few_slots_it_ends_as_soon_as_the_last_group_has_a_longer_answer() -> None:
+    lengths = [[2, 2], [5, 5], [9, 9], [10**6, 1]]
+    assert taken(lengths, rollout := FakeRollout(lengths, 2), 2) == [0, 1]
+    assert rollout.steps == 2 + 5 + 9 + 5
+
+
 def test_a_group_that_may_still_end_with_the_last_one_is_waited_for() -> None:
     """Prompt 3 is asked first. When its answers have ended, prompt 1 has one as long as they, and a short one that has not begun."""
     lengths = [[5, 5], [5, 3]]
