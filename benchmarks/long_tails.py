@@ -77,10 +77,11 @@ def measure(share: float, model: Path, options: argparse.Namespace, folder: Path
         "trainer.save_freq": "never",
         "trainer.default_local_dir": directory,
     }
-    command = [sys.executable, "-m", "verl.trainer.ppo_trainer", *(f"{key}={value}" for key, value in keys.items())]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.processes}", "-m"] if options.processes > 1 else []
+    command = [sys.executable, "-m", *launcher, "verl.trainer.ppo_trainer", *(f"{key}={value}" for key, value in keys.items())]
     subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603
     lines = read_metrics(directory)[1:]
-    names = ("step_seconds", "seconds_generate", "seconds_score", "waiting_share", "abandoned_tokens", "drawn_response_tokens")
+    names = "step_seconds seconds_generate waiting_share waiting_update fullest_rank abandoned_tokens drawn_response_tokens".split()
     shown = [*(f"perf/{name}" for name in names), "rl/response_tokens", "rl/asked_again"]
     return {name.partition("/")[2]: float(np.mean([line[name] for line in lines])) for name in shown if name in lines[0]}
 
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", help="a shape with random weights, as in sft.py: tiny, 0.5b, …; without it, lengths are simulated")
     parser.add_argument("--tokenizer", help="directory of the tokenizer")
     parser.add_argument("--data", help="JSON lines with question and answer")
-    numbers = {"answers": 512, "samples": 8, "mean": 400, "longest": 2048, "prompt": 0, "steps": 0}
+    numbers = {"answers": 512, "samples": 8, "mean": 400, "longest": 2048, "prompt": 0, "steps": 0, "processes": 1}
     for name, value in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--spread", type=float, default=1.0, help="simulated: standard deviation of the logarithm of a length")

@@ -108,6 +108,7 @@ def test_a_rank_with_short_answers_is_told_to_wait(folder: Path, unequal: dict[i
             line["perf/waiting_share"] == pytest.approx(of_phases)
             and 0 < line["perf/waiting_share"] < line["perf/largest_waiting_share"] < 1
         )
+    assert all("perf/waiting_rollout_ranks" not in line for line in lines)
     keys: dict[str, object] = {"rollout__name": folder / "equal.py", "rollout__max_new_tokens": 40, "model__strategy": "ddp"}
     keys |= {"data__prompts_per_step": 8}
     equal = metrics_of(run_on(2, folder, "equal_2", **keys))
@@ -115,3 +116,13 @@ def test_a_rank_with_short_answers_is_told_to_wait(folder: Path, unequal: dict[i
     assert waits > 0.1 and waits > 2 * without
     assert "waits " in (unequal[2] / "train.log").read_text()
     assert all(line["perf/waiting_generate"] == 0 for line in metrics_of(unequal[1])), "alone, nobody is waited for"
+
+
+def test_with_a_rollout_apart_either_side_waits_for_the_other(folder: Path) -> None:
+    split = {**dict.fromkeys((f"mapping__{role}" for role in ("actor", "critic", "reference", "reward")), "[0]"), "mapping__rollout": "[1]"}
+    for line in metrics_of(run_on(2, folder, "split", rollout__max_new_tokens=40, **split)):
+        share = line["perf/seconds_generate"] / line["perf/step_seconds"]
+        assert line["perf/waiting_generate"] == pytest.approx(share, abs=0.05)
+        others = share + line["perf/seconds_update_rollout"] / line["perf/step_seconds"]
+        assert line["perf/waiting_rollout_ranks"] == pytest.approx(1 - others, abs=0.05)
+        assert line["perf/waiting_rollout_ranks"] + share < 1.05

@@ -67,6 +67,7 @@ class Answerer:
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
+        sampling: how the answers to train on are sampled.
     Raises:
         UserError: there is no such tool.
     """
@@ -83,19 +84,15 @@ class Answerer:
         watch: Watch | None = None,
     ):
         self.rollout = rollout
-        self._config, self._scorer, self._tokenizer, self._seed = config, scorer, tokenizer, seed
+        self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
         self.exact_grader = scorer.exact
+        self.sampling = Sampling(config.max_new_tokens, config.temperature, config.samples_per_prompt, seed)
         self._tool = tool_of(config, workers or WorkersConfig(), watch)
         self._renderer = Renderer(tokenizer)
 
     def sampled(self, prompts: Sequence[tuple[int, Prompt]]) -> list[Sample]:
         """Sample `samples_per_prompt` answers to each numbered prompt. Answers to one prompt are adjacent."""
         return self._answered(prompts, self.sampling)
-
-    @property
-    def sampling(self) -> Sampling:
-        """Sampling parameters of the answers to train on."""
-        return Sampling(self._config.max_new_tokens, self._config.temperature, self._config.samples_per_prompt, self._seed)
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """Decode one answer to each prompt greedily."""

@@ -20,10 +20,11 @@ class Clock:
 
     Args:
         idle: phases in which the device has no work, so that all of their time counts as waiting.
+        rollout_apart: whether the rollout has ranks of its own.
     """
 
-    def __init__(self, device: torch.device, *, idle: Container[str] = ()):
-        self._device, self._idle = device, idle
+    def __init__(self, device: torch.device, *, idle: Container[str] = (), rollout_apart: bool = False):
+        self._device, self._idle, self._rollout_apart = device, idle, rollout_apart
         self.start()
 
     def start(self) -> None:
@@ -68,6 +69,11 @@ class Clock:
         update = seconds_waited() - self._first - sum(measured.values()) + averaged
         found = {"generate": measured["generate"], "score": measured["score"], "update": update}
         return {name: self.seconds.get(name, 0.0) if name in self._idle else seconds for name, seconds in found.items()}
+
+    def waiting_of_rollout(self) -> float | None:
+        """Return the seconds of the step in which the rollout's own ranks neither generate nor take weights; None if it has none."""
+        working = sum(self.seconds.get(name, 0.0) for name in ("generate", "update_rollout"))
+        return max(0.0, self.total() - working) if self._rollout_apart else None
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -106,13 +106,16 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
 def waiting_metrics(clock: Clock, seconds: float) -> dict[str, float]:
     """Return the shares of a step in which ranks wait: their mean, in all and by phase, and the largest one of a rank. Every rank calls it.
 
+    Ranks that only generate have a number of their own.
+
     Args:
         seconds: of the step on this rank.
     """
     of_ranks = dist.gathered({name: waited / seconds for name, waited in clock.waiting().items()})
     means = {f"perf/waiting_{name}": sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
-    largest = max(sum(rank.values()) for rank in of_ranks)
-    return {"perf/waiting_share": sum(means.values()), "perf/largest_waiting_share": largest, **means}
+    largest, of_rollout = max(sum(rank.values()) for rank in of_ranks), clock.waiting_of_rollout()
+    apart = {} if of_rollout is None else {"perf/waiting_rollout_ranks": of_rollout / seconds}
+    return {"perf/waiting_share": sum(means.values()), "perf/largest_waiting_share": largest, **means, **apart}
 
 
 def phase_seconds(clock: Clock) -> dict[str, float]:

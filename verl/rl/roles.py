@@ -78,7 +78,8 @@ class Roles:
 
     def clock(self) -> Clock:
         """Return a clock of this run's steps."""
-        clock = Clock(self.actor.engine.device, idle=("score",) if self.answerer.scores_on_cpu else ())
+        idle, apart = ("score",) if self.answerer.scores_on_cpu else (), isinstance(self.answerer.rollout, RemoteRollout)
+        clock = Clock(self.actor.engine.device, idle=idle, rollout_apart=apart)
         for engine in self._engines():
             if isinstance(engine.weights, ReplicatedWeights):
                 engine.weights.waiting = clock.gradients
