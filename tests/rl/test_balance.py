@@ -1,10 +1,12 @@
 """The update's work is even over ranks, the gradient is the same, and the time that ranks wait is told."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rl_runs import STEPS, check_same, run_on, write_folder
+from places import run_ranks
+from rl_runs import STEPS, check_same, run_on, train, write_folder
 from runs import lines_of, metrics_of
 
 from verl.rl.balance import Cells, plan_moves
@@ -126,3 +128,24 @@ def test_with_a_rollout_apart_either_side_waits_for_the_other(folder: Path) -> N
         others = share + line["perf/seconds_update_rollout"] / line["perf/step_seconds"]
         assert line["perf/waiting_rollout_ranks"] == pytest.approx(1 - others, abs=0.05)
         assert line["perf/waiting_rollout_ranks"] + share < 1.05
+
+
+@pytest.mark.parametrize(("watched", "least"), [("watched", 0.4), ("not", 0.0)])
+def test_a_rank_waits_for_gradients_that_are_late(folder: Path, watched: str, least: float) -> None:
+    (line,) = [line for line in run_ranks("waiting.py", folder / "model", watched).splitlines() if line.startswith("[")]
+    waited = json.loads(line)
+    assert waited[1] < 0.2
+    assert least <= waited[0] < (0.4 if watched == "not" else 9.0)
+
+
+SLEEPS = "import time\n\n\ndef score(prompt, response, row):\n    time.sleep({seconds})\n    return float(len(response) % 3)\n"
+
+
+def test_the_time_of_graders_counts_as_waiting(folder: Path) -> None:
+    shares = []
+    for name, seconds in (("slow", 0.05), ("quick", 0.0)):
+        (folder / f"{name}.py").write_text(SLEEPS.format(seconds=seconds))
+        (line,) = train(folder, name, reward__name=folder / f"{name}.py", trainer__total_training_steps=1)
+        assert line["perf/waiting_score"] == pytest.approx(line["perf/seconds_score"] / line["perf/step_seconds"], rel=0.1)
+        shares.append(line["perf/waiting_score"])
+    assert shares[0] > 2 * shares[1]

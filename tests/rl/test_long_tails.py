@@ -225,9 +225,13 @@ def numbers_of(run: Path) -> list[list[int]]:
     return [[line["number"] for line in step] for step in answered(run, 3)]
 
 
-def test_two_processes_take_the_groups_that_one_does(folder: Path) -> None:
-    runs = [run_on(processes, folder, f"on_{processes}", **OVER) for processes in (1, 2)]
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_two_processes_take_the_groups_that_one_does(folder: Path, name: str) -> None:
+    keys: dict[str, object] = {**OVER, "algorithm__name": name, **({"reward__name": folder / "sometimes.py"} if name == "dapo" else {})}
+    runs = [run_on(processes, folder, f"{name}_on_{processes}", **keys) for processes in (1, 2)]
     check_same(runs[1], runs[0])
+    if name == "dapo":
+        return
     assert len({number for step in answered(runs[0], STEPS) for number in longest_of(step)}) == 4 * STEPS
     names = ("rl/abandoned_answers", "rl/waiting_prompts", "rl/asked_again")
     assert [[line[name] for name in names] for line in metrics_of(runs[0])] == [
@@ -280,6 +284,20 @@ def test_dynamic_sampling_goes_on_until_enough_groups_have_spread(folder: Path) 
     seen = [number for step in answered(folder / "dapo_over", 3) for number in longest_of(step)]
     position = restore.read_position(folder / "dapo_over/global_step_3")
     assert sorted([*seen, *waiting]) == list(range(position.drawn))
+
+
+FAILS = "def score(prompt, response, row):\n    if len(response) % 2:\n        raise ValueError('odd')\n    return float(len(response))\n"
+
+
+def test_a_grader_that_fails_is_told_of_the_groups_that_have_finished(folder: Path) -> None:
+    (folder / "fails.py").write_text(FAILS)
+    keys: dict[str, object] = {**OVER, "reward__name": folder / "fails.py", "trainer__total_training_steps": 2}
+    lines = train(folder, "zero", reward__on_error="zero", **keys)
+    for step, line in zip(answered(folder / "zero", 2), lines, strict=True):
+        assert line["reward/errors"] == sum(len(answer["response"]) % 2 for answer in step) > 0
+    with pytest.raises(UserError, match="ValueError: odd") as caught:
+        train(folder, "stops", **keys)
+    assert str(caught.value.where).startswith(f"{folder / 'train.jsonl'}:")
 
 
 @pytest.mark.parametrize(
