@@ -139,7 +139,7 @@ def describe_oversampling(config: PPOConfig, rollout: Rollout, start: Position) 
 
 def more_than(wanted: int, share: float) -> int:
     """Return the number of prompts to draw where so many are wanted."""
-    return wanted + math.ceil(wanted * share)
+    return wanted + math.ceil(round(wanted * share, 6))  # 30 × 0.1 is slightly more than 3
 
 
 def _draw(step: Step, missing: int, wanted: int, share: float) -> list[int]:
