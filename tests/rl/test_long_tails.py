@@ -32,7 +32,6 @@ from verl.rl.first_finished import take_first
 from verl.rl.samples import Sample
 from verl.rollout import Completion, Options, Sampling, vllm
 from verl.rollout.native import NativeRollout
-from verl.typed_json import DamageError
 
 OVER: dict[str, object] = {"rollout__oversample": 0.5, "rollout__max_new_tokens": 100}
 STOPS = range(200, 240)  # of 770 tokens, so that lengths are about geometric, with a mean of 20
@@ -270,7 +269,7 @@ def test_without_over_sampling_prompts_that_wait_are_kept(folder: Path, capsys: 
     state = folder / "kept/global_step_4/trainer/state.json"
     for wrong in ("x", "20", "-1"):
         state.write_text(json.dumps({**json.loads(state.read_text()), "abandoned": {wrong: 1}}))
-        with pytest.raises(DamageError, match="abandoned is"):
+        with pytest.raises(UserError, match="abandoned is"):
             restore.read_position(folder / "kept/global_step_4")
 
 
