@@ -28,7 +28,7 @@ from verl.errors import UserError
 from verl.rewards._scoring import Scored
 from verl.rl import first_finished
 from verl.rl.clock import Clock
-from verl.rl.first_finished import take_first
+from verl.rl.first_finished import _split, take_first
 from verl.rl.samples import Sample
 from verl.rollout import Completion, Options, Sampling, vllm
 from verl.rollout.native import NativeRollout
@@ -289,6 +289,14 @@ def test_dynamic_sampling_goes_on_until_enough_groups_have_spread(folder: Path) 
     seen = [number for step in answered(folder / "dapo_over", 3) for number in longest_of(step)]
     position = restore.read_position(folder / "dapo_over/global_step_3")
     assert sorted([*seen, *waiting]) == list(range(position.drawn))
+
+
+def test_failures_belong_to_the_group_of_their_row() -> None:
+    groups = [[Sample(Prompt(where, "", [], [1], {}), 0, [], [], [], None, "", "stop", 0)] * 2 for where in ("a:1", "a:2")]
+    errors = [UserError("failed", where=where) for where in ("a:2", "a:1", "a:2")]
+    parts = _split(Scored(np.arange(4, dtype=np.float32), {"x": np.arange(4, dtype=np.float32)}, errors), groups)
+    assert [[error.where for error in part.errors] for part in parts] == [["a:1"], ["a:2", "a:2"]]
+    assert [part.each["x"].tolist() for part in parts] == [part.reward_A.tolist() for part in parts] == [[0, 1], [2, 3]]
 
 
 FAILS = "def score(prompt, response, row):\n    if len(response) % 2:\n        raise ValueError('odd')\n    return float(len(response))\n"
