@@ -55,6 +55,12 @@ def test_it_has_step_loss_curve_validation_speed_memory_time_and_phase(tmp_path:
         assert part in text, (part, text)
 
 
+def test_it_says_how_much_of_a_step_is_waited(tmp_path: Path) -> None:
+    run = run_with(tmp_path, total_steps=10)
+    assert "1,234 tokens/s · waits 12% · " in shown(run, {"perf/waiting_share": 0.123})
+    assert "waits" not in shown(run, {})
+
+
 def test_the_best_value_of_the_validation_is_that_of_its_name(tmp_path: Path) -> None:
     run = run_with(tmp_path, total_steps=10)
     console, _ = terminal()

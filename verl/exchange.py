@@ -1,6 +1,7 @@
 """Messages among several ranks on the CPU. They wait for work of one rank alone, however long it takes, as long as that rank lives."""
 
 import pickle
+import time
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,6 +14,13 @@ from verl.peers import Peers
 Result = TypeVar("Result")
 ONE_SECOND = timedelta(seconds=1)
 
+_waited = 0.0  # seconds that this process has waited for messages
+
+
+def seconds_waited() -> float:
+    """Return the seconds that this process has waited for other ranks' messages so far."""
+    return _waited
+
 
 def wait(work: Any, peers: Peers | None) -> None:
     """Wait for a collective.
@@ -23,6 +31,15 @@ def wait(work: Any, peers: Peers | None) -> None:
     Raises:
         RankError: another rank has died, hangs or has failed.
     """
+    global _waited
+    since = time.perf_counter()
+    try:
+        _wait(work, peers)
+    finally:
+        _waited += time.perf_counter() - since
+
+
+def _wait(work: Any, peers: Peers | None) -> None:
     while True:
         try:
             work.wait(timeout=ONE_SECOND)  # comes back to Python, which then runs the handlers of signals

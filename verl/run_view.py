@@ -148,6 +148,7 @@ class RunView:
     def _speed(self, width: int) -> list[str]:
         metrics = self._metrics
         parts = [f"{metrics[name]:,.0f} tokens/s" for name in ("perf/tokens_per_second",) if name in metrics]
+        parts += [f"waits {metrics[name]:.0%}" for name in ("perf/waiting_share",) if name in metrics]
         peak = metrics.get("perf/peak_memory_gib")
         parts.append(f"{peak:.1f} GiB of GPU memory" if peak is not None else f"{_host_gib():.1f} GiB of memory")
         rates = (("perf/mfu_of_measured", "the measured matrix rate"), ("perf/mfu", "the data sheet's"))

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,21 @@ def test_weights_may_come_in_any_pieces(path: Path, rollout: VllmRollout, monkey
     move(model)
     rollout.update_weights(model.named_parameters(), 3)
     assert largest_difference(model, PROMPTS, rollout.generate(PROMPTS, WARM), temperature=0.7) > 0.1
+
+
+@marked
+def test_it_tells_how_far_unfinished_answers_are_and_abandons_them(path: Path, rollout: VllmRollout) -> None:
+    expected = [answer.token_ids for answer in rollout.generate(PROMPTS, WARM)]
+    stream, most = rollout.stream(PROMPTS, replace(WARM, progress=True)), 0
+    while most < 5:
+        finished = dict(next(stream))
+        assert all(expected[number] == answer.token_ids for number, answer in finished.items())
+        told = rollout.unfinished_tokens()
+        assert all(tokens <= len(expected[number]) for number, tokens in told.items())
+        most = max(told.values())
+    stream.close()  # type: ignore[attr-defined]
+    rollout.update_weights(trained_model(path).named_parameters(), 0)  # which needs that no answer holds keys and values
+    assert [answer.token_ids for answer in rollout.generate(PROMPTS, WARM)] == expected
 
 
 @marked

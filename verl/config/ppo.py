@@ -14,6 +14,8 @@ from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
 
+MOST_OVERSAMPLED = 10.0  # prompts asked over those wanted
+
 
 @dataclass
 class RewardConfig(WorkersConfig):
@@ -118,6 +120,9 @@ class RolloutConfig:
     name: str = "auto"
     # Answers to each prompt.
     samples_per_prompt: int = 8
+    # Over-sampling: a step asks this share of prompts more than data.prompts_per_step, and takes the groups whose longest answer is
+    # shortest. The other prompts are asked again, together, in a later step. 0: none; 0.25 asks a quarter more.
+    oversample: float = 0.0
     # Sampling temperature.
     temperature: float = 1.0
     # Longest answer, in tokens; with a tool, the total of all turns.
@@ -203,6 +208,7 @@ class PPOConfig:
         check_rewards(self.reward, self.reward_model)
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
+        check_oversampling(self.rollout, self.mapping)
         one_of("data.overlong_prompts", self.data.overlong_prompts, ("error", "drop"))
         one_of("data.share_prompts", self.data.share_prompts, ("auto", "never"))
         at_least("rollout.max_sequences", self.rollout.max_sequences, 1)
@@ -275,6 +281,26 @@ def check_staleness(rollout: RolloutConfig, algorithm: AlgorithmConfig) -> None:
     if algorithm.dynamic_sampling:
         what = "which prompts are drawn next depends on the rewards of this step's answers, but they are begun before"
         raise UserError(what, where="rollout.partial=true", fix="set algorithm.dynamic_sampling=false, or rollout.partial=false")
+
+
+def check_oversampling(rollout: RolloutConfig, mapping: MappingConfig) -> None:
+    """Check that answers which are not needed can be abandoned. Raises UserError naming the key."""
+    where = f"rollout.oversample={rollout.oversample:g}"
+    if not 0.0 <= rollout.oversample <= MOST_OVERSAMPLED:
+        fix = f"give a share from 0 to {MOST_OVERSAMPLED:g}, such as 0.25, which asks a quarter more prompts than a step needs"
+        raise UserError(f"found {rollout.oversample}", where="rollout.oversample", fix=fix)
+    if rollout.oversample == 0:
+        return
+    fix = "set rollout.oversample=0, or "
+    if rollout.tool is not None:
+        what = "an answer of several turns ends when its last turn does, and generation takes one turn at a time"
+        raise UserError(what, where=f"{where} with rollout.tool={rollout.tool}", fix=f"{fix}rollout.tool=null")
+    if rollout.url is not None:
+        what = "a server does not tell how long unfinished answers are, so none could be abandoned before it has ended"
+        raise UserError(what, where=f"{where} with rollout.url", fix=f"{fix}rollout.url=null")
+    if mapping.rollout != mapping.actor:
+        what = "ranks that only generate send all answers at once, so none could be abandoned"
+        raise UserError(what, where=f"{where} with mapping.rollout={mapping.rollout}", fix=f"{fix}give all roles the same ranks")
 
 
 def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:

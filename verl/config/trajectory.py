@@ -34,8 +34,8 @@ KINDS = {
         optim.name optim.lr optim.weight_decay optim.clip_grad optim.lr_scheduler optim.warmup_steps_ratio optim.min_lr_ratio
         optim.stable_ratio
         reward.name reward.weights reward_model.weight
-        rollout.name rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.staleness rollout.partial
-        rollout.tool rollout.max_turns
+        rollout.name rollout.oversample rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.staleness
+        rollout.partial rollout.tool rollout.max_turns
         trainer.seed
     """,
     MODEL: """

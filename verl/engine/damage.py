@@ -68,6 +68,8 @@ def read_position(directory: Path) -> Position:
     for name, least in _LEAST.items():
         value = getattr(position, name)
         _check_range(name, value, least, 2**63 if name != "seed" else value)
+    for number in position.abandoned:
+        _check_range("abandoned", int(number) if number.isdecimal() else -1, 0, position.drawn - 1)
     if settings := position.settings:  # older versions wrote neither these nor the total
         planned = _setting(settings, "trainer.total_training_steps")
         _check_range("total_steps", position.total_steps, max(1, position.step, planned or 0), planned or _MOST_STEPS)

@@ -38,6 +38,7 @@ class Position:
         seed: seed of the row order.
         data_fingerprint: identity of the tokenized rows; in checkpoints of older versions, a hash that cannot be compared.
         drawn: prompts drawn so far, in reinforcement learning.
+        abandoned: prompts of over-sampling that wait to be asked again: their numbers, and the step that abandoned each; the oldest first.
         kl_coef: current KL coefficient, if it is adaptive.
         skipped, critic_skipped: updates so far that were skipped, because the loss or the gradient was not finite.
         settings: the keys that change what is learned, and what identifies models by content, as JSON (verl.config.trajectory); empty in
@@ -55,6 +56,7 @@ class Position:
     seed: int
     data_fingerprint: Fingerprint | str
     drawn: int = 0
+    abandoned: dict[str, int] = field(default_factory=dict)
     kl_coef: float | None = None
     skipped: int = 0
     critic_skipped: int = 0

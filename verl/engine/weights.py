@@ -170,12 +170,16 @@ class _Bucket:
 class ReplicatedWeights(MasterWeights):
     """Weights replicated on every rank. Gradients are averaged in float32, one bucket at a time, and this overlaps with the last
     backward pass of the step; earlier micro-batches do not communicate.
+
+    Attributes:
+        waiting: a context in which this rank waits for the averages, after its own last backward pass.
     """
 
     place = "whole on each process"
 
     def __init__(self, scorer: Scorer, compute_dtype: torch.dtype):
         super().__init__(scorer, compute_dtype)
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._buckets, self._next, self._last = [_Bucket()], 0, False
         for p in reversed(self.trained.values()):  # roughly the order of their gradients
             if self._buckets[-1].size >= BUCKET:
@@ -195,8 +199,10 @@ class ReplicatedWeights(MasterWeights):
             return
         while self._next < len(self._buckets):  # buckets with parameters that this batch did not use
             self._send()
+        with self.waiting():
+            for bucket in self._buckets:
+                bucket.message.wait()
         for bucket in self._buckets:
-            bucket.message.wait()
             for p, part in zip(bucket.members, bucket.parts(), strict=True):
                 p.grad = part
             bucket.average = bucket.message = None

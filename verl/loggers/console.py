@@ -19,6 +19,7 @@ _SHOWN = {
     "train/lr": "lr {:.2e}",
     "train/grad_norm": "grad norm {:.3f}",
     "perf/tokens_per_second": "{:,.0f} tok/s",
+    "perf/waiting_share": "waits {:.0%}",
     "perf/peak_memory_gib": "{:.1f} GiB",
 }
 _MINUS_ZERO = re.compile(r"-(0\.0+)(?![0-9])")  # what rounding makes of a very small negative number

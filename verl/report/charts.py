@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "perf/tokens_per_second": ("Tokens per second", "tokens/s"),
         "perf/generated_tokens_per_second": ("Generated tokens per second", "tokens/s"),
         "perf/step_seconds": ("Time of a step", "seconds"),
+        "perf/waiting_share": ("Share of a step in which a GPU waits", "share"),
         "perf/mfu": ("Share of the device's peak rate (MFU)", "share"),
         "perf/peak_memory_gib": ("Peak memory", "GiB"),
     },
@@ -42,7 +43,8 @@ OTHERS = "Other metrics"
 # Metrics that vary from step to step, because each step has other rows.
 _SMOOTH = set(
     "train/loss train/grad_norm train/accuracy rl/reward rl/reward_std rl/response_tokens rl/truncated rl/entropy rl/kl_k3 critic/loss "
-    "rl/explained_variance perf/tokens_per_second perf/generated_tokens_per_second perf/step_seconds perf/mfu".split()
+    "rl/explained_variance perf/tokens_per_second perf/generated_tokens_per_second perf/step_seconds perf/waiting_share "
+    "perf/mfu".split()
 )
 _NO_CURVES = {"epoch"}
 

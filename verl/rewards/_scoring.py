@@ -113,6 +113,11 @@ class Rewards:
             self.model = _model.RewardModel(model, device=device, tokenizer=tokenizer, say=say)
             self._weights[MODEL] = model.weight
 
+    @property
+    def has_processes(self) -> bool:
+        """Return whether all rewards are computed in processes of their own."""
+        return self.model is None and all(grader.has_processes for grader in self._graders.values())
+
     def close(self) -> None:
         """End the processes of users' rewards."""
         for grader in self._graders.values():

@@ -5,7 +5,7 @@ again from text.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +40,8 @@ class Collected:
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
         is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
+        metrics: of over-sampling; empty without it.
+        waiting: prompts that wait to be asked again, see `verl.engine.position.Position.abandoned`.
     """
 
     answered: list[Sample]
@@ -51,6 +53,8 @@ class Collected:
     kept: list[int]
     scored: list[Scored]
     is_ahead: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    waiting: dict[str, int] = field(default_factory=dict)
 
     @property
     def answers(self) -> int:
@@ -122,10 +126,7 @@ class Answerer:
             UserError: on all ranks, if a reward failed and reward.on_error=stop.
         """
         found: list[Scored] = []
-        dist.together(lambda: found.append(self._scored(samples)))
-        for number, sample in enumerate(samples):
-            sample.reward = float(found[0].reward_A[number])
-            sample.parts = {name: float(values[number]) for name, values in found[0].each.items()}
+        dist.together(lambda: found.append(self.scored(samples)))
         return found[0] if self._tool is None else replace(found[0], tool_errors=self._tool.take_errors())
 
     def close(self) -> None:
@@ -135,8 +136,19 @@ class Answerer:
         if self._tool is not None:
             self._tool.close()
 
-    def _scored(self, samples: Sequence[Sample]) -> Scored:
-        return self._scorer.score(
+    @property
+    def scores_on_cpu(self) -> bool:
+        """Whether the device has no work while answers are scored."""
+        return self._scorer.model is None
+
+    @property
+    def scores_aside(self) -> bool:
+        """Whether a thread may score answers while others are generated: all graders have processes of their own."""
+        return self._scorer.has_processes
+
+    def scored(self, samples: Sequence[Sample]) -> Scored:
+        """Set the rewards of this rank's answers. Answers to one prompt are adjacent. Raises UserError: see `score`."""
+        found = self._scorer.score(
             [sample.prompt.text for sample in samples],
             [sample.text for sample in samples],
             [sample.prompt.row for sample in samples],
@@ -144,13 +156,17 @@ class Answerer:
             chats=[sample.prompt.messages for sample in samples],
             groups=[sample.group for sample in samples],
         )
+        for number, sample in enumerate(samples):
+            sample.reward = float(found.reward_A[number])
+            sample.parts = {name: float(values[number]) for name, values in found.each.items()}
+        return found
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, drawn: list[Completion] | None = None) -> list[Sample]:
         completions = drawn
         if completions is None:
             completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
         owners = [owner for owner in prompts for _ in range(sampling.n)]
-        samples = [self._sample_of(number, prompt, done) for (number, prompt), done in zip(owners, completions, strict=True)]
+        samples = [self.sample_of(number, prompt, done) for (number, prompt), done in zip(owners, completions, strict=True)]
         if self._tool is not None:
             self._take_turns(samples, self._tool, sampling)
         return samples
@@ -166,7 +182,8 @@ class Answerer:
         dist.together(generate)
         return found
 
-    def _sample_of(self, number: int, prompt: Prompt, done: Completion) -> Sample:
+    def sample_of(self, number: int, prompt: Prompt, done: Completion) -> Sample:
+        """Return a response to a numbered prompt as an answer."""
         mask, logprobs = [True] * len(done.token_ids), None if done.logprobs is None else list(done.logprobs)
         text, versions = done.text(self._tokenizer), None if done.versions is None else list(done.versions)
         ids, reason = list(done.token_ids), done.finish_reason

@@ -15,6 +15,7 @@ from verl.engine.engine import Engine
 from verl.engine.references import AdapterOffReference
 from verl.errors import UserError
 from verl.rl.answering import Collected, groups_with_spread
+from verl.rl.balance import balanced
 from verl.rl.method import Method
 from verl.rl.samples import PackedSamples, Sample, pack_samples
 
@@ -99,7 +100,7 @@ class Experience:
 def pack_experience(
     collected: Collected, updates: int, token_budget: int, *, multiple_of_tokens: int, separate: bool, share_prompts: bool
 ) -> Experience:
-    """Split the answers into updates of equally many prompts over all ranks, and pack them. Every rank calls it.
+    """Split the answers into updates of equally many prompts over all ranks, balance them over ranks, and pack them. Every rank calls it.
 
     Args:
         token_budget: maximum number of tokens of a micro-batch.
@@ -107,6 +108,7 @@ def pack_experience(
         separate: whether groups with equal rewards, whose advantages may be 0, get micro-batches of their own.
         share_prompts: whether a micro-batch has a prompt once for all of its answers.
     """
+    collected = balanced(collected, updates, separate=separate)
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
     samples = collected.samples
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]

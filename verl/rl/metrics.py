@@ -29,7 +29,7 @@ def step_metrics(
     """
     learned = experience.learned
     metrics = {f"rl/{name}": value for name, value in learned.metrics.items()} if learned is not None else {}
-    metrics |= _of_answers(collected) | _of_versions(collected, version)
+    metrics |= _of_answers(collected) | _of_versions(collected, version) | _of_balance(experience)
     metrics |= {f"critic/{name}": value for name, value in _over_updates(critic).items()}
     named = {"loss": "train/loss", "grad_norm": "train/grad_norm", "skipped": "train/skipped"}
     return metrics | {named.get(name, f"rl/{name}"): value for name, value in _over_updates(actor).items()}
@@ -53,7 +53,14 @@ def _of_answers(collected: Collected) -> dict[str, float]:
         "rl/refills": float(collected.refills),
         "rl/turns": turns / n,
     }
-    return metrics | _of_graders(collected)
+    return metrics | collected.metrics | _of_graders(collected)
+
+
+def _of_balance(experience: Experience) -> dict[str, float]:
+    """Return the tokens that the fullest rank trains on, over the mean of all ranks."""
+    mine = sum(len(s.prompt_ids) + len(s.answer_ids) for s in experience.samples)
+    (tokens,) = dist.total([float(mine)])
+    return {"perf/fullest_rank": dist.most(mine) * dist.world_size() / max(tokens, 1.0)}
 
 
 def _of_versions(collected: Collected, version: int) -> dict[str, float]:
@@ -106,7 +113,22 @@ def time_metrics(clock: Clock, collected: Collected, start: Position, device: to
         metrics["perf/generated_tokens_per_second"] = drawn / clock.seconds["generate"]
     if device.type == "cuda":
         metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return metrics, done
+    return metrics | waiting_metrics(clock, seconds), done
+
+
+def waiting_metrics(clock: Clock, seconds: float) -> dict[str, float]:
+    """Return the shares of a step in which ranks wait: their mean, in all and by phase, and the largest one of a rank. Every rank calls it.
+
+    Ranks that only generate have a number of their own.
+
+    Args:
+        seconds: of the step on this rank.
+    """
+    of_ranks = dist.gathered({name: waited / seconds for name, waited in clock.waiting().items()})
+    means = {f"perf/waiting_{name}": sum(rank[name] for rank in of_ranks) / len(of_ranks) for name in of_ranks[0]}
+    largest, of_rollout = max(sum(rank.values()) for rank in of_ranks), clock.waiting_of_rollout()
+    apart = {} if of_rollout is None else {"perf/waiting_rollout_ranks": of_rollout / seconds}
+    return {"perf/waiting_share": sum(means.values()), "perf/largest_waiting_share": largest, **means, **apart}
 
 
 def phase_seconds(clock: Clock) -> dict[str, float]:

@@ -22,6 +22,7 @@ from verl.engine.outline import Outline
 from verl.engine.references import AdapterOffReference, build_reference
 from verl.engine.scorers import TokenScorer
 from verl.engine.shared_prompts import PromptSharing, choose_sharing
+from verl.engine.weights import ReplicatedWeights
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
 from verl.models.format_check import check_format
@@ -82,6 +83,17 @@ class Roles:
         yield
         if self.sleeps:
             self.answerer.rollout.sleep()
+
+    def clock(self) -> Clock:
+        """Return a clock of this run's steps."""
+        idle = ("score",) if self.answerer.scores_on_cpu else ()
+        # Ranks that draw answers ahead do so while the others train: only they know for how long.
+        apart = isinstance(self.answerer.rollout, RemoteRollout) and self.answerer.ahead is None
+        clock = Clock(self.actor.engine.device, idle=idle, rollout_apart=apart)
+        for engine in self._engines():
+            if isinstance(engine.weights, ReplicatedWeights):
+                engine.weights.waiting = clock.gradients
+        return clock
 
     @property
     def trained_weights(self) -> int:

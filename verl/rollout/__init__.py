@@ -30,6 +30,8 @@ class Sampling:
         top_k: number of most likely tokens to sample from; 0: all. For evaluation only, because training needs the whole distribution.
         top_p: total probability of the most likely tokens to sample from; 1: all. For evaluation only.
         logprobs: whether to return log-probabilities; an engine may be faster without them.
+        progress: whether `stream` also yields empty lists after every few tokens, so that the caller may look at `unfinished_tokens`, and
+            stop. An engine without this method ignores it.
     """
 
     max_new_tokens: int
@@ -39,6 +41,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     logprobs: bool = True
+    progress: bool = False
 
     @property
     def is_filtered(self) -> bool:
@@ -75,6 +78,9 @@ class Completion:
 
 class Rollout(Protocol):
     """A generation engine.
+
+    It may have a method `unfinished_tokens() -> Mapping[int, int]`, for use between two results of `stream`: the indices of the responses
+    that have not finished, and how many tokens each has at least.
 
     Attributes:
         stop_ids: tokens that end a response.

@@ -71,6 +71,7 @@ class VllmRollout:
         self.stop_ids, self._tied = list(stop_ids), outline(path, trust_remote_code=options.trust_remote_code).all_tied_weights_keys
         self._asleep: set[str] = set()
         self._version = 0
+        self._unfinished: dict[int, int] = {}
         self._llm = _start(resolve(path), options)
         self._llm.init_weight_transfer_engine({"init_info": {}})
         self.positions: int | None = self._llm.model_config.max_model_len
@@ -82,6 +83,7 @@ class VllmRollout:
         requests = seeded_requests(prompts, sampling, seeds, self.positions)
         self.wake()
         engine, due = self._llm.llm_engine, set()
+        self._unfinished = dict.fromkeys(range(len(requests)), 0)
         try:
             for number, (prompt, seed) in enumerate(requests):
                 engine.add_request(str(number), _tokens(prompt), _params(sampling, seed, self.stop_ids))
@@ -89,12 +91,20 @@ class VllmRollout:
             while due:
                 # On a CPU, vLLM also draws from torch's global random generator, before it uses that of the request.
                 with torch.random.fork_rng(devices=[]):
-                    finished = [output for output in engine.step() if output.finished]
+                    outputs = engine.step()
+                self._unfinished |= {int(output.request_id): len(output.outputs[0].token_ids) for output in outputs}
+                finished = [output for output in outputs if output.finished]
                 due -= {output.request_id for output in finished}
-                if finished:
+                for output in finished:
+                    del self._unfinished[int(output.request_id)]
+                if finished or sampling.progress:
                     yield [(int(output.request_id), self._completion(output.outputs[0], sampling)) for output in finished]
         finally:
             engine.abort_request(list(due))  # the caller may stop reading early
+
+    def unfinished_tokens(self) -> dict[int, int]:
+        """See `Rollout`."""
+        return self._unfinished
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         """See `Rollout.generate`."""
@@ -235,7 +245,7 @@ def _params(sampling: Sampling, seed: int, stop_ids: list[int]) -> "SamplingPara
         ignore_eos=True,  # only `stop_token_ids` end a response
         stop_token_ids=stop_ids,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if sampling.progress else RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -21,9 +21,9 @@ from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
 from verl.manifest import step_name
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.ahead import check_staleness
-from verl.rl.answering import Collected, collect
-from verl.rl.clock import Clock
+from verl.rl.answering import Collected
 from verl.rl.experience import pack_experience
+from verl.rl.first_finished import collect_step, describe_oversampling
 from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
@@ -78,6 +78,8 @@ def train(config: PPOConfig) -> TrainResult:
         roles = build_roles(config, method, tokenizer, asked, bridge, decisions, run)
         run.say(f"{roles.describe()}\n{layout.describe()}\n{method.describe()}")
         run.say(f"plan: {describe_steps(config, total_steps)}; into {run.directory}\n{describe_epochs(config, prompts, total_steps)}")
+        if (text := describe_oversampling(config, roles.answerer.rollout, start)) is not None:
+            run.say(text)
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
 
@@ -137,7 +139,7 @@ def train_loop(
 ) -> None:
     """In each step, sample answers, score them, compute advantages, update and log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
-    clock, updates, rewards, here = Clock(actor.device), Updates(config, method, start, run), RewardWatch(run), start
+    clock, updates, rewards, here = roles.clock(), Updates(config, method, start, run), RewardWatch(run), start
     if validation is not None and start.step == 0:
         run.log(0, before := validate(roles, validation, 0, run))
         saver.check_metric(lambda: before)
@@ -147,7 +149,7 @@ def train_loop(
         lr = actor.learning_rate(step * updates.per_step - here.skipped)
         try:
             with roles.generating():
-                collected = collect(roles.answerer, prompts, here.drawn, config, clock)
+                collected = collect_step(roles.answerer, prompts, here, config, clock)
         except AbandonedError:
             leave_early(config, here, start, run, saver)
         run.enter("training", step + 1, limited=True)
@@ -167,7 +169,7 @@ def train_loop(
         metrics = step_metrics(collected, experience, of_critic, of_actor, step) | updates.adapt(of_actor, collected)
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
-        here = roles.with_skipped(replace(seen, step=done, drawn=collected.drawn, kl_coef=updates.kl_coef))
+        here = roles.with_skipped(replace(seen, step=done, drawn=collected.drawn, abandoned=collected.waiting, kl_coef=updates.kl_coef))
         last = done == run.total_steps
         if validation is not None and not run.should_stop() and due(config.trainer.test_freq, done, ends_epoch, last):
             with clock.phase("validate"):

@@ -36,8 +36,8 @@ class NativeRollout:
         stop_ids: tokens that end a response; those of the model's generation_config.json are added.
         is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
-        scheduler, slots, runner: parts of the engine; each call creates a new scheduler. While the weights stay as they were loaded, it knows
-            the prompts whose keys and values are still in the slots.
+        scheduler, slots, runner: parts of the engine; each call creates a new scheduler. While the weights stay as they were loaded, it
+            knows the prompts whose keys and values are still in the slots.
     Raises:
         UserError: the architecture has other decode state than keys and values or that of a delta rule, its attention is not supported, or
             its answers are not those of the plain model.
@@ -91,7 +91,7 @@ class NativeRollout:
 
     def _finished(self, sampling: Sampling) -> Iterator[list[tuple[int, Completion]]]:
         while self.scheduler.has_work:
-            if ended := self.advance(sampling):
+            if (ended := self.advance(sampling)) or sampling.progress:
                 yield ended
 
     def advance(self, sampling: Sampling) -> list[tuple[int, Completion]]:
@@ -103,6 +103,10 @@ class NativeRollout:
         finished = self._collect(ended, sampling)
         self._compact()
         return finished
+
+    def unfinished_tokens(self) -> dict[int, int]:
+        """See `Rollout`."""
+        return self.scheduler.unfinished()
 
     def continuous(self, sampling: Sampling, responses: int, positions: int) -> NativeContinuous:
         """See `verl.rollout.drawing`. No other method that generates may be called before it has stopped."""

@@ -198,6 +198,11 @@ class Scheduler:
             request.steps += steps
         return steps
 
+    def unfinished(self) -> dict[int, int]:
+        """Return the numbers of all requests that are queued or running, and how many decode steps each has taken."""
+        running = (request for request in self._running if request is not None)
+        return {request.number: request.steps for request in (*running, *self._queue)}
+
     def ended(self, active: Sequence[int]) -> list[int]:
         """Return the slots whose requests have ended.
 
