@@ -21,12 +21,13 @@ TOLERANCE = 0.01  # of the mean: groups move until the fullest rank has at most 
 Cells = Mapping[object, Mapping[int, tuple[int, int]]]  # by the pass that groups share: by their numbers, rank and tokens
 
 
-def balanced(collected: Collected, updates: int, *, separate: bool) -> Collected:
+def balanced(collected: Collected, updates: int, *, separate: bool, share_prompts: bool) -> Collected:
     """Return the answers of a step with whole groups exchanged between ranks. Every rank calls it.
 
     Args:
         updates: updates of the step; each is balanced for itself.
         separate: whether the update leaves out groups with equal rewards, so that these are balanced for themselves too.
+        share_prompts: whether the update computes a prompt once for all of its answers.
     """
     if dist.world_size() == 1 or not collected.kept:
         return collected
@@ -34,7 +35,7 @@ def balanced(collected: Collected, updates: int, *, separate: bool) -> Collected
     mine: dict[int, list[Sample]] = {}
     for sample in collected.samples:
         mine.setdefault(sample.group, []).append(sample)
-    rows = [(number, _tokens(of), separate and len({sample.reward for sample in of}) == 1) for number, of in mine.items()]
+    rows = [(number, trained_on(of, share_prompts=share_prompts), separate and len({sample.reward for sample in of}) == 1) for number, of in mine.items()]
     cells: dict[object, dict[int, tuple[int, int]]] = {}
     for rank, of_rank in enumerate(dist.gathered(rows)):
         for number, tokens, is_flat in of_rank:
@@ -85,5 +86,8 @@ def _better(places: Mapping[int, int], tokens: Mapping[int, int], ranks: int) ->
     return None
 
 
-def _tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(sample.prompt_ids) + len(sample.answer_ids) for sample in samples)
+def trained_on(samples: Sequence[Sample], *, share_prompts: bool) -> int:
+    """Return the number of tokens that the update computes for these answers."""
+    prompts = {sample.group: len(sample.prompt_ids) for sample in samples}
+    in_prompts = sum(prompts.values()) if share_prompts else sum(prompts[sample.group] for sample in samples)
+    return in_prompts + sum(len(sample.answer_ids) for sample in samples)

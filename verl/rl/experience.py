@@ -15,7 +15,7 @@ from verl.engine.engine import Engine
 from verl.engine.references import AdapterOffReference
 from verl.errors import UserError
 from verl.rl.answering import Collected, groups_with_spread
-from verl.rl.balance import balanced
+from verl.rl.balance import balanced, trained_on
 from verl.rl.method import Method
 from verl.rl.samples import PackedSamples, Sample, pack_samples
 
@@ -28,6 +28,7 @@ class Experience:
 
     Attributes:
         updates: micro-batches of each update.
+        tokens: number of tokens that all updates compute, on this rank.
         old_logprobs: log-probabilities before the updates; None if the forward pass of the only update computes them.
         ref_logprobs: log-probabilities under the reference model, if there is one.
         values: values of the critic, if there is one.
@@ -36,6 +37,7 @@ class Experience:
 
     samples: list[Sample]
     updates: list[PackedSamples]
+    tokens: int = 0
     old_logprobs: Values | None = None
     ref_logprobs: Values | None = None
     values: Values | None = None
@@ -108,7 +110,7 @@ def pack_experience(
         separate: whether groups with equal rewards, whose advantages may be 0, get micro-batches of their own.
         share_prompts: whether a micro-batch has a prompt once for all of its answers.
     """
-    collected = balanced(collected, updates, separate=separate)
+    collected = balanced(collected, updates, separate=separate, share_prompts=share_prompts)
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
     samples = collected.samples
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]
@@ -116,4 +118,4 @@ def pack_experience(
     flat = {i for i, s in enumerate(samples) if s.group not in spread}
     options: dict[str, Any] = {"multiple_of_tokens": multiple_of_tokens, "separate": flat, "share_prompts": share_prompts}
     packed = [pack_samples(samples, numbers, token_budget, **options) for numbers in chosen]
-    return Experience(samples, packed)
+    return Experience(samples, packed, trained_on(samples, share_prompts=share_prompts))

@@ -58,9 +58,8 @@ def _of_answers(collected: Collected) -> dict[str, float]:
 
 def _of_balance(experience: Experience) -> dict[str, float]:
     """Return the tokens that the fullest rank trains on, over the mean of all ranks."""
-    mine = sum(len(s.prompt_ids) + len(s.answer_ids) for s in experience.samples)
-    (tokens,) = dist.total([float(mine)])
-    return {"perf/fullest_rank": dist.most(mine) * dist.world_size() / max(tokens, 1.0)}
+    (tokens,) = dist.total([float(experience.tokens)])
+    return {"perf/fullest_rank": dist.most(experience.tokens) * dist.world_size() / max(tokens, 1.0)}
 
 
 def _of_versions(collected: Collected, version: int) -> dict[str, float]:
