@@ -339,11 +339,11 @@ def batch_of(prompts: Sequence[tuple[int, tuple[int, ...]]]) -> Batch:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("checkpointing", [None, "selective"])
+@pytest.mark.parametrize("checkpointing", [None, "selective", "full"])
 def test_compiled_layers_share_prompts_and_are_not_compiled_for_each_batch(flash_stand_in: None, checkpointing: str | None) -> None:
     scorer, plain_scorer = (TokenScorer(model_of(SHARED["qwen2"], PACKED)) for _ in range(2))
     if checkpointing:
-        recompute_activations(scorer.model, selective=True)
+        recompute_activations(scorer.model, selective=checkpointing == "selective")
     compile_layers(scorer.model, backend="aot_eager")
     graphs = []
     for prompts in (((40, (9, 20)),), ((33, (5, 60, 7)), (50, (8, 8))), ((64, (5, 60, 7, 2)), (41, (30, 5, 6)), (20, (1, 1)))):

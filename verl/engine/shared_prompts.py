@@ -9,6 +9,7 @@ from verl import dist
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.trial import why_not_shared
+from verl.models.attention.flash import LARGEST_HEAD
 from verl.models.attention.packed import has_flash
 from verl.models.per_layer import heads_of, layer_values
 from verl.models.randomness import is_random
@@ -74,7 +75,8 @@ def _why_not(engine: Engine, by_flash: bool, longest: int, *, trusted: bool) -> 
     if by_flash and scorer.path.fused:
         from verl.models.attention import shared_trial  # what only a GPU needs
 
-        return shared_trial.refusal(engine.device, engine.compute_dtype, *heads_of(config))
+        heads = [each for each in heads_of(config) if each.size <= LARGEST_HEAD]  # larger ones take the plain path
+        return shared_trial.refusal(engine.device, engine.compute_dtype, *heads)
     return None
 
 

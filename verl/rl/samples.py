@@ -3,7 +3,7 @@
 Dimensions: A answers, M trained positions of a micro-batch.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from verl import dist
 from verl.data.batch import VALUES, Batch
 from verl.data.groups import Group, collate_groups, numbers_of, pack_groups, pieces_of
-from verl.data.pack import collate
+from verl.data.pack import Document, collate
 from verl.data.prompts import Prompt
 
 
@@ -172,18 +172,24 @@ def pack_samples(
         share_prompts: whether a micro-batch has a prompt once for all of its answers.
     """
     kinds = ([number for number in chosen if number not in separate], [number for number in chosen if number in separate])
-    bins = [groups for kind in kinds for groups in _bins(samples, kind, token_budget, share_prompts=share_prompts)] or [[]]
-    batches = [collate_groups(groups, lambda i: samples[i].document, multiple_of_tokens=multiple_of_tokens) for groups in bins]
+    documents = {number: samples[number].document for number in chosen}
+    of_prompt = {number: samples[number].group if share_prompts else number for number in chosen}
+    bins = [groups for kind in kinds for groups in _bins(documents, kind, of_prompt, token_budget)] or [[]]
+    batches = [collate_groups(groups, documents.__getitem__, multiple_of_tokens=multiple_of_tokens) for groups in bins]
     return PackedSamples(samples, [numbers_of(groups) for groups in bins], batches, multiple_of_tokens)
 
 
-def _bins(samples: list[Sample], chosen: Sequence[int], token_budget: int, *, share_prompts: bool) -> list[list[Group]]:
-    """Return the answers of each micro-batch in groups: equally many lists on all ranks, none if no rank has answers."""
+def _bins(documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, int], token_budget: int) -> list[list[Group]]:
+    """Return the answers of each micro-batch in groups: equally many lists on all ranks, none if no rank has answers.
+
+    Args:
+        of_prompt: for each answer, a number that those which may share their prompt have in common.
+    """
     if dist.most(len(chosen)) == 0:
         return []
-    by_prompt: dict[int, list[int]] = {}
+    together: dict[int, list[int]] = {}
     for number in chosen:
-        by_prompt.setdefault(samples[number].group if share_prompts else number, []).append(number)
-    groups = [piece for numbers in by_prompt.values() for piece in pieces_of(numbers, lambda i: samples[i].document, token_budget)]
+        together.setdefault(of_prompt[number], []).append(number)
+    groups = [piece for numbers in together.values() for piece in pieces_of(numbers, documents.__getitem__, token_budget)]
     bins = pack_groups(groups, token_budget=token_budget, multiple_of=1)
     return bins + [[] for _ in range(dist.most(len(bins)) - len(bins))]
