@@ -43,7 +43,7 @@ class Drafter:
         self.size = size
         self._slots, self._device, self._idle = size.slots, device, 2 * size.slots
         # `record` writes whole rows of answers, of which the last may begin at the end of the longest prompt.
-        self.token_XL = torch.zeros(self._idle + 1, size.positions + size.longest_answer, dtype=torch.int32, device=device)
+        self.token_XL = torch.zeros(self._idle + 1, COMPARED + size.positions + size.longest_answer, dtype=torch.int32, device=device)
         self.length_X = torch.zeros(self._idle + 1, dtype=torch.int32, device=device)
         self.text_S = torch.full((size.slots,), self._idle, device=device)
         self.prompt_S = torch.zeros(size.slots, dtype=torch.int64, device=device)
@@ -59,6 +59,7 @@ class Drafter:
         self._prompt_of: dict[int, Prompt] = {}  # by text
         self._texts_of: dict[Prompt, list[int]] = {}  # in the order in which they began
         self._text_of_slot = [self._idle] * self._slots
+        self.length_X.zero_()
         self._upload()
 
     # --- which text belongs to which slot
@@ -146,9 +147,9 @@ class Drafter:
         A row has none if its response has ended, no match is long enough, or its next token is its last one.
 
         Args:
-            used: all texts are shorter than this; None: unknown.
+            used: no text is longer than this; None: unknown.
         """
-        token_XL, own_B = self.token_XL[:, :used], self.text_S[:rows]
+        token_XL, own_B = self.token_XL if used is None else self.token_XL[:, : max(used, COMPARED)], self.text_S[:rows]
         length_B, source_BM = self.length_X[own_B].long(), self.source_SM[:rows]
         available_BM = self.length_X[source_BM].long() - 1
         first = COMPARED - 1  # a match ends at this position at the earliest
@@ -168,7 +169,8 @@ class Drafter:
         follow_B1 = (available_BM.gather(1, source_B1) + 1 - start_B[:, None]).clamp(min=1)
         ahead_K = torch.arange(number, device=self._device)
         # A text that repeats itself goes on repeating itself: behind its last token comes the first draft again.
-        draft_BK = token_XL[source_BM.gather(1, source_B1), start_B[:, None] + ahead_K % follow_B1].long()
+        at_BK = (start_B[:, None] + ahead_K % follow_B1).clamp(max=positions - 1)  # without a match, it may be anywhere
+        draft_BK = token_XL[source_BM.gather(1, source_B1), at_BK].long()
         count_B = torch.where(source_B1[:, 0] == 0, number, follow_B1[:, 0].clamp(max=number))
         room_B = (state.limit_S[:rows] - state.generated_S[:rows] - 1).clamp(min=0)
         count_B = torch.minimum(count_B, room_B) * ((match_B >= LEAST_MATCH) & (state.active_S[:rows] > 0))
