@@ -118,12 +118,12 @@ def measure(
         raise SystemExit(engines[1].describe())
     same = [(one, other) for one, other in zip(*found, strict=True) if one.token_ids == other.token_ids]
     difference = max((abs(x - y) for one, other in same for x, y in zip(one.logprobs or [], other.logprobs or [], strict=True)), default=0)
-    steps = pace.verify_steps + pace.decode_steps
+    verify_share = pace.total.steps / (pace.total.steps + pace.decode_steps)
     kept = pace.total.kept / pace.total.active if pace.total.active else None
     for engine in engines:
         engine.close()
     medians = [statistics.median(own) for own in rates]
-    return Result(temperature, rows, len(found[0]), *medians, kept, pace.verify_steps / steps, len(same) / len(found[0]), difference)
+    return Result(temperature, rows, len(found[0]), *medians, kept, verify_share, len(same) / len(found[0]), difference)
 
 
 def timed(engine: NativeRollout, prompts: list[list[int]], sampling: Sampling) -> tuple[list[Completion], float]:

@@ -222,7 +222,7 @@ class NativeRollout:
         self.runner.verify(self.slots, self.drafter, rows, steps, sampling, drafts)
         kept, active, computed = self.drafter.counts_3.tolist()
         self.drafter.counts_3.zero_()
-        self.pace.verified(steps, Counts(kept, active, computed, rows * steps))
+        self.pace.verified(Counts(steps, kept, active, computed), rows)
 
     def _collect(self, ended: list[int], sampling: Sampling) -> list[tuple[int, Completion]]:
         """Return the finished responses with their indices, and free their slots."""

@@ -7,14 +7,13 @@ of log-probabilities may differ between a verify step and a decode step, and a r
 from dataclasses import dataclass
 
 DRAFTS = 4  # drafts of a row
-# A step takes as long as this many tokens, whatever it computes: it reads the weights and launches its kernels.
-FIXED = {"cuda": 128, "cpu": 24}
-MOST_TOKENS = {"cuda": 512, "cpu": 4096}  # tokens of a verify step; a GPU has memory for the logits of its slots
-MARGIN = 1.1  # a verify step has to be this much better, because looking for drafts takes time too
-HOPED = 0.5  # share of right drafts that a trial may need to pay
-TRIAL = 2  # verify steps of a trial
-PAUSE, LONGEST_PAUSE = 32, 256  # decode steps after the first trial that did not pay, and after many
-MEMORY = 16  # verify steps after which what they counted has half its weight
+# A step of a small number of rows takes as long as the computation of this many tokens: it reads the weights and launches its kernels.
+FIXED = {"cuda": 128, "cpu": 20}
+LOOKUP = {"cuda": 16, "cpu": 8}  # the same, for what a verify step does besides: it looks for drafts, and compares them
+MOST_TOKENS = {"cuda": 512, "cpu": 4096}  # of a verify step; a GPU has memory for the logits of its slots
+SHARE = 0.02  # share of the time that trials may lose
+CREDIT = 2.0  # decode steps that verify steps may lose in a row after they have paid
+TRIAL = 2  # verify steps between two decisions, before they have paid
 
 
 @dataclass
@@ -22,38 +21,37 @@ class Counts:
     """What verify steps did.
 
     Attributes:
+        steps: number of steps.
         kept: tokens that were added to responses.
         active: rows that they were added to; a decode step would have added one token to each.
         computed: tokens that the model computed.
-        rows: rows of these steps, with those that are not active.
     """
 
-    kept: float = 0.0
-    active: float = 0.0
-    computed: float = 0.0
-    rows: float = 0.0
+    steps: int = 0
+    kept: int = 0
+    active: int = 0
+    computed: int = 0
 
 
 class Pace:
     """Decides between verify steps and decode steps in one call.
 
-    With F the fixed part of a step in tokens, a decode step of R rows takes F + R, and adds one token to each active row. A verify step that
-    computes c tokens for each row takes F + c·R, and adds k tokens to each active row. It pays if k · (F + R) > MARGIN · (F + c·R), where k
-    and c are those of the latest verify steps. The first steps of a call are a trial, unless there are so many rows that not even half of
-    all drafts would pay. When verify steps do not pay, decode steps follow until the next trial, each time more of them.
+    It keeps an account in decode steps. With F the fixed part of a step and D that of drafts, in tokens, a decode step of R rows takes
+    F + R. A verify step that computes C tokens takes F + D + C, and adds k tokens to each active row, as k decode steps do: it is credited
+    with k - (F + D + C) / (F + R). A decode step is credited with SHARE, and the balance is never above CREDIT. Verify steps are taken
+    while it is not negative, first TRIAL of them. So all trials of a call lose no more than SHARE of its time, and they come the more often
+    the less they cost: when few rows are left.
 
     Args:
         device_type: "cuda" or "cpu".
     Attributes:
         total: what all verify steps of the call did.
-        verify_steps, decode_steps: number of steps of each kind so far.
+        decode_steps: number of decode steps.
     """
 
     def __init__(self, device_type: str):
-        self._fixed, self._most = FIXED[device_type], MOST_TOKENS[device_type]
-        self._recent, self.total = Counts(), Counts()
-        self.verify_steps = self.decode_steps = 0
-        self._trial, self._wait, self._pause = TRIAL, 0, PAUSE  # verify steps to try, decode steps before that, and length of the next wait
+        self._fixed, self._lookup, self._most = FIXED[device_type], LOOKUP[device_type], MOST_TOKENS[device_type]
+        self._balance, self.total, self.decode_steps = 0.0, Counts(), 0
 
     def steps(self, at_most: int, rows: int) -> int:
         """Return the number of verify steps to take now, at most `at_most`; 0: take decode steps.
@@ -61,34 +59,25 @@ class Pace:
         Args:
             rows: rows of the next steps.
         """
-        if self._wait > 0 or rows * (DRAFTS + 1) > self._most:
+        if self._balance < 0 or rows * (DRAFTS + 1) > self._most:
             return 0
-        if self._trial > 0:
-            return min(at_most, self._trial) if self._pays(1 + HOPED * DRAFTS, DRAFTS + 1, rows) else 0
-        recent = self._recent
-        if self._pays(recent.kept / max(recent.active, 1), recent.computed / max(recent.rows, 1), rows):
-            self._pause = PAUSE
-            return at_most
-        self._trial, self._wait, self._pause = TRIAL, self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        self._recent = Counts()
-        return 0
-
-    def _pays(self, kept: float, computed: float, rows: int) -> bool:
-        return kept * (self._fixed + rows) > MARGIN * (self._fixed + computed * rows)
+        return at_most if self._balance >= CREDIT else min(at_most, TRIAL)
 
     def decoded(self, steps: int) -> None:
         """Count decode steps."""
         self.decode_steps += steps
-        self._wait = max(0, self._wait - steps)
+        self._credit(steps * SHARE)
 
-    def verified(self, steps: int, counts: Counts) -> None:
-        """Count verify steps."""
-        self.verify_steps += steps
-        self._trial = max(0, self._trial - steps)
-        fade = 0.5 ** (steps / MEMORY)
+    def verified(self, counts: Counts, rows: int) -> None:
+        """Count verify steps of so many rows."""
         for name, value in vars(counts).items():
-            setattr(self._recent, name, getattr(self._recent, name) * fade + value)
             setattr(self.total, name, getattr(self.total, name) + value)
+        if counts.active:  # else all responses had ended before
+            cost = (self._fixed + self._lookup + counts.computed / counts.steps) / (self._fixed + rows)
+            self._credit(counts.steps * (counts.kept / counts.active - cost))
+
+    def _credit(self, steps: float) -> None:
+        self._balance = min(CREDIT, self._balance + steps)
 
 
 class Always(Pace):
