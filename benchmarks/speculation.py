@@ -134,11 +134,18 @@ def timed(engine: NativeRollout, prompts: list[list[int]], sampling: Sampling) -
 
 
 def table(results: list[Result]) -> Table:
-    found = Table("temperature", "rows", "answers", "tokens/s", "with drafts", "ratio", "tokens a verify step", "verify steps", "equal answers", "log-prob.")
+    found = Table("T", "rows", "answers", "tokens/s", "with drafts", "ratio", "kept", "verify", "equal", "log-prob.")
     for r in results:
+        numbers = (
+            f"{r.temperature:g}",
+            str(r.rows),
+            str(r.answers),
+            f"{r.plain:,.0f}",
+            f"{r.with_drafts:,.0f}",
+            f"{r.with_drafts / r.plain:.2f}",
+        )
         kept = "" if r.kept is None else f"{r.kept:.2f}"
-        rates = (f"{r.plain:,.0f}", f"{r.with_drafts:,.0f}", f"{r.with_drafts / r.plain:.2f}")
-        found.add_row(f"{r.temperature:g}", str(r.rows), str(r.answers), *rates, kept, f"{r.verify_share:.0%}", f"{r.equal:.1%}", f"{r.logprob_difference:.1g}")
+        found.add_row(*numbers, kept, f"{r.verify_share:.0%}", f"{r.equal:.1%}", f"{r.logprob_difference:.1g}")
     return found
 
 

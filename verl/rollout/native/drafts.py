@@ -3,8 +3,8 @@
 A draft is what followed the last tokens of the answer where they occurred before (prompt lookup decoding, Saxena 2023). The search compares
 every position of a few texts at once, on the device, without waiting for it, so that it can be part of a CUDA graph.
 
-Dimensions: S slots, B rows of a step (the first B slots), X texts, L positions of a text, M texts that are searched for a slot, N tokens
-that are compared, K drafts of a slot, G maximum response length, R subset of the slots.
+Dimensions: S slots, B rows of a step (the first B slots), X texts, L positions of a text, M texts that are searched for a slot, E positions
+at which a match may end, K drafts of a slot, G maximum response length, R subset of the slots.
 """
 
 from collections import deque
@@ -149,29 +149,35 @@ class Drafter:
         Args:
             used: no text is longer than this; None: unknown.
         """
-        token_XL, own_B = self.token_XL if used is None else self.token_XL[:, : max(used, COMPARED)], self.text_S[:rows]
-        length_B, source_BM = self.length_X[own_B].long(), self.source_SM[:rows]
-        available_BM = self.length_X[source_BM].long() - 1
-        first = COMPARED - 1  # a match ends at this position at the earliest
-        token_BML = token_XL[source_BM]
-        positions = token_BML.shape[2]
-        same_BML = torch.arange(first, positions, device=self._device) < available_BM[..., None]  # a token follows
-        match_BML = torch.zeros_like(same_BML, dtype=torch.int32)
-        for back in range(COMPARED):
-            last_B = token_XL[own_B, (length_B - 1 - back).clamp(min=0)]
-            same_BML = same_BML & (token_BML[..., first - back : positions - back] == last_B[:, None, None])
-            match_BML += same_BML
-        span = match_BML.shape[2]
-        score_BML = (match_BML * (SEARCHED + 1) + self._order_M[:, None]) * span + torch.arange(span, dtype=torch.int32, device=self._device)
-        best_B = score_BML.flatten(1).argmax(1)
-        match_B = match_BML.flatten(1).gather(1, best_B[:, None]).squeeze(1)
-        source_B1, start_B = best_B[:, None] // span, best_B % span + first + 1
-        follow_B1 = (available_BM.gather(1, source_B1) + 1 - start_B[:, None]).clamp(min=1)
-        ahead_K = torch.arange(number, device=self._device)
+        own_B, source_BM = self.text_S[:rows], self.source_SM[:rows]
+        token_BML = self.token_XL[source_BM] if used is None else self.token_XL[:, : max(used, COMPARED)][source_BM]
+        left_BM = self.length_X[source_BM]
+        match_B, best_B, end_B = self._longest_match(token_BML, left_BM, own_B)
+        row_B = torch.arange(rows, device=self._device)
+        left_B1 = (left_BM[row_B, best_B] - end_B - 1).clamp(min=1)[:, None]  # tokens behind the match
         # A text that repeats itself goes on repeating itself: behind its last token comes the first draft again.
-        at_BK = (start_B[:, None] + ahead_K % follow_B1).clamp(max=positions - 1)  # without a match, it may be anywhere
-        draft_BK = token_XL[source_BM.gather(1, source_B1), at_BK].long()
-        count_B = torch.where(source_B1[:, 0] == 0, number, follow_B1[:, 0].clamp(max=number))
+        at_BK = end_B[:, None] + 1 + torch.arange(number, device=self._device) % left_B1
+        draft_BK = token_BML[row_B[:, None], best_B[:, None], at_BK.clamp(max=token_BML.shape[2] - 1)]  # without a match, it is anywhere
+        count_B = torch.where(best_B == 0, number, left_B1[:, 0].clamp(max=number))
         room_B = (state.limit_S[:rows] - state.generated_S[:rows] - 1).clamp(min=0)
         count_B = torch.minimum(count_B, room_B) * ((match_B >= LEAST_MATCH) & (state.active_S[:rows] > 0))
-        return draft_BK, count_B
+        return draft_BK.long(), count_B.long()
+
+    def _longest_match(self, token_BML: Tensor, length_BM: Tensor, own_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return how many of its last COMPARED tokens each row finds at one place, the number of that text, and the position of their end.
+
+        Of places with equally many, it is the last one in the row's own text, then that in the latest other text. A token follows it.
+        """
+        first = COMPARED - 1  # a match ends at this position at the earliest
+        positions, last_B = token_BML.shape[2], self.length_X[own_B].long() - 1
+        end_E = torch.arange(first, positions, dtype=torch.int32, device=self._device)
+        same_BME = end_E < length_BM[..., None] - 1
+        match_BME = torch.zeros_like(same_BME, dtype=torch.int32)
+        for back in range(COMPARED):
+            token_B = self.token_XL[own_B, (last_B - back).clamp(min=0)]
+            same_BME = same_BME & (token_BML[..., first - back : positions - back] == token_B[:, None, None])
+            match_BME += same_BME
+        score_BME = (match_BME * (SEARCHED + 1) + self._order_M[:, None]) * positions + end_E
+        best_B = score_BME.flatten(1).argmax(1)
+        match_B = match_BME.flatten(1).gather(1, best_B[:, None]).squeeze(1)
+        return match_B, best_B // len(end_E), best_B % len(end_E) + first

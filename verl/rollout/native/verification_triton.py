@@ -85,7 +85,8 @@ def _attend(  # type: ignore[no-untyped-def]
     token = row * width + query_row // group
     head = key_head * group + query_row % group
     ahead = tl.minimum(query_row // group, count)
-    q = tl.load(query + token[:, None] * query_t + head[:, None] * query_n + dim[None, :], mask=in_rows[:, None] & in_size[None, :], other=0.0)
+    query_mask = in_rows[:, None] & in_size[None, :]
+    q = tl.load(query + token[:, None] * query_t + head[:, None] * query_n + dim[None, :], mask=query_mask, other=0.0)
     keys += row * keys_s + key_head * keys_j
     values += row * values_s + key_head * values_j
     highest = tl.full([query_rows], float("-inf"), tl.float32)
