@@ -9,10 +9,28 @@ import torch
 from rl_runs import train, write_folder
 from runs import timeless
 from served import random_prompts
-from test_native import DRAWN, FAMILIES, GREEDY, flat_logprobs, qwen2, tokens
-from test_recurrent import model_of
-from tiny import sharp
-from transformers import PreTrainedModel
+from tiny import qwen2_config, sharp
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from verl.errors import UserError
 from verl.generate import check_options
@@ -26,6 +44,30 @@ from verl.rollout.native.slots import SlotSize, State
 from verl.rollout.native.speculation import CREDIT, DRAFTS, SHARE, TRIAL, Always, Counts, Pace
 from verl.rollout.native.verification import VerifyBatch, accept, attend_without_kernel
 
+SHAPE: dict[str, Any] = dict(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=9000,  # more than two blocks of the sampler
+    max_position_embeddings=512,
+)
+EXPERTS: dict[str, Any] = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+WINDOWS: dict[str, Any] = {"num_hidden_layers": 4, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+FAMILIES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
+    "qwen2": (Qwen2ForCausalLM, qwen2_config(vocab_size=9000)),
+    "llama, untied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=False)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
+    "qwen3, experts": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SHAPE, **EXPERTS)),
+    "gemma3, windows": (Gemma3ForCausalLM, Gemma3TextConfig(**{**SHAPE, **WINDOWS}, head_dim=32)),
+    "mistral, windows": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=5)),
+    "cohere, logits scaled": (CohereForCausalLM, CohereConfig(**{**SHAPE, "bos_token_id": None, "eos_token_id": None})),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SHAPE)),
+}
+RULE: dict[str, Any] = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
+RECURRENT: dict[str, Any] = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+GREEDY, DRAWN = Sampling(12), Sampling(12, temperature=1.0, n=3)
 FILTERED = Sampling(12, temperature=1.3, n=3, top_k=50, top_p=0.8)
 LONG = Sampling(60)  # greedy answers of random weights soon repeat themselves
 NOTHING = np.zeros(0, dtype=np.float32)
@@ -35,6 +77,18 @@ NOTHING = np.zeros(0, dtype=np.float32)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step is a verify step, whether it pays or not."""
     monkeypatch.setattr(engine, "Pace", Always)
+
+
+def qwen2() -> PreTrainedModel:
+    return sharp(Qwen2ForCausalLM, qwen2_config())
+
+
+def tokens(completions: list[Completion]) -> list[list[int]]:
+    return [completion.token_ids for completion in completions]
+
+
+def flat_logprobs(completions: list[Completion]) -> torch.Tensor:
+    return torch.tensor([x for completion in completions for x in completion.logprobs])
 
 
 def with_drafts(model: PreTrainedModel, stop_ids: list[int], **options: Any) -> NativeRollout:
@@ -52,7 +106,7 @@ def let_see_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token of a verify step attends to the one after it, too."""
 
     def attend(query: Any, key: Any, value: Any, cache: LayerCache, batch: VerifyBatch, *others: Any) -> torch.Tensor:
-        return attend_without_kernel(query, key, value, cache, batch._replace(position_B=batch.position_B + 1), *others)
+        return attend_without_kernel(query, key, value, cache, batch._replace(place_2B=batch.place_2B + torch.tensor([[1], [0]])), *others)
 
     monkeypatch.setattr(verification, "attend_without_kernel", attend)
 
@@ -194,8 +248,10 @@ def test_verification_that_keeps_no_draft_is_noticed(monkeypatch: pytest.MonkeyP
     assert "no speculation (of drafts that are right, none is kept)" in NativeRollout(qwen2(), [0], Options(speculate="auto")).describe()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the package says that it is slow without its kernels
 def test_a_model_with_a_recurrent_state_does_not_speculate() -> None:
-    rollout = NativeRollout(model_of("qwen3.5"), [0], Options(speculate="auto"))
+    model = sharp(Qwen3_5ForCausalLM, Qwen3_5TextConfig(**{**SHAPE, **RULE, **RECURRENT}, head_dim=16))
+    rollout = NativeRollout(model, [0], Options(speculate="auto"))
     assert rollout.describe().endswith("no speculation (it has a recurrent state)")
     assert rollout.generate([[5, 6, 7]], LONG) and rollout.pace is None
 
@@ -473,7 +529,7 @@ def test_on_a_gpu_the_kernel_attends_as_plain_pytorch_does(shape: tuple[int, ...
         exact = LayerCache(*(x.float() for x in caches[0]))
         expected_TND = attend_without_kernel(query_TND.float(), key_TJD.float(), value_TJD.float(), exact, batch, 0.1, window)
         attend_without_kernel(query_TND, key_TJD, value_TJD, caches[0], batch, 0.1, window)
-        found_TND = verification_triton.attend(query_TND, key_TJD, value_TJD, *caches[1], batch.position_B, count_B, 0.1, window)
+        found_TND = verification_triton.attend(query_TND, key_TJD, value_TJD, *caches[1], batch.place_2B, 0.1, window)
         used_T = batch.ahead_T <= count_B[batch.row_T]
         bound = 1e-5 if dtype == torch.float32 else 2e-2
         assert (found_TND[used_T].float() - expected_TND[used_T]).abs().max() < bound and found_TND.isfinite().all()
@@ -486,7 +542,8 @@ def test_on_a_gpu_the_kernel_attends_as_plain_pytorch_does(shape: tuple[int, ...
 def test_on_a_gpu_answers_are_those_without_drafts(compiles: bool) -> None:
     """In float32, with CUDA graphs: token for token, but for a draw that falls between two tokens, within rounding."""
     for family in ("qwen2", "qwen3", "mistral, windows"):
-        model, prompts = sharp(*FAMILIES[family]).to("cuda"), random_prompts()  # type: ignore[arg-type]
+        model: Any = sharp(*FAMILIES[family]).to("cuda")  # type: ignore[arg-type]
+        prompts = random_prompts()
         for sampling in (LONG, DRAWN, FILTERED):
             expected = NativeRollout(model, [0], Options(max_sequences=6, compile=compiles)).generate(prompts, sampling)
             rollout = with_drafts(model, [0], max_sequences=6, compile=compiles)
@@ -511,9 +568,9 @@ def check_mostly_equal(found: list[Completion], expected: list[Completion], *, a
 @pytest.mark.usefixtures("always")
 def test_on_a_gpu_log_probabilities_in_bfloat16_are_as_close_to_float32_as_without_drafts() -> None:
     """In half precision, the rounding of a product depends on its number of rows, so that nearly equal tokens may change places."""
-    model, prompts = qwen2().to("cuda"), random_prompts()  # type: ignore[arg-type]
-    exact = NativeRollout(model, [0])
-    half = qwen2().to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+    model: Any = qwen2().to("cuda")  # type: ignore[arg-type]
+    half: Any = qwen2().to("cuda", torch.bfloat16)  # type: ignore[arg-type]
+    prompts = random_prompts()
 
     def difference(make: Callable[[], NativeRollout], sampling: Sampling) -> float:
         rollout = make()
@@ -522,7 +579,7 @@ def test_on_a_gpu_log_probabilities_in_bfloat16_are_as_close_to_float32_as_witho
         for number, one in enumerate(answers):
             prompt = prompts[number // n]
             with torch.no_grad():
-                logits_GV = exact.runner.model(torch.tensor([[*prompt, *one.token_ids]], device="cuda")).logits[0, len(prompt) - 1 : -1]
+                logits_GV = model(torch.tensor([[*prompt, *one.token_ids]], device="cuda")).logits[0, len(prompt) - 1 : -1]
             expected_G = logits_GV.log_softmax(-1).gather(1, torch.tensor(one.token_ids, device="cuda")[:, None]).squeeze(1).cpu()
             worst.append(float((expected_G - torch.tensor(one.logprobs)).abs().mean()))
         return max(worst)

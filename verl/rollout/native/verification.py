@@ -29,8 +29,7 @@ class VerifyBatch(NamedTuple):
         row_T: row of each token.
         ahead_T: its distance from the newest token of its row.
         position_T: its position.
-        position_B: position of the newest token of each row.
-        count_B: drafts of each row.
+        place_2B: position of the newest token of each row, and its number of drafts, int64.
         width: Q; on a GPU there are `rows · width` tokens, and those behind the drafts of a row are not used.
         used_positions: all used positions are below this; None if the host does not know them.
     """
@@ -38,8 +37,7 @@ class VerifyBatch(NamedTuple):
     row_T: Tensor
     ahead_T: Tensor
     position_T: Tensor
-    position_B: Tensor
-    count_B: Tensor
+    place_2B: Tensor
     width: int
     used_positions: int | None
 
@@ -50,7 +48,8 @@ class VerifyBatch(NamedTuple):
         token_T = torch.arange(rows * width, device=device)
         row_T, ahead_T = token_T // width, token_T % width
         # Unused tokens have the position of the last draft: it is one that the model has.
-        return cls(row_T, ahead_T, position_B[row_T] + torch.minimum(ahead_T, count_B[row_T]), position_B, count_B, width, None)
+        position_T = position_B[row_T] + torch.minimum(ahead_T, count_B[row_T])
+        return cls(row_T, ahead_T, position_T, torch.stack([position_B, count_B]), width, None)
 
     @classmethod
     def packed(cls, state: State, rows: int, count_B: Tensor) -> "VerifyBatch":
@@ -58,7 +57,7 @@ class VerifyBatch(NamedTuple):
         position_B, width = state.position_S[:rows], int(count_B.max()) + 1
         row_T, ahead_T = (torch.arange(width, device=count_B.device) <= count_B[:, None]).nonzero(as_tuple=True)
         used = int((position_B + count_B).max()) + 1
-        return cls(row_T, ahead_T, position_B[row_T] + ahead_T, position_B, count_B, width, used)
+        return cls(row_T, ahead_T, position_B[row_T] + ahead_T, torch.stack([position_B, count_B]), width, used)
 
     def tokens(self, state: State, draft_BK: Tensor) -> Tensor:
         """Return token_T, the inputs of the step."""
@@ -72,7 +71,7 @@ class VerifyBatch(NamedTuple):
 
     def spread(self, values_T: Tensor) -> Tensor:
         """Return values_BQ, 0 where a row has fewer tokens."""
-        values_BQ = values_T.new_zeros(len(self.count_B), self.width, *values_T.shape[1:])
+        values_BQ = values_T.new_zeros(self.place_2B.shape[1], self.width, *values_T.shape[1:])
         values_BQ[self.row_T, self.ahead_T] = values_T
         return values_BQ
 
@@ -135,9 +134,7 @@ def verify_attention(
     query_TND, key_TJD, value_TJD = query_TN1D[:, :, 0], key_TJ1D[:, :, 0], value_TJ1D[:, :, 0]
     scale, window = kwargs.get("scaling") or query_TND.shape[-1] ** -0.5, kwargs.get("sliding_window") or 0
     if has_kernel(query_TND.device):
-        output_TND = _attend(
-            query_TND, key_TJD, value_TJD, slot_cache.key, slot_cache.value, slot_batch.position_B, slot_batch.count_B, scale, window
-        )
+        output_TND = _attend(query_TND, key_TJD, value_TJD, slot_cache.key, slot_cache.value, slot_batch.place_2B, scale, window)
     else:
         output_TND = attend_without_kernel(query_TND, key_TJD, value_TJD, slot_cache, slot_batch, scale, window)
     return output_TND.unsqueeze(1), None
@@ -147,13 +144,13 @@ def attend_without_kernel(
     query_TND: Tensor, key_TJD: Tensor, value_TJD: Tensor, cache: LayerCache, batch: VerifyBatch, scale: float, window: int
 ) -> Tensor:
     """Same as `verification_triton.attend`, in plain PyTorch. The tokens and query heads of a key head are its query rows."""
-    rows, width, key_heads = len(batch.position_B), batch.width, key_TJD.shape[1]
-    tried_T = batch.ahead_T <= batch.count_B[batch.row_T]
+    (position_B, count_B), width, key_heads = batch.place_2B, batch.width, key_TJD.shape[1]
+    rows, tried_T = len(position_B), batch.ahead_T <= count_B[batch.row_T]
     row_R, position_R = batch.row_T[tried_T], batch.position_T[tried_T]
     cache.key[row_R, :, position_R] = key_TJD[tried_T].to(cache.key.dtype)
     cache.value[row_R, :, position_R] = value_TJD[tried_T].to(cache.value.dtype)
     used = cache.key.shape[2] if batch.used_positions is None else batch.used_positions
-    position_BQ = batch.position_B[:, None] + torch.minimum(torch.arange(width, device=query_TND.device), batch.count_B[:, None])
+    position_BQ = position_B[:, None] + torch.minimum(torch.arange(width, device=query_TND.device), count_B[:, None])
     distance_BQL = position_BQ[..., None] - torch.arange(used, device=query_TND.device)
     seen_BQL = distance_BQL >= 0 if window <= 0 else (distance_BQL >= 0) & (distance_BQL < window)
     group = query_TND.shape[1] // key_heads
@@ -165,7 +162,7 @@ def attend_without_kernel(
         attn_mask=seen_BQL.repeat_interleave(group, 1)[:, None],
         scale=scale,
     )
-    output_BQND = output_BJRD.unflatten(2, (width, group)).transpose(1, 2).flatten(2, 3)
+    output_BQND: Tensor = output_BJRD.unflatten(2, (width, group)).transpose(1, 2).flatten(2, 3)
     return output_BQND[batch.row_T, batch.ahead_T]
 
 
@@ -177,14 +174,13 @@ def _attend(
     value_TJD: Tensor,
     key_SJLD: Tensor,
     value_SJLD: Tensor,
-    position_B: Tensor,
-    count_B: Tensor,
+    place_2B: Tensor,
     scale: float,
     window: int,
 ) -> Tensor:
     from verl.rollout.native import verification_triton
 
-    return verification_triton.attend(query_TND, key_TJD, value_TJD, key_SJLD, value_SJLD, position_B, count_B, scale, window)
+    return verification_triton.attend(query_TND, key_TJD, value_TJD, key_SJLD, value_SJLD, place_2B, scale, window)
 
 
 @_attend.register_fake

@@ -23,22 +23,22 @@ def attend(
     value_TJD: Tensor,
     key_SJLD: Tensor,
     value_SJLD: Tensor,
-    position_B: Tensor,
-    count_B: Tensor,
+    place_2B: Tensor,
     scale: float,
     window: int,
 ) -> Tensor:
-    """Attend, and write the keys and values of the newest tokens and of their drafts into the cache, from position_B on.
+    """Attend, and write the keys and values of the newest tokens and of their drafts into the cache.
 
     Args:
-        count_B: drafts of each row, at most Q - 1; the tokens behind them write nothing, and their output has no meaning.
+        place_2B: position of the newest token of each row, and its number of drafts, at most Q - 1. Tokens behind the drafts write nothing,
+            and their output has no meaning.
         scale: factor of the attention scores.
         window: number of tokens that a token attends to, including itself; 0: all tokens up to itself.
     Returns:
         output_TND.
     """
     tokens, heads, size = query_TND.shape
-    rows, (key_heads, value_size) = len(position_B), value_TJD.shape[1:]
+    rows, (key_heads, value_size) = place_2B.shape[1], value_TJD.shape[1:]
     width, group = tokens // rows, heads // key_heads
     parts = 1
     while parts < MOST_PARTS and rows * key_heads * parts < PROGRAMS:
@@ -52,7 +52,7 @@ def attend(
     if query_TND.dtype == torch.float32:
         tile //= 2
     _attend[(rows, key_heads, parts)](
-        query_TND, key_TJD, value_TJD, key_SJLD, value_SJLD, position_B, count_B, output_TND, acc_TNPD, softmax_2TNP,
+        query_TND, key_TJD, value_TJD, key_SJLD, value_SJLD, place_2B[0], place_2B[1], output_TND, acc_TNPD, softmax_2TNP,
         query_TND.stride(0), query_TND.stride(1), key_TJD.stride(0), key_TJD.stride(1), value_TJD.stride(0), value_TJD.stride(1),
         key_SJLD.stride(0), key_SJLD.stride(1), value_SJLD.stride(0), value_SJLD.stride(1), tokens, scale, window,
         group, width, max(16, triton.next_power_of_2(width)), query_rows, size, padded, value_size, value_padded, tile, parts,
