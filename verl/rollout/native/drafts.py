@@ -41,7 +41,7 @@ class Drafter:
 
     def __init__(self, size: SlotSize, device: torch.device):
         self.size = size
-        self._slots, self._device, self._idle = size.slots, device, 2 * size.slots
+        self._device, self._idle = device, 2 * size.slots
         # `record` writes whole rows of answers, of which the last may begin at the end of the longest prompt.
         self.token_XL = torch.zeros(self._idle + 1, COMPARED + size.positions + size.longest_answer, dtype=torch.int32, device=device)
         self.length_X = torch.zeros(self._idle + 1, dtype=torch.int32, device=device)
@@ -58,9 +58,10 @@ class Drafter:
         self._unused, self._ended = deque(range(self._idle)), deque[int]()
         self._prompt_of: dict[int, Prompt] = {}  # by text
         self._texts_of: dict[Prompt, list[int]] = {}  # in the order in which they began
-        self._text_of_slot = [self._idle] * self._slots
+        self._text_of_slot = [self._idle] * self.size.slots
         self.length_X.zero_()
-        self._upload()
+        self.counts_3.zero_()
+        self._assign(range(self.size.slots))
 
     # --- which text belongs to which slot
 
@@ -70,27 +71,27 @@ class Drafter:
         for (slot, _), prompt in zip(seated, prompts, strict=True):
             self._text_of_slot[slot] = self._new_text(prompt)
         self._write([self._text_of_slot[slot] for slot, _ in seated], prompts)
-        self._upload()
+        self._assign([slot for slot, _ in seated])
 
     def add(self, texts: Sequence[tuple[Prompt, Sequence[int]]]) -> None:
         """Add prompts with answers that have ended, to be searched like those of this call."""
         numbers = [self._new_text(prompt) for prompt, _ in texts]
         self._write(numbers, [(*prompt, *answer) for prompt, answer in texts])
         self._ended.extend(numbers)
-        self._upload()
+        self._assign(range(self.size.slots))
 
     def end(self, slots: Sequence[int]) -> None:
         """Keep the texts of slots whose responses have ended and were recorded, until other texts need their place."""
         for slot in slots:
             self._ended.append(self._text_of_slot[slot])
             self._text_of_slot[slot] = self._idle
-        self._upload()
+        self._assign(slots)
 
     def move(self, compaction: Compaction) -> None:
         """Follow responses that move to lower slots."""
         for source, target in zip(compaction.sources, compaction.targets, strict=True):
             self._text_of_slot[target], self._text_of_slot[source] = self._text_of_slot[source], self._idle
-        self._upload()
+        self._assign([*compaction.sources, *compaction.targets])
 
     def _new_text(self, prompt: Prompt) -> int:
         if not self._unused:
@@ -111,20 +112,21 @@ class Drafter:
         self.token_XL[text_R, : token_RL.shape[1]] = to_device(token_RL, self._device)
         self.length_X[text_R] = to_device(list(map(len, tokens)), self._device).int()
 
-    def _upload(self) -> None:
-        """Copy to the device which texts belong to which slot."""
-        source_SM = np.full((self._slots, SEARCHED), self._idle)
-        prompt_S = np.zeros(self._slots, dtype=np.int64)
-        for slot, text in enumerate(self._text_of_slot):
-            source_SM[slot] = text
-            if text != self._idle:
-                prompt = self._prompt_of[text]
-                others = [other for other in self._texts_of[prompt] if other != text][-(SEARCHED - 1) :]
-                prompt_S[slot], source_SM[slot, 1 : 1 + len(others)] = len(prompt), others
+    def _assign(self, slots: Sequence[int]) -> None:
+        """Copy to the device which texts belong to these slots, and which are searched for them.
+
+        The texts of a slot stay those from when its request started. One of them may become another text later, with useless drafts.
+        """
+        texts = [self._text_of_slot[slot] for slot in slots]
+        source_RM = np.repeat(np.array(texts)[:, None], SEARCHED, 1)
+        for source_M, text in zip(source_RM, texts, strict=True):
+            others = [other for other in self._texts_of.get(self._prompt_of.get(text, ()), ()) if other != text][-(SEARCHED - 1) :]
+            source_M[1 : 1 + len(others)] = others
         # In place, because CUDA graphs read them.
-        self.source_SM.copy_(to_device(source_SM, self._device))
-        self.text_S.copy_(to_device(self._text_of_slot, self._device))
-        self.prompt_S.copy_(to_device(prompt_S, self._device))
+        slot_R = to_device(list(slots), self._device)
+        self.source_SM[slot_R] = to_device(source_RM, self._device)
+        self.text_S[slot_R] = to_device(texts, self._device)
+        self.prompt_S[slot_R] = to_device([len(self._prompt_of.get(text, ())) for text in texts], self._device)
 
     def count(self, kept_B: Tensor, tokens: int) -> None:
         """Count a verify step of this many tokens."""

@@ -104,7 +104,7 @@ class NativeRollout:
         assert self.drafter is not None
         self.pace = Always(self._device.type)
         for place in (None, 2):  # the latter are taken first
-            known = [[token + (i == place) for i, token in enumerate(answer)] for answer in answers]
+            known = [[abs(token - 1) if i == place else token for i, token in enumerate(answer)] for answer in answers]
             self.drafter.add([(tuple(prompt), answer) for prompt, answer in zip(prompts, known, strict=True)])
         return self._done(sampling)
 

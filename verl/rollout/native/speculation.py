@@ -12,6 +12,7 @@ FIXED = {"cuda": 128, "cpu": 20}
 LOOKUP = {"cuda": 16, "cpu": 8}  # the same, for what a verify step does besides: it looks for drafts, and compares them
 MOST_TOKENS = {"cuda": 512, "cpu": 4096}  # of a verify step; a GPU has memory for the logits of its slots
 SHARE = 0.02  # share of the time that trials may lose
+DEBT = 0.5  # decode steps; it delays the first trial, because when answers begin, there is nothing to copy from
 CREDIT = 2.0  # decode steps that verify steps may lose in a row after they have paid
 TRIAL = 2  # verify steps between two decisions, before they have paid
 
@@ -38,9 +39,9 @@ class Pace:
 
     It keeps an account in decode steps. With F the fixed part of a step and D that of drafts, in tokens, a decode step of R rows takes
     F + R. A verify step that computes C tokens takes F + D + C, and adds k tokens to each active row, as k decode steps do: it is credited
-    with k - (F + D + C) / (F + R). A decode step is credited with SHARE, and the balance is never above CREDIT. Verify steps are taken
-    while it is not negative, first TRIAL of them. So all trials of a call lose no more than SHARE of its time, and they come the more often
-    the less they cost: when few rows are left.
+    with k - (F + D + C) / (F + R). A decode step is credited with SHARE. The balance begins at -DEBT, and is never above CREDIT. Verify
+    steps are taken while it is not negative, first TRIAL of them. So all trials of a call lose little more than SHARE of its time. They
+    come the more often the less they cost: when few rows are left.
 
     Args:
         device_type: "cuda" or "cpu".
@@ -51,7 +52,7 @@ class Pace:
 
     def __init__(self, device_type: str):
         self._fixed, self._lookup, self._most = FIXED[device_type], LOOKUP[device_type], MOST_TOKENS[device_type]
-        self._balance, self.total, self.decode_steps = 0.0, Counts(), 0
+        self._balance, self.total, self.decode_steps = -DEBT, Counts(), 0
 
     def steps(self, at_most: int, rows: int) -> int:
         """Return the number of verify steps to take now, at most `at_most`; 0: take decode steps.
