@@ -39,8 +39,8 @@ class Pace:
 
     It keeps an account in decode steps. With F the fixed part of a step and D that of drafts, in tokens, a decode step of R rows takes
     F + R. A verify step that computes C tokens takes F + D + C, and adds k tokens to each active row, as k decode steps do: it is credited
-    with k - (F + D + C) / (F + R). A decode step is credited with SHARE. The balance begins at -DEBT, and is never above CREDIT. Verify
-    steps are taken while it is not negative, first TRIAL of them. So all trials of a call lose little more than SHARE of its time. They
+    with k - (F + D + C) / (F + R). A decode step is credited with SHARE until the balance is 0. It begins at -DEBT, and is never above
+    CREDIT. Verify steps are taken while it is not negative, first TRIAL of them. So all trials of a call lose little more than SHARE of its time. They
     come the more often the less they cost: when few rows are left.
 
     Args:
@@ -67,7 +67,8 @@ class Pace:
     def decoded(self, steps: int) -> None:
         """Count decode steps."""
         self.decode_steps += steps
-        self._credit(steps * SHARE)
+        if self._balance < 0:  # only what was gained is kept for worse steps
+            self._balance = min(0.0, self._balance + steps * SHARE)
 
     def verified(self, counts: Counts, rows: int) -> None:
         """Count verify steps of so many rows."""
@@ -75,10 +76,7 @@ class Pace:
             setattr(self.total, name, getattr(self.total, name) + value)
         if counts.active:  # else all responses had ended before
             cost = (self._fixed + self._lookup + counts.computed / counts.steps) / (self._fixed + rows)
-            self._credit(counts.steps * (counts.kept / counts.active - cost))
-
-    def _credit(self, steps: float) -> None:
-        self._balance = min(CREDIT, self._balance + steps)
+            self._balance = min(CREDIT, self._balance + counts.steps * (counts.kept / counts.active - cost))
 
 
 class Always(Pace):
