@@ -273,6 +273,7 @@ def open_chat(config: ChatConfig) -> Chat:
         url=config.rollout.url,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization / (1 if config.compare is None else 2),
         trust_remote_code=config.trust_remote_code,
+        speculate=config.rollout.speculate,
     )
     rollout = load_rollout(config.rollout.name, path, tokenizer, renderer.stop_ids, options)
     if sys.stdin.isatty():

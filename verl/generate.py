@@ -132,6 +132,8 @@ def check_options(options: Options) -> None:
     for key, kinds in (("compile", (bool, type(None))), ("trust_remote_code", (bool,))):
         if not isinstance(getattr(options, key), kinds):
             raise UserError(f"found {getattr(options, key)!r}", where=key, fix="give True or False")
+    if options.speculate not in ("auto", "never"):
+        raise UserError(f"found {options.speculate!r}", where="speculate", fix="give auto or never")
     share = options.gpu_memory_utilization
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
         raise UserError(f"found {share!r}", where="gpu_memory_utilization", fix="give a number above 0, up to 1")

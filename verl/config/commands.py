@@ -21,6 +21,9 @@ class EngineConfig:
     url: str | None = None
     # vllm in this process: the fraction of GPU memory that it may use.
     gpu_memory_utilization: float = 0.5
+    # Exact speculation in the native engine, with the answers that it gives without: "auto" tries several tokens in a step where that pays,
+    # "never" does not. They come from the prompt and from other answers to it.
+    speculate: str = "never"
 
 
 def check_engine(rollout: EngineConfig) -> None:
@@ -28,6 +31,7 @@ def check_engine(rollout: EngineConfig) -> None:
     if not 0.0 < rollout.gpu_memory_utilization <= 1.0:
         fix = "give a number above 0, up to 1, such as 0.5"
         raise UserError(f"found {rollout.gpu_memory_utilization}", where="rollout.gpu_memory_utilization", fix=fix)
+    one_of("rollout.speculate", rollout.speculate, ("auto", "never"))
 
 
 @dataclass

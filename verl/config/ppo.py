@@ -136,6 +136,9 @@ class RolloutConfig:
     weights_folder: str | None = None
     # vllm in this process: share of the GPU's memory that it may use while it generates.
     gpu_memory_utilization: float = 0.5
+    # Exact speculation in the native engine, with the answers that it gives without: "auto" tries several tokens in a step where that pays,
+    # "never" does not. They come from the prompt and from other answers to it.
+    speculate: str = "never"
     # Free the engine's memory during training if that is worth the time to allocate it again; false: never.
     sleep: bool = True
     # Updates by which the weights that draw an answer may be older than those that learn from it: 0, or 1. With 1, ranks of its own
@@ -308,6 +311,7 @@ def check_engine(rollout: RolloutConfig, mapping: MappingConfig) -> None:
     if not 0.0 < rollout.gpu_memory_utilization <= 1.0:
         fix = "give a number above 0, up to 1, such as 0.5"
         raise UserError(f"found {rollout.gpu_memory_utilization}", where="rollout.gpu_memory_utilization", fix=fix)
+    one_of("rollout.speculate", rollout.speculate, ("auto", "never"))
     if rollout.url is not None:
         return
     if rollout.name == "vllm" and mapping.rollout != mapping.actor:

@@ -58,8 +58,8 @@ KINDS = {
         model.fsdp_config.cpu_offload model.fsdp_config.shard_size model.fsdp_config.reshard_after_forward
         reward.on_error reward.secrets reward.timeout_seconds reward.use_gpu reward.workers
         reward_model.max_tokens_per_micro_batch reward_model.trust_remote_code
-        rollout.url rollout.gpu_memory_utilization rollout.max_sequences rollout.sleep rollout.weights_folder rollout.on_error
-        rollout.replay
+        rollout.url rollout.gpu_memory_utilization rollout.max_sequences rollout.sleep rollout.speculate rollout.weights_folder
+        rollout.on_error rollout.replay
         dist.timeout_seconds trainer.max_seconds trainer.max_nonfinite_steps
         samples.rows samples.max_new_tokens samples.metric
         trainer.async_save trainer.best_metric trainer.best_mode trainer.patience

@@ -243,6 +243,7 @@ def rollout_options(config: EvalConfig) -> Options:
         url=config.rollout.url,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         trust_remote_code=config.trust_remote_code,
+        speculate=config.rollout.speculate,
         key="batch_size",
     )
 

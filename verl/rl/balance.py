@@ -35,7 +35,10 @@ def balanced(collected: Collected, updates: int, *, separate: bool, share_prompt
     mine: dict[int, list[Sample]] = {}
     for sample in collected.samples:
         mine.setdefault(sample.group, []).append(sample)
-    rows = [(number, trained_on(of, share_prompts=share_prompts), separate and len({sample.reward for sample in of}) == 1) for number, of in mine.items()]
+    rows = [
+        (number, trained_on(of, share_prompts=share_prompts), separate and len({sample.reward for sample in of}) == 1)
+        for number, of in mine.items()
+    ]
     cells: dict[object, dict[int, tuple[int, int]]] = {}
     for rank, of_rank in enumerate(dist.gathered(rows)):
         for number, tokens, is_flat in of_rank:

@@ -177,4 +177,5 @@ def rollout_options(config: PPOConfig) -> Options:
         weights_folder=config.rollout.weights_folder,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         trust_remote_code=config.model.trust_remote_code,
+        speculate=config.rollout.speculate,
     )

@@ -148,6 +148,7 @@ class Options:
             this machine.
         gpu_memory_utilization: share of a GPU's memory for an engine in this process with its own copy of the weights.
         trust_remote_code: whether to run Python code of the model's repository.
+        speculate: "auto": the native engine speculates where it pays; "never".
         key: config key of `max_sequences`, for error messages.
     """
 
@@ -158,6 +159,7 @@ class Options:
     weights_folder: str | None = None
     gpu_memory_utilization: float = 0.5
     trust_remote_code: bool = False
+    speculate: str = "never"
     key: str = "rollout.max_sequences"
 
 

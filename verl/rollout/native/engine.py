@@ -21,9 +21,11 @@ from verl.rollout._model import check_positions, copy_weights, describe_model, m
 from verl.rollout._plain import Probe
 from verl.rollout._sampler import uniform_numbers
 from verl.rollout.native.continuous import NativeContinuous
+from verl.rollout.native.drafts import Drafter
 from verl.rollout.native.runner import USE_HF, Runner
 from verl.rollout.native.scheduler import Request, Scheduler
 from verl.rollout.native.slots import Slots
+from verl.rollout.native.speculation import DRAFTS, Always, Counts, Pace
 
 STEPS = {"cuda": 8, "cpu": 1}  # decode steps between two checks of which responses have ended
 
@@ -38,6 +40,7 @@ class NativeRollout:
     Attributes:
         scheduler, slots, runner: parts of the engine; each call creates a new scheduler. While the weights stay as they were loaded, it
             knows the prompts whose keys and values are still in the slots.
+        drafter, pace: parts of speculation: drafts, and when to use them, new for each call; None: it does not speculate.
     Raises:
         UserError: the architecture has other decode state than keys and values or that of a delta rule, its attention is not supported, or
             its answers are not those of the plain model.
@@ -53,6 +56,10 @@ class NativeRollout:
         self.runner = Runner(model, compiles=compiles)
         self.slots = self._new_slots(self.stop_ids, options)
         self.scheduler = Scheduler([], 0, on_gpu=False)
+        self.drafter: Drafter | None = None
+        self.pace: Pace | None = None
+        self._why_no_drafts: str | None = None
+        self._speculates = False  # while its decode steps are checked
         self._check()
 
     def _new_slots(self, stop_ids: Sequence[int], options: Options) -> Slots:
@@ -61,20 +68,50 @@ class NativeRollout:
         return Slots(self.runner.shapes, vocabulary, model.dtype, model.device, stop_ids, options)
 
     def _check(self) -> None:
-        """Raise UserError if answers to a few probes are not those of the plain model. The probes have slots of their own."""
+        """Raise UserError if answers to a few probes are not those of the plain model. The probes have slots of their own.
+
+        If those with drafts are not, it does not speculate.
+        """
         probe, slots, model = Probe(self.runner.model), self.slots, self.runner.model
         self.slots = self._new_slots([-1], Options())  # no token ends an answer
         try:
             with self.runner.eager():
                 is_exact = probe.is_exact(self._all)
+                if is_exact and self._options.speculate == "auto":
+                    self._why_no_drafts = "it has a recurrent state" if slots.are_recurrent else self._why_wrong(probe)
             if is_exact:
                 self.runner.try_recording(self.slots)
+            if self.drafter is not None and self._why_no_drafts is None:
+                self._why_no_drafts = self.runner.why_not_recorded(self.slots, self.drafter)
         finally:
             self.slots.free()
-            self.slots = slots
+            self.slots, self.drafter, self.pace = slots, None, None
         if not is_exact:
             what = f"{type(model).__name__} cannot be run by the native engine: {probe.failures[-1]}"
             raise UserError(what, where="rollout.name=native", fix=USE_HF)
+        self._speculates = self._options.speculate == "auto" and self._why_no_drafts is None
+
+    def _why_wrong(self, probe: Probe) -> str | None:
+        """Return why verify steps are not exact, by the probes; None: they are."""
+        if not probe.is_exact(self._recite):
+            return probe.failures[-1]
+        assert self.pace is not None
+        return None if self.pace.total.kept > self.pace.total.active else "of drafts that are right, none is kept"
+
+    def _recite(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+        """Generate by verify steps alone. The drafts are the answers that decode steps give, and the same with a wrong token."""
+        answers = [answer.token_ids for answer in self._all(prompts, sampling)]
+        self._speculates = True
+        try:
+            self._start(prompts, sampling, None)
+        finally:
+            self._speculates = False
+        assert self.drafter is not None
+        self.pace = Always(self._device.type)
+        for place in (None, 2):  # the latter are taken first
+            known = [[abs(token - 1) if i == place else token for i, token in enumerate(answer)] for answer in answers]
+            self.drafter.add([(tuple(prompt), answer) for prompt, answer in zip(prompts, known, strict=True)])
+        return self._done(sampling)
 
     def is_exact_for(self, prompts: Sequence[list[int]], sampling: Sampling) -> bool:
         """Return whether no response of a call reaches the length at which the model's rotary embeddings change."""
@@ -128,6 +165,9 @@ class NativeRollout:
 
     def _all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
         self._start(prompts, sampling, seeds)
+        return self._done(sampling)
+
+    def _done(self, sampling: Sampling) -> list[Completion]:
         done = dict(pair for batch in self._finished(sampling) for pair in batch)
         return [done[number] for number in sorted(done)]
 
@@ -135,11 +175,12 @@ class NativeRollout:
         """See `verl.rollout.stream_tokens`."""
         self._start([prompt], sampling, None)
         self._admit()
-        state, count = self.slots.state, 0
-        while not self._decode(sampling, 1):
-            on_token(int(state.answer_SG[0, count]))
-            count += 1
-        on_token(int(state.answer_SG[0, count]))
+        state, count, has_ended = self.slots.state, 0, False
+        while not has_ended:
+            has_ended = bool(self._decode(sampling, 1))
+            before, count = count, int(state.generated_S[0])
+            for token in state.answer_SG[0, before:count].tolist():
+                on_token(token)
         [(_, completion)] = self._collect([0], sampling)
         return completion
 
@@ -178,6 +219,16 @@ class NativeRollout:
             self.scheduler.forget_prompts()
         on_gpu, keeps, held = self._device.type == "cuda", not self.slots.are_recurrent, self.scheduler.prompts
         self.scheduler = Scheduler([], min(at_most, self.slots.number), on_gpu=on_gpu, keeps_prompts=keeps, prompts=held)
+        if self._speculates:
+            self._start_speculation()
+
+    def _start_speculation(self) -> None:
+        """Start without texts and counts of earlier calls, so that a call that is repeated takes the same steps."""
+        assert self.slots.size is not None
+        if self.drafter is None or self.drafter.size != self.slots.size:
+            self.drafter = Drafter(self.slots.size, self._device)
+        self.drafter.reset()
+        self.pace = Pace(self._device.type)
 
     def _admit(self) -> None:
         """Start queued requests in free slots, if the scheduler decides so."""
@@ -190,6 +241,8 @@ class NativeRollout:
             for batch in admission.prefills:
                 self.runner.prefill(batch, self.slots)
             self.slots.state.begin(admission.seated)
+            if self.drafter is not None:
+                self.drafter.begin(admission.seated)
         except BaseException as error:
             self.scheduler.forget_prompts()  # a later call must not take for there what was not computed
             if isinstance(error, torch.OutOfMemoryError):
@@ -198,16 +251,35 @@ class NativeRollout:
 
     def _decode(self, sampling: Sampling, at_most: int) -> list[int]:
         """Take at most `at_most` decode steps, and return the slots whose responses have ended."""
-        steps, rows = self.scheduler.advance(at_most), self.scheduler.rows
+        rows = self.scheduler.rows
+        drafts = 0 if self.pace is None else min(DRAFTS, self.slots.state.answer_SG.shape[1] - 1)
+        verify_steps = self.pace.steps(at_most, rows) if self.pace is not None and drafts else 0
+        steps = self.scheduler.advance(verify_steps or at_most)
         try:
-            self.runner.decode(self.slots, rows, steps, sampling)
+            if verify_steps:
+                self._verify(rows, steps, sampling, drafts)
+            else:
+                self.runner.decode(self.slots, rows, steps, sampling)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.slots.number, self._options) from error
+        if self.pace is not None and not verify_steps:
+            self.pace.decoded(steps)
         return self.scheduler.ended(self.slots.state.active_S[:rows].tolist())
+
+    def _verify(self, rows: int, steps: int, sampling: Sampling, drafts: int) -> None:
+        """Take verify steps, and count what they did."""
+        assert self.drafter is not None and self.pace is not None
+        self.runner.verify(self.slots, self.drafter, rows, steps, sampling, drafts)
+        kept, active, computed = self.drafter.counts_3.tolist()
+        self.drafter.counts_3.zero_()
+        self.pace.verified(Counts(steps, kept, active, computed), rows)
 
     def _collect(self, ended: list[int], sampling: Sampling) -> list[tuple[int, Completion]]:
         """Return the finished responses with their indices, and free their slots."""
         done = []
+        if self.drafter is not None:
+            self.drafter.record(self.slots.state, self.scheduler.rows)
+            self.drafter.end(ended)
         for slot, (token_ids, logprobs) in zip(ended, self.slots.state.read(ended), strict=True):
             reason: Literal["stop", "length"] = "stop" if token_ids[-1] in self.stop_ids else "length"
             completion = Completion(token_ids, reason, logprobs if sampling.logprobs else None, self.version)
@@ -219,6 +291,8 @@ class NativeRollout:
         compaction = self.scheduler.compact()
         if compaction is not None:
             self.slots.compact(compaction)
+            if self.drafter is not None:
+                self.drafter.move(compaction)
 
     # --- weights and memory
 
@@ -243,13 +317,18 @@ class NativeRollout:
 
     def describe(self) -> str:
         """See `Rollout.describe`."""
-        why = self.runner.why_eager
-        return describe_model(self.runner.model) + (f", decode steps without CUDA graphs ({why})" if why else "")
+        why, parts = self.runner.why_eager, [describe_model(self.runner.model)]
+        if why is not None:
+            parts.append(f"decode steps without CUDA graphs ({why})")
+        if self._options.speculate == "auto":
+            parts.append("speculation where it pays" if self._speculates else f"no speculation ({self._why_no_drafts})")
+        return ", ".join(parts)
 
     def _free(self) -> None:
         self.scheduler.forget_prompts()
         self.runner.drop_graphs()
         self.slots.free()
+        self.drafter = None
 
     @property
     def _device(self) -> torch.device:

@@ -37,10 +37,12 @@ from verl.rollout.native.attention import (
     StateCache,
     has_kernel,
 )
+from verl.rollout.native.drafts import Drafter
 from verl.rollout.native.joined import join_linears
 from verl.rollout.native.recurrent import SlotState
 from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
+from verl.rollout.native.verification import VERIFY, VerifyBatch, accept
 
 RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the largest position: a recorded step would keep the first result
 OTHER_STATE = (
@@ -114,14 +116,28 @@ class Runner:
         """
         if not (has_kernel(self.device) and self._can_record):
             return
+        with self._attending(_run_layer, slots.layers, DecodeBatch(slots.state.position_S[:1], None)):
+            self.why_eager = self._why_not_recorded(partial(self._launch, slots.state, 1, Sampling(1)))
+        self._can_record = self.why_eager is None
+
+    @torch.no_grad()
+    def why_not_recorded(self, slots: Slots, drafter: Drafter) -> str | None:
+        """Return why a verify step cannot be a CUDA graph where a decode step is one; None: it can."""
+        if not (has_kernel(self.device) and self._can_record):
+            return None
+        with self.eager():
+            return self._why_not_recorded(partial(self._launch_verify, slots, drafter, 1, Sampling(1), 1))
+
+    def _why_not_recorded(self, launch: Callable[[], None]) -> str | None:
         try:
-            with self._attending(_run_layer, slots.layers, DecodeBatch(slots.state.position_S[:1], None)):
-                _record(partial(self._launch, slots.state, 1, Sampling(1)), self._pool)
+            _record(launch, self._pool)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # PyTorch has no type for it, and a model's code may raise anything
-            self._can_record, self.why_eager = False, str(error).partition("\n")[0]
-        self.drop_graphs()
+            return str(error).partition("\n")[0]
+        finally:
+            self.drop_graphs()
+        return None
 
     @contextmanager
     def eager(self) -> Iterator[None]:
@@ -183,11 +199,15 @@ class Runner:
         from verl.rollout.native import sampler_triton
 
         logits_BV = self.model.get_output_embeddings()(self._hidden(state, rows))
-        least_B = None
-        if sampling.is_filtered:
-            token_B = lowest_kept_token(self._rule(logits_BV) / self._temperature, sampling)
-            least_B = logits_BV.gather(1, token_B[:, None]).squeeze(1)  # unscaled, because the kernel may round the division differently
+        least_B = self._lowest_kept_logit(logits_BV, sampling)
         sampler_triton.sample(logits_BV, state, self._temperature, least_B, self._rule.factor, self._rule.soft_cap)
+
+    def _lowest_kept_logit(self, logits_BV: Tensor, sampling: Sampling) -> Tensor | None:
+        """Return least_B, the lowest logit that top_k and top_p keep; None: all tokens are kept."""
+        if not sampling.is_filtered:
+            return None
+        token_B = lowest_kept_token(self._rule(logits_BV) / self._temperature, sampling)
+        return logits_BV.gather(1, token_B[:, None]).squeeze(1)  # unscaled, because the kernel may round the division differently
 
     def _step(self, slots: Slots, rows: int, sampling: Sampling) -> None:
         """Take a step in plain PyTorch."""
@@ -218,24 +238,83 @@ class Runner:
         else:
             yield from self._rule(head(hidden_BH)).clone().split(BLOCK, 1)
 
+    # --- verify steps of speculation
+
+    @torch.no_grad()
+    def verify(self, slots: Slots, drafter: Drafter, rows: int, steps: int, sampling: Sampling, drafts: int) -> None:
+        """Take `steps` verify steps with up to `drafts` drafts for each row. Each adds at least one token, as a decode step does."""
+        step = self._verify_on_gpu if has_kernel(self.device) else self._verify
+        for _ in range(steps):
+            step(slots, drafter, rows, sampling, drafts)
+
+    def _verify(self, slots: Slots, drafter: Drafter, rows: int, sampling: Sampling, drafts: int) -> None:
+        """Take a verify step in plain PyTorch, with the tokens alone that have drafts. Without any draft, it is a decode step."""
+        state = slots.state
+        drafter.record(state, rows)
+        draft_BK, count_B = drafter.draft(state, rows, drafts, int(drafter.length_X.max()))
+        if not count_B.any():
+            before_B = state.generated_S[:rows].clone()
+            self._step(slots, rows, sampling)
+            drafter.count(state.generated_S[:rows] - before_B, rows)
+            return
+        batch = VerifyBatch.packed(state, rows, count_B)
+        with self._attending(self._fast_layer, slots.layers, batch, VERIFY):
+            hidden_TH = self._forward(batch.tokens(state, draft_BK)[:, None], batch.position_T[:, None])[:, 0]
+            blocks = self._logit_blocks(hidden_TH, keep=sampling.temperature > 0)
+            token_T, logprob_T = sample(blocks, sampling, batch.uniforms(state))
+        logprob_BQ = None if logprob_T is None else batch.spread(logprob_T)
+        drafter.count(accept(state, batch.spread(token_T), logprob_BQ, draft_BK, count_B), len(token_T))
+
+    def _verify_on_gpu(self, slots: Slots, drafter: Drafter, rows: int, sampling: Sampling, drafts: int) -> None:
+        """Take a verify step without waiting for the device. From the second step of a kind on, it is a CUDA graph."""
+        launch = partial(self._launch_verify, slots, drafter, rows, sampling, drafts)
+        key = (rows, drafts, sampling.is_filtered and (sampling.top_k, sampling.top_p))
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        launch()
+        if self._can_record:
+            self._graphs[key] = _record(launch, self._pool)
+
+    def _launch_verify(self, slots: Slots, drafter: Drafter, rows: int, sampling: Sampling, drafts: int) -> None:
+        from verl.rollout.native import verification_triton
+
+        state = slots.state
+        drafter.record(state, rows)
+        draft_BK, count_B = drafter.draft(state, rows, drafts)
+        batch = VerifyBatch.whole(state, rows, count_B, drafts + 1)
+        with self._attending(self._fast_layer, slots.layers, batch, VERIFY):
+            hidden_TH = self._forward(batch.tokens(state, draft_BK)[:, None], batch.position_T[:, None])[:, 0]
+        logits_TV = self.model.get_output_embeddings()(hidden_TH)
+        least_T, rule = self._lowest_kept_logit(logits_TV, sampling), self._rule
+        token_T, logprob_T = verification_triton.sample(logits_TV, state, rows, self._temperature, least_T, rule.factor, rule.soft_cap)
+        kept_B = accept(state, token_T.view(rows, -1), logprob_T.view(rows, -1), draft_BK, count_B)
+        drafter.count(kept_B, len(token_T))
+
     # --- the model
 
     @contextmanager
     def _attending(
-        self, run_layer: Callable[..., Any], caches: Sequence[LayerCache | StateCache | ShapeProbe], batch: PrefillBatch | DecodeBatch
+        self,
+        run_layer: Callable[..., Any],
+        caches: Sequence[LayerCache | StateCache | ShapeProbe],
+        batch: PrefillBatch | DecodeBatch | VerifyBatch,
+        attention: str = SLOTS,
     ) -> Iterator[None]:
         """Put the model into generation mode in this context; `run_layer` runs its layers, which use these caches."""
 
         def forward_of(layer: nn.Module, cache: LayerCache | StateCache | ShapeProbe) -> Callable[..., Any]:
             if isinstance(cache, LayerCache):
                 return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, **kwargs)
+            if isinstance(batch, VerifyBatch):
+                raise TypeError("a recurrent state cannot go back behind wrong drafts")
             carried = SlotState(cache, batch)
             if isinstance(cache, StateCache):  # not compiled, because the rules of transformers are not
                 return lambda *args, **kwargs: _run_layer(layer, *args, carried=carried, **kwargs)
             return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, carried=carried, **kwargs)
 
         forwards = {layer: forward_of(layer, cache) for layer, cache in zip(self._layers, caches, strict=True)}
-        with generation_mode(self.model, SLOTS, forwards), ExitStack() as stack:
+        with generation_mode(self.model, attention, forwards), ExitStack() as stack:
             for joined in self._joined:
                 stack.enter_context(joined.in_model())
             yield

@@ -81,6 +81,29 @@ def _select(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     if tl.load(active + row) == 0:
         return
+    count = tl.load(generated + row)
+    token, logprob = _choose(
+        logits, logits_b, least, temperature, sums, row, uniforms + row * longest + count, rows, vocabulary, blocks, factor, cap,
+        is_filtered, blocks_padded, block,
+    )  # fmt: skip
+    tl.store(answers + row * longest + count, token)
+    tl.store(logprobs + row * longest + count, logprob)
+    tl.store(generated + row, count + 1)
+    stop = tl.arange(0, stops_padded)
+    is_stop = tl.max((tl.load(stops + stop, mask=stop < stop_count, other=-1) == token).to(tl.int32), 0)
+    if (is_stop > 0) | (count + 1 >= tl.load(limits + row)):
+        tl.store(active + row, 0)
+    else:
+        tl.store(tokens + row, token.to(tl.int64))
+        tl.store(positions + row, tl.load(positions + row) + 1)
+
+
+@triton.jit
+def _choose(  # type: ignore[no-untyped-def]
+    logits, logits_b, least, temperature, sums, row, uniform, rows, vocabulary, blocks, factor, cap,
+    is_filtered: tl.constexpr, blocks_padded: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Return the token of a row and its log-probability; `uniform` is the address of its random number."""
     number, inside = tl.arange(0, blocks_padded), tl.arange(0, block)
     pointer, plane = sums + row * blocks + number, rows * blocks
     highest_K = tl.load(pointer, mask=number < blocks, other=float("-inf"))
@@ -90,13 +113,12 @@ def _select(  # type: ignore[no-untyped-def]
     rescale_K = tl.exp(highest_K - highest)
     normalizer = highest + tl.log(tl.sum(rescale_K * total_K, 0))
     temp = tl.load(temperature)
-    count = tl.load(generated + row)
     token = tl.load(sums + 3 * plane + row * blocks + first).to(tl.int32)
     logprob = highest - normalizer
     if temp > 0:
         weight_K = rescale_K * kept_K
         cumulative_K = tl.cumsum(weight_K, 0)
-        target = tl.load(uniforms + row * longest + count) * tl.sum(weight_K, 0)
+        target = tl.load(uniform) * tl.sum(weight_K, 0)
         last = tl.max(tl.where(weight_K > 0, number, 0), 0)
         chosen = tl.minimum(tl.min(tl.where((cumulative_K > target) & (weight_K > 0), number, blocks_padded), 0), last)
         is_chosen = number == chosen
@@ -115,13 +137,4 @@ def _select(  # type: ignore[no-untyped-def]
         index = tl.minimum(tl.min(tl.where(exceeds, inside, block), 0), last_inside)
         token = (chosen * block + index).to(tl.int32)
         logprob = tl.sum(tl.where(inside == index, x, 0.0), 0) - normalizer
-    tl.store(answers + row * longest + count, token)
-    tl.store(logprobs + row * longest + count, logprob)
-    tl.store(generated + row, count + 1)
-    stop = tl.arange(0, stops_padded)
-    is_stop = tl.max((tl.load(stops + stop, mask=stop < stop_count, other=-1) == token).to(tl.int32), 0)
-    if (is_stop > 0) | (count + 1 >= tl.load(limits + row)):
-        tl.store(active + row, 0)
-    else:
-        tl.store(tokens + row, token.to(tl.int64))
-        tl.store(positions + row, tl.load(positions + row) + 1)
+    return token, logprob
