@@ -16,7 +16,7 @@ import pytest
 import rl_runs
 from faults.started import Started, orphans, processes, started
 from faults.table import SAID, TRIED
-from faults.test_kills import assert_same
+from faults.test_kills import assert_same, log
 from places import FORKS, HAS_GPU, free_port
 from runs import wait_for
 from served import serve_stand_in
@@ -32,7 +32,12 @@ Record = Callable[[str, object], None]
 
 
 def words(folder: Path, output: Path, **changes: object) -> list[str]:
-    keys = {"trainer__total_training_steps": STEPS, "trainer__save_freq": 1, "trainer__max_ckpt_to_keep": 2, "dist__timeout_seconds": TIMEOUT}
+    keys = {
+        "trainer__total_training_steps": STEPS,
+        "trainer__save_freq": 1,
+        "trainer__max_ckpt_to_keep": 2,
+        "dist__timeout_seconds": TIMEOUT,
+    }
     return rl_runs.words(folder, "x", **{**keys, **changes, "trainer__default_local_dir": output})
 
 
@@ -52,8 +57,9 @@ def survive(
         runs, of_run = runs + 1, 0
         here = folder / f"run-{runs}"
         while survived + of_run < losses:
+            since = time.monotonic()
             with run(here) as found:
-                moment = time.monotonic() + draw.uniform(0.0, 1.1 * seconds)
+                moment = since + draw.uniform(0.0, 1.1 * seconds)
                 while found.process.poll() is None and time.monotonic() < moment:
                     time.sleep(0.01)
                 is_done = found.process.poll() is not None
@@ -61,10 +67,14 @@ def survive(
                 ended, text = found.end(TIMEOUT + 60)
                 assert orphans(found) == []
             back()
-            if ended == 0:  # what was lost was not needed any more
+            log(f"{here.name}: exit code {ended} after {time.monotonic() - since:.1f} s; {said}")
+            if ended == 0:  # nothing was lost, or it was not needed any more
+                seconds = time.monotonic() - since if of_run == 0 else seconds  # the machine may be less busy than before
                 break
             of_run += 1
-            assert not is_done and ended == code and said in text and "Traceback" not in text, f"exit code {ended}, expected {said!r}\n{text}"
+            assert not is_done and ended == code and said in text and "Traceback" not in text, (
+                f"exit code {ended}, expected {said!r}\n{text}"
+            )
         to_the_end(run, here)
         assert_same(here, whole)
         survived += of_run
@@ -81,12 +91,13 @@ def to_the_end(run: Command, output: Path) -> float:
 
 
 def ranks_of(found: Started) -> dict[int, int]:
-    """The numbers of a run's processes, by rank."""
+    """The numbers of the launcher's processes, by rank, without those that the ranks have started."""
     ranks = {}
     for process in processes(found.mark):
         with suppress(OSError):
+            parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
             variables = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{process}/environ").read_text().split("\0"))
-            if "RANK" in variables:
+            if parent == found.process.pid and "RANK" in variables:
                 ranks[int(variables["RANK"])] = process
     return ranks
 
@@ -113,10 +124,11 @@ def test_a_rank_that_is_killed_at_random_moments_changes_nothing(
 
     def kill(found: Started) -> str:
         wait_for(lambda: len(ranks_of(found)) == number or found.process.poll() is not None)
-        killed.append(draw.choice([training, rollout][len(killed) % 2]))
-        with suppress(ProcessLookupError, KeyError):
-            os.kill(ranks_of(found)[killed[-1]], signal.SIGKILL)
-        return f"error: rank {killed[-1]} "
+        rank = draw.choice([training, rollout][len(killed) % 2])
+        with suppress(ProcessLookupError, KeyError):  # the run has just ended
+            os.kill(ranks_of(found)[rank], signal.SIGKILL)
+            killed.append(rank)
+        return f"error: rank {rank} "
 
     runs = survive(run, kill, folder, losses, draw, code=RANK_EXIT_CODE, back=lambda: None)
     record_property(TRIED, losses)

@@ -405,8 +405,7 @@ class VllmServer:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`. Every process that generates calls it; rank 0 writes the files."""
-        self._settings()
-        self.wake()
+        dist.together(lambda: (self._settings(), self.wake()))
         place = find_weights_folder(self._server, self._weights_folder)
         send_weights(with_tied(named_tensors, self._tied), place, self._load)
         self._version = version
@@ -423,8 +422,11 @@ class VllmServer:
 
     def sleep(self) -> None:
         """See `Rollout.sleep`. Do nothing if the server was started without --enable-sleep-mode, as on GPUs of its own."""
-        if not self._asleep and self._settings().get("enable_sleep_mode"):
-            dist.barrier()  # wait until no process generates
+        if self._asleep:
+            return
+        found: list[dict[str, Any]] = []
+        dist.together(lambda: found.append(self._settings()))  # by now, no process generates
+        if found[0].get("enable_sleep_mode"):
             dist.together(lambda: self._server.post("/sleep?level=1") if dist.is_main() else None)
             self._asleep = True
 
