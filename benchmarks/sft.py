@@ -438,7 +438,9 @@ def measure(contestant: Contestant, work: Work, rate: float, flops: Callable[[in
     result = Result(contestant.name, contestant.setting, contestant.dtype, shown)
     log = work.folder / f"{contestant.name}.log"
     shutil.rmtree(contestant.folder, ignore_errors=True)
-    seconds_to_first_step, resident_gib, failed = execute(contestant, work, log)
+    seconds_to_first_step, resident_gib, failed = execute(
+        contestant.arguments, log, contestant.starts, timeout=work.timeout, on_gpu=work.on_gpu
+    )
     if failed is not None:
         return Result(**{**asdict(result), "failed": failed})
     seen = contestant.read()
@@ -458,23 +460,35 @@ def measure(contestant: Contestant, work: Work, rate: float, flops: Callable[[in
     )
 
 
-def execute(contestant: Contestant, work: Work, log: Path) -> tuple[float | None, float, str | None]:
-    """Run the command.
+def execute(
+    arguments: list[str],
+    log: Path,
+    starts: Path,
+    *,
+    timeout: float,
+    on_gpu: bool,
+    env: dict[str, str] | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> tuple[float | None, float, str | None]:
+    """Run Python with these arguments.
 
+    Args:
+        starts: a file that appears when the first step is done.
+        env: in place of `environment(on_gpu)`.
+        watch: called a few dozen times a second while it runs.
     Returns:
         seconds until its first step was done, peak resident GiB, and why it failed (None: it did not).
     """
     since, first, late = time.perf_counter(), None, False
     with log.open("wb") as output:
-        command = [sys.executable, *contestant.arguments]
-        process = subprocess.Popen(  # noqa: S603 - the commands are those above
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment(work.on_gpu), start_new_session=True
-        )
+        command, env = [sys.executable, *arguments], env or environment(on_gpu)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)  # noqa: S603 - as above
     try:
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-            if first is None and contestant.starts.exists():
+            watch()
+            if first is None and starts.exists():
                 first = time.perf_counter() - since
-            if not late and time.perf_counter() - since > work.timeout:
+            if not late and time.perf_counter() - since > timeout:
                 late = True
                 os.killpg(process.pid, signal.SIGKILL)  # its session holds its own processes alone
             time.sleep(0.02)
@@ -484,7 +498,7 @@ def execute(contestant: Contestant, work: Work, log: Path) -> tuple[float | None
     process.returncode, usage = os.waitstatus_to_exitcode(ended[1]), ended[2]  # waited for here, for the sake of its memory
     resident_gib = usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     if late:
-        return first, resident_gib, f"did not end within {work.timeout:.0f} s"
+        return first, resident_gib, f"did not end within {timeout:.0f} s"
     return first, resident_gib, why(log, process.returncode) if process.returncode else None
 
 

@@ -29,7 +29,7 @@ FORKS.set_forkserver_preload(
     ]
 )
 MARK, ROOM = "FAULT_MARK", 1000  # a variable for tests/forked.py to write into, where /proc shows it
-os.environ[MARK] = " " * ROOM
+os.environ.setdefault(MARK, " " * ROOM)  # not again in a fork, where it would be a string of its own, which /proc does not show
 
 
 def free_port() -> int:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl.data.pack import collate
 from verl.engine.scorers import TokenScorer
@@ -92,8 +93,12 @@ Answer = Callable[[str, Any], tuple[int, Any]]
 
 
 @contextmanager
-def server(answer: Answer) -> Iterator[str]:
-    """A stand-in on this machine: `answer(path, body)` gives status and JSON, body None for GET. Yields its address."""
+def server(answer: Answer, port: int = 0) -> Iterator[str]:
+    """A stand-in on this machine: `answer(path, body)` gives status and JSON, body None for GET. Yields its address.
+
+    Args:
+        port: 0 takes a free one.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -112,7 +117,10 @@ def server(answer: Answer) -> Iterator[str]:
 
         def log_message(self, *_: object) -> None: ...
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Http(ThreadingHTTPServer):
+        request_queue_size = 128  # as many clients connect at a time; more than the usual five would be refused
+
+    http = Http(("127.0.0.1", port), Handler)
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, daemon=True).start()
     try:
@@ -120,6 +128,53 @@ def server(answer: Answer) -> Iterator[str]:
     finally:
         http.shutdown()
         http.server_close()
+
+
+class StandIn:
+    """Answers as a vLLM server in development mode does, one token after the other; `make test-vllm` tests the real one."""
+
+    def __init__(self, path: Path):
+        self.path, self.model = path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.calls: list[str] = []
+
+    def answer(self, place: str, body: Any) -> tuple[int, Any]:
+        self.calls.append(place)
+        if place == "/v1/completions":
+            return 200, {"choices": [self.generate(body)]}
+        if place == "/collective_rpc":
+            self.load(Path(body["kwargs"]["weights_path"]))
+        return 200, {
+            "/v1/models": {"data": [{"id": str(self.path), "root": str(self.path), "max_model_len": 512}]},
+            "/server_info?config_format=json": {"vllm_config": {"model_config": {"enable_sleep_mode": False}}},
+            "/version": {"version": "0.32.0"},
+            "/reset_prefix_cache": {"success": True},
+        }.get(place, {})
+
+    @torch.no_grad()
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(body["seed"])
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        while len(token_ids) < body["max_tokens"] and not set(token_ids[-1:]) & set(body["stop_token_ids"]):
+            logits_V = self.model(torch.tensor([body["prompt"] + token_ids])).logits[0, -1].float()
+            logprob_V = (logits_V / (body["temperature"] or 1.0)).log_softmax(-1)
+            sampled = int(torch.multinomial(logprob_V.exp(), 1, generator=generator))
+            token_ids.append(sampled if body["temperature"] > 0 else int(logprob_V.argmax()))
+            logprobs.append(float(logprob_V[token_ids[-1]]))
+        reason = "stop" if token_ids[-1] in body["stop_token_ids"] else "length"
+        return {"token_ids": token_ids, "finish_reason": reason, "logprobs": {"token_logprobs": logprobs}}
+
+    def load(self, folder: Path) -> None:
+        for file in sorted(folder.glob("*.safetensors")):
+            self.model.load_state_dict(load_file(file), strict=False)
+        self.model.tie_weights()
+
+
+def serve_stand_in(path: Path, port: int) -> None:
+    """Be a stand-in for vLLM's server, until the process is killed."""
+    torch.set_num_threads(1)
+    with server(StandIn(path).answer, port):
+        threading.Event().wait()
 
 
 @contextmanager

@@ -104,9 +104,11 @@ class Launcher:
                 continue
             self._reported.add(rank)
             key = f"{PEERS}/left {rank}"
-            if self._store.check([key]):  # it has told the others itself
-                continue
             what = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+            if self._store.check([key]):  # it has told the others itself
+                if code < 0 and json.loads(self._store.get(key))["code"] in (0, SAVED_EXIT_CODE):
+                    print(f"error: rank {rank} ({socket.gethostname()}) {what} after it was done", file=sys.stderr, flush=True)
+                continue
             left = {"code": RANK_EXIT_CODE, "what": what + (" (is the memory full?)" if code == -signal.SIGKILL else "")}
             self._store.set(key, json.dumps(left))
             if code < 0 and all(other.poll() is not None for other in self._processes):

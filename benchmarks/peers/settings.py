@@ -69,3 +69,14 @@ def with_adapters(setting: Setting, rank: int, targets: str = ALL_LINEAR) -> Set
     """The same with LoRA through peft, at all linear layers or at these modules."""
     name = setting.name.removesuffix(f"-{setting.dtype}") + "-lora"
     return replace(setting, name=name, dtype=ADAPTERS, options=(*setting.options, "--lora-rank", str(rank), "--lora-targets", targets))
+
+
+def trl_grpo(shape: str, *, on_gpu: bool) -> list[str]:
+    """The settings of TRL's GRPOTrainer that are tried, in the words of peers/trl_grpo.py; the fastest counts.
+
+    Left out: `use_kernels`, which downloads, and vLLM's sleep, which saves memory and takes time. Importance sampling between the
+    log-probabilities of vLLM and of the trainer is off, since verl has no such correction: it would cost TRL one more forward pass.
+    """
+    if not on_gpu:
+        return ["8"]
+    return {"7b": ["16", "32:liger"], "1.5b": ["32:liger", "16"]}.get(shape, ["64:liger", "32"])

@@ -10,6 +10,7 @@ SAID = "said"  # property of a test: a line for the end of the table
 
 GROUPS = {
     "test_kills": "kills at random moments",
+    "test_rl_kills": "ranks and servers of RL that are killed",
     "test_saves": "kills and disks that fail at named points of a save",
     "test_damage": "damaged checkpoints and models",
     "test_disk": "full and broken disks",
@@ -22,7 +23,7 @@ GROUPS = {
     "test_random_inputs": "random rows, files and settings",
     "test_attacks": "attacks",
 }
-LONGEST = ("test_kills", "test_nodes", "test_random_inputs")  # minutes, or most of a minute, each
+LONGEST = ("test_kills", "test_rl_kills", "test_nodes", "test_random_inputs")  # minutes, or most of a minute, each
 
 Item = TypeVar("Item")
 

@@ -87,6 +87,20 @@ def test_a_rank_that_is_gone_ends_all_and_is_named(
 
 
 @slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_when_it_is_done_is_named(rank: int, folder: Path, tmp_path: Path) -> None:
+    """Between its last word and the end of its process: the run is complete, but its exit code is that of a rank that is gone."""
+    argv = words(folder, tmp_path / "run", "trainer.total_training_steps=2")
+    with started(
+        [*TWO, *argv], tmp_path / "work", fault="verl.rendezvous:wait_until_idle:kill", env={"FAULT_RANK": rank}, forks=True
+    ) as found:
+        code, text = found.end(90)
+        assert code == RANK_EXIT_CODE and orphans(found) == []
+    assert text.count("error: ") == 1 and f"error: rank {rank} ({socket.gethostname()}) was killed by SIGKILL after it was done" in text
+    assert (tmp_path / "run" / "global_step_2").exists()
+
+
+@slow
 def test_without_the_launcher_a_dead_rank_is_found_by_the_others(folder: Path, tmp_path: Path) -> None:
     """As under srun, which starts the processes directly."""
     argv = words(folder, tmp_path / "run", f"dist.timeout_seconds={TIMEOUT}")

@@ -11,54 +11,13 @@ import pytest
 import torch
 from rl_runs import train, write_folder
 from runs import lines_of
-from safetensors.torch import load_file
-from served import server
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from served import StandIn, server
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 import verl
 from verl import chat
 from verl.errors import UserError
 from verl.eval import sft_evaluator
-
-
-class StandIn:
-    """Answers as a vLLM server in development mode does, one token after the other; `make test-vllm` tests the real one."""
-
-    def __init__(self, path: Path):
-        self.path, self.model = path, AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.calls: list[str] = []
-
-    def answer(self, place: str, body: Any) -> tuple[int, Any]:
-        self.calls.append(place)
-        if place == "/v1/completions":
-            return 200, {"choices": [self.generate(body)]}
-        if place == "/collective_rpc":
-            self.load(Path(body["kwargs"]["weights_path"]))
-        return 200, {
-            "/v1/models": {"data": [{"id": str(self.path), "root": str(self.path), "max_model_len": 512}]},
-            "/server_info?config_format=json": {"vllm_config": {"model_config": {"enable_sleep_mode": False}}},
-            "/version": {"version": "0.32.0"},
-            "/reset_prefix_cache": {"success": True},
-        }.get(place, {})
-
-    @torch.no_grad()
-    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(body["seed"])
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        while len(token_ids) < body["max_tokens"] and not set(token_ids[-1:]) & set(body["stop_token_ids"]):
-            logits_V = self.model(torch.tensor([body["prompt"] + token_ids])).logits[0, -1].float()
-            logprob_V = (logits_V / (body["temperature"] or 1.0)).log_softmax(-1)
-            sampled = int(torch.multinomial(logprob_V.exp(), 1, generator=generator))
-            token_ids.append(sampled if body["temperature"] > 0 else int(logprob_V.argmax()))
-            logprobs.append(float(logprob_V[token_ids[-1]]))
-        reason = "stop" if token_ids[-1] in body["stop_token_ids"] else "length"
-        return {"token_ids": token_ids, "finish_reason": reason, "logprobs": {"token_logprobs": logprobs}}
-
-    def load(self, folder: Path) -> None:
-        for file in sorted(folder.glob("*.safetensors")):
-            self.model.load_state_dict(load_file(file), strict=False)
-        self.model.tie_weights()
 
 
 @pytest.fixture(scope="module")

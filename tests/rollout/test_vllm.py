@@ -228,6 +228,7 @@ class Recorder:
         self.model_config = SimpleNamespace(max_model_len=64)
         core = SimpleNamespace(shutdown=lambda: self.calls.append("shutdown"))
         self.llm_engine = SimpleNamespace(abort_request=lambda names: None, engine_core=core)
+        self.apply_model = lambda function: self.calls.append(f"apply_model {function.__name__}")
 
     def __getattr__(self, name: str) -> Any:
         return lambda *words, **named: self.calls.append(" ".join([name, *map(str, named.values())])) or True
@@ -274,7 +275,47 @@ def test_asleep_it_wakes_before_it_is_closed(path: Path, monkeypatch: pytest.Mon
     rollout.sleep()
     rollout.update_weights([], 1)
     rollout.close()
-    assert recorder.calls[-4:] == ["empty_cache", "wake_up ['kv_cache']", "shutdown", "empty_cache"]
+    assert recorder.calls[-5:] == ["empty_cache", "wake_up ['kv_cache']", "apply_model _free", "shutdown", "empty_cache"]
+
+
+class Attention(torch.nn.Module):
+    """A layer of vLLM: keys and values beside the weights, views of one memory, and in some models a list of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64, 64))
+        memory = torch.zeros(2, 512)
+        self.kv_cache: Any = [memory.view(4, 256), [memory[1]]]
+        self.register_buffer("frequencies", torch.ones(8))
+
+
+def test_what_still_refers_to_a_closed_engines_model_keeps_no_memory() -> None:
+    """vLLM's model outlives its engine. With it, the GPU kept 55 GiB of keys and values."""
+    layer, hooks = Attention(), []
+    model = torch.nn.Sequential(torch.nn.Sequential(layer), Attention())
+    model._bytecode_hook_handle = SimpleNamespace(remove=lambda: hooks.append("removed"))  # type: ignore[assignment]
+    model[1].kv_cache = torch.zeros(16)
+    kept = [*model.parameters(), layer.kv_cache[0], layer.kv_cache[1][0], model[1].kv_cache]
+    assert all(tensor.untyped_storage().nbytes() > 0 for tensor in kept)
+    rollout_vllm._free(model)
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in kept) and hooks == ["removed"]
+    assert torch.equal(layer.frequencies, torch.ones(8))  # other engines may share it
+
+
+@marked
+def test_a_closed_engine_gives_its_memory_back(path: Path) -> None:
+    """What is left of its model after an update, in which vLLM ties the layers to the functions that load them, has no memory."""
+    model, layers = trained_model(path), []
+    rollout = share("vllm", model, str(path), tokenizer_of(path), STOP_IDS, Options(max_positions=64))
+    rollout.update_weights(model.named_parameters(), 1)
+    rollout._llm.apply_model(lambda model: layers.extend(model.modules()))
+    weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]
+    caches = [cache for layer in layers for cache in rollout_vllm._tensors(getattr(layer, "kv_cache", None))]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in caches) >= rollout_vllm.CPU_CACHE_BYTES // 2 and weights
+    rollout.close()
+    rollout.close()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in [*weights, *caches])
+    assert all(parameter.untyped_storage().nbytes() > 0 for parameter in model.parameters())  # the trainer's
 
 
 def test_a_prefix_cache_that_keeps_old_keys_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

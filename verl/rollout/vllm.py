@@ -153,6 +153,7 @@ class VllmRollout:
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         self.wake()  # vLLM's allocator frees each address once more if it sleeps; after that error, it frees nothing else
+        self._llm.apply_model(_free)  # before vLLM drops its memory pools: memory that is freed later stays with the process
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
         destroy_model_parallel()
@@ -223,6 +224,29 @@ def _restored_globals() -> Iterator[None]:
         random.setstate(python_state)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _free(model: torch.nn.Module) -> None:
+    """Free the memory of the weights, keys and values of vLLM's model.
+
+    The model outlives its engine: hooks of torch.compile refer to it, and so do the functions that load its weights. vLLM 0.26 leaves its
+    keys and values with it, and all releases its weights.
+    """
+    for module in model.modules():
+        if (hook := getattr(module, "_bytecode_hook_handle", None)) is not None:
+            hook.remove()
+        for tensor in [*module.parameters(recurse=False), *_tensors(getattr(module, "kv_cache", None))]:
+            if (storage := tensor.untyped_storage()).resizable():
+                storage.resize_(0)
+
+
+def _tensors(cache: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a layer's `kv_cache`: one, or several in lists."""
+    if isinstance(cache, Tensor):
+        yield cache
+    elif isinstance(cache, list | tuple):
+        for part in cache:
+            yield from _tensors(part)
 
 
 def _tokens(prompt: list[int]) -> Any:
@@ -391,8 +415,7 @@ class VllmServer:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`. Every process that generates calls it; rank 0 writes the files."""
-        self._settings()
-        self.wake()
+        dist.together(lambda: (self._settings(), self.wake()))
         place = find_weights_folder(self._server, self._weights_folder)
         send_weights(with_tied(named_tensors, self._tied), place, self._load)
         self._version = version
@@ -409,8 +432,11 @@ class VllmServer:
 
     def sleep(self) -> None:
         """See `Rollout.sleep`. Do nothing if the server was started without --enable-sleep-mode, as on GPUs of its own."""
-        if not self._asleep and self._settings().get("enable_sleep_mode"):
-            dist.barrier()  # wait until no process generates
+        if self._asleep:
+            return
+        found: list[dict[str, Any]] = []
+        dist.together(lambda: found.append(self._settings()))  # by now, no process generates
+        if found[0].get("enable_sleep_mode"):
             dist.together(lambda: self._server.post("/sleep?level=1") if dist.is_main() else None)
             self._asleep = True
 

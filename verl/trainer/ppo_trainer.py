@@ -6,6 +6,8 @@ Start it with `torchrun` to use several processes. To read the code, start at `t
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +19,7 @@ from verl.data.prompts import Prompts, describe_draws, load_prompts
 from verl.engine.hardware import measure
 from verl.engine.outline import Outline
 from verl.engine.position import Position
-from verl.errors import AbandonedError, Stopped, UserError, exit_on_user_error
+from verl.errors import AbandonedError, RankError, Stopped, UserError, exit_on_user_error
 from verl.manifest import step_name
 from verl.rewards._scoring import Rewards, Scored
 from verl.rl.ahead import check_staleness
@@ -28,7 +30,7 @@ from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
-from verl.rl.remote_rollout import divide
+from verl.rl.remote_rollout import RemoteRollout, divide
 from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
 from verl.rl.serving import serve_rollout
@@ -70,6 +72,8 @@ def train(config: PPOConfig) -> TrainResult:
         total_steps = steps_of(config, prompts)
         start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
         if start is None:
+            if bridge is not None:
+                RemoteRollout(bridge, is_partial=config.rollout.partial).close()  # its processes wait for prompts
             return run.result()
         say_oddities(run, prompts, validation, outline, config.data.prompts_per_step, total_steps)
         run.enter("loading the models")
@@ -140,6 +144,7 @@ def train_loop(
     """In each step, sample answers, score them, compute advantages, update and log; when due, validate and save."""
     actor, critic, reference = roles.actor.engine, roles.critic, roles.reference
     clock, updates, rewards, here = roles.clock(), Updates(config, method, start, run), RewardWatch(run), start
+    lost: list[UserError] = []
     if validation is not None and start.step == 0:
         run.log(0, before := validate(roles, validation, 0, run))
         saver.check_metric(lambda: before)
@@ -150,8 +155,8 @@ def train_loop(
         try:
             with roles.generating():
                 collected = collect_step(roles.answerer, prompts, here, config, clock)
-        except AbandonedError:
-            leave_early(config, here, start, run, saver)
+        except UserError as error:  # on every rank
+            leave_early(error, config, here, start, run, saver)
         run.enter("training", step + 1, limited=True)
         packing: dict[str, Any] = {"multiple_of_tokens": roles.actor.decisions.multiple_of_tokens, "share_prompts": roles.sharing.on}
         experience = pack_experience(collected, updates.per_step, token_budget(config), separate=updates.skips_zero_advantage, **packing)
@@ -165,16 +170,17 @@ def train_loop(
             of_critic = updates.critic(critic, experience, step)
         with clock.phase("update_actor"):
             of_actor = updates.actor(actor, experience, step)
-        roles.renew(step + 1, clock)
+        with held_back(lost, roles):
+            roles.renew(step + 1, clock)
         metrics = step_metrics(collected, experience, of_critic, of_actor, step) | updates.adapt(of_actor, collected)
         of_time, seen = time_metrics(clock, collected, here, actor.device)
         done, epoch, ends_epoch = step + 1, collected.drawn // len(prompts), collected.drawn // len(prompts) > here.drawn // len(prompts)
         here = roles.with_skipped(replace(seen, step=done, drawn=collected.drawn, abandoned=collected.waiting, kl_coef=updates.kl_coef))
         last = done == run.total_steps
-        if validation is not None and not run.should_stop() and due(config.trainer.test_freq, done, ends_epoch, last):
-            with clock.phase("validate"):
+        if validation is not None and not lost and not run.should_stop() and due(config.trainer.test_freq, done, ends_epoch, last):
+            with clock.phase("validate"), held_back(lost, roles):
                 metrics |= validate(roles, validation, done, run)
-        stop = run.should_stop()
+        stop = run.should_stop() or bool(lost)
         report_answers(collected, done, run)
         rewards.see(done, without_differences(collected, method))
         run.enter("logging", done)
@@ -182,8 +188,7 @@ def train_loop(
         if saver.weigh(done, metrics) or due(config.trainer.save_freq, done, ends_epoch, last or stop):
             saver.save(here, metrics)
         if stop:
-            saver.finish()
-            run.leave(done)
+            leave(lost, done, run, saver)
         if saver.ends_early:
             break
 
@@ -213,8 +218,35 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
 
 
-def leave_early(config: PPOConfig, here: Position, start: Position, run: Run, saver: Saver) -> NoReturn:
-    """Stop the run while it generates or scores, because of a signal, with a checkpoint of the step before. Every rank calls it."""
+@contextmanager
+def held_back(lost: list[UserError], roles: Roles) -> Iterator[None]:
+    """Keep an error of the rollout in this context, which all ranks raise: a step that is trained is saved before the run ends.
+
+    Not so if answers are drawn ahead: those of the next step are lost, and belong into its checkpoint. Nor if a rank does not answer.
+    """
+    try:
+        yield
+    except UserError as error:
+        if isinstance(error, RankError) or roles.answerer.ahead is not None:
+            raise
+        lost.append(error)
+
+
+def leave(lost: list[UserError], step: int, run: Run, saver: Saver) -> NoReturn:
+    """End the run after a step, because of a signal or a rollout that is lost. Every rank calls it."""
+    saver.finish()
+    if lost:
+        raise lost[0]
+    run.leave(step)
+
+
+def leave_early(error: UserError, config: PPOConfig, here: Position, start: Position, run: Run, saver: Saver) -> NoReturn:
+    """End the run while it generates or scores, because of a signal or an error that all ranks raise, with a checkpoint of the step before.
+
+    Every rank calls it.
+    """
+    if isinstance(error, RankError):  # the others do not answer
+        raise error
     run.should_stop()  # all ranks learn of the signal
     run.enter("saving", here.step)
     saver.finish()
@@ -222,6 +254,8 @@ def leave_early(config: PPOConfig, here: Position, start: Position, run: Run, sa
     if not is_saved and config.trainer.save_freq != "never":
         saver.save(here, {})
         saver.finish()
+    if not isinstance(error, AbandonedError):
+        raise error
     run.leave(here.step)
 
 
