@@ -15,6 +15,7 @@ from tiny import write_model
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -150,6 +151,19 @@ def test_the_trial_sees_layers_that_carry_a_state() -> None:
     """Though the decision names them before."""
     assert why_not_shared(Qwen3_5TextConfig(**SIZES, **NAMES, **RULE), "here") is not None
     assert why_not_shared(Lfm2Config(**SIZES, **NAMES, layer_types=["conv", "full_attention"]), "here") is not None
+
+
+def test_a_model_without_a_twin_is_said_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_whether_shared", {})
+    monkeypatch.setattr(trial, "random_model", failing)
+    assert why_not_shared(SHARED["qwen2"], "here") == "no tiny twin of it can be tried (ValueError: too large)"
+    bert = BertConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    monkeypatch.undo()
+    assert "is no causal language model" in str(why_not_shared(bert, "here"))
+
+
+def failing(*_: Any) -> Any:
+    raise ValueError("too large")
 
 
 # The decision

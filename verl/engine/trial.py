@@ -219,16 +219,22 @@ def why_not_shared(config: PretrainedConfig, where: str, *, trust_remote_code: b
     A tiny twin must give the same log-probabilities and gradients with and without sharing. Every rank finds the same.
     """
     config = copy.deepcopy(config)
-    config._attn_implementation = None  # a loaded model's config has that of packed batches, and a twin's own code comes first
+    # A loaded model's config has the attention of packed batches, and a twin's own code comes first; its weights may have 4 bits.
+    config._attn_implementation = None
+    vars(config).pop("quantization_config", None)
     key = config.to_json_string(use_diff=False)
     if key not in _whether_shared:
         with _quiet():
-            twin = _make_twin(config, where, trust_remote_code=trust_remote_code)
-            if isinstance(twin, Twin):
-                _whether_shared[key] = _differs_if_shared(twin)
-            else:
-                _whether_shared[key] = f"no tiny twin of it can be tried ({_first_line(twin)})"
+            _whether_shared[key] = _tried(config, where, trust_remote_code=trust_remote_code)
     return _whether_shared[key]
+
+
+def _tried(config: PretrainedConfig, where: str, *, trust_remote_code: bool) -> str | None:
+    try:
+        twin = _make_twin(config, where, trust_remote_code=trust_remote_code)
+    except UserError as error:  # a reward model may be no language model
+        return error.what
+    return _differs_if_shared(twin) if isinstance(twin, Twin) else f"no tiny twin of it can be tried ({_first_line(twin)})"
 
 
 def _differs_if_shared(twin: Twin) -> str | None:
