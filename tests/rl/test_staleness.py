@@ -287,6 +287,14 @@ def test_a_run_goes_on_after_a_signal_and_after_a_kill_bit_for_bit(folder: Path)
     check_equal(folder / "stopped", whole, 60)
 
 
+@pytest.mark.parametrize("changes", [{"rollout__staleness": 0}, {}, {"rollout__partial": "true"}], ids=["0", "1", "partial"])
+def test_a_run_that_is_done_ends_at_once_on_all_ranks(folder: Path, changes: dict[str, object]) -> None:
+    output = f"done_{len(changes)}_{'rollout__partial' in changes}"
+    for said in ("starting a new run", "nothing left to do"):
+        trains, generates = pair(folder, output, trainer__total_training_steps=1, **changes).ends()
+        assert (trains[0], generates[0]) == (0, 0) and said in trains[1]
+
+
 FAILS_AHEAD = """
 from verl.errors import UserError
 from verl.rollout import native

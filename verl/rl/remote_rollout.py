@@ -169,6 +169,12 @@ def divide(layout: Layout, device: torch.device) -> Bridge | None:
     return bridge
 
 
+def dismiss(bridge: Bridge | None) -> None:
+    """Let the rollout processes end, if there are any: there is nothing to do. Every training process calls it."""
+    if bridge is not None:
+        RemoteRollout(bridge).close()
+
+
 def rollout_options(config: PPOConfig) -> Options:
     return Options(
         max_sequences=config.rollout.max_sequences,
