@@ -287,6 +287,14 @@ def test_a_run_goes_on_after_a_signal_and_after_a_kill_bit_for_bit(folder: Path)
     check_equal(folder / "stopped", whole, 60)
 
 
+@pytest.mark.parametrize("changes", [{"rollout__staleness": 0}, {}, {"rollout__partial": "true"}], ids=["0", "1", "partial"])
+def test_a_run_that_is_done_ends_at_once_on_all_ranks(folder: Path, changes: dict[str, object]) -> None:
+    output = f"done_{len(changes)}_{'rollout__partial' in changes}"
+    for said in ("starting a new run", "nothing left to do"):
+        trains, generates = pair(folder, output, trainer__total_training_steps=1, **changes).ends()
+        assert (trains[0], generates[0]) == (0, 0) and said in trains[1]
+
+
 FAILS_AHEAD = """
 from verl.errors import UserError
 from verl.rollout import native
@@ -418,15 +426,15 @@ def test_a_schedule_repeats_a_run_bit_for_bit(folder: Path, partial: Path) -> No
         run(folder, "other", {**same, "rollout__replay": partial / "schedule.jsonl", "trainer__save_freq": 2})
 
 
-def test_a_resumed_run_goes_on_with_unfinished_answers_bit_for_bit_as_its_schedule_says(folder: Path, partial: Path) -> None:
-    copied = shutil.copytree(partial, folder / "partial_resumed")
-    for step in (3, 4):
+@pytest.mark.parametrize("kept", [2, 3])
+def test_a_resumed_run_goes_on_with_unfinished_answers_bit_for_bit_as_its_schedule_says(folder: Path, partial: Path, kept: int) -> None:
+    copied = shutil.copytree(partial, folder / f"partial_resumed_{kept}")
+    for step in range(kept + 1, STEPS + 1):
         shutil.rmtree(copied / f"global_step_{step}")
         (copied / f"rollouts/step_{step}.jsonl").unlink()
-    held = read_answers(copied / "global_step_2")
+    held = read_answers(copied / f"global_step_{kept}")
     assert any(not answer.is_finished and answer.token_ids for answers in held.values() for answer in answers), "else it shows nothing"
-    same = partial_words(folder)
-    run(folder, "partial_resumed", {**same, "rollout__replay": partial / "schedule.jsonl"})
+    run(folder, f"partial_resumed_{kept}", {**partial_words(folder), "rollout__replay": partial / "schedule.jsonl"})
     check_equal(copied, partial)
 
 

@@ -1,8 +1,8 @@
 """Answers that are drawn one step ahead without a pause (`rollout.partial=true`), see `verl.rl.partial_server`.
 
-The answers of a step begin as soon as the weights of two steps before are learned from, while those of the step before are still drawn.
-New weights do not wait for them: unfinished answers go on under the new ones. So the weights that draw a token are at most one update older
-than those that learn from it.
+The answers of step k+1 begin under weights k, as soon as these are published, while answers of step k are still drawn. New weights do not
+wait for answers: unfinished ones go on under them. So the weights that draw a token are at most one update older than those that learn
+from it.
 
     step k       ask for answers k+1; wait for answers k, which are drawn since step k-1; learn from k -> weights k+1; publish them
 """

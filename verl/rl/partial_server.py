@@ -142,7 +142,7 @@ class PartialServer:
 
     def _check_due(self) -> None:
         """Check that answers are finished which the run that is repeated took now: they would be waited for."""
-        if self._due and self._due[0]["event"] == "finished" and not (self._batches and self._batches[0].is_finished):
+        if self._due and self._due[0]["event"] == "finished" and self._batches and not self._batches[0].is_finished:
             raise _differs(self._due[0], f"unfinished answers after {self._steps}")
 
     def _answer(self, requests: dict[int, Request]) -> Answers | None:

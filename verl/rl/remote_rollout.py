@@ -4,6 +4,8 @@ Training processes use a `RemoteRollout`; the others serve it (`verl.rl.rollout_
 messages in the same order.
 """
 
+import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -18,6 +20,8 @@ from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Repl
 from verl.rl.mapping import Layout
 from verl.rl.schedule import Event, Schedule, event_of
 from verl.rollout import Completion, Options, Sampling
+
+SIGNAL_SECONDS = 3.0
 
 
 class RemoteRollout:
@@ -110,8 +114,10 @@ class RemoteRollout:
             answers = self._bridge.exchange(None)
         except AbandonedError:
             self._is_open = False  # they end
+            _learn_of_signal()
             raise
         if any(answers[rank] is None for rank in ranks):
+            _learn_of_signal()
             raise AbandonedError("given up, because the run stops")
         return self._mine([answers[rank] for rank in ranks], prompts)
 
@@ -155,6 +161,15 @@ def _request(prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[i
     return Request([list(prompt) for prompt in prompts], sampling, None if seeds is None else list(seeds))
 
 
+def _learn_of_signal() -> None:
+    """Wait until this process knows of the signal for which a rollout process has given up: `verl.peers` passes it on within seconds."""
+    deadline = time.monotonic() + SIGNAL_SECONDS
+    while signals.received() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if signals.received() is None:
+        signals.request(signal.SIGTERM)
+
+
 def _seeds(requests: dict[int, Request], share: list[tuple[int, int]]) -> list[int]:
     """Return the seeds of prompts, which in training are their numbers."""
     return [number if (seeds := requests[rank].seeds) is None else seeds[number] for rank, number in share]
@@ -167,6 +182,12 @@ def divide(layout: Layout, device: torch.device) -> Bridge | None:
     bridge = Bridge(layout, device)
     processes.divide([layout.training, layout.rollout])
     return bridge
+
+
+def dismiss(bridge: Bridge | None) -> None:
+    """Let the rollout processes end, if there are any: there is nothing to do. Every training process calls it."""
+    if bridge is not None:
+        RemoteRollout(bridge).close()
 
 
 def rollout_options(config: PPOConfig) -> Options:

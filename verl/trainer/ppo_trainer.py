@@ -30,7 +30,7 @@ from verl.rl.mapping import choose_layout
 from verl.rl.method import Method, load_method
 from verl.rl.metrics import phase_seconds, step_metrics, time_metrics
 from verl.rl.prompts import read_prompts
-from verl.rl.remote_rollout import RemoteRollout, divide
+from verl.rl.remote_rollout import dismiss, divide
 from verl.rl.roles import Roles, build_roles, check_names, decide_roles, describe_steps, token_budget
 from verl.rl.sample_files import write_samples
 from verl.rl.serving import serve_rollout
@@ -72,8 +72,7 @@ def train(config: PPOConfig) -> TrainResult:
         total_steps = steps_of(config, prompts)
         start = begin(config.trainer, run, prompts, config.data.prompts_per_step, total_steps)
         if start is None:
-            if bridge is not None:
-                RemoteRollout(bridge, is_partial=config.rollout.partial).close()  # its processes wait for prompts
+            dismiss(bridge)
             return run.result()
         say_oddities(run, prompts, validation, outline, config.data.prompts_per_step, total_steps)
         run.enter("loading the models")
