@@ -2,14 +2,15 @@
 
     python benchmarks/speculation.py --model DIR --data test.jsonl --temperatures 0,1 --rows 1,8,64 --out results.json
 
-Both engines take turns, and the median of the runs after the first counts. On a CPU, seconds are processor seconds, because other work on
-the machine slows single runs. --never-ends lets no token end an answer, so that random weights
-have work to do. A model with random weights has a shape of `benchmarks/sft.py`: --model 0.5b --tokenizer DIR.
+Both engines take turns, and the best of the runs after the first counts, because other work on the machine slows single runs. On a CPU,
+seconds are processor seconds. --never-ends lets no token end an answer, so that random weights have work to do: they have a shape of
+`benchmarks/sft.py`. Without --data and --tokenizer, the demo's problems are asked, and no file is needed:
+
+    python benchmarks/speculation.py --model 0.5b --never-ends --compile --new-tokens 256 --rows 1,8,64,256
 """
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -27,8 +28,10 @@ from sft import machine, matrix_rate, prepare_model  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: E402
 
 from verl.data.render import Renderer  # noqa: E402
+from verl.demo.problems import write_problems  # noqa: E402
 from verl.errors import exit_on_user_error  # noqa: E402
 from verl.models.load import load_tokenizer  # noqa: E402
+from verl.models.tiny import tiny_tokenizer  # noqa: E402
 from verl.rollout import Completion, Options, Sampling  # noqa: E402
 from verl.rollout.native import NativeRollout  # noqa: E402
 
@@ -60,8 +63,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model directory, or a shape with random weights: tiny, 0.5b, 1.5b, 7b")
     parser.add_argument("--tokenizer", help="directory of the tokenizer for a shape with random weights")
-    parser.add_argument("--data", required=True, help="JSON lines with question")
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--data", help="JSON lines with question; default: the demo's problems")
+    parser.add_argument("--prompts", type=int, help="default: twice as many as --rows")
     parser.add_argument("--answers", type=int, default=1, help="to each prompt; at temperature 0 there is one")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--temperatures", default="0,1")
@@ -81,22 +84,35 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.work) if options.work else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        prepare_data(options, folder)
         directory = prepare_model(options, folder, on_gpu)
         dtype = torch.bfloat16 if on_gpu and not options.float32 else torch.float32
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, device_map="cuda" if on_gpu else "cpu").eval()
-        prompts = read_prompts(directory, Path(options.data), options.prompts)
+        most = options.prompts or 2 * max(map(int, options.rows.split(",")))
+        prompts = read_prompts(directory, Path(options.data), most)
         stop_ids = [NEVER] if options.never_ends else Renderer(load_tokenizer(str(directory))).stop_ids
     if options.never_ends:
         model.generation_config.eos_token_id = None
     for temperature in map(float, options.temperatures.split(",")):
         for rows in map(int, options.rows.split(",")):
-            results.append(measure(model, prompts, stop_ids, temperature, rows, options))
+            asked = prompts[: options.prompts or 2 * rows]
+            results.append(measure(model, asked, stop_ids, temperature, rows, options))
             console.print(table(results[-1:]))
     console.print(table(results))
     where = machine(on_gpu, matrix_rate(torch.device("cuda" if on_gpu else "cpu")))
     found = {"machine": where, "work": vars(options), "results": [asdict(result) for result in results]}
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def prepare_data(options: argparse.Namespace, folder: Path) -> None:
+    """Write the demo's problems, and a tokenizer for them, if none are given."""
+    if options.data is None or options.tokenizer is None:
+        problems, _ = write_problems(folder / "train.jsonl", folder / "test.jsonl", 1000, 200, seed=1)
+    options.data = options.data or str(folder / "test.jsonl")
+    if options.tokenizer is None:
+        tiny_tokenizer(f"{problem.question}\n{problem.answer}" for problem in problems).save_pretrained(folder / "tokenizer")
+        options.tokenizer = str(folder / "tokenizer")
 
 
 def measure(
@@ -122,8 +138,7 @@ def measure(
     kept = pace.total.kept / pace.total.active if pace.total.active else None
     for engine in engines:
         engine.close()
-    medians = [statistics.median(own) for own in rates]
-    return Result(temperature, rows, len(found[0]), *medians, kept, verify_share, len(same) / len(found[0]), difference)
+    return Result(temperature, rows, len(found[0]), *map(max, rates), kept, verify_share, len(same) / len(found[0]), difference)
 
 
 def timed(engine: NativeRollout, prompts: list[list[int]], sampling: Sampling) -> tuple[list[Completion], float]:

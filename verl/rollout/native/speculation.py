@@ -37,11 +37,11 @@ class Counts:
 class Pace:
     """Decides between verify steps and decode steps in one call.
 
-    It keeps an account in decode steps. With F the fixed part of a step and D that of drafts, in tokens, a decode step of R rows takes F
-    + R. A verify step that computes C tokens takes F + D + C, and adds k tokens to each active row, as k decode steps do: it is credited
+    It keeps an account in decode steps. With F the fixed part of a step and D that of drafts, in tokens, a decode step of R rows takes
+    F + R. A verify step that computes C tokens takes F + D + C, and adds k tokens to each active row, as k decode steps do: it is credited
     with k - (F + D + C) / (F + R). A decode step is credited with SHARE until the balance is 0. It begins at -DEBT, and is never above
-    CREDIT. Verify steps are taken while it is not negative, first TRIAL of them. So all trials of a call lose little more than SHARE of
-    its time. They come the more often the less they cost: when few rows are left.
+    CREDIT. Verify steps are taken while it is not negative, first TRIAL of them. So all trials of a call lose little more than SHARE of its
+    time. They come the more often the less they cost: when few rows are left.
 
     Args:
         device_type: "cuda" or "cpu".
