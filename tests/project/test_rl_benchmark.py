@@ -142,23 +142,10 @@ def test_one_command_measures_a_step_and_names_what_is_not_installed(tmp_path: P
         "import importlib.util\nreal = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name in ('trl', 'vllm') else real(name, *rest)\n"
     )
-    words = [
-        "--cpu",
-        "--peers",
-        "--only",
-        "tiny-lora",
-        "--tokenizer",
-        tmp_path / "model",
-        "--data",
-        tmp_path / "train.jsonl",
-        "--prompts",
-        2,
-        "--answers",
-        2,
-    ]
-    words += ["--new-tokens", 8, "--warmup", 1, "--steps", 2, "--phases", "--out", tmp_path / "results.json"]
+    shape = "--cpu --peers --phases --only tiny-lora --prompts 2 --answers 2 --new-tokens 8 --warmup 1 --steps 2".split()
+    inputs = [f"--tokenizer={tmp_path / 'model'}", f"--data={tmp_path / 'train.jsonl'}", f"--out={tmp_path / 'results.json'}"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, ROOT / "benchmarks" / "rl.py", *map(str, words)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "rl.py"), *shape, *inputs]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "results.json").read_text())
