@@ -7,10 +7,12 @@ run that lost nothing. `make faults` tries it 20 times.
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rl_runs
@@ -143,7 +145,7 @@ def test_a_rank_that_is_killed_at_random_moments_changes_nothing(
 def test_a_server_that_is_killed_at_random_moments_is_named_and_changes_nothing(tmp_path: Path, record_property: Record) -> None:
     """A new server, with the weights of the start, gets those of the checkpoint."""
     folder, losses, draw, port = rl_runs.write_folder(tmp_path), 6, random.Random(SEED), free_port()
-    url, servers = f"http://127.0.0.1:{port}", []
+    url, servers = f"http://127.0.0.1:{port}", list[Any]()
 
     def serve() -> None:
         if not servers or not servers[-1].is_alive():
@@ -171,7 +173,5 @@ def test_a_server_that_is_killed_at_random_moments_is_named_and_changes_nothing(
 
 
 def is_open(port: int) -> bool:
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

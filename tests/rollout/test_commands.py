@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from places import free_port
 from rl_runs import train, write_folder
-from runs import lines_of
+from runs import lines_of, timeless
+from safetensors.torch import load_file
 from served import StandIn, server
 from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
@@ -18,6 +20,8 @@ import verl
 from verl import chat
 from verl.errors import UserError
 from verl.eval import sft_evaluator
+
+SETTINGS = "/server_info?config_format=json"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,35 @@ def test_reinforcement_learning_with_a_server_trains_on_answers_of_the_newest_we
     assert stand_in.calls.count("/collective_rpc") == stand_in.calls.count("/reset_prefix_cache") == 3
     assert all(line["rl/rollout_difference"] < 1e-5 for line in found), "after an update too"
     assert all(line["train/grad_norm"] > 0 for line in found)
+
+
+KEYS = {"trainer__total_training_steps": 4, "trainer__save_freq": -1, "rollout__name": "vllm"}
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[dict[str, float]]:
+    """Metrics of a run whose server is never lost."""
+    with server(StandIn(folder / "model").answer) as url:
+        return train(folder, "whole", **KEYS, rollout__url=url)
+
+
+@pytest.mark.parametrize(("place", "call"), [("/v1/completions", 2 * 16 + 3), (SETTINGS, 6), (SETTINGS, 5), ("/collective_rpc", 3)])
+def test_a_server_that_is_lost_costs_no_step(folder: Path, tmp_path: Path, whole: list[dict[str, float]], place: str, call: int) -> None:
+    """It is lost while or after it answers in step 3, or before or while it takes the weights of step 2, and no save was due."""
+    lost, port, run = StandIn(folder / "model"), free_port(), tmp_path / "lost"
+    url = f"http://127.0.0.1:{port}"
+
+    def answer(asked: str, body: Any) -> tuple[int, Any]:
+        status, content = lost.answer(asked, body)
+        return (503, "out of order") if lost.calls.count(place) >= call else (status, content)
+
+    with server(answer, port), pytest.raises(UserError, match=rf"(?s){url}.* 503: out of order"):
+        train(folder, str(run), **KEYS, rollout__url=url)
+    assert [path.name for path in run.glob("global_step_*")] == ["global_step_2"]
+    with server(StandIn(folder / "model").answer, port):
+        assert timeless(train(folder, str(run), **KEYS, rollout__url=url)) == timeless(whole)
+    expected, found = (load_file(path / "global_step_4" / "model.safetensors") for path in (folder / "whole", run))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_evaluator_asks_it_too(folder: Path, stand_in: StandIn, words: list[str]) -> None:

@@ -286,6 +286,7 @@ class Attention(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(64, 64))
         memory = torch.zeros(2, 512)
         self.kv_cache: Any = [memory.view(4, 256), [memory[1]]]
+        self.frequencies: torch.Tensor
         self.register_buffer("frequencies", torch.ones(8))
 
 
@@ -306,7 +307,7 @@ def test_what_still_refers_to_a_closed_engines_model_keeps_no_memory() -> None:
 def test_a_closed_engine_gives_its_memory_back(path: Path) -> None:
     """What is left of its model after an update, in which vLLM ties the layers to the functions that load them, has no memory."""
     model, layers = trained_model(path), []
-    rollout = share("vllm", model, str(path), tokenizer_of(path), STOP_IDS, Options(max_positions=64))
+    rollout: Any = share("vllm", model, str(path), tokenizer_of(path), STOP_IDS, Options(max_positions=64))
     rollout.update_weights(model.named_parameters(), 1)
     rollout._llm.apply_model(lambda model: layers.extend(model.modules()))
     weights = [parameter for layer in layers for parameter in layer.parameters(recurse=False)]

@@ -338,6 +338,8 @@ class VllmServer:
         try:
             answer = self._server.get("/server_info?config_format=json")
         except RefusedError as error:
+            if error.status != 404:
+                raise
             what = "does not accept new weights, because it is not in development mode"
             raise UserError(what, where=self._server.url, fix=f"start it with: {self._server.start}") from error
         return dict(answer["vllm_config"]["model_config"])
@@ -415,7 +417,8 @@ class VllmServer:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Rollout.update_weights`. Every process that generates calls it; rank 0 writes the files."""
-        dist.together(lambda: (self._settings(), self.wake()))
+        dist.together(self._settings)
+        dist.together(self.wake)
         place = find_weights_folder(self._server, self._weights_folder)
         send_weights(with_tied(named_tensors, self._tied), place, self._load)
         self._version = version
