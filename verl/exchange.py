@@ -34,21 +34,17 @@ def wait(work: Any, peers: Peers | None) -> None:
     global _waited
     since = time.perf_counter()
     try:
-        _wait(work, peers)
+        while True:
+            try:
+                work.wait(timeout=ONE_SECOND)  # comes back to Python, which then runs the handlers of signals
+                return
+            except RuntimeError as error:
+                if work.is_completed() or "timed out" not in str(error).lower():
+                    raise (error if peers is None else peers.explain(error)) from None
+            if peers is not None:
+                peers.check()
     finally:
         _waited += time.perf_counter() - since
-
-
-def _wait(work: Any, peers: Peers | None) -> None:
-    while True:
-        try:
-            work.wait(timeout=ONE_SECOND)  # comes back to Python, which then runs the handlers of signals
-            return
-        except RuntimeError as error:
-            if work.is_completed() or "timed out" not in str(error).lower():
-                raise (error if peers is None else peers.explain(error)) from None
-        if peers is not None:
-            peers.check()
 
 
 def gathered(value: Result, group: dist.ProcessGroup | None, peers: Peers | None) -> list[Result]:

@@ -9,6 +9,7 @@ several slots), P slots with a prompt, N query heads, K key-value heads, G = N /
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -139,8 +140,9 @@ def slot_attention(
     scale, window = kwargs.get("scaling") or query_BNTD.shape[-1] ** -0.5, kwargs.get("sliding_window") or 0
     if isinstance(slot_batch, PrefillBatch):
         if torch.compiler.is_compiling() and isinstance(slot_cache, LayerCache):
-            places = (slot_batch.cu_seqlens, slot_batch.max_seqlen, slot_batch.source_R, slot_batch.slot_R, slot_batch.position_R)
-            output_TND = _prefill(query_BNTD[0], key_BKTD[0], value_BKTD[0], slot_cache.key, slot_cache.value, *places, scale, window)
+            places = [slot_batch.cu_seqlens, slot_batch.source_R, slot_batch.slot_R, slot_batch.position_R]
+            new, longest = (query_BNTD[0], key_BKTD[0], value_BKTD[0]), slot_batch.max_seqlen
+            output_TND = _prefill(*new, list(slot_cache), places, longest, scale, window)
             return output_TND.unsqueeze(0), None
         _store(slot_cache, slot_batch, key_BKTD[0], value_BKTD[0])
         bounds = {"cu_seq_lens_q": slot_batch.cu_seqlens, "max_length_q": slot_batch.max_seqlen, "context": ""}
@@ -218,19 +220,15 @@ def _prefill(
     query_NTD: Tensor,
     key_KTD: Tensor,
     value_KTD: Tensor,
-    key_SKLD: Tensor,
-    value_SKLD: Tensor,
-    cu_seqlens: Tensor,
+    cache: Sequence[Tensor],
+    places: Sequence[Tensor],
     max_seqlen: int,
-    source_R: Tensor,
-    slot_R: Tensor,
-    position_R: Tensor,
     scale: float,
     window: int,
 ) -> Tensor:
-    nothing = cu_seqlens[:0]
-    batch = PrefillBatch(cu_seqlens, max_seqlen, source_R, slot_R, position_R, nothing, nothing)
-    _store(LayerCache(key_SKLD, value_SKLD), batch, key_KTD, value_KTD)
+    cu_seqlens, source_R, slot_R, position_R = places
+    batch = PrefillBatch(cu_seqlens, max_seqlen, source_R, slot_R, position_R, cu_seqlens[:0], cu_seqlens[:0])
+    _store(LayerCache(*cache), batch, key_KTD, value_KTD)
     options: dict[str, Any] = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max_seqlen, "scaling": scale, "sliding_window": window or None}
     output_1TND, _ = packed_attention(nn.Identity(), query_NTD[None], key_KTD[None], value_KTD[None], None, **options, context="")
     return output_1TND[0].contiguous()
