@@ -211,6 +211,7 @@ def test_a_call_does_not_depend_on_the_calls_before_it() -> None:
     """Bit for bit, as resuming needs: neither its texts nor its counts outlive a call."""
     prompts, model = random_prompts(), qwen2()
     rollout = with_drafts(model, [0], max_sequences=3)
+    rollout.update_weights((), 1)  # as in training; else prompts stay in their slots
     first, counts = rollout.generate(prompts, LONG), totals(rollout)
     rollout.generate(prompts[::-1], DRAWN)
     assert rollout.generate(prompts, LONG) == first and totals(rollout) == counts

@@ -21,16 +21,7 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # the chunks of verl/models/
     MATMULS.add(torch.ops.mkldnn._linear_pointwise.default)
 # Operators whose outputs selective checkpointing saves. These are parts of operator names, because the operators that exist depend on the
 # release of PyTorch and on installed packages.
-SAVED = (
-    "varlen_attn",
-    "flash_attention",
-    "verl.flash",
-    "verl.short",
-    "verl.shared",
-    "verl.adapted_linears",
-    "efficient_attention",
-    "cudnn_attention",
-)
+SAVED = "varlen_attn flash_attention verl.flash verl.short verl.shared verl.adapted_linears efficient_attention cudnn_attention".split()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
