@@ -251,6 +251,8 @@ def _differs_if_shared(twin: Twin) -> str | None:
         found = _scores_and_gradients(twin, collate_groups(groups, documents.__getitem__, multiple_of_tokens=16))
     except Exception as error:  # the code of a model may raise anything where it does not expect prefixes
         return f"shared prompts make its code fail ({_first_line(error)})"
+    if not all(each.isfinite().all() for each in expected):
+        return "the gradients of its tiny twin are not finite, so that sharing cannot be tried"
     difference = max(_difference(f, e) / max(1.0, float(e.abs().max())) for f, e in zip(found, expected, strict=True))
     return None if difference <= TOLERANCES[twin.dtype] else f"shared prompts change what it computes, by {difference:.2g}"
 
