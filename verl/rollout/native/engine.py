@@ -36,7 +36,8 @@ class NativeRollout:
         stop_ids: tokens that end a response; those of the model's generation_config.json are added.
         is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
-        scheduler, slots, runner: parts of the engine; each call creates a new scheduler.
+        scheduler, slots, runner: parts of the engine; each call creates a new scheduler. If no trainer shares the weights, it knows the
+            prompts whose keys and values are still in the slots.
         drafter, pace: parts of speculation: drafts, and when to use them, new for each call; None: it does not speculate.
     Raises:
         UserError: the architecture has other decode state than keys and values or that of a delta rule, its attention is not supported, or
@@ -168,10 +169,12 @@ class NativeRollout:
                 self._free()
             self.slots.make(size)
         self.slots.reset()
+        self.runner.refresh()
         self.runner.set_temperature(sampling.temperature)
-        # A new scheduler, so that no keys and values of earlier calls are reused: shared weights may have changed without notice.
-        requests, on_gpu = _requests(prompts, sampling, seeds), self._device.type == "cuda"
-        self.scheduler = Scheduler(requests, self.slots.number, on_gpu=on_gpu, keeps_prompts=not self.slots.are_recurrent)
+        if self._is_shared:  # the weights may have changed without notice
+            self.scheduler.forget_prompts()
+        requests, on_gpu, held = _requests(prompts, sampling, seeds), self._device.type == "cuda", self.scheduler.prompts
+        self.scheduler = Scheduler(requests, self.slots.number, on_gpu=on_gpu, keeps_prompts=not self.slots.are_recurrent, prompts=held)
         if self._speculates:
             self._start_speculation()
 
@@ -196,8 +199,11 @@ class NativeRollout:
             self.slots.state.begin(admission.seated)
             if self.drafter is not None:
                 self.drafter.begin(admission.seated)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.slots.number, self._options) from error
+        except BaseException as error:
+            self.scheduler.forget_prompts()  # a later call must not take for there what was not computed
+            if isinstance(error, torch.OutOfMemoryError):
+                raise out_of_memory(self.slots.number, self._options) from error
+            raise
 
     def _decode(self, sampling: Sampling, at_most: int) -> list[int]:
         """Take at most `at_most` decode steps, and return the slots whose responses have ended."""
@@ -275,6 +281,7 @@ class NativeRollout:
         return ", ".join(parts)
 
     def _free(self) -> None:
+        self.scheduler.forget_prompts()
         self.runner.drop_graphs()
         self.slots.free()
         self.drafter = None
