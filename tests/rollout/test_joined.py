@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Qwen2ForCausalLM
 import verl.rollout.native.runner as runner_module
 from verl.models import linear
 from verl.rollout import Completion, Sampling
+from verl.rollout._plain import Probe
 from verl.rollout.native import NativeRollout
 from verl.rollout.native.joined import join_linears
 from verl.rollout.native.runner import Runner
@@ -126,6 +127,13 @@ def test_prompts_in_slots_that_other_calls_pass_over_are_computed_again() -> Non
     for some in ([prompts[-1]], prompts[2:4], prompts[:1], prompts[1:]):
         rollout.generate(some, GREEDY)
         assert tokens(rollout.generate(prompts, GREEDY)) == tokens(expected)
+
+
+def test_prompts_of_the_trial_at_the_start_are_not_taken_for_computed() -> None:
+    model: Any = qwen2()
+    prompts = Probe(model).prompts
+    expected = NativeRollout(model, [0], is_shared=True).generate(prompts, GREEDY)
+    assert tokens(NativeRollout(model, [0]).generate(prompts, GREEDY)) == tokens(expected)
 
 
 def test_a_prefill_that_fails_leaves_no_prompt_that_counts_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:

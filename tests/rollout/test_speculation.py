@@ -92,7 +92,8 @@ def flat_logprobs(completions: list[Completion]) -> torch.Tensor:
 
 
 def with_drafts(model: PreTrainedModel, stop_ids: list[int], **options: Any) -> NativeRollout:
-    rollout = NativeRollout(model, stop_ids, Options(speculate="auto", **options))
+    """As a trainer has it: prompts of earlier calls, which would have other slots, are not kept."""
+    rollout = NativeRollout(model, stop_ids, Options(speculate="auto", **{"compile": False, **options}), is_shared=True)
     assert "speculation where it pays" in rollout.describe()
     return rollout
 

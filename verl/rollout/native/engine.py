@@ -212,6 +212,7 @@ class NativeRollout:
             if self.slots.size is not None:
                 self._free()
             self.slots.make(size)
+            self.scheduler.forget_prompts()  # also those of the probes, which had slots of their own
         self.slots.reset()
         self.runner.refresh()
         self.runner.set_temperature(sampling.temperature)
