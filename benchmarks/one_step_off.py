@@ -151,7 +151,8 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> Result:
         *RUNS[name],
     ]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, **({"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})}
     environment.setdefault("OMP_NUM_THREADS", "1" if options.device == "cpu" else "8")
     since = time.perf_counter()
     command = [sys.executable, *launcher, "-m", "verl.trainer.ppo_trainer", *words]

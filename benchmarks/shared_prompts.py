@@ -36,7 +36,7 @@ from verl.engine.layers import Compiler  # noqa: E402
 from verl.engine.scorers import TokenScorer  # noqa: E402
 from verl.engine.weights import Spread  # noqa: E402
 from verl.models.attention import shared_trial  # noqa: E402
-from verl.models.attention.packed import PACKED, has_flash, use_attention  # noqa: E402
+from verl.models.attention.packed import PACKED, has_flash, use_attention, uses_short_kernels  # noqa: E402
 from verl.models.per_layer import heads_of  # noqa: E402
 from verl.rl.samples import PackedSamples, Sample, pack_samples  # noqa: E402
 
@@ -90,7 +90,8 @@ def build(words: argparse.Namespace, config: PretrainedConfig, hardware: Hardwar
     use_attention(choice)
     print(f"{dist.describe_device(device)}; PyTorch {torch.__version__}; {describe_attention(choice, device.type, dtype)}", flush=True)
     if has_flash(device.type, dtype):
-        print(f"trial of shared prompts: {shared_trial.refusal(device, dtype, *heads_of(config)) or 'passed'}", flush=True)
+        refusal = shared_trial.refusal(device, dtype, *heads_of(config), short=uses_short_kernels())
+        print(f"trial of shared prompts: {refusal or 'passed'}", flush=True)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=torch.float32).eval()

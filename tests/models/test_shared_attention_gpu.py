@@ -87,10 +87,10 @@ def differences(found: Tensor, expected: Tensor, tensors: tuple[Tensor, ...]) ->
     ]
 
 
-@pytest.fixture(params=["fa2", "fa3"])
+@pytest.fixture(params=["fa2", "fa3", "short"])
 def kernel(request: pytest.FixtureRequest) -> Iterator[flash.Kernel]:
-    """What PyTorch calls: its own version 2, or version 3 in its place."""
-    if request.param != "fa2":
+    """What PyTorch calls: its own version 2, or version 3 in its place; or verl's own for the attention of segments to themselves."""
+    if request.param == "fa3":
         refusal = flash_trial.refusal(request.param, GPU, torch.bfloat16, flash.Heads(14, 2, 64))
         if refusal is not None:
             pytest.skip(refusal)
@@ -107,7 +107,7 @@ def test_output_and_gradients_are_those_of_each_document_with_its_prefix(
 ) -> None:
     prefixes = prefixes_of(LAYOUTS[which])
     tensors = inputs(int(prefixes.segment_bounds[-1]), size, dtype)
-    found = shared_attention(*tensors, prefixes.with_offsets(lambda x: x.to(GPU)), scale=None)
+    found = shared_attention(*tensors, prefixes.with_offsets(lambda x: x.to(GPU)), scale=None, short=kernel == "short")
     assert max(differences(found, exact(tensors, prefixes), tensors)) < 1e-2
 
 
@@ -132,7 +132,8 @@ def test_documents_that_see_their_siblings_are_seen() -> None:
 
 
 def test_the_trial_passes_here() -> None:
-    assert shared_trial.refusal(GPU, torch.bfloat16, flash.Heads(14, 2, 64), flash.Heads(28, 4, 128)) is None
+    for short in (False, True):
+        assert shared_trial.refusal(GPU, torch.bfloat16, flash.Heads(14, 2, 64), flash.Heads(28, 4, 128), short=short) is None
 
 
 def test_queries_that_are_not_contiguous_give_the_same(kernel: flash.Kernel) -> None:
@@ -142,7 +143,7 @@ def test_queries_that_are_not_contiguous_give_the_same(kernel: flash.Kernel) -> 
     tensors = tuple(x.detach().requires_grad_() for x in joint.split([14, 2, 2], dim=1))
     query, key, value = tensors
     assert not query.is_contiguous()
-    found = shared_attention(query, key, value, prefixes.with_offsets(lambda x: x.to(GPU)), scale=None)
+    found = shared_attention(query, key, value, prefixes.with_offsets(lambda x: x.to(GPU)), scale=None, short=kernel == "short")
     assert max(differences(found, exact((query, key, value), prefixes), tensors)) < 1e-2
 
 

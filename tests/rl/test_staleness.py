@@ -11,10 +11,9 @@ import pytest
 import torch
 from places import run_ranks
 from rl_runs import SOMETIMES, Pair, words, write_folder
-from rollout.test_commands import StandIn
 from runs import PPO, lines_of, metrics_of, timeless, wait_for
 from safetensors.torch import load_file
-from served import server
+from served import StandIn, server
 from transformers import AutoModelForCausalLM
 
 from verl.config.load import load_config

@@ -4,8 +4,8 @@ Twenty minutes a seed on two cores, so only `make learning` runs it. With `-s` i
 """
 
 import pytest
+from demo_start import GRPO, Start
 from places import run_ranks
-from rl.test_ppo_learning_demo import GRPO, Start
 from runs import PPO
 
 pytestmark = [pytest.mark.learning, pytest.mark.timeout(4800)]

@@ -10,7 +10,7 @@ from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.trial import why_not_shared
 from verl.models.attention.flash import LARGEST_HEAD
-from verl.models.attention.packed import has_flash
+from verl.models.attention.packed import has_flash, uses_short_kernels
 from verl.models.per_layer import heads_of, layer_values
 from verl.models.randomness import is_random
 
@@ -76,7 +76,7 @@ def _why_not(engine: Engine, by_flash: bool, longest: int, *, trusted: bool) -> 
         from verl.models.attention import shared_trial  # what only a GPU needs
 
         heads = [each for each in heads_of(config) if each.size <= LARGEST_HEAD]  # larger ones take the plain path
-        return shared_trial.refusal(engine.device, engine.compute_dtype, *heads)
+        return shared_trial.refusal(engine.device, engine.compute_dtype, *heads, short=uses_short_kernels())
     return None
 
 

@@ -99,6 +99,11 @@ def use_attention(choice: AttentionChoice) -> None:
         flash.activate(choice.kernel)
 
 
+def uses_short_kernels() -> bool:
+    """Return whether this process uses verl's kernels for short documents."""
+    return _kernel == "short"
+
+
 def packed_kwargs(batch: Batch) -> dict[str, Any]:
     """Return the arguments that a transformers model passes on to its attention.
 
@@ -182,7 +187,7 @@ def packed_attention(
     elif prefixes is not None:
         from verl.models.attention.shared import shared_attention  # only where documents share a prefix
 
-        output_TND = shared_attention(query_TND, key_TKD, value_TKD, prefixes, scale=scaling)
+        output_TND = shared_attention(query_TND, key_TKD, value_TKD, prefixes, scale=scaling, short=uses_short_kernels())
     else:
         output_TND = flash.flash_attention(query_TND, key_TKD, value_TKD, cu_seq_lens_q, max_length_q, kernel=_kernel, **options)
     if context:

@@ -44,21 +44,25 @@ def without_sharing(prefixes: Prefixes) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(documents), cu_seqlens.int(), torch.cat(own)
 
 
-def refusal(device: torch.device, dtype: torch.dtype, *heads: flash.Heads) -> str | None:
-    """Return why prefixes cannot be shared here by models with these heads, in one line; None if they can."""
-    return next((found for each in heads if (found := _trial(device, dtype, each)) is not None), None)
+def refusal(device: torch.device, dtype: torch.dtype, *heads: flash.Heads, short: bool = False) -> str | None:
+    """Return why prefixes cannot be shared here by models with these heads, in one line; None if they can.
+
+    Args:
+        short: whether the kernels for short documents are used.
+    """
+    return next((found for each in heads if (found := _trial(device, dtype, each, short)) is not None), None)
 
 
-def _trial(device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> str | None:
+def _trial(device: torch.device, dtype: torch.dtype, heads: flash.Heads, short: bool) -> str | None:
     try:
-        difference = max(float((f - e).norm() / e.norm()) for f, e in zip(*_results(device, dtype, heads), strict=True))
+        difference = max(float((f - e).norm() / e.norm()) for f, e in zip(*_results(device, dtype, heads, short), strict=True))
     except Exception as error:  # whatever the kernels raise, the run continues without sharing and reports why
         lines = str(error).strip().splitlines()
         return f"its attention fails on this machine: {type(error).__name__}{f': {lines[0][:200]}' if lines else ''}"
     return None if difference < TOLERANCE else f"its attention differs from that of each document by {difference:.2g}"
 
 
-def _results(device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> tuple[list[Tensor], list[Tensor]]:
+def _results(device: torch.device, dtype: torch.dtype, heads: flash.Heads, short: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Return output and gradients with sharing, and those without."""
     prefixes = example()
     index_U, cu_seqlens, own_T = (x.to(device) for x in without_sharing(prefixes))
@@ -70,7 +74,7 @@ def _results(device: torch.device, dtype: torch.dtype, heads: flash.Heads) -> tu
     )
     inputs, on_device = (query_TND, key_TKD, value_TKD), prefixes.with_offsets(lambda x: x.to(device))
     with torch.enable_grad():
-        shared_TND = shared_attention(*inputs, on_device, scale=None)
+        shared_TND = shared_attention(*inputs, on_device, scale=None, short=short)
         # The gradients of a prefix's copies are summed in float32.
         query_UND, key_UKD, value_UKD = copies = tuple(x.detach()[index_U].requires_grad_() for x in inputs)
         alone_TND = flash.flash_attention(query_UND, key_UKD, value_UKD, cu_seqlens, longest)[own_T]
