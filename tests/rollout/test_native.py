@@ -43,7 +43,7 @@ from verl.models.adapters.operators import use_operators
 from verl.models.attention.packed import PACKED
 from verl.rollout import Completion, Options, Sampling
 from verl.rollout.hf import HfRollout
-from verl.rollout.native import NativeRollout, slots
+from verl.rollout.native import NativeRollout, runner, slots
 from verl.rollout.native.runner import Runner
 from verl.rollout.native.scheduler import Scheduler
 from verl.rollout.native.slots import Slots
@@ -322,7 +322,8 @@ def test_on_a_gpu_only_slots_that_take_much_memory_are_freed(monkeypatch: pytest
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiles", [False, True])
-def test_on_a_gpu_the_same_holds(compiles: bool) -> None:
+def test_on_a_gpu_the_same_holds(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "COMPILED_PROMPTS", 1)
     for family in ("qwen2", "qwen3", "mistral, windows"):
         model, prompts = sharp(*FAMILIES[family]).to("cuda"), random_prompts()  # type: ignore[arg-type]
         for sampling in (GREEDY, DRAWN, Sampling(8, temperature=1.3, n=2, top_k=50, top_p=0.8)):

@@ -1,5 +1,7 @@
 """What the scheduler of the native engine decides, without a model."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ A, B, C = (1, 2, 3), (4, 5), (6, 7, 8, 9)
 LIMIT = 20
 
 
-def scheduler_of(*prompts: tuple[int, ...], slots: int, on_gpu: bool = False, limits: tuple[int, ...] = (), **options: bool) -> Scheduler:
+def scheduler_of(*prompts: tuple[int, ...], slots: int, on_gpu: bool = False, limits: tuple[int, ...] = (), **options: Any) -> Scheduler:
     """One request for each prompt."""
     nothing = np.zeros(0, dtype=np.float32)
     each = zip(prompts, limits or [LIMIT] * len(prompts), strict=True)

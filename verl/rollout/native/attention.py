@@ -136,13 +136,17 @@ def slot_attention(
     for option, name in (("softcap", "soft-capping"), ("s_aux", "attention sinks")):
         if kwargs.get(option) is not None:  # packed attention has them, decoding does not
             raise UserError(f"{type(module).__name__} needs {name}, which decoding does not have")
+    scale, window = kwargs.get("scaling") or query_BNTD.shape[-1] ** -0.5, kwargs.get("sliding_window") or 0
     if isinstance(slot_batch, PrefillBatch):
+        if torch.compiler.is_compiling() and isinstance(slot_cache, LayerCache):
+            places = (slot_batch.cu_seqlens, slot_batch.max_seqlen, slot_batch.source_R, slot_batch.slot_R, slot_batch.position_R)
+            output_TND = _prefill(query_BNTD[0], key_BKTD[0], value_BKTD[0], slot_cache.key, slot_cache.value, *places, scale, window)
+            return output_TND.unsqueeze(0), None
         _store(slot_cache, slot_batch, key_BKTD[0], value_BKTD[0])
         bounds = {"cu_seq_lens_q": slot_batch.cu_seqlens, "max_length_q": slot_batch.max_seqlen, "context": ""}
         return packed_attention(module, query_BNTD, key_BKTD, value_BKTD, None, **{**kwargs, **bounds})
     assert isinstance(slot_cache, LayerCache)
     query_BND, key_BKD, value_BKD = query_BNTD[:, :, 0], key_BKTD[:, :, 0], value_BKTD[:, :, 0]
-    scale, window = kwargs.get("scaling") or query_BND.shape[-1] ** -0.5, kwargs.get("sliding_window") or 0
     if has_kernel(query_BND.device):
         output_BND = _attend(query_BND, key_BKD, value_BKD, slot_cache.key, slot_cache.value, slot_batch.position_B, scale, window)
     else:
@@ -206,6 +210,35 @@ def _attend(
 @_attend.register_fake
 def _(query_BND: Tensor, key_BKD: Tensor, value_BKD: Tensor, *others: Any) -> Tensor:
     return query_BND.new_empty(*query_BND.shape[:2], value_BKD.shape[2])
+
+
+# A node in a compiled layer for the same reasons. Options that it does not pass on were refused before, in the trial without compilation.
+@torch.library.custom_op("verl::prefill_attention", mutates_args=())
+def _prefill(
+    query_NTD: Tensor,
+    key_KTD: Tensor,
+    value_KTD: Tensor,
+    key_SKLD: Tensor,
+    value_SKLD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    source_R: Tensor,
+    slot_R: Tensor,
+    position_R: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    nothing = cu_seqlens[:0]
+    batch = PrefillBatch(cu_seqlens, max_seqlen, source_R, slot_R, position_R, nothing, nothing)
+    _store(LayerCache(key_SKLD, value_SKLD), batch, key_KTD, value_KTD)
+    options: dict[str, Any] = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max_seqlen, "scaling": scale, "sliding_window": window or None}
+    output_1TND, _ = packed_attention(nn.Identity(), query_NTD[None], key_KTD[None], value_KTD[None], None, **options, context="")
+    return output_1TND[0].contiguous()
+
+
+@_prefill.register_fake
+def _(query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, *others: Any) -> Tensor:
+    return query_NTD.new_empty(query_NTD.shape[1], query_NTD.shape[0], value_KTD.shape[2])
 
 
 # transformers makes no attention mask, because no mask function is registered under this name.

@@ -36,7 +36,8 @@ class NativeRollout:
         stop_ids: tokens that end a response; those of the model's generation_config.json are added.
         is_shared: whether a trainer changes the model's weights; `update_weights` then copies nothing.
     Attributes:
-        scheduler, slots, runner: parts of the engine; each call creates a new scheduler.
+        scheduler, slots, runner: parts of the engine; each call creates a new scheduler. If no trainer shares the weights, it knows the
+            prompts whose keys and values are still in the slots.
     Raises:
         UserError: the architecture has other decode state than keys and values or that of a delta rule, its attention is not supported, or
             its answers are not those of the plain model.
@@ -165,10 +166,13 @@ class NativeRollout:
                 self._free()
             self.slots.make(size)
         self.slots.reset()
+        self.runner.refresh()
         self.runner.set_temperature(sampling.temperature)
-        # A new scheduler, so that no keys and values of earlier calls are reused: shared weights may have changed without notice.
-        on_gpu, keeps_prompts = self._device.type == "cuda", not self.slots.are_recurrent
-        self.scheduler = Scheduler([], min(at_most, self.slots.number), on_gpu=on_gpu, keeps_prompts=keeps_prompts)
+        if self._is_shared:  # the weights may have changed without notice
+            self.scheduler.forget_prompts()
+        on_gpu, keeps_prompts, held = self._device.type == "cuda", not self.slots.are_recurrent, self.scheduler.prompts
+        slots = min(at_most, self.slots.number)
+        self.scheduler = Scheduler([], slots, on_gpu=on_gpu, keeps_prompts=keeps_prompts, prompts=held)
 
     def _admit(self) -> None:
         """Start queued requests in free slots, if the scheduler decides so."""
@@ -181,8 +185,11 @@ class NativeRollout:
             for batch in admission.prefills:
                 self.runner.prefill(batch, self.slots)
             self.slots.state.begin(admission.seated)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(self.slots.number, self._options) from error
+        except BaseException as error:
+            self.scheduler.forget_prompts()  # a later call must not take for there what was not computed
+            if isinstance(error, torch.OutOfMemoryError):
+                raise out_of_memory(self.slots.number, self._options) from error
+            raise
 
     def _decode(self, sampling: Sampling, at_most: int) -> list[int]:
         """Take at most `at_most` decode steps, and return the slots whose responses have ended."""
@@ -235,6 +242,7 @@ class NativeRollout:
         return describe_model(self.runner.model) + (f", decode steps without CUDA graphs ({why})" if why else "")
 
     def _free(self) -> None:
+        self.scheduler.forget_prompts()
         self.runner.drop_graphs()
         self.slots.free()
 

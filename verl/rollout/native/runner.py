@@ -9,7 +9,7 @@ a vocabulary block.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ from verl.rollout.native.attention import (
     StateCache,
     has_kernel,
 )
+from verl.rollout.native.joined import join_linears
 from verl.rollout.native.recurrent import SlotState
 from verl.rollout.native.scheduler import Prefill
 from verl.rollout.native.slots import Slots, State, to_device
@@ -45,6 +46,7 @@ RESIZED_ROPE = {"dynamic", "longrope"}  # these compute on the host from the lar
 OTHER_STATE = (
     "it has other decode state than, in each layer, keys and values of one attention or the state of one delta rule or convolution"
 )
+COMPILED_PROMPTS = 16_384  # prompt tokens of a forward pass for which compiled layers repay their compilation
 USE_HF = "set rollout.name=auto or hf: transformers' own code generates, slower and exact"
 
 
@@ -53,7 +55,7 @@ class Runner:
 
     Args:
         model: model on its device.
-        compiles: whether to compile the decoder layers for decoding.
+        compiles: whether to compile the decoder layers for decoding, and for long prefills.
     Attributes:
         device: device of the model.
         shapes: for each layer, shapes of the keys and values of one token, or of its recurrent state.
@@ -64,8 +66,10 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, *, compiles: bool):
         self.model, self.device, self._rule = model, model.device, LogitRule.of(model.config.get_text_config())
-        self._decode_layer = torch.compile(_run_layer, fullgraph=True, dynamic=True) if compiles else _run_layer
+        self._fast_layer = torch.compile(_run_layer, fullgraph=True, dynamic=True) if compiles else _run_layer
         self._layers = decoder_layers(model.get_decoder())  # a model that sees has others too, which text does not pass through
+        self._joined = join_linears(self._layers) if has_kernel(self.device) else []
+        self.refresh()
         use_whole_cpu(model)
         self._can_record = not RESIZED_ROPE & _rope_types(model.config)
         self.why_eager = None if self._can_record else "its rotary embeddings are computed on the host"
@@ -122,12 +126,17 @@ class Runner:
     @contextmanager
     def eager(self) -> Iterator[None]:
         """Neither compile layers nor record CUDA graphs in this context."""
-        before = self._decode_layer, self._can_record
-        self._decode_layer, self._can_record = _run_layer, False
+        before = self._fast_layer, self._can_record
+        self._fast_layer, self._can_record = _run_layer, False
         try:
             yield
         finally:
-            self._decode_layer, self._can_record = before
+            self._fast_layer, self._can_record = before
+
+    def refresh(self) -> None:
+        """Copy weights that are kept twice, which may have changed."""
+        for joined in self._joined:
+            joined.refresh()
 
     def set_temperature(self, temperature: float) -> None:
         """Set the temperature of the next steps. It is a tensor on the device, so that CUDA graphs work for every temperature."""
@@ -146,7 +155,8 @@ class Runner:
         ids = [np.array(prefill.prompt[:-1], dtype=np.int64) for prefill in prefills]
         position_T = np.concatenate([np.arange(len(x)) for x in ids])
         batch = _prefill_batch(list(map(len, ids)), position_T, [prefill.slots for prefill in prefills], self.device)
-        with self._attending(_run_layer, slots.layers, batch):
+        run_layer = self._fast_layer if len(position_T) >= COMPILED_PROMPTS else _run_layer
+        with self._attending(run_layer, slots.layers, batch):
             self._forward(to_device(np.concatenate(ids)[None], self.device), to_device(position_T[None], self.device))
 
     # --- decode
@@ -164,7 +174,7 @@ class Runner:
         if key in self._graphs:
             self._graphs[key].replay()
             return
-        with self._attending(self._decode_layer, slots.layers, DecodeBatch(slots.state.position_S[:rows], None)):
+        with self._attending(self._fast_layer, slots.layers, DecodeBatch(slots.state.position_S[:rows], None)):
             self._launch(slots.state, rows, sampling)  # run it once before recording, to compile and load the kernels
             if self._can_record:
                 self._graphs[key] = _record(partial(self._launch, slots.state, rows, sampling), self._pool)
@@ -183,7 +193,7 @@ class Runner:
         """Take a step in plain PyTorch."""
         state = slots.state
         position_B = state.position_S[:rows]
-        with self._attending(self._decode_layer, slots.layers, DecodeBatch(position_B, int(position_B.max()) + 1)):
+        with self._attending(self._fast_layer, slots.layers, DecodeBatch(position_B, int(position_B.max()) + 1)):
             hidden_BH = self._hidden(state, rows)
             uniform_B = state.uniform_SG[:rows].gather(1, state.generated_S[:rows, None].long().clamp(max=state.uniform_SG.shape[1] - 1))
             state.advance(*sample(self._logit_blocks(hidden_BH, keep=sampling.temperature > 0), sampling, uniform_B.squeeze(1)))
@@ -210,9 +220,10 @@ class Runner:
 
     # --- the model
 
+    @contextmanager
     def _attending(
         self, run_layer: Callable[..., Any], caches: Sequence[LayerCache | StateCache | ShapeProbe], batch: PrefillBatch | DecodeBatch
-    ) -> AbstractContextManager[None]:
+    ) -> Iterator[None]:
         """Put the model into generation mode in this context; `run_layer` runs its layers, which use these caches."""
 
         def forward_of(layer: nn.Module, cache: LayerCache | StateCache | ShapeProbe) -> Callable[..., Any]:
@@ -223,9 +234,11 @@ class Runner:
                 return lambda *args, **kwargs: _run_layer(layer, *args, carried=carried, **kwargs)
             return lambda *args, **kwargs: run_layer(layer, *args, slot_cache=cache, slot_batch=batch, carried=carried, **kwargs)
 
-        return generation_mode(
-            self.model, SLOTS, {layer: forward_of(layer, cache) for layer, cache in zip(self._layers, caches, strict=True)}
-        )
+        forwards = {layer: forward_of(layer, cache) for layer, cache in zip(self._layers, caches, strict=True)}
+        with generation_mode(self.model, SLOTS, forwards), ExitStack() as stack:
+            for joined in self._joined:
+                stack.enter_context(joined.in_model())
+            yield
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Return the last hidden states."""

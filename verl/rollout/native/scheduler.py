@@ -4,7 +4,7 @@ It assigns requests to slots, and the engine carries out its decisions. It runs 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,15 +86,26 @@ class Scheduler:
             are enough.
         keeps_prompts: whether a slot still has what the model computed for its prompt after decode steps. A recurrent state does not last,
             so that a prompt is shared by requests that start together only.
+        prompts: prompts whose keys and values are in the slots already, by slot.
     Attributes:
+        prompts: the same at any time, also after the responses have ended.
         steps: decode steps so far.
     """
 
-    def __init__(self, requests: Iterable[Request], slots: int, *, on_gpu: bool, keeps_prompts: bool = True):
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        slots: int,
+        *,
+        on_gpu: bool,
+        keeps_prompts: bool = True,
+        prompts: Mapping[int, Prompt] | None = None,
+    ):
         self._queue, self._slots, self._on_gpu, self._keeps_prompts = deque(requests), slots, on_gpu, keeps_prompts
         self._running: list[Request | None] = []  # by slot, up to the last one in use
         self.steps = 0
-        self._prompts: dict[int, Prompt] = {}  # by slot: the prompt whose keys and values are in it, also after its response has ended
+        self._used: set[int] = set()  # slots that a request of this call has had
+        self.prompts: dict[int, Prompt] = dict(prompts or {})
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue more requests."""
@@ -127,11 +138,12 @@ class Scheduler:
         if len(free) < self._min_free():
             return None
         if not self._keeps_prompts:
-            self._prompts.clear()
+            self.prompts.clear()
         seated = self._seat(free, [self._queue.popleft() for _ in range(min(len(free), len(self._queue)))])
         self._running += [None] * (max(slot for slot, _ in seated) + 1 - len(self._running))
         for slot, request in seated:
             self._running[slot] = request
+            self._used.add(slot)
         return self._plan(seated)
 
     def _min_free(self) -> int:
@@ -142,7 +154,7 @@ class Scheduler:
         """Choose a free slot for each request: if possible one that still has its prompt, else any."""
         holders: dict[Prompt, list[int]] = {}
         for slot in free:
-            holders.setdefault(self._prompts.get(slot, ()), []).append(slot)
+            holders.setdefault(self.prompts.get(slot, ()), []).append(slot)
         seated = [(found.pop(0), request) for request in requests if (found := holders.get(request.prompt))]
         taken, served = {slot for slot, _ in seated}, {request.number for _, request in seated}
         others = (slot for slot in free if slot not in taken)
@@ -150,10 +162,10 @@ class Scheduler:
 
     def _plan(self, seated: list[tuple[int, Request]]) -> Admission:
         """Plan how each slot gets the keys and values of its prompt: it has them already, they are copied, or the model computes them."""
-        missing = [(slot, request.prompt) for slot, request in seated if self._prompts.get(slot) != request.prompt]
+        missing = [(slot, request.prompt) for slot, request in seated if self.prompts.get(slot) != request.prompt]
         for slot, _ in missing:
-            self._prompts.pop(slot, None)  # it will be overwritten
-        holder = {prompt: slot for slot, prompt in self._prompts.items()}
+            self.prompts.pop(slot, None)  # it will be overwritten
+        holder = {prompt: slot for slot, prompt in self.prompts.items()}
         copies: list[tuple[int, int]] = []
         targets: dict[Prompt, list[int]] = {}
         for slot, prompt in missing:
@@ -161,13 +173,13 @@ class Scheduler:
                 copies.append((holder[prompt], slot))
             elif len(prompt) > 1:  # the last token of a prompt is the input of the first decode step
                 targets.setdefault(prompt, []).append(slot)
-            self._prompts[slot] = prompt
-        copied_positions = max((len(self._prompts[slot]) for _, slot in copies), default=0)
+            self.prompts[slot] = prompt
+        copied_positions = max((len(self.prompts[slot]) for _, slot in copies), default=0)
         return Admission(seated, copies, copied_positions, _batches([Prefill(*target) for target in targets.items()]))
 
     def forget_prompts(self) -> None:
         """Do not reuse keys and values that were computed before now, because the weights have changed."""
-        self._prompts.clear()
+        self.prompts.clear()
 
     # --- running and ending requests
 
@@ -179,6 +191,8 @@ class Scheduler:
         running = [request for request in self._running if request is not None]
         steps = min(at_most, max(request.max_new_tokens - request.steps for request in running))
         self.steps += steps
+        # A decode step writes into all of its rows: at the end of a response, and in a slot that has had none, at the first position.
+        self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot in self._used or slot >= self.rows}
         for request in running:
             request.steps += steps
         return steps
@@ -208,10 +222,9 @@ class Scheduler:
         last = [(slot, request) for slot, request in enumerate(self._running) if slot >= used and request is not None]
         for target, (source, request) in zip(free, last, strict=False):  # free slots from `used` on are removed
             self._running[target] = request
-            self._prompts[target] = self._prompts.get(source, ())
+            self.prompts[target] = self.prompts[source]
         del self._running[used:]
-        # What lies in the other slots is not kept: decode steps of more rows than are in use write into them.
-        self._prompts = {slot: prompt for slot, prompt in self._prompts.items() if slot < used}
+        self._used = {slot for slot in self._used if slot < used}
         positions = max(len(request.prompt) + request.max_new_tokens for _, request in last)
         return Compaction([slot for slot, _ in last], free[: len(last)], positions, used)
 
