@@ -162,7 +162,7 @@ def examples(prompts: tuple[int, ...], answers: tuple[tuple[int, ...], ...]) -> 
 def test_the_operator_keeps_what_pytorch_asks_of_operators(kernels: None) -> None:
     prefixes = example()
     bounds = [prefixes.segment_bounds, prefixes.group_bounds, prefixes.prefix_bounds]
-    arguments = (*inputs(int(prefixes.segment_bounds[-1]), torch.float32), bounds, prefixes.sizes, 0.25)
+    arguments = (*inputs(int(prefixes.segment_bounds[-1]), torch.float32), bounds, prefixes.sizes, 0.25, False)
     asked = ("test_schema", "test_faketensor", "test_autograd_registration")
     found = torch.library.opcheck(shared._shared, arguments, test_utils=asked, raise_exception=False)
     assert found == dict.fromkeys(asked, "SUCCESS")

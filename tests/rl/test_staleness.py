@@ -425,15 +425,18 @@ def test_a_schedule_repeats_a_run_bit_for_bit(folder: Path, partial: Path) -> No
         run(folder, "other", {**same, "rollout__replay": partial / "schedule.jsonl", "trainer__save_freq": 2})
 
 
-@pytest.mark.parametrize("kept", [2, 3])
-def test_a_resumed_run_goes_on_with_unfinished_answers_bit_for_bit_as_its_schedule_says(folder: Path, partial: Path, kept: int) -> None:
+@pytest.mark.parametrize(("kept", "async_save"), [(2, "false"), (3, "true")])
+def test_a_resumed_run_goes_on_with_unfinished_answers_bit_for_bit_as_its_schedule_says(
+    folder: Path, partial: Path, kept: int, async_save: str
+) -> None:
     copied = shutil.copytree(partial, folder / f"partial_resumed_{kept}")
     for step in range(kept + 1, STEPS + 1):
         shutil.rmtree(copied / f"global_step_{step}")
         (copied / f"rollouts/step_{step}.jsonl").unlink()
     held = read_answers(copied / f"global_step_{kept}")
     assert any(not answer.is_finished and answer.token_ids for answers in held.values() for answer in answers), "else it shows nothing"
-    run(folder, f"partial_resumed_{kept}", {**partial_words(folder), "rollout__replay": partial / "schedule.jsonl"})
+    more: dict[str, object] = {"rollout__replay": partial / "schedule.jsonl", "trainer__async_save": async_save}
+    run(folder, f"partial_resumed_{kept}", {**partial_words(folder), **more})
     check_equal(copied, partial)
 
 

@@ -116,5 +116,15 @@ def test_tokens_after_new_weights_have_their_probabilities_only_if_the_tokens_be
     assert worst < 1e-4 if stops else worst > 1e-2
 
 
+def test_prompts_are_computed_again_where_a_call_has_written_into_their_slots(model: PreTrainedModel) -> None:
+    engine, prompts = engine_of(model), random_prompts()[:4]
+    sampling = Sampling(12)
+    first = engine.generate(prompts, sampling)
+    engine.generate(prompts[3:], sampling)  # in the slot that has its prompt; decode steps write into those before it
+    again = engine.generate(prompts[:3], sampling)
+    for found, expected in zip(again, first, strict=False):
+        assert found.token_ids == expected.token_ids and found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
 def test_transformers_own_generation_cannot_stop(model: PreTrainedModel) -> None:
     assert can_continue(engine_of(model)) and not can_continue(HfRollout(model, [STOP]))

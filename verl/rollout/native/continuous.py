@@ -37,7 +37,8 @@ class NativeContinuous:
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, responses: int, positions: int):
-        engine.prepare(sampling, responses, positions, at_most=responses)  # so that what was generated before changes nothing
+        engine.scheduler.forget_prompts()  # so that what was generated before changes nothing, not even the rounding
+        engine.prepare(sampling, responses, positions, at_most=responses)
         self._engine, self._sampling = engine, sampling
         self._drawings: dict[int, Drawing] = {}  # by the number of their request
         self._added = 0

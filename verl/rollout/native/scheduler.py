@@ -194,6 +194,8 @@ class Scheduler:
         running = [request for request in self._running if request is not None]
         steps = min(at_most, max(request.max_new_tokens - request.steps for request in running))
         self.steps += steps
+        # A decode step writes into all of its rows: at the end of a response, and in a slot that has had none, at the first position.
+        self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot in self._used or slot >= self.rows}
         for request in running:
             request.steps += steps
         return steps
@@ -232,6 +234,7 @@ class Scheduler:
         del self._running[used:]
         # What lies in the other slots is not kept: decode steps of more rows than are in use write into them.
         self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot < used}
+        self._had = {slot for slot in self._had if slot < used}
         positions = max(len(request.prompt) + request.max_new_tokens for _, request in last)
         return Compaction([slot for slot, _ in last], free[: len(last)], positions, used)
 
