@@ -105,7 +105,7 @@ class Scheduler:
         self._running: list[Request | None] = []  # by slot, up to the last one in use
         self.steps = 0
         self.prompts: dict[int, Prompt] = {slot: prompt for slot, prompt in (prompts or {}).items() if slot < slots}
-        self._had: set[int] = set()  # slots that have had a request
+        self._used: set[int] = set()  # slots that a request of this call has had
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue more requests."""
@@ -143,11 +143,8 @@ class Scheduler:
         self._running += [None] * (max(slot for slot, _ in seated) + 1 - len(self._running))
         for slot, request in seated:
             self._running[slot] = request
-        admission = self._plan(seated)
-        self._had.update(slot for slot, _ in seated)
-        # Decode steps also write into slots of their rows that have had no request.
-        self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot in self._had}
-        return admission
+            self._used.add(slot)
+        return self._plan(seated)
 
     def _min_free(self) -> int:
         """Return the number of free slots that is worth a prefill. It is never more than the number of slots."""
@@ -234,7 +231,7 @@ class Scheduler:
         del self._running[used:]
         # What lies in the other slots is not kept: decode steps of more rows than are in use write into them.
         self.prompts = {slot: prompt for slot, prompt in self.prompts.items() if slot < used}
-        self._had = {slot for slot in self._had if slot < used}
+        self._used = {slot for slot in self._used if slot < used}
         positions = max(len(request.prompt) + request.max_new_tokens for _, request in last)
         return Compaction([slot for slot, _ in last], free[: len(last)], positions, used)
 
