@@ -1,6 +1,6 @@
 """How much faster steps are if the next step's answers are drawn while the trainer learns, for answers of very unequal length.
 
-    python benchmarks/one_step_off.py --runs both,ahead,partial [--out results.json]      two GPUs, about 150 s
+    python benchmarks/one_step_off.py --runs both,ahead,partial [--out results.json]      two GPUs, over 200 s
     python benchmarks/one_step_off.py --device cpu --hidden 64 --layers 2 --prompts 4 --samples 4 --mean 40 --longest 200
 
 GRPO on a model of Qwen2.5-0.5B's shape with random weights. Its tokens are nearly equally likely, and one in 400 of them is a stop token in
@@ -95,10 +95,13 @@ def main() -> None:
         raise SystemExit(f"error: found {torch.cuda.device_count()} GPUs, and needs 2")
     with tempfile.TemporaryDirectory() as folder:
         prepare(options, Path(folder))
-        results = [measure(name, options, Path(folder)) for name in options.runs.split(",")]
+        results: list[Result] = []
+        for name in options.runs.split(","):
+            results.append(measure(name, options, Path(folder)))
+            print(f"{name}: {results[-1].failed or f'{results[-1].tokens_per_second:,.0f} tokens/s'}", flush=True)
+            if options.out:
+                options.out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     show(results, options)
-    if options.out:
-        options.out.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
 
 
 def prepare(options: argparse.Namespace, folder: Path) -> None:
