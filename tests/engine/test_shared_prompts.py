@@ -246,7 +246,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """FlashAttention computes; the trials of kernels are noted."""
     tried: list[Any] = []
     monkeypatch.setattr(shared_prompts, "has_flash", lambda *_: True)
-    monkeypatch.setattr("verl.models.attention.shared_trial.refusal", lambda device, dtype, *heads: tried.append(heads))
+    monkeypatch.setattr("verl.models.attention.shared_trial.refusal", lambda device, dtype, *heads, short: tried.append(heads))
     return tried
 
 
@@ -261,7 +261,7 @@ def test_on_a_gpu_a_window_that_documents_reach_is_refused(gpu: list[Any], folde
 def test_on_a_gpu_the_kernels_are_tried_with_the_models_heads(gpu: list[Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice(folder, engine_of(SHARED["qwen2"])).on and len(gpu) == 1
     assert choice(folder, engine_of(SHARED["gemma2, soft-capped, with windows"]), longest=10).on and len(gpu) == 1  # no FlashAttention
-    monkeypatch.setattr("verl.models.attention.shared_trial.refusal", lambda *_: "its attention fails on this machine: no")
+    monkeypatch.setattr("verl.models.attention.shared_trial.refusal", lambda *_, short: "its attention fails on this machine: no")
     assert "its attention fails on this machine: no" in choice(folder, engine_of(SHARED["qwen2"])).describe()
 
 
