@@ -110,3 +110,12 @@ def test_what_cannot_be_read_at_the_end_ends_no_run(tmp_path: Path, monkeypatch:
         run.start_logging(0, 1)
         run.log(1, {"train/loss": 1.0})
     assert "its metrics cannot be read: ZeroDivisionError" in (tmp_path / "train.log").read_text()
+
+
+def test_the_next_command_starts_as_many_processes_and_repeats_no_schedule(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.total_steps, run.config["rollout"] = 3, {"replay": "schedule.jsonl"}
+    for ranks, here, gpus in (("2", "2", " --gpus 2"), ("4", "2", ""), ("1", "1", "")):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        last = ending(run, METRICS, 1.0).splitlines()[-1]
+        assert last.startswith(f"  verl sft{gpus} --config ") and " rollout.replay=null trainer." in last

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,15 +91,16 @@ def _next(run: Shown, model: Path, *, is_stopped: bool) -> list[str]:
 
 def _longer(command: str, run: Shown, *, is_stopped: bool) -> str:
     """Return the command that trains further, with the same keys."""
-    trainer, again = run.settings.trainer, f"{command} --config {_word(run.directory / 'config.yaml')}"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    gpus = f" --gpus {processes}" if processes == os.environ.get("LOCAL_WORLD_SIZE") != "1" else ""
+    trainer, again = run.settings.trainer, f"{command}{gpus} --config {_word(run.directory / 'config.yaml')}"
     if is_stopped:
         return again
+    again += " rollout.replay=null" * (run.config.get("rollout", {}).get("replay") is not None)
     if run.step < run.total_steps and trainer.patience is not None:
         return f"{again} trainer.patience={2 * trainer.patience}"
-    if trainer.total_training_steps is not None:
-        longer = f"trainer.total_training_steps={2 * trainer.total_training_steps}"
-    else:
-        longer = f"trainer.total_epochs={trainer.total_epochs + 1}"
+    steps = trainer.total_training_steps
+    longer = f"trainer.total_epochs={trainer.total_epochs + 1}" if steps is None else f"trainer.total_training_steps={2 * steps}"
     return f"{again} {longer}"
 
 

@@ -14,12 +14,7 @@ from verl.peers import Peers
 Result = TypeVar("Result")
 ONE_SECOND = timedelta(seconds=1)
 
-_waited = 0.0  # seconds that this process has waited for messages
-
-
-def seconds_waited() -> float:
-    """Return the seconds that this process has waited for other ranks' messages so far."""
-    return _waited
+waited = 0.0  # seconds that this process has waited for other ranks' messages so far
 
 
 def wait(work: Any, peers: Peers | None) -> None:
@@ -31,7 +26,7 @@ def wait(work: Any, peers: Peers | None) -> None:
     Raises:
         RankError: another rank has died, hangs or has failed.
     """
-    global _waited
+    global waited
     since = time.perf_counter()
     try:
         while True:
@@ -44,7 +39,7 @@ def wait(work: Any, peers: Peers | None) -> None:
             if peers is not None:
                 peers.check()
     finally:
-        _waited += time.perf_counter() - since
+        waited += time.perf_counter() - since
 
 
 def gathered(value: Result, group: dist.ProcessGroup | None, peers: Peers | None) -> list[Result]:

@@ -244,7 +244,7 @@ def test_refills_are_drawn_at_once_by_the_weights_of_now(folder: Path) -> None:
         ({"rollout__replay": "absent.jsonl"}, "rollout.replay: without rollout.partial, the schedule does not depend on time"),
         (
             {"rollout__staleness": 1, "rollout__partial": "true", "rollout__replay": "absent.jsonl"},
-            "rollout.replay=absent.jsonl: has no events",
+            "rollout.replay=absent.jsonl: no such file",
         ),
     ],
 )
@@ -254,6 +254,26 @@ def test_what_cannot_be_is_refused_before_anything_is_read(folder: Path, changes
         with pytest.raises(UserError) as caught:
             ppo_trainer.main(given)
         assert str(caught.value).startswith(said) and "fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"step": 1, "rank": 1, "event": "finished", "decode_steps": "x"}', "line 2 has decode_steps='x', which is no number of steps"),
+        ('{"step": 1, "rank": 1, "event": "finished", "decode_steps": null}', "line 2 has decode_steps=None"),
+        ('{"step": 1, "rank": true, "event": "finished", "decode_steps": 3}', "line 2 has rank=True, which is no number of a rank"),
+        ('{"step": 1, "rank": 1, "event": "ended", "decode_steps": 3}', "line 2 has the unknown event 'ended'"),
+        ('{"step": 1, "rank": 1, "event": "drawn", "decode_steps": 3, "prompts": "all"}', "line 2 has prompts='all'"),
+        ('{"step": 1, "rank": 1, "eve', "line 2 is no event of a schedule"),
+    ],
+)
+def test_a_damaged_schedule_is_told_with_its_line_before_anything_is_read(folder: Path, tmp_path: Path, line: str, said: str) -> None:
+    good = '{"step": 1, "rank": 1, "event": "weights", "version": 0, "decode_steps": 0}'
+    (tmp_path / "damaged.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    replay = {"rollout__staleness": 1, "rollout__partial": "true", "rollout__replay": tmp_path / "damaged.jsonl"}
+    with pytest.raises(UserError, match=r"rollout\.replay=") as caught:
+        ppo_trainer.main(words(folder, "refused", **{**TRUNCATED, **replay, "data__train_files": "absent.jsonl"}))
+    assert said in str(caught.value)
 
 
 def test_a_run_with_another_staleness_is_another_experiment(folder: Path, ahead: Path) -> None:
@@ -420,7 +440,11 @@ def test_a_schedule_repeats_a_run_bit_for_bit(folder: Path, partial: Path) -> No
     changed = run(folder, "changed", {**same, "rollout__replay": folder / "changed.jsonl"})
     found, expected = timeless(metrics_of(changed)), timeless(metrics_of(partial))
     assert found[:-1] == expected[:-1] and found[-1] != expected[-1]
-    # And a command that saves at other steps is none of that run.
+    # Nor is a command that asks other prompts that run, or one that saves at other steps.
+    with pytest.raises(
+        AssertionError, match=r"rollout\.replay: the recorded run has '\w+' after \d+ decode steps in step \d+, and this one has"
+    ):
+        run(folder, "others", {**same, "rollout__replay": partial / "schedule.jsonl", "data__prompts_per_step": 2})
     with pytest.raises(AssertionError, match=r"rollout\.replay: the recorded run has 'cut' after \d+ decode steps in step 1"):
         run(folder, "other", {**same, "rollout__replay": partial / "schedule.jsonl", "trainer__save_freq": 2})
 

@@ -263,7 +263,7 @@ def check_mapping(mapping: MappingConfig) -> None:
     """Check that each role has "all" or a list of ranks. Raises UserError naming the key."""
     for role in ("actor", "critic", "reference", "reward", "rollout"):
         ranks = getattr(mapping, role)
-        if ranks != "all" and not (isinstance(ranks, list) and ranks and all(isinstance(r, int) and r >= 0 for r in ranks)):
+        if ranks != "all" and not (isinstance(ranks, list) and ranks and all(type(r) is int and r >= 0 for r in ranks)):
             raise UserError(f"found {ranks!r}", where=f"mapping.{role}", fix='give "all" or a list of ranks, such as [0,1]')
 
 

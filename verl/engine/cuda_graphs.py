@@ -116,12 +116,8 @@ class CapturedBackward:
             batch: batch in host memory.
             scale: factor that multiplies the loss, a scalar on the device.
         """
-        if (
-            len(batch.input_ids_T) > self._largest_tokens
-            or batch.parts > 1
-            or batch.prefixes is not None
-            or not isinstance(algorithm.slope(batch), Tensor)
-        ):
+        is_plain = batch.parts == 1 and batch.prefixes is None
+        if len(batch.input_ids_T) > self._largest_tokens or not is_plain or not isinstance(algorithm.slope(batch), Tensor):
             return None
         self._steps += 1
         self._attach_gradients()

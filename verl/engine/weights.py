@@ -169,10 +169,7 @@ class _Bucket:
 
 class ReplicatedWeights(MasterWeights):
     """Weights replicated on every rank. Gradients are averaged in float32, one bucket at a time, and this overlaps with the last
-    backward pass of the step; earlier micro-batches do not communicate.
-
-    Attributes:
-        waiting: a context in which this rank waits for the averages, after its own last backward pass.
+    backward pass of the step; earlier micro-batches do not communicate. This rank waits for the averages in the context of `waiting`.
     """
 
     place = "whole on each process"

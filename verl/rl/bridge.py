@@ -5,7 +5,7 @@ weights to the rollout processes.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,6 +180,19 @@ def share_of(layout: Layout, requests: dict[int, Request], rank: int) -> list[tu
     """
     everything = [(trainer, number) for trainer in layout.training for number in range(len(requests[trainer].prompts))]
     return everything[layout.rollout.index(rank) :: len(layout.rollout)]
+
+
+def prompts_of(layout: Layout, messages: Sequence[Any], rank: int) -> list[int] | None:
+    """Return the numbers of the prompts that a message asks a rollout process to answer; None if it asks for no answers.
+
+    Args:
+        messages: of each process, by rank.
+    """
+    if not isinstance(messages[layout.training[0]], Begin | Request):
+        return None
+    requests = {trainer: found.request if isinstance(found := messages[trainer], Begin) else found for trainer in layout.training}
+    share = share_of(layout, requests, rank)
+    return [number if (seeds := requests[trainer].seeds) is None else seeds[number] for trainer, number in share]
 
 
 def _buckets(named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from verl.exchange import seconds_waited
+from verl import exchange
 
 PHASES = ("generate", "score", "logprobs", "values", "update_critic", "update_actor", "update_rollout", "validate")
 
@@ -32,16 +32,16 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._waited: dict[str, float] = {}
         self._averages: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._averaged, self._first = 0.0, seconds_waited()
+        self._averaged, self._first = 0.0, exchange.waited
         self._since = self._now()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent in this context to a phase, one of PHASES."""
-        since, waited = self._now(), seconds_waited()
+        since, waited = self._now(), exchange.waited
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - since
-        self._waited[name] = self._waited.get(name, 0.0) + seconds_waited() - waited
+        self._waited[name] = self._waited.get(name, 0.0) + exchange.waited - waited
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Clock:
         measured = {name: self._waited.get(name, 0.0) for name in ("generate", "score", "validate")}
         self._now()  # so that all events have happened
         averaged = self._averaged + sum(begin.elapsed_time(end) for begin, end in self._averages) / 1000
-        update = seconds_waited() - self._first - sum(measured.values()) + averaged
+        update = exchange.waited - self._first - sum(measured.values()) + averaged
         found = {"generate": measured["generate"], "score": measured["score"], "update": update}
         return {name: self.seconds.get(name, 0.0) if name in self._idle else seconds for name, seconds in found.items()}
 

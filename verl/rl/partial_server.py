@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from verl.errors import AbandonedError, UserError
-from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Replay, Request, share_of
+from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Replay, Request, prompts_of, share_of
 from verl.rl.rollout_server import answer, or_raise_everywhere
 from verl.rl.schedule import event_of
 from verl.rollout import Rollout, Sampling
@@ -73,7 +73,7 @@ class PartialServer:
 
     def _is_called(self) -> bool:
         if self._due:
-            return self._steps >= int(self._due[0]["decode_steps"])
+            return bool(self._steps >= self._due[0]["decode_steps"])
         return self.bridge.is_called()
 
     def _step(self) -> None:
@@ -106,9 +106,9 @@ class PartialServer:
         bridge, ranks = self.bridge, self.bridge.layout.training
         message = messages[bridge.sender]
         if isinstance(message, NewWeights):
-            self._repeat(message)  # the next message has weights, and cannot be an error
+            self._repeat(messages)  # the next message has weights, and cannot be an error
         else:
-            self._try(lambda: self._repeat(message))
+            self._try(lambda: self._repeat(messages))
         match message:
             case Begin():
                 self._begin({rank: messages[rank] for rank in ranks})
@@ -131,14 +131,16 @@ class PartialServer:
                 bridge.exchange(self._try(lambda: self._answer(requests)))
                 self._go_on()
 
-    def _repeat(self, message: object) -> None:
-        """Check that a message is the next event of the run that is repeated, and came at its decode step."""
-        event = event_of(message)
+    def _repeat(self, messages: list[Any]) -> None:
+        """Check that a message is the next event of the run that is repeated, for the same prompts, and came at its decode step."""
+        event = event_of(messages[self.bridge.sender])
         if self._due is None or event is None:
             return
-        due = self._due.pop(0) if self._due else None
+        due, prompts = self._due.pop(0) if self._due else None, prompts_of(self.bridge.layout, messages, dist.get_rank())
         if due is None or (due["event"], due["decode_steps"]) != (event, self._steps):
             raise _differs(due, f"{event!r} after {self._steps}")
+        if due.get("prompts") != prompts:
+            raise _differs(due, f"prompts {prompts} in place of {due.get('prompts')}")
 
     def _check_due(self) -> None:
         """Check that answers are finished which the run that is repeated took now: they would be waited for."""

@@ -16,7 +16,7 @@ from verl import dist as processes
 from verl import signals
 from verl.config.ppo import PPOConfig, longest_sample
 from verl.errors import AbandonedError
-from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Replay, Request, share_of
+from verl.rl.bridge import Answers, Begin, Bridge, Cut, Finish, NewWeights, Replay, Request, prompts_of
 from verl.rl.mapping import Layout
 from verl.rl.schedule import Event, Schedule, event_of
 from verl.rollout import Completion, Options, Sampling
@@ -94,7 +94,7 @@ class RemoteRollout:
         name, layout = event_of(message), self._bridge.layout
         if self.schedule is None or name is None:
             return
-        requests = {rank: found.request if isinstance(found := messages[rank], Begin) else found for rank in layout.training}
+        prompts = {rank: prompts_of(layout, messages, rank) for rank in layout.rollout}
         version = message.version if isinstance(message, NewWeights) else self.version
         self.schedule.note(
             {
@@ -102,7 +102,7 @@ class RemoteRollout:
                 "event": name,
                 "version": version,
                 **({"decode_steps": messages[rank]} if self._is_partial else {}),
-                **({"prompts": _seeds(requests, share_of(layout, requests, rank))} if isinstance(message, Begin | Request) else {}),
+                **({} if prompts[rank] is None else {"prompts": prompts[rank]}),
             }
             for rank in layout.rollout
         )
@@ -168,11 +168,6 @@ def _learn_of_signal() -> None:
         time.sleep(0.02)
     if signals.received() is None:
         signals.request(signal.SIGTERM)
-
-
-def _seeds(requests: dict[int, Request], share: list[tuple[int, int]]) -> list[int]:
-    """Return the seeds of prompts, which in training are their numbers."""
-    return [number if (seeds := requests[rank].seeds) is None else seeds[number] for rank, number in share]
 
 
 def divide(layout: Layout, device: torch.device) -> Bridge | None:

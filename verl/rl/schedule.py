@@ -27,6 +27,7 @@ from verl.rl.bridge import Begin, Cut, Finish, NewWeights, Request
 from verl.run import Run
 
 NAME = "schedule.jsonl"
+EVENTS = ("drawn", "answered", "finished", "weights", "cut")
 
 Event = dict[str, Any]
 
@@ -82,22 +83,47 @@ def events_after(path: str, step: int) -> list[Event]:
     """Return the events of the steps after this one, on rank 0; none on the others.
 
     Raises:
-        UserError: on all ranks: the file cannot be read, or has no decode steps.
+        UserError: on all ranks: the file cannot be read, is no schedule with decode steps, or ends before that step.
     """
     found: list[Event] = []
-
-    def read() -> None:
-        where = f"rollout.replay={path}"
-        try:
-            found.extend(event for event in read_events(Path(path).expanduser()) if event["step"] > step or step == 0)
-        except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror or error}", where=where, fix="give the schedule.jsonl of a run") from error
-        if not found or not all({"rank", "event", "decode_steps"} <= event.keys() for event in found):
-            what = f"has no events with decode steps after step {step}"
-            raise UserError(what, where=where, fix="give the schedule.jsonl of a run with rollout.partial=true")
-
-    dist.together(lambda: read() if dist.is_main() else None)
+    dist.together(lambda: found.extend(_events_to_repeat(path, step) if dist.is_main() else []))
     return found
+
+
+def _events_to_repeat(path: str, step: int) -> list[Event]:
+    where, file = f"rollout.replay={path}", Path(path).expanduser()
+    try:
+        text = regular_file.read(file).decode()
+    except FileNotFoundError as error:
+        raise UserError("no such file", where=where, fix="give the schedule.jsonl of a run with rollout.partial=true") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", where=where, fix="give the schedule.jsonl of a run") from error
+    lines = text.splitlines()
+    events = [_event(line) for line in (lines if text.endswith("\n") else lines[:-1])]  # a kill may have cut off the last one
+    for number, event in enumerate(events, 1):
+        if event is None or (wrong := _why_not_repeated(event)) is not None:
+            what = "is no event of a schedule" if event is None else wrong
+            raise UserError(
+                f"line {number} {what}", where=where, fix="give the schedule.jsonl of a run with rollout.partial=true, as it was written"
+            )
+    due = [event for event in events if event is not None and (event["step"] > step or step == 0)]
+    if not due:
+        raise UserError(f"ends before step {step + 1}: there is nothing to repeat", where=where, fix="leave it out: rollout.replay=null")
+    return due
+
+
+def _why_not_repeated(event: Event) -> str | None:
+    """Say what an event lacks to be repeated; None: nothing."""
+    for name in ("rank", "decode_steps"):
+        value = event.get(name)
+        if type(value) is not int or value < 0:
+            return f"has {name}={value!r}, which is no number of {'a rank' if name == 'rank' else 'steps'}"
+    if event.get("event") not in EVENTS:
+        return f"has the unknown event {event.get('event')!r}"
+    prompts = event.get("prompts", [])
+    if not isinstance(prompts, list) or any(type(number) is not int for number in prompts):
+        return f"has prompts={prompts!r}, which are no numbers of prompts"
+    return None
 
 
 def _event(line: str) -> Event | None:
