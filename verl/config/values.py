@@ -65,13 +65,16 @@ def check_names(values: Mapping[Any, Any], where: str) -> None:
 
 
 def not_a_number(value: Any, kind: Any) -> str | None:
-    """Say that a text was found where a number is expected; None if it is something else."""
+    """Say that null, a text, true or false was found where a number is expected, or null where a value is; None if it is something else."""
+    if value is None and type(None) not in _options(kind):
+        return "null is no value of this key"
     options = _options(kind) - {type(None)}
     if isinstance(value, float) and int in options and float not in options:
         return f"{value} is not a whole number"
-    if not isinstance(value, str) or not options or not options <= {int, float}:
+    if not isinstance(value, str | bool) or not options or not options <= {int, float}:
         return None
-    return f"{value!r} is not a {'number' if float in options else 'whole number'}"
+    found = repr(value) if isinstance(value, str) else str(value).lower()
+    return f"{found} is not a {'number' if float in options else 'whole number'}"
 
 
 def example(key: str, default: Any, kind: Any) -> str:
