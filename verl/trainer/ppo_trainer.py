@@ -155,7 +155,7 @@ def train_loop(
             with roles.generating():
                 collected = collect_step(roles.answerer, prompts, here, config, clock)
         except UserError as error:  # on every rank
-            leave_early(error, config, here, start, run, saver)
+            leave_early(error, config, here, start, run, saver, roles)
         run.enter("training", step + 1, limited=True)
         packing: dict[str, Any] = {"multiple_of_tokens": roles.actor.decisions.multiple_of_tokens, "share_prompts": roles.sharing.on}
         experience = pack_experience(collected, updates.per_step, token_budget(config), separate=updates.skips_zero_advantage, **packing)
@@ -239,12 +239,14 @@ def leave(lost: list[UserError], step: int, run: Run, saver: Saver) -> NoReturn:
     run.leave(step)
 
 
-def leave_early(error: UserError, config: PPOConfig, here: Position, start: Position, run: Run, saver: Saver) -> NoReturn:
+def leave_early(error: UserError, config: PPOConfig, here: Position, start: Position, run: Run, saver: Saver, roles: Roles) -> NoReturn:
     """End the run while it generates or scores, because of a signal or an error that all ranks raise, with a checkpoint of the step before.
 
     Every rank calls it.
     """
-    if isinstance(error, RankError):  # the others do not answer
+    is_stopped = isinstance(error, AbandonedError)
+    # A rank that is gone does not answer, nor does a rollout that has failed, of whose unfinished answers a checkpoint would need to know.
+    if isinstance(error, RankError) or (roles.answerer.ahead is not None and not is_stopped):
         raise error
     run.should_stop()  # all ranks learn of the signal
     run.enter("saving", here.step)
@@ -253,7 +255,7 @@ def leave_early(error: UserError, config: PPOConfig, here: Position, start: Posi
     if not is_saved and config.trainer.save_freq != "never":
         saver.save(here, {})
         saver.finish()
-    if not isinstance(error, AbandonedError):
+    if not is_stopped:
         raise error
     run.leave(here.step)
 
