@@ -4,9 +4,12 @@ They go through torch.distributed. Prompts and answers are exchanged as objects 
 weights to the rollout processes.
 """
 
+import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from verl.rollout import Completion, Sampling
 
 Answers = dict[int, dict[int, list[Completion]]]  # by the rank that asked, and the number of the prompt in its request
 POLL_SECONDS = 0.002
+LOOK_SECONDS = 1.0  # between two looks at whether rollout processes are there
 BUCKET_BYTES = 2**28  # size of a message with weights; its last tensor may exceed it
 
 
@@ -85,6 +89,7 @@ class Bridge:
         self.layout, self.device = layout, device
         self.sender = layout.training[0]
         self._calls, self._store = 0, dist.distributed_c10d._get_default_store()
+        self._processes: list[tuple[str, int]] = processes.gathered((socket.gethostname(), os.getpid()), everywhere=True)
         self.weights_group = dist.new_group([self.sender, *layout.rollout], timeout=processes.UNLIMITED)
 
     @property
@@ -137,12 +142,16 @@ class Bridge:
         Raises:
             AbandonedError: on all of them: a signal came before.
         """
-        is_stopped = False
+        is_stopped, looked = False, time.monotonic()
         if dist.get_rank() == self.sender:
             keys = [f"rollout {rank} finished {number}" for rank in self.layout.rollout]
             while not (self._store.check(keys) or self._store.check(["rollout failed"]) or (is_stopped := signals.received() is not None)):
                 processes.check_others()
                 time.sleep(POLL_SECONDS)
+                if time.monotonic() - looked > LOOK_SECONDS:
+                    if self._has_lost_one():  # no connection breaks in this loop; the next exchange says which
+                        break
+                    looked = time.monotonic()
             for key in keys if not is_stopped else ():
                 self._store.delete_key(key)
         if processes.from_main(is_stopped):
@@ -170,6 +179,19 @@ class Bridge:
         box = [entries]
         dist.broadcast_object_list(box, self.sender, group=self.weights_group)
         return box[0]
+
+    def _has_lost_one(self) -> bool:
+        """Return whether the process of a rollout rank on this host has ended. On other hosts, its heartbeat tells, later."""
+        here = socket.gethostname()
+        return any(host == here and _has_ended(number) for host, number in (self._processes[rank] for rank in self.layout.rollout))
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    except OSError:
+        return Path("/proc/self").exists()  # else this system has no such files
+    return state in ("Z", "X")
 
 
 def share_of(layout: Layout, requests: dict[int, Request], rank: int) -> list[tuple[int, int]]:
