@@ -321,27 +321,21 @@ from verl.rollout import native
 share, calls = native.share, []
 
 
+def failing(work, call):
+    def do(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise UserError("cannot today", where="the rollout", fix="ask again tomorrow")
+        return work(*arguments)
+
+    return do
+
+
 def load(*arguments):
     rollout = native.load(*arguments)
-    generate = rollout.generate
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise UserError("cannot today", where="the rollout", fix="ask again tomorrow")
-        return generate(*arguments)
-
-    advance = rollout.advance
-
-    def failing_step(*arguments):
-        calls.append(1)
-        if len(calls) == 60:
-            raise UserError("cannot today", where="the rollout", fix="ask again tomorrow")
-        return advance(*arguments)
-
-    rollout.generate = failing
+    rollout.generate = failing(rollout.generate, 3)
     if PARTIAL:
-        rollout.advance = failing_step
+        rollout.advance = failing(rollout.advance, 60)
     return rollout
 """
 

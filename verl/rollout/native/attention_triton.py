@@ -38,17 +38,12 @@ def attend(
     """
     rows, heads, size = query_BND.shape
     key_heads, value_size = value_BKD.shape[1:]
-    parts = 1
-    while parts < MOST_PARTS and rows * key_heads * parts < PROGRAMS:
-        parts *= 2
-    group = heads // key_heads
+    parts, group = parts_of(rows * key_heads), heads // key_heads
     output_BND = torch.empty(rows, heads, value_size, dtype=query_BND.dtype, device=query_BND.device)
     acc_BNPD = torch.empty(rows, heads, parts, value_size, dtype=torch.float32, device=query_BND.device) if parts > 1 else output_BND
     softmax_2BNP = torch.empty(2, rows, heads, parts, dtype=torch.float32, device=query_BND.device) if parts > 1 else output_BND
     padded, value_padded = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
-    tile = TILE if max(padded, value_padded) <= 128 else TILE // 2
-    if query_BND.dtype == torch.float32:
-        tile //= 2
+    tile = tile_of(max(padded, value_padded), query_BND.dtype)
     _attend[(rows, key_heads, parts)](
         query_BND, key_BKD, value_BKD, key_SKLD, value_SKLD, position_B, output_BND, acc_BNPD, softmax_2BNP,
         query_BND.stride(0), query_BND.stride(1), key_BKD.stride(0), key_BKD.stride(1), value_BKD.stride(0), value_BKD.stride(1),
@@ -59,6 +54,20 @@ def attend(
     if parts > 1:
         _combine_parts[(rows, heads)](acc_BNPD, softmax_2BNP, output_BND, rows, heads, value_size, value_padded, parts, num_warps=1)
     return output_BND
+
+
+def parts_of(programs: int) -> int:
+    """Return among how many programs the positions of a slot are split, so that there are enough of them."""
+    parts = 1
+    while parts < MOST_PARTS and programs * parts < PROGRAMS:
+        parts *= 2
+    return parts
+
+
+def tile_of(padded: int, dtype: torch.dtype) -> int:
+    """Return the number of positions that a program reads at a time; fewer where keys or values are large."""
+    tile = TILE if padded <= 128 else TILE // 2
+    return tile // 2 if dtype == torch.float32 else tile
 
 
 @triton.jit

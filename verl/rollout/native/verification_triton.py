@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from verl.rollout.native.attention_triton import LOG2_E, MOST_PARTS, PROGRAMS, STAGES, TILE, WARPS, _combine_parts
+from verl.rollout.native.attention_triton import LOG2_E, STAGES, WARPS, _combine_parts, parts_of, tile_of
 from verl.rollout.native.sampler_triton import BLOCK, _block_sums, _choose
 from verl.rollout.native.slots import State
 
@@ -40,17 +40,13 @@ def attend(
     tokens, heads, size = query_TND.shape
     rows, (key_heads, value_size) = place_2B.shape[1], value_TJD.shape[1:]
     width, group = tokens // rows, heads // key_heads
-    parts = 1
-    while parts < MOST_PARTS and rows * key_heads * parts < PROGRAMS:
-        parts *= 2
+    parts = parts_of(rows * key_heads)
     device, query_rows = query_TND.device, max(16, triton.next_power_of_2(width * group))
     output_TND = torch.empty(tokens, heads, value_size, dtype=query_TND.dtype, device=device)
     acc_TNPD = torch.empty(tokens, heads, parts, value_size, dtype=torch.float32, device=device) if parts > 1 else output_TND
     softmax_2TNP = torch.empty(2, tokens, heads, parts, dtype=torch.float32, device=device) if parts > 1 else output_TND
     padded, value_padded = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
-    tile = TILE if max(padded, value_padded) <= 128 else TILE // 2
-    if query_TND.dtype == torch.float32:
-        tile //= 2
+    tile = tile_of(max(padded, value_padded), query_TND.dtype)
     _attend[(rows, key_heads, parts)](
         query_TND, key_TJD, value_TJD, key_SJLD, value_SJLD, place_2B[0], place_2B[1], output_TND, acc_TNPD, softmax_2TNP,
         query_TND.stride(0), query_TND.stride(1), key_TJD.stride(0), key_TJD.stride(1), value_TJD.stride(0), value_TJD.stride(1),
