@@ -10,6 +10,7 @@ is named, and the rest goes on. After each measurement, the results so far are w
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -367,12 +368,13 @@ def watched(
 
 
 def used_bytes() -> int | None:
-    """Memory of the first GPU that is in use by anyone, from the driver; None if its library is missing."""
+    """Memory of the first visible GPU that is in use by anyone, from the driver; None if its library is missing."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+        first = int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(first)).used)
     except Exception:  # whatever a driver or its absence raises: the column stays empty
         return None
 

@@ -299,7 +299,17 @@ def test_where_drafts_are_right_verify_steps_are_taken_alone() -> None:
 def test_the_fewer_rows_are_left_the_sooner_it_tries_again() -> None:
     """The long tail of a step: a few answers go on, when the others to the same prompts have ended."""
     many, few = (pace_after(1.0, 5.0, rows=rows, device="cuda")[0].total.steps for rows in (64, 2))
-    assert few > 4 * many
+    assert few > 2 * many
+
+
+def test_when_no_request_waits_the_slower_rows_decide() -> None:
+    """Two of four rows repeat themselves, the others gain nothing: in the mean verify steps pay, and the call would end later."""
+    counts, added = Counts(2, 4 * 3 * 2, 4 * 2, 4 * 5 * 2), [10, 2, 2, 10]
+    in_the_mean, by_the_slower = Pace("cuda"), Pace("cuda")
+    for pace, each in ((in_the_mean, ()), (by_the_slower, added)):
+        pace.decoded(1000)
+        pace.verified(counts, 4, each)
+    assert in_the_mean.steps(8, 4) > 0 and by_the_slower.steps(8, 4) == 0
 
 
 def test_with_more_rows_than_a_gpu_has_time_for_it_never_tries() -> None:
@@ -334,7 +344,7 @@ def test_answers_are_those_without_drafts_where_the_engine_decides() -> None:
 def test_a_resumed_run_that_speculates_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, taken = write_folder(tmp_path), list[Counts]()
     verified = Pace.verified
-    monkeypatch.setattr(Pace, "verified", lambda self, counts, rows: (taken.append(counts), verified(self, counts, rows))[1])
+    monkeypatch.setattr(Pace, "verified", lambda self, counts, *args: (taken.append(counts), verified(self, counts, *args))[1])
     changes: dict[str, object] = dict(rollout__speculate="auto", rollout__max_sequences=3, rollout__max_new_tokens=24, trainer__save_freq=2)
     whole = train(folder, "whole", **changes)
     assert sum(counts.kept - counts.active for counts in taken) > 0
@@ -555,7 +565,7 @@ def test_on_a_gpu_answers_are_those_without_drafts(compiles: bool) -> None:
             for _ in range(2):  # the second time, all steps are CUDA graphs
                 check_mostly_equal(rollout.generate(prompts, sampling), expected, at_most=int(sampling.temperature > 0), atol=1e-4)
             assert rollout.runner._graphs and totals(rollout).steps > 0
-            if sampling is LONG:
+            if sampling is LONG and "windows" not in family:  # with a window, these random weights do not repeat themselves
                 assert totals(rollout).kept > 1.02 * totals(rollout).active
 
 

@@ -270,10 +270,13 @@ class NativeRollout:
     def _verify(self, rows: int, steps: int, sampling: Sampling, drafts: int) -> None:
         """Take verify steps, and count what they did."""
         assert self.drafter is not None and self.pace is not None
+        state = self.slots.state
+        before_B = state.generated_S[:rows].clone()
         self.runner.verify(self.slots, self.drafter, rows, steps, sampling, drafts)
         kept, active, computed = self.drafter.counts_3.tolist()
         self.drafter.counts_3.zero_()
-        self.pace.verified(Counts(steps, kept, active, computed), rows)
+        added = (state.generated_S[:rows] - before_B)[state.active_S[:rows] > 0].tolist() if self.scheduler.is_last_wave else []
+        self.pace.verified(Counts(steps, kept, active, computed), rows, added)
 
     def _collect(self, ended: list[int], sampling: Sampling) -> list[tuple[int, Completion]]:
         """Return the finished responses with their indices, and free their slots."""

@@ -121,6 +121,11 @@ class Scheduler:
         return bool(self._queue) or any(self._running)
 
     @property
+    def is_last_wave(self) -> bool:
+        """Return whether no request is queued, so that what runs longest decides when the call ends."""
+        return not self._queue
+
+    @property
     def rows(self) -> int:
         """Number of slots that a decode step computes: the first `rows` slots."""
         return self._rows(len(self._running))
