@@ -301,14 +301,24 @@ def test_an_environment_without_state_is_a_tool(folder: Path) -> None:
 
 
 def test_a_call_of_a_tool_is_read_and_answered_as_the_chat_template_writes_it(folder: Path) -> None:
-    table = Table(folder, "calculator", qwen3(), data__max_prompt_length=1500)
+    tokenizer = qwen3()
+    with pytest.raises(
+        UserError, match=r"environment calculator has tools that cannot be rendered: the chat template does not show the tool"
+    ):
+        Table(folder, "calculator", tokenizer).play({})
+    tools = "{%- for tool in tools %}{{- tool | tojson ~ '\\n' }}{%- endfor %}"
+    tokenizer.chat_template = (
+        "{%- if tools %}{{- '<|im_start|>system\\n' }}" + tools + "{{- '<|im_end|>\\n' }}{%- endif %}" + tokenizer.chat_template
+    )
+    table = Table(folder, "calculator", tokenizer, data__max_prompt_length=1500)
     call = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "48+24"}}\n</tool_call>'
     texts = [call, "<tool_call>\n{", "#### 72"]
     table.chatter._answer = lambda prompt, sampling, seed: Completion(
         [*table.tokenizer(texts[seed % 2**16]).input_ids, table.renderer.stop_ids[0]], "stop", None, 0
     )
     [sample] = table.play({})
-    assert (endings([sample]), sample.turns, errors([sample])) == ([DONE], 3, [])
+    assert errors([sample]) == []
+    assert (endings([sample]), sample.turns) == ([DONE], 3)
     assert sample.earlier == [call, "72", "<tool_call>\n{", "error: <tool_call> without </tool_call>"]
     text = str(table.tokenizer.decode(sample.answer_ids))
     assert "<tool_response>\n72\n</tool_response><|im_end|>" in text and '"calculate"' in table.tokenizer.decode(sample.prompt_ids)
