@@ -69,7 +69,7 @@ def serve(connection: int, lifeline: int, trace: int) -> None:
         lifeline: a pipe that the trainer never writes to; its end is the end of the trainer.
         trace: a file that gets the stack if the process crashes, or receives SIGUSR1.
     """
-    _fork_from_keeper(connection, lifeline)
+    fork_from_keeper(connection, lifeline)
     _record_stacks(trace)
     pipe = Connection(connection)
     os.set_inheritable(connection, False)
@@ -194,7 +194,7 @@ class _WorkerEnded(BaseException):
     """The process that runs the user's code has ended; the argument is its exit code."""
 
 
-def _fork_from_keeper(connection: int, lifeline: int) -> None:
+def fork_from_keeper(connection: int, lifeline: int) -> None:
     """Return in a new process. This one waits for its end, or for that of the trainer, and ends all that the user's code has started."""
     worker = 0
 
@@ -203,7 +203,7 @@ def _fork_from_keeper(connection: int, lifeline: int) -> None:
             if ended[0] == worker:
                 raise _WorkerEnded(os.waitstatus_to_exitcode(ended[1]))
 
-    _adopt_orphans()
+    adopt_orphans()
     signal.signal(signal.SIGCHLD, child_ended)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     worker = os.fork()
@@ -225,7 +225,7 @@ def _fork_from_keeper(connection: int, lifeline: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
     """Let processes whose parent ends become children of this one, so that it finds those that left its group (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
