@@ -127,7 +127,7 @@ class _Run:
 
     def text(self, pipe: int) -> str:
         """Return what the run has written to a pipe."""
-        return bytes(self._done.get(pipe) or self.pipes.get(pipe, b"")).decode(errors="replace")
+        return (self._done[pipe] if pipe in self._done else bytes(self.pipes[pipe])).decode(errors="replace")
 
     def end(self) -> None:
         """End the run's process with its descendants and its group, and close the pipes."""
