@@ -114,7 +114,7 @@ def test_an_engine_that_fails_fails_for_all_who_wait(model: PreTrainedModel) -> 
     def fails(*_: object) -> list[Completion]:
         raise UserError("out of memory")
 
-    engine.generate = fails  # type: ignore[method-assign]
+    engine.generate = fails  # type: ignore[assignment]
     with pytest.raises(UserError, match="out of memory"):
         drawn_live(engine, random_prompts()[:3])
 
