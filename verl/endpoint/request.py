@@ -27,7 +27,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # They change no answer.
 FREE = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-READ = ("model", "messages", "tools", "tool_choice", "temperature", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options")
+READ = (
+    "model",
+    "messages",
+    "tools",
+    "tool_choice",
+    "temperature",
+    "max_tokens",
+    "max_completion_tokens",
+    "stop",
+    "stream",
+    "stream_options",
+)
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 MOST_STOPS = 4
 

@@ -42,8 +42,8 @@ class Session(Protocol):
     loop: asyncio.AbstractEventLoop
     model: str
 
-    async def answer(self, body: object) -> tuple[Reply, str | None]:
-        """Answer a request for a chat completion. Return the answer, and as what it is sent: "json", "events" or "events with usage".
+    async def answer(self, body: object) -> tuple[Reply, str]:
+        """Answer a request for a chat completion. Return the answer, and how it is sent: as "json", "events" or "events with usage".
 
         Raises:
             RefusedError: it cannot be answered.
@@ -171,12 +171,13 @@ async def _body(request: "Request") -> object:
     return found
 
 
-async def _answered(session: Session, body: object, request: "Request") -> tuple[Reply, str | None]:
+async def _answered(session: Session, body: object, request: "Request") -> tuple[Reply, str]:
     """Have the session answer in its own loop. If the client goes away, or the session's loop ends, the request does too."""
-    answering = asyncio.wrap_future(_started(session.answer(body), session.loop))
+    answering: asyncio.Future[tuple[Reply, str]] = asyncio.wrap_future(_started(session.answer(body), session.loop))
     leaving = asyncio.ensure_future(_left(request))
+    waited: set[asyncio.Future[Any]] = {answering, leaving}
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
             answering.cancel()
         return await answering

@@ -44,18 +44,21 @@ class Scored:
         each: unweighted rewards by name, float32 [A]; 0 where the reward failed.
         errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
         tool_errors: failures of the tool (`rollout.on_error=reply`), each with the place of its row.
+        agent_errors: runs of the agent that were ended (`agent.on_error=end`), each with the place of its row.
     """
 
     reward_A: np.ndarray
     each: dict[str, np.ndarray]
     errors: list[UserError]
     tool_errors: list[UserError] = field(default_factory=list)
+    agent_errors: list[UserError] = field(default_factory=list)
 
     def describe_errors(self) -> str | None:
         """Return warnings with the number of failures and the first of them; None if there are none."""
         found = [
             warning_of(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
             warning_of(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
+            warning_of(self.agent_errors, "runs of the agent were ended; the model's answers until then are kept (agent.on_error=end)"),
         ]
         return "\n".join(text for text in found if text) or None
 

@@ -7,6 +7,7 @@ again from text.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist, signals
@@ -15,6 +16,7 @@ from verl.config.workers import WorkersConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.rewards._scoring import Rewards, Scored
+from verl.rl.agents import AgentAnswers
 from verl.rl.ahead import Ahead, share_of
 from verl.rl.ahead_partial import PartialAhead
 from verl.rl.clock import Clock
@@ -41,7 +43,7 @@ class Collected:
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
         is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
-        metrics: of over-sampling; empty without it.
+        metrics: of over-sampling, or of an agent's runs; empty without them.
         waiting: prompts that wait to be asked again, see `verl.engine.position.Position.abandoned`.
     """
 
@@ -69,6 +71,7 @@ class Answerer:
     Args:
         workers: settings of the processes that run a user's own tool.
         watch: is told if these processes are waited for.
+        agents: answers in place of the model alone; None: there is no agent.
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
@@ -88,8 +91,9 @@ class Answerer:
         *,
         workers: WorkersConfig | None = None,
         watch: Watch | None = None,
+        agents: AgentAnswers | None = None,
     ):
-        self.rollout = rollout
+        self.rollout, self._agents = rollout, agents
         self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
         self.exact_grader = scorer.exact
         self.sampling = Sampling(config.max_new_tokens, config.temperature, config.samples_per_prompt, seed)
@@ -128,6 +132,8 @@ class Answerer:
         """
         found: list[Scored] = []
         dist.together(lambda: found.append(self.scored(samples)))
+        if self._agents is not None:
+            return replace(found[0], agent_errors=self._agents.take_errors())
         return found[0] if self._tool is None else replace(found[0], tool_errors=self._tool.take_errors())
 
     def close(self) -> None:
@@ -136,6 +142,12 @@ class Answerer:
         self._scorer.close()
         if self._tool is not None:
             self._tool.close()
+        if self._agents is not None:
+            self._agents.close()
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return metrics of the agent's runs since the last call, over all ranks. Every rank calls it."""
+        return {} if self._agents is None else self._agents.take_metrics()
 
     @property
     def scores_on_cpu(self) -> bool:
@@ -157,12 +169,16 @@ class Answerer:
             chats=[sample.prompt.messages for sample in samples],
             groups=[sample.group for sample in samples],
         )
+        if self._agents is not None:
+            found = with_own(found, [sample.own_reward or 0.0 for sample in samples])
         for number, sample in enumerate(samples):
             sample.reward = float(found.reward_A[number])
             sample.parts = {name: float(values[number]) for name, values in found.each.items()}
         return found
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, drawn: list[Completion] | None = None) -> list[Sample]:
+        if self._agents is not None:
+            return self._agents.answers(self.rollout, prompts, sampling)
         completions = drawn
         if completions is None:
             completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
@@ -259,6 +275,12 @@ class Answerer:
         sample.turns += 1
 
 
+def with_own(scored: Scored, own: Sequence[float]) -> Scored:
+    """Return the rewards with those that answers bring along."""
+    own_A = np.array(own, dtype=np.float32)
+    return replace(scored, reward_A=scored.reward_A + own_A, each={**scored.each, "agent": own_A})
+
+
 def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig, clock: Clock) -> Collected:
     """Sample and score the answers of one step. Every rank calls it and answers its share of the prompts.
 
@@ -293,7 +315,8 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             if with_spread:
                 answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, answerer.ahead is not None)
+            metrics, is_ahead = answerer.take_metrics(), answerer.ahead is not None
+            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, is_ahead, metrics)
         refill += 1
 
 

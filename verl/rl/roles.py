@@ -33,6 +33,7 @@ from verl.models.prompt_format import system_of
 from verl.pace import counted
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
+from verl.rl.agents import AgentAnswers, check_agent_program
 from verl.rl.ahead import Ahead, SavedWithAnswers
 from verl.rl.ahead_partial import PartialAhead
 from verl.rl.answering import Answerer
@@ -233,9 +234,21 @@ def build_roles(
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     check_rope(config, actor.engine.scorer.model)
-    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run)
+    agents = build_agents(config, tokenizer, run)
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run, agents=agents)
     sharing = share_prompts(config, actor, [engine for engine in (critic and critic.engine, reference) if isinstance(engine, Engine)])
     return Roles(actor, critic, reference, answerer, config.rollout.sleep, sharing)
+
+
+def build_agents(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> AgentAnswers | None:
+    """Return what answers by an agent's runs; None if there is no agent. Raises UserError: its program cannot be used."""
+    if not config.rollout.serve:
+        return None
+    limits = {"longest": longest_sample(config), "max_new_tokens": config.rollout.max_new_tokens}
+    agents = AgentAnswers(config.agent, tokenizer, config.reward, **limits, seed=config.trainer.seed)
+    if agents.dropped:
+        run.say(f"agent {config.agent.program}: its processes have no {', '.join(agents.dropped)}; agent.secrets passes on such variables")
+    return agents
 
 
 def share_prompts(config: PPOConfig, actor: Built, others: Sequence[Engine]) -> PromptSharing:
@@ -292,6 +305,8 @@ def check_names(config: PPOConfig, method: Method) -> None:
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
         load_tool(config.rollout.tool)
+    if config.rollout.serve:
+        check_agent_program(config.agent)
     load_graders(config.reward)
     check_checkpoint(config)
     check_kind(config.model.partial_pretrain, (LANGUAGE_MODEL,), where=f"model.partial_pretrain={config.model.partial_pretrain}")

@@ -34,6 +34,7 @@ class Sample:
         finish_reason: "stop", or "length" if the answer was cut off.
         version: version of the weights that sampled the answer; of its first token, if `versions` are several.
         versions: version of the weights for each token of the answer; None: `version` for all.
+        own_reward: of an agent, for its answer; it is added to those of the graders. None: it gives none.
         more: further trajectories of the same answer, of an agent that has begun more than one chat (`verl.rl.trajectories`). They share
             its reward; `reward` and `parts` are set in the first one alone.
         parts: reward of each grader, by name.
@@ -54,6 +55,7 @@ class Sample:
     turns: int = 1
     earlier: list[str] = field(default_factory=list)
     versions: list[int] | None = None
+    own_reward: float | None = None
     more: list["Sample"] = field(default_factory=list)
 
     @property
@@ -192,7 +194,9 @@ def pack_samples(
     return PackedSamples(samples, [numbers_of(groups) for groups in bins], batches, multiple_of_tokens)
 
 
-def _bins(documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, Hashable], token_budget: int) -> list[list[Group]]:
+def _bins(
+    documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, Hashable], token_budget: int
+) -> list[list[Group]]:
     """Return the answers of each micro-batch in groups: equally many lists on all ranks, none if no rank has answers.
 
     Args:

@@ -40,10 +40,12 @@ class Trajectory:
     """A chat that is only appended to.
 
     Attributes:
+        number: of the request that has begun it.
         tools: JSON of its tools.
         is_asked: whether its next turn is being sampled.
     """
 
+    number: int
     sample: Sample
     tools: str
     turns: list[Turn] = field(default_factory=list)
@@ -55,12 +57,14 @@ class Asked:
     """A request that may be answered.
 
     Attributes:
+        number: of the request among those that may be answered.
         trajectory: the one that goes on; None: a new one begins.
         before: tokens of the trajectory so far.
         added: tokens between them and the model's turn; of a new trajectory, all.
         room: maximum tokens of the turn.
     """
 
+    number: int
     trajectory: Trajectory | None
     before: list[int]
     added: list[int]
@@ -87,11 +91,18 @@ class Trajectories:
         self._prompt, self._number, self._renderer = prompt, number, renderer
         self._longest, self._max_new_tokens = longest, max_new_tokens
         self.found: list[Trajectory] = []
+        self._last, self._asked_so_far = (-1, ""), 0
+
+    @property
+    def last_text(self) -> str:
+        """The turn that was asked for last, of those that were answered."""
+        return self._last[1]
 
     @contextmanager
     def asking(self, request: ChatRequest) -> Iterator[Asked]:
         """In this context, the request is answered. Raises RefusedError or UserError: it cannot be."""
-        asked = self._asked(request)
+        asked = self._asked(request, self._asked_so_far)
+        self._asked_so_far += 1
         if asked.trajectory is not None:
             asked.trajectory.is_asked = True
         try:
@@ -100,41 +111,43 @@ class Trajectories:
             if asked.trajectory is not None:
                 asked.trajectory.is_asked = False
 
-    def append(self, asked: Asked, request: ChatRequest, done: Completion, text: str, message: Message) -> None:
+    def append(self, asked: Asked, request: ChatRequest, done: Completion, text: str, message: Message, *, has_stop: bool) -> None:
         """Append the answer to a request.
 
         Args:
             text: the turn without its stop token.
             message: the turn as the agent gets it.
+            has_stop: whether the tokens end with a stop token.
         """
         trajectory = asked.trajectory
         if trajectory is None:
             sample = Sample(self._prompt, self._number, asked.prompt_ids, [], [], [], "", "stop", done.version, turns=0)
-            trajectory = Trajectory(sample, request.tools_key)
-            self.found.append(trajectory)
+            trajectory = Trajectory(asked.number, sample, request.tools_key)
+            self.found = sorted([*self.found, trajectory], key=lambda one: one.number)  # whichever is answered first
         else:
             _append(trajectory.sample, asked.added, trajectory.sample.version, None)
         sample = trajectory.sample
         _append(sample, done.token_ids, done.version if done.versions is None else done.versions, done)
         sample.earlier += [*([sample.text] if sample.turns else []), *_new_texts(request, sample.turns, trajectory)]
         sample.text, sample.finish_reason, sample.turns = text, done.finish_reason, sample.turns + 1
-        chat = (*map(said, request.messages), said({"role": "assistant", **message}))
-        trajectory.turns.append(Turn(chat, len(sample.answer_ids), done.finish_reason == "stop"))
+        chat = (*map(said, request.messages), said(message))
+        trajectory.turns.append(Turn(chat, len(sample.answer_ids), has_stop))
+        self._last = max(self._last, (asked.number, text))
 
-    def _asked(self, request: ChatRequest) -> Asked:
+    def _asked(self, request: ChatRequest, number: int) -> Asked:
         found = self._extended(tuple(map(said, request.messages)), request.tools_key)
         if found is None:
             ids = self._renderer.prompt(request.messages, request.tools)
-            return Asked(None, [], ids, self._room(ids, 0))
+            return Asked(number, None, [], ids, self._room(ids, 0))
         trajectory, turn = found
         sample = trajectory.sample
         added = [] if turn.has_stop else list(self._renderer.stop_ids[:1])  # a turn that was cut ends as the template ends it
-        added += self._renderer.turns_after(request.messages[len(turn.chat) :])
+        added += self._renderer.turn_after(*request.messages[len(turn.chat) :])
         before = sample.prompt_ids + sample.answer_ids[: turn.tokens]
         if turn is not trajectory.turns[-1] or trajectory.is_asked:
-            return Asked(None, before, added, self._room(before + added, 0))
+            return Asked(number, None, before, added, self._room(before + added, 0))
         try:
-            return Asked(trajectory, before, added, self._room(sample.prompt_ids, turn.tokens + len(added)))
+            return Asked(number, trajectory, before, added, self._room(sample.prompt_ids, turn.tokens + len(added)))
         except RefusedError:
             sample.finish_reason = "length"
             raise
@@ -155,7 +168,7 @@ class Trajectories:
         room = min(self._max_new_tokens, self._longest - len(prompt_ids)) - answered
         if room < 1:
             what = (
-                f"the chat has {len(prompt_ids) + answered} tokens, and there is no room for an answer: a chat may have {self._longest} tokens "
+                f"the chat has {len(prompt_ids) + answered} tokens, and there is no room for an answer: it may have {self._longest} "
                 f"(data.max_prompt_length + rollout.max_new_tokens), and {self._max_new_tokens} after its first messages"
             )
             raise RefusedError(what, param="messages", code="context_length_exceeded")

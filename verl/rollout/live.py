@@ -73,6 +73,11 @@ class Live:
         self._error: UserError | None = None
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it generates no more. The end of the context raises the error."""
+        return self._task is not None and self._task.done()
+
     async def submit(self, prompt_ids: list[int], sampling: Sampling, seed: int) -> Completion:
         """Generate one response. It may be cancelled.
 

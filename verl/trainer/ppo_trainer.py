@@ -279,8 +279,9 @@ def without_differences(collected: Collected, method: Method) -> str | None:
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:
     """Log failed rewards of all ranks, which count as 0, and failed calls of the tool. Every rank calls it."""
-    errors, tool_errors = ([error for of_rank in dist.gathered(mine) for error in of_rank] for mine in (scored.errors, scored.tool_errors))
-    everywhere = replace(scored, errors=errors, tool_errors=tool_errors)
+    mine = (scored.errors, scored.tool_errors, scored.agent_errors)
+    errors, tool, agent = ([error for of_rank in dist.gathered(found) for error in of_rank] for found in mine)
+    everywhere = replace(scored, errors=errors, tool_errors=tool, agent_errors=agent)
     if (text := everywhere.describe_errors()) is not None:
         run.say(f"{place}: {text}")
 

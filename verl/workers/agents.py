@@ -34,18 +34,18 @@ class Result:
 
 
 def load_program(given: str) -> Program:
-    """Return the program that `rollout.agent` names: a Python file with `run(row)`, or a command.
+    """Return the program that `agent.program` names: a Python file with `run(row)`, or a command.
 
     Raises:
         UserError: there is no such file or command, or it has no function `run`.
     """
-    where = f"rollout.agent={given}"
+    where = f"agent.program={given}"
     try:
         words = shlex.split(given)
     except ValueError as error:
         raise UserError(f"cannot be read as a command: {error}", where=where, fix="quote its words as in a shell") from error
     if not words:
-        raise UserError("is empty", where="rollout.agent", fix="give path/to/agent.py with a function run(row), or a command")
+        raise UserError("is empty", where="agent.program", fix="give path/to/agent.py with a function run(row), or a command")
     if len(words) == 1 and words[0].endswith(".py"):
         module: ModuleType = plugin.load("verl", words[0], needs=("run",))
         check_function(module, "run", where)

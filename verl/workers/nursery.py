@@ -34,6 +34,7 @@ from verl.workers.spawned import run_in_children
 LOOK_SECONDS = 0.02  # between two looks at whether a run has ended
 STACK_SECONDS = 0.05  # for a late run to write its stack
 MOST_OUTPUT = 2**20  # bytes of a run's output that are kept, the last ones
+LATE = "did not end within"
 EXPECTED = "expected None, a number (its reward), a text (its answer), or {'reward': …, 'text': …}"
 
 
@@ -262,7 +263,7 @@ class _Nursery:
         """Return a run's result, or its failure."""
         result, said = run.text(run.result), run.text(run.said)
         if run.is_late:
-            return {"value": Failure(f"did not end within {run.start.seconds:g} s (rollout.agent_seconds)", self._place(said))}
+            return {"value": Failure(f"{LATE} {run.start.seconds:g} s (agent.seconds)", self._place(said))}
         if self._module is not None and result:
             found: dict[str, Any] = json.loads(result)
             return found
