@@ -119,6 +119,7 @@ class Agents:
         try:
             while True:
                 received = unpacked(worker.connection.recv_bytes())
+                worker.process_id = received.get("process", worker.process_id)
                 if "number" in received:
                     self._tell([received["number"]], received)
                 elif "value" in received:
