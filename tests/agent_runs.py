@@ -7,8 +7,7 @@ from typing import Any
 from rl_runs import write_folder
 
 from verl.config.agent import AgentConfig
-from verl.config.ppo import PromptConfig
-from verl.config.workers import WorkersConfig
+from verl.config.ppo import PPOConfig, PromptConfig, RolloutConfig
 from verl.data.prompts import Prompt, load_prompts
 from verl.data.render import Renderer
 from verl.models.load import load_tokenizer
@@ -59,8 +58,9 @@ class Table:
         return Sampling(self.new_tokens, temperature=1.0, n=n, seed=seed)
 
     def agents(self, given: str, **keys: Any) -> AgentAnswers:
-        config = AgentConfig(**{"program": given, "seconds": 60.0, **keys})
-        return AgentAnswers(config, self.tokenizer, WorkersConfig(), longest=self.longest, max_new_tokens=self.new_tokens, seed=1)
+        agent = AgentConfig(**{"program": given, "seconds": 60.0, **keys})
+        data, rollout = PromptConfig(max_prompt_length=128), RolloutConfig(max_new_tokens=self.new_tokens)
+        return AgentAnswers(PPOConfig(data=data, rollout=rollout, agent=agent), self.tokenizer)
 
     def answers(
         self, given: str, prompts: Sequence[tuple[int, Prompt]] | None = None, n: int = 2, **keys: Any
@@ -68,7 +68,7 @@ class Table:
         """Answers to the first rows, by an agent that is ended."""
         made = self.agents(given, **keys)
         try:
-            return made.answers(self.rollout, list(enumerate(self.prompts[:2])) if prompts is None else prompts, self.sampling(n)), made
+            return made.play(self.rollout, list(enumerate(self.prompts[:2])) if prompts is None else prompts, self.sampling(n)), made
         finally:
             made.close()
 

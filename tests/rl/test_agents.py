@@ -63,8 +63,14 @@ def test_what_an_agent_asks_is_its_answer(table: Table, folder: Path) -> None:
         talk, again = sample.trajectories
         assert (talk.turns, again.turns) == (2, 1) and talk.prompt_ids == again.prompt_ids == sample.prompt.token_ids
         assert talk.logprobs is not None and len(talk.logprobs) == len(talk.answer_ids) == len(talk.answer_mask)
-        assert sample.own_reward == len(again.text)
-    assert made.take_metrics() == {"agent/requests": 3.0, "agent/trajectories": 2.0, "agent/failed": 0, "agent/late": 0, "agent/flooded": 0}
+        assert sample.outcome is not None and sample.outcome.rewards == [len(again.text)]
+    assert made.metrics_of(samples) == {
+        "agent/requests": 3.0,
+        "agent/trajectories": 2.0,
+        "agent/failed": 0,
+        "agent/late": 0,
+        "agent/flooded": 0,
+    }
 
 
 def test_an_answer_does_not_depend_on_time_or_on_the_answers_beside_it(table: Table, folder: Path) -> None:
@@ -95,13 +101,13 @@ def test_runs_that_hang_raise_flood_or_leave_are_ended_counted_and_told(table: T
     began = time.monotonic()
     samples, made = table.answers(program(folder, ALL_WRONG), prompts, n=1, seconds=4.0, requests=5)
     assert time.monotonic() - began < 4.0 + 10.0
-    found = made.take_metrics()
+    found = made.metrics_of(samples)
     assert (found["agent/failed"], found["agent/late"], found["agent/flooded"]) == (2.0, 1.0, 1.0)
-    said = [f"{error.where}: {error.what}" for error in made.take_errors()]
+    said = [f"{error.where}: {error.what}" for sample in samples if sample.outcome is not None for error in sample.outcome.errors]
     for where, text in {0: "did not end within 4 s (agent.seconds)", 1: "raised ValueError: no sixes", 3: "ended with exit code 3"}.items():
         assert any(line.startswith(f"{prompts[where][1].where}: the agent {text}") for line in said)
     assert any("has asked more than 5 times (agent.requests)" in line for line in said)
-    assert [sample.own_reward for sample in samples] == [None] * 4 + [1.0] * 2
+    assert [sample.outcome.rewards for sample in samples if sample.outcome is not None] == [[]] * 4 + [[1.0]] * 2
     assert all(sample.trained_tokens > 0 for sample in samples), "what the model has answered until then is kept"
     assert len(samples[2].trajectories) == 5
 

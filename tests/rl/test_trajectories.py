@@ -14,6 +14,7 @@ from verl.endpoint.reply import Reply
 from verl.endpoint.request import RefusedError, Terms
 from verl.models.tiny import tiny_tokenizer
 from verl.rl.agent_session import Policy, Session
+from verl.rl.replies import Replies
 from verl.rl.samples import Sample
 from verl.rl.trajectories import Trajectories
 from verl.rollout import Completion, Sampling
@@ -62,7 +63,7 @@ class Desk:
         self.turns = [([*self.tokenizer(text).input_ids, self.stop] if isinstance(text, str) else text, "stop") for text in said]
         self.live = Scripted(*self.turns, naps=naps)
         self.prompt = Prompt("here", "Q", [], [1, 2], {})
-        self.trajectories = Trajectories(self.prompt, 5, self.renderer, longest=room + 100, max_new_tokens=room)
+        self.trajectories = Trajectories(self.prompt, 5, Replies(self.renderer), self.stop, longest=room + 100, max_new_tokens=room)
 
     def run(self, agent: Callable[[Session], Any]) -> Any:
         async def running() -> Any:

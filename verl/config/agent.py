@@ -1,12 +1,12 @@
 """Settings of agents that answer through a chat endpoint over the run's engine."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from verl.errors import UserError, at_least, one_of
 
-if TYPE_CHECKING:
-    from verl.config.ppo import PPOConfig
+
+MOST_REQUESTS = 2**16  # of a run; each has random numbers of its own
 
 
 @dataclass
@@ -28,10 +28,23 @@ class AgentConfig:
     secrets: list[str] = field(default_factory=list)
 
 
-def check_agent(config: "PPOConfig") -> None:
-    """Check the keys of agents. Raises UserError naming the key."""
-    agent, rollout = config.agent, config.rollout
-    at_least("agent.requests", agent.requests, 1)
+class Generation(Protocol):
+    """Of the keys in `rollout`, those that an agent must fit."""
+
+    serve: bool
+    tool: str | None
+    oversample: float
+    staleness: int
+
+
+def check_agent(agent: AgentConfig, rollout: Generation, environment: str | None) -> None:
+    """Check the keys of agents. Raises UserError naming the key.
+
+    Args:
+        environment: name of the environment, if there is one.
+    """
+    if not 1 <= agent.requests <= MOST_REQUESTS:
+        raise UserError(f"found {agent.requests}", where="agent.requests", fix=f"give a number from 1 to {MOST_REQUESTS:,}")
     at_least("agent.seconds", agent.seconds, 0.001)
     at_least("agent.processes", agent.processes, 1)
     one_of("agent.on_error", agent.on_error, ("end", "stop"))
@@ -47,9 +60,9 @@ def check_agent(config: "PPOConfig") -> None:
     if rollout.tool is not None:
         what, fix = "an agent has its own tools, and both would answer the same turn", "remove rollout.tool"
         raise UserError(what, where=f"{where} with rollout.tool={rollout.tool}", fix=fix)
-    if config.environment.name is not None:
+    if environment is not None:
         what = "the model would act in an environment, and not answer the agent"
-        raise UserError(what, where=f"{where} with environment.name={config.environment.name}", fix="remove one of them")
+        raise UserError(what, where=f"{where} with environment.name={environment}", fix="remove one of them")
     if rollout.oversample > 0:
         what = "which runs end first depends on the agent's time, so what is learned would depend on the clock"
         raise UserError(what, where=f"{where} with rollout.oversample={rollout.oversample:g}", fix="set rollout.oversample=0")

@@ -221,7 +221,7 @@ class PPOConfig:
         at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
         check_rewards(self.reward, self.reward_model, self.environment.name or self.agent.program)
         check_environment(self.environment, self.rollout)
-        check_agent(self)
+        check_agent(self.agent, self.rollout, self.environment.name)
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         check_oversampling(self.rollout, self.mapping)

@@ -46,7 +46,6 @@ class Session:
     Attributes:
         asked: number of requests so far, refused ones among them.
         is_flooded: is set when there are too many.
-        broken: has the error of an engine that has failed, as soon as a request meets it.
     """
 
     def __init__(self, policy: Policy, trajectories: Trajectories, name: str, most: int):
@@ -54,7 +53,6 @@ class Session:
         self.model, self.loop = policy.terms.model, asyncio.get_running_loop()
         self.asked = 0
         self.is_flooded = asyncio.Event()
-        self.broken: asyncio.Future[None] = self.loop.create_future()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
@@ -86,10 +84,6 @@ class Session:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self.broken.done():
-            self.broken.exception()  # it has been seen
-        else:
-            self.broken.cancel()
 
     async def _reply(self, request: ChatRequest) -> Reply:
         with self._trajectories.asking(request) as asked:
@@ -101,14 +95,12 @@ class Session:
         return Reply(f"{self._name}-{asked.number}", self.model, message, reason, len(asked.prompt_ids), len(done.token_ids))
 
     async def _generated(self, asked: Asked, request: ChatRequest) -> Completion:
-        """Sample a turn. Raises RefusedError: the engine has failed; the error is in `broken`."""
+        """Sample a turn. Raises RefusedError: the engine has failed, which ends the step."""
         most = asked.room if request.max_tokens is None else min(asked.room, request.max_tokens)
         sampling = replace(self._policy.sampling, max_new_tokens=most, temperature=request.temperature)
         try:
             return await self._policy.live.submit(asked.prompt_ids, sampling, self._policy.seed_of(asked.number))
         except Exception as error:
-            if not self.broken.done():
-                self.broken.set_exception(error)
             raise RefusedError(f"the engine has failed: {error}", status=503) from error
 
     def _template(self, request: ChatRequest) -> str:

@@ -1,4 +1,5 @@
-"""Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools).
+"""Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools), or an answer be an episode in
+an environment (see verl.environments), or what an agent asks (see verl.rl.agents).
 
 A reply is rendered with the chat template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized
 again from text.
@@ -7,7 +8,6 @@ again from text.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist, signals
@@ -20,6 +20,7 @@ from verl.rl.agents import AgentAnswers
 from verl.rl.ahead import Ahead, share_of
 from verl.rl.ahead_partial import PartialAhead
 from verl.rl.clock import Clock
+from verl.rl.episodes import Episodes
 from verl.rl.samples import Sample
 from verl.rl.tool import Tool, tool_of
 from verl.rollout import Completion, Rollout, Sampling
@@ -43,7 +44,7 @@ class Collected:
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
         is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
-        metrics: of over-sampling, or of an agent's runs; empty without them.
+        metrics: of over-sampling, the environment or the agent; empty without them.
         waiting: prompts that wait to be asked again, see `verl.engine.position.Position.abandoned`.
     """
 
@@ -71,7 +72,7 @@ class Answerer:
     Args:
         workers: settings of the processes that run a user's own tool.
         watch: is told if these processes are waited for.
-        agents: answers in place of the model alone; None: there is no agent.
+        episodes: plays each answer in an environment, or has an agent give it; None: the model answers alone.
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
@@ -91,9 +92,9 @@ class Answerer:
         *,
         workers: WorkersConfig | None = None,
         watch: Watch | None = None,
-        agents: AgentAnswers | None = None,
+        episodes: Episodes | AgentAnswers | None = None,
     ):
-        self.rollout, self._agents = rollout, agents
+        self.rollout, self._episodes = rollout, episodes
         self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
         self.exact_grader = scorer.exact
         self.sampling = Sampling(config.max_new_tokens, config.temperature, config.samples_per_prompt, seed)
@@ -121,8 +122,9 @@ class Answerer:
             self.ahead.finish()
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        """Decode one answer to each prompt greedily."""
-        return self._answered(list(enumerate(prompts)), Sampling(self._config.max_new_tokens, logprobs=False))
+        """Decode one answer to each of this rank's prompts greedily. Every rank calls it."""
+        numbers = range(dist.rank(), dist.rank() + len(prompts) * dist.world_size(), dist.world_size())
+        return self._answered(list(zip(numbers, prompts, strict=True)), Sampling(self._config.max_new_tokens, logprobs=False))
 
     def score(self, samples: Sequence[Sample]) -> Scored:
         """Set the rewards of the answers. Ranks may have different numbers of answers. Answers to one prompt are adjacent.
@@ -132,8 +134,6 @@ class Answerer:
         """
         found: list[Scored] = []
         dist.together(lambda: found.append(self.scored(samples)))
-        if self._agents is not None:
-            return replace(found[0], agent_errors=self._agents.take_errors())
         return found[0] if self._tool is None else replace(found[0], tool_errors=self._tool.take_errors())
 
     def close(self) -> None:
@@ -142,12 +142,12 @@ class Answerer:
         self._scorer.close()
         if self._tool is not None:
             self._tool.close()
-        if self._agents is not None:
-            self._agents.close()
+        if self._episodes is not None:
+            self._episodes.close()
 
-    def take_metrics(self) -> dict[str, float]:
-        """Return metrics of the agent's runs since the last call, over all ranks. Every rank calls it."""
-        return {} if self._agents is None else self._agents.take_metrics()
+    def metrics_of(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Return metrics of episodes of all ranks; none without an environment or an agent. Every rank calls it."""
+        return {} if self._episodes is None else self._episodes.metrics_of(samples)
 
     @property
     def scores_on_cpu(self) -> bool:
@@ -169,16 +169,16 @@ class Answerer:
             chats=[sample.prompt.messages for sample in samples],
             groups=[sample.group for sample in samples],
         )
-        if self._agents is not None:
-            found = with_own(found, [sample.own_reward or 0.0 for sample in samples])
+        if self._episodes is not None:
+            found = self._episodes.with_own(found, samples)
         for number, sample in enumerate(samples):
             sample.reward = float(found.reward_A[number])
             sample.parts = {name: float(values[number]) for name, values in found.each.items()}
         return found
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, drawn: list[Completion] | None = None) -> list[Sample]:
-        if self._agents is not None:
-            return self._agents.answers(self.rollout, prompts, sampling)
+        if self._episodes is not None:
+            return self._played(self._episodes, prompts, sampling)
         completions = drawn
         if completions is None:
             completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
@@ -187,6 +187,11 @@ class Answerer:
         if self._tool is not None:
             self._take_turns(samples, self._tool, sampling)
         return samples
+
+    def _played(self, episodes: Episodes | AgentAnswers, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
+        found: list[Sample] = []
+        dist.together(lambda: found.extend(episodes.play(self.rollout, prompts, sampling)))
+        return found
 
     def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """Generate with the rollout. Every rank calls it; an error on one rank is raised on all: AbandonedError after a signal."""
@@ -275,12 +280,6 @@ class Answerer:
         sample.turns += 1
 
 
-def with_own(scored: Scored, own: Sequence[float]) -> Scored:
-    """Return the rewards with those that answers bring along."""
-    own_A = np.array(own, dtype=np.float32)
-    return replace(scored, reward_A=scored.reward_A + own_A, each={**scored.each, "agent": own_A})
-
-
 def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig, clock: Clock) -> Collected:
     """Sample and score the answers of one step. Every rank calls it and answers its share of the prompts.
 
@@ -315,8 +314,8 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             if with_spread:
                 answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            metrics, is_ahead = answerer.take_metrics(), answerer.ahead is not None
-            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, is_ahead, metrics)
+            ahead, metrics = answerer.ahead is not None, answerer.metrics_of(answered)
+            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, ahead, metrics)
         refill += 1
 
 

@@ -39,6 +39,8 @@ from verl.rl.ahead_partial import PartialAhead
 from verl.rl.answering import Answerer
 from verl.rl.bridge import Bridge
 from verl.rl.clock import Clock
+from verl.rl.environment import check_environment
+from verl.rl.episodes import Episodes
 from verl.rl.method import Method
 from verl.rl.remote_rollout import RemoteRollout, rollout_options
 from verl.rl.schedule import Schedule, events_after
@@ -234,21 +236,25 @@ def build_roles(
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     check_rope(config, actor.engine.scorer.model)
-    agents = build_agents(config, tokenizer, run)
-    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run, agents=agents)
+    episodes = build_episodes(config, tokenizer, run)
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run, episodes=episodes)
     sharing = share_prompts(config, actor, [engine for engine in (critic and critic.engine, reference) if isinstance(engine, Engine)])
     return Roles(actor, critic, reference, answerer, config.rollout.sleep, sharing)
 
 
-def build_agents(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> AgentAnswers | None:
-    """Return what answers by an agent's runs; None if there is no agent. Raises UserError: its program cannot be used."""
-    if not config.rollout.serve:
+def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Episodes | AgentAnswers | None:
+    """Open the environment, or what answers by an agent; None: there is neither.
+
+    Raises:
+        UserError: it cannot be used, or the chat template cannot continue a chat.
+    """
+    if config.environment.name is None and not config.rollout.serve:
         return None
-    limits = {"longest": longest_sample(config), "max_new_tokens": config.rollout.max_new_tokens}
-    agents = AgentAnswers(config.agent, tokenizer, config.reward, **limits, seed=config.trainer.seed)
-    if agents.dropped:
-        run.say(f"agent {config.agent.program}: its processes have no {', '.join(agents.dropped)}; agent.secrets passes on such variables")
-    return agents
+    of, found = ("agent", AgentAnswers) if config.rollout.serve else ("environment", Episodes)
+    episodes: Episodes | AgentAnswers = found(config, tokenizer, run)
+    if episodes.dropped:
+        run.say(f"{of}: its processes have no {', '.join(episodes.dropped)}; {of}.secrets passes on such variables")
+    return episodes
 
 
 def share_prompts(config: PPOConfig, actor: Built, others: Sequence[Engine]) -> PromptSharing:
@@ -300,13 +306,13 @@ def check_names(config: PPOConfig, method: Method) -> None:
     """Check everything that the config names, before data is read or a model loaded.
 
     Raises:
-        UserError: a rollout engine, tool, grader or model does not exist, or is of the wrong kind.
+        UserError: a rollout engine, tool, environment, agent, grader or model does not exist, or is of the wrong kind.
     """
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
         load_tool(config.rollout.tool)
-    if config.rollout.serve:
-        check_agent_program(config.agent)
+    check_environment(config.environment)
+    check_agent_program(config.agent)
     load_graders(config.reward)
     check_checkpoint(config)
     check_kind(config.model.partial_pretrain, (LANGUAGE_MODEL,), where=f"model.partial_pretrain={config.model.partial_pretrain}")

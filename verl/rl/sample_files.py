@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from verl import dist
+from verl.rl.outcome import ENDINGS
 from verl.rl.samples import Sample
 from verl.run import Run
 
@@ -39,6 +40,11 @@ def _line(sample: Sample) -> dict[str, Any]:
         "tokens": sum(trajectory.trained_tokens for trajectory in sample.trajectories),
         "finish_reason": sample.finish_reason,
         "turns": sum(trajectory.turns for trajectory in sample.trajectories),
+        **(
+            {}
+            if sample.outcome is None
+            else {"ending": ENDINGS.get(sample.outcome.ending, sample.outcome.ending), "turn_rewards": sample.outcome.rewards}
+        ),
         "version": sample.version,
         **({} if sample.versions is None else {"versions": [[each, len(list(run))] for each, run in groupby(sample.trained_versions)]}),
     }

@@ -16,6 +16,7 @@ from verl.data.batch import VALUES, Batch
 from verl.data.groups import Group, collate_groups, numbers_of, pack_groups, pieces_of
 from verl.data.pack import Document, collate
 from verl.data.prompts import Prompt
+from verl.rl.outcome import Outcome
 
 
 @dataclass
@@ -34,11 +35,11 @@ class Sample:
         finish_reason: "stop", or "length" if the answer was cut off.
         version: version of the weights that sampled the answer; of its first token, if `versions` are several.
         versions: version of the weights for each token of the answer; None: `version` for all.
-        own_reward: of an agent, for its answer; it is added to those of the graders. None: it gives none.
-        more: further trajectories of the same answer, of an agent that has begun more than one chat (`verl.rl.trajectories`). They share
-            its reward; `reward` and `parts` are set in the first one alone.
         parts: reward of each grader, by name.
         turns: number of the model's turns.
+        outcome: how its episode ended, if it acted in an environment, or an agent's run.
+        more: further trajectories of the same answer, of an agent that has begun more than one chat (`verl.rl.trajectories`). They share
+            its reward; `reward`, `parts` and `outcome` are set in the first one alone.
     """
 
     prompt: Prompt
@@ -55,7 +56,7 @@ class Sample:
     turns: int = 1
     earlier: list[str] = field(default_factory=list)
     versions: list[int] | None = None
-    own_reward: float | None = None
+    outcome: Outcome | None = None
     more: list["Sample"] = field(default_factory=list)
 
     @property
@@ -64,15 +65,15 @@ class Sample:
         return [self, *self.more]
 
     @property
+    def asked(self) -> Hashable:
+        """What answers have in common that begin with the same tokens for the same prompt. Environments and agents may begin otherwise."""
+        return self.group, tuple(self.prompt_ids)
+
+    @property
     def document(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, and whether each is trained."""
         ids = np.array(self.prompt_ids + self.answer_ids, dtype=np.int32)
         return ids, np.array([False] * len(self.prompt_ids) + self.answer_mask, dtype=bool)
-
-    @property
-    def asked(self) -> Hashable:
-        """What answers have in common that begin with the same tokens for the same prompt."""
-        return self.group, tuple(self.prompt_ids)
 
     @property
     def trained_tokens(self) -> int:
@@ -188,23 +189,27 @@ def pack_samples(
     """
     kinds = ([number for number in chosen if number not in separate], [number for number in chosen if number in separate])
     documents = {number: samples[number].document for number in chosen}
-    of_prompt = {number: samples[number].asked if share_prompts else number for number in chosen}
+    of_prompt = _numbers_of_prompts(samples, chosen) if share_prompts else {number: number for number in chosen}
     bins = [groups for kind in kinds for groups in _bins(documents, kind, of_prompt, token_budget)] or [[]]
     batches = [collate_groups(groups, documents.__getitem__, multiple_of_tokens=multiple_of_tokens) for groups in bins]
     return PackedSamples(samples, [numbers_of(groups) for groups in bins], batches, multiple_of_tokens)
 
 
-def _bins(
-    documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, Hashable], token_budget: int
-) -> list[list[Group]]:
+def _numbers_of_prompts(samples: list[Sample], chosen: Sequence[int]) -> dict[int, int]:
+    """Return for each answer the number of the first one that begins like it."""
+    first: dict[Hashable, int] = {}
+    return {number: first.setdefault(samples[number].asked, number) for number in chosen}
+
+
+def _bins(documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, int], token_budget: int) -> list[list[Group]]:
     """Return the answers of each micro-batch in groups: equally many lists on all ranks, none if no rank has answers.
 
     Args:
-        of_prompt: for each answer, what those which may share their prompt have in common.
+        of_prompt: for each answer, a number that those which may share their prompt have in common.
     """
     if dist.most(len(chosen)) == 0:
         return []
-    together: dict[Hashable, list[int]] = {}
+    together: dict[int, list[int]] = {}
     for number in chosen:
         together.setdefault(of_prompt[number], []).append(number)
     groups = [piece for numbers in together.values() for piece in pieces_of(numbers, documents.__getitem__, token_budget)]

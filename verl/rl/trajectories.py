@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl.data.prompts import Prompt
-from verl.data.render import Renderer
 from verl.endpoint.request import ChatRequest, Message, RefusedError
+from verl.rl.replies import Replies
 from verl.rl.samples import Sample
 from verl.rollout import Completion
 
@@ -81,14 +81,15 @@ class Trajectories:
 
     Args:
         number: number of the prompt.
+        stop_id: the token that ends a turn in the chat template.
         longest: maximum tokens of a trajectory.
         max_new_tokens: maximum tokens of a trajectory after its prompt.
     Attributes:
         found: the trajectories, in the order in which they began.
     """
 
-    def __init__(self, prompt: Prompt, number: int, renderer: Renderer, *, longest: int, max_new_tokens: int):
-        self._prompt, self._number, self._renderer = prompt, number, renderer
+    def __init__(self, prompt: Prompt, number: int, replies: Replies, stop_id: int, *, longest: int, max_new_tokens: int):
+        self._prompt, self._number, self._replies, self._stop_id = prompt, number, replies, stop_id
         self._longest, self._max_new_tokens = longest, max_new_tokens
         self.found: list[Trajectory] = []
         self._last, self._asked_so_far = (-1, ""), 0
@@ -137,12 +138,12 @@ class Trajectories:
     def _asked(self, request: ChatRequest, number: int) -> Asked:
         found = self._extended(tuple(map(said, request.messages)), request.tools_key)
         if found is None:
-            ids = self._renderer.prompt(request.messages, request.tools)
+            ids = self._replies.prompt(request.messages, request.tools or [])
             return Asked(number, None, [], ids, self._room(ids, 0))
         trajectory, turn = found
         sample = trajectory.sample
-        added = [] if turn.has_stop else list(self._renderer.stop_ids[:1])  # a turn that was cut ends as the template ends it
-        added += self._renderer.turn_after(*request.messages[len(turn.chat) :])
+        added = [] if turn.has_stop else [self._stop_id]  # a turn that was cut ends as the template ends it
+        added += self._replies.between(request.messages[len(turn.chat) :])
         before = sample.prompt_ids + sample.answer_ids[: turn.tokens]
         if turn is not trajectory.turns[-1] or trajectory.is_asked:
             return Asked(number, None, before, added, self._room(before + added, 0))
