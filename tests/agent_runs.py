@@ -42,15 +42,16 @@ class Table:
     """A small model, its engine, and rows to answer.
 
     Args:
-        longest: most tokens of a trajectory.
+        new_tokens: most tokens of a trajectory after its prompt.
+        max_sequences: answers at the same time. With one, not even rounding depends on what is asked at the same time.
     """
 
-    def __init__(self, folder: Path, *, engine: str = "native", new_tokens: int = 100):
+    def __init__(self, folder: Path, *, engine: str = "native", new_tokens: int = 100, max_sequences: int | None = 1):
         if not (folder / "model").exists():
             write_folder(folder)
         self.new_tokens, self.longest = new_tokens, 128 + new_tokens
         self.tokenizer = load_tokenizer(str(folder / "model"))
-        options = Options(max_positions=self.longest)
+        options = Options(max_positions=self.longest, max_sequences=max_sequences)
         self.rollout: Rollout = load_rollout(engine, str(folder / "model"), self.tokenizer, Renderer(self.tokenizer).stop_ids, options)
         self.prompts = load_prompts(PromptConfig(max_prompt_length=128), str(folder / "train.jsonl"), self.tokenizer).prompts
 

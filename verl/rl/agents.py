@@ -88,7 +88,6 @@ class AgentAnswers:
         self._agents = Agents(load_program(self._config.program), self._config.seconds, WorkersConfig(secrets=self._config.secrets))
         self._watch = watch or Unwatched()
         self._endpoint: Endpoint | None = None
-        self._loop = asyncio.new_event_loop()
 
     @property
     def dropped(self) -> list[str]:
@@ -108,7 +107,14 @@ class AgentAnswers:
             self._endpoint = Endpoint()
         runs = [_Run(prompt, group, group * sampling.n + number, sampling) for group, prompt in prompts for number in range(sampling.n)]
         found: list[Sample] = []
-        run_to_end(self._loop, self._play_all(rollout, runs, found))
+        loop = asyncio.new_event_loop()
+        try:
+            run_to_end(loop, self._play_all(rollout, runs, found))
+        except BaseException:
+            self.close()  # the training run ends, and may not get to it
+            raise
+        finally:
+            loop.close()
         return found
 
     def with_own(self, scored: Scored, samples: Sequence[Sample]) -> Scored:
@@ -132,7 +138,6 @@ class AgentAnswers:
         if self._endpoint is not None:
             self._endpoint.close()
             self._endpoint = None
-        self._loop.close()
 
     async def _play_all(self, rollout: Rollout, runs: Sequence[_Run], found: list[Sample]) -> None:
         at_once = max(1, min(self._config.processes, len(runs)))
