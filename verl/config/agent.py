@@ -5,7 +5,6 @@ from typing import Protocol
 
 from verl.errors import UserError, at_least, one_of
 
-
 MOST_REQUESTS = 2**16  # of a run; each has random numbers of its own
 
 

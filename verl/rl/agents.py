@@ -122,15 +122,15 @@ class AgentAnswers:
         found, errors = with_outcomes(scored, [sample.outcome or Outcome() for sample in samples], AGENT)
         return replace(found, agent_errors=errors)
 
-    def metrics_of(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Return metrics of the runs of all ranks. Every rank calls it."""
+    def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return metrics of the runs of all ranks, and what the agent counts itself: nothing. Every rank calls it."""
         outcomes = [sample.outcome for sample in samples if sample.outcome is not None]
         requests = sum(outcome.metrics[REQUESTS] for outcome in outcomes)
         trajectories = float(sum(len(sample.trajectories) for sample in samples))
         ended = [float(sum(outcome.ending == ending for outcome in outcomes)) for ending in (FAILED, LATE, FLOODED)]
         runs, requests, trajectories, *counts = dist.total([float(len(outcomes)), requests, trajectories, *ended])
         means = {"agent/requests": requests / max(runs, 1.0), "agent/trajectories": trajectories / max(runs, 1.0)}
-        return {**means, **{f"agent/{name}": count for name, count in zip((FAILED, LATE, FLOODED), counts, strict=True)}}
+        return {**means, **{f"agent/{name}": count for name, count in zip((FAILED, LATE, FLOODED), counts, strict=True)}}, {}
 
     def close(self) -> None:
         """End the endpoint and all runs."""

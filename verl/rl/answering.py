@@ -145,9 +145,9 @@ class Answerer:
         if self._episodes is not None:
             self._episodes.close()
 
-    def metrics_of(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Return metrics of episodes of all ranks; none without an environment or an agent. Every rank calls it."""
-        return {} if self._episodes is None else self._episodes.metrics_of(samples)
+    def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return metrics of all ranks' episodes or runs of the agent, and the environment's own. Every rank calls it."""
+        return ({}, {}) if self._episodes is None else self._episodes.metrics_of(samples)
 
     @property
     def scores_on_cpu(self) -> bool:
@@ -314,7 +314,9 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             if with_spread:
                 answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            ahead, metrics = answerer.ahead is not None, answerer.metrics_of(answered)
+            metrics, own = answerer.metrics_of(answered)
+            metrics |= {f"episode/{name}": value for name, value in own.items()}
+            ahead = answerer.ahead is not None
             return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, ahead, metrics)
         refill += 1
 

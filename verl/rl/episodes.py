@@ -66,8 +66,8 @@ class Episodes:
         found, errors = with_outcomes(scored, [sample.outcome or Outcome() for sample in samples], ENVIRONMENT)
         return replace(found, environment_errors=errors)
 
-    def metrics_of(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Return metrics of the episodes of all ranks. Every rank calls it."""
+    def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return metrics of the episodes of all ranks, and those of the environment's own. Every rank calls it."""
         return metrics_of([sample.outcome for sample in samples if sample.outcome is not None], [sample.turns for sample in samples])
 
     def close(self) -> None:
