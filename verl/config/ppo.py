@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
+from verl.config.agent import AgentConfig, check_agent
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.best import check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
@@ -47,13 +48,13 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: s
     """Check the keys of rewards. Raises UserError naming the key.
 
     Args:
-        environment: name of the environment, which gives rewards too.
+        environment: name of the environment, or the agent's program, which give rewards too.
     """
     one_of("reward.on_error", reward.on_error, ("stop", "zero"))
     check_workers(reward)
     names = reward_names(reward)
     if not names and model.path is None and environment is None:
-        fix = "set reward.name, such as gsm8k, or reward_model.path, or environment.name"
+        fix = "set reward.name, such as gsm8k, or reward_model.path, or environment.name, or agent.program"
         raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"found {reward.name!r}", where="reward.name", fix="give a name such as gsm8k, or a list such as [gsm8k,format]")
@@ -130,7 +131,7 @@ class RolloutConfig:
     oversample: float = 0.0
     # Sampling temperature.
     temperature: float = 1.0
-    # Longest answer, in tokens; with a tool or an environment, the total of all turns.
+    # Longest answer, in tokens; with a tool or an environment, the total of all turns, and with an agent that of each of its chats.
     max_new_tokens: int = 512
     # Maximum number of answers generated at the same time; null: as many as memory allows.
     max_sequences: int | None = None
@@ -154,6 +155,9 @@ class RolloutConfig:
     partial: bool = False
     # With partial: repeat the run that wrote this schedule.jsonl, bit for bit.
     replay: str | None = None
+    # Open a chat endpoint in OpenAI's format over the engine, on this machine's loopback, for an agent (agent.program) whose answers are
+    # trained on in place of the model's alone.
+    serve: bool = False
     # Tool that replies to the model's turns: a name in verl/tools, such as calculator, or path/to/file.py; null: an answer is one turn.
     tool: str | None = None
     # Maximum number of the model's turns in one answer.
@@ -196,6 +200,7 @@ class PPOConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -208,14 +213,15 @@ class PPOConfig:
             check_optim(optim, key)
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
-        check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model, self.environment.name))
+        check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model, self.environment.name or self.agent.program))
         check_dist(self.dist)
         check_samples(self.data)
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))
         at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
-        check_rewards(self.reward, self.reward_model, self.environment.name)
+        check_rewards(self.reward, self.reward_model, self.environment.name or self.agent.program)
         check_environment(self.environment, self.rollout)
+        check_agent(self.agent, self.rollout, self.environment.name)
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         check_oversampling(self.rollout, self.mapping)

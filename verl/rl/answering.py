@@ -1,5 +1,5 @@
 """Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools), or an answer be an episode in
-an environment (see verl.environments).
+an environment (see verl.environments), or what an agent asks (see verl.rl.agents).
 
 A reply is rendered with the chat template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized
 again from text.
@@ -16,11 +16,11 @@ from verl.config.workers import WorkersConfig
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.rewards._scoring import Rewards, Scored
+from verl.rl.agents import AgentAnswers
 from verl.rl.ahead import Ahead, share_of
 from verl.rl.ahead_partial import PartialAhead
 from verl.rl.clock import Clock
-from verl.rl.episodes import Episodes, with_episodes
-from verl.rl.outcome import metrics_of
+from verl.rl.episodes import Episodes
 from verl.rl.samples import Sample
 from verl.rl.tool import Tool, tool_of
 from verl.rollout import Completion, Rollout, Sampling
@@ -44,7 +44,7 @@ class Collected:
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
         is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
-        metrics: of over-sampling, or of the environment; empty without them.
+        metrics: of over-sampling, the environment or the agent; empty without them.
         waiting: prompts that wait to be asked again, see `verl.engine.position.Position.abandoned`.
     """
 
@@ -72,7 +72,7 @@ class Answerer:
     Args:
         workers: settings of the processes that run a user's own tool.
         watch: is told if these processes are waited for.
-        episodes: plays each answer in an environment; None: there is none.
+        episodes: plays each answer in an environment, or has an agent give it; None: the model answers alone.
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
@@ -92,7 +92,7 @@ class Answerer:
         *,
         workers: WorkersConfig | None = None,
         watch: Watch | None = None,
-        episodes: Episodes | None = None,
+        episodes: Episodes | AgentAnswers | None = None,
     ):
         self.rollout, self._episodes = rollout, episodes
         self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
@@ -146,10 +146,8 @@ class Answerer:
             self._episodes.close()
 
     def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
-        """Return metrics of episodes of all ranks, and the environment's own; none without an environment. Every rank calls it."""
-        if self._episodes is None:
-            return {}, {}
-        return metrics_of([sample.outcome for sample in samples if sample.outcome is not None], [sample.turns for sample in samples])
+        """Return metrics of all ranks' episodes or runs of the agent, and the environment's own. Every rank calls it."""
+        return ({}, {}) if self._episodes is None else self._episodes.metrics_of(samples)
 
     @property
     def scores_on_cpu(self) -> bool:
@@ -172,7 +170,7 @@ class Answerer:
             groups=[sample.group for sample in samples],
         )
         if self._episodes is not None:
-            found = with_episodes(found, samples)
+            found = self._episodes.with_own(found, samples)
         for number, sample in enumerate(samples):
             sample.reward = float(found.reward_A[number])
             sample.parts = {name: float(values[number]) for name, values in found.each.items()}
@@ -190,7 +188,7 @@ class Answerer:
             self._take_turns(samples, self._tool, sampling)
         return samples
 
-    def _played(self, episodes: Episodes, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
+    def _played(self, episodes: Episodes | AgentAnswers, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
         found: list[Sample] = []
         dist.together(lambda: found.extend(episodes.play(self.rollout, prompts, sampling)))
         return found

@@ -91,6 +91,7 @@ def _better(places: Mapping[int, int], tokens: Mapping[int, int], ranks: int) ->
 
 def trained_on(samples: Sequence[Sample], *, share_prompts: bool) -> int:
     """Return the number of tokens that the update computes for these answers."""
-    prompts = {sample.group: len(sample.prompt_ids) for sample in samples}
-    in_prompts = sum(prompts.values()) if share_prompts else sum(prompts[sample.group] for sample in samples)
-    return in_prompts + sum(len(sample.answer_ids) for sample in samples)
+    found = [trajectory for sample in samples for trajectory in sample.trajectories]
+    prompts = {trajectory.asked: len(trajectory.prompt_ids) for trajectory in found}
+    in_prompts = sum(prompts.values()) if share_prompts else sum(len(trajectory.prompt_ids) for trajectory in found)
+    return in_prompts + sum(len(trajectory.answer_ids) for trajectory in found)

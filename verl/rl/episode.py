@@ -152,7 +152,7 @@ class Episode:
     @property
     def _world(self) -> int:
         """Seed of the environment, the same for all answers to a prompt."""
-        return int(np.random.SeedSequence([self._table.seed & WORD, self._sample.group]).generate_state(1)[0]) >> 1
+        return world_seed(self._table.seed, self._sample.group)
 
     async def _call(self, function: str, *arguments: Any, seed: int | None = None) -> Any:
         """Call a method of the environment. Raises _FailedError: it failed."""
@@ -234,6 +234,15 @@ class Episode:
             what = f"returned messages that cannot be rendered: {getattr(error, 'what', error)}"
             raise _FailedError(_of(function, Failure(what))) from error
         return ids
+
+
+def world_seed(seed: int, group: int) -> int:
+    """Return the seed of the world of a prompt's answers.
+
+    Args:
+        seed: of the run.
+    """
+    return int(np.random.SeedSequence([seed & WORD, group]).generate_state(1)[0]) >> 1
 
 
 def _of(function: str, failure: Failure) -> Failure:

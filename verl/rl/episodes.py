@@ -4,13 +4,9 @@ All run in one event loop, which also generates (see `verl.rollout.live`). A use
 """
 
 import asyncio
-import threading
-import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl.config.ppo import PPOConfig, longest_sample
@@ -19,12 +15,13 @@ from verl.data.render import Renderer
 from verl.rewards._scoring import ENVIRONMENT, Scored
 from verl.rl.environment import open_environment
 from verl.rl.episode import Episode, Table
-from verl.rl.outcome import Outcome
+from verl.rl.outcome import Outcome, metrics_of, with_outcomes
+from verl.rl.own_loop import run_to_end, tell
 from verl.rl.replies import Replies
 from verl.rl.samples import Sample
 from verl.rollout import Rollout, Sampling
 from verl.rollout.live import Live
-from verl.workers.pool import SECONDS_BEFORE_LINE, Unwatched, Watch
+from verl.workers.pool import Unwatched, Watch
 
 
 class Episodes:
@@ -63,13 +60,22 @@ class Episodes:
             AbandonedError: a signal has asked the run to end.
         """
         samples = [self._sample(number, prompt) for number, prompt in prompts for _ in range(sampling.n)]
-        self._run(self._play_all(rollout, samples, sampling))
+        run_to_end(self._loop, self._play_all(rollout, samples, sampling))
         return samples
+
+    def with_own(self, scored: Scored, samples: Sequence[Sample]) -> Scored:
+        """Return the scores with the rewards of the environment added, and with what has failed there."""
+        found, errors = with_outcomes(scored, [sample.outcome or Outcome() for sample in samples], ENVIRONMENT)
+        return replace(found, environment_errors=errors)
+
+    def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return metrics of the episodes of all ranks, and those of the environment's own. Every rank calls it."""
+        return metrics_of([sample.outcome for sample in samples if sample.outcome is not None], [sample.turns for sample in samples])
 
     def close(self) -> None:
         """End the environment's processes."""
         if not self._loop.is_closed():
-            self._run(self._hosts.close())
+            run_to_end(self._loop, self._hosts.close())
             self._loop.close()
 
     def _sample(self, number: int, prompt: Prompt) -> Sample:
@@ -83,7 +89,7 @@ class Episodes:
                 asyncio.ensure_future(self._play(live, sample, sampling, sample.group * sampling.n + place % sampling.n))
                 for place, sample in enumerate(samples)
             ]
-            watching = asyncio.ensure_future(self._tell(plays))
+            watching = asyncio.ensure_future(tell(self._watch, "episodes", plays))
             try:
                 await live.alongside(asyncio.gather(*plays))
             finally:
@@ -97,48 +103,3 @@ class Episodes:
             await Episode(self._table, host, live, sample, sampling, place).play()
         finally:
             host.release()
-
-    async def _tell(self, plays: "Sequence[asyncio.Future[None]]") -> None:
-        """Tell once a second how many episodes have ended."""
-        begun, next_line = time.monotonic(), SECONDS_BEFORE_LINE
-        try:
-            while True:
-                await asyncio.sleep(1.0)
-                seconds = time.monotonic() - begun
-                is_due = seconds >= next_line
-                next_line = 2 * max(next_line, seconds) if is_due else next_line
-                ended = sum(play.done() for play in plays)
-                self._watch.waiting(f"episodes: {ended:,} of {len(plays):,} have ended, {seconds:.0f} s", line_is_due=is_due)
-        finally:
-            if time.monotonic() - begun >= 1.0:
-                self._watch.waiting(None)
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run in this object's loop; in a thread of its own if this one runs a loop, as notebooks do."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop.run_until_complete(work)
-            return
-        errors: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                self._loop.run_until_complete(work)
-            except BaseException as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run, name="episodes")
-        thread.start()
-        thread.join()
-        if errors:
-            raise errors[0]
-
-
-def with_episodes(scored: Scored, samples: Sequence[Sample]) -> Scored:
-    """Return the scores with the rewards of the environment added, and with what has failed there."""
-    outcomes = [sample.outcome or Outcome() for sample in samples]
-    reward_A = np.array([outcome.reward for outcome in outcomes], dtype=np.float32)
-    errors = [error for outcome in outcomes for error in outcome.errors]
-    each = {**scored.each, ENVIRONMENT: reward_A}
-    return replace(scored, reward_A=scored.reward_A + reward_A, each=each, environment_errors=errors)

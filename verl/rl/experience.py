@@ -1,10 +1,13 @@
 """The training data of a step: answers in micro-batches, with log-probabilities, values and advantages.
 
+An agent's answer may have several trajectories. A method's `advantages` sees an answer as one: the trained tokens of its trajectories one
+after the other, with one reward. A loss sees the trajectories, each as a document of its own.
+
 Dimensions: A answers of this rank, M trained positions of a micro-batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from verl.rl.balance import balanced, trained_on
 from verl.rl.method import Method
 from verl.rl.samples import PackedSamples, Sample, pack_samples
 
-Values = list[np.ndarray]  # one float32 array per answer, with one value per trained token
+Values = list[np.ndarray]  # one float32 array per trajectory, with one value per trained token
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Experience:
     """The answers of a step on this rank.
 
     Attributes:
+        answers: the answers.
+        samples: all trajectories of all answers, answer by answer.
         updates: micro-batches of each update.
         tokens: number of tokens that all updates compute, on this rank.
         old_logprobs: log-probabilities before the updates; None if the forward pass of the only update computes them.
@@ -35,6 +40,7 @@ class Experience:
         learned: advantages and returns, set before the updates.
     """
 
+    answers: list[Sample]
     samples: list[Sample]
     updates: list[PackedSamples]
     tokens: int = 0
@@ -72,18 +78,34 @@ class Experience:
         Args:
             settings: the method's settings, with the current KL coefficient.
         """
+        lengths = [sum(trajectory.trained_tokens for trajectory in answer.trajectories) for answer in self.answers]
         answers = Answers(
-            reward_A=np.array([sample.reward for sample in self.samples], dtype=np.float32),
-            group_A=np.array([sample.group for sample in self.samples], dtype=np.int64),
-            lengths_A=np.array([sample.trained_tokens for sample in self.samples], dtype=np.int64),
-            truncated_A=np.array([sample.finish_reason == "length" for sample in self.samples], dtype=bool),
+            reward_A=np.array([answer.reward for answer in self.answers], dtype=np.float32),
+            group_A=np.array([answer.group for answer in self.answers], dtype=np.int64),
+            lengths_A=np.array(lengths, dtype=np.int64),
+            truncated_A=np.array([answer.finish_reason == "length" for answer in self.answers], dtype=bool),
             max_new_tokens=max_new_tokens,
-            old_logprobs=self.old_logprobs,
-            ref_logprobs=self.ref_logprobs,
-            values=self.values,
+            old_logprobs=self._of_answers(self.old_logprobs),
+            ref_logprobs=self._of_answers(self.ref_logprobs),
+            values=self._of_answers(self.values),
         )
         learned: Advantages = method.module.advantages(answers, settings)
-        return learned
+        returns = None if learned.returns is None else self._of_trajectories(learned.returns)
+        return replace(learned, advantages=self._of_trajectories(learned.advantages), returns=returns)
+
+    def _of_answers(self, values: Values | None) -> list[np.ndarray] | None:
+        """Join the values of each answer's trajectories."""
+        if values is None or len(self.answers) == len(self.samples):
+            return values
+        each = iter(values)
+        return [np.concatenate([next(each) for _ in answer.trajectories]) for answer in self.answers]
+
+    def _of_trajectories(self, values: list[np.ndarray]) -> Values:
+        """Divide the values of each answer among its trajectories."""
+        if len(self.answers) == len(self.samples):
+            return values
+        ends = [np.cumsum([trajectory.trained_tokens for trajectory in answer.trajectories])[:-1] for answer in self.answers]
+        return [part for of_answer, end in zip(values, ends, strict=True) for part in np.split(of_answer, end)]
 
     def packed(self) -> list[PackedSamples]:
         """Return the micro-batches of each update, with all fields that a loss may read."""
@@ -112,10 +134,10 @@ def pack_experience(
     """
     collected = balanced(collected, updates, separate=separate, share_prompts=share_prompts)
     place = {number: position * updates // len(collected.kept) for position, number in enumerate(collected.kept)}
-    samples = collected.samples
+    samples = [trajectory for answer in collected.samples for trajectory in answer.trajectories]
     chosen: list[Sequence[int]] = [[i for i, s in enumerate(samples) if place[s.group] == update] for update in range(updates)]
-    spread = set(groups_with_spread(samples)) if separate else place.keys()
+    spread = set(groups_with_spread(collected.samples)) if separate else place.keys()
     flat = {i for i, s in enumerate(samples) if s.group not in spread}
     options: dict[str, Any] = {"multiple_of_tokens": multiple_of_tokens, "separate": flat, "share_prompts": share_prompts}
     packed = [pack_samples(samples, numbers, token_budget, **options) for numbers in chosen]
-    return Experience(samples, packed, trained_on(samples, share_prompts=share_prompts))
+    return Experience(collected.samples, samples, packed, trained_on(collected.samples, share_prompts=share_prompts))

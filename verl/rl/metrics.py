@@ -38,10 +38,10 @@ def step_metrics(
 def _of_answers(collected: Collected) -> dict[str, float]:
     """Return metrics of all answers of all ranks. Excluded groups count too: without them, the numbers would not describe the actor."""
     samples = collected.answered
-    rewards, lengths = np.array([s.reward for s in samples]), np.array([s.trained_tokens for s in samples])
+    rewards, lengths = np.array([s.reward for s in samples]), np.array([sum(t.trained_tokens for t in s.trajectories) for s in samples])
     counts = [len(samples), rewards.sum(), (rewards**2).sum(), lengths.sum(), sum(s.finish_reason == "length" for s in samples)]
     n, reward, squares, tokens, cut = dist.total([float(value) for value in counts])
-    turns, version = dist.total([float(sum(s.turns for s in samples)), float(sum(s.version for s in samples))])
+    turns, version = dist.total([float(sum(t.turns for s in samples for t in s.trajectories)), float(sum(s.version for s in samples))])
     n = max(n, 1.0)
     metrics = {
         "rl/reward": reward / n,
@@ -64,7 +64,8 @@ def _of_balance(experience: Experience) -> dict[str, float]:
 
 def _of_versions(collected: Collected, version: int) -> dict[str, float]:
     """Return by how many updates the weights that drew the tokens of all answers are older than `version`: the mean and the largest."""
-    lags = [version - np.array(sample.trained_versions, dtype=np.int64) for sample in collected.answered]
+    trajectories = [trajectory for sample in collected.answered for trajectory in sample.trajectories]
+    lags = [version - np.array(trajectory.trained_versions, dtype=np.int64) for trajectory in trajectories]
     tokens, total = dist.total([float(sum(map(len, lags))), float(sum(int(lags_M.sum()) for lags_M in lags))])
     largest = max((int(lags_M.max()) for lags_M in lags if len(lags_M)), default=0)
     return {"rl/weight_lag": total / max(tokens, 1.0), "rl/largest_weight_lag": float(dist.most(max(0, largest)))}
@@ -96,8 +97,9 @@ def _joined(name: str, values: list[float]) -> float:
 
 def time_metrics(clock: Clock, collected: Collected, start: Position, device: torch.device) -> tuple[dict[str, float], Position]:
     """Return a step's tokens and throughput, and the position after it. Every rank calls it, before validation and saving."""
-    tokens = sum(len(s.prompt_ids) + len(s.answer_ids) for s in collected.samples)
-    trained, generated = (sum(s.trained_tokens for s in samples) for samples in (collected.samples, collected.answered))
+    trained_on, answered = ([t for s in samples for t in s.trajectories] for samples in (collected.samples, collected.answered))
+    tokens = sum(len(t.prompt_ids) + len(t.answer_ids) for t in trained_on)
+    trained, generated = (sum(t.trained_tokens for t in trajectories) for trajectories in (trained_on, answered))
     whole, learned, drawn = dist.total([float(tokens), float(trained), float(generated)])
     done = replace(start, tokens=start.tokens + int(whole), supervised_tokens=start.supervised_tokens + int(learned))
     seconds = clock.total()

@@ -1,10 +1,13 @@
 """How episodes in an environment ended, and what is counted of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from verl import dist
 from verl.errors import UserError
+from verl.rewards._scoring import Scored
 
 # How an episode ends: the environment says so, the turns or the tokens are used up, or something went wrong.
 DONE, TURNS, LENGTH, FAILED, HUNG, LATE = "done", "turns", "length", "failed", "hung", "late"
@@ -32,6 +35,13 @@ class Outcome:
     @property
     def reward(self) -> float:
         return sum(self.rewards)
+
+
+def with_outcomes(scored: Scored, outcomes: Sequence[Outcome], name: str) -> tuple[Scored, list[UserError]]:
+    """Return the scores with the rewards of episodes added, under a name of their own, and what has failed in the episodes."""
+    reward_A = np.array([outcome.reward for outcome in outcomes], dtype=np.float32)
+    errors = [error for outcome in outcomes for error in outcome.errors]
+    return replace(scored, reward_A=scored.reward_A + reward_A, each={**scored.each, name: reward_A}), errors
 
 
 def metrics_of(outcomes: Sequence[Outcome], turns: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:

@@ -33,6 +33,7 @@ from verl.models.prompt_format import system_of
 from verl.pace import counted
 from verl.rewards._model import check_scores
 from verl.rewards._scoring import Rewards, load_graders
+from verl.rl.agents import AgentAnswers, check_agent_program
 from verl.rl.ahead import Ahead, SavedWithAnswers
 from verl.rl.ahead_partial import PartialAhead
 from verl.rl.answering import Answerer
@@ -235,19 +236,26 @@ def build_roles(
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     check_rope(config, actor.engine.scorer.model)
-    episodes = None if config.environment.name is None else build_episodes(config, tokenizer, run)
+    episodes = build_episodes(config, tokenizer, run)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run, episodes=episodes)
     sharing = share_prompts(config, actor, [engine for engine in (critic and critic.engine, reference) if isinstance(engine, Engine)])
     return Roles(actor, critic, reference, answerer, config.rollout.sleep, sharing)
 
 
-def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Episodes:
-    """Open the environment. Raises UserError: it cannot be used, or the chat template cannot continue a chat."""
-    episodes = Episodes(config, tokenizer, run)
-    if episodes.note is not None:
+def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Episodes | AgentAnswers | None:
+    """Open the environment, or what answers by an agent; None: there is neither.
+
+    Raises:
+        UserError: it cannot be used, or the chat template cannot continue a chat.
+    """
+    if config.environment.name is None and not config.rollout.serve:
+        return None
+    of, found = ("agent", AgentAnswers) if config.rollout.serve else ("environment", Episodes)
+    episodes: Episodes | AgentAnswers = found(config, tokenizer, run)
+    if isinstance(episodes, Episodes) and episodes.note is not None:
         run.say(episodes.note)
     if episodes.dropped:
-        run.say(f"environment: its processes have no {', '.join(episodes.dropped)}; environment.secrets passes on such variables")
+        run.say(f"{of}: its processes have no {', '.join(episodes.dropped)}; {of}.secrets passes on such variables")
     return episodes
 
 
@@ -300,12 +308,13 @@ def check_names(config: PPOConfig, method: Method) -> None:
     """Check everything that the config names, before data is read or a model loaded.
 
     Raises:
-        UserError: a rollout engine, tool, environment, grader or model does not exist, or is of the wrong kind.
+        UserError: a rollout engine, tool, environment, agent, grader or model does not exist, or is of the wrong kind.
     """
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
         load_tool(config.rollout.tool)
     check_environment(config.environment)
+    check_agent_program(config.agent)
     load_graders(config.reward)
     check_checkpoint(config)
     check_kind(config.model.partial_pretrain, (LANGUAGE_MODEL,), where=f"model.partial_pretrain={config.model.partial_pretrain}")

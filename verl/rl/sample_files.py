@@ -32,14 +32,19 @@ def _line(sample: Sample) -> dict[str, Any]:
         "number": sample.group,
         "prompt": sample.prompt.text,
         **({"earlier_turns": sample.earlier} if sample.earlier else {}),
+        **({"more": [[*other.earlier, other.text] for other in sample.more]} if sample.more else {}),
         "response": sample.text,
         "reference": sample.prompt.row.get("reference"),
         "reward": sample.reward,
         **{f"reward/{name}": value for name, value in sample.parts.items()},
-        "tokens": sample.trained_tokens,
+        "tokens": sum(trajectory.trained_tokens for trajectory in sample.trajectories),
         "finish_reason": sample.finish_reason,
-        "turns": sample.turns,
-        **({} if sample.outcome is None else {"ending": ENDINGS[sample.outcome.ending], "turn_rewards": sample.outcome.rewards}),
+        "turns": sum(trajectory.turns for trajectory in sample.trajectories),
+        **(
+            {}
+            if sample.outcome is None
+            else {"ending": ENDINGS.get(sample.outcome.ending, sample.outcome.ending), "turn_rewards": sample.outcome.rewards}
+        ),
         "version": sample.version,
         **({} if sample.versions is None else {"versions": [[each, len(list(run))] for each, run in groupby(sample.trained_versions)]}),
     }

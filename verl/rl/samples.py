@@ -3,7 +3,7 @@
 Dimensions: A answers, M trained positions of a micro-batch.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,7 +37,9 @@ class Sample:
         versions: version of the weights for each token of the answer; None: `version` for all.
         parts: reward of each grader, by name.
         turns: number of the model's turns.
-        outcome: how its episode ended, if it acted in an environment.
+        outcome: how its episode ended, if it acted in an environment, or an agent's run.
+        more: further trajectories of the same answer, of an agent that has begun more than one chat (`verl.rl.trajectories`). They share
+            its reward; `reward`, `parts` and `outcome` are set in the first one alone.
     """
 
     prompt: Prompt
@@ -55,6 +57,17 @@ class Sample:
     earlier: list[str] = field(default_factory=list)
     versions: list[int] | None = None
     outcome: Outcome | None = None
+    more: list["Sample"] = field(default_factory=list)
+
+    @property
+    def trajectories(self) -> list["Sample"]:
+        """All trajectories of the answer."""
+        return [self, *self.more]
+
+    @property
+    def asked(self) -> Hashable:
+        """What answers have in common that begin with the same tokens for the same prompt. Environments and agents may begin otherwise."""
+        return self.group, tuple(self.prompt_ids)
 
     @property
     def document(self) -> tuple[np.ndarray, np.ndarray]:
@@ -183,9 +196,9 @@ def pack_samples(
 
 
 def _numbers_of_prompts(samples: list[Sample], chosen: Sequence[int]) -> dict[int, int]:
-    """Return for each answer the number of the first one to the same prompt. An environment may begin differently each time."""
-    first: dict[tuple[int, tuple[int, ...]], int] = {}
-    return {number: first.setdefault((samples[number].group, tuple(samples[number].prompt_ids)), number) for number in chosen}
+    """Return for each answer the number of the first one that begins like it."""
+    first: dict[Hashable, int] = {}
+    return {number: first.setdefault(samples[number].asked, number) for number in chosen}
 
 
 def _bins(documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, int], token_budget: int) -> list[list[Group]]:

@@ -23,6 +23,7 @@ ARGUMENTS = {
     "check_reference": ("reference",),
     "exact_match": ("response", "reference", "method"),
     "reply": ("response", "prompt", "row"),
+    "run": ("row",),
 }
 
 

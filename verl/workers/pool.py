@@ -36,8 +36,7 @@ SECONDS_BEFORE_LINE = 10.0  # of a wait; the time to each next line is twice as 
 GRACE_SECONDS = 5.0  # for a worker to keep the time limit of an `async` function
 STOP_SECONDS = 3.0  # for calls to end after a signal, so that the run has saved and ended within 10 seconds
 START = (
-    "import sys; given, sys.path[:] = sys.argv[1:4], sys.argv[4:]; del sys.argv[1:]; "
-    "from verl.workers.serve import serve; serve(*map(int, given))"
+    "import sys; given, sys.path[:] = sys.argv[1:4], sys.argv[4:]; del sys.argv[1:]; from {module} import serve; serve(*map(int, given))"
 )
 # Names of variables that hold secrets, such as HF_TOKEN, AWS_SECRET_ACCESS_KEY and SSH_AUTH_SOCK.
 SECRET_NAME = re.compile(
@@ -124,7 +123,7 @@ class Workers:
         self._code = Code(name, None if settings is None else pickle.dumps(settings), is_async(module, function))
         self._module, self._what, self._config, self._watch = module, what, config, watch or Unwatched()
         self._environment, self.dropped = environment(config)
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._start_missing()
 
     def run(self, function: str, arguments: Sequence[tuple[Any, ...]], *, until_failure: bool = False) -> list[Any]:
@@ -155,7 +154,7 @@ class Workers:
         """End the workers, whatever they do."""
         self._keep([])
 
-    def _keep(self, kept: "list[_Worker]") -> None:
+    def _keep(self, kept: "list[Worker]") -> None:
         for worker in self._workers:
             if worker not in kept:
                 worker.end()
@@ -163,7 +162,7 @@ class Workers:
 
     def _start_missing(self) -> None:
         while len(self._workers) < self._config.workers:
-            self._workers.append(_Worker(self._code, self._environment))
+            self._workers.append(Worker(self._code, self._environment))
 
     def _hand_out(self, calls: _Calls) -> None:
         """Give calls to the workers that have room, first those that may run next to others."""
@@ -180,14 +179,14 @@ class Workers:
             except OSError:
                 self._bury(worker, calls)
 
-    def _has_room(self, worker: "_Worker", calls: _Calls) -> bool:
+    def _has_room(self, worker: "Worker", calls: _Calls) -> bool:
         if not worker.process_id or worker.has_suspect:
             return False
         if self._code.is_async:
             return len(worker.running) < TOGETHER
         return not worker.running or (len(calls.waiting) > 0 and worker.takes_ahead(len(calls.packed(calls.waiting[0]))))
 
-    def _send(self, worker: "_Worker", calls: _Calls, number: int) -> None:
+    def _send(self, worker: "Worker", calls: _Calls, number: int) -> None:
         seconds = self._config.timeout_seconds * calls.weight(number)
         limit = seconds + GRACE_SECONDS if self._code.is_async else seconds
         arguments = calls.packed(number)
@@ -209,7 +208,7 @@ class Workers:
         for worker in list(self._workers):
             self._attend(worker, calls)
 
-    def _attend(self, worker: "_Worker", calls: _Calls) -> None:
+    def _attend(self, worker: "Worker", calls: _Calls) -> None:
         try:
             while worker.connection.poll():
                 self._receive(worker, unpacked(worker.connection.recv_bytes()), calls)
@@ -218,7 +217,7 @@ class Workers:
         else:
             self._bury(worker, calls) if worker.has_ended() else self._end_if_late(worker, calls)
 
-    def _receive(self, worker: "_Worker", message: dict[str, Any], calls: _Calls) -> None:
+    def _receive(self, worker: "Worker", message: dict[str, Any], calls: _Calls) -> None:
         if "process" in message:
             worker.process_id = int(message["process"])
             return
@@ -231,7 +230,7 @@ class Workers:
             raise value
         calls.finish(number, replace(value, fix=self._fix_for(value.what)) if isinstance(value, Failure) else value)
 
-    def _end_if_late(self, worker: "_Worker", calls: _Calls) -> None:
+    def _end_if_late(self, worker: "Worker", calls: _Calls) -> None:
         """End a worker with a call that has exceeded its time limit.
 
         Of several calls at the same time, one may have kept all others from running, so each of them gets another try, alone.
@@ -243,7 +242,7 @@ class Workers:
             worker.may_have_ended_before = False  # it is the running call that is late
             self._replace(worker, calls, late(exceeded[0], worker.place(self._module)))
 
-    def _bury(self, worker: "_Worker", calls: _Calls) -> None:
+    def _bury(self, worker: "Worker", calls: _Calls) -> None:
         """Replace a worker that has ended by itself."""
         code = worker.end(patience=2.0)
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -254,7 +253,7 @@ class Workers:
             raise UserError(what, where=place or self._module.__file__, fix="correct the file")
         self._replace(worker, calls, Failure(f"ended its process {how}{why}", place))
 
-    def _replace(self, worker: "_Worker", calls: _Calls, failure: Failure) -> None:
+    def _replace(self, worker: "Worker", calls: _Calls, failure: Failure) -> None:
         self._workers.remove(worker)
         self._start_missing()
         calls.waiting.extendleft(one.number for one in reversed(worker.ahead))
@@ -329,9 +328,13 @@ class _Ahead:
     size: int
 
 
-class _Worker:
+class Worker:
     """A worker process.
 
+    Args:
+        code: what it runs; its first message.
+        variables: its environment.
+        module: the module whose function `serve` is its inside.
     Attributes:
         process_id: of the process that runs the user's code; 0 until it has imported it.
         running: the deadline and the time limit of each of its running calls, by number.
@@ -340,7 +343,7 @@ class _Worker:
         may_have_ended_before: whether its running call came from `ahead`. The call before it may have ended the process, after its result.
     """
 
-    def __init__(self, code: Code, variables: dict[str, str]):
+    def __init__(self, code: object, variables: dict[str, str], module: str = "verl.workers.serve"):
         self.process_id, self.has_suspect, self._stack = 0, False, ""
         self.running: dict[int, tuple[float, float]] = {}
         self.ahead: deque[_Ahead] = deque()
@@ -349,7 +352,7 @@ class _Worker:
         end, lifeline = os.pipe()
         self._trace = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process is ended
         descriptors = (theirs.fileno(), end, self._trace.fileno())
-        command = [sys.executable, "-u", "-c", START, *map(str, descriptors), *sys.path]
+        command = [sys.executable, "-u", "-c", START.format(module=module), *map(str, descriptors), *sys.path]
         self.keeper = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.DEVNULL, env=variables, pass_fds=descriptors, start_new_session=True
         )

@@ -69,7 +69,7 @@ def serve(connection: int, lifeline: int, trace: int) -> None:
         lifeline: a pipe that the trainer never writes to; its end is the end of the trainer.
         trace: a file that gets the stack if the process crashes, or receives SIGUSR1.
     """
-    _fork_from_keeper(connection, lifeline)
+    fork_from_keeper(connection, lifeline)
     record_stacks(trace)
     pipe = Connection(connection)
     os.set_inheritable(connection, False)
@@ -199,7 +199,7 @@ class _WorkerEnded(BaseException):
     """The process that runs the user's code has ended; the argument is its exit code."""
 
 
-def _fork_from_keeper(connection: int, lifeline: int) -> None:
+def fork_from_keeper(connection: int, lifeline: int) -> None:
     """Return in a new process. This one waits for its end, or for that of the trainer, and ends all that the user's code has started."""
     worker = 0
 
@@ -251,7 +251,7 @@ def end_descendants(process: int, without: Collection[int] = ()) -> None:
             break
 
 
-def _descendants(process: int, without: Collection[int]) -> list[int]:
+def _descendants(process: int, without: Collection[int] = ()) -> list[int]:
     """Return the running processes that descend from one."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
