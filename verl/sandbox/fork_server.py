@@ -157,7 +157,7 @@ class _Server:
             return
         _signal(one, signal.SIGSTOP)
         self._running.pop(one.process, None)
-        if self._wall.is_full(one.folder, one.limits.folder_bytes, one.limits.files):
+        if self._is_full(one):
             self._end(one, _too_much(one.limits))
             return
         self._say(one, "done" if one.is_ready else "ready")
@@ -171,8 +171,11 @@ class _Server:
                 self._end(one, f"ran longer than {one.limits.seconds:g} s" if one.is_ready else "could not be started in time")
             elif _cpu_seconds(one.process) > one.cpu_end:
                 self._end(one, f"used more than {one.limits.cpu_seconds:g} s of processor time")
-            elif with_folders and self._wall.is_full(one.folder, one.limits.folder_bytes, one.limits.files):
+            elif with_folders and self._is_full(one):
                 self._end(one, _too_much(one.limits))
+
+    def _is_full(self, one: _Program) -> bool:
+        return self._wall.is_full(one.folder, one.process, one.limits.folder_bytes, one.limits.files)
 
     def _end(self, one: _Program, reason: str) -> None:
         one.reason = one.reason or reason

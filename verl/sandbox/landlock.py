@@ -43,6 +43,7 @@ def restrict(readable: Iterable[str], folder: str) -> None:
     for path in readable:
         _allow(rules, path, handled & (WRITE_FILE | READ_FILE | READ_DIR if path.startswith("/dev/") else READ_FILE | READ_DIR))
     _allow(rules, folder, handled & IN_FOLDER)
+    kernel.call("prctl", kernel.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # the kernel wants it of a process without rights
     kernel.system_call("landlock_restrict_self", rules, 0)
     os.close(rules)
 

@@ -35,6 +35,7 @@ def run(wall: Wall, limits: Limits, folder: str | None, descriptors: tuple[int, 
         home = wall.enclose(folder, limits.folder_bytes, limits.files)
         os.chdir(home)
         os.environ.update({"HOME": home, "TMPDIR": home})
+        sys.path[0] = home  # so that it finds the modules that it writes
         _limit(limits)
         kernel.give_up_rights()
         seccomp.restrict(os.getpid())

@@ -1,6 +1,7 @@
 """The trainer's side of the sandbox: it starts the fork server, hands code to programs, and reads what they print."""
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -20,7 +21,7 @@ from verl.sandbox.program import LENGTH_BYTES
 HOME = str(Path(__file__).resolve().parents[2])  # the folder that has verl
 START = (
     "import sys; home, connection, wall, *modules = sys.argv[1:]; sys.path[0] = home; del sys.argv[1:]; "
-    "from verl.sandbox.fork_server import serve; sys.path[0] = '/box'; serve(int(connection), wall, modules)"
+    "from verl.sandbox.fork_server import serve; sys.path[0] = ''; serve(int(connection), wall, modules)"
 )
 # One thread for the libraries below NumPy, since no thread can be started; the same order of sets in each run.
 VARIABLES = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LANG": "C.UTF-8"}
@@ -54,6 +55,7 @@ class Sandbox:
 
     def __init__(self, *, wall: str | None = None, modules: tuple[str, ...] = ()):
         _check_system()
+        self._owner = os.getpid()
         self._sending, self.wall, self.variables = threading.Lock(), "", tuple(VARIABLES)
         failures = []
         for name in [wall] if wall else ["mounts", "landlock"]:
@@ -79,26 +81,34 @@ class Sandbox:
             with self._sending:
                 socket.send_fds(self._control, [message], [one.fileno() for one in theirs])
         except OSError as error:
-            raise UserError("its process was ended", where=WHERE, fix="start again; the kernel's log says whether memory ran out") from error
+            raise UserError(
+                "its process was ended", where=WHERE, fix="start again; the kernel's log says whether memory ran out"
+            ) from error
         finally:
             for one in theirs:
                 one.close()
-        return Program(lines[0], code[0], output[0], limits)
+        return Program(self, lines[0], code[0], output[0], limits)
 
     def is_running(self) -> bool:
         """Return whether the server still runs."""
         return self._server.poll() is None
 
-    def close(self) -> None:
-        """End the server and all programs."""
+    def forget(self) -> None:
+        """Close this process's end of the connection with the server, which another process may have started."""
         self._control.close()
-        self._server.wait()
+
+    def close(self) -> None:
+        """End the server and all programs, if this process has started it."""
+        self.forget()
+        if self._owner == os.getpid():
+            self._server.wait()
 
 
 class Program:
     """A running program: see `Sandbox.program`. Its calls are made one after the other."""
 
-    def __init__(self, line: socket.socket, code: socket.socket, output: socket.socket, limits: Limits):
+    def __init__(self, sandbox: Sandbox, line: socket.socket, code: socket.socket, output: socket.socket, limits: Limits):
+        self._sandbox = sandbox  # which ends, and all its programs with it, when nothing refers to it
         self._line, self._code, self._output, self._limits = line, code, output, limits
         self._is_ready = False
         for one in (line, code, output):
@@ -121,6 +131,9 @@ class Program:
             with contextlib.suppress(asyncio.CancelledError):
                 await reading
         self._read_rest(printed)
+        if answer == "done" and len(printed) > self._limits.output_bytes:
+            self._end_for_output()
+            answer = await self._answer()
         output = bytes(printed[: self._limits.output_bytes]).decode(errors="replace")
         return Outcome(output, None if answer == "done" else answer)
 
@@ -150,6 +163,9 @@ class Program:
             if not piece:
                 return
             printed += piece
+        self._end_for_output()
+
+    def _end_for_output(self) -> None:
         with contextlib.suppress(OSError):
             self._line.send(b"output")
 
@@ -210,7 +226,11 @@ def shared(modules: tuple[str, ...] = ()) -> Sandbox:
     """
     with _one_at_a_time:
         owner, found = _shared.get(modules, (0, None))
-        if found is None or owner != os.getpid() or not found.is_running():
-            found = Sandbox(modules=modules)
-            _shared[modules] = os.getpid(), found
-        return found
+        if found is not None and owner == os.getpid() and found.is_running():
+            return found
+        if found is not None:
+            found.forget()
+        new = Sandbox(modules=modules)
+        _shared[modules] = os.getpid(), new
+        atexit.register(new.close)
+        return new

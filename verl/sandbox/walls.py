@@ -1,16 +1,14 @@
 """The two walls around a program's files, and what a program may read behind them."""
 
-import contextlib
 import os
-import shutil
 import site
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+from verl.sandbox import folder as _folder
 from verl.sandbox import landlock, mounts
 
 SYSTEM = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache")
@@ -32,7 +30,7 @@ class Wall(Protocol):
         """Enclose this process, which is a program's. Return its folder."""
         ...
 
-    def is_full(self, folder: str | None, size: int, files: int) -> bool:
+    def is_full(self, folder: str | None, process: int, size: int, files: int) -> bool:
         """Return whether a program has written more than it may."""
         ...
 
@@ -53,7 +51,7 @@ class Mounts:
     def enclose(self, folder: str | None, size: int, files: int) -> str:
         return mounts.own_folder(size, files)
 
-    def is_full(self, folder: str | None, size: int, files: int) -> bool:
+    def is_full(self, folder: str | None, process: int, size: int, files: int) -> bool:
         return False
 
     def remove(self, folder: str | None) -> None: ...
@@ -74,16 +72,11 @@ class Landlock:
         landlock.restrict(readable(), folder)
         return folder
 
-    def is_full(self, folder: str | None, size: int, files: int) -> bool:
-        total = 0
-        for count, written in enumerate(_sizes(str(folder)), start=1):
-            total += written
-            if total > size or count > files:
-                return True
-        return False
+    def is_full(self, folder: str | None, process: int, size: int, files: int) -> bool:
+        return _folder.holds_more_than(str(folder), process, size, files)
 
     def remove(self, folder: str | None) -> None:
-        shutil.rmtree(str(folder), ignore_errors=True)
+        _folder.remove(str(folder))
 
 
 WALLS: dict[str, Wall] = {"mounts": Mounts(), "landlock": Landlock()}  # the first that the system allows is taken
@@ -97,13 +90,3 @@ def readable() -> list[str]:
     libraries = sorted({path for path in [*own, *python, *packages, *SYSTEM] if os.path.exists(path)})
     outermost = [path for path in libraries if not any(path.startswith(f"{other}/") for other in libraries)]
     return [*outermost, *filter(os.path.exists, DEVICES)]
-
-
-def _sizes(folder: str) -> Iterator[int]:
-    """Yield the size of each file and folder below a folder, as far as they can be seen: a program may change them at any time."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                yield entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _sizes(entry.path)
