@@ -6,6 +6,7 @@ from typing import Any
 
 from verl.commands import CHAT, DEMO, EVALUATE, EXPORT, PPO, REWARD, SERVE, SFT
 from verl.config.algorithm import AlgorithmConfig
+from verl.config.environment import EnvironmentConfig
 from verl.config.help import comment_on, shown
 from verl.config.load import ALIASES, describe
 from verl.config.pairs import PreferenceConfig
@@ -30,17 +31,19 @@ GROUPS = {
     "Methods of `verl ppo`, named by `algorithm.name`": ("algorithm", AlgorithmConfig),
     "Methods of `verl reward`, named by `algorithm.name`": ("algorithm", PreferenceConfig),
     "Rewards, named by `reward.name` in `verl ppo` and by `metric` in `verl eval`": ("reward", RewardConfig),
+    "Environments, named by `environment.name`": ("environment", EnvironmentConfig),
     "Optimizers, named by `optim.name`, and by `critic.optim.name` with keys in `critic.optim`": ("optim", OptimConfig),
 }
 HEAD = """\
 # Keys
 
-All keys of all commands. `python docs/make_keys.py` generates this page from `verl/config/` and from the `Settings` of methods, rewards and
-optimizers. Give a value as `key=value`, or in a YAML file with `--config FILE.yaml` (repeatable; later files win, and `key=value` wins over
-all files). Write lists as `[a,b]`, no value as `null`, and your home folder as `~`. An unknown key is an error that names the closest key.
+All keys of all commands. `python docs/make_keys.py` generates this page from `verl/config/` and from the `Settings` of methods, rewards,
+environments and optimizers. Give a value as `key=value`, or in a YAML file with `--config FILE.yaml` (repeatable; later files win, and
+`key=value` wins over all files). Write lists as `[a,b]`, no value as `null`, and your home folder as `~`. An unknown key is an error that
+names the closest key.
 
-Methods, rewards and optimizers have more keys, in tables after those of the commands. `verl ppo algorithm.name=path/to/file.py --help`
-shows the keys of a file of your own.
+Methods, rewards, environments and optimizers have more keys, in tables after those of the commands.
+`verl ppo algorithm.name=path/to/file.py --help` shows the keys of a file of your own.
 """
 
 
@@ -50,7 +53,7 @@ def page() -> str:
         parts += [f"## `{command}`\n", "| key | default | meaning |", "|---|---|---|"]
         parts += [f"| `{key}` | {_code(default)} | {_cell(meaning)} |" for key, default, meaning in keys(schema)]
         parts.append("")
-    parts += ["## Keys of methods, rewards and optimizers\n"]
+    parts += ["## Keys of methods, rewards, environments and optimizers\n"]
     for heading, (prefix, group) in GROUPS.items():
         parts += [f"### {heading}\n", *own_keys(prefix, group), ""]
     parts += ["## Other spellings that are read\n", "| written | read as |", "|---|---|"]

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.best import check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.environment import EnvironmentConfig, check_environment
 from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
@@ -22,7 +23,7 @@ class RewardConfig(WorkersConfig):
     plugins: ClassVar[Plugins] = Plugins("verl.rewards", "reward", ("score", "score_group"), any_of=True)
 
     # Reward: a name in verl/rewards (gsm8k, math, format), a dotted module, path/to/file.py, or a list of these; null: only the reward
-    # model. Rewards may have more keys.
+    # model, and the rewards of an environment. Rewards may have more keys.
     name: Any = "gsm8k"
     # Weights of the rewards, in the order of their names; null: 1 each.
     weights: list[float] | None = None
@@ -42,13 +43,17 @@ class RewardModelConfig:
     trust_remote_code: bool = False
 
 
-def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
-    """Check the keys of rewards. Raises UserError naming the key."""
+def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: str | None = None) -> None:
+    """Check the keys of rewards. Raises UserError naming the key.
+
+    Args:
+        environment: name of the environment, which gives rewards too.
+    """
     one_of("reward.on_error", reward.on_error, ("stop", "zero"))
     check_workers(reward)
     names = reward_names(reward)
-    if not names and model.path is None:
-        fix = "set reward.name, such as gsm8k, or reward_model.path"
+    if not names and model.path is None and environment is None:
+        fix = "set reward.name, such as gsm8k, or reward_model.path, or environment.name"
         raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"found {reward.name!r}", where="reward.name", fix="give a name such as gsm8k, or a list such as [gsm8k,format]")
@@ -68,10 +73,10 @@ def reward_names(reward: RewardConfig) -> list[str]:
     return [] if reward.name is None else list(reward.name) if isinstance(reward.name, list) else [reward.name]
 
 
-def measured(reward: RewardConfig, model: RewardModelConfig) -> list[str] | None:
-    """Return what the validation may measure, without `val/`; None if users' files, whose names may be any, take part."""
+def measured(reward: RewardConfig, model: RewardModelConfig, environment: str | None = None) -> list[str] | None:
+    """Return what the validation may measure, without `val/`; None if users' files or an environment, whose names may be any, take part."""
     names = reward_names(reward)
-    if any("." in str(name) for name in names):
+    if environment is not None or any("." in str(name) for name in names):
         return None
     return ["reward", *(["exact_match"] if names else []), *map(str, names), *([] if model.path is None else ["model"])]
 
@@ -125,7 +130,7 @@ class RolloutConfig:
     oversample: float = 0.0
     # Sampling temperature.
     temperature: float = 1.0
-    # Longest answer, in tokens; with a tool, the total of all turns.
+    # Longest answer, in tokens; with a tool or an environment, the total of all turns.
     max_new_tokens: int = 512
     # Maximum number of answers generated at the same time; null: as many as memory allows.
     max_sequences: int | None = None
@@ -190,6 +195,7 @@ class PPOConfig:
     dist: DistConfig = field(default_factory=DistConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -202,13 +208,14 @@ class PPOConfig:
             check_optim(optim, key)
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
-        check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model))
+        check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model, self.environment.name))
         check_dist(self.dist)
         check_samples(self.data)
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))
         at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
-        check_rewards(self.reward, self.reward_model)
+        check_rewards(self.reward, self.reward_model, self.environment.name)
+        check_environment(self.environment, self.rollout)
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         check_oversampling(self.rollout, self.mapping)

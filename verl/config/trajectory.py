@@ -35,7 +35,7 @@ KINDS = {
         optim.stable_ratio
         reward.name reward.weights reward_model.weight
         rollout.name rollout.oversample rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.staleness
-        rollout.partial rollout.tool rollout.max_turns
+        rollout.partial rollout.tool rollout.max_turns environment.name environment.max_turns
         trainer.seed
     """,
     MODEL: """
@@ -51,7 +51,7 @@ KINDS = {
     """,
     NEUTRAL: """
         data.val_files data.val_max_samples data.num_workers data.cache_dir data.micro_batch_size_per_gpu data.max_tokens_per_micro_batch
-        data.share_prompts
+        data.share_prompts environment.processes environment.secrets
         mapping.actor mapping.critic mapping.reference mapping.reward mapping.rollout
         model.strategy model.context_parallel_size model.enable_gradient_checkpointing model.compile model.cuda_graphs model.use_liger
         model.attn_implementation model.trust_remote_code
@@ -59,7 +59,7 @@ KINDS = {
         reward.on_error reward.secrets reward.timeout_seconds reward.use_gpu reward.workers
         reward_model.max_tokens_per_micro_batch reward_model.trust_remote_code
         rollout.url rollout.gpu_memory_utilization rollout.max_sequences rollout.sleep rollout.speculate rollout.weights_folder
-        rollout.on_error rollout.replay
+        rollout.on_error rollout.replay environment.step_seconds environment.seconds environment.on_error
         dist.timeout_seconds trainer.max_seconds trainer.max_nonfinite_steps
         samples.rows samples.max_new_tokens samples.metric
         trainer.async_save trainer.best_metric trainer.best_mode trainer.patience

@@ -34,8 +34,8 @@ An environment is a module with a class `Environment`. One object of it plays on
 Each of the three methods may be `async` or not. `reset` and `step` may also return plain dicts with the same keys. The methods of an object
 are called one after the other, each within `environment.step_seconds`.
 
-`row` is the data row, with `reference` if `data.response_key` names a right answer. `seed` depends on the run's seed and on the number of the
-prompt, and is the same for all answers to it, so that they meet the same world; draw random numbers from it alone. `message` is the
+`row` is the data row, with `reference` if `data.response_key` names a right answer. `seed` depends on the run's seed and on the number of
+the prompt, and is the same for all answers to it, so that they meet the same world; draw random numbers from it alone. `message` is the
 model's turn as a message of the chat:
 
     {"role": "assistant", "content": "…"}           the text of the turn, without its stop token
@@ -44,8 +44,8 @@ model's turn as a message of the chat:
     … "parse_error": "…"                            if it tried to, and the call cannot be read; content has the whole text
 
 A user's own environment runs in processes of its own, one episode at a time in each, and so does a module of verl whose function
-`needs_limit(settings)` is true. Other modules of verl run in the trainer and must not block. What raises, hangs or ends its process ends the
-episode, see `environment.on_error`; only a UserError ends the run: the environment cannot be used at all. If the module has a function
+`needs_limit(settings)` is true. Other modules of verl run in the trainer and must not block. What raises, hangs or ends its process ends
+the episode, see `environment.on_error`; only a UserError ends the run: the environment cannot be used at all. If the module has a function
 `check_installed()`, it is called first, and raises a UserError for a package that is missing.
 """
 

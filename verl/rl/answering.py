@@ -21,6 +21,7 @@ from verl.rl.clock import Clock
 from verl.rl.samples import Sample
 from verl.rl.tool import Tool, tool_of
 from verl.rollout import Completion, Rollout, Sampling
+from verl.rollout.waves import cut
 from verl.workers.pool import Watch
 
 SEED_STRIDE = 1_000_003  # distance between the seeds of an answer's turns
@@ -225,7 +226,7 @@ class Answerer:
             [samples[number].group * sampling.n + number % sampling.n for number in numbers],
         )
         for number, most, done in zip(numbers, room, turns, strict=True):
-            self._append_turn(samples[number], done if len(done.token_ids) <= most else _cut(done, most))
+            self._append_turn(samples[number], cut(done, most))
 
     def _room(self, sample: Sample) -> int:
         """Return the number of tokens left for an answer."""
@@ -303,9 +304,3 @@ def groups_with_spread(samples: Sequence[Sample]) -> list[int]:
         rewards.setdefault(sample.group, set()).add(sample.reward)
     mine = [number for number, found in rewards.items() if len(found) > 1]
     return sorted(number for numbers in dist.gathered(mine) for number in numbers)
-
-
-def _cut(done: Completion, most: int) -> Completion:
-    logprobs = None if done.logprobs is None else done.logprobs[:most]
-    versions = None if done.versions is None else done.versions[:most]
-    return replace(done, token_ids=done.token_ids[:most], finish_reason="length", logprobs=logprobs, versions=versions)

@@ -28,9 +28,12 @@ class RemoteRollout:
     """The `Rollout` of a training process. All training processes make the same calls in the same order.
 
     Attributes:
+        is_collective: see `verl.rollout.live.Live`.
         version: version of the weights that the rollout has.
         schedule: is told what the rollout processes do; None: nobody asks.
     """
+
+    is_collective = True
 
     def __init__(self, bridge: Bridge, *, is_partial: bool = False):
         self._bridge, self._is_partial, self._is_open = bridge, is_partial, True

@@ -23,12 +23,18 @@ class Drawing:
         seed, number: of the prompt, and of the response among those to it: its random numbers depend on them, and on the position of a
             token, but not on where it was stopped.
         so_far: its tokens until now.
+        max_new_tokens: maximum tokens of the response; None: those of the sampling, which are never fewer.
     """
 
     prompt: list[int]
     seed: int
     number: int
     so_far: Completion = field(default_factory=lambda: Completion([], "length", [], is_finished=False))
+    max_new_tokens: int | None = None
+
+    def limit(self, sampling: Sampling) -> int:
+        """Return the maximum tokens of the response."""
+        return sampling.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
     def append(self, more: Completion) -> None:
         """Append tokens that were drawn by the weights of `more.version`."""

@@ -13,7 +13,7 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from dataclasses import dataclass
 from inspect import isawaitable
 from multiprocessing.connection import Connection
@@ -70,7 +70,7 @@ def serve(connection: int, lifeline: int, trace: int) -> None:
         trace: a file that gets the stack if the process crashes, or receives SIGUSR1.
     """
     _fork_from_keeper(connection, lifeline)
-    _record_stacks(trace)
+    record_stacks(trace)
     pipe = Connection(connection)
     os.set_inheritable(connection, False)
     try:
@@ -99,18 +99,9 @@ class _Server:
 
     def _loaded(self, code: Code) -> tuple[ModuleType, Any]:
         try:
-            module = plugin.load("verl", code.name)
-            path = Path(module.__file__ or "").resolve()
-            if module.__name__.startswith(user_files.FOLDER):
-                run_in_children(path)
-            sys.path.append(str(path.parent))  # for `importlib.import_module` and pickles of the user's
-            return module, None if code.settings is None else pickle.loads(code.settings)  # noqa: S301
+            return loaded(code.name, code.settings)
         except UserError as error:
             self._send(value=error)
-        except Exception as error:  # settings of a class of the user's
-            self._send(
-                value=UserError(f"cannot read its settings: {type(error).__name__}: {error}", where=code.name, fix="correct its Settings")
-            )
         raise EOFError
 
     def _reply(self, call: Call, value: object) -> None:
@@ -176,7 +167,21 @@ async def _awaited(value: Awaitable[object]) -> object:
     return await value
 
 
-def _record_stacks(trace: int) -> None:
+def loaded(name: str, settings: bytes | None) -> tuple[ModuleType, Any]:
+    """Import a user's module by its path or dotted name, and unpickle its settings. Raises UserError: one of them cannot be read."""
+    module = plugin.load("verl", name)
+    path = Path(module.__file__ or "").resolve()
+    if module.__name__.startswith(user_files.FOLDER):
+        run_in_children(path)
+    sys.path.append(str(path.parent))  # for `importlib.import_module` and pickles of the user's
+    try:
+        return module, None if settings is None else pickle.loads(settings)  # noqa: S301
+    except Exception as error:  # settings of a class of the user's
+        what = f"cannot read its settings: {type(error).__name__}: {error}"
+        raise UserError(what, where=name, fix="correct its Settings") from error
+
+
+def record_stacks(trace: int) -> None:
     """Write the stack to the file if the process crashes, is asked by SIGUSR1, or leaves by `os._exit`."""
     faulthandler.enable(file=trace)
     faulthandler.register(signal.SIGUSR1, file=trace)
@@ -203,7 +208,7 @@ def _fork_from_keeper(connection: int, lifeline: int) -> None:
             if ended[0] == worker:
                 raise _WorkerEnded(os.waitstatus_to_exitcode(ended[1]))
 
-    _adopt_orphans()
+    adopt_orphans()
     signal.signal(signal.SIGCHLD, child_ended)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     worker = os.fork()
@@ -225,16 +230,20 @@ def _fork_from_keeper(connection: int, lifeline: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _adopt_orphans() -> None:
+def adopt_orphans() -> None:
     """Let processes whose parent ends become children of this one, so that it finds those that left its group (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_descendants(process: int) -> None:
-    """End the processes that descend from one, also those in sessions of their own (on Linux). They may start others meanwhile."""
+def end_descendants(process: int, without: Collection[int] = ()) -> None:
+    """End the processes that descend from one, also those in sessions of their own (on Linux). They may start others meanwhile.
+
+    Args:
+        without: processes that are left alone, with all that descend from them.
+    """
     for _ in range(ROUNDS):
-        found = _descendants(process)
+        found = _descendants(process, without)
         for one in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(one, signal.SIGKILL)
@@ -242,7 +251,7 @@ def end_descendants(process: int) -> None:
             break
 
 
-def _descendants(process: int) -> list[int]:
+def _descendants(process: int, without: Collection[int]) -> list[int]:
     """Return the running processes that descend from one."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
@@ -252,7 +261,7 @@ def _descendants(process: int) -> list[int]:
                 children.setdefault(int(parent), []).append(int(status.parent.name))
     found = [process]
     for one in found:  # it grows meanwhile
-        found += children.get(one, [])
+        found += [child for child in children.get(one, []) if child not in without]
     return found[1:]
 
 

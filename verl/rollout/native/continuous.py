@@ -4,6 +4,7 @@ Dimensions: G generated tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -56,7 +57,8 @@ class NativeContinuous:
     def add(self, drawings: Sequence[Drawing]) -> None:
         """See `verl.rollout.drawing.Continuous.add`."""
         due = [drawing for drawing in drawings if not drawing.so_far.is_finished]
-        self._engine.check_lengths([drawing.prompt for drawing in due], self._sampling)
+        for drawing in due:
+            self._engine.check_lengths([drawing.prompt], replace(self._sampling, max_new_tokens=drawing.limit(self._sampling)))
         numbers = range(self._added, self._added + len(due))
         self._added += len(due)
         self._drawings |= dict(zip(numbers, due, strict=True))
@@ -81,4 +83,4 @@ def _request(number: int, drawing: Drawing, sampling: Sampling) -> Request:
     if sampling.temperature > 0:
         uniform_G = np.zeros(sampling.max_new_tokens, dtype=np.float32)  # of equal length in all requests
         uniform_G[: sampling.max_new_tokens - len(so_far)] = uniform_numbers(sampling, drawing.seed, drawing.number)[len(so_far) :]
-    return Request(number, (*drawing.prompt, *so_far), sampling.max_new_tokens - len(so_far), uniform_G)
+    return Request(number, (*drawing.prompt, *so_far), drawing.limit(sampling) - len(so_far), uniform_G)
