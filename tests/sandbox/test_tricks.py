@@ -1,6 +1,7 @@
 """Programs that try to break out of the sandbox, behind each of its walls: each is refused or ended, and nothing outside has changed."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -85,10 +86,8 @@ def programs_of(sandbox: Sandbox) -> list[int]:
     """Return the processes that the sandbox's server has started, and those that they have started."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with contextlib.suppress(OSError):  # it has just ended
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            pass  # it has just ended
     found, more = set(), {sandbox._server.pid}
     while more:
         found |= more

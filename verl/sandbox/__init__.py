@@ -2,8 +2,8 @@
 
 Each program is one process without other threads. Two things hold it, and the kernel enforces both:
 
-- a wall around files (`walls`): namespaces of its own (`mounts`), in which nothing but Python's libraries and an empty folder in memory exists,
-  or Landlock (`landlock`), which refuses all other files;
+- a wall around files (`walls`): namespaces of its own (`mounts`), in which nothing but Python's libraries and an empty folder in memory
+  exists, or Landlock (`landlock`), which refuses all other files;
 - a list of system calls (`seccomp`): what is not on it, such as starting a process, opening a socket or sending a signal, is refused.
 
 Without one of the walls, or without seccomp, there is no sandbox: an error says what the system lacks. Before the first program runs, a

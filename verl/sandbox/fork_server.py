@@ -1,6 +1,7 @@
 """The process that starts programs and watches them. It has loaded Python already, so that a program starts in milliseconds.
 
-It has no secrets: its environment is empty, and neither code nor output passes through it. It listens to its connection with the process that has started it:
+It has no secrets: its environment is empty, and neither code nor output passes through it. On the connection with the process that has
+started it come:
 
     begin       a message in JSON, with three sockets: a line to talk about the program, one for code, one for output
 
@@ -10,8 +11,8 @@ and on the line of each program:
     output      it has printed too much: end it
     (closed)    end it, and forget it
 
-It answers on that line with `ready`, then with `done` for each piece of code, or `ended: REASON`. Between pieces, a program is stopped (SIGSTOP).
-All programs end with this process, which ends when the connection is closed.
+It answers on that line with `ready`, then with `done` for each piece of code, or `ended: REASON`. Between pieces, a program is stopped
+(SIGSTOP). All programs end with this process, which ends when the connection is closed.
 """
 
 import contextlib
@@ -147,7 +148,7 @@ class _Server:
             self._end(one, "closed")
 
     def _told(self, one: _Program) -> None:
-        """A program has written that it is ready, or that a piece of code is done. If it was not, it cannot go on unseen, because it is stopped."""
+        """A program has written that it is ready, or that a piece of code is done. If that is not true, it is stopped all the same."""
         message = os.read(one.done, MESSAGE_BYTES)
         if not message:
             self._selector.unregister(one.done)

@@ -10,10 +10,12 @@ CAPABILITY_VERSION = 0x20080522
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SIGKILL = 9
 
+Argument = int | bytes | None
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(function: str, *arguments: int | bytes | None | ctypes.Array[ctypes.c_char]) -> int:
+def call(function: str, *arguments: Argument) -> int:
     """Call a function of the C library that returns -1 if it fails.
 
     Raises:
@@ -26,7 +28,7 @@ def call(function: str, *arguments: int | bytes | None | ctypes.Array[ctypes.c_c
     return found
 
 
-def system_call(name: str, *arguments: int | bytes | None | ctypes.Array[ctypes.c_char]) -> int:
+def system_call(name: str, *arguments: Argument) -> int:
     """Make a system call that the C library has no function for. Raises OSError: it failed."""
     number = PIVOT_ROOT[platform.machine()] if name == "pivot_root" else NUMBERS[name]
     try:

@@ -1,8 +1,9 @@
 """The system calls that a program may make. All others fail as if the user had no permission.
 
-The kernel runs a filter before each call. A filter is a short program of the "classic BPF" machine, see seccomp(2). Not allowed are, among others: starting
-processes and threads, running other programs, sockets, signals to others, changes of owners, modes and limits, and all that is newer than this list.
-Sources: seccomp(2); the numbers are those of the kernel's `unistd_64.h` (x86_64) and `asm-generic/unistd.h` (aarch64).
+The kernel runs a filter before each call. A filter is a short program of the "classic BPF" machine, see seccomp(2). Not allowed are, among
+others: starting processes and threads, running other programs, sockets, signals to others, changes of owners, modes and limits, and all
+that is newer than this list. Sources: seccomp(2); the numbers are those of the kernel's `unistd_64.h` (x86_64) and `asm-generic/unistd.h`
+(aarch64).
 """
 
 import ctypes
@@ -25,8 +26,8 @@ ALLOWED = """
     mmap 9 222, mprotect 10 226, munmap 11 215, mremap 25 216, madvise 28 233, brk 12 214, membarrier 324 283,
     select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -,
     epoll_pwait 281 22, eventfd2 290 19, futex 202 98, pause 34 -, nanosleep 35 101, clock_nanosleep 230 115, sched_yield 24 124,
-    restart_syscall 219 128, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigtimedwait 128 137,
-    rt_sigsuspend 130 133, sigaltstack 131 132, getitimer 36 102, setitimer 38 103, alarm 37 -,
+    restart_syscall 219 128, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136,
+    rt_sigtimedwait 128 137, rt_sigsuspend 130 133, sigaltstack 131 132, getitimer 36 102, setitimer 38 103, alarm 37 -,
     getpid 39 172, gettid 186 178, getppid 110 173, getpgrp 111 -, getpgid 121 155, getsid 124 156, getuid 102 174, geteuid 107 175,
     getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 118 148, getresgid 120 150, getrlimit 97 163, getrusage 98 165,
     sysinfo 99 179, uname 63 160, times 100 153, time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114,
