@@ -97,7 +97,9 @@ def _made(settings: Settings) -> Any:
     try:
         return gymnasium.make(str(settings.game), **modes, **settings.arguments)
     except (TypeError, gymnasium.error.Error) as error:
-        raise UserError(f"{type(error).__name__}: {error}", where="environment.arguments", fix=f"correct them for {settings.game}") from error
+        raise UserError(
+            f"{type(error).__name__}: {error}", where="environment.arguments", fix=f"correct them for {settings.game}"
+        ) from error
 
 
 def _draws_text(settings: Settings) -> bool:

@@ -77,7 +77,10 @@ class Environment:
             "searches": self._searches["searches"] + 1,
             "searches_without_hit": self._searches["searches_without_hit"] + (not found),
         }
-        shown = [f"[{number}] {one.title}\n{_index.snippet(one.text, query, self._settings.hit_characters)}" for number, one in enumerate(found, 1)]
+        shown = [
+            f"[{number}] {one.title}\n{_index.snippet(one.text, query, self._settings.hit_characters)}"
+            for number, one in enumerate(found, 1)
+        ]
         return "\n\n".join(shown) or NOTHING
 
 

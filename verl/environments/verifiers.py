@@ -157,7 +157,9 @@ def _client_class() -> type:
             self._asked, self._said = asked, said
 
         async def get_response(self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any) -> Any:
-            schemas = [{"type": "function", "function": one.model_dump(include={"name", "description", "parameters"})} for one in tools or []]
+            schemas = [
+                {"type": "function", "function": one.model_dump(include={"name", "description", "parameters"})} for one in tools or []
+            ]
             self._asked.put_nowait(([_plain(one.model_dump()) for one in prompt], schemas))
             said = await self._said.get()
             calls = [
