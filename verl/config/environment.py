@@ -1,13 +1,10 @@
 """Settings of environments that the model acts in over several turns."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
-
-if TYPE_CHECKING:
-    from verl.config.ppo import RolloutConfig
 
 
 @dataclass
@@ -34,7 +31,15 @@ class EnvironmentConfig:
     secrets: list[str] = field(default_factory=list)
 
 
-def check_environment(environment: EnvironmentConfig, rollout: "RolloutConfig") -> None:
+class Generation(Protocol):
+    """Keys of `rollout` that environments do not go together with."""
+
+    tool: str | None
+    oversample: float
+    staleness: int
+
+
+def check_environment(environment: EnvironmentConfig, rollout: Generation) -> None:
     """Check the keys of environments. Raises UserError naming the key."""
     at_least("environment.max_turns", environment.max_turns, 1)
     at_least("environment.step_seconds", environment.step_seconds, 0.001)

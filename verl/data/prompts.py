@@ -195,7 +195,7 @@ def _too_long(long: list[Prompt], rows: int, config: PromptConfig, key: str) -> 
 
 
 def _digests(prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Return hashes of the token ids and of the reference answer of each prompt, uint64."""
+    """Return hashes of the token ids and of the reference answer of each prompt, uint64; of a row without one, all of its columns count."""
     ids = [digest(np.array(prompt.token_ids, dtype=np.int32).tobytes()) for prompt in prompts]
-    references = [digest(json.dumps(prompt.row.get("reference"), default=str).encode()) for prompt in prompts]
+    references = [digest(json.dumps(prompt.row.get("reference", prompt.row), default=str).encode()) for prompt in prompts]
     return np.array(ids, dtype=np.uint64), np.array(references, dtype=np.uint64)

@@ -128,18 +128,18 @@ class Renderer:
         chat, disguise = self._disguised(Chat(messages))
         return self._encode_one(self._render(chat), disguise)
 
-    def turn_after(self, reply: Message) -> list[int]:
-        """Return the tokens between the end of an answer and the assistant's next turn: the reply and the generation prompt.
+    def turn_after(self, *replies: Message, answer: Message = PROBE.messages[1]) -> list[int]:
+        """Return the tokens between the end of an answer and the assistant's next turn: the replies and the generation prompt.
 
         They are rendered after a fixed question and answer, so that the sampled tokens of the real answer need not be tokenized again.
 
         Args:
-            reply: the message that follows the answer, such as a tool's result.
+            replies: the messages that follow the answer, such as a tool's result. `answer` is the fixed one.
         Raises:
             UserError: as `chat`, or the template changes earlier messages when the chat continues.
         """
-        answered = self._text_of(ChatInput(PROBE.messages))
-        chat, disguise = self._disguised(checked([*PROBE.messages, reply]))
+        answered = self._text_of(ChatInput([PROBE.messages[0], answer]))
+        chat, disguise = self._disguised(checked([PROBE.messages[0], answer, *replies]))
         text, end = self._render(chat, for_answer=True), answered.trained[-1][1]
         if not text.startswith(answered.text[:end]):
             what = "the chat template changes the messages before a reply when the chat continues"

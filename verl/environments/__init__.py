@@ -80,7 +80,8 @@ class Step:
         messages: what the model reads next: messages of roles such as `user` and `tool`, never `assistant`. Not used if `done`.
         reward: of this turn. An episode's reward is the sum.
         done: whether the episode ends here. It also ends after a turn without messages.
-        metrics: numbers for the log by name, such as {"solved": 1.0}; of an episode, the last value of each counts.
+        metrics: numbers for the log by name, such as {"solved": 1.0}; of an episode, the last value of each counts, and 0 without any. The
+            log has the mean over the episodes of a step.
     """
 
     messages: list[Message] = field(default_factory=list)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from verl.rewards._model import RewardModel
 
 MODEL = "model"  # the reward model's name among the rewards
+ENVIRONMENT = "environment"  # the environment's name among the rewards
 GRADER = ("score", "score_group", "extract_answer", "reference_answer", "check_reference", "exact_match")  # functions of a user's grader
 ERRORS_SHOWN = 3
 
@@ -44,18 +45,21 @@ class Scored:
         each: unweighted rewards by name, float32 [A]; 0 where the reward failed.
         errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
         tool_errors: failures of the tool (`rollout.on_error=reply`), each with the place of its row.
+        environment_errors: failures of the environment (`environment.on_error=end`), each with the place of its row.
     """
 
     reward_A: np.ndarray
     each: dict[str, np.ndarray]
     errors: list[UserError]
     tool_errors: list[UserError] = field(default_factory=list)
+    environment_errors: list[UserError] = field(default_factory=list)
 
     def describe_errors(self) -> str | None:
         """Return warnings with the number of failures and the first of them; None if there are none."""
         found = [
             warning_of(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
             warning_of(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
+            warning_of(self.environment_errors, "episodes of the environment went wrong and ended there (environment.on_error=end)"),
         ]
         return "\n".join(text for text in found if text) or None
 
@@ -327,7 +331,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in short:
         others = (f"{name}_{number}" for number in count(2))
-        found.append(next(one for one in chain([name], others) if one not in (MODEL, *found)))
+        found.append(next(one for one in chain([name], others) if one not in (MODEL, ENVIRONMENT, *found)))
     return found
 
 

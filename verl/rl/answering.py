@@ -1,4 +1,5 @@
-"""Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools).
+"""Sample answers to prompts and score them. A tool may reply between the turns of an answer (see verl.tools), or an answer be an episode in
+an environment (see verl.environments).
 
 A reply is rendered with the chat template and appended to the answer's token ids. Sampled tokens are kept as they are, never tokenized
 again from text.
@@ -18,6 +19,8 @@ from verl.rewards._scoring import Rewards, Scored
 from verl.rl.ahead import Ahead, share_of
 from verl.rl.ahead_partial import PartialAhead
 from verl.rl.clock import Clock
+from verl.rl.episodes import Episodes, with_episodes
+from verl.rl.outcome import metrics_of
 from verl.rl.samples import Sample
 from verl.rl.tool import Tool, tool_of
 from verl.rollout import Completion, Rollout, Sampling
@@ -41,7 +44,7 @@ class Collected:
         kept: numbers of the prompts to train on, over all ranks, in ascending order.
         scored: results of this rank's graders.
         is_ahead: whether answers are drawn while the trainer learns, so that the time of generation is that of waiting.
-        metrics: of over-sampling; empty without it.
+        metrics: of over-sampling, or of the environment; empty without them.
         waiting: prompts that wait to be asked again, see `verl.engine.position.Position.abandoned`.
     """
 
@@ -69,6 +72,7 @@ class Answerer:
     Args:
         workers: settings of the processes that run a user's own tool.
         watch: is told if these processes are waited for.
+        episodes: plays each answer in an environment; None: there is none.
         seed: seed of sampling. An answer depends only on the seed, its prompt's number and its own number.
     Attributes:
         exact_grader: the first grader that compares answers with reference answers, or None.
@@ -88,8 +92,9 @@ class Answerer:
         *,
         workers: WorkersConfig | None = None,
         watch: Watch | None = None,
+        episodes: Episodes | None = None,
     ):
-        self.rollout = rollout
+        self.rollout, self._episodes = rollout, episodes
         self._config, self._scorer, self._tokenizer = config, scorer, tokenizer
         self.exact_grader = scorer.exact
         self.sampling = Sampling(config.max_new_tokens, config.temperature, config.samples_per_prompt, seed)
@@ -117,8 +122,9 @@ class Answerer:
             self.ahead.finish()
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        """Decode one answer to each prompt greedily."""
-        return self._answered(list(enumerate(prompts)), Sampling(self._config.max_new_tokens, logprobs=False))
+        """Decode one answer to each of this rank's prompts greedily. Every rank calls it."""
+        numbers = range(dist.rank(), dist.rank() + len(prompts) * dist.world_size(), dist.world_size())
+        return self._answered(list(zip(numbers, prompts, strict=True)), Sampling(self._config.max_new_tokens, logprobs=False))
 
     def score(self, samples: Sequence[Sample]) -> Scored:
         """Set the rewards of the answers. Ranks may have different numbers of answers. Answers to one prompt are adjacent.
@@ -136,6 +142,14 @@ class Answerer:
         self._scorer.close()
         if self._tool is not None:
             self._tool.close()
+        if self._episodes is not None:
+            self._episodes.close()
+
+    def metrics_of(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Return metrics of episodes of all ranks; none without an environment. Every rank calls it."""
+        if self._episodes is None:
+            return {}
+        return metrics_of([sample.outcome for sample in samples if sample.outcome is not None], [sample.turns for sample in samples])
 
     @property
     def scores_on_cpu(self) -> bool:
@@ -157,12 +171,16 @@ class Answerer:
             chats=[sample.prompt.messages for sample in samples],
             groups=[sample.group for sample in samples],
         )
+        if self._episodes is not None:
+            found = with_episodes(found, samples)
         for number, sample in enumerate(samples):
             sample.reward = float(found.reward_A[number])
             sample.parts = {name: float(values[number]) for name, values in found.each.items()}
         return found
 
     def _answered(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling, drawn: list[Completion] | None = None) -> list[Sample]:
+        if self._episodes is not None:
+            return self._played(self._episodes, prompts, sampling)
         completions = drawn
         if completions is None:
             completions = self._generate([prompt.token_ids for _, prompt in prompts], sampling, [number for number, _ in prompts])
@@ -171,6 +189,11 @@ class Answerer:
         if self._tool is not None:
             self._take_turns(samples, self._tool, sampling)
         return samples
+
+    def _played(self, episodes: Episodes, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Sample]:
+        found: list[Sample] = []
+        dist.together(lambda: found.extend(episodes.play(self.rollout, prompts, sampling)))
+        return found
 
     def _generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """Generate with the rollout. Every rank calls it; an error on one rank is raised on all: AbandonedError after a signal."""
@@ -293,7 +316,8 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             if with_spread:
                 answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, answerer.ahead is not None)
+            ahead, metrics = answerer.ahead is not None, answerer.metrics_of(answered)
+            return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, ahead, metrics)
         refill += 1
 
 

@@ -38,6 +38,8 @@ from verl.rl.ahead_partial import PartialAhead
 from verl.rl.answering import Answerer
 from verl.rl.bridge import Bridge
 from verl.rl.clock import Clock
+from verl.rl.environment import check_environment
+from verl.rl.episodes import Episodes
 from verl.rl.method import Method
 from verl.rl.remote_rollout import RemoteRollout, rollout_options
 from verl.rl.schedule import Schedule, events_after
@@ -233,9 +235,18 @@ def build_roles(
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     check_rope(config, actor.engine.scorer.model)
-    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run)
+    episodes = None if config.environment.name is None else build_episodes(config, tokenizer, run)
+    answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run, episodes=episodes)
     sharing = share_prompts(config, actor, [engine for engine in (critic and critic.engine, reference) if isinstance(engine, Engine)])
     return Roles(actor, critic, reference, answerer, config.rollout.sleep, sharing)
+
+
+def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Episodes:
+    """Open the environment. Raises UserError: it cannot be used, or the chat template cannot continue a chat."""
+    episodes = Episodes(config, tokenizer, run)
+    if episodes.dropped:
+        run.say(f"environment: its processes have no {', '.join(episodes.dropped)}; environment.secrets passes on such variables")
+    return episodes
 
 
 def share_prompts(config: PPOConfig, actor: Built, others: Sequence[Engine]) -> PromptSharing:
@@ -287,11 +298,12 @@ def check_names(config: PPOConfig, method: Method) -> None:
     """Check everything that the config names, before data is read or a model loaded.
 
     Raises:
-        UserError: a rollout engine, tool, grader or model does not exist, or is of the wrong kind.
+        UserError: a rollout engine, tool, environment, grader or model does not exist, or is of the wrong kind.
     """
     plugin.load("verl.rollout", config.rollout.name, needs=("load", "share"))
     if config.rollout.tool is not None:
         load_tool(config.rollout.tool)
+    check_environment(config.environment)
     load_graders(config.reward)
     check_checkpoint(config)
     check_kind(config.model.partial_pretrain, (LANGUAGE_MODEL,), where=f"model.partial_pretrain={config.model.partial_pretrain}")

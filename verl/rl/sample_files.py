@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from verl import dist
+from verl.rl.outcome import ENDINGS
 from verl.rl.samples import Sample
 from verl.run import Run
 
@@ -38,6 +39,7 @@ def _line(sample: Sample) -> dict[str, Any]:
         "tokens": sample.trained_tokens,
         "finish_reason": sample.finish_reason,
         "turns": sample.turns,
+        **({} if sample.outcome is None else {"ending": ENDINGS[sample.outcome.ending], "turn_rewards": sample.outcome.rewards}),
         "version": sample.version,
         **({} if sample.versions is None else {"versions": [[each, len(list(run))] for each, run in groupby(sample.trained_versions)]}),
     }

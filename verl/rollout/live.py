@@ -12,9 +12,11 @@ size lets it.
 
 import asyncio
 from collections import deque
+from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import TypeVar
 
 from verl import dist, signals
 from verl.errors import AbandonedError, UserError
@@ -25,6 +27,8 @@ from verl.rollout.waves import Waves
 AT_ONCE = 1024  # responses that an engine generates at the same time, if it has room for them
 WAVE_SECONDS = 0.02  # for others to come, before a wave begins
 LOOK_SECONDS = 0.2  # between two looks at signals and other ranks, while nothing is generated
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,20 @@ class Live:
         self._queue.append(_Request(drawing, replace(sampling, n=1, max_new_tokens=self._longest), done))
         self._came.set()
         return await done
+
+    async def alongside(self, work: Awaitable[Result]) -> Result:
+        """Wait for work that submits requests. If generation fails meanwhile, cancel the work, and raise the error."""
+        assert self._task is not None
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if task.cancelled() and self._task.done():
+            self._task.result()
+        return task.result()
 
     async def __aenter__(self) -> "Live":
         self._task = asyncio.create_task(self._run())

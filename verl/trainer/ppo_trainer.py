@@ -214,7 +214,8 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
     shown = ["exact_match" if name == roles.answerer.exact_grader else name for name in names]
-    return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}}
+    own = {f"val/{name}": value for name, value in roles.answerer.metrics_of(samples).items()}
+    return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}, **own}
 
 
 @contextmanager
@@ -278,9 +279,10 @@ def without_differences(collected: Collected, method: Method) -> str | None:
 
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:
-    """Log failed rewards of all ranks, which count as 0, and failed calls of the tool. Every rank calls it."""
-    errors, tool_errors = ([error for of_rank in dist.gathered(mine) for error in of_rank] for mine in (scored.errors, scored.tool_errors))
-    everywhere = replace(scored, errors=errors, tool_errors=tool_errors)
+    """Log failed rewards of all ranks, which count as 0, and failures of the tool and the environment. Every rank calls it."""
+    kinds = (scored.errors, scored.tool_errors, scored.environment_errors)
+    errors, of_tool, of_environment = ([error for of_rank in dist.gathered(mine) for error in of_rank] for mine in kinds)
+    everywhere = replace(scored, errors=errors, tool_errors=of_tool, environment_errors=of_environment)
     if (text := everywhere.describe_errors()) is not None:
         run.say(f"{place}: {text}")
 

@@ -193,7 +193,10 @@ class _Host:
             call = pickle.loads(message)  # noqa: S301 - from the trainer
             if call.seed is not None:
                 random.seed(call.seed)
+                self._object = None
                 self._object = self._kind(*self._more)
+            if self._object is None:
+                raise WrongResultError("has no object, because making it has failed")
             value = getattr(self._object, call.function)(*call.arguments)
             if isawaitable(value):
                 value = self._loop.run_until_complete(self._awaited(value, call.seconds))
