@@ -10,7 +10,7 @@ from verl.errors import UserError
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'verl[gymnasium]'")
 
-LAKE = {"game": "FrozenLake-v1", "arguments": {"is_slippery": False}, "actions": ["left", "down", "right", "up"]}
+LAKE: dict[str, Any] = {"game": "FrozenLake-v1", "arguments": {"is_slippery": False}, "actions": ["left", "down", "right", "up"]}
 
 
 def begun(**keys: Any) -> tuple[Environment, Start]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,13 +16,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox nee
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _sandbox() -> Iterator[None]:
+def _sandbox() -> None:
     """Without what the sandbox needs, there is nothing to test: that it is refused then, tests/sandbox sees."""
     try:
         check_installed()
     except UserError as error:
         pytest.skip(str(error))
-    yield
 
 
 def called(*codes: str, name: str = "python") -> Message:

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,12 @@ def test_of_a_long_document_the_part_with_most_words_of_the_query_is_shown() -> 
 def test_the_index_is_made_once_and_anew_when_the_documents_change(towns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
     real = _index._make
-    monkeypatch.setattr(_index, "_make", lambda folder, documents: (made.append(folder), real(folder, documents)))
+
+    def make(folder: Path, documents: Sequence[_index.Document]) -> None:
+        made.append(folder)
+        real(folder, documents)
+
+    monkeypatch.setattr(_index, "_make", make)
     for _ in range(2):
         _index.open_index.cache_clear()  # as in another process
         assert titles(str(towns), "Italy") == ["Rome"]
@@ -144,7 +150,7 @@ def test_an_index_that_another_user_could_have_written_is_not_read(towns: Path, 
     ],
 )
 def test_a_wrong_value_names_its_key(keys: dict[str, Any], where: str, said: str, towns: Path) -> None:
-    given = {name: str(towns) if value == "TOWNS" else value for name, value in keys.items()}
+    given: dict[str, Any] = {name: str(towns) if value == "TOWNS" else value for name, value in keys.items()}
     with pytest.raises(UserError) as error:
         Settings(**given).check()
     assert error.value.where == where and said in str(error.value)

@@ -1,4 +1,4 @@
-"""Environments of the real package verifiers: what the model reads, and the reward, are those of the package's own client (make test-verifiers)."""
+"""Environments of the real package verifiers, compared with the package's own client: what the model reads, and the reward."""
 
 import asyncio
 import http.server
@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -122,8 +122,8 @@ def played(package: str, kind: str, turns: list[Message]) -> tuple[list[Message]
 class _Scripted(http.server.BaseHTTPRequestHandler):
     """An OpenAI-style endpoint that says the turns one after the other."""
 
-    turns: list[Message] = []
-    requests: list[dict[str, Any]] = []
+    turns: ClassVar[list[Message]] = []
+    requests: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         self.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))

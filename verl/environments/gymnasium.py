@@ -93,7 +93,7 @@ class Environment:
 def _made(settings: Settings) -> Any:
     import gymnasium
 
-    modes = {} if "render_mode" in settings.arguments or not _draws_text(settings) else {"render_mode": "ansi"}
+    modes: dict[str, Any] = {} if "render_mode" in settings.arguments or not _draws_text(settings) else {"render_mode": "ansi"}
     try:
         return gymnasium.make(str(settings.game), **modes, **settings.arguments)
     except (TypeError, gymnasium.error.Error) as error:

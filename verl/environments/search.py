@@ -1,8 +1,8 @@
 """Search over documents of one's own: the model asks for words, reads the parts that fit best, and answers when it is ready.
 
-It calls the tool `search`, or ends its turn with the line `search what it looks for`. The documents are rows of `environment.documents`, in any
-format that training data may have; of a plain text file, each paragraph is one. They are ranked by BM25 (pip install "verl[search]"): words
-that are rare in the documents count most. The index is made once, and kept in the folder of caches.
+It calls the tool `search`, or ends its turn with the line `search what it looks for`. The documents are rows of `environment.documents`, in
+any format that training data may have; of a plain text file, each paragraph is one. They are ranked by BM25 (pip install "verl[search]"):
+words that are rare in the documents count most. The index is made once, and kept in the folder of caches.
 
 It gives no rewards of its own: `reward.name` grades the answer. The metrics `environment/searches` and `environment/searches_without_hit`
 count searches of an episode.

@@ -1,8 +1,8 @@
-"""Environments of the package `verifiers` (PrimeIntellect), such as those of its Environments Hub: rows, tools, turns and rubrics are theirs.
+"""Environments of the package `verifiers` (PrimeIntellect), such as those of its Environments Hub, with their tools, turns and rubrics.
 
-The package's own rollout runs, with a client that asks the model of this run: each of its requests is a turn. The reward is the rubric's, at the
-end of the episode, and its metrics are `environment/NAME`. So an episode has to end by itself: let `environment.max_turns` be larger than
-the environment's own number of turns. `write_rows` writes its data set as a file for `data.train_files`.
+The package's own rollout runs, with a client that asks the model of this run: each of its requests is a turn. The reward is the rubric's,
+at the end of the episode, and its metrics are `environment/NAME`. So an episode has to end by itself: let `environment.max_turns` be larger
+than the environment's own number of turns. `write_rows` writes its data set as a file for `data.train_files`.
 
 It needs verifiers from 0.1.11 to before 0.4, which no longer has these environments: its tasks are agents that ask an endpoint.
 """
@@ -151,15 +151,14 @@ def _client_class() -> type:
     from verifiers.clients import Client
     from verifiers.types import Response, ResponseMessage, ToolCall
 
-    class ClientOfThisRun(Client):  # type: ignore[misc]
+    class ClientOfThisRun(Client):
         def __init__(self, asked: "asyncio.Queue[Any]", said: "asyncio.Queue[Message]"):
             super().__init__(None)
             self._asked, self._said = asked, said
 
         async def get_response(self, prompt: Any, model: str, sampling_args: Any, tools: Any = None, **_: Any) -> Any:
-            schemas = [
-                {"type": "function", "function": one.model_dump(include={"name", "description", "parameters"})} for one in tools or []
-            ]
+            functions = [one.model_dump(include={"name", "description", "parameters"}) for one in tools or []]
+            schemas = [{"type": "function", "function": one} for one in functions]
             self._asked.put_nowait(([_plain(one.model_dump()) for one in prompt], schemas))
             said = await self._said.get()
             calls = [
@@ -199,7 +198,7 @@ def _input_of(row: dict[str, Any], environment: Any) -> dict[str, Any]:
 
 
 def _new_messages(before: list[Message], now: list[Message]) -> list[Message]:
-    """Return what a request has after the one before and its answer. Raises ValueError: it has another past, which cannot be appended to."""
+    """Return what a request has after the one before and its answer. Raises ValueError: it has another past."""
     after = len(before) + 1
     if now[: len(before)] != before or len(now) < after or now[len(before)]["role"] != "assistant":
         raise ValueError("the environment changes earlier messages, and what the model has read cannot change")

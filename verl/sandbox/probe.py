@@ -3,13 +3,10 @@
 import asyncio
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from verl.errors import UserError
 from verl.sandbox.limits import Limits
-
-if TYPE_CHECKING:
-    from verl.sandbox.sandbox import Sandbox
 
 ATTEMPTS = {
     "read a file of the user's": "open({secret!r}).read()",
@@ -38,7 +35,16 @@ print([name for name, attempt in {attempts!r}.items() if succeeds(attempt)], sor
 """
 
 
-def check(sandbox: "Sandbox") -> None:
+class Starter(Protocol):
+    """What starts programs: see `verl.sandbox.sandbox.Sandbox`."""
+
+    wall: str
+    variables: tuple[str, ...]
+
+    def program(self, limits: Limits, seed: int = 0) -> Any: ...
+
+
+def check(sandbox: Starter) -> None:
     """Run it.
 
     Raises:
@@ -55,7 +61,7 @@ def check(sandbox: "Sandbox") -> None:
         )
 
 
-def _run(sandbox: "Sandbox", code: str) -> str:
+def _run(sandbox: Starter, code: str) -> str:
     """Run code in a program of its own, outside any event loop. Return what it has printed and why it ended."""
     program = sandbox.program(Limits(seconds=30))
     try:
@@ -63,4 +69,4 @@ def _run(sandbox: "Sandbox", code: str) -> str:
             outcome = threads.submit(asyncio.run, program.run(code)).result()
     finally:
         program.close()
-    return outcome.output.strip() + (f" ({outcome.ended})" if outcome.ended else "")
+    return f"{outcome.output.strip()}{f' ({outcome.ended})' if outcome.ended else ''}"
