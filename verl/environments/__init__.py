@@ -82,7 +82,7 @@ class Step:
         reward: of this turn. An episode's reward is the sum.
         done: whether the episode ends here. It also ends after a turn without messages.
         metrics: numbers for the log by name, such as {"solved": 1.0}; of an episode, the last value of each counts, and 0 without any. The
-            log has the mean over the episodes of a step.
+            log has the mean over the episodes of a step as `episode/NAME`, and of a validation as `val/NAME`.
     """
 
     messages: list[Message] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """A game of several turns: guess a hidden number, and hear after each guess whether it is higher or lower.
 
 A row has the number in the column `secret`; `write_rows` writes rows. A turn is the guess alone, such as `12`. It is worth 1 if it is
-right, and the game ends; a turn that is no number of the game costs `environment.penalty`. Each turn sees all before it, so that a model can
-learn to halve what is left: 4 turns find each of 15 numbers. The metric `environment/solved` is the share of games that are won.
+right, and the game ends; a turn that is no number of the game costs `environment.penalty`. Each turn sees all before it, so that a model
+can learn to halve what is left: 3 turns find each of 7 numbers. The metric `episode/solved` is the share of games that are won.
 """
 
 import json
@@ -23,7 +23,7 @@ HIGHER, LOWER, UNREAD = "It is higher.", "It is lower.", "Say a number from 1 to
 @dataclass
 class Settings:
     # guess: the largest number that is thought of.
-    largest: int = 15
+    largest: int = 7
     # guess: what a turn costs that is no number of the game.
     penalty: float = 0.1
 

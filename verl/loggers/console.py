@@ -24,7 +24,7 @@ _SHOWN = {
 }
 _MINUS_ZERO = re.compile(r"-(0\.0+)(?![0-9])")  # what rounding makes of a very small negative number
 # Metrics that are only in metrics.jsonl.
-_NOT_SHOWN = ("epoch", "train/", "perf/", "rl/", "critic/", "reward/")
+_NOT_SHOWN = ("epoch", "train/", "perf/", "rl/", "critic/", "reward/", "environment/", "val/environment/")
 
 
 class Console:

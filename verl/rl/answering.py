@@ -145,10 +145,10 @@ class Answerer:
         if self._episodes is not None:
             self._episodes.close()
 
-    def metrics_of(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Return metrics of episodes of all ranks; none without an environment. Every rank calls it."""
+    def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
+        """Return metrics of episodes of all ranks, and the environment's own; none without an environment. Every rank calls it."""
         if self._episodes is None:
-            return {}
+            return {}, {}
         return metrics_of([sample.outcome for sample in samples if sample.outcome is not None], [sample.turns for sample in samples])
 
     @property
@@ -316,7 +316,9 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             if with_spread:
                 answerer.begin_next(drawn)
             samples = [sample for sample in answered if sample.group in kept]
-            ahead, metrics = answerer.ahead is not None, answerer.metrics_of(answered)
+            metrics, own = answerer.metrics_of(answered)
+            metrics |= {f"episode/{name}": value for name, value in own.items()}
+            ahead = answerer.ahead is not None
             return Collected(answered, samples, drawn, refill, flat, drawn - first, kept, scored, ahead, metrics)
         refill += 1
 

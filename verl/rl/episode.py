@@ -27,6 +27,7 @@ from verl.rl.samples import Sample
 from verl.rollout import Completion, Sampling
 from verl.rollout.live import Live
 from verl.workers.calls import Failure, WrongResultError
+from verl.workers.host import Late
 from verl.workers.hosts import HostEndedError
 
 MOST_TURNS = 2**16  # distance between the seeds of two answers
@@ -98,13 +99,11 @@ class Episode:
     def _see_end(self, task: "asyncio.Task[None]") -> None:
         try:
             task.result()
-        except _FailedError as error:
-            self._fail(FAILED, error.failure)
-        except HostEndedError as error:
-            failure = error.failure
-            if error.is_late:
-                failure = replace(failure, what=f"{failure.what} (environment.step_seconds)")
-            self._fail(HUNG if error.is_late else FAILED, failure)
+        except (_FailedError, HostEndedError) as error:
+            failure, is_late = error.failure, isinstance(error.failure, Late)
+            self._fail(
+                HUNG if is_late else FAILED, replace(failure, what=f"{failure.what} (environment.step_seconds)") if is_late else failure
+            )
 
     def _fail(self, ending: str, failure: Failure) -> None:
         """End the episode with what it has. Raises UserError: `environment.on_error=stop`."""
@@ -126,7 +125,7 @@ class Episode:
             found = await self._host.call("close", seconds=self._table.config.step_seconds)
         except HostEndedError as error:
             found = error.failure
-        if isinstance(found, Failure) and self._outcome.ending != FAILED:
+        if isinstance(found, Failure) and self._outcome.ending not in (FAILED, HUNG):
             self._tell(replace(found, what=f"cannot be closed: it {found.what}"))
 
     async def _turns(self) -> None:

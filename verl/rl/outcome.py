@@ -34,10 +34,10 @@ class Outcome:
         return sum(self.rewards)
 
 
-def metrics_of(outcomes: Sequence[Outcome], turns: Sequence[int]) -> dict[str, float]:
-    """Return metrics of the episodes of all ranks. Every rank calls it.
+def metrics_of(outcomes: Sequence[Outcome], turns: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return metrics of the episodes of all ranks, and those of the environment's own. Every rank calls it.
 
-    A metric of the environment's own is the mean over all episodes; one that does not have it counts as 0.
+    One of the environment's own is the mean over all episodes; one that does not have it counts as 0.
 
     Args:
         turns: number of the model's turns in each episode.
@@ -46,8 +46,9 @@ def metrics_of(outcomes: Sequence[Outcome], turns: Sequence[int]) -> dict[str, f
     sums = [sum(outcome.reward for outcome in outcomes), float(sum(turns)), sum(outcome.waited for outcome in outcomes)]
     episodes, reward, turned, waited, *counts = dist.total([float(len(outcomes)), *sums, *endings])
     n = max(episodes, 1.0)
-    found = {"reward_mean": reward / n, "turns_mean": turned / n, "seconds_mean": waited / n}
+    means = {"reward_mean": reward / n, "turns_mean": turned / n, "seconds_mean": waited / n}
+    found = means | dict(zip(ENDINGS.values(), counts, strict=True))
     names = sorted({name for of_rank in dist.gathered({name for outcome in outcomes for name in outcome.metrics}) for name in of_rank})
     totals = dist.total([sum(outcome.metrics.get(name, 0.0) for outcome in outcomes) for name in names]) if names else []
     own = {name: value / n for name, value in zip(names, totals, strict=True)}
-    return {f"environment/{name}": value for name, value in (found | dict(zip(ENDINGS.values(), counts, strict=True)) | own).items()}
+    return {f"environment/{name}": value for name, value in found.items()}, own

@@ -214,8 +214,9 @@ def validate(roles: Roles, validation: Prompts, step: int, run: Run) -> dict[str
     sums = [sum(sample.parts[name] for sample in samples) for name in names]
     answers, reward, *each = dist.total([float(len(samples)), sum(sample.reward for sample in samples), *sums])
     shown = ["exact_match" if name == roles.answerer.exact_grader else name for name in names]
-    own = {f"val/{name}": value for name, value in roles.answerer.metrics_of(samples).items()}
-    return {"val/reward": reward / answers, **{f"val/{name}": total / answers for name, total in zip(shown, each, strict=True)}, **own}
+    of_episodes, own = roles.answerer.metrics_of(samples)
+    means = {name: total / answers for name, total in zip(shown, each, strict=True)}
+    return {f"val/{name}": value for name, value in ({**own, "reward": reward / answers} | means | of_episodes).items()}
 
 
 @contextmanager

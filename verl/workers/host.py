@@ -212,8 +212,8 @@ class _Host:
             value = getattr(self._object, call.function)(*call.arguments)
             if isawaitable(value):
                 value = self._loop.run_until_complete(self._awaited(value, call.seconds))
-                if isinstance(value, Failure):
-                    return packed(value=value)
+                if isinstance(value, Late):
+                    return packed(value=value, is_late=True)
             return _result(value)
         except BaseException as error:  # `exit()` and KeyboardInterrupt in the user's code are failures too
             return packed(value=failure_of(error, call.function, self._module))
@@ -234,20 +234,22 @@ class _Host:
             return late(seconds, user_files.place_of(error, self._module))
 
 
-def late(seconds: float, place: str | None = None) -> Failure:
+class Late(Failure):
+    """The failure of a call that has exceeded its time limit."""
+
+
+def late(seconds: float, place: str | None = None) -> Late:
     """Return the failure of a call that has exceeded its time limit."""
-    return Failure(f"did not return within {seconds:g} s", place)
+    return Late(f"did not return within {seconds:g} s", place)
 
 
 def _result(value: object) -> bytes:
-    """Return a result as a message: an object of JSON, or null. Raises WrongResultError: it is something else."""
+    """Return a result as a message; a dataclass is an object of JSON. Raises WrongResultError: it is something that JSON does not have."""
     plain: object = value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = dataclasses.asdict(value)
     elif isinstance(value, Mapping):
         plain = dict(value)
-    elif value is not None:
-        raise WrongResultError(f"returned {shown(value)}")
     try:
         return json.dumps({"result": plain}, default=_number).encode()
     except (TypeError, ValueError, RecursionError) as error:

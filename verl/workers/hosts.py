@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import weakref
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +27,7 @@ from verl import user_files
 from verl.config.workers import WorkersConfig
 from verl.errors import UserError
 from verl.workers.calls import Failure, unpacked
-from verl.workers.host import COMMAND, END, FORK, LENGTH, TELL, Call, Hosted, late
+from verl.workers.host import COMMAND, END, FORK, LENGTH, TELL, Call, Hosted, Late, late
 from verl.workers.pool import environment
 from verl.workers.serve import end_descendants
 
@@ -43,13 +42,12 @@ class HostEndedError(Exception):
     """The process of an object has ended, or was ended because of its time limit.
 
     Attributes:
-        failure: what happened.
-        is_late: whether the call has exceeded its time limit.
+        failure: what happened; of the time limit, it is Late.
     """
 
-    def __init__(self, failure: Failure, *, is_late: bool):
+    def __init__(self, failure: Failure):
         super().__init__(str(failure))
-        self.failure, self.is_late = failure, is_late
+        self.failure = failure
 
 
 class Hosts:
@@ -193,10 +191,10 @@ class Host:
             done, _ = await asyncio.wait({task}, timeout=seconds + GRACE_SECONDS)
             if not done:
                 place = await self._place_now()
-                raise HostEndedError(late(seconds, place), is_late=True)
+                raise HostEndedError(late(seconds, place))
             return self._read(task.result())
         except (EOFError, OSError):
-            raise HostEndedError(self._how_it_ended(), is_late=False) from None
+            raise HostEndedError(self._how_it_ended()) from None
         finally:
             if not task.done() or task.cancelled() or task.exception() is not None:
                 task.cancel()
@@ -208,7 +206,8 @@ class Host:
         value = message["value"]
         if isinstance(value, UserError):
             raise value
-        return replace(value, fix=self._hosts.fix_for(value.what))
+        kind = Late if message.get("is_late") else Failure
+        return kind(value.what, value.place, self._hosts.fix_for(value.what))
 
     async def _exchange(self, call: Call) -> dict[str, Any]:
         message = pickle.dumps(call)

@@ -66,7 +66,7 @@ class InsideHost:
                 task.cancel()
                 self.has_ended = True
         if not done:
-            raise HostEndedError(late(seconds), is_late=True)
+            raise HostEndedError(late(seconds))
         return task.result()
 
     def release(self) -> None:
