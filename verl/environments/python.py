@@ -1,9 +1,9 @@
 """Python in a sandbox: the model runs programs, reads what they print, and answers when it is ready.
 
-It calls the tool `python` with code, or ends its turn with a block of code between ```python and ```. The pieces of code of an episode run
-in one program, so that variables and files are kept from turn to turn, as in a notebook. A program has one thread, may read Python's
-libraries and nothing else of the system, and writes in a folder of its own, see `verl.sandbox`. One that exceeds a limit is ended, and its
-variables are lost, which the model is told.
+It calls the tool `python` with code. If its chat template has no tools (`environment.tool_calls=false`), it ends its turn with a block of
+code between ```python and ```. The pieces of code of an episode run in one program, so that variables and files are kept from turn to
+turn, as in a notebook. A program has one thread, may read Python's libraries and nothing else of the system, and writes in a folder of its
+own, see `verl.sandbox`. One that exceeds a limit is ended, and its variables are lost, which the model is told.
 
 It gives no rewards of its own: `reward.name` grades the answer. The metrics `environment/programs` and `environment/programs_ended` count
 pieces of code that were run in an episode and those that ended their program.
@@ -27,6 +27,8 @@ MIB = 2**20
 
 @dataclass
 class Settings:
+    # python: whether the model calls a tool in the format of its chat template; false: it writes its code as text.
+    tool_calls: bool = True
     # python: limit of wall time for a piece of code, in seconds; below environment.step_seconds.
     code_seconds: float = 10.0
     # python: limit of processor time for a piece of code, in seconds.
@@ -57,11 +59,18 @@ def check_installed() -> None:
     sandbox.shared()
 
 
+def prepare(settings: Settings) -> None:
+    """Start what starts programs. Raises UserError: a module cannot be imported."""
+    sandbox.shared(tuple(settings.modules))
+
+
 class Environment:
     """See `verl.environments`."""
 
     def __init__(self, settings: Settings):
-        self._modules, self._program, self._seed = tuple(settings.modules), None, 0
+        self._modules, self._tools = tuple(settings.modules), [TOOL] if settings.tool_calls else []
+        self._program: sandbox.Program | None = None
+        self._seed = 0
         self._runs = {"programs": 0.0, "programs_ended": 0.0}
         self._limits = Limits(
             seconds=settings.code_seconds,
@@ -71,12 +80,10 @@ class Environment:
             output_bytes=settings.output_bytes,
         )
 
-    _program: sandbox.Program | None
-
     def reset(self, row: dict[str, Any], seed: int) -> Start:
         """Begin with the question of the row. The seed is that of the programs' random numbers."""
         self._seed = seed
-        return Start(tools=[TOOL])
+        return Start(tools=self._tools)
 
     async def step(self, message: Message) -> Step:
         """Run the code of each call; the turn without one is the last."""

@@ -1,8 +1,9 @@
 """Search over documents of one's own: the model asks for words, reads the parts that fit best, and answers when it is ready.
 
-It calls the tool `search`, or ends its turn with the line `search what it looks for`. The documents are rows of `environment.documents`, in
-any format that training data may have; of a plain text file, each paragraph is one. They are ranked by BM25 (pip install "verl[search]"):
-words that are rare in the documents count most. The index is made once, and kept in the folder of caches.
+It calls the tool `search`. If its chat template has no tools (`environment.tool_calls=false`), it ends its turn with the line
+`search what it looks for`. The documents are rows of `environment.documents`, in any format that training data may have; of a plain text
+file, each paragraph is one. They are ranked by BM25 (pip install "verl[search]"): words that are rare in the documents count most. The
+index is made once, and kept in the folder of caches.
 
 It gives no rewards of its own: `reward.name` grades the answer. The metrics `environment/searches` and `environment/searches_without_hit`
 count searches of an episode.
@@ -26,6 +27,8 @@ check_installed = _index.check_installed
 
 @dataclass
 class Settings:
+    # search: whether the model calls a tool in the format of its chat template; false: it writes a line of text.
+    tool_calls: bool = True
     # search: files of the documents that are searched: a path, a glob or a list of these, as in data.train_files.
     documents: Any = field(default_factory=list)
     # search: column with the text of a document.
@@ -60,7 +63,7 @@ class Environment:
 
     def reset(self, row: dict[str, Any], seed: int) -> Start:
         """Begin with the question of the row."""
-        return Start(tools=[TOOL])
+        return Start(tools=[TOOL] if self._settings.tool_calls else [])
 
     def step(self, message: Message) -> Step:
         """Answer each search; the turn without one is the last."""
