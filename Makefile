@@ -75,7 +75,7 @@ $(VLLM_STAMP): pyproject.toml
 	@touch $@
 
 test-verifiers: $(VERIFIERS_STAMP) ## Run the tests of environments of the package verifiers, in an environment of its own: .venv-verifiers
-	$(VERIFIERS_VENV)/bin/python -m pytest tests/environments/test_verifiers.py $(ARGS)
+	$(VERIFIERS_VENV)/bin/python -m pytest tests/environments/test_verifiers.py tests/rl/test_built_in_episodes.py $(ARGS)
 
 $(VERIFIERS_STAMP): pyproject.toml
 	$(needs_python)

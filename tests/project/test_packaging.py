@@ -171,7 +171,7 @@ def test_verifiers_has_an_environment_of_its_own(fresh_clone: Path) -> None:
     make("test-verifiers", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
     install, test = calls(fresh_clone)[1:]
     assert install.endswith("-e .[verifiers]") and "constraints" not in install
-    assert test == "python -m pytest tests/environments/test_verifiers.py -k one"
+    assert test == "python -m pytest tests/environments/test_verifiers.py tests/rl/test_built_in_episodes.py -k one"
     make("test-verifiers", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
     assert calls(fresh_clone) == [test]
 

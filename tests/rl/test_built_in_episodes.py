@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("built-in"))
 
 
-def played(folder: Path, name: str, *texts: Sequence[str], template: str | None = None, rows: Any = None, **keys: object) -> list[Sample]:
+def played(folder: Path, name: str, *texts: Sequence[str], template: str | None = None, rows: Any = None, **keys: Any) -> list[Sample]:
     """Play an episode for each list of turns."""
     own: dict[str, object] = {f"environment__{key}": value for key, value in keys.items()}
     lengths = {"rollout__max_new_tokens": 3000, "data__max_prompt_length": 3000, "data__max_tokens_per_micro_batch": 6000}
@@ -129,7 +129,7 @@ def test_a_game_of_gymnasium_is_won(folder: Path) -> None:
     pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'verl[gymnasium]'")
     keys = {"game": "FrozenLake-v1", "arguments": "{is_slippery: false}", "actions": "[left, down, right, up]"}
     won, lost = checked(played(folder, "gymnasium", ("down", "down", "right", "right", "down", "right"), ("right", "down"), **keys))
-    assert [won.outcome.reward, lost.outcome.reward] == [1.0, 0.0]  # type: ignore[union-attr]
+    assert [won.outcome.reward, lost.outcome.reward] == [1.0, 0.0]
     assert won.prompt.text.startswith("[S]FFF")
 
 
@@ -172,6 +172,6 @@ def test_an_environment_of_verifiers_plays_in_a_process_of_its_own(folder: Path,
         ("python", {"modules": "[no_such_module]"}, "no_such_module"),
     ],
 )
-def test_what_cannot_be_played_is_an_error_before_the_first_episode(folder: Path, name: str, keys: dict[str, object], said: str) -> None:
+def test_what_cannot_be_played_is_an_error_before_the_first_episode(folder: Path, name: str, keys: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         played(folder, name, ("x",), **keys)

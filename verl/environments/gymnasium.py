@@ -21,7 +21,7 @@ ASK = "Answer with one action: {actions}."
 class Settings:
     # gymnasium: id of the environment, such as FrozenLake-v1; mine:Game-v0 imports the module mine first, which registers it.
     game: str | None = None
-    # gymnasium: arguments of gymnasium.make, such as {is_slippery: false}.
+    # gymnasium, verifiers: arguments of gymnasium.make, or of the package's load_environment, such as {is_slippery: false}.
     arguments: dict[str, Any] = field(default_factory=dict)
     # gymnasium: names of the actions from 0 on, such as [left, down, right, up]; empty: their numbers.
     actions: list[str] = field(default_factory=list)

@@ -27,7 +27,7 @@ MIB = 2**20
 
 @dataclass
 class Settings:
-    # python: whether the model calls a tool in the format of its chat template; false: it writes its code as text.
+    # python, search: whether the model calls a tool in the format of its chat template; false: it writes the code or the search as text.
     tool_calls: bool = True
     # python: limit of wall time for a piece of code, in seconds; below environment.step_seconds.
     code_seconds: float = 10.0

@@ -27,7 +27,7 @@ check_installed = _index.check_installed
 
 @dataclass
 class Settings:
-    # search: whether the model calls a tool in the format of its chat template; false: it writes a line of text.
+    # python, search: whether the model calls a tool in the format of its chat template; false: it writes the code or the search as text.
     tool_calls: bool = True
     # search: files of the documents that are searched: a path, a glob or a list of these, as in data.train_files.
     documents: Any = field(default_factory=list)

@@ -29,7 +29,7 @@ MODEL = "verl"  # its name in requests
 class Settings:
     # verifiers: name of an installed package of an environment, such as gsm8k, or path/to/file.py with `load_environment`.
     package: str | None = None
-    # verifiers: arguments of its load_environment.
+    # gymnasium, verifiers: arguments of gymnasium.make, or of the package's load_environment, such as {is_slippery: false}.
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
