@@ -41,10 +41,6 @@ async def short(completion):
     return 1.0 / (1 + len(text_of(completion)))
 
 
-def fails(completion):
-    raise ValueError("the rubric is broken")
-
-
 class Hot(vf.MultiTurnEnv):
     """Guess a number: hotter or colder."""
 
@@ -77,7 +73,13 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def spread(states):
+    return [0.0 for _ in states]
+
+
 def load_environment(kind="single"):
+    if kind == "group":
+        return vf.SingleTurnEnv(dataset=Dataset.from_list(ROWS), rubric=vf.Rubric(funcs=[right, spread]))
     given = {"dataset": Dataset.from_list(ROWS), "rubric": vf.Rubric(funcs=[right, short], weights=[1.0, 0.5])}
     if kind == "single":
         return vf.SingleTurnEnv(system_prompt="Answer with a number.", **given)
@@ -238,6 +240,12 @@ def test_an_environment_that_cannot_be_loaded_names_its_key(name: str, said: str
     with pytest.raises(UserError, match=said) as error:
         Environment(given)
     assert str(error.value.where).startswith("environment.package=")
+
+
+@needs_package
+def test_a_rubric_that_compares_answers_is_refused(package: str) -> None:
+    with pytest.raises(UserError, match="compares the answers to one prompt"):
+        Environment(Settings(package, {"kind": "group"}))
 
 
 @needs_package

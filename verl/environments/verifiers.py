@@ -131,9 +131,17 @@ def _loaded(settings: Settings) -> Any:
 
 @cache
 def _load(package: str, arguments: str) -> Any:
+    given, where = json.loads(arguments), f"environment.package={package}"
+    loaded = _made(package, given, where)
+    if _compares_answers(loaded.rubric):
+        what = "its rubric compares the answers to one prompt (group rewards), and here an episode is scored by itself"
+        raise UserError(what, where=where, fix="take an environment whose rubric scores single answers")
+    return loaded
+
+
+def _made(package: str, given: dict[str, Any], where: str) -> Any:
     import verifiers
 
-    given, where = json.loads(arguments), f"environment.package={package}"
     try:
         if package.endswith(".py"):
             return plugin.load("verl.environments", package, needs=("load_environment",)).load_environment(**given)
@@ -143,6 +151,10 @@ def _load(package: str, arguments: str) -> Any:
     except Exception as error:  # the environment's own code may raise anything
         fix = "install its package, or correct environment.arguments"
         raise UserError(f"{type(error).__name__}: {error}", where=where, fix=fix) from error
+
+
+def _compares_answers(rubric: Any) -> bool:
+    return bool(rubric._get_group_reward_funcs()) or any(map(_compares_answers, getattr(rubric, "rubrics", [])))
 
 
 @cache
