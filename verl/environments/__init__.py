@@ -46,7 +46,8 @@ model's turn as a message of the chat:
 A user's own environment runs in processes of its own, one episode at a time in each, and so does a module of verl whose function
 `needs_limit(settings)` is true. Other modules of verl run in the trainer and must not block. What raises, hangs or ends its process ends
 the episode, see `environment.on_error`; only a UserError ends the run: the environment cannot be used at all. If the module has a function
-`check_installed()`, it is called first, and raises a UserError for a package that is missing.
+`check_installed()`, it is called first, and raises a UserError for a package that is missing. A function `prepare(settings)` is called once
+in the process that the episodes run in, or that theirs are forked from, before the first of them: load there what they share.
 """
 
 from collections.abc import Awaitable, Mapping

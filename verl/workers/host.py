@@ -75,6 +75,7 @@ def keep(control: int) -> None:
         hosted: Hosted = connection.recv()
         try:
             module, settings = loaded(hosted.name, hosted.settings)
+            prepare(module, settings)
         except UserError as error:
             connection.send_bytes(packed(value=error))
             raise EOFError from error
@@ -83,6 +84,17 @@ def keep(control: int) -> None:
     except (EOFError, OSError):  # the trainer has closed the connection
         end_descendants(os.getpid())
         os._exit(0)
+
+
+def prepare(module: ModuleType, settings: Any) -> None:
+    """Let a module load once what its objects share, if it has a function `prepare`. Raises UserError: the function raised an error."""
+    try:
+        getattr(module, "prepare", lambda *_: None)(*(() if settings is None else (settings,)))
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"its function prepare raised {type(error).__name__}: {error}"
+        raise UserError(what, where=user_files.place_of(error, module) or module.__file__, fix="correct it there") from error
 
 
 class _Keeper:

@@ -7,7 +7,7 @@ from typing import Any
 
 from verl.errors import UserError
 from verl.workers.calls import failure_of
-from verl.workers.host import late
+from verl.workers.host import late, prepare
 from verl.workers.hosts import HostEndedError
 
 
@@ -17,12 +17,15 @@ class Inside:
     Args:
         kind: name of the class.
         settings: what the class is called with; None: nothing.
+    Raises:
+        UserError: the module's function `prepare` raised an error.
     """
 
     dropped: list[str] = []  # noqa: RUF012 - as of Hosts
 
     def __init__(self, module: ModuleType, kind: str, settings: object | None):
         self.module, self.kind, self.settings = module, kind, settings
+        prepare(module, settings)
 
     async def begin(self) -> "InsideHost":
         """Return a place for a new object."""
