@@ -152,7 +152,8 @@ def test_simpos_loss_is_trls() -> None:
     logprob = drawn.policy.requires_grad_()
     mean_S = logprob.sum(1) / drawn.lengths
     stub = stub_of_trl(alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.5, label_smoothing=0.0)
-    losses, chosen, _ = CPOTrainer.cpo_loss(stub, mean_S[::2], mean_S[1::2])
+    cpo_loss: Any = CPOTrainer.cpo_loss
+    losses, chosen, _ = cpo_loss(stub, mean_S[::2], mean_S[1::2])
     (expected_gradient,) = torch.autograd.grad(losses.mean(), logprob)
     drawn.policy = logprob.detach()
     mean, gradient, out = drawn.ours(simpo, drawn.batch(), beta=2.5, margin=0.7)
@@ -169,7 +170,8 @@ def test_orpos_odds_ratio_is_trls_beside_the_loss_of_fine_tuning() -> None:
     drawn.policy[0] = -0.01 * drawn.mask[0]  # an answer that is nearly certain
     logprob = drawn.policy.requires_grad_()
     mean_S = logprob.sum(1) / drawn.lengths
-    terms, _, _, _, log_odds = ORPOTrainer.odds_ratio_loss(stub_of_trl(beta=0.4), mean_S[::2], mean_S[1::2])
+    odds_ratio_loss: Any = ORPOTrainer.odds_ratio_loss
+    terms, _, _, _, log_odds = odds_ratio_loss(stub_of_trl(beta=0.4), mean_S[::2], mean_S[1::2])
     expected = -mean_S[::2].mean() - terms.mean()
     (expected_gradient,) = torch.autograd.grad(expected, logprob)
     drawn.policy = logprob.detach()
@@ -184,9 +186,8 @@ def test_the_odds_of_a_certain_answer_are_finite() -> None:
     found = orpo.log_odds(certain)
     assert torch.isfinite(found).all() and torch.isfinite(torch.autograd.grad(found, certain)[0]).all()
     half = torch.tensor([0.5, 0.9, 0.1]).log()
-    torch.testing.assert_close(
-        orpo.log_odds(half), torch.tensor([0.0, np.log(9.0), -np.log(9.0)], dtype=torch.float32), atol=1e-5, rtol=1e-5
-    )
+    expected = torch.tensor([0.0, np.log(9.0), -np.log(9.0)], dtype=torch.float32)
+    torch.testing.assert_close(orpo.log_odds(half), expected, atol=1e-5, rtol=1e-5)
 
 
 # KTO
@@ -221,11 +222,7 @@ def test_ktos_loss_is_trls(shift: float) -> None:
     mean, gradient, out = drawn.ours(kto, batch, **keys)
     torch.testing.assert_close(mean, expected.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient[drawn.mask], rtol=1e-5, atol=1e-6)
-    named = {"rewards/chosen": "chosen_reward", "rewards/rejected": "rejected_reward", "logps/chosen": "chosen_logprob", "kl": "kl"}
     found = {name: float(value) / ANSWERS for name, value in out.count_sums.items()}
-    # TRL appends each metric to a list of its own.
-    recorded = {call.args[0]: None for call in stub._metrics.__getitem__.mock_calls if call.args}
-    assert recorded is not None and set(named.values()) <= set(found)
     assert found["kl"] == pytest.approx(max(0.0, shift), abs=1e-6)
     ratio = 0.3 * (drawn.policy - drawn.reference).sum(1)
     assert found["chosen_reward"] == pytest.approx(float(ratio[LABELS == 1].mean()), rel=1e-5)
@@ -234,7 +231,9 @@ def test_ktos_loss_is_trls(shift: float) -> None:
 
 
 def test_kto_says_how_answers_are_balanced() -> None:
-    of = lambda good, bad, **keys: kto.Loss(kto.Settings(**keys)).notes(np.array([1.0] * good + [0.0] * bad))  # noqa: E731
+    def of(good: int, bad: int, **keys: Any) -> list[str]:
+        return kto.Loss(kto.Settings(**keys)).notes(np.array([1.0] * good + [0.0] * bad))
+
     assert of(5, 5) == ["5 good and 5 bad answers"]
     assert "algorithm.desirable_weight from 4 to 6 gives" in of(10, 40)[1] and "0.25 times" in of(10, 40)[1]
     assert of(10, 40, desirable_weight=5.0) == ["10 good and 40 bad answers"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import pytest
 import torch
 from decided import decided
 from engines import engine_of
+from pairs_runs import write_pairs_and_model
 from places import run_ranks
 from reward_models import scores_of_transformers
 from runs import REWARD, as_words, metrics_of, timeless
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from verl import dist
 from verl.algorithms import dpo
@@ -26,12 +26,10 @@ from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
 from verl.data.pairs import PairColumns
-from verl.demo.problems import Problem, make_problems
 from verl.engine.build import build
 from verl.engine.engine import Engine
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
-from verl.models.tiny import tiny_tokenizer
 from verl.rewards._model import RewardModel
 from verl.trainer import reward_trainer
 from verl.trainer.reference_scores import score
@@ -39,38 +37,10 @@ from verl.trainer.reference_scores import score
 STEPS = 8
 
 
-def write_pairs(path: Path, problems: list[Problem]) -> list[dict[str, str]]:
-    """Each problem with its right answer, and with the right answer of another one."""
-    draw = random.Random(0)
-    rows = []
-    for problem in problems:
-        wrong = next(answer for answer in iter(lambda: draw.choice(problems).answer, "") if answer != problem.answer)
-        rows.append({"prompt": problem.question, "chosen": problem.answer, "rejected": wrong})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs in train.jsonl and test.jsonl, and a model of two narrow layers."""
-    folder = tmp_path_factory.mktemp("pairs")
-    train, test = make_problems(4000, 200, seed=1)
-    write_pairs(folder / "train.jsonl", train)
-    write_pairs(folder / "test.jsonl", test)
-    tokenizer = tiny_tokenizer([f"{problem.question}\n{problem.answer}" for problem in train])
-    tokenizer.save_pretrained(folder / "model")
-    shape: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
-    ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(0)
-    config = Qwen2Config(**shape, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    return folder
+    return write_pairs_and_model(tmp_path_factory.mktemp("pairs"))
 
 
 def words(folder: Path, output: str, **changes: object) -> list[str]:
