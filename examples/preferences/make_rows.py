@@ -6,7 +6,7 @@ fine-tuning (sft.jsonl) have an answer of either kind, half of each, so that it 
     pairs.jsonl      {"prompt": …, "chosen": …, "rejected": …}
     margins.jsonl    the same with {"margin": …}, the number of steps that the better answer shows
     labels.jsonl     {"prompt": …, "completion": …, "label": true or false}
-    *-test.jsonl     the same of other questions
+    *-test.jsonl     the same of other questions; questions-test.jsonl has them with the better answer
 """
 
 import json
@@ -36,6 +36,7 @@ def main(folder: Path) -> None:
     draw = random.Random(0)
     either = [{"question": pair["prompt"], "answer": pair[draw.choice(("chosen", "rejected"))]} for pair in map(pair_of, train)]
     write(folder / "sft.jsonl", either)
+    write(folder / "questions-test.jsonl", [{"question": pair["prompt"], "answer": pair["chosen"]} for pair in map(pair_of, test)])
     write_tiny_model(folder / "model", [f"{problem.question}\n{problem.answer}" for problem in train])
     print(f"written to {folder}: {TRAIN} pairs and {TEST} of other questions, and a model")
 

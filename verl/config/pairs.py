@@ -40,9 +40,9 @@ class PairsConfig:
     chat_template: str | None = None
     # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    # Pairs per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
+    # Pairs, or single answers, per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
     train_batch_size: int | None = None
-    # Pairs per micro-batch: the token budget is micro_batch_size_per_gpu × 2 × max_length.
+    # Pairs per micro-batch, or half of the single answers: the token budget is micro_batch_size_per_gpu × 2 × max_length.
     micro_batch_size_per_gpu: int = 4
     # Token budget of a micro-batch on one GPU; null: micro_batch_size_per_gpu × 2 × max_length.
     max_tokens_per_micro_batch: int | None = None

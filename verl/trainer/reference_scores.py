@@ -21,7 +21,7 @@ from torch import Tensor
 from verl import dist
 from verl.data.batch import Batch
 from verl.data.loader import Loader, TokenizedRows
-from verl.durable import flush, no_link
+from verl.durable import flush, no_link, real_folder
 from verl.engine.build import Built, whole_tensors
 from verl.run import Run
 from verl.trainer.validation import VALIDATION_ROWS
@@ -217,7 +217,7 @@ def _digest(numbers: np.ndarray, values: np.ndarray) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(exist_ok=True)
+    real_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb", opener=no_link) as file:
