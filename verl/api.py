@@ -76,7 +76,7 @@ def ppo(*config: "PPOConfig | Given") -> "TrainResult":
 
 
 def reward(*config: "RewardTrainerConfig | Given") -> "TrainResult":
-    """Train a reward model on pairs of answers, or with `algorithm.name=dpo` a policy, as `verl reward` does.
+    """Train a reward model on pairs of answers, or with `algorithm.name=dpo`, `kto`, … a policy, as `verl reward` does.
 
     Raises:
         UserError, Stopped: as `sft`.

@@ -112,7 +112,7 @@ def reward(
     context: typer.Context,
     gpus: Annotated[int | None, typer.Option(help="Number of processes to start, one per GPU.", min=1)] = None,
 ) -> None:
-    """Train a reward model on pairs of answers, or with algorithm.name=dpo a policy: key=value …"""
+    """Train a reward model on pairs of answers, or with algorithm.name=dpo, kto, … a policy: key=value …"""
     train(gpus, context.args, REWARD)
 
 

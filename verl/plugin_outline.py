@@ -15,7 +15,16 @@ from types import ModuleType
 from verl import plugin
 
 # What `Settings` are made with: modules that import no library that takes time.
-LIGHT = ("dataclasses", "typing", "collections.abc", "verl.errors", "verl.config", "verl.plugin", "verl.algorithms._settings")
+LIGHT = (
+    "dataclasses",
+    "typing",
+    "collections.abc",
+    "verl.errors",
+    "verl.config",
+    "verl.plugin",
+    "verl.algorithms._settings",
+    "verl.algorithms._checks",
+)
 
 
 @contextmanager

@@ -50,7 +50,20 @@ def test_earlier_turns_of_a_chat_are_context(tmp_path: Path) -> None:
         assert families.chatml().decode(ids[mask].tolist()) == "It is 5.<|im_end|>"
 
 
-@pytest.mark.parametrize(("label", "is_good"), [(True, True), (False, False), (1, True), (0.0, False), ("True", True), ("0", False)])
+@pytest.mark.parametrize(
+    ("label", "is_good"),
+    [
+        (True, True),
+        (False, False),
+        (1, True),
+        (0.0, False),
+        ("True", True),
+        ("0", False),
+        ("good", True),
+        (" No", False),
+        ("undesirable", False),
+    ],
+)
 def test_a_label_is_true_or_false_in_each_way_to_write_it(label: object, is_good: bool, tmp_path: Path) -> None:
     assert load(tmp_path, [{**FORMS["texts"], "label": label}]).is_good_N.tolist() == [is_good]
 
@@ -65,6 +78,7 @@ def test_a_label_is_true_or_false_in_each_way_to_write_it(label: object, is_good
         ({"completion": [ASKED]}, r"completion: messages\[0\]: the chat ends with a message of the user"),
         ({"prompt": "What is 2 + 4?", "completion": [ASKED, ANSWER]}, "column 'prompt' says 'What is 2"),
         ({"prompt": None}, "column 'prompt' is null"),
+        ({"completion": None, "label": True}, "column 'completion' is null"),
     ],
 )
 def test_a_row_without_a_label_or_an_answer_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -94,7 +108,7 @@ def test_a_system_prompt_in_a_column_of_its_own_is_read_and_said(tmp_path: Path)
 
 def test_tools_are_shown_to_the_model_or_refused(tmp_path: Path) -> None:
     row = {**FORMS["texts"], "label": True, "tools": [TOOL]}
-    with pytest.raises(UserError, match=r"jsonl:1: column 'tools' has tools, but tools_key is not set"):
+    with pytest.raises(UserError, match=r"jsonl:1: column 'tools' has tools, but data.tools_key is not set"):
         load(tmp_path, [row])
     tokenizer = families.qwen3()
     tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template

@@ -414,3 +414,12 @@ def test_the_page_on_data_shows_what_its_commands_print(
         assert number > 0 or [line for line in printed.splitlines() if line not in shown.splitlines()] == []
     assert Path("data.html").is_file()
     assert Path("data.json").is_file()
+
+
+def test_labelled_answers_are_read_as_kto_reads_them(inspected: Any) -> None:
+    rows = [{"prompt": "2+2?", "completion": "4", "label": True}, {"prompt": "3+3?", "completion": "7", "label": "maybe"}]
+    found = inspected(rows, "algorithm.name=kto", rows=[1])
+    assert (found.command, found.train.unit, found.train.used) == ("reward", "rows", 1)
+    assert "column 'label' is text" in str(found.train.invalid)
+    pairs = [{"prompt": f"{i}?", "chosen": f"{i}", "rejected": f"{i + 1}"} for i in range(3)]
+    assert inspected(pairs, "algorithm.name=kto", rows=[1]).train.unit == "pairs"

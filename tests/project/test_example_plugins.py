@@ -29,7 +29,7 @@ from verl.models.tiny import write_tiny_model
 from verl.trainer import fsdp_sft_trainer, ppo_trainer, reward_trainer
 
 EXAMPLES = ROOT / "examples"
-ASYMRE, SIMPO, DISTILLATION = (EXAMPLES / "algorithms" / f"{name}.py" for name in ("asymre", "simpo", "distillation"))
+ASYMRE, CPO, DISTILLATION = (EXAMPLES / "algorithms" / f"{name}.py" for name in ("asymre", "cpo", "distillation"))
 COSINE, LION = EXAMPLES / "rewards" / "cosine_length.py", EXAMPLES / "optimizers" / "lion.py"
 PAIRS: dict[str, object] = {"data.train_batch_size": 4, "data.max_length": 256}
 ANSWERS: dict[str, object] = {
@@ -114,34 +114,34 @@ def test_asymre_trains_by_its_key(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_simpo_is_its_formula() -> None:
-    """-log σ(β/|y_w| log π(y_w) - β/|y_l| log π(y_l) - γ) with its gradient, of answers of 2 and 3, and 1 and 2 tokens."""
+def test_cpo_is_its_formula() -> None:
+    """-log σ(β log π(y_w) - β log π(y_l)) - α mean log π(y_w), with its gradient, of answers of 2 and 3, and 1 and 2 tokens."""
     lengths = [2, 3, 1, 2]
     logprob_M = torch.tensor([-1.0, -2.0, -0.5, -1.5, -1.0, -3.0, -0.25, -0.75], requires_grad=True)
-    method = example(SIMPO)
-    loss = method.Loss(method.Settings(beta=2.5, margin=0.5))
+    method = example(CPO)
+    loss = method.Loss(method.Settings(beta=0.5, nll_weight=2.0))
     out = loss.loss(TokenOut(logprob_M), batch_of(lengths))
-    chosen, rejected, other_chosen, other_rejected = (part.mean() for part in logprob_M.split(lengths))
-    margins = torch.stack([2.5 * (chosen - rejected), 2.5 * (other_chosen - other_rejected)])
-    expected = -torch.sigmoid(margins - 0.5).log().sum()
+    chosen, rejected, other_chosen, other_rejected = logprob_M.split(lengths)
+    margins = 0.5 * torch.stack([chosen.sum() - rejected.sum(), other_chosen.sum() - other_rejected.sum()])
+    expected = -torch.sigmoid(margins).log().sum() - 2.0 * (chosen.mean() + other_chosen.mean())
     torch.testing.assert_close(out.sum, expected)
     found_gradient, gradient = (torch.autograd.grad(value, logprob_M, retain_graph=True)[0] for value in (out.sum, expected))
     torch.testing.assert_close(found_gradient, gradient)
     assert float(out.count_sums["accuracy"]) == 0 and loss.count(batch_of(lengths)) == 2
 
 
-def test_simpo_trains_without_a_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cpo_trains_without_a_reference(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys: dict[str, object] = {
-        "algorithm.name": SIMPO,
-        "algorithm.beta": 2.5,
+        "algorithm.name": CPO,
+        "algorithm.beta": 0.5,
         "data.train_max_samples": 4,
         "trainer.total_training_steps": 8,
     }
-    metrics = run(reward_trainer, folder, "simpo", **PAIRS, **keys)
+    metrics = run(reward_trainer, folder, "cpo", **PAIRS, **keys)
     said = capsys.readouterr().out
-    assert "plan: a policy by SimPO" in said and "reference:" not in said
+    assert "plan: a policy by CPO" in said and "reference:" not in said
     assert metrics[-1]["train/margin"] > metrics[0]["train/margin"] + 0.5 and metrics[-1]["train/loss"] < metrics[0]["train/loss"]
-    assert "beta: 2.5" in (folder / "simpo" / "config.yaml").read_text()
+    assert "beta: 0.5" in (folder / "cpo" / "config.yaml").read_text()
 
 
 # A teacher
@@ -298,6 +298,6 @@ def test_an_optimizer_that_cannot_do_what_is_asked_for_is_refused(folder: Path, 
 
 def test_log_2_is_where_a_model_begins_that_prefers_neither() -> None:
     """So that a formula of pairs that is compared with itself would be noticed."""
-    method = example(SIMPO)
-    out = method.Loss(method.Settings(margin=0.0)).loss(TokenOut(torch.full((4,), -1.0)), batch_of([2, 2]))
+    method = example(CPO)
+    out = method.Loss(method.Settings(nll_weight=0.0)).loss(TokenOut(torch.full((4,), -1.0)), batch_of([2, 2]))
     assert float(out.sum) == pytest.approx(log(2))

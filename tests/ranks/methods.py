@@ -6,6 +6,7 @@ On several ranks it saves every method's gradient: methods.py MODEL FILE, the pr
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,28 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from verl import dist
-from verl.algorithms import bradley_terry, dapo, dpo, dr_grpo, grpo, gspo, ppo, reinforce, rloo, sft
+from verl.algorithms import (
+    bradley_terry,
+    dapo,
+    dpo,
+    dpo_norm,
+    dr_grpo,
+    grpo,
+    gspo,
+    ipo,
+    kto,
+    odpo,
+    orpo,
+    ppo,
+    reinforce,
+    rloo,
+    robust_dpo,
+    sft,
+    simpo,
+)
 from verl.config.shared import OptimConfig
 from verl.data.batch import VALUES, Batch
+from verl.data.numbered import NumberedBatch
 from verl.data.pack import Document, collate
 from verl.engine.contract import LossOut
 from verl.engine.engine import Engine
@@ -40,8 +60,10 @@ PAIR_CUTS: Mapping[str, Sequence[Sequence[int]]] = {
 IN_LOSS = {"kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0}
 POLICIES = {module.__name__.rpartition(".")[2]: module for module in (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo)}
 METHODS: dict[str, Any] = {name: module.Loss(module.Settings(**IN_LOSS), LONGEST) for name, module in POLICIES.items()}
-METHODS |= {"value": ppo.ValueLoss(ppo.Settings()), "dpo": dpo.Loss(dpo.Settings()), "bradley_terry": bradley_terry.Loss(None), "sft": sft}
-PAIRED = ("dpo", "bradley_terry")
+METHODS |= {"value": ppo.ValueLoss(ppo.Settings()), "bradley_terry": bradley_terry.Loss(None), "sft": sft}
+PREFERENCES = {module.__name__.rpartition(".")[2]: module for module in (dpo, dpo_norm, ipo, kto, odpo, orpo, robust_dpo, simpo)}
+METHODS |= {name: module.Loss(module.Settings()) for name, module in PREFERENCES.items()}
+PAIRED = ("bradley_terry", *(name for name in PREFERENCES if name != "kto"))
 
 
 def scorer_of(method: str, model: Path) -> Scorer:
@@ -80,7 +102,7 @@ def documents() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def batches(groups: Sequence[Sequence[int]], fields: dict[str, list[np.ndarray]]) -> list[Batch]:
     """A micro-batch of the answers of each group, all filled up a little; an empty group is filler alone."""
-    return [
+    found = [
         collate(
             [documents()[i] for i in group],
             list(group),
@@ -89,6 +111,14 @@ def batches(groups: Sequence[Sequence[int]], fields: dict[str, list[np.ndarray]]
         )
         for group in groups
     ]
+    return [with_numbers(batch) for batch in found]
+
+
+def with_numbers(batch: Batch) -> NumberedBatch:
+    """Labels of the answers, or margins of the pairs, some of them 0; and what was estimated before the step."""
+    number_S = torch.where(batch.sample_ids_S >= 0, batch.sample_ids_S // 2 % 3 % 2, 0).float()
+    values = {field.name: getattr(batch, field.name) for field in dataclass_fields(batch)}
+    return NumberedBatch(**values, number_S=number_S, mean_number=torch.tensor(0.25), estimate=torch.tensor(0.3))
 
 
 def gradient(engine: Engine, micro_batches: Sequence[Batch], algorithm: Any) -> Tensor:

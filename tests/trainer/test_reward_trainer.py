@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,64 +11,36 @@ import pytest
 import torch
 from decided import decided
 from engines import engine_of
+from pairs_runs import write_pairs_and_model
 from places import run_ranks
 from reward_models import scores_of_transformers
 from runs import REWARD, as_words, metrics_of, timeless
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from verl import dist
 from verl.algorithms import dpo
-from verl.config.best import MEASURED
-from verl.config.pairs import PairsConfig
+from verl.config.pairs import PairsConfig, PreferenceConfig
 from verl.config.ppo import RewardModelConfig
 from verl.config.shared import ModelConfig, OptimConfig
 from verl.data.documents import Documents, load_documents
 from verl.data.loader import Loader, Packing
 from verl.data.pairs import PairColumns
-from verl.demo.problems import Problem, make_problems
 from verl.engine.build import build
+from verl.engine.engine import Engine
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
-from verl.models.tiny import tiny_tokenizer
 from verl.rewards._model import RewardModel
 from verl.trainer import reward_trainer
+from verl.trainer.reference_scores import score
 
 STEPS = 8
-
-
-def write_pairs(path: Path, problems: list[Problem]) -> list[dict[str, str]]:
-    """Each problem with its right answer, and with the right answer of another one."""
-    draw = random.Random(0)
-    rows = []
-    for problem in problems:
-        wrong = next(answer for answer in iter(lambda: draw.choice(problems).answer, "") if answer != problem.answer)
-        rows.append({"prompt": problem.question, "chosen": problem.answer, "rejected": wrong})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs in train.jsonl and test.jsonl, and a model of two narrow layers."""
-    folder = tmp_path_factory.mktemp("pairs")
-    train, test = make_problems(4000, 200, seed=1)
-    write_pairs(folder / "train.jsonl", train)
-    write_pairs(folder / "test.jsonl", test)
-    tokenizer = tiny_tokenizer([f"{problem.question}\n{problem.answer}" for problem in train])
-    tokenizer.save_pretrained(folder / "model")
-    shape: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
-    ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    torch.manual_seed(0)
-    config = Qwen2Config(**shape, **ids, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.125)
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    return folder
+    return write_pairs_and_model(tmp_path_factory.mktemp("pairs"))
 
 
 def words(folder: Path, output: str, **changes: object) -> list[str]:
@@ -148,7 +119,7 @@ def test_a_run_that_was_resumed_is_the_uninterrupted_one(method: str, folder: Pa
 def test_the_config_knows_what_the_validation_of_a_method_measures(method: str, folder: Path) -> None:
     of_validation = {"data__val_files": folder / "test.jsonl", "data__val_max_samples": 2}
     (step,) = train(folder, f"names-{method}", algorithm__name=method, trainer__total_training_steps=1, **of_validation)
-    assert {name for name in step if name.startswith("val/")} == {f"val/{name}" for name in MEASURED[method]}
+    assert {name for name in step if name.startswith("val/")} == {f"val/{name}" for name in PreferenceConfig(method).measured or ()}
 
 
 @pytest.mark.parametrize("method", ["bradley_terry", "dpo"])
@@ -198,6 +169,12 @@ def pairs(folder: Path) -> Documents:
     return load_documents(config, PairColumns.of(config), str(folder / "train.jsonl"), load_tokenizer(str(folder / "model")), max_samples=6)
 
 
+def with_reference(engine: Engine, pairs: Documents, loader: Loader) -> Documents:
+    """The pairs with the log-probabilities that the engine gives them now."""
+    found = score(engine, pairs, loader.micro_batches(pairs, np.arange(len(pairs))))
+    return replace(pairs, values={"ref_logprob_M": [found[number] for number in range(2 * len(pairs))]})
+
+
 def gradient_of_trl(trainer: object, model: torch.nn.Module, pairs: Documents) -> tuple[float, Tensor]:
     """TRL's loss and gradient on the same token ids; it trains all that follows the prompt, here all up to the stop token."""
     examples = []
@@ -220,7 +197,7 @@ def test_dpo_has_the_loss_and_the_gradient_of_trl(folder: Path, pairs: Documents
     try:
         engine = engine_of(folder / "model")
         loader = Loader(pairs, Packing(1, 260 if share_prompts else 512, share_prompts=share_prompts), rows_per_step=len(pairs), seed=1)
-        loader = replace(loader, documents=reward_trainer.with_reference(engine, pairs, loader))
+        loader = replace(loader, documents=with_reference(engine, pairs, loader))
         policy = AutoModelForCausalLM.from_pretrained(folder / "model")
         torch.manual_seed(3)
         with torch.no_grad():  # a policy that has left its reference
@@ -266,7 +243,7 @@ def test_dpo_of_an_adapter_has_the_loss_and_the_gradient_of_trl_whose_reference_
         model = ModelConfig(str(folder / "model"), lora_rank=4)
         built = build(model, OptimConfig(clip_grad=1e9), tokenizer, decided(model), stop_ids=pairs.stop_ids, seed=1)
         loader = Loader(pairs, Packing(1, 512), rows_per_step=len(pairs), seed=1)
-        loader = replace(loader, documents=reward_trainer.with_reference(built.engine, pairs, loader))
+        loader = replace(loader, documents=with_reference(built.engine, pairs, loader))
         mine = {name: p for name, p in built.adapted.named_parameters() if p.requires_grad}
         torch.manual_seed(3)
         with torch.no_grad():  # an adapter that has learned something
@@ -305,7 +282,7 @@ def test_dpo_of_an_adapter_is_held_to_what_it_starts_from_resumes_and_leaves_the
     [
         ({"algorithm__name": "dpoo"}, "no algorithms named 'dpoo'"),
         ({"algorithm__name": "grpo"}, "algorithm.name=grpo: is no method of preferences"),
-        ({"algorithm__beta": 0.1}, "algorithm.beta: is a key of dpo; bradley_terry has no such key"),
+        ({"algorithm__beta": 0.1}, "algorithm.beta: is a key of dpo, dpo_norm, .*; bradley_terry has no such key"),
         ({"algorithm__name": "dpo", "algorithm__beta": 0}, "algorithm.beta: 0.0 is not positive"),
         ({"algorithm__name": "dpo", "algorithm__label_smoothing": 0.5}, "algorithm.label_smoothing: 0.5 is not below a half"),
         ({"data__max_tokens_per_micro_batch": 300}, "cannot hold a pair"),

@@ -1,6 +1,6 @@
 """Bradley-Terry: a reward model learns to score the chosen answer of a pair above the rejected one.
 
-Documents are pairs, as in `verl.algorithms.dpo`; the scorer is a RewardScorer.
+Documents are pairs, as in `verl.algorithms._pairs`; the scorer is a RewardScorer.
 
 Dimensions: S documents; P pairs.
 """
@@ -8,11 +8,12 @@ Dimensions: S documents; P pairs.
 import torch.nn.functional as F
 from torch import Tensor
 
-from verl.algorithms.dpo import count_pairs, pairs
+from verl.algorithms._pairs import count_pairs, pairs
 from verl.data.batch import Batch
 from verl.engine.contract import LossOut, ScoreOut
 
 scorer, trains = "score", "a reward model"
+measures = "accuracy margin chosen_reward rejected_reward"
 
 
 class Loss:

@@ -1,22 +1,22 @@
 """DPO (arXiv:2305.18290): raise the log-ratio of policy to reference for the chosen answer above that for the rejected one.
 
-Documents are pairs: document 2k is a chosen answer, 2k + 1 the rejected one. Filler comes last.
+With `label_smoothing` it is conservative DPO, whose loss is the mean over labels that may be swapped.
 
 Dimensions: M trained positions; S documents; P pairs.
 """
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from verl.algorithms._documents import sum_by_document
+from verl.algorithms._checks import check_positive, check_smoothing
+from verl.algorithms._pairs import count_pairs, log_ratios, of_pairs, pairs
 from verl.data.batch import Batch
 from verl.engine.contract import LossOut, TokenOut
-from verl.errors import UserError
 
 needs_reference, scorer, trains = True, "token_logprobs", "a policy by DPO"
+measures = "accuracy margin chosen_reward rejected_reward chosen_logprob rejected_logprob"
 
 
 @dataclass
@@ -28,11 +28,8 @@ class Settings:
 
     def check(self) -> None:
         """Raises UserError naming the key."""
-        if not 0.0 < self.beta < float("inf"):
-            raise UserError(f"{self.beta} is not positive", where="beta", fix="give a positive number, such as 0.1")
-        if not 0.0 <= self.label_smoothing < 0.5:
-            what, fix = f"{self.label_smoothing} is not below a half", "give a share from 0 to below 0.5"
-            raise UserError(what, where="label_smoothing", fix=fix)
+        check_positive("beta", self.beta)
+        check_smoothing(self.label_smoothing)
 
 
 class Loss:
@@ -42,42 +39,15 @@ class Loss:
         self._beta, self._smoothing = settings.beta, settings.label_smoothing
 
     def loss(self, out: TokenOut, batch: Batch) -> LossOut:
-        """Compute the loss of one micro-batch, which must have the reference's log-probabilities.
-
-        Metrics are means over pairs: `accuracy`; `margin`; `chosen_reward` and `rejected_reward`, beta × the log-ratio of policy to
-        reference; `chosen_logprob` and `rejected_logprob`, the answers' log-probabilities.
-        """
-        assert batch.ref_logprob_M is not None
-        chosen_P, rejected_P = pairs(self._beta * sum_by_document(out.logprob_M - batch.ref_logprob_M, batch))
+        """The reward is beta × the log-ratio of policy to reference."""
+        reward_S = self._beta * log_ratios(out, batch)
+        chosen_P, rejected_P = pairs(reward_S)
         margin_P = chosen_P - rejected_P
         loss_P = -(1 - self._smoothing) * F.logsigmoid(margin_P) - self._smoothing * F.logsigmoid(-margin_P)
-        with torch.no_grad():
-            chosen_logprob_P, rejected_logprob_P = pairs(sum_by_document(out.logprob_M, batch))
-            metrics = {
-                "accuracy": (margin_P > 0).float(),
-                "margin": margin_P,
-                "chosen_reward": chosen_P,
-                "rejected_reward": rejected_P,
-                "chosen_logprob": chosen_logprob_P,
-                "rejected_logprob": rejected_logprob_P,
-            }
-            sums = {name: values_P.sum() / batch.parts for name, values_P in metrics.items()}
-        return LossOut(loss_P.sum() / batch.parts, {}, sums)
+        return of_pairs(loss_P, reward_S, out, batch)
 
     def slope(self, batch: Batch) -> Tensor | None:
         return None
 
     def count(self, batch: Batch) -> float:
         return count_pairs(batch)
-
-
-def pairs(values_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Split values of documents in pairs into those of the chosen and of the rejected answers, without filler."""
-    values_P2 = values_S[: len(values_S) // 2 * 2].view(-1, 2)
-    return values_P2[:, 0], values_P2[:, 1]
-
-
-def count_pairs(batch: Batch) -> float:
-    """Return the number of pairs in a batch, divided by the number of processes that share the batch."""
-    assert batch.documents % 2 == 0, f"{batch.documents} documents do not form pairs"
-    return batch.documents / 2 / batch.parts

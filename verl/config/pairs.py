@@ -5,11 +5,13 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from verl.config.best import MEASURED, check_best
+from verl.config.best import check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
+
+REFERENCES = ("auto", "stored", "adapter_off")
 
 
 @dataclass
@@ -26,15 +28,21 @@ class PairsConfig:
     # Without a prompt column, a chat may also be text with "Human:" and "Assistant:" before its turns.
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
+    # Columns of methods that read single answers, such as kto: an answer, in any of these forms, and whether it is good: true or false, 1
+    # or 0, yes or no, good or bad. Pairs are read, too: as a good and a bad answer.
+    completion_key: str = "completion"
+    label_key: str = "label"
+    # Column of the number by which the chosen answer is better, for methods that read margins, such as odpo; null: none.
+    margin_key: str | None = None
     # Column of the tools that the chats may call, as JSON schemas.
     tools_key: str | None = None
     # A Jinja file that replaces the tokenizer's chat template.
     chat_template: str | None = None
     # Values of the chat template's variables, such as {enable_thinking: false}. The checkpoint's template has them as its defaults.
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    # Pairs per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
+    # Pairs, or single answers, per optimizer step over all GPUs; null: micro_batch_size_per_gpu × the number of processes.
     train_batch_size: int | None = None
-    # Pairs per micro-batch: the token budget is micro_batch_size_per_gpu × 2 × max_length.
+    # Pairs per micro-batch, or half of the single answers: the token budget is micro_batch_size_per_gpu × 2 × max_length.
     micro_batch_size_per_gpu: int = 4
     # Token budget of a micro-batch on one GPU; null: micro_batch_size_per_gpu × 2 × max_length.
     max_tokens_per_micro_batch: int | None = None
@@ -57,14 +65,24 @@ class PairsConfig:
 class PreferenceConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of preferences", ("Loss", "scorer"))
 
-    # The method: "bradley_terry" trains a reward model, which scores whole answers; "dpo" trains a policy; or path/to/file.py. Methods have
-    # more keys.
+    # The method: "bradley_terry" trains a reward model, which scores whole answers; "dpo", "dpo_norm", "ipo", "kto", "odpo", "orpo",
+    # "robust_dpo" and "simpo" train a policy; or path/to/file.py. Methods have more keys.
     name: str = "bradley_terry"
+    # Where the log-probabilities of the reference come from: "stored" computes those of each row once, before training, and keeps them in
+    # the run's directory; "adapter_off" computes them in each step, by a new adapter's model with the adapter switched off; "auto" does so
+    # where no row is trained twice.
+    reference: str = "auto"
+
+    @property
+    def measured(self) -> tuple[str, ...] | None:
+        """What the validation measures, without `val/`, if the method says it."""
+        names = getattr(self.plugins.load("algorithm.name", self.name), "measures", None)
+        return None if names is None else ("loss", *names.split())
 
 
 @dataclass
 class RewardTrainerConfig:
-    """`python -m verl.trainer.reward_trainer`: a reward model, or by algorithm.name=dpo a policy, from pairs of answers."""
+    """`python -m verl.trainer.reward_trainer`: a reward model, or by algorithm.name=dpo and others a policy, from compared answers."""
 
     data: PairsConfig = field(default_factory=PairsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -80,8 +98,9 @@ class RewardTrainerConfig:
         check_optim(self.optim)
         check_offload(model, self.optim)
         check_trainer(self.trainer)
-        check_best(self.trainer, self.data.val_files, MEASURED.get(self.algorithm.name))
+        check_best(self.trainer, self.data.val_files, self.algorithm.measured)
         check_dist(self.dist)
+        one_of("algorithm.reference", self.algorithm.reference, REFERENCES)
         check_samples(data)
         one_of("data.truncation", data.truncation, ("error", "left", "right"))
         one_of("data.share_prompts", data.share_prompts, ("auto", "never"))

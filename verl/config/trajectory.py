@@ -44,7 +44,8 @@ KINDS = {
     """,
     ROWS: """
         data.train_files data.train_max_samples data.prompt_key data.response_key data.messages_key data.text_key data.text_is_rendered
-        data.chosen_key data.rejected_key data.tools_key data.train_turns data.truncation data.overlong_prompts data.system_prompt
+        data.chosen_key data.rejected_key data.completion_key data.label_key data.margin_key data.tools_key data.train_turns data.truncation
+        data.overlong_prompts data.system_prompt
         data.chat_template data.chat_template_kwargs data.chat_template_kwargs_key
     """,
     LENGTH: """
@@ -52,7 +53,7 @@ KINDS = {
     """,
     NEUTRAL: """
         data.val_files data.val_max_samples data.num_workers data.cache_dir data.micro_batch_size_per_gpu data.max_tokens_per_micro_batch
-        data.share_prompts environment.processes environment.secrets agent.processes agent.secrets
+        data.share_prompts algorithm.reference environment.processes environment.secrets agent.processes agent.secrets
         mapping.actor mapping.critic mapping.reference mapping.reward mapping.rollout
         model.strategy model.context_parallel_size model.enable_gradient_checkpointing model.compile model.cuda_graphs model.use_liger
         model.attn_implementation model.trust_remote_code

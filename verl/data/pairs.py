@@ -82,7 +82,7 @@ class PairColumns:
             return
         if row.values.keys() >= set(LABELLED):
             what = "the row is one answer with a label (columns 'completion' and 'label'), not a pair of answers"
-            raise UserError(what, where=row.where, fix="the methods of `verl reward` compare two answers; give rows with both")
+            raise UserError(what, where=row.where, fix="algorithm.name=kto learns from such rows; the other methods compare two answers")
         if one := [column for column in ANSWERS if column in row.values or column in row.unread]:
             what = f"the row has one answer (column {one[0]!r}), not a pair of answers (column {self.chosen_key!r} is missing)"
             fix = "verl sft trains on such rows; verl reward needs a better and a worse answer: data.chosen_key, data.rejected_key"

@@ -223,7 +223,9 @@ def _refuse_labels(row: Row, prefix: str) -> None:
     """Raise UserError for one answer with a label, good or bad, or a pair of answers: a bad answer must not be trained unnoticed."""
     if LABELLED[0] in row.values and isinstance(row.values.get(LABELLED[1]), bool):
         what = "the row is an answer that is labelled good or bad (columns 'completion' and 'label')"
-        fix = f"keep the rows whose label is true, and remove the label; or set {prefix}prompt_key and {prefix}response_key to train all"
+        fix = (
+            f"use verl reward algorithm.name=kto; or keep what is labelled true; or set {prefix}prompt_key and {prefix}response_key for all"
+        )
         raise UserError(what, where=row.where, fix=fix)
     if row.values.keys() >= set(PAIR):
         fix = f"train pairs with verl reward; or set {prefix}prompt_key and {prefix}response_key to train one of the answers"

@@ -14,7 +14,7 @@ from verl.config.ppo import PPOConfig
 from verl.config.sft import SFTConfig
 from verl.data.loader import Packing, describe_steps
 from verl.data.mixture import mixture_of
-from verl.data.pairs import PairColumns
+from verl.data.preferences import columns_of
 from verl.data.prompts import describe_draws
 from verl.data.render import Renderer
 from verl.data.source import Entry, describe_sources, resolve_entries
@@ -103,8 +103,9 @@ def _trainer_of(config: TrainerConfig) -> _Trainer:
         data.truncation == "error",
     )
     if isinstance(config, RewardTrainerConfig):
-        reading = DocumentReading(PairColumns.of(data), data)
-        return _Trainer("reward", "pairs", reading, rows, limit, stops, packing_of_pairs(data, ASSUMED))
+        columns = columns_of(data, getattr(config.algorithm.plugins.load("algorithm.name", config.algorithm.name), "reads", "pairs"))
+        unit = "rows" if columns.documents_per_row == 1 else "pairs"
+        return _Trainer("reward", unit, DocumentReading(columns, data), rows, limit, stops, packing_of_pairs(data, ASSUMED))
     return _Trainer("sft", "rows", DocumentReading(Columns.of(data), data), rows, limit, stops, packing_of(data, ASSUMED))
 
 

@@ -1,4 +1,4 @@
-"""Training on pairs of a chosen and a rejected answer: a reward model, or the answering model itself with DPO.
+"""Training on answers that are compared, or good or bad: a reward model, or the answering model itself with DPO, KTO and others.
 
     python -m verl.trainer.reward_trainer data.train_files=pairs.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
     python -m verl.trainer.reward_trainer algorithm.name=dpo data.train_files=pairs.jsonl model.partial_pretrain=checkpoints/…/global_step_N
@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from verl import dist
@@ -18,23 +17,23 @@ from verl.config.load import load_config
 from verl.config.pairs import PairsConfig, RewardTrainerConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, epoch_lengths
-from verl.data.pairs import PairColumns
+from verl.data.preferences import columns_of, with_numbers
 from verl.engine.build import Built, build
 from verl.engine.build_heads import build_reward_model
 from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of_pairs
-from verl.engine.engine import Engine
 from verl.engine.hardware import Hardware, measure
 from verl.engine.outline import Outline
 from verl.engine.shared_prompts import choose_sharing
 from verl.errors import exit_on_user_error
 from verl.run import Run, TrainResult
 from verl.session import session
-from verl.trainer.inputs import load_data, load_rows, read_tokenizer
+from verl.trainer.inputs import load_rows, read_tokenizer
 from verl.trainer.loop import train_loop
 from verl.trainer.oddities import say_oddities
 from verl.trainer.preference import Preference, load_preference
+from verl.trainer.preference_rows import load_preferences, prepared
 from verl.trainer.resume import begin, find_checkpoint
-from verl.trainer.validation import VALIDATION_ROWS, validating
+from verl.trainer.validation import validating
 
 
 @session()
@@ -52,7 +51,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         outline, hardware = Outline(config.model), measure(device)
         tokenizer = read_tokenizer(outline, config.data, may_have_head=method.scorer == "score")
         spread = choose_spread(outline, hardware)  # raises before the data is read
-        pairs, validation = load_data(config.data, PairColumns.of(config.data), tokenizer, run)
+        pairs, validation = load_preferences(config.data, method, tokenizer, run)
         loader = build_loader(config.data, pairs, config.trainer.seed, hardware)
         total_steps = loader.total_steps(config.trainer)
         start = begin(config.trainer, run, pairs, loader.rows_per_step, total_steps)
@@ -68,15 +67,8 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         )
         loader = replace(loader, packing=replace(loader.packing, share_prompts=sharing.on))
         run.say(f"{built.describe()}\n{sharing.describe()}\nplan: {method.trains}, {loader.describe(total_steps)}; into {run.directory}")
-        if method.needs_reference:
-            # The checkpoint is loaded afterwards, so the reference is the initial model even if the run resumes.
-            run.enter("computing the reference's log-probabilities")
-            run.say("reference: the initial model; computing its log-probabilities of all pairs")
-            engine = built.engine
-            # The epochs of a mixture have different rows.
-            steps = min(total_steps, loader.steps_per_epoch) if pairs.choice is None or total_steps <= loader.steps_per_epoch else None
-            loader = replace(loader, documents=with_reference(engine, pairs, loader, steps=steps))
-            validation = None if validation is None else with_reference(engine, validation, replace(loader, documents=validation))
+        # The checkpoint is loaded afterwards, so the reference is the initial model even if the run resumes.
+        loader, validation = prepared(config, method, loader, validation, built, run, total_steps)
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
 
@@ -85,7 +77,7 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         from verl.trainer.saving import Saver
 
         with (
-            validating(validation, method.loss, loader, built, run) as checks,
+            validating(validation, method.loss, replace(loader, validates=True), built, run) as checks,
             run.stepping(built.engine.trained_weights),
             Saver(config.trainer, run, built, validation=validation) as saver,
         ):
@@ -103,7 +95,8 @@ def dry_run(config: RewardTrainerConfig) -> None:
     device = dist.start()
     method = load_preference(config)
     tokenizer = read_tokenizer(Outline(config.model), config.data, may_have_head=method.scorer == "score")
-    pairs = load_rows(config.data, PairColumns.of(config.data), "train", tokenizer)
+    rows = load_rows(config.data, columns_of(config.data, method.reads), "train", tokenizer)
+    pairs = with_numbers(rows, config.data, method.reads, "train")
     loader = build_loader(config.data, pairs, config.trainer.seed, measure(device))
     if dist.is_main():
         plan = f"{method.trains}, {loader.describe(loader.total_steps(config.trainer))}"
@@ -144,29 +137,6 @@ def padding_of(tokenizer: PreTrainedTokenizerBase, train: Documents) -> int | No
     ids, _ = train.document(0)
     padding: int | None = tokenizer.pad_token_id
     return None if padding == ids[-1] else padding
-
-
-def with_reference(engine: Engine, documents: Documents, loader: Loader, *, steps: int | None = None) -> Documents:
-    """Add the log-probabilities of trained tokens under the engine's current weights to the documents. Every rank calls it.
-
-    Args:
-        loader: loader of these documents. Its micro-batches are those of training, so that the first step's margin is exactly 0.
-        steps: score only the rows of so many steps of the first epoch; None: all rows.
-    """
-    found: dict[int, np.ndarray] = {}
-    if steps is None:
-        chunks = (np.arange(first, min(first + VALIDATION_ROWS, len(documents))) for first in range(0, len(documents), VALIDATION_ROWS))
-        many = (loader.micro_batches(documents, rows) for rows in chunks)
-    else:
-        many = (step.micro_batches for step in loader.steps(0, steps))
-    for batches in many:
-        for batch, out in zip(batches, engine.score(batches), strict=True):
-            numbers = batch.sample_ids_S[: batch.documents].tolist()
-            ends = np.cumsum(documents.trained_N[numbers])
-            found |= dict(zip(numbers, np.split(out.logprob_M.float().cpu().numpy(), ends), strict=False))
-    everywhere = {number: values for of_rank in dist.gathered(found) for number, values in of_rank.items()}
-    missing = np.zeros(0, dtype=np.float32)  # for rows that are in no step
-    return replace(documents, values={"ref_logprob_M": [everywhere.get(number, missing) for number in range(len(documents.lengths_N))]})
 
 
 def main(argv: list[str]) -> None:
