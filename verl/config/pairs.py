@@ -57,8 +57,8 @@ class PairsConfig:
 class PreferenceConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of preferences", ("Loss", "scorer"))
 
-    # The method: "bradley_terry" trains a reward model, which scores whole answers; "dpo" trains a policy; or path/to/file.py. Methods have
-    # more keys.
+    # The method: "bradley_terry" trains a reward model, which scores whole answers; "dpo" trains a policy; "classify" trains a classifier
+    # on texts with labels in place of pairs; or path/to/file.py. Methods have more keys.
     name: str = "bradley_terry"
 
 
