@@ -48,15 +48,14 @@ def reward_models(config: RewardModelConfig) -> list[OneModel]:
     Raises:
         UserError: a value is wrong, or a list has another length than that of the paths.
     """
-    if config.path is None:
-        return []
-    paths = list(config.path) if isinstance(config.path, list) else [config.path]
-    if not paths or not all(isinstance(path, str) and path for path in paths):
+    given = [] if config.path is None else config.path if isinstance(config.path, list) else [config.path]
+    if (config.path is not None and not given) or not all(isinstance(path, str) and path for path in given):
         raise UserError(f"found {config.path!r}", where="reward_model.path", fix="give a directory, a Hub name, or a list of these")
-    weights, labels, reads = (_of_each(config, key, len(paths)) for key in ("weight", "label", "reads"))
+    paths = [str(path) for path in given]
+    weights, labels, reads = (_of_each(config, key, max(1, len(paths))) for key in ("weight", "label", "reads"))
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise UserError(f"found {weight!r}", where="reward_model.weight", fix="give a finite number, such as 1.0")
+        if not math.isfinite(_number(weight)):
+            raise UserError(f"found {weight}", where="reward_model.weight", fix="give a finite number, such as 1.0")
     for what in reads:
         one_of("reward_model.reads", what, READS)
     for label in labels:
@@ -64,7 +63,15 @@ def reward_models(config: RewardModelConfig) -> list[OneModel]:
             raise UserError(f"found {label!r}", where="reward_model.label", fix="give the name of a label, or null")
     called = [None if label is None else str(label) for label in labels]
     places = [f"reward_model.path={path}" for path in paths]
-    return [OneModel(*one) for one in zip(paths, map(float, weights), called, reads, places, strict=True)]
+    return [OneModel(*one) for one in zip(paths, map(_number, weights), called, reads, places, strict=False)]
+
+
+def _number(weight: object) -> float:
+    """Return a weight as a number; NaN if it is none."""
+    try:
+        return math.nan if isinstance(weight, bool) or not isinstance(weight, (int, float, str)) else float(weight)
+    except ValueError:
+        return math.nan
 
 
 def _of_each(config: RewardModelConfig, key: str, models: int) -> list[Any]:

@@ -5,7 +5,7 @@ To read the code, start at `train`; the loop is that of fine-tuning. A method of
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -135,7 +135,10 @@ def _with_those_of_model(labels: Labels, path: str, trusted: bool) -> Labels:
     check_kind(path, (LANGUAGE_MODEL, REWARD_MODEL if labels.problem == "number" else CLASSIFIER), where=f"model.partial_pretrain={path}")
     if kind_of(path) != CLASSIFIER or labels.problem == "number":
         return labels
-    there = labels_of(read_config(path, trust_remote_code=trusted))
+    config = read_config(path, trust_remote_code=trusted)
+    there = labels_of(config)
+    if config.problem_type is None:  # it may have been trained for either
+        there = replace(there, problem=labels.problem)
     if there.problem != labels.problem:
         what = f"was trained for {there.problem} label{'s' * (there.problem == 'several')} of a text"
         raise UserError(
