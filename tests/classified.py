@@ -45,8 +45,8 @@ def write_model(folder: Path, *, labels: int = 0, seed: int = 0, **keys: Any) ->
     tokenizer = tiny_tokenizer([row["text"] for row in texts_with_labels(100)])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    more = {"num_labels": labels} if labels else {}
+    ids: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    more: dict[str, Any] = {"num_labels": labels} if labels else {}
     kind = Qwen2ForSequenceClassification if labels else Qwen2ForCausalLM
     kind(Qwen2Config(**SHAPE, **ids, **more, **keys, tie_word_embeddings=True)).save_pretrained(folder)
     return folder

@@ -108,7 +108,7 @@ def test_the_probability_of_a_label_is_a_reward(classifier: Path) -> None:
     chats = Rewards(RewardConfig(None), RewardModelConfig(str(classifier), label="positive"), say=print)
     tokenizer = AutoTokenizer.from_pretrained(classifier)
     whole = [{"role": "user", "content": "How was it?"}, {"role": "assistant", "content": answers[0]}]
-    text = tokenizer.apply_chat_template(whole, tokenize=False)
+    text = str(tokenizer.apply_chat_template(whole, tokenize=False))
     expected = torch.from_numpy(logits(classifier, [text])).softmax(-1)[:, 2].numpy()
     np.testing.assert_allclose(chats.score(["How was it?"], answers[:1], [{}]).each["model"], expected, atol=1e-5)
 
@@ -116,7 +116,7 @@ def test_the_probability_of_a_label_is_a_reward(classifier: Path) -> None:
 def test_several_reward_models_are_asked_at_the_same_time(classifier: Path, tmp_path: Path) -> None:
     other = write_reward_model(tmp_path)
     both = RewardModelConfig([str(other), str(classifier)], weight=[0.5, -1.0], label=[None, "negative"], reads=["chat", "answer"])
-    arguments = (["q", "r"], ["the film was bad", "the film was good"], [{}, {}])
+    arguments: tuple[list[str], list[str], list[dict[str, Any]]] = (["q", "r"], ["the film was bad", "the film was good"], [{}, {}])
     found = Rewards(RewardConfig(None), both, say=print).score(*arguments)
     first = Rewards(RewardConfig(None), RewardModelConfig(str(other)), say=print).score(*arguments)
     second = Rewards(RewardConfig(None), RewardModelConfig(str(classifier), label="negative", reads="answer"), say=print).score(*arguments)
@@ -156,6 +156,6 @@ def test_other_commands_refuse_a_classifier_by_name(folder: Path, classifier: Pa
         check_kind(str(classifier), ("a language model",))
     config = load_config(PPOConfig, [f"model.partial_pretrain={classifier}", f"data.train_files={folder / 'test.jsonl'}"])
     with pytest.raises(UserError, match=r"model.partial_pretrain=.* is a classifier"):
-        check_names(config, type("Method", (), {"needs_critic": False, "reference": None})())  # type: ignore[arg-type]
+        check_names(config, type("Method", (), {"needs_critic": False, "reference": None})())
     with pytest.raises(UserError, match=r"is a classifier .*not a language model or a reward model"):
         reward_trainer.main(words(folder, "pairs", algorithm__name="bradley_terry", model__partial_pretrain=classifier))

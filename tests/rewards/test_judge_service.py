@@ -15,7 +15,9 @@ from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.errors import UserError
 from verl.eval.sft_evaluator import evaluate
-from verl.rewards import judge
+from verl.rewards import _service, judge
+from verl.rewards._replies import Replies
+from verl.rewards._rubric import grade_of
 from verl.rewards._scoring import Grader, Loaded
 from verl.workers.calls import Failure
 
@@ -72,8 +74,10 @@ def graded(text: str) -> Reply:
 
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr(judge, "_replies", judge.Replies())
+def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Service]:
+    monkeypatch.setattr(_service, "_replies", Replies())
+    monkeypatch.setattr(_service, "failures", _service.Failures())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     found = Service()
     yield found
@@ -84,7 +88,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that were waited before a request was repeated."""
     found: list[float] = []
-    monkeypatch.setattr(judge, "_wait", found.append)
+    monkeypatch.setattr(_service, "_wait", found.append)
     return found
 
 
@@ -141,7 +145,7 @@ def test_a_busy_service_is_asked_again_after_the_time_it_names(service: Service,
     busy: list[Reply] = [(429, {"Retry-After": "7"}, {}), (503, {}, "busy"), (500, {"Retry-After": "999999"}, {}), graded("Grade: 4")]
     service.reply = lambda number, body: busy[number]
     assert judge.score("q", "a", row(), settings(service)) == 0.4
-    assert waits == [7.0, 2.0, judge.LONGEST_WAIT] and len(service.requests) == 4
+    assert waits == [7.0, 2.0, _service.LONGEST_WAIT] and len(service.requests) == 4
 
 
 def test_a_service_that_stays_busy_ends_the_command(service: Service, waits: list[float]) -> None:
@@ -207,7 +211,7 @@ def test_a_service_that_is_not_there_is_named(service: Service, waits: list[floa
 )
 def test_an_answer_without_a_grade_is_a_failure_of_this_answer(service: Service, text: str, said: str) -> None:
     service.reply = lambda number, body: graded(text)
-    with pytest.raises(judge.NoGradeError, match=said):
+    with pytest.raises(_service.NoGradeError, match=said):
         judge.score("q", "a", row(), settings(service))
 
 
@@ -238,7 +242,7 @@ def test_the_last_grade_of_a_reply_counts() -> None:
         ("得分：6.5", 6.5),
         ("Grade: **[[2]]**", 2),
     ):
-        assert judge.grade_of(text, 10) == grade
+        assert grade_of(text, 10) == grade
 
 
 @pytest.mark.parametrize(
@@ -262,7 +266,7 @@ def test_wrong_settings_are_found_before_a_model_is_loaded(words: list[str], sai
 def test_a_prompt_that_does_not_show_the_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("{question}")
     with pytest.raises(UserError, match=r"has no \{answer\}"):
-        judge.Settings("http://h/v1", "m", str(tmp_path / "p.txt")).check()
+        judge.Settings("http://h/v1", "m", judge_prompt=str(tmp_path / "p.txt")).check()
 
 
 def test_an_evaluation_by_a_judge_keeps_the_key_out_of_all_files(
@@ -283,7 +287,8 @@ def test_an_evaluation_by_a_judge_keeps_the_key_out_of_all_files(
     assert {headers["Authorization"] for _, headers, _ in service.requests} == {f"Bearer {KEY}"}
     assert not any(KEY in file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir())
 
-    judge._replies.__init__()  # type: ignore[misc]
+    monkeypatch.setattr(_service, "_replies", Replies())
+    words.append("reward.judge_cache=null")
     service.reply = lambda number, body: graded("Grade: 3") if number < 6 else (403, {}, {"error": "no more credit"})
     with pytest.raises(UserError, match="answered 403: no more credit\n  fix: check what the key in OPENAI_API_KEY may use"):
         evaluate(load_config(EvalConfig, [*words, f"output_dir={tmp_path / 'stopped'}"]))

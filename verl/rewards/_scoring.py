@@ -262,7 +262,10 @@ class Grader:
     ) -> list[Any]:
         members = [list(numbers) for _, numbers in groupby(range(len(rows)), key=lambda number: groups[number])]
         calls = [(questions[of[0]], [responses[number] for number in of], rows[of[0]]) for of in members]
-        found = self.run("score_group", calls, until_failure=until_failure)
+        if self.has("score_groups") and isinstance(self._code, InProcess):
+            found = self._code.run_groups("score_groups", "score_group", calls)
+        else:
+            found = self.run("score_group", calls, until_failure=until_failure)
         each = [result if isinstance(result, list) else [result] * len(of) for of, result in zip(members, found, strict=True)]
         return [score for of_group in each for score in of_group]
 
