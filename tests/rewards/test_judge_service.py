@@ -1,14 +1,12 @@
 """The judge: grades over HTTP. The service is a stand-in of an OpenAI-style one, a real HTTP server on this machine."""
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judges import KEY, Reply, Service, forget, graded, served
 from learned import ROWS, write_rows
 
 from verl.config.commands import EvalConfig
@@ -16,72 +14,15 @@ from verl.config.load import load_config
 from verl.errors import UserError
 from verl.eval.sft_evaluator import evaluate
 from verl.rewards import _service, judge
-from verl.rewards._replies import Replies
 from verl.rewards._rubric import grade_of
 from verl.rewards._scoring import Grader, Loaded
 from verl.workers.calls import Failure
 
-KEY = "plain-words-42"  # no form by which a key is recognised
-Reply = tuple[int, dict[str, str], Any]
-
-
-class Service:
-    """A stand-in that answers each request by `reply(number, body)`: a status, headers and a JSON value."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[int, dict[str, Any]], Reply] = lambda number, body: graded("Grade: 10")
-        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.most_at_a_time = self._now = 0
-        self._lock = threading.Lock()
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                service.answer(self)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        with self._lock:
-            number = len(self.requests)
-            self.requests.append((handler.path, dict(handler.headers), body))
-            self._now += 1
-            self.most_at_a_time = max(self.most_at_a_time, self._now)
-        status, headers, value = self.reply(number, body)
-        text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        with self._lock:
-            self._now -= 1
-        handler.send_response(status)
-        for name, content in {"Content-Length": str(len(text)), **headers}.items():
-            handler.send_header(name, content)
-        handler.end_headers()
-        handler.wfile.write(text)
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
-def graded(text: str) -> Reply:
-    """As OpenAI documents the answer of /chat/completions."""
-    return 200, {}, {"object": "chat.completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Service]:
-    monkeypatch.setattr(_service, "_replies", Replies())
-    monkeypatch.setattr(_service, "failures", _service.Failures())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    found = Service()
-    yield found
-    found.close()
+    with served(monkeypatch, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture
@@ -287,7 +228,7 @@ def test_an_evaluation_by_a_judge_keeps_the_key_out_of_all_files(
     assert {headers["Authorization"] for _, headers, _ in service.requests} == {f"Bearer {KEY}"}
     assert not any(KEY in file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir())
 
-    monkeypatch.setattr(_service, "_replies", Replies())
+    forget(monkeypatch)
     words.append("reward.judge_cache=null")
     service.reply = lambda number, body: graded("Grade: 3") if number < 6 else (403, {}, {"error": "no more credit"})
     with pytest.raises(UserError, match="answered 403: no more credit\n  fix: check what the key in OPENAI_API_KEY may use"):

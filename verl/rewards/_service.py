@@ -188,17 +188,23 @@ class FailedError(Exception):
 
 
 def _answered(url: str, data: bytes, service: Service) -> "str | FailedError":
-    """Send one request, and return the text of the reply, or why there is none."""
+    """Send one request, and return the text of the reply without the key of the service, or why there is none."""
     try:
-        return text_of(_sent(url, data, service), url)
+        text, key = text_of(_sent(url, data, service), url), key_of(service)
+        return text.replace(key, "[hidden]") if key else text  # a reply is kept on disk, and shown in errors
     except FailedError as error:
         return error
+
+
+def key_of(service: Service) -> str:
+    """Return the key of the service; empty if there is none."""
+    return os.environ.get(service.judge_key_variable, "").strip()
 
 
 def _sent(url: str, data: bytes, service: Service) -> bytes:
     """Send one request, and return what the service answers."""
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310 - http, see Settings.check
-    key = os.environ.get(service.judge_key_variable, "").strip()
+    key = key_of(service)
     if key:
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:

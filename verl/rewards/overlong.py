@@ -1,7 +1,7 @@
 """A penalty for long answers that grows before the limit: the soft overlong punishment of DAPO (arXiv:2503.14476, equation 13).
 
-An answer loses nothing up to `limit - buffer`, then linearly more, and 1 from the limit on: `reward.name=[gsm8k,overlong]`. It counts what is
-in the text; `algorithm.overlong_buffer_tokens` is the same penalty by the tokens that were drawn, and knows which answers were cut off.
+An answer loses nothing up to `limit - buffer`, then linearly more, and 1 from the limit on: `reward.name=[gsm8k,overlong]`. It counts what
+is in the text; `algorithm.overlong_buffer_tokens` is the same penalty by the tokens that were drawn, and knows which answers were cut off.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A penalty for repetition: the share of an answer's n-grams of words that are there already (arXiv:2502.03373, section 4.3).
+"""A penalty for repetition: the share of an answer's n-grams of words that are there already (arXiv:2502.03373).
 
 reward.name=[gsm8k,repetition] reward.weights=[1,0.5]
 """
