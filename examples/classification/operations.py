@@ -2,8 +2,8 @@
 
     python examples/classification/operations.py FOLDER [key=value …]
 
-It writes questions with their label (`add`, `subtract`, `add then add`, …) and a small model with random weights into FOLDER, trains it, and
-evaluates it on problems that it has not seen. The keys are those of `verl reward`.
+It writes questions with their label (`add`, `subtract`, `add then add`, …) and a small model with random weights into FOLDER, trains it,
+and evaluates it on problems that it has not seen. The keys are those of `verl reward`.
 """
 
 import json

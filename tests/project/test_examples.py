@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from judges import graded, prompt_of, served
+from judges import forget, graded, prompt_of, served
 from places import ROOT
 from tiny import write_problems_and_model
 
@@ -222,6 +222,11 @@ def test_the_judge_script_asks_a_service_and_gates_by_the_format(folder: Path, t
         keys = {**ROLLOUTS, "reward.judge_url": service.url, "data.val_files": "null", "data.val_max_samples": "null"}
         steps = run_small("qwen25_05b_grpo_judge.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **keys)
         asked = [prompt_of(body) for _, _, body in service.requests]
+        forget(monkeypatch)
+        (folder / "qwen25_05b_grpo_judge.sh").rename(folder / "first")
+        again = run_small("qwen25_05b_grpo_judge.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **keys)
+        assert len(service.requests) == len(asked), "the same answers in another run cost no request"
+        assert [step["rl/reward"] for step in again] == [step["rl/reward"] for step in steps]
     assert steps[-1]["reward/judge"] > 0 and steps[-1]["reward/gated"] > 0.8 and steps[0]["reward/errors"] >= 1
     assert len(set(asked)) == len(asked) and "- right: the final number is the right one" in asked[0]
 
