@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -213,3 +215,26 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         except OSError:
             time.sleep(0.5)
     raise AssertionError(log.read_text()[-3000:])
+
+
+# The command `verl serve`
+
+
+def started(words: list[object], folder: Path, **env: str) -> Iterator[tuple[Forked, str]]:
+    """Start the command, and yield it with what it has printed once it says how to ask."""
+    process = Forked(["-m", "verl", "serve", *map(str, words)], folder, {**os.environ, **env})
+    try:
+        since, text = time.monotonic(), ""
+        while "curl" not in text or not text.endswith("\n"):
+            assert process.poll() is None and time.monotonic() - since < 200, process._logs[1].read_text()[-2000:]
+            time.sleep(0.05)
+            text = process._logs[0].read_text() if process._logs[0].exists() else ""
+        yield process, text
+    finally:
+        process.kill()
+
+
+def port_in(said: str) -> int:
+    found = re.search(r"127\.0\.0\.1:(\d+)", said)
+    assert found is not None
+    return int(found[1])

@@ -5,26 +5,27 @@ vLLM is not installed where these tests run: a stand-in of that name on PATH sho
 
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from forked import Forked
 from learned import ROWS
 from models.test_export import write_adapter, write_base
+from served import port_in, started
 
 from verl import serve
 from verl.config.commands import ServeConfig
 from verl.config.load import load_config
 from verl.errors import UserError
 from verl.models.load import load_tokenizer
+from verl.rewards import judge
+from verl.rewards._service import NoGradeError
 
 STAND_IN = """#!{python}
 # A stand-in for vLLM's command line: it writes down how it was started, and answers on /health.
@@ -47,31 +48,22 @@ def write_stand_in(folder: Path, first: str = "") -> Path:
     return record
 
 
-def started(words: list[object], folder: Path, **env: str) -> Iterator[tuple[Forked, str]]:
-    """Start the command, and yield it with what it has printed once it says how to ask."""
-    process = Forked(["-m", "verl", "serve", *map(str, words)], folder, {**os.environ, **env})
-    try:
-        since, text = time.monotonic(), ""
-        while "curl" not in text or not text.endswith("\n"):
-            assert process.poll() is None and time.monotonic() - since < 200, process._logs[1].read_text()[-2000:]
-            time.sleep(0.05)
-            text = process._logs[0].read_text() if process._logs[0].exists() else ""
-        yield process, text
-    finally:
-        process.kill()
-
-
-def port_in(said: str) -> int:
-    found = re.search(r"127\.0\.0\.1:(\d+)", said)
-    assert found is not None
-    return int(found[1])
-
-
 def asked(line: str, question: str) -> str:
     """Run the curl line that was printed, with another question."""
     line = line.replace("What is 17 + 25?", question)
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     return str(json.loads(done.stdout)["choices"][0]["message"]["content"])
+
+
+def check_judge(port: int, folder: Path) -> None:
+    """The grader `judge` asks a real server of the API, and reads what the checkpoint answers, which is no grade."""
+    (folder / "prompt.txt").write_text("{answer}")
+    keys: dict[str, Any] = {"judge_max_tokens": 60, "judge_prompt": str(folder / "prompt.txt"), "judge_cache": None}
+    own = judge.Settings(f"http://127.0.0.1:{port}/v1", "a-model", **keys)
+    own.check()
+    with pytest.raises(NoGradeError) as caught:
+        judge.score("", ROWS[0]["question"], {"reference": ""}, own)
+    assert repr(ROWS[0]["answer"].strip()) in str(caught.value)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -84,6 +76,7 @@ def test_transformers_server_answers_as_the_checkpoint_does(learned_checkpoint: 
         assert said.startswith("a-model answers at http://127.0.0.1:")
         assert [asked(line, row["question"]) for row in ROWS[:2]] == [row["answer"] for row in ROWS[:2]]
         port = port_in(said)
+        check_judge(port, tmp_path)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):

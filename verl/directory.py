@@ -143,8 +143,11 @@ def settings_of(config: RunConfig) -> dict[str, str]:
 
     values = {"command": json.dumps(COMMANDS.get(type(config).__name__, "")), **values_of(config)}
     names = {key: json.loads(value) for key, value in values.items() if kind_of(key) == MODEL or value.endswith('.py"')}
-    contents = {CONTENT + key: content_of(name) for key, name in names.items() if isinstance(name, str)}
-    return {**values, **{key: json.dumps(found) for key, found in contents.items() if found is not None}}
+    lists = {
+        CONTENT + key: [content_of(one) for one in (name if isinstance(name, list) else [name])] for key, name in names.items() if name
+    }
+    contents = {key: found[0] if len(found) == 1 else found for key, found in lists.items() if None not in found}
+    return {**values, **{key: json.dumps(found) for key, found in contents.items()}}
 
 
 def recorded_settings(directory: Path) -> dict[str, str]:

@@ -185,7 +185,9 @@ def check_names(config: Any) -> None:
         for name in names if isinstance(names, list) else [names]:
             _check_plugin(name, key, package)
     for key in MODELS:
-        check_model(_value(config, key), key)
+        value = _value(config, key)
+        for model in value if isinstance(value, list) else [value]:
+            check_model(model, key, may_classify=hasattr(config, "test_file"))
     if isinstance(against := _value(config, "against"), str) and not (Path(against).expanduser() / RESULTS).is_file():
         check_model(against, "against")
 
@@ -235,8 +237,12 @@ def _check_plugin(name: Any, key: str, package: str) -> None:
         raise unknown(package.rpartition(".")[2], name, known, where=key)
 
 
-def check_model(name: Any, key: str) -> None:
-    """Check that a local model is there, and is of a kind that the key takes. A name on the Hub is looked up when it is loaded."""
+def check_model(name: Any, key: str, *, may_classify: bool = False) -> None:
+    """Check that a local model is there, and is of a kind that the key takes. A name on the Hub is looked up when it is loaded.
+
+    Args:
+        may_classify: whether the command also takes a classifier, as the evaluator does.
+    """
     if not isinstance(name, str):
         return
     from verl.models import kind
@@ -252,7 +258,7 @@ def check_model(name: Any, key: str) -> None:
         if not folder.exists():
             _check_hub(name, key)
     if key in ("model_path", "source", "against"):
-        kind.check_kind(name, kind.GENERATES, where=f"{key}={name}")
+        kind.check_kind(name, (*kind.GENERATES, *((kind.CLASSIFIER,) if may_classify else ())), where=f"{key}={name}")
     elif key == "model.lora_adapter_path":
         kind.check_kind(name, (kind.ADAPTER,), where=f"{key}={name}")
 

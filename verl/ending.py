@@ -9,6 +9,7 @@ from pathlib import Path
 
 from verl.config.best import mode_of
 from verl.directory import COMMANDS
+from verl.models.kind import CLASSIFIER, kind_of
 from verl.pace import clock, counted
 from verl.run_view import Shown
 
@@ -74,6 +75,9 @@ def _next(run: Shown, model: Path, *, is_stopped: bool) -> list[str]:
     command, directory = COMMANDS.get(type(run.settings).__name__, "verl sft"), run.directory
     name, merged = _word(model), _word(directory.with_name(f"{directory.name}-model"))
     again = _longer(command, run, is_stopped=is_stopped)
+    if kind_of(str(model)) == CLASSIFIER:
+        tests = _word(run.config["data"].get("val_files") or "<file>")
+        return [f"verl eval model_path={name} test_file={tests} output_dir={_word(directory / 'eval')}", again]
     if _is_reward_model(model):
         return [f"verl ppo reward_model.path={name} model.partial_pretrain=<model> data.train_files=<questions>", again]
     tests = run.config["data"].get("val_files")

@@ -46,8 +46,11 @@ def name_checkpoints(config: object, *, best: bool = False) -> None:
         value = getattr(group, name, None)
         if key == "against" and (Path(str(value)).expanduser() / RESULTS).is_file():
             continue  # an evaluation, which may be in a run's directory
-        if isinstance(value, str) and is_run_directory(value):
-            setattr(group, name, checkpoint_in(value, key, best=best))
+        given = value if isinstance(value, list) else [value]
+        of_runs = [isinstance(one, str) and is_run_directory(one) for one in given]
+        if any(of_runs):
+            taken = [checkpoint_in(one, key, best=best) if is_run else one for one, is_run in zip(given, of_runs, strict=True)]
+            setattr(group, name, taken if isinstance(value, list) else taken[0])
             found += 1
     if best and not found:
         key = next(key for key in ("model_path", "source", KEYS[0]) if "." in key or hasattr(config, key))

@@ -1,6 +1,6 @@
 """The example scripts, run with stand-ins for what they start: their words are a config that the trainer takes.
 
-Those of reinforcement learning and of pairs are then run with the same words, at the size of the demo's model.
+Those of reinforcement learning and of pairs are then run with the same words, at the size of the demo's model; so is the classifier's.
 """
 
 import json
@@ -12,9 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from judges import forget, graded, prompt_of, served
 from places import ROOT
 from tiny import write_problems_and_model
 
+from verl import plugin
 from verl.config.load import load_config
 from verl.config.pairs import RewardTrainerConfig
 from verl.config.ppo import PPOConfig
@@ -212,6 +214,27 @@ def test_the_reward_model_script_and_then_ppo_against_that_model(folder: Path, t
 def test_the_grpo_script(folder: Path, tmp_path: Path) -> None:
     steps = run_small("qwen25_05b_grpo_gsm8k.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **ROLLOUTS)
     assert steps[-1]["step"] == 2 and "rl/reward" in steps[-1]
+
+
+def test_the_judge_script_asks_a_service_and_gates_by_the_format(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(monkeypatch, tmp_path) as service:
+        service.reply = lambda number, body: graded(f'{{"right": {number % 11}, "clear": 5}}' if number else "I would rather not.")
+        keys = {**ROLLOUTS, "reward.judge_url": service.url, "data.val_files": "null", "data.val_max_samples": "null"}
+        steps = run_small("qwen25_05b_grpo_judge.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **keys)
+        asked = [prompt_of(body) for _, _, body in service.requests]
+        forget(monkeypatch)
+        (folder / "qwen25_05b_grpo_judge.sh").rename(folder / "first")
+        again = run_small("qwen25_05b_grpo_judge.sh", ppo_trainer, folder, tmp_path, "train.jsonl", **keys)
+        assert len(service.requests) == len(asked), "the same answers in another run cost no request"
+        assert [step["rl/reward"] for step in again] == [step["rl/reward"] for step in steps]
+    assert steps[-1]["reward/judge"] > 0 and steps[-1]["reward/gated"] > 0.8 and steps[0]["reward/errors"] >= 1
+    assert len(set(asked)) == len(asked) and "- right: the final number is the right one" in asked[0]
+
+
+def test_the_classifier_learns_a_little_in_a_few_steps(tmp_path: Path) -> None:
+    example = plugin.load("examples", str(ROOT / "examples" / "classification" / "operations.py"))
+    found = example.main(tmp_path, ["trainer.total_training_steps=12", "optim.lr=2e-3"])
+    assert 0.3 < found <= 1.0
 
 
 def test_the_dpo_script(folder: Path, tmp_path: Path) -> None:

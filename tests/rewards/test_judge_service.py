@@ -1,90 +1,35 @@
 """The judge: grades over HTTP. The service is a stand-in of an OpenAI-style one, a real HTTP server on this machine."""
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judges import KEY, Reply, Service, forget, graded, served
 from learned import ROWS, write_rows
 
 from verl.config.commands import EvalConfig
 from verl.config.load import load_config
 from verl.errors import UserError
 from verl.eval.sft_evaluator import evaluate
-from verl.rewards import judge
+from verl.rewards import _service, judge
+from verl.rewards._rubric import grade_of
 from verl.rewards._scoring import Grader, Loaded
 from verl.workers.calls import Failure
 
-KEY = "plain-words-42"  # no form by which a key is recognised
-Reply = tuple[int, dict[str, str], Any]
-
-
-class Service:
-    """A stand-in that answers each request by `reply(number, body)`: a status, headers and a JSON value."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[int, dict[str, Any]], Reply] = lambda number, body: graded("Grade: 10")
-        self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
-        self.most_at_a_time = self._now = 0
-        self._lock = threading.Lock()
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                service.answer(self)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        with self._lock:
-            number = len(self.requests)
-            self.requests.append((handler.path, dict(handler.headers), body))
-            self._now += 1
-            self.most_at_a_time = max(self.most_at_a_time, self._now)
-        status, headers, value = self.reply(number, body)
-        text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
-        with self._lock:
-            self._now -= 1
-        handler.send_response(status)
-        for name, content in {"Content-Length": str(len(text)), **headers}.items():
-            handler.send_header(name, content)
-        handler.end_headers()
-        handler.wfile.write(text)
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
-def graded(text: str) -> Reply:
-    """As OpenAI documents the answer of /chat/completions."""
-    return 200, {}, {"object": "chat.completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-
 
 @pytest.fixture
-def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setattr(judge, "_replies", judge.Replies())
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    found = Service()
-    yield found
-    found.close()
+def service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Service]:
+    with served(monkeypatch, tmp_path) as found:
+        yield found
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that were waited before a request was repeated."""
     found: list[float] = []
-    monkeypatch.setattr(judge, "_wait", found.append)
+    monkeypatch.setattr(_service, "_wait", found.append)
     return found
 
 
@@ -141,7 +86,7 @@ def test_a_busy_service_is_asked_again_after_the_time_it_names(service: Service,
     busy: list[Reply] = [(429, {"Retry-After": "7"}, {}), (503, {}, "busy"), (500, {"Retry-After": "999999"}, {}), graded("Grade: 4")]
     service.reply = lambda number, body: busy[number]
     assert judge.score("q", "a", row(), settings(service)) == 0.4
-    assert waits == [7.0, 2.0, judge.LONGEST_WAIT] and len(service.requests) == 4
+    assert waits == [7.0, 2.0, _service.LONGEST_WAIT] and len(service.requests) == 4
 
 
 def test_a_service_that_stays_busy_ends_the_command(service: Service, waits: list[float]) -> None:
@@ -207,7 +152,7 @@ def test_a_service_that_is_not_there_is_named(service: Service, waits: list[floa
 )
 def test_an_answer_without_a_grade_is_a_failure_of_this_answer(service: Service, text: str, said: str) -> None:
     service.reply = lambda number, body: graded(text)
-    with pytest.raises(judge.NoGradeError, match=said):
+    with pytest.raises(_service.NoGradeError, match=said):
         judge.score("q", "a", row(), settings(service))
 
 
@@ -238,7 +183,7 @@ def test_the_last_grade_of_a_reply_counts() -> None:
         ("得分：6.5", 6.5),
         ("Grade: **[[2]]**", 2),
     ):
-        assert judge.grade_of(text, 10) == grade
+        assert grade_of(text, 10) == grade
 
 
 @pytest.mark.parametrize(
@@ -262,7 +207,7 @@ def test_wrong_settings_are_found_before_a_model_is_loaded(words: list[str], sai
 def test_a_prompt_that_does_not_show_the_answer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("{question}")
     with pytest.raises(UserError, match=r"has no \{answer\}"):
-        judge.Settings("http://h/v1", "m", str(tmp_path / "p.txt")).check()
+        judge.Settings("http://h/v1", "m", judge_prompt=str(tmp_path / "p.txt")).check()
 
 
 def test_an_evaluation_by_a_judge_keeps_the_key_out_of_all_files(
@@ -283,7 +228,8 @@ def test_an_evaluation_by_a_judge_keeps_the_key_out_of_all_files(
     assert {headers["Authorization"] for _, headers, _ in service.requests} == {f"Bearer {KEY}"}
     assert not any(KEY in file.read_text(encoding="utf-8") for file in (tmp_path / "out").iterdir())
 
-    judge._replies.__init__()  # type: ignore[misc]
+    forget(monkeypatch)
+    words.append("reward.judge_cache=null")
     service.reply = lambda number, body: graded("Grade: 3") if number < 6 else (403, {}, {"error": "no more credit"})
     with pytest.raises(UserError, match="answered 403: no more credit\n  fix: check what the key in OPENAI_API_KEY may use"):
         evaluate(load_config(EvalConfig, [*words, f"output_dir={tmp_path / 'stopped'}"]))

@@ -8,7 +8,16 @@ from verl.config.shared import TrainerConfig
 from verl.errors import UserError, at_least, one_of
 
 # Metrics whose best value is known from the end of their name.
-BEST_MODES = {"loss": "min", "perplexity": "min", "kl": "min", "exact_match": "max", "accuracy": "max", "reward": "max", "margin": "max"}
+BEST_MODES = {
+    "loss": "min",
+    "perplexity": "min",
+    "kl": "min",
+    "exact_match": "max",
+    "accuracy": "max",
+    "reward": "max",
+    "margin": "max",
+    "f1": "max",
+}
 ANSWERS = ("loss", "exact_match")  # what the validation of fine-tuning measures
 
 

@@ -93,8 +93,8 @@ class EvalConfig:
     # Answers generated at a time; null: as many as fit into memory.
     batch_size: int | None = None
     rollout: EngineConfig = field(default_factory=EngineConfig)
-    # The grader: a name in verl/rewards (gsm8k, math, exact, choice, regex, f1, rouge, judge) or path/to/file.py; null: by what the rows
-    # look like. Its own keys are `reward.KEY`, as in reinforcement learning.
+    # The grader: a name in verl/rewards (gsm8k, math, exact, choice, regex, f1, rouge, judge, pairwise) or path/to/file.py; null: by what
+    # the rows look like. Its own keys are `reward.KEY`, as in reinforcement learning.
     metric: str | None = None
     reward: GraderConfig = field(default_factory=GraderConfig)
     # Seed of sampling.

@@ -66,7 +66,8 @@ class PreferenceConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of preferences", ("Loss", "scorer"))
 
     # The method: "bradley_terry" trains a reward model, which scores whole answers; "dpo", "dpo_norm", "ipo", "kto", "odpo", "orpo",
-    # "robust_dpo" and "simpo" train a policy; or path/to/file.py. Methods have more keys.
+    # "robust_dpo" and "simpo" train a policy; "classify" trains a classifier on texts with labels; or path/to/file.py. Methods have more
+    # keys.
     name: str = "bradley_terry"
     # Where the log-probabilities of the reference come from: "stored" computes those of each row once, before training, and keeps them in
     # the run's directory; "adapter_off" computes them in each step, by a new adapter's model with the adapter switched off; "auto" does so

@@ -147,7 +147,7 @@ def _check_fields(group: Group, shared: type, settings: dict[str, type]) -> None
             what = f"{reserved.pop()!r} cannot be a key of its Settings: every {group.plugins.kind} has one of this name"
             raise UserError(what, where=f"{group.named_by}={name}", fix="rename it")
         for key, hint in _own_hints(kind, shared).items():
-            if key in owners:
+            if key in owners and fields_of(kind)[key] is not fields_of(settings[owners[key]])[key]:  # both inherit the one
                 what, fix = f"both {owners[key]} and {name} have a key {key!r}", "rename it in one of them"
                 raise UserError(what, where=group.named_by, fix=fix)
             owners[key] = name
@@ -172,8 +172,8 @@ def _joined(shared: type, kinds: tuple[type, ...]) -> type:
         required = [f for f in fields_of(kinds[0]).values() if f.default is f.default_factory is dataclasses.MISSING]
         given = [(f.name, typing.get_type_hints(kinds[0])[f.name], dataclasses.field(default=MISSING, kw_only=True)) for f in required]
         return dataclasses.make_dataclass(shared.__name__, given, bases=kinds, namespace={"made_of": kinds}) if given else kinds[0]
-    own = [(name, typing.get_type_hints(kind)[name], _copied(f)) for kind in kinds for name, f in fields_of(kind).items()]
-    return dataclasses.make_dataclass(shared.__name__, own, bases=(shared,), namespace={"made_of": kinds})
+    own = {name: (name, typing.get_type_hints(kind)[name], _copied(f)) for kind in kinds for name, f in fields_of(kind).items()}
+    return dataclasses.make_dataclass(shared.__name__, own.values(), bases=(shared,), namespace={"made_of": kinds})
 
 
 def _copied(field: Any) -> Any:

@@ -11,6 +11,8 @@ from verl.config.algorithm import AlgorithmConfig
 from verl.config.best import check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
 from verl.config.environment import EnvironmentConfig, check_environment
+from verl.config.reward_models import RewardModelConfig as RewardModelConfig
+from verl.config.reward_models import check_reward_models, names_of, reward_models
 from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
 from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
@@ -30,18 +32,12 @@ class RewardConfig(WorkersConfig):
     weights: list[float] | None = None
     # If a reward fails or is not a finite number: "stop" ends the run with an error that names the row, "zero" counts it as 0.
     on_error: str = "stop"
-
-
-@dataclass
-class RewardModelConfig:
-    # Reward model, a sequence classifier with one label: a directory or Hub name; null: none.
-    path: str | None = None
-    # Weight of its score in the sum with the rewards of reward.name.
-    weight: float = 1.0
-    # Token budget of its micro-batches, for questions and answers together.
-    max_tokens_per_micro_batch: int = 16384
-    # Run Python code that comes with the reward model. Set it only for sources that you trust.
-    trust_remote_code: bool = False
+    # Rewards from which on an answer counts as right, by name, such as {f1: 0.5}: the reward is then 1, and below it 0.
+    thresholds: dict[str, float] = field(default_factory=dict)
+    # Rewards that an answer must reach, by name, such as {format: 1.0}: one that does not gets reward.gated in place of the whole sum.
+    gates: dict[str, float] = field(default_factory=dict)
+    # Reward of an answer that misses one of reward.gates.
+    gated: float = 0.0
 
 
 def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: str | None = None) -> None:
@@ -63,10 +59,12 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: s
     if reward.weights is not None and len(reward.weights) != len(names):
         what = f"{len(reward.weights)} weights for {len(names)} rewards"
         raise UserError(what, where="reward.weights", fix="give one number for each name in reward.name, or remove this key")
-    for key, weight in (("reward_model.weight", model.weight), *(("reward.weights", weight) for weight in reward.weights or [])):
+    numbers = [("reward.weights", weight) for weight in reward.weights or []] + [("reward.gated", reward.gated)]
+    numbers += [(f"reward.{key}.{name}", limit) for key in ("gates", "thresholds") for name, limit in getattr(reward, key).items()]
+    for key, weight in numbers:
         if not math.isfinite(weight):
             raise UserError(f"found {weight}", where=key, fix="give a finite number, such as 1.0")
-    at_least("reward_model.max_tokens_per_micro_batch", model.max_tokens_per_micro_batch, 1)
+    check_reward_models(model)
 
 
 def reward_names(reward: RewardConfig) -> list[str]:
@@ -79,7 +77,7 @@ def measured(reward: RewardConfig, model: RewardModelConfig, environment: str | 
     names = reward_names(reward)
     if environment is not None or any("." in str(name) for name in names):
         return None
-    return ["reward", *(["exact_match"] if names else []), *map(str, names), *([] if model.path is None else ["model"])]
+    return ["reward", *(["exact_match"] if names else []), *map(str, names), *names_of(len(reward_models(model)))]
 
 
 @dataclass

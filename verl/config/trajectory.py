@@ -33,7 +33,7 @@ KINDS = {
         model.lora_rank model.lora_alpha model.lora_dropout model.target_modules model.trainable_tokens model.use_dora model.use_rslora
         optim.name optim.lr optim.weight_decay optim.clip_grad optim.lr_scheduler optim.warmup_steps_ratio optim.min_lr_ratio
         optim.stable_ratio
-        reward.name reward.weights reward_model.weight
+        reward.name reward.weights reward.thresholds reward.gates reward.gated reward_model.weight reward_model.label reward_model.reads
         rollout.name rollout.oversample rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.staleness
         rollout.partial rollout.tool rollout.max_turns environment.name environment.max_turns
         rollout.serve agent.program agent.requests

@@ -1,19 +1,21 @@
-"""Build the engines of critics and reward models, which have a scalar head."""
+"""Build the engines of critics, reward models and classifiers, which have a head of their own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl.config.shared import ModelConfig, OptimConfig
+from verl.data.labels import Labels
 from verl.engine.build import Built, cast_weights, loading_device, make_engine, prepare_layers, prepare_process
 from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.router_loss import find_router_loss
 from verl.engine.trial import check_hidden
-from verl.engine.value_scorers import RewardScorer, ValueScorer
+from verl.engine.value_scorers import LabelScorer, RewardScorer, ValueScorer
 from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import Loaded, check_vocabulary
 from verl.models.saved import cast, export_model, gather, write_model
@@ -76,27 +78,33 @@ def build_reward_model(
     stop_ids: list[int],
     padding: int | None,
     seed: int,
+    labels: Labels | None = None,
 ) -> Built:
-    """Build a reward model, which gives one score per document. All of its weights are trained.
+    """Build a reward model, which gives one score per document, or a classifier. All of its weights are trained.
 
     Args:
-        settings: model settings; `partial_pretrain` is a reward model, or a causal language model, which gets a head of zeros.
+        settings: model settings; `partial_pretrain` is such a model, or a causal language model, which gets a head of zeros.
         decisions: result of `decide` for this model.
         padding: `pad_token_id` of the saved model, which transformers' class needs for batches of several documents; None: no padding.
         stop_ids: same as in `build`.
+        labels: the labels of a classifier; None: a reward model.
     Raises:
         UserError: no such model, or it cannot have the head.
     """
     prepare_process(decisions, seed)
-    path, home, values = settings.partial_pretrain, loading_device(decisions), not decisions.is_sharded
-    forward = decisions.path
-    loaded = load_reward_model(path, device=home, trust_remote_code=settings.trust_remote_code, values=values, attention=forward.attention)
+    path, forward = settings.partial_pretrain, decisions.path
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "attention": forward.attention}
+    options |= {"device": loading_device(decisions), "values": not decisions.is_sharded}
+    loaded = load_reward_model(path, labels=1 if labels is None else len(labels.names), **options)
     check_vocabulary(loaded.model, tokenizer, path)
     check_hidden(RewardScorer(_model_to_check(loaded, decisions), forward), where=path)
     loaded.model.config.pad_token_id = padding
+    if labels is not None:
+        labels.write(loaded.model.config)
     cast_weights(loaded.model, decisions.param_dtype)
     compiler = prepare_layers(loaded.model, decisions, liger=settings.use_liger)
-    engine = make_engine(RewardScorer(loaded.model, forward), optim, loaded, decisions)
+    scorer = RewardScorer if labels is None else LabelScorer
+    engine = make_engine(scorer(loaded.model, forward), optim, loaded, decisions)
     _, notes = find_router_loss(loaded.model, settings.router_aux_loss_coef)
     return Built(engine, decisions, compiler, loaded, None, tokenizer, stop_ids, None, notes)
 

@@ -25,7 +25,7 @@ class ValueOut:
 
 @dataclass
 class ScoreOut:
-    """Output of a reward model: `score_S`, float32, one score per document, without filler."""
+    """Output of a reward model: `score_S`, float32, one score per document, without filler; of a classifier [S, L], one per label."""
 
     score_S: Tensor
 

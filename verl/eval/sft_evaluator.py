@@ -29,7 +29,7 @@ from verl.eval import against, few_shot, report
 from verl.eval.grader import Answer, Grader, Prediction, Question
 from verl.lock import held
 from verl.models.format_check import check_format
-from verl.models.kind import GENERATES, check_kind
+from verl.models.kind import CLASSIFIER, GENERATES, check_kind, kind_of
 from verl.models.load import load_tokenizer
 from verl.models.prompt_format import system_of
 from verl.pace import counted
@@ -68,6 +68,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """
     console = open_console(markup=False, highlight=False, soft_wrap=True)
     check_one_process()
+    if kind_of(config.model_path) == CLASSIFIER:
+        from verl.eval import classified  # it generates no answers
+
+        return classified.evaluate(config, console)
     check_kind(config.model_path, GENERATES, where=f"model_path={config.model_path}")
     if config.against is None or against.is_evaluation(config.against):
         return evaluate_one(config, console)

@@ -23,6 +23,7 @@ from verl.data.template_end import added_end
 from verl.engine.decisions import packing_of, packing_of_pairs
 from verl.engine.hardware import ASSUMED
 from verl.engine.outline import Outline
+from verl.errors import UserError
 from verl.inspection.copies import copies_in, overlap_of
 from verl.inspection.lengths import fill_of, lengths_of
 from verl.inspection.picks import Picks
@@ -103,10 +104,21 @@ def _trainer_of(config: TrainerConfig) -> _Trainer:
         data.truncation == "error",
     )
     if isinstance(config, RewardTrainerConfig):
+        _check_pairs(config)
         columns = columns_of(data, getattr(config.algorithm.plugins.load("algorithm.name", config.algorithm.name), "reads", "pairs"))
         unit = "rows" if columns.documents_per_row == 1 else "pairs"
         return _Trainer("reward", unit, DocumentReading(columns, data), rows, limit, stops, packing_of_pairs(data, ASSUMED))
     return _Trainer("sft", "rows", DocumentReading(Columns.of(data), data), rows, limit, stops, packing_of(data, ASSUMED))
+
+
+def _check_pairs(config: RewardTrainerConfig) -> None:
+    """Raise UserError if the rows of a method are no pairs but texts with labels."""
+    name = config.algorithm.name
+    if config.algorithm.plugins.load("algorithm.name", name).scorer == "labels":
+        fix = "verl reward trainer.dry_run=true reads all rows and counts the labels"
+        raise UserError(
+            "shows chats, pairs and prompts, and no texts with labels", where=f"verl inspect with algorithm.name={name}", fix=fix
+        )
 
 
 def _read(

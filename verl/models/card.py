@@ -25,6 +25,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link", "language")
 METHODS = {
     "sft": "supervised fine-tuning",
     "bradley_terry": "training as a reward model",
+    "classify": "training as a classifier",
     "dpo": "direct preference optimization",
 }
 UNKNOWN = "unknown"  # the Hub's own word for a licence, too

@@ -1,7 +1,7 @@
-"""Models with a scalar head: critics and reward models.
+"""Models with a head of their own: critics, reward models and classifiers.
 
-A critic is saved as a token classification model with one label, and a reward model as a sequence classification model with one label:
-`AutoModelForTokenClassification` and `AutoModelForSequenceClassification` load them.
+A critic is saved as a token classification model with one label, a reward model as a sequence classification model with one label, and a
+classifier as one with a label for each output: `AutoModelForTokenClassification` and `AutoModelForSequenceClassification` load them.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def load_critic(
     Raises:
         UserError: no such model, or transformers has no token classification model of the architecture.
     """
-    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values, attention)
+    return _load(AutoModelForTokenClassification, path, device, dtype, trust_remote_code, values, attention, 1)
 
 
 def load_reward_model(
@@ -51,6 +51,7 @@ def load_reward_model(
     trust_remote_code: bool = False,
     values: bool = True,
     attention: str = PACKED,
+    labels: int = 1,
 ) -> Loaded:
     """Load a reward model for a RewardScorer: a saved one, or a causal language model with a head of zeros.
 
@@ -58,10 +59,11 @@ def load_reward_model(
 
     Args:
         values, attention: same as in `load_critic`.
+        labels: number of the head's outputs; with several, the model is a classifier for a LabelScorer.
     Raises:
-        UserError: no such model, or it has more than one label.
+        UserError: no such model, or it has another number of labels.
     """
-    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code, values, attention)
+    return _load(AutoModelForSequenceClassification, path, device, dtype, trust_remote_code, values, attention, labels)
 
 
 def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
@@ -74,7 +76,9 @@ def has_head(path: str, *, trust_remote_code: bool = False) -> bool:
     return not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
 
 
-def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trusted: bool, values: bool, attention: str) -> Loaded:
+def _load(
+    kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, trusted: bool, values: bool, attention: str, labels: int
+) -> Loaded:
     source, config = resolve(path), read_config(path, trust_remote_code=trusted)
     if language_class(config) is not AutoModelForCausalLM:
         what, fix = "has parts for pictures, which a critic or a reward model would train too", "choose a language model without them"
@@ -84,15 +88,16 @@ def _load(kind: Any, path: str, device: torch.device | str, dtype: torch.dtype, 
             fix = "choose a model such as Qwen2, Qwen3, Llama or Mistral"
             raise UserError(f"transformers has no {config.model_type} model with a classification head", where=path, fix=fix)
         kind = AutoModel
-    if any(name.endswith("Classification") for name in config.architectures or []) and config.num_labels != 1:
-        fix = "give a model with one label (num_labels=1), whose score is one number"
-        raise UserError(f"has {config.num_labels} labels, expected one", where=path, fix=fix)
+    if any(name.endswith("Classification") for name in config.architectures or []) and config.num_labels != labels:
+        fix = "give a model with one label (num_labels=1), whose score is one number" if labels == 1 else "give a model with these labels"
+        raise UserError(f"has {config.num_labels} labels, expected {'one' if labels == 1 else labels}", where=path, fix=fix)
     if not values and kind is not AutoModel:
-        loaded = load_without_values(path, dtype=dtype, trust_remote_code=trusted, kind=kind, head=head_of, attention=attention)
+        options: dict[str, Any] = {"trust_remote_code": trusted, "attention": attention, "labels": labels}
+        loaded = load_without_values(path, dtype=dtype, kind=kind, head=head_of, **options)
         if loaded is not None:
             _remove_dropout(loaded.model)
             return loaded
-    options = {} if kind is AutoModel else {"num_labels": 1}
+    options = {} if kind is AutoModel else {"num_labels": labels}
     with loading("model", path):
         model, report = kind.from_pretrained(
             source,
@@ -129,7 +134,7 @@ def _start_at_zero(model: PreTrainedModel, missing: set[str], path: str) -> None
 
 
 def head_of(model: PreTrainedModel) -> nn.Module:
-    """Return the scalar head of a model. Raises UserError if it has none."""
+    """Return the head of a critic, a reward model or a classifier. Raises UserError if it has none."""
     for name in ("score", "classifier"):
         if isinstance(head := getattr(model, name, None), nn.Module):
             return head

@@ -1,4 +1,7 @@
-"""What a model directory is: a language model, a reward model, a critic or an adapter. Each command takes it for that and nothing else."""
+"""What a model directory is: a language model, a reward model, a classifier, a critic or an adapter.
+
+Each command takes it for that and nothing else.
+"""
 
 import json
 from collections.abc import Sequence
@@ -9,10 +12,12 @@ from verl.errors import UserError
 from verl.regular_file import read
 
 LANGUAGE_MODEL, REWARD_MODEL, CRITIC, ADAPTER = "a language model", "a reward model", "a critic", "a LoRA adapter"
+CLASSIFIER = "a classifier"
 # What can be done with something that is given where something else is wanted.
 USES = {
     LANGUAGE_MODEL: "it goes into model.partial_pretrain",
     REWARD_MODEL: "it goes into reward_model.path of verl ppo",
+    CLASSIFIER: "verl eval measures it; the probability of a label is a reward with reward_model.path and reward_model.label of verl ppo",
     CRITIC: "it goes into critic.partial_pretrain of verl ppo",
     ADAPTER: "merge it first with `verl export {path} NEW_DIR`; or train it further with model.partial_pretrain=<its base> "
     "model.lora_adapter_path={path}",
@@ -58,10 +63,16 @@ def _kind_of_model(config: dict[str, Any]) -> str:
         if name.endswith("TokenClassification"):
             return CRITIC
         if name.endswith(("SequenceClassification", "ForScore")) or "Reward" in name:
-            return REWARD_MODEL
+            return CLASSIFIER if name.endswith("SequenceClassification") and _outputs(config) > 1 else REWARD_MODEL
         if name.endswith(("MaskedLM", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction", "ImageClassification")):
             return "a model with another head"
     return LANGUAGE_MODEL
+
+
+def _outputs(config: dict[str, Any]) -> int:
+    """Return the number of labels, as transformers reads it: without any, there are two."""
+    labels, number = config.get("id2label"), config.get("num_labels")
+    return len(labels) if isinstance(labels, dict) else number if isinstance(number, int) else 2
 
 
 def _names(config: dict[str, Any]) -> list[str]:

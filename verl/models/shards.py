@@ -33,6 +33,7 @@ def load_without_values(
     kind: Any = None,
     head: Callable[[PreTrainedModel], nn.Module] | None = None,
     attention: str = PACKED,
+    labels: int = 1,
 ) -> Loaded | None:
     """Load a model on the meta device, with `Loaded.fill` to read its weights once they are sharded.
 
@@ -41,6 +42,7 @@ def load_without_values(
         kind: transformers' Auto class of the model; None: a causal language model.
         head: returns the model's scalar head, which starts at zero if the files lack it; None if the model has no scalar head.
         attention: name of the attention implementation in transformers.
+        labels: number of the head's outputs.
     Returns:
         the model, or None if names or shapes of the tensors in the files differ from those of the model, as in an older layout that only
         transformers can read.
@@ -49,7 +51,8 @@ def load_without_values(
     """
     folder = _local_folder(path)
     with loading("model", path):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **({} if head is None else {"num_labels": 1}))
+        own: dict[str, Any] = {} if head is None else {"num_labels": labels}
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **own)
         kind = kind or language_class(config)
         with init_empty_weights(include_buffers=False):
             options = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
@@ -59,8 +62,8 @@ def load_without_values(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     tensor_files = _file_of_each_tensor(folder)
-    own = set() if head is None else {id(parameter) for parameter in head(model).parameters()}
-    new = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own and name not in tensor_files}
+    of_head = set() if head is None else {id(parameter) for parameter in head(model).parameters()}
+    new = {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in of_head and name not in tensor_files}
     if not all(_is_on_disk(model, name, tensor_files) for name in model.state_dict() if name not in new):
         return None
     names = set(model.state_dict())

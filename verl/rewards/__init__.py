@@ -21,5 +21,6 @@ verl.config.plugin_settings. Each of the functions above then takes the settings
 `score(prompt, response, row, settings)`.
 
 A user's own grader runs in worker processes (see verl.workers), and its functions may be `async`. The graders in this folder run in the
-trainer's process, and may have `score_batch(prompts, responses, rows) -> list[float]`, which then scores all answers of a step at once.
+trainer's process, and may have `score_batch(prompts, responses, rows) -> list[float]`, which then scores all answers of a step at once, or
+`score_groups(prompts, groups, rows) -> list[list[float]]` in the same way beside `score_group`.
 """

@@ -1,4 +1,4 @@
-"""Rewards: the weighted sum of the graders of `reward.name` and the model of `reward_model.path`.
+"""Rewards: the weighted sum of the graders of `reward.name` and the models of `reward_model.path`, behind `reward.gates`.
 
 Dimensions: A answers.
 """
@@ -17,8 +17,10 @@ from verl import signals
 from verl.config.commands import GraderConfig
 from verl.config.plugin_settings import settings_of
 from verl.config.ppo import RewardConfig, RewardModelConfig, reward_names
+from verl.config.reward_models import names_of, reward_models
 from verl.config.workers import WorkersConfig
 from verl.errors import UserError
+from verl.rewards._combined import GATED, Combined
 from verl.user_files import is_own
 from verl.workers.calls import Failure, InProcess, check_function
 from verl.workers.pool import Watch, Workers, load_code
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from verl.data.chat import Message
     from verl.rewards._model import RewardModel
 
-MODEL = "model"  # the reward model's name among the rewards
 ENVIRONMENT, AGENT = "environment", "agent"  # names of the environment's and the agent's own rewards
+RESERVED = ("model", GATED, ENVIRONMENT, AGENT)  # names among the rewards that no grader has
 GRADER = ("score", "score_group", "extract_answer", "reference_answer", "check_reference", "exact_match")  # functions of a user's grader
 ERRORS_SHOWN = 3
 
@@ -42,7 +44,8 @@ class Scored:
 
     Attributes:
         reward_A: weighted sum of the rewards, float32, finite.
-        each: unweighted rewards by name, float32 [A]; 0 where the reward failed.
+        each: unweighted rewards by name, float32 [A], before their thresholds; 0 where the reward failed. `gated` is the share of answers
+            that miss one of `reward.gates`, if there are gates.
         errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
         tool_errors: failures of the tool (`rollout.on_error=reply`), each with the place of its row.
         environment_errors: failures of the environment (`environment.on_error=end`), each with the place of its row.
@@ -83,17 +86,17 @@ class Rewards:
     """Computes rewards of answers.
 
     Args:
-        reward: names and weights of the graders, and what to do if one fails.
-        model: the reward model, if there is one.
+        reward: names and weights of the graders, their gates and thresholds, and what to do if one fails.
+        model: the reward models, if there are any.
         tokenizer: the policy's; if the reward model's differs, the log says so.
         device: device of the reward model.
         say: prints a message.
         watch: is told if the processes of users' rewards are waited for.
     Attributes:
         exact: name of the first grader with `exact_match`; None if there is none.
-        model: the reward model, or None.
+        models: the reward models, by their names in the log.
     Raises:
-        UserError: no such grader or model, or it cannot be used.
+        UserError: no such grader or model, or it cannot be used; or a gate or threshold is of a reward that is not there.
     """
 
     def __init__(
@@ -113,17 +116,24 @@ class Rewards:
         for grader in self._graders.values():
             if grader.dropped:
                 say(f"{grader.what}: its process has no {', '.join(grader.dropped)}; reward.secrets passes on such variables")
-        self.model: RewardModel | None = None
-        if model.path is not None:
+        self.models: dict[str, RewardModel] = {}
+        found = reward_models(model)
+        for number, (name, one) in enumerate(zip(names_of(len(found)), found, strict=True)):
             from verl.rewards import _model  # torch and transformers are slow to import
 
-            self.model = _model.RewardModel(model, device=device, tokenizer=tokenizer, say=say)
-            self._weights[MODEL] = model.weight
+            self.models[name] = _model.RewardModel(model, device=device, tokenizer=tokenizer, say=say, number=number)
+            self._weights[name] = one.weight
+        self._combined = Combined(self._weights, reward.thresholds, reward.gates, reward.gated)
+
+    @property
+    def model(self) -> "RewardModel | None":
+        """Return the first reward model; None if there is none."""
+        return next(iter(self.models.values()), None)
 
     @property
     def has_processes(self) -> bool:
         """Return whether all rewards are computed in processes of their own."""
-        return self.model is None and all(grader.has_processes for grader in self._graders.values())
+        return not self.models and all(grader.has_processes for grader in self._graders.values())
 
     def close(self) -> None:
         """End the processes of users' rewards."""
@@ -177,14 +187,14 @@ class Rewards:
             with nullcontext() if grader.has_processes else signals.abandoning():  # processes are waited for a moment
                 results = grader.scores(questions, responses, rows, numbers, until_failure=self._stops)
             each[name] = self._kept(grader.what, results, where, errors)
-        if self.model is not None:
+        for name, model in self.models.items():
             before = chats if chats is not None else [[{"role": "user", "content": question}] for question in questions]
             with signals.abandoning():
-                scores = self.model.score(before, responses)
+                scores = model.score(before, responses)
             results = [InProcess.checked(float(score)) for score in scores]
-            each[MODEL] = self._kept(f"reward {MODEL}", results, where, errors)
-        total = sum((self._weights[name] * values for name, values in each.items()), np.zeros(len(rows)))
-        return Scored(np.asarray(total, dtype=np.float32), each, errors)
+            each[name] = self._kept(f"reward {name}", results, where, errors)
+        total, shown = self._combined.of(each, len(rows))
+        return Scored(total, shown, errors)
 
     def _kept(self, what: str, results: Sequence[Any], where: Sequence[str], errors: list[UserError]) -> np.ndarray:
         """Replace failures by 0 and add them to `errors`, with the place of their row. Raises the first one if `on_error=stop`."""
@@ -259,7 +269,10 @@ class Grader:
     ) -> list[Any]:
         members = [list(numbers) for _, numbers in groupby(range(len(rows)), key=lambda number: groups[number])]
         calls = [(questions[of[0]], [responses[number] for number in of], rows[of[0]]) for of in members]
-        found = self.run("score_group", calls, until_failure=until_failure)
+        if self.has("score_groups") and isinstance(self._code, InProcess):
+            found = self._code.run_groups("score_groups", "score_group", calls)
+        else:
+            found = self.run("score_group", calls, until_failure=until_failure)
         each = [result if isinstance(result, list) else [result] * len(of) for of, result in zip(members, found, strict=True)]
         return [score for of_group in each for score in of_group]
 
@@ -309,6 +322,12 @@ def load_graders(reward: RewardConfig) -> dict[str, Loaded]:
     return dict(zip(short_names(names), [load_grader(reward, name) for name in names], strict=True))
 
 
+def check_combination(reward: RewardConfig, model: RewardModelConfig) -> None:
+    """Check the graders, and that their gates and thresholds are of rewards that are there. Raises UserError."""
+    names = [*load_graders(reward), *names_of(len(reward_models(model)))]
+    Combined(dict.fromkeys(names, 1.0), reward.thresholds, reward.gates)
+
+
 def load_grader(keys: RewardConfig | GraderConfig, name: str) -> Loaded:
     """Load a grader (see verl.rewards), and check its functions.
 
@@ -334,7 +353,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in short:
         others = (f"{name}_{number}" for number in count(2))
-        found.append(next(one for one in chain([name], others) if one not in (MODEL, ENVIRONMENT, AGENT, *found)))
+        found.append(next(one for one in chain([name], others) if one not in found and one not in RESERVED))
     return found
 
 

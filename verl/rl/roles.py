@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from verl import dist, plugin
 from verl.config.ppo import PPOConfig, longest_sample
+from verl.config.reward_models import reward_models
 from verl.data.prompts import Prompt, Prompts
 from verl.data.render import Renderer
 from verl.engine.background import SavedModel
@@ -32,7 +33,7 @@ from verl.models.per_layer import heads_of
 from verl.models.prompt_format import system_of
 from verl.pace import counted
 from verl.rewards._model import check_scores
-from verl.rewards._scoring import Rewards, load_graders
+from verl.rewards._scoring import Rewards, check_combination
 from verl.rl.agents import AgentAnswers, check_agent_program
 from verl.rl.ahead import Ahead, SavedWithAnswers
 from verl.rl.ahead_partial import PartialAhead
@@ -192,9 +193,9 @@ def outline_of_critic(config: PPOConfig, actor: Outline) -> Outline:
 
 
 def heads_of_reward_model(config: PPOConfig) -> Sequence[Heads]:
-    """Return the attention heads of the reward model, if there is one."""
-    model = config.reward_model
-    return () if model.path is None else heads_of(read_config(model.path, trust_remote_code=model.trust_remote_code))
+    """Return the attention heads of the reward models."""
+    models, trusted = reward_models(config.reward_model), config.reward_model.trust_remote_code
+    return [heads for model in models for heads in heads_of(read_config(model.path, trust_remote_code=trusted))]
 
 
 def build_roles(
@@ -315,11 +316,10 @@ def check_names(config: PPOConfig, method: Method) -> None:
         load_tool(config.rollout.tool)
     check_environment(config.environment)
     check_agent_program(config.agent)
-    load_graders(config.reward)
+    check_combination(config.reward, config.reward_model)
     check_checkpoint(config)
     check_kind(config.model.partial_pretrain, (LANGUAGE_MODEL,), where=f"model.partial_pretrain={config.model.partial_pretrain}")
-    if config.reward_model.path is not None:
-        check_scores(config.reward_model)
+    check_scores(config.reward_model)
     if method.needs_critic and config.critic.partial_pretrain is not None:
         resolve(path := config.critic.partial_pretrain)
         check_kind(path, (CRITIC, LANGUAGE_MODEL, REWARD_MODEL), where=f"critic.partial_pretrain={path}")

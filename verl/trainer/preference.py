@@ -52,6 +52,11 @@ class Preference:
     trains: str
 
 
+def is_for_labels(config: RewardTrainerConfig) -> bool:
+    """Return whether the method trains a classifier, see verl.trainer.classifier. Raises UserError: there is no such method."""
+    return bool(config.algorithm.plugins.load("algorithm.name", config.algorithm.name).scorer == "labels")
+
+
 def load_preference(config: RewardTrainerConfig) -> Preference:
     """Load the method that the config names.
 

@@ -1,4 +1,5 @@
-"""Training on answers that are compared, or good or bad: a reward model, or the answering model itself with DPO, KTO and others.
+"""Training on answers that are compared, or good or bad: a reward model, or the answering model itself with DPO, KTO and others; and on
+texts with labels: a classifier.
 
     python -m verl.trainer.reward_trainer data.train_files=pairs.jsonl model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct
     python -m verl.trainer.reward_trainer algorithm.name=dpo data.train_files=pairs.jsonl model.partial_pretrain=checkpoints/…/global_step_N
@@ -30,7 +31,7 @@ from verl.session import session
 from verl.trainer.inputs import load_rows, read_tokenizer
 from verl.trainer.loop import train_loop
 from verl.trainer.oddities import say_oddities
-from verl.trainer.preference import Preference, load_preference
+from verl.trainer.preference import Preference, is_for_labels, load_preference
 from verl.trainer.preference_rows import load_preferences, prepared
 from verl.trainer.resume import begin, find_checkpoint
 from verl.trainer.validation import validating
@@ -45,6 +46,10 @@ def train(config: RewardTrainerConfig) -> TrainResult:
         Stopped: a signal or the time limit ended the run.
     """
     device = dist.start(large_pages=config.model.fsdp_config.cpu_offload, timeout_seconds=config.dist.timeout_seconds)
+    if is_for_labels(config):
+        from verl.trainer import classifier  # its rows are no pairs
+
+        return classifier.train(config, device)
     method = load_preference(config)
     with Run(config) as run:
         run.checkpoint = find_checkpoint(config.trainer, run)
@@ -93,6 +98,11 @@ def dry_run(config: RewardTrainerConfig) -> None:
         UserError: as `train`.
     """
     device = dist.start()
+    if is_for_labels(config):
+        from verl.trainer import classifier
+
+        classifier.dry_run(config, device)
+        return
     method = load_preference(config)
     tokenizer = read_tokenizer(Outline(config.model), config.data, may_have_head=method.scorer == "score")
     rows = load_rows(config.data, columns_of(config.data, method.reads), "train", tokenizer)

@@ -205,6 +205,20 @@ class InProcess:
         except Exception:
             return self.run(function, list(zip(*columns, strict=True)))
 
+    def run_groups(self, groups_function: str, function: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a function once for all groups of answers. If it fails, call `function` for each group, to find the one that is to blame.
+
+        Args:
+            calls: the arguments of `function` for each group; its second one are the group's answers.
+        """
+        try:
+            found = getattr(self._module, groups_function)(*zip(*calls, strict=True), *self._more) if calls else []
+            return [numbers(values, len(call[1])) for values, call in zip(found, calls, strict=True)]
+        except UserError:
+            raise
+        except Exception:
+            return self.run(function, calls)
+
     @staticmethod
     def checked(value: object) -> float | Failure:
         """Return a score as a number, or its Failure."""
