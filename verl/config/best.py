@@ -8,9 +8,20 @@ from verl.config.shared import TrainerConfig
 from verl.errors import UserError, at_least, one_of
 
 # Metrics whose best value is known from the end of their name.
-BEST_MODES = {"loss": "min", "perplexity": "min", "kl": "min", "exact_match": "max", "accuracy": "max", "reward": "max", "margin": "max"}
+BEST_MODES = {
+    "loss": "min",
+    "perplexity": "min",
+    "kl": "min",
+    "divergence": "min",
+    "cross_entropy": "min",
+    "exact_match": "max",
+    "accuracy": "max",
+    "reward": "max",
+    "margin": "max",
+}
 # What the validation of a trainer measures, by its method. Of methods in users' files, this is only known when they have measured.
 ANSWERS = ("loss", "exact_match")
+TAUGHT = (*ANSWERS, "cross_entropy", "divergence", "teacher_gap", "teacher_agreement")
 PAIRS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 MEASURED = {"bradley_terry": PAIRS, "dpo": (*PAIRS, "chosen_logprob", "rejected_logprob")}
 

@@ -9,7 +9,8 @@ from omegaconf import MISSING
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.best import check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
-from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
+from verl.config.distillation import check_teacher, is_alone
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TeacherConfig, TrainerConfig
 from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
@@ -42,12 +43,16 @@ class RewardModelConfig:
     trust_remote_code: bool = False
 
 
-def check_rewards(reward: RewardConfig, model: RewardModelConfig) -> None:
-    """Check the keys of rewards. Raises UserError naming the key."""
+def check_rewards(reward: RewardConfig, model: RewardModelConfig, *, needed: bool = True) -> None:
+    """Check the keys of rewards. Raises UserError naming the key.
+
+    Args:
+        needed: whether there must be one.
+    """
     one_of("reward.on_error", reward.on_error, ("stop", "zero"))
     check_workers(reward)
     names = reward_names(reward)
-    if not names and model.path is None:
+    if needed and not names and model.path is None:
         fix = "set reward.name, such as gsm8k, or reward_model.path"
         raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
     if not all(isinstance(name, str) and name for name in names):
@@ -193,6 +198,7 @@ class PPOConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mapping: MappingConfig = field(default_factory=MappingConfig)
 
     def check(self) -> None:
@@ -208,7 +214,8 @@ class PPOConfig:
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))
         at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
-        check_rewards(self.reward, self.reward_model)
+        check_teacher(self.teacher)
+        check_rewards(self.reward, self.reward_model, needed=not is_alone(self.teacher))
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         check_oversampling(self.rollout, self.mapping)
