@@ -44,14 +44,15 @@ PAIR_CUTS: Mapping[str, Sequence[Sequence[int]]] = {
 IN_LOSS = {"kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0}
 POLICIES = {module.__name__.rpartition(".")[2]: module for module in (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo)}
 METHODS: dict[str, Any] = {name: module.Loss(module.Settings(**IN_LOSS), LONGEST) for name, module in POLICIES.items()}
-KEPT = {**IN_LOSS, "entropy_coef": 0.0, "keep_reference": True, "loss_aggregation": "sequence-mean"}
+KEPT: dict[str, Any] = {**IN_LOSS, "entropy_coef": 0.0, "keep_reference": True, "loss_aggregation": "sequence-mean"}
 TAUGHT: dict[str, Any] = {
     "distill": distill.Loss(distill.Settings(), LONGEST, TeacherConfig()),
     "distill beside a reward": distill.Loss(distill.Settings(**KEPT), LONGEST, TeacherConfig(weight=0.6)),
     "distill on given answers": distill.FixedLoss(TeacherConfig(weight=0.7)),
 }
 COMPARED = dict(zip(TAUGHT, (Divergence(1.0), Divergence(0.3, temperature=0.7), Divergence(0.0, top_k=5)), strict=True))
-METHODS |= TAUGHT | {
+METHODS |= TAUGHT
+METHODS |= {
     "value": ppo.ValueLoss(ppo.Settings()),
     "dpo": dpo.Loss(dpo.Settings()),
     "bradley_terry": bradley_terry.Loss(None),
@@ -76,7 +77,8 @@ def scorer_of(method: str, model: Path) -> Scorer:
 def teacher_of(kind: Divergence) -> Teacher:
     """A teacher of another architecture and width, the same on all processes."""
     shape: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = sharp(LlamaForCausalLM, LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, attn_implementation=PACKED, **shape))
+    shape["attn_implementation"] = PACKED
+    model = sharp(LlamaForCausalLM, LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **shape))
     cpu = torch.device("cpu")
     engine = Engine(TeacherScorer(model, kind, PACKED_PATH), None, total_steps=1, device=cpu, compute_dtype=torch.float32)
     return Teacher("a teacher", engine)

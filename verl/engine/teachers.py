@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from verl import dist
 from verl.config.shared import ModelConfig, TeacherConfig
 from verl.data.batch import Batch
 from verl.engine import divergence
-from verl.engine.build import Built, make_engine
+from verl.engine.build import Built, check_context, make_engine
 from verl.engine.contract import Slope, TokenOut
 from verl.engine.divergence import Divergence, Head, Scored
 from verl.engine.engine import Engine
@@ -108,7 +109,9 @@ def check_teacher_model(config: TeacherConfig, tokenizer: PreTrainedTokenizerBas
     check_kind(path, (LANGUAGE_MODEL, ADAPTER), where=where)
     theirs = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     _check_same_tokenizer(tokenizer, theirs, where)
-    _outline(config).path  # noqa: B018  # raises if it cannot be computed exactly
+    check_context(outline := _outline(config))
+    if outline.path.own_logits:
+        raise _own_logits(where)
 
 
 def _check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, where: str) -> None:
@@ -125,6 +128,11 @@ def _check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedT
         )
 
 
+def _own_logits(where: str) -> UserError:
+    what = "this architecture computes its logits by code of its own, which cannot be compared in chunks"
+    return UserError(what, where=where, fix="choose a model of another architecture")
+
+
 def heads_of_teacher(config: TeacherConfig) -> tuple[Heads, ...]:
     """Return the attention heads of the teacher, if there is one."""
     return () if config.partial_pretrain is None else _outline(config).heads
@@ -138,12 +146,9 @@ def build_teacher(config: TeacherConfig, student: Built) -> Teacher:
     """
     assert config.partial_pretrain is not None
     path, outline, decisions = config.partial_pretrain, _outline(config), replace(student.decisions, graph_tokens=0)
-    where = f"teacher.partial_pretrain={path}"
     check_teacher_model(config, student.tokenizer)
-    for name, forward in ((where, outline.path), ("model.partial_pretrain", student.engine.scorer.path)):
-        if forward.own_logits:
-            what = "this architecture computes its logits by code of its own, which cannot be compared in chunks"
-            raise UserError(what, where=name, fix="choose a model of another architecture")
+    if student.engine.scorer.path.own_logits:
+        raise _own_logits("model.partial_pretrain with a teacher")
     adapter = path if read_adapter_config(path) is not None else None
     source = outline.settings.partial_pretrain
     loaded = load_frozen(source, adapter, decisions, outline.path, trust_remote_code=config.trust_remote_code)
@@ -157,4 +162,5 @@ def _outline(config: TeacherConfig) -> Outline:
     path = str(config.partial_pretrain)
     adapter = read_adapter_config(path)
     base = path if adapter is None else str(adapter["base_model_name_or_path"])
-    return Outline(ModelConfig(partial_pretrain=base, trust_remote_code=config.trust_remote_code))
+    settings = ModelConfig(partial_pretrain=base, trust_remote_code=config.trust_remote_code, context_parallel_size=dist.context_size())
+    return Outline(settings)
