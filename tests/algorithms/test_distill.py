@@ -36,7 +36,8 @@ def advantages(*, of_each: float = 0.0) -> dict[str, list[np.ndarray]]:
 def plain_gradient(path: Path, method: str) -> Tensor:
     """Of each document alone, with all logits of both models in memory."""
     student, kind = AutoModelForCausalLM.from_pretrained(path), COMPARED[method]
-    teacher: Any = teacher_of(kind).engine.scorer.model.eval()
+    teacher: Any = teacher_of(kind).engine.scorer.model
+    teacher.set_attn_implementation("eager")
     weight = TAUGHT[method]._weight
     formula = written_out if kind.top_k is None else top_written_out(kind.top_k)
     total, tokens = torch.zeros(()), 0
