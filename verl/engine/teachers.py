@@ -138,6 +138,11 @@ def heads_of_teacher(config: TeacherConfig) -> tuple[Heads, ...]:
     return () if config.partial_pretrain is None else _outline(config).heads
 
 
+def weights_of_teacher(config: TeacherConfig) -> int:
+    """Return the number of weights of the teacher; 0 if there is none. Of an adapter, they are those of its base model."""
+    return 0 if config.partial_pretrain is None else _outline(config).parameters
+
+
 def build_teacher(config: TeacherConfig, student: Built) -> Teacher:
     """Build the teacher in the compute dtype, distributed like the student.
 

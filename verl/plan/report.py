@@ -26,10 +26,11 @@ def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: O
 
 def _sizes(plan: Plan, rows: int, outline: Outline) -> Iterator[str]:
     model, work, steps = plan.decoder, plan.work, plan.steps
+    with_teacher = f", with a teacher of {work.teacher:,} weights" if work.teacher else ""
     spread = "" if work.gpus == 1 else ", weights replicated" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
     yield (
         f"model: {plan.name}, {describe_parameters(model.trained + model.frozen, outline.adapted)}, {model.trained:,} trained, "
-        f"layers {'compiled' if work.compiled else 'not compiled'}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
+        f"layers {'compiled' if work.compiled else 'not compiled'}{with_teacher}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
     )
     yield (
         f"steps: {steps.total:,} ({steps.per_epoch:,} per epoch) of {describe_steps(rows, steps.rows)}, "
