@@ -17,6 +17,7 @@ from verl.algorithms import distill
 from verl.algorithms.answers import Answers
 from verl.config.shared import TeacherConfig
 from verl.engine.contract import TokenOut
+from verl.engine.divergence import Divergence
 from verl.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -63,12 +64,8 @@ def test_another_temperature_is_another_gradient(model: Path, monkeypatch: pytes
     """Negative control."""
     expected = plain_gradient(model, "distill")
     engine = engine_of("distill", model)
-    engine.scorer.teacher = teacher_of(distillation(temperature=1.2)).scores  # type: ignore[assignment]
+    engine.scorer.teacher = teacher_of(Divergence(1.0, temperature=1.2)).scores  # type: ignore[assignment]
     assert relative(gradient(engine, batches([range(ANSWERS)], advantages()), TAUGHT["distill"]), expected) > 1e-2
-
-
-def distillation(**changes: float) -> Any:
-    return type(COMPARED["distill"])(1.0, **changes)
 
 
 def test_beside_a_reward_the_loss_is_the_weighted_sum_of_both(model: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_teacher(path: Path, student: Path, *, seed: int = 3) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(student)
     torch.manual_seed(seed)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
+    shape: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.1,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 8, max_position_embeddings=512, **shape)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
