@@ -1,10 +1,11 @@
-"""A smaller student of the demo's model, fine-tuned on rows alone, and on the same rows with a teacher. On a CPU, offline:
+"""A smaller student of the demo's model: fine-tuned to the end, or from some step on taught by the larger model on its own answers.
 
     python examples/distillation/smaller_student.py [FOLDER] [key=value …]
 
-The teacher is trained first, as the demo's model is. The student has a third of its weights. It is trained twice from the same random
-weights, on the same rows in the same order, and answers the held-out problems after every so many steps. The last lines say after how many
-it answered SHARE of what the teacher answers. Keys: rows, steps, every, test_rows, seed, temperature.
+On a CPU, offline. The teacher is trained as the demo's model is, and the student, which has a third of its weights, on the same rows. From
+step `first` on, a copy of the student goes on with `verl ppo algorithm.name=distill`: it answers the questions of these rows, and the
+teacher says at each token what is likelier. Both answer the held-out problems after every so many steps. The last lines say after how many
+they answered SHARE of what the teacher answers. Keys: rows, steps, first, own_steps, prompts, answers, every, test_rows, seed.
 """
 
 import sys
@@ -15,35 +16,44 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import verl
 from verl.demo.problems import write_problems
-from verl.demo.run import RECIPE
+from verl.demo.run import RECIPE, RL_RECIPE
 from verl.models.tiny import tiny_model, tiny_tokenizer
 from verl.run import read_metrics
 
 SHARE = 0.9
-DEFAULTS = {"rows": 24000, "steps": 1500, "every": 100, "test_rows": 200, "seed": 1, "temperature": 4}
+DEFAULTS = {
+    "rows": 24000,
+    "steps": 1500,
+    "first": 600,
+    "own_steps": 60,
+    "prompts": 32,
+    "answers": 4,
+    "every": 100,
+    "test_rows": 200,
+    "seed": 1,
+}
 STUDENT = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+Matches = dict[int, float]  # exact match on the held-out problems, by the number of steps
 
 
-def main(argv: list[str]) -> dict[str, dict[int, float]]:
-    """Train all three, print what came of it, and return the exact match by the number of steps, of each."""
+def main(argv: list[str]) -> tuple[float, Matches, Matches]:
+    """Train all three, print what came of it, and return the exact match of the teacher, of fine-tuning, and of its own answers."""
     given = dict(word.split("=", 1) for word in argv if "=" in word)
     if wrong := given.keys() - DEFAULTS.keys():
         raise SystemExit(f"{wrong.pop()}: no such key; there are {', '.join(DEFAULTS)}")
     keys = DEFAULTS | {name: int(value) for name, value in given.items()}
     folder = Path(next((word for word in argv if "=" not in word), "distillation-run"))
+    folder.mkdir(parents=True, exist_ok=True)
     write_models(folder, keys)
-    found = {"teacher": train(folder, "teacher", folder / "large", keys, "samples.rows=0")}
-    teacher = next((folder / "teacher").glob("global_step_*"))
-    of_teacher: float = verl.evaluate(f"model_path={teacher}", *evaluation(folder)).scores["exact_match"]
+    of_teacher = max(fine_tune(folder, "teacher", "large", keys, "trainer.test_freq=-1", "trainer.save_freq=-1").values())
+    fine_tuned = fine_tune(folder, "fine-tuned", "small", keys, f"trainer.test_freq={keys['every']}", f"trainer.save_freq={keys['first']}")
+    own = teach(folder, keys)
     aim = SHARE * of_teacher
-    taught = (f"teacher.partial_pretrain={teacher}", f"teacher.temperature={keys['temperature']}")
-    found["fine-tuned"] = train(folder, "fine-tuned", folder / "small", keys)
-    found["distilled"] = train(folder, "distilled", folder / "small", keys, *taught)
     print(f"the teacher answers {of_teacher:.1%} of the held-out problems; {SHARE:.0%} of that is {aim:.1%}")
-    for name in ("fine-tuned", "distilled"):
-        first = next((step for step, match in found[name].items() if match >= aim), None)
-        print(f"{name}: {'not' if first is None else f'after {first} steps'}; {list(found[name].values())[-1]:.1%} in the end")
-    return found
+    for name, found in {"fine-tuned": fine_tuned, "taught on its own answers": own}.items():
+        first = next((step for step, match in found.items() if match >= aim), None)
+        print(f"{name}: {'not' if first is None else f'after {first} steps'}; {list(found.values())[-1]:.1%} after {max(found)}")
+    return of_teacher, fine_tuned, own
 
 
 def write_models(folder: Path, keys: dict[str, int]) -> None:
@@ -58,27 +68,41 @@ def write_models(folder: Path, keys: dict[str, int]) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def train(folder: Path, name: str, model: Path, keys: dict[str, int], *more: str) -> dict[int, float]:
-    """Fine-tune a model on the rows, and return its exact match on the held-out problems by the number of steps."""
+def fine_tune(folder: Path, name: str, model: str, keys: dict[str, int], *more: str) -> Matches:
     words = [
         f"data.train_files={folder}/train.jsonl",
         f"data.val_files={folder}/test.jsonl",
         f"data.cache_dir={folder}/cache",
-        f"model.partial_pretrain={model}",
+        f"model.partial_pretrain={folder}/{model}",
         f"trainer.default_local_dir={folder}/{name}",
         f"trainer.total_training_steps={keys['steps']}",
-        f"trainer.test_freq={keys['every']}",
         f"trainer.seed={keys['seed']}",
-        "trainer.save_freq=-1",
         "samples.max_new_tokens=64",
         f"samples.rows={keys['test_rows']}",
     ]
     verl.sft(*words, *RECIPE, *more)
-    return {int(line["step"]): line["val/exact_match"] for line in read_metrics(folder / name) if "val/exact_match" in line}
+    return matches(folder / name)
 
 
-def evaluation(folder: Path) -> tuple[str, ...]:
-    return f"test_file={folder}/test.jsonl", f"output_dir={folder}/eval", "max_new_tokens=64", "batch_size=100", "overwrite=true"
+def teach(folder: Path, keys: dict[str, int]) -> Matches:
+    """Go on from step `first` of fine-tuning, on the student's own answers; rewards are only logged."""
+    words = [
+        f"data.train_files={folder}/train.jsonl",
+        f"data.val_files={folder}/test.jsonl",
+        f"model.partial_pretrain={folder}/fine-tuned/global_step_{keys['first']}",
+        f"teacher.partial_pretrain={folder}/teacher/global_step_{keys['steps']}",
+        f"trainer.default_local_dir={folder}/own",
+        f"trainer.total_training_steps={keys['own_steps']}",
+        f"trainer.test_freq={max(1, keys['every'] // 10)}",
+        f"trainer.seed={keys['seed']}",
+    ]
+    more = ["algorithm.name=distill", f"data.prompts_per_step={keys['prompts']}", f"rollout.samples_per_prompt={keys['answers']}"]
+    verl.ppo(*words, *RL_RECIPE, *more, "optim.lr=1e-3")
+    return {keys["first"] + step: match for step, match in matches(folder / "own").items()}
+
+
+def matches(run: Path) -> Matches:
+    return {int(line["step"]): line["val/exact_match"] for line in read_metrics(run) if "val/exact_match" in line}
 
 
 if __name__ == "__main__":
