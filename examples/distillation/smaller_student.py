@@ -5,7 +5,8 @@
 On a CPU, offline. The teacher is trained as the demo's model is, and the student, which has a third of its weights, on the same rows. From
 step `first` on, a copy of the student goes on with `verl ppo algorithm.name=distill`: it answers the questions of these rows, and the
 teacher says at each token what is likelier. Both answer the held-out problems after every so many steps. The last lines say after how many
-they answered SHARE of what the teacher answers. Keys: rows, steps, first, own_steps, prompts, answers, every, test_rows, seed.
+they answered SHARE of what the teacher answers. Keys: rows, steps, first, own_steps,
+prompts, answers, every, test_rows, asked, seed.
 """
 
 import sys
@@ -25,11 +26,12 @@ DEFAULTS = {
     "rows": 24000,
     "steps": 1500,
     "first": 600,
-    "own_steps": 60,
-    "prompts": 32,
+    "own_steps": 240,
+    "prompts": 16,
     "answers": 4,
     "every": 100,
-    "test_rows": 200,
+    "test_rows": 400,
+    "asked": 200,
     "seed": 1,
 }
 STUDENT = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -45,8 +47,9 @@ def main(argv: list[str]) -> tuple[float, Matches, Matches]:
     folder = Path(next((word for word in argv if "=" not in word), "distillation-run"))
     folder.mkdir(parents=True, exist_ok=True)
     write_models(folder, keys)
-    of_teacher = max(fine_tune(folder, "teacher", "large", keys, "trainer.test_freq=-1", "trainer.save_freq=-1").values())
-    fine_tuned = fine_tune(folder, "fine-tuned", "small", keys, f"trainer.test_freq={keys['every']}", f"trainer.save_freq={keys['first']}")
+    fine_tune(folder, "teacher", "large", keys, "trainer.save_freq=-1")
+    fine_tuned = fine_tune(folder, "fine-tuned", "small", keys, f"trainer.save_freq={keys['first']}", *held_out(folder, keys))
+    of_teacher = measure(folder, keys)
     own = teach(folder, keys)
     aim = SHARE * of_teacher
     print(f"the teacher answers {of_teacher:.1%} of the held-out problems; {SHARE:.0%} of that is {aim:.1%}")
@@ -71,14 +74,11 @@ def write_models(folder: Path, keys: dict[str, int]) -> None:
 def fine_tune(folder: Path, name: str, model: str, keys: dict[str, int], *more: str) -> Matches:
     words = [
         f"data.train_files={folder}/train.jsonl",
-        f"data.val_files={folder}/test.jsonl",
         f"data.cache_dir={folder}/cache",
         f"model.partial_pretrain={folder}/{model}",
         f"trainer.default_local_dir={folder}/{name}",
         f"trainer.total_training_steps={keys['steps']}",
         f"trainer.seed={keys['seed']}",
-        "samples.max_new_tokens=64",
-        f"samples.rows={keys['test_rows']}",
     ]
     verl.sft(*words, *RECIPE, *more)
     return matches(folder / name)
@@ -89,16 +89,35 @@ def teach(folder: Path, keys: dict[str, int]) -> Matches:
     words = [
         f"data.train_files={folder}/train.jsonl",
         f"data.val_files={folder}/test.jsonl",
+        f"data.val_max_samples={keys['asked']}",
         f"model.partial_pretrain={folder}/fine-tuned/global_step_{keys['first']}",
         f"teacher.partial_pretrain={folder}/teacher/global_step_{keys['steps']}",
         f"trainer.default_local_dir={folder}/own",
         f"trainer.total_training_steps={keys['own_steps']}",
-        f"trainer.test_freq={max(1, keys['every'] // 10)}",
+        f"trainer.test_freq={max(1, keys['every'] // 5)}",
         f"trainer.seed={keys['seed']}",
     ]
-    more = ["algorithm.name=distill", f"data.prompts_per_step={keys['prompts']}", f"rollout.samples_per_prompt={keys['answers']}"]
-    verl.ppo(*words, *RL_RECIPE, *more, "optim.lr=1e-3")
+    more = [
+        "algorithm.name=distill",
+        "teacher.divergence=forward",
+        f"data.prompts_per_step={keys['prompts']}",
+        f"rollout.samples_per_prompt={keys['answers']}",
+    ]
+    verl.ppo(*words, *RL_RECIPE, *more, "optim.lr=2e-3", "optim.lr_scheduler=linear", "optim.warmup_steps_ratio=0.1")
     return {keys["first"] + step: match for step, match in matches(folder / "own").items()}
+
+
+def held_out(folder: Path, keys: dict[str, int]) -> list[str]:
+    """The keys by which a student answers some of the held-out problems after every so many steps."""
+    words = [f"data.val_files={folder}/test.jsonl", f"data.val_max_samples={keys['asked']}", f"trainer.test_freq={keys['every']}"]
+    return [*words, f"samples.rows={keys['asked']}", "samples.max_new_tokens=64"]
+
+
+def measure(folder: Path, keys: dict[str, int]) -> float:
+    """Exact match of the teacher on all held-out problems."""
+    words = [f"model_path={folder}/teacher/global_step_{keys['steps']}", f"test_file={folder}/test.jsonl", f"output_dir={folder}/eval"]
+    found: float = verl.evaluate(*words, "max_new_tokens=64", "batch_size=100", "overwrite=true").scores["exact_match"]
+    return found
 
 
 def matches(run: Path) -> Matches:

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from places import ROOT
 
-SMALL = "rows=64 steps=4 first=2 own_steps=2 prompts=2 answers=2 every=2 test_rows=4".split()
+SMALL = "rows=64 steps=4 first=2 own_steps=2 prompts=2 answers=2 every=2 test_rows=4 asked=4".split()
 
 
 @pytest.fixture(scope="module")
