@@ -5,8 +5,9 @@
 On a CPU, offline. The teacher is trained as the demo's model is, and the student, which has a third of its weights, on the same rows. From
 step `first` on, a copy of the student goes on with `verl ppo algorithm.name=distill`: it answers the questions of these rows, and the
 teacher says at each token what is likelier. Both answer the held-out problems after every so many steps. The last lines say after how many
-they answered SHARE of what the teacher answers. Keys: rows, steps, first, own_steps,
-prompts, answers, every, test_rows, asked, seed.
+they answered SHARE of what the teacher answers. A command that was stopped goes on.
+
+Keys: rows, steps, first, own_steps, prompts, answers, every, test_rows, asked, seed.
 """
 
 import sys
@@ -103,7 +104,7 @@ def teach(folder: Path, keys: dict[str, int]) -> Matches:
         f"data.prompts_per_step={keys['prompts']}",
         f"rollout.samples_per_prompt={keys['answers']}",
     ]
-    verl.ppo(*words, *RL_RECIPE, *more, "optim.lr=2e-3", "optim.lr_scheduler=linear", "optim.warmup_steps_ratio=0.1")
+    verl.ppo(*words, *RL_RECIPE, *more, "optim.lr=1e-3", "optim.lr_scheduler=linear", "optim.warmup_steps_ratio=0.05")
     return {keys["first"] + step: match for step, match in matches(folder / "own").items()}
 
 
