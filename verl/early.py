@@ -31,7 +31,15 @@ PLUGINS = {
     "metric": "verl.rewards",
 }
 
-MODELS = ("model.partial_pretrain", "model.lora_adapter_path", "critic.partial_pretrain", "reward_model.path", "model_path", "source")
+MODELS = (
+    "model.partial_pretrain",
+    "model.lora_adapter_path",
+    "critic.partial_pretrain",
+    "reward_model.path",
+    "teacher.partial_pretrain",
+    "model_path",
+    "source",
+)
 
 
 def check(command: Command, words: Sequence[str]) -> list[str]:

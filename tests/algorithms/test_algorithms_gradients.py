@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import relative
 from places import run_ranks
-from ranks.methods import ANSWERS, CUTS, METHODS, PAIR_CUTS, PAIRED, POLICIES, batches, engine_of, fields_of_answers, gradient
+from ranks.methods import ANSWERS, CUTS, METHODS, PAIR_CUTS, PAIRED, POLICIES, TAUGHT, batches, engine_of, fields_of_answers, gradient
 from tiny import write_model
 from torch import Tensor
 
@@ -63,8 +63,11 @@ class MeanOfMeans:
         count = getattr(self._method, "count", lambda batch: len(batch.trained_M))
         return LossOut(self._method.loss(out, batch).sum / count(batch), {})
 
-    def slope(self, batch: Batch) -> None:
-        return None
+    def slope(self, batch: Batch) -> Any:
+        if self._method not in TAUGHT.values():
+            return None
+        slopes, count = self._method.slope(batch), self._method.count(batch)
+        return lambda logprob_C, rows: slopes(logprob_C, rows) / count
 
     def count(self, batch: Batch) -> float:
         return 1.0

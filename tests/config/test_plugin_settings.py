@@ -242,7 +242,7 @@ def test_help_shows_the_keys_of_what_is_named(kto: str, tmp_path: Path, capsys: 
 def test_help_of_what_does_not_exist_says_so() -> None:
     with pytest.raises(UserError, match="no algorithms named 'gppo'") as caught:
         load_config(PPOConfig, ["algorithm.name=gppo", "--help"])
-    assert caught.value.fix == "did you mean 'ppo'? dapo, dr_grpo, grpo, gspo, ppo, reinforce, rloo, or path/to/file.py"
+    assert caught.value.fix == "did you mean 'ppo'? dapo, distill, dr_grpo, grpo, gspo, ppo, reinforce, rloo, or path/to/file.py"
 
 
 # Rewards

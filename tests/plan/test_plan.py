@@ -519,3 +519,18 @@ def test_a_wrong_input_is_a_user_error(
 ) -> None:
     assert call(monkeypatch, "plan", *words(folder, **changes)) == 2
     assert what in capsys.readouterr().err
+
+
+def test_a_teacher_is_counted_once_and_shared_by_shards(folder: Path) -> None:
+    """In bfloat16, without gradients and optimizer; no step is a CUDA graph then, and a chunk of logits is compared in float32."""
+    teacher = {"teacher__partial_pretrain": str(folder / "model")}
+    weights = Outline(ModelConfig(partial_pretrain=str(folder / "model"))).parameters
+    for gpus, strategy in ((1, "auto"), (4, "fsdp2")):
+        plain, taught = (plan_of(config_of(folder, model__strategy=strategy, **changes), gpus) for changes in ({}, teacher))
+        assert taught.work.teacher == weights and not taught.work.captured
+        more = memory.weights(taught.decoder, taught.work) - memory.weights(plain.decoder, plain.work)
+        assert more == 2 * weights / (1 if gpus == 1 else 4)
+        assert memory.optimizer(taught.decoder, taught.work) == memory.optimizer(plain.decoder, plain.work)
+        assert memory.loss(taught.decoder, taught.work) > memory.loss(plain.decoder, plain.work)
+    config = config_of(folder, **teacher)
+    assert f"with a teacher of {weights:,} weights" in describe(plan_of(config), config, DOCUMENTS, Outline(config.model))

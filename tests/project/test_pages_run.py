@@ -22,7 +22,15 @@ SMALLER = {
     "chat": "max_new_tokens=8",
 }
 # Pages whose commands run after the README's, from its checkpoint.
-AFTER = ("docs/lora.md", "docs/preferences.md", "docs/runs.md", "docs/export.md", "docs/zh/lora.md", "docs/zh/rl.md")
+AFTER = (
+    "docs/lora.md",
+    "docs/preferences.md",
+    "docs/distillation.md",
+    "docs/runs.md",
+    "docs/export.md",
+    "docs/zh/lora.md",
+    "docs/zh/rl.md",
+)
 README = [words for words in commands(text_of("README.md")) if words[0] == "verl"]
 
 

@@ -13,14 +13,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from tiny import RandomDocuments
+from tiny import VOCABULARY, RandomDocuments, sharp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from verl import dist
 from verl.algorithms import (
     bradley_terry,
     dapo,
+    distill,
     dpo,
     dpo_norm,
     dr_grpo,
@@ -37,16 +39,19 @@ from verl.algorithms import (
     sft,
     simpo,
 )
-from verl.config.shared import OptimConfig
+from verl.config.shared import OptimConfig, TeacherConfig
 from verl.data.batch import VALUES, Batch
 from verl.data.numbered import NumberedBatch
 from verl.data.pack import Document, collate
 from verl.engine.contract import LossOut
+from verl.engine.divergence import Divergence
 from verl.engine.engine import Engine
 from verl.engine.moments import local
 from verl.engine.scorers import Scorer, TokenScorer
+from verl.engine.teachers import Teacher, TeacherScorer
 from verl.engine.value_scorers import RewardScorer, ValueScorer
 from verl.engine.weights import Spread
+from verl.models.attention.packed import PACKED, PACKED_PATH
 from verl.models.heads import load_critic, load_reward_model
 from verl.models.load import load_for_training
 
@@ -60,6 +65,14 @@ PAIR_CUTS: Mapping[str, Sequence[Sequence[int]]] = {
 IN_LOSS = {"kl_coef": 0.1, "entropy_coef": 0.01, "dual_clip": 3.0}
 POLICIES = {module.__name__.rpartition(".")[2]: module for module in (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo)}
 METHODS: dict[str, Any] = {name: module.Loss(module.Settings(**IN_LOSS), LONGEST) for name, module in POLICIES.items()}
+KEPT: dict[str, Any] = {**IN_LOSS, "entropy_coef": 0.0, "keep_reference": True, "loss_aggregation": "sequence-mean"}
+TAUGHT: dict[str, Any] = {
+    "distill": distill.Loss(distill.Settings(), LONGEST, TeacherConfig()),
+    "distill beside a reward": distill.Loss(distill.Settings(**KEPT), LONGEST, TeacherConfig(weight=0.6)),
+    "distill on given answers": distill.FixedLoss(TeacherConfig(weight=0.7)),
+}
+COMPARED = dict(zip(TAUGHT, (Divergence(1.0), Divergence(0.3, temperature=0.7), Divergence(0.0, top_k=5)), strict=True))
+METHODS |= TAUGHT
 METHODS |= {"value": ppo.ValueLoss(ppo.Settings()), "bradley_terry": bradley_terry.Loss(None), "sft": sft}
 PREFERENCES = {module.__name__.rpartition(".")[2]: module for module in (dpo, dpo_norm, ipo, kto, odpo, orpo, robust_dpo, simpo)}
 METHODS |= {name: module.Loss(module.Settings()) for name, module in PREFERENCES.items()}
@@ -69,12 +82,24 @@ PAIRED = ("bradley_terry", *(name for name in PREFERENCES if name != "kto"))
 def scorer_of(method: str, model: Path) -> Scorer:
     """The head of a critic or reward model is random but the same everywhere."""
     if method not in ("value", "bradley_terry"):
-        return TokenScorer(load_for_training(str(model)).model, entropy="gradient")
+        token_scorer = TokenScorer(load_for_training(str(model)).model, entropy="gradient")
+        token_scorer.teacher = teacher_of(COMPARED[method]).scores if method in COMPARED else None
+        return token_scorer
     scorer: Scorer = ValueScorer(load_critic(str(model)).model) if method == "value" else RewardScorer(load_reward_model(str(model)).model)
     head: Any = scorer.model.score
     with torch.no_grad():
         head.weight.copy_(torch.sin(torch.arange(head.weight.numel())).view_as(head.weight))
     return scorer
+
+
+def teacher_of(kind: Divergence) -> Teacher:
+    """A teacher of another architecture and width, the same on all processes."""
+    shape: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    shape["attn_implementation"] = PACKED
+    model = sharp(LlamaForCausalLM, LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **shape))
+    cpu = torch.device("cpu")
+    engine = Engine(TeacherScorer(model, kind, PACKED_PATH), None, total_steps=1, device=cpu, compute_dtype=torch.float32)
+    return Teacher("a teacher", engine)
 
 
 def engine_of(method: str, model: Path) -> Engine:

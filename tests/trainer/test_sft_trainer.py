@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from verl import dist
+from verl.algorithms import sft
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
 from verl.data.batch import Batch
@@ -229,7 +230,7 @@ def test_validation_loss_is_that_of_every_trained_token(folder: Path) -> None:
 
 def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run: Metrics, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped by an error at a step without a checkpoint; the newest one is in the second epoch."""
-    original, calls = fsdp_sft_trainer.sft.loss, [0]
+    original, calls = sft.loss, [0]
 
     def failing(out: TokenOut, batch: Batch) -> LossOut:
         calls[0] += 1
@@ -238,7 +239,7 @@ def test_a_run_that_was_resumed_is_the_uninterrupted_one(folder: Path, plain_run
         return original(out, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fsdp_sft_trainer.sft, "loss", failing)
+        patch.setattr(sft, "loss", failing)
         with pytest.raises(KeyboardInterrupt):
             train(folder, "resumed", trainer__save_freq=5)
     dist.stop()

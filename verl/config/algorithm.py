@@ -10,7 +10,8 @@ from verl.plugin import Plugins
 class AlgorithmConfig:
     plugins: ClassVar[Plugins] = Plugins("verl.algorithms", "method of reinforcement learning", ("advantages", "Loss"))
 
-    # The method: a name in verl/algorithms (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo) or path/to/file.py. Methods have more keys.
+    # The method: a name in verl/algorithms (ppo, grpo, dr_grpo, rloo, reinforce, dapo, gspo, distill) or path/to/file.py. Methods have more
+    # keys.
     name: str = "grpo"
     # Optimizer updates per step; each takes an equal share of the step's prompts.
     updates_per_step: int = 1

@@ -12,13 +12,17 @@ BEST_MODES = {
     "loss": "min",
     "perplexity": "min",
     "kl": "min",
+    "divergence": "min",
+    "cross_entropy": "min",
     "exact_match": "max",
     "accuracy": "max",
     "reward": "max",
     "margin": "max",
     "f1": "max",
 }
-ANSWERS = ("loss", "exact_match")  # what the validation of fine-tuning measures
+# What the validation of fine-tuning measures, and with a teacher.
+ANSWERS = ("loss", "exact_match")
+TAUGHT = (*ANSWERS, "cross_entropy", "divergence", "teacher_gap", "teacher_agreement")
 
 
 def check_best(trainer: TrainerConfig, val_files: object, measured: Sequence[str] | None) -> None:

@@ -10,10 +10,11 @@ from verl.config.agent import AgentConfig, check_agent
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.best import check_best
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
+from verl.config.distillation import check_teacher, is_alone
 from verl.config.environment import EnvironmentConfig, check_environment
 from verl.config.reward_models import RewardModelConfig as RewardModelConfig
 from verl.config.reward_models import check_reward_models, names_of, reward_models
-from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TeacherConfig, TrainerConfig
 from verl.config.workers import WorkersConfig, check_workers
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
@@ -40,16 +41,17 @@ class RewardConfig(WorkersConfig):
     gated: float = 0.0
 
 
-def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: str | None = None) -> None:
+def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: str | None = None, *, needed: bool = True) -> None:
     """Check the keys of rewards. Raises UserError naming the key.
 
     Args:
         environment: name of the environment, or the agent's program, which give rewards too.
+        needed: whether there must be one.
     """
     one_of("reward.on_error", reward.on_error, ("stop", "zero"))
     check_workers(reward)
     names = reward_names(reward)
-    if not names and model.path is None and environment is None:
+    if needed and not names and model.path is None and environment is None:
         fix = "set reward.name, such as gsm8k, or reward_model.path, or environment.name, or agent.program"
         raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
     if not all(isinstance(name, str) and name for name in names):
@@ -202,6 +204,7 @@ class PPOConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     mapping: MappingConfig = field(default_factory=MappingConfig)
 
     def check(self) -> None:
@@ -217,7 +220,9 @@ class PPOConfig:
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))
         at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
-        check_rewards(self.reward, self.reward_model, self.environment.name or self.agent.program)
+        check_teacher(self.teacher)
+        of_episodes = self.environment.name or self.agent.program
+        check_rewards(self.reward, self.reward_model, of_episodes, needed=not is_alone(self.teacher))
         check_environment(self.environment, self.rollout)
         check_agent(self.agent, self.rollout, self.environment.name)
         check_mapping(self.mapping)

@@ -6,8 +6,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from verl.config.checks import check_dist, check_model, check_offload, check_optim, check_samples, check_trainer
-from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TrainerConfig
-from verl.errors import UserError, at_least, one_of
+from verl.config.shared import DistConfig, ModelConfig, OptimConfig, TeacherConfig, TrainerConfig
+from verl.errors import at_least
 
 
 @dataclass
@@ -83,6 +83,7 @@ class SFTConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(divergence="forward"))
     dist: DistConfig = field(default_factory=DistConfig)
 
     def check(self) -> None:
@@ -92,30 +93,14 @@ class SFTConfig:
         check_optim(self.optim)
         check_offload(self.model, self.optim)
         check_trainer(self.trainer)
-        from verl.config.best import ANSWERS, check_best, check_sampled  # once in a run
+        from verl.config.best import ANSWERS, TAUGHT, check_best, check_sampled  # once in a run, as what follows
+        from verl.config.distillation import check_teacher
+        from verl.config.rows import check_rows
 
-        check_best(self.trainer, data.val_files, ANSWERS)
+        check_teacher(self.teacher)
+        check_best(self.trainer, data.val_files, ANSWERS if self.teacher.partial_pretrain is None else TAUGHT)
         check_sampled(self.samples, self.trainer, data.val_files, data.text_key)
         check_dist(self.dist)
-        one_of("data.train_turns", data.train_turns, ("all", "last"))
-        one_of("data.truncation", data.truncation, ("error", "left", "right"))
-        at_least("data.max_length", data.max_length, 2)
-        at_least("data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu, 1)
-        at_least("data.train_batch_size", data.train_batch_size, 1)
-        at_least("data.num_workers", data.num_workers, 1)
         at_least("model.context_parallel_size", self.model.context_parallel_size, 1)
         check_samples(data)
-        budget = data.max_tokens_per_micro_batch
-        if budget is not None and budget < data.max_length:
-            raise UserError(
-                f"{budget} tokens cannot hold a row of data.max_length={data.max_length}",
-                where="data.max_tokens_per_micro_batch",
-                fix=f"give at least {data.max_length}, or a smaller data.max_length",
-            )
-        if data.messages_key and data.text_key:
-            raise UserError("messages_key and text_key are both set", where="data", fix="set only the one that the rows have")
-        if data.tools_key and data.text_key:
-            raise UserError("plain text has no tools", where="data.tools_key", fix="remove it, or give chats (data.messages_key)")
-        if data.text_is_rendered and data.messages_key:
-            what = "messages are not rendered yet"
-            raise UserError(what, where="data.text_is_rendered", fix="remove it, or set data.text_key to the rendered text")
+        check_rows(data)

@@ -91,6 +91,26 @@ class OptimConfig:
 
 
 @dataclass
+class TeacherConfig:
+    # Teacher, a model with the student's tokenizer: a directory, of an adapter too, or a Hub name; null: none.
+    partial_pretrain: str | None = None
+    # Share of the divergence from the teacher in the loss, above 0 and up to 1; the rest is the cross-entropy of the answers in verl sft,
+    # and the loss of the rewards in verl ppo.
+    weight: float = 1.0
+    # Divergence of the student from the teacher at each token: "reverse" (KL of the student from the teacher), "forward" (KL of the teacher
+    # from the student), or "mix" (generalised Jensen-Shannon).
+    divergence: str = "reverse"
+    # With "mix": share of the teacher in the mixture, above 0 and below 1. Near 0 it is like "forward", near 1 like "reverse".
+    beta: float = 0.5
+    # Compare only the likeliest tokens of the teacher, so many at each position, and all others together as one; null: all tokens.
+    top_k: int | None = None
+    # Divisor of both models' logits before they are compared.
+    temperature: float = 1.0
+    # Run Python code that comes with the teacher. Only for sources that you trust.
+    trust_remote_code: bool = False
+
+
+@dataclass
 class DistConfig:
     # With several processes: seconds after which one that gives no sign of life, or does not get on in a step that all take together, ends
     # the run. Work of one process alone, such as tokenizing, verifying a checkpoint or a slow reward, has no limit.

@@ -37,10 +37,11 @@ KINDS = {
         rollout.name rollout.oversample rollout.samples_per_prompt rollout.temperature rollout.max_new_tokens rollout.staleness
         rollout.partial rollout.tool rollout.max_turns environment.name environment.max_turns
         rollout.serve agent.program agent.requests
+        teacher.weight teacher.divergence teacher.beta teacher.top_k teacher.temperature
         trainer.seed
     """,
     MODEL: """
-        model.partial_pretrain model.lora_adapter_path critic.partial_pretrain reward_model.path
+        model.partial_pretrain model.lora_adapter_path critic.partial_pretrain reward_model.path teacher.partial_pretrain
     """,
     ROWS: """
         data.train_files data.train_max_samples data.prompt_key data.response_key data.messages_key data.text_key data.text_is_rendered
@@ -62,7 +63,7 @@ KINDS = {
         reward_model.max_tokens_per_micro_batch reward_model.trust_remote_code
         rollout.url rollout.gpu_memory_utilization rollout.max_sequences rollout.sleep rollout.speculate rollout.weights_folder
         rollout.on_error rollout.replay environment.step_seconds environment.seconds environment.on_error agent.seconds
-        agent.on_error
+        agent.on_error teacher.trust_remote_code
         dist.timeout_seconds trainer.max_seconds trainer.max_nonfinite_steps
         samples.rows samples.max_new_tokens samples.metric
         trainer.async_save trainer.best_metric trainer.best_mode trainer.patience

@@ -37,10 +37,15 @@ class TokenOut:
     Attributes:
         logprob_M: log-probability of the token, natural log.
         entropy_M: entropy of the predictive distribution, in nats; None if not requested.
+        divergence_M, gap_M, agrees_M: divergence from a teacher in nats; log-probability of the token minus the teacher's; 1 where both
+            have the same likeliest token, else 0 (`verl.engine.divergence`). None without a teacher.
     """
 
     logprob_M: Tensor
     entropy_M: Tensor | None = None
+    divergence_M: Tensor | None = None
+    gap_M: Tensor | None = None
+    agrees_M: Tensor | None = None
 
 
 @dataclass

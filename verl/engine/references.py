@@ -9,11 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from verl.config.shared import ModelConfig
 from verl.data.batch import Batch
 from verl.engine.build import Built, make_engine
+from verl.engine.decisions import Decisions
 from verl.engine.engine import Engine
 from verl.engine.outline import Outline
 from verl.engine.scorers import TokenScorer
 from verl.errors import UserError
-from verl.models.load import check_vocabulary, load_for_training, load_tokenizer
+from verl.models.attention.packed import ForwardPath
+from verl.models.load import Loaded, check_vocabulary, load_for_training, load_tokenizer
 from verl.models.shards import load_without_values
 
 
@@ -53,19 +55,34 @@ def build_reference(settings: ModelConfig, actor: Built, path: str | None = None
     if path is not None:
         _check_same_tokens(actor.tokenizer, path, trust_remote_code=settings.trust_remote_code)
     decisions = replace(actor.decisions, graph_tokens=0)  # it has no backward pass
-    source, trusted, dtype, loaded = path or settings.partial_pretrain, settings.trust_remote_code, decisions.compute_dtype, None
+    source = path or settings.partial_pretrain
     forward = decisions.path if path is None else Outline(replace(settings, partial_pretrain=path)).path
+    loaded = load_frozen(source, adapter, decisions, forward, trust_remote_code=settings.trust_remote_code)
+    check_vocabulary(loaded.model, actor.tokenizer, source)
+    temperature = getattr(actor.engine.scorer, "temperature", 1.0)
+    return make_engine(TokenScorer(loaded.model, temperature, path=forward), None, loaded, decisions)
+
+
+def load_frozen(source: str, adapter: str | None, decisions: Decisions, forward: ForwardPath, *, trust_remote_code: bool) -> Loaded:
+    """Load a model in the compute dtype, with the adapter of a directory merged into it.
+
+    Args:
+        decisions: those of the trained model, by which this one is distributed.
+        forward: how this one computes a batch.
+    Raises:
+        UserError: no such model, or the adapter does not fit it.
+    """
+    dtype, loaded = decisions.compute_dtype, None
     if decisions.is_sharded and adapter is None:
-        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trusted, attention=forward.attention)
+        loaded = load_without_values(source, dtype=dtype, trust_remote_code=trust_remote_code, attention=forward.attention)
     if loaded is None:
-        loaded = load_for_training(source, device=decisions.device, dtype=dtype, trust_remote_code=trusted, attention=forward.attention)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "attention": forward.attention}
+        loaded = load_for_training(source, device=decisions.device, dtype=dtype, **options)
     if adapter is not None:
         from verl.models.adapters.files import attach
 
         attach(loaded.model, adapter).merge_and_unload()
-    check_vocabulary(loaded.model, actor.tokenizer, source)
-    temperature = getattr(actor.engine.scorer, "temperature", 1.0)
-    return make_engine(TokenScorer(loaded.model, temperature, path=forward), None, loaded, decisions)
+    return loaded
 
 
 def _check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, *, trust_remote_code: bool) -> None:

@@ -4,6 +4,7 @@ Dimensions: T tokens of the packed batch, or of this rank's slice; M trained pos
 R rank of an adapter.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -76,12 +77,14 @@ class TokenScorer(Scorer):
     Attributes:
         temperature: divisor of the logits, the same as in sampling.
         entropy: True to compute the entropy, "gradient" to compute it with a gradient for a loss with an entropy term.
+        teacher: `verl.engine.teachers.Teacher.scores` of a model from which this one learns; None: no teacher.
     """
 
     def __init__(self, model: PreTrainedModel, temperature: float = 1.0, entropy: Entropy = False, path: ForwardPath = PACKED_PATH):
         super().__init__(model, path)
         self.rule = LogitRule.of(model.config)
         self.temperature, self.entropy = temperature, entropy
+        self.teacher: Callable[..., TokenOut] | None = None
 
     def forward(self, batch: Batch, slope: Slope | None = None) -> TokenOut:
         """Score the batch's trained tokens; for `slope` see `token_scores`."""
@@ -94,6 +97,8 @@ class TokenScorer(Scorer):
         hidden_MH, target_M = hidden_TH.index_select(0, batch.trained_M), batch.target_T[batch.trained_M]
         hidden_MH, weight_VH, bias_V = _output_layer(self.model.get_output_embeddings(), hidden_MH)
         rule = replace(self.rule, temperature=self.temperature)
+        if self.teacher is not None:
+            return self.teacher(batch, (hidden_MH, weight_VH, bias_V, rule), target_M, slope, bool(self.entropy))
         return token_scores(hidden_MH, weight_VH, bias_V, target_M, rule, slope, self.entropy)
 
 

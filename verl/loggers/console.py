@@ -15,6 +15,8 @@ _SHOWN = {
     "rl/reward": "rl/reward {:.3f}",
     "rl/response_tokens": "{:.0f} tokens/answer",
     "rl/entropy": "entropy {:.3f}",
+    "rl/divergence": "divergence {:.3f}",
+    "train/divergence": "divergence {:.3f}",
     "train/loss": "train/loss {:.4f}",
     "train/lr": "lr {:.2e}",
     "train/grad_norm": "grad norm {:.3f}",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from verl.engine.decisions import Checkpointing
+from verl.engine.divergence import CHUNK_LOGITS as COMPARED_LOGITS
 from verl.engine.hardware import GIB
 from verl.engine.logprobs import CHUNK_LOGITS, CHUNK_LOGITS_HALF
 from verl.engine.weights import BUCKET
@@ -101,6 +102,8 @@ class Work:
         resharded: whether a layer's gathered weights are freed between forward and backward pass.
         offload: whether weights, gradients and optimizer state are in host memory.
         captured: whether micro-batches are captured in CUDA graphs, which keep the gradients from step to step.
+        teacher: number of weights of a teacher, which is frozen and distributed like the model; 0: none. What its layers need for a moment
+            is not counted.
     """
 
     tokens: int
@@ -117,6 +120,7 @@ class Work:
     resharded: bool = True
     offload: bool = False
     captured: bool = False
+    teacher: int = 0
 
     @property
     def sharded(self) -> bool:
@@ -212,7 +216,7 @@ def weights(model: Decoder, work: Work) -> float:
     """Return the bytes of trained weights with their working copies, and of frozen weights, which exist once, in the compute dtype."""
     if work.offload:
         return 0.0
-    frozen = work.compute_bytes * (model.frozen - model.quantized) + FOUR_BIT * model.quantized
+    frozen = work.compute_bytes * (model.frozen - model.quantized + work.teacher) + FOUR_BIT * model.quantized
     if work.sharded:
         return (work.param_bytes * model.trained + frozen) / work.shards
     copies = work.compute_bytes if work.compute_bytes != work.param_bytes else 0
@@ -359,9 +363,11 @@ def loss(model: Decoder, work: Work) -> float:
     """Return the bytes of the loss.
 
     They are the final hidden states [T, H], those of trained tokens and their gradient [M, H], a chunk of logits, and the output
-    embedding's gradient [V, H].
+    embedding's gradient [V, H]. With a teacher, some eight tensors of the size of a chunk are in memory, in float32.
     """
     limit = CHUNK_LOGITS if work.compute_bytes == FLOAT32 else CHUNK_LOGITS_HALF
     logits = work.compute_bytes * model.vocabulary * min(work.trained_tokens, limit // model.vocabulary)
+    if work.teacher:
+        logits = 8 * FLOAT32 * model.vocabulary * min(work.trained_tokens, COMPARED_LOGITS // model.vocabulary)
     hidden = work.compute_bytes * model.hidden * (work.tokens + 2 * work.trained_tokens)
     return hidden + logits + head_gradient(model, work)

@@ -16,6 +16,7 @@ from verl.engine.decisions import Decisions, Workload, check_multiple, choose_sp
 from verl.engine.hardware import Hardware
 from verl.engine.optim import state_bytes
 from verl.engine.outline import Outline
+from verl.engine.teachers import weights_of_teacher
 from verl.plan import memory
 from verl.plan.memory import FLOAT32, Decoder, MemoryUse, Work
 from verl.plan.sizes import decoder
@@ -152,7 +153,8 @@ def work_of(config: SFTConfig, sizes: Decoder, decisions: Decisions, largest: Mi
     """Return the settings of the step with the largest micro-batch, for the memory formulas."""
     spread, context = decisions.spread, config.model.context_parallel_size
     tokens, trained_tokens = -(-largest.tokens // context), -(-largest.trained_tokens // context)
-    captured = largest.in_step == 1 and 0 < tokens <= decisions.graph_tokens
+    teacher = weights_of_teacher(config.teacher)
+    captured = largest.in_step == 1 and 0 < tokens <= decisions.graph_tokens and not teacher
     if captured:
         tokens, trained_tokens = filled_up(tokens, trained_tokens)
     return Work(
@@ -170,4 +172,5 @@ def work_of(config: SFTConfig, sizes: Decoder, decisions: Decisions, largest: Mi
         resharded=spread.sharding.reshard_after_forward,
         offload=spread.sharding.cpu_offload,
         captured=captured,
+        teacher=teacher,
     )

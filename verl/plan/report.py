@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Iterator
 
+from verl import dist
 from verl.config.sft import SFTConfig
+from verl.data.documents import Documents
 from verl.data.loader import TokenizedRows, describe_steps, epoch_rows
+from verl.engine.decisions import Decisions
 from verl.engine.hardware import CARDS, GIB
 from verl.engine.outline import Outline
 from verl.errors import UserError
 from verl.models.experts import describe_parameters
 from verl.plan import memory
-from verl.plan.plan import Plan
+from verl.plan.plan import Plan, make_plan
 from verl.plan.remedies import adviser
+from verl.run import Run
 
 
 def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: Outline) -> str:
@@ -22,10 +26,11 @@ def describe(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline: O
 
 def _sizes(plan: Plan, rows: int, outline: Outline) -> Iterator[str]:
     model, work, steps = plan.decoder, plan.work, plan.steps
+    with_teacher = f", with a teacher of {work.teacher:,} weights" if work.teacher else ""
     spread = "" if work.gpus == 1 else ", weights replicated" if work.strategy == "ddp" else f", weights sharded over {work.shards}"
     yield (
         f"model: {plan.name}, {describe_parameters(model.trained + model.frozen, outline.adapted)}, {model.trained:,} trained, "
-        f"layers {'compiled' if work.compiled else 'not compiled'}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
+        f"layers {'compiled' if work.compiled else 'not compiled'}{with_teacher}; {work.gpus} GPU{'s' if work.gpus > 1 else ''}{spread}"
     )
     yield (
         f"steps: {steps.total:,} ({steps.per_epoch:,} per epoch) of {describe_steps(rows, steps.rows)}, "
@@ -68,3 +73,17 @@ def check_room(plan: Plan, config: SFTConfig, documents: TokenizedRows, outline:
         raise UserError(what, where=config.model.partial_pretrain, fix=advice)
     needed = plan.needed / GIB
     return f"warning: a step needs about {needed:.1f} GiB, and the GPU has {room / GIB:.1f}; if it runs out of memory, try {advice}"
+
+
+def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisions: Decisions, run: Run) -> None:
+    """Log a warning, before weights are loaded, if the run is likely to exceed the GPU's memory.
+
+    Raises:
+        UserError: on all ranks, if weights, gradients and optimizer state alone exceed it.
+    """
+
+    def look() -> None:
+        if text := check_room(make_plan(config, train, outline, decisions), config, train, outline):
+            run.say(text)
+
+    dist.together(look)

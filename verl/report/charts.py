@@ -16,6 +16,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "val/reward": ("Reward on validation prompts", "val/reward"),
         "val/accuracy": ("Accuracy on validation pairs", "val/accuracy"),
         "train/accuracy": ("Accuracy on training pairs", "train/accuracy"),
+        "train/divergence": ("Divergence from the teacher", "nats a token"),
         "train/lr": ("Learning rate", "train/lr"),
         "train/grad_norm": ("Gradient norm", "train/grad_norm"),
     },
@@ -23,6 +24,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "rl/reward": ("Reward", "rl/reward"),
         "rl/reward_std": ("Standard deviation of the reward", "rl/reward_std"),
         "rl/kl_k3": ("KL divergence from the reference", "nats a token"),
+        "rl/divergence": ("Divergence from the teacher", "nats a token"),
         "rl/kl_deduction": ("KL penalty in the reward", "rl/kl_deduction"),
         "rl/response_tokens": ("Length of answers", "tokens"),
         "rl/truncated": ("Answers cut at the length limit", "share"),
@@ -43,6 +45,7 @@ OTHERS = "Other metrics"
 # Metrics that vary from step to step, because each step has other rows.
 _SMOOTH = set(
     "train/loss train/grad_norm train/accuracy rl/reward rl/reward_std rl/response_tokens rl/truncated rl/entropy rl/kl_k3 critic/loss "
+    "train/divergence rl/divergence "
     "rl/explained_variance perf/tokens_per_second perf/generated_tokens_per_second perf/step_seconds perf/waiting_share "
     "perf/mfu".split()
 )

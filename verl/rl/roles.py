@@ -23,12 +23,13 @@ from verl.engine.outline import Outline
 from verl.engine.references import AdapterOffReference, build_reference
 from verl.engine.scorers import TokenScorer
 from verl.engine.shared_prompts import PromptSharing, choose_sharing
+from verl.engine.teachers import Teacher, build_teacher, check_teacher_model, heads_of_teacher
 from verl.engine.weights import ReplicatedWeights
 from verl.errors import UserError
 from verl.models.attention.flash import Heads
 from verl.models.format_check import check_format
 from verl.models.kind import CRITIC, LANGUAGE_MODEL, REWARD_MODEL, check_kind
-from verl.models.load import read_adapter_config, read_config, resolve
+from verl.models.load import load_tokenizer, read_adapter_config, read_config, resolve
 from verl.models.per_layer import heads_of
 from verl.models.prompt_format import system_of
 from verl.pace import counted
@@ -59,6 +60,7 @@ class Roles:
     Attributes:
         critic: the critic; None if the method needs none.
         reference: the initial model, or the method's own choice; None with `algorithm.keep_reference=false`.
+        teacher: the model that the actor learns from; None if the method learns from none.
         answerer: rollout and rewards.
         sleeps: whether the rollout frees memory while the other models work.
         sharing: whether the answers to a prompt share it in a micro-batch.
@@ -67,6 +69,7 @@ class Roles:
     actor: Built
     critic: Critic | None
     reference: Engine | AdapterOffReference | None
+    teacher: Teacher | None
     answerer: Answerer
     sleeps: bool
     sharing: PromptSharing
@@ -79,6 +82,7 @@ class Roles:
                 f"critic: {type(self.critic.loaded.model).__name__}, {sum(p.numel() for p in self.critic.engine.trained):,} trained"
             )
         lines.append(f"reference: {'kept' if self.reference is not None else 'none (algorithm.keep_reference=false)'}")
+        lines += [] if self.teacher is None else [self.teacher.describe()]
         return "\n".join([*lines, self.sharing.describe(), f"rollout: {self.answerer.rollout.describe()}"])
 
     @contextmanager
@@ -173,7 +177,7 @@ def decide_roles(config: PPOConfig, method: Method, outline: Outline, hardware: 
         token_budget=token_budget(config),
     )
     of_critic = outline_of_critic(config, outline) if method.needs_critic else None
-    heads = [*([] if of_critic is None else of_critic.heads), *heads_of_reward_model(config)]
+    heads = [*([] if of_critic is None else of_critic.heads), *heads_of_reward_model(config), *heads_of_teacher(config.teacher)]
     actor = decide(outline, hardware, workload, choose_spread(outline, hardware, holds_still=True), other_heads=heads)
     if of_critic is None:
         return RoleDecisions(actor, None)
@@ -234,13 +238,15 @@ def build_roles(
         critic = build_critic(config.model, config.critic.optim, path, actor, decisions.critic, seed=seed)
         _still(critic.engine, f"critic.partial_pretrain={path}", run)
     reference = build_reference(config.model, actor, method.reference) if method.shared.keep_reference else None
+    teacher = None if method.teacher is None else build_teacher(method.teacher, actor)
     rollout = build_rollout(config, actor, tokenizer, stop_ids, bridge)
     check_positions(config, rollout)
     check_rope(config, actor.engine.scorer.model)
     episodes = build_episodes(config, tokenizer, run)
     answerer = Answerer(rollout, config.rollout, scorer, tokenizer, seed, workers=config.reward, watch=run, episodes=episodes)
-    sharing = share_prompts(config, actor, [engine for engine in (critic and critic.engine, reference) if isinstance(engine, Engine)])
-    return Roles(actor, critic, reference, answerer, config.rollout.sleep, sharing)
+    others = (critic and critic.engine, reference, teacher and teacher.engine)
+    sharing = share_prompts(config, actor, [engine for engine in others if isinstance(engine, Engine)])
+    return Roles(actor, critic, reference, teacher, answerer, config.rollout.sleep, sharing)
 
 
 def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Episodes | AgentAnswers | None:
@@ -326,6 +332,8 @@ def check_names(config: PPOConfig, method: Method) -> None:
     if method.reference is not None:
         resolve(method.reference)
         check_kind(method.reference, (LANGUAGE_MODEL,), where=f"the reference, {method.reference}")
+    if method.teacher is not None:
+        check_teacher_model(method.teacher, load_tokenizer(config.model.partial_pretrain, trust_remote_code=config.model.trust_remote_code))
 
 
 def check_checkpoint(config: PPOConfig) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from verl.engine.contract import Algorithm
 from verl.engine.engine import Engine
 from verl.engine.position import Position
 from verl.engine.skipped import refuse_more, tell
+from verl.engine.teachers import Teacher
 from verl.rl.answering import Collected
 from verl.rl.experience import Experience
-from verl.rl.method import Method
+from verl.rl.method import Method, make_loss
 from verl.run import Run
 
 Out = list[dict[str, Tensor]]  # results of `Engine.train_step`, one per update
@@ -40,7 +42,7 @@ class Updates:
     """
 
     def __init__(self, config: PPOConfig, method: Method, start: Position, run: Run):
-        self._module, self._run = method.module, run
+        self._module, self._run, self._teacher = method.module, run, method.teacher
         self.per_step = config.algorithm.updates_per_step
         self._max_new_tokens = config.rollout.max_new_tokens
         self._warmup = config.critic.warmup_steps if method.needs_critic else 0
@@ -65,12 +67,13 @@ class Updates:
             return []
         return self._take(critic.engine, self._module.ValueLoss(self.settings), experience, step, "critic")
 
-    def actor(self, engine: Engine, experience: Experience, step: int) -> Out:
+    def actor(self, engine: Engine, experience: Experience, step: int, teacher: Teacher | None = None) -> Out:
         """Train the actor, except in the first `critic.warmup_steps` steps. Every rank calls it."""
         if step < self._warmup:
             return []
-        loss = self._module.Loss(self.settings, self._max_new_tokens)
-        return self._take(engine, loss, experience, step, "actor")
+        loss = make_loss(self._module, self.settings, self._max_new_tokens, self._teacher)
+        with nullcontext() if teacher is None else teacher.teaching(engine):
+            return self._take(engine, loss, experience, step, "actor")
 
     def adapt(self, outs: Out, collected: Collected) -> dict[str, float]:
         """Adapt the KL coefficient to the step's KL divergence, if `kl_target` is set.

@@ -125,7 +125,8 @@ def continued(fresh: Position, path: Path, run: Run) -> Position:
     saved = restore.read_position(path)
     found = changes(dist.from_main(settings_beside(path)), fresh.settings)
     run.notes.clear()
-    models = [change for change in found if change.key == CONTENT + "model.partial_pretrain"]  # of the Hub, now that it is read
+    read = [CONTENT + key for key in ("model.partial_pretrain", "teacher.partial_pretrain")]  # of the Hub, now that they are read
+    models = [change for change in found if change.key in read]
     if models and not run.settings.trainer.resume_override:
         _refuse_or_say("the model has changed since this checkpoint", models, path, run)
     words = _changed_rows(fresh, saved, path, run) or _changed_order(fresh, saved)

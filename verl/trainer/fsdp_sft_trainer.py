@@ -8,14 +8,13 @@ Start it with `torchrun` to use several processes. To read the code, start at `t
 import sys
 
 from verl import dist
-from verl.algorithms import sft
 from verl.config.load import load_config
 from verl.config.sft import DataConfig, SFTConfig
 from verl.data.documents import Documents
 from verl.data.loader import Loader, epoch_lengths
 from verl.data.tables import Columns
 from verl.engine.build import build
-from verl.engine.decisions import Decisions, Workload, choose_spread, decide, packing_of
+from verl.engine.decisions import Workload, choose_spread, decide, packing_of
 from verl.engine.hardware import ASSUMED, Hardware, measure
 from verl.engine.outline import Outline
 from verl.errors import exit_on_user_error
@@ -41,6 +40,9 @@ def train(config: SFTConfig) -> TrainResult:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
         tokenizer = read_tokenizer(outline, config.data)
+        from verl.trainer.teaching import find_algorithm, heads_of_teacher  # once in a run
+
+        other_heads = heads_of_teacher(config.teacher, tokenizer)
         spread = choose_spread(outline, hardware)  # raises before the data is read
         documents, validation = load_data(config.data, Columns.of(config.data), tokenizer, run)
         loader = build_loader(config.data, documents, config.trainer.seed, hardware)
@@ -55,8 +57,11 @@ def train(config: SFTConfig) -> TrainResult:
         say_oddities(run, documents, validation, outline, loader.rows_per_step, total_steps)
         workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
         run.enter("loading the model")
-        decisions = decide(outline, hardware, workload, spread)
-        warn_of_memory(config, documents, outline, decisions, run)
+        decisions = decide(outline, hardware, workload, spread, other_heads=other_heads)
+        if decisions.hardware.has_gpu:
+            from verl.plan.report import warn_of_memory
+
+            warn_of_memory(config, documents, outline, decisions, run)
         built = build(
             config.model,
             config.optim,
@@ -66,6 +71,7 @@ def train(config: SFTConfig) -> TrainResult:
             system_prompts=system_prompts(config.data),
             seed=config.trainer.seed,
         )
+        algorithm = find_algorithm(config.teacher, built, run)
         run.say(f"{built.describe()}\nplan: {loader.describe(total_steps)}; into {run.directory}")
         if run.checkpoint is not None:
             from verl.engine import restore  # a new run restores nothing
@@ -76,11 +82,11 @@ def train(config: SFTConfig) -> TrainResult:
         from verl.trainer.validation import validating
 
         with (
-            validating(validation, sft, loader, built, run, samples) as checks,
+            validating(validation, algorithm, loader, built, run, samples) as checks,
             run.stepping(built.engine.trained_weights),
             Saver(config.trainer, run, built, validation=validation) as saver,
         ):
-            train_loop(config.trainer, sft, loader, checks, built, start, run, saver)
+            train_loop(config.trainer, algorithm, loader, checks, built, start, run, saver)
         return run.result()
 
 
@@ -95,33 +101,17 @@ def dry_run(config: SFTConfig, gpus: int | None = None) -> None:
     """
     from verl.plan.plan import plan_run  # not needed for training
     from verl.plan.report import describe
+    from verl.trainer.teaching import heads_of_teacher
 
     device = dist.start()
     outline = Outline(config.model)
-    documents = load_rows(config.data, Columns.of(config.data), "train", read_tokenizer(outline, config.data))
+    tokenizer = read_tokenizer(outline, config.data)
+    heads_of_teacher(config.teacher, tokenizer)
+    documents = load_rows(config.data, Columns.of(config.data), "train", tokenizer)
     hardware = measure(device) if device.type == "cuda" else ASSUMED
     plan = plan_run(config, documents, outline, hardware.planned(gpus or dist.world_size()))
     if dist.is_main():
         print(f"data.train_files: {documents.report}\n{describe(plan, config, documents, outline)}", flush=True)
-
-
-def warn_of_memory(config: SFTConfig, train: Documents, outline: Outline, decisions: Decisions, run: Run) -> None:
-    """Log a warning, before weights are loaded, if the run is likely to exceed the GPU's memory.
-
-    Raises:
-        UserError: on all ranks, if weights, gradients and optimizer state alone exceed it.
-    """
-    if decisions.hardware.has_gpu:
-        from verl.plan.plan import make_plan
-        from verl.plan.report import check_room
-
-        plan = make_plan(config, train, outline, decisions)
-        dist.together(lambda: say_if(check_room(plan, config, train, outline), run))
-
-
-def say_if(text: str | None, run: Run) -> None:
-    if text is not None:
-        run.say(text)
 
 
 def build_loader(data: DataConfig, train: Documents, seed: int, hardware: Hardware) -> Loader:

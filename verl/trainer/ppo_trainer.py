@@ -168,7 +168,7 @@ def train_loop(
         with clock.phase("update_critic"):
             of_critic = updates.critic(critic, experience, step)
         with clock.phase("update_actor"):
-            of_actor = updates.actor(actor, experience, step)
+            of_actor = updates.actor(actor, experience, step, roles.teacher)
         with held_back(lost, roles):
             roles.renew(step + 1, clock)
         metrics = step_metrics(collected, experience, of_critic, of_actor, step) | updates.adapt(of_actor, collected)
@@ -271,6 +271,8 @@ def report_answers(collected: Collected, step: int, run: Run) -> None:
 
 def without_differences(collected: Collected, method: Method) -> str | None:
     """Say which of a step's rewards are equal; None if they differ as the method needs. Every rank calls it."""
+    if not method.learns_from_rewards:
+        return None
     is_equal = len(set().union(*dist.gathered({sample.reward for sample in collected.answered}))) == 1
     if collected.groups == collected.without_spread and len(collected.kept) == 0:
         return f"the answers to each prompt have equal rewards, even after {collected.refills} refills; no update"
