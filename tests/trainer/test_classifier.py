@@ -37,8 +37,8 @@ EXACT: dict[str, object] = {
     "optim__clip_grad": 0.5,
     "trainer__total_training_steps": STEPS,
 }
-SEVERAL = {"algorithm__problem": "several", "algorithm__label_key": "tags"}
-NUMBER = {"algorithm__problem": "number", "algorithm__label_key": "stars"}
+SEVERAL = {"algorithm__problem": "several", "data__label_key": "tags"}
+NUMBER = {"algorithm__problem": "number", "data__label_key": "stars"}
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +234,8 @@ def test_long_texts_are_cut_on_the_side_that_is_named(folder: Path) -> None:
         ([{"text": "a", "label": "x"}, {"text": "a", "label": None}], {}, "rows.jsonl:2: column 'label' is null"),
         ([{"text": "a", "label": 1.5}], {}, "expected a label: a text or a whole number"),
         ([{"text": "a", "label": ["x"]}], {}, "fix: set algorithm.problem=several"),
-        ([{"text": "a", "label": "x"}], SEVERAL | {"algorithm__label_key": "label"}, "expected a list of labels"),
-        ([{"text": "a", "label": "x"}], NUMBER | {"algorithm__label_key": "label"}, "expected a number"),
+        ([{"text": "a", "label": "x"}], SEVERAL | {"data__label_key": "label"}, "expected a list of labels"),
+        ([{"text": "a", "label": "x"}], NUMBER | {"data__label_key": "label"}, "expected a number"),
         ([{"text": "a", "label": "x"}] * 3, {}, "all 3 rows have the label 'x', so there is nothing to learn"),
         ([{"text": "a", "label": "z"}], {"algorithm__labels": "[x,y]"}, "has the label 'z', none of x, y"),
         ([{"messages": [{"content": "a"}], "label": "x"}], {}, r"rows.jsonl:1: messages: messages\[0\]"),

@@ -22,13 +22,11 @@ PROBLEMS = ("one", "several", "number")
 
 @dataclass
 class Settings:
-    # Column of the label: a text or a whole number; with problem=several a list of these, with problem=number a number. Its text is in the
-    # column data.prompt_key, a text or a list of {role, content}.
-    label_key: str = "label"
     # Names of the labels, in the order of the model's outputs; null: those of the classifier that the run starts from, else those of the
     # training rows, sorted.
     labels: list[str] | None = None
-    # Labels of a row: "one", "several" (none to all), or a "number" in place of a label, which is predicted by least squares.
+    # Labels of a row: "one", a text or a whole number; "several", a list of these, which may be empty; or a "number" in place of a label,
+    # which is predicted by least squares.
     problem: str = "one"
 
     def check(self) -> None:

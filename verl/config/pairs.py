@@ -29,7 +29,8 @@ class PairsConfig:
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
     # Columns of methods that read single answers, such as kto: an answer, in any of these forms, and whether it is good: true or false, 1
-    # or 0, yes or no, good or bad. Pairs are read, too: as a good and a bad answer.
+    # or 0, yes or no, good or bad. Pairs are read, too: as a good and a bad answer. With classify, the label of the text or chat in
+    # prompt_key: see algorithm.problem.
     completion_key: str = "completion"
     label_key: str = "label"
     # Column of the number by which the chosen answer is better, for methods that read margins, such as odpo; null: none.

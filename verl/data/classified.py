@@ -46,7 +46,7 @@ class ClassColumns:
     text_key: str
     label_key: str
     text_name: str = "data.prompt_key"
-    label_name: str = "algorithm.label_key"
+    label_name: str = "data.label_key"
 
     def columns_read(self, names: Collection[str]) -> Collection[str]:
         """Return the columns that are read of a table with these columns."""

@@ -122,7 +122,7 @@ def load_method(config: RewardTrainerConfig) -> Method:
     for key in OF_PAIRS:
         if getattr(data, key) != getattr(plain, key):
             what = "is a key of pairs of answers, and the rows of a classifier have one text"
-            raise UserError(what, where=f"data.{key}", fix="remove it; data.prompt_key and algorithm.label_key name the columns")
+            raise UserError(what, where=f"data.{key}", fix="remove it; data.prompt_key and data.label_key name the columns")
     settings = settings_of(config.algorithm, module)
     labels = Labels(tuple(settings.labels or ()), settings.problem)
     if settings.problem == "number":
@@ -189,7 +189,7 @@ def load(
         UserError: a row is invalid, or all have the same label.
     """
     data, key = config.data, f"data.{kind}_files"
-    columns = ClassColumns(data.prompt_key or "prompt", method.settings.label_key)
+    columns = ClassColumns(data.prompt_key or "prompt", data.label_key)
     samples = getattr(data, f"{kind}_max_samples")
     found = load_classified(data, columns, labels or method.labels, getattr(data, key[5:]), tokenizer, key=key, max_samples=samples)
     if labels is None and len(found.labels.names) < 2 and found.labels.problem == "one":
