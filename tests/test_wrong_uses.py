@@ -212,7 +212,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         book.writestr("xl/workbook.xml", "<x/>")
     shutil.copytree(folder / "model", folder / "scorer")
     config = json.loads((folder / "model" / "config.json").read_text())
-    (folder / "scorer" / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen2ForSequenceClassification"]}))
+    (folder / "scorer" / "config.json").write_text(
+        json.dumps({**config, "architectures": ["Qwen2ForSequenceClassification"], "num_labels": 1})
+    )
     return folder
 
 
