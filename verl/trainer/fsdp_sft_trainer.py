@@ -40,7 +40,9 @@ def train(config: SFTConfig) -> TrainResult:
         run.checkpoint = find_checkpoint(config.trainer, run)
         outline, hardware = Outline(config.model), measure(device)
         tokenizer = read_tokenizer(outline, config.data)
-        from verl.trainer.teaching import find_algorithm, heads_of_teacher  # once in a run
+        from verl.trainer.oddities import say_oddities  # once in a run, as what follows
+        from verl.trainer.samples import read_samples
+        from verl.trainer.teaching import find_algorithm, heads_of_teacher
 
         other_heads = heads_of_teacher(config.teacher, tokenizer)
         spread = choose_spread(outline, hardware)  # raises before the data is read
@@ -50,9 +52,6 @@ def train(config: SFTConfig) -> TrainResult:
         start = begin(config.trainer, run, documents, loader.rows_per_step, total_steps)
         if start is None:
             return run.result()
-        from verl.trainer.oddities import say_oddities  # once in a run
-        from verl.trainer.samples import read_samples
-
         samples = read_samples(config, tokenizer, run)
         say_oddities(run, documents, validation, outline, loader.rows_per_step, total_steps)
         workload = Workload.of(epoch_lengths(documents, config.trainer.seed), total_steps, loader.steps_per_epoch, loader.packing)
