@@ -94,7 +94,7 @@ def test_an_adapter_goes_on_to_reinforcement_learning_after_its_export(run: Run,
 def test_a_reward_model_is_for_ppo_and_not_for_a_chat(tmp_path: Path) -> None:
     words = ["data.train_files=a", "model.partial_pretrain=b", f"trainer.default_local_dir={tmp_path}"]
     run = Run(load_config(RewardTrainerConfig, words))
-    scorer = {"architectures": ["Qwen2ForSequenceClassification"]}
+    scorer: dict[str, object] = {"architectures": ["Qwen2ForSequenceClassification"]}
     run.checkpoint = checkpoint(tmp_path / "global_step_3", {**scorer, "id2label": {"0": "LABEL_0"}})
     text = ending(run, METRICS, 1.0)
     assert f"verl ppo reward_model.path={run.checkpoint}" in text and "verl chat" not in text and "verl eval" not in text
