@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 from episodes import QUESTION, Chatter, Table, endings, errors, write_talk
-from families import qwen3
+from families import chatml, gemma, llama3, mistral, qwen3
 from rl_runs import words
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig
+from verl.data.render import Renderer
 from verl.errors import UserError
 from verl.rewards._scoring import Rewards
 from verl.rl.answering import Answerer
 from verl.rl.episodes import Episodes
 from verl.rl.outcome import DONE, FAILED, HUNG, LATE, LENGTH, TURNS
+from verl.rl.replies import Replies
 from verl.rl.samples import Sample, pack_samples
 from verl.rollout import Completion, Options
 from verl.rollout.native import NativeRollout
@@ -299,14 +301,42 @@ def test_an_environment_without_state_is_a_tool(folder: Path) -> None:
 
 
 def test_a_call_of_a_tool_is_read_and_answered_as_the_chat_template_writes_it(folder: Path) -> None:
-    table = Table(folder, "calculator", qwen3(), data__max_prompt_length=1500)
+    tokenizer = qwen3()
+    with pytest.raises(
+        UserError, match=r"environment calculator has tools that cannot be rendered: the chat template does not show the tool"
+    ):
+        Table(folder, "calculator", tokenizer).play({})
+    tools = "{%- for tool in tools %}{{- tool | tojson ~ '\\n' }}{%- endfor %}"
+    tokenizer.chat_template = (
+        "{%- if tools %}{{- '<|im_start|>system\\n' }}" + tools + "{{- '<|im_end|>\\n' }}{%- endif %}" + tokenizer.chat_template
+    )
+    table = Table(folder, "calculator", tokenizer, data__max_prompt_length=1500)
     call = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "48+24"}}\n</tool_call>'
     texts = [call, "<tool_call>\n{", "#### 72"]
     table.chatter._answer = lambda prompt, sampling, seed: Completion(
         [*table.tokenizer(texts[seed % 2**16]).input_ids, table.renderer.stop_ids[0]], "stop", None, 0
     )
     [sample] = table.play({})
-    assert (endings([sample]), sample.turns, errors([sample])) == ([DONE], 3, [])
+    assert errors([sample]) == []
+    assert (endings([sample]), sample.turns) == ([DONE], 3)
     assert sample.earlier == [call, "72", "<tool_call>\n{", "error: <tool_call> without </tool_call>"]
     text = str(table.tokenizer.decode(sample.answer_ids))
     assert "<tool_response>\n72\n</tool_response><|im_end|>" in text and '"calculate"' in table.tokenizer.decode(sample.prompt_ids)
+
+
+@pytest.mark.parametrize("family", [chatml, llama3, gemma, mistral])
+def test_both_ways_to_render_what_is_said_between_turns_agree(family: Callable[[], PreTrainedTokenizerBase]) -> None:
+    renderer = Renderer(family())
+    replies = Replies(renderer)
+    said = [{"role": "user", "content": "Go <b>on</b>, 12."}]
+    assert replies.between(said) == renderer.turn_after(*said) == replies.after_stop(said)
+    assert replies.note is None
+
+
+def test_a_template_that_changes_earlier_turns_continues_them_as_they_were_sampled() -> None:
+    tokenizer = qwen3()
+    replies = Replies(Renderer(tokenizer))
+    assert replies.note is not None and "stay as they were sampled" in replies.note
+    assert tokenizer.decode(replies.between([{"role": "user", "content": "Go on."}])) == (
+        "\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+    )

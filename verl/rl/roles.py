@@ -244,6 +244,8 @@ def build_roles(
 def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: Run) -> Episodes:
     """Open the environment. Raises UserError: it cannot be used, or the chat template cannot continue a chat."""
     episodes = Episodes(config, tokenizer, run)
+    if episodes.note is not None:
+        run.say(episodes.note)
     if episodes.dropped:
         run.say(f"environment: its processes have no {', '.join(episodes.dropped)}; environment.secrets passes on such variables")
     return episodes
