@@ -176,16 +176,10 @@ def pack_samples(
     """
     kinds = ([number for number in chosen if number not in separate], [number for number in chosen if number in separate])
     documents = {number: samples[number].document for number in chosen}
-    of_prompt = _numbers_of_prompts(samples, chosen) if share_prompts else {number: number for number in chosen}
+    of_prompt = {number: samples[number].group if share_prompts else number for number in chosen}
     bins = [groups for kind in kinds for groups in _bins(documents, kind, of_prompt, token_budget)] or [[]]
     batches = [collate_groups(groups, documents.__getitem__, multiple_of_tokens=multiple_of_tokens) for groups in bins]
     return PackedSamples(samples, [numbers_of(groups) for groups in bins], batches, multiple_of_tokens)
-
-
-def _numbers_of_prompts(samples: list[Sample], chosen: Sequence[int]) -> dict[int, int]:
-    """Return for each answer the number of the first one to the same prompt. An environment may begin differently each time."""
-    first: dict[tuple[int, tuple[int, ...]], int] = {}
-    return {number: first.setdefault((samples[number].group, tuple(samples[number].prompt_ids)), number) for number in chosen}
 
 
 def _bins(documents: Mapping[int, Document], chosen: Sequence[int], of_prompt: Mapping[int, int], token_budget: int) -> list[list[Group]]:
