@@ -26,7 +26,11 @@ def test_a_guess_is_answered_until_it_is_right() -> None:
 @pytest.mark.parametrize("said", ["", "six", "6 or 7", "-6", "0", "16", "6.0", "٦", "9" * 30])
 def test_what_is_no_number_of_the_game_costs(said: str) -> None:
     [step] = played(6, [said])
-    assert (step.reward, step.done) == (-0.1, False) and "1 to 15" in step.messages[0]["content"]
+    assert (step.reward, step.done) == (-0.2, False) and "1 to 15" in step.messages[0]["content"]
+
+
+def test_a_guess_that_cannot_be_right_costs() -> None:
+    assert [step.reward for step in played(6, ["4", "3", "12", "12", "5", "6"])] == [0.0, -0.2, 0.0, -0.2, 0.0, 1.0]
 
 
 def test_who_halves_what_is_left_always_wins() -> None:

@@ -1,8 +1,9 @@
 """A game of several turns: guess a hidden number, and hear after each guess whether it is higher or lower.
 
 A row has the number in the column `secret`; `write_rows` writes rows. A turn is the guess alone, such as `12`. It is worth 1 if it is
-right, and the game ends; a turn that is no number of the game costs `environment.penalty`. Each turn sees all before it, so that a model
-can learn to halve what is left: 3 turns find each of 7 numbers. The metric `episode/solved` is the share of games that are won.
+right, and the game ends. A guess that cannot be right after what was said, and a turn that is no number of the game, cost
+`environment.penalty`. Each turn sees all before it, so that a model can learn to halve what is left: 3 turns find each of 7 numbers. The
+metric `episode/solved` is the share of games that are won.
 """
 
 import json
@@ -24,8 +25,8 @@ HIGHER, LOWER, UNREAD = "It is higher.", "It is lower.", "Say a number from 1 to
 class Settings:
     # guess: the largest number that is thought of.
     largest: int = 7
-    # guess: what a turn costs that is no number of the game.
-    penalty: float = 0.1
+    # guess: what a turn costs that is no number of the game, or cannot be right after what was said.
+    penalty: float = 0.2
 
     def check(self) -> None:
         """Raises UserError naming the key."""
@@ -38,6 +39,7 @@ class Environment:
 
     def __init__(self, settings: Settings):
         self._settings, self._secret = settings, 0
+        self._low, self._high = 1, settings.largest  # the numbers that are left
 
     def reset(self, row: dict[str, Any], seed: int) -> Start:
         """Think of the row's number."""
@@ -45,7 +47,7 @@ class Environment:
         if type(secret) is not int or not 1 <= secret <= largest:
             what = f"found {secret!r} in the column secret, expected a number from 1 to {largest}"
             raise UserError(what, where="environment.name=guess", fix="correct the row, or set environment.largest")
-        self._secret = secret
+        self._secret, self._low, self._high = secret, 1, largest
         return Start([{"role": "user", "content": QUESTION.format(largest=largest)}])
 
     def step(self, message: Message) -> Step:
@@ -57,7 +59,12 @@ class Environment:
         if not 1 <= guess <= self._settings.largest:
             said = UNREAD.format(largest=self._settings.largest)
             return Step([_said(said)], reward=-self._settings.penalty, metrics={"solved": 0.0})
-        return Step([_said(HIGHER if guess < self._secret else LOWER)], metrics={"solved": 0.0})
+        cost = 0.0 if self._low <= guess <= self._high else -self._settings.penalty
+        if guess < self._secret:
+            self._low = max(self._low, guess + 1)
+        else:
+            self._high = min(self._high, guess - 1)
+        return Step([_said(HIGHER if guess < self._secret else LOWER)], reward=cost, metrics={"solved": 0.0})
 
     def close(self) -> None:
         """Do nothing: a game holds nothing."""

@@ -336,4 +336,5 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 FIX = "correct the reward or the row, or set reward.on_error=zero, which counts it as 0"
-NO_REFERENCE, REFERENCE_FIX = "needs a right answer, and the row has none", "set data.response_key to its column"
+NO_REFERENCE = "needs a right answer, and the row has none"
+REFERENCE_FIX = "set data.response_key to its column; or reward.name=null, if only an environment gives rewards"
