@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = {  # file, call: why
     ("verl/user_files.py", "exec"): "runs the file that the user names as a plugin",
     ("verl/plugin_outline.py", "exec"): "runs a class of a file of verl's own, as an import would",
+    ("verl/sandbox/program.py", "exec"): "runs a model's code, in a process that the kernel holds",
+    ("verl/sandbox/program.py", "eval"): "the last line of that code",
     ("verl/workers/serve.py", "pickle.loads"): "arguments and settings from the trainer, the parent process",
     ("verl/workers/pool.py", "pickle.dumps"): "to the worker",
     ("verl/exchange.py", "pickle.loads"): "values from a rank of this run",

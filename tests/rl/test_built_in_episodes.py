@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run_forked
+from places import ROOT
 from rl_runs import words, write_folder
 from transformers import PreTrainedTokenizerBase
 
@@ -87,7 +90,7 @@ def checked(samples: Sequence[Sample]) -> list[Sample]:
     return list(samples)
 
 
-def call(name: str, **arguments: str) -> str:
+def call(name: str, **arguments: object) -> str:
     return f"I call.<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
@@ -133,34 +136,31 @@ def test_a_game_of_gymnasium_is_won(folder: Path) -> None:
     assert won.prompt.text.startswith("[S]FFF")
 
 
-PACKAGE = '''
-import verifiers as vf
-from datasets import Dataset
-
-
-def load_environment():
-    def right(completion, answer):
-        return float(completion[-1]["content"] == answer)
-
-    def double(number: int) -> int:
-        """Double a number."""
-        return 2 * number
-
-    data = Dataset.from_list([{"question": "What is 2 * 21?", "answer": "42"}])
-    return vf.ToolEnv(dataset=data, rubric=vf.Rubric(funcs=[right]), tools=[double])
-'''
-
-
 @pytest.mark.skipif(importlib.util.find_spec("verifiers") is None, reason="needs verifiers: make test-verifiers")
 @pytest.mark.filterwarnings("ignore")
-def test_an_environment_of_verifiers_plays_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "doubling.py").write_text(PACKAGE)
-    turns = (call("double", number=21), "42")  # type: ignore[arg-type]
-    row = {"question": "What is 2 * 21?", "answer": "42"}
-    samples = played(folder, "verifiers", turns, turns, template=WITH_TOOLS, rows=[row, row], package=tmp_path / "doubling.py")
-    for sample in checked(samples):
-        assert sample.earlier == [turns[0], "42"]
-        assert sample.outcome is not None and sample.outcome.reward == 1.0 and sample.outcome.metrics["double_calls"] == 1.0
+def test_the_example_of_verifiers_plays_its_own_rows_in_processes_of_their_own(folder: Path, tmp_path: Path) -> None:
+    from verl.environments.verifiers import write_rows
+
+    package = ROOT / "examples/environments/sums_verifiers.py"
+    write_rows(tmp_path / "rows.jsonl", str(package), most=2)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    numbers = [list(map(int, re.findall(r"\d+", row["question"]))) for row in rows]
+    turns = [(call("add", a=a, b=b), f"It is {a + b}.") for a, b in numbers]
+    wrong = [(call("add", a=1, b=1), "It is 2000.")]
+    samples = checked(played(folder, "verifiers", *turns, *wrong, template=WITH_TOOLS, rows=[*rows, rows[0]], package=package))
+    assert [sample.earlier[1] for sample in samples] == [*(row["answer"] for row in rows), "2"]
+    assert [sample.outcome.reward for sample in samples if sample.outcome] == [1.0, 1.0, 0.0]
+    assert [sample.outcome.metrics["add_calls"] for sample in samples if sample.outcome] == [1.0, 1.0, 1.0]
+
+
+def test_the_example_of_the_frozen_lake_runs(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'verl[gymnasium]'")
+    words = f"--folder {tmp_path / 'run'} --walks 40 --sft-steps 1 --rl-steps 1".split()
+    done = run_forked(ROOT / "examples/environments/frozen_lake.py", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(
+        r"walks that reach the other side: [0-9.]+% in the first step .*, [0-9.]+% in the last", done.stdout.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     try:
         made = Sandbox(wall=request.param)
     except UserError as error:
+        if not error.what.startswith("this system can hold no programs"):
+            raise
         pytest.skip(str(error))
     yield made
     made.close()

@@ -47,6 +47,11 @@ def needs_limit(settings: Settings) -> bool:
     return not str(_spec(settings).entry_point).startswith(INSIDE)
 
 
+def prepare(settings: Settings) -> None:
+    """Make the environment once, so that what is wrong is told before the first episode."""
+    Environment(settings).close()
+
+
 class Environment:
     """See `verl.environments`."""
 

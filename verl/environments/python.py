@@ -5,7 +5,7 @@ code between ```python and ```. The pieces of code of an episode run in one prog
 turn, as in a notebook. A program has one thread, may read Python's libraries and nothing else of the system, and writes in a folder of its
 own, see `verl.sandbox`. One that exceeds a limit is ended, and its variables are lost, which the model is told.
 
-It gives no rewards of its own: `reward.name` grades the answer. The metrics `environment/programs` and `environment/programs_ended` count
+It gives no rewards of its own: `reward.name` grades the answer. The metrics `episode/programs` and `episode/programs_ended` count
 pieces of code that were run in an episode and those that ended their program.
 """
 

@@ -5,7 +5,7 @@ It calls the tool `search`. If its chat template has no tools (`environment.tool
 file, each paragraph is one. They are ranked by BM25 (pip install "verl[search]"): words that are rare in the documents count most. The
 index is made once, and kept in the folder of caches.
 
-It gives no rewards of its own: `reward.name` grades the answer. The metrics `environment/searches` and `environment/searches_without_hit`
+It gives no rewards of its own: `reward.name` grades the answer. The metrics `episode/searches` and `episode/searches_without_hit`
 count searches of an episode.
 """
 

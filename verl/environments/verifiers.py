@@ -1,7 +1,7 @@
 """Environments of the package `verifiers` (PrimeIntellect), such as those of its Environments Hub, with their tools, turns and rubrics.
 
 The package's own rollout runs, with a client that asks the model of this run: each of its requests is a turn. The reward is the rubric's,
-at the end of the episode, and its metrics are `environment/NAME`. So an episode has to end by itself: let `environment.max_turns` be larger
+at the end of the episode, and its metrics are `episode/NAME`. So an episode has to end by itself: let `environment.max_turns` be larger
 than the environment's own number of turns. `write_rows` writes its data set as a file for `data.train_files`.
 
 It needs verifiers from 0.1.11 to before 0.4, which no longer has these environments: its tasks are agents that ask an endpoint.

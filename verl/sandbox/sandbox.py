@@ -27,7 +27,7 @@ START = (
 VARIABLES = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LANG": "C.UTF-8"}
 WHERE = "the sandbox for Python"
 ELSEWHERE = "use a system that has it, or run this environment's programs elsewhere, in an environment of your own (docs/environments.md)"
-SECONDS_TO_START = 60.0
+SECONDS_TO_START, SECONDS_TO_END = 60.0, 10.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,11 @@ class Sandbox:
         """End the server and all programs, if this process has started it."""
         self.forget()
         if self._owner == os.getpid():
-            self._server.wait()
+            try:
+                self._server.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+                self._server.wait()
 
 
 class Program:
