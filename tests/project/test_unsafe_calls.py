@@ -15,6 +15,8 @@ ALLOWED = {  # file, call: why
     ("verl/sandbox/program.py", "eval"): "the last line of that code",
     ("verl/workers/serve.py", "pickle.loads"): "arguments and settings from the trainer, the parent process",
     ("verl/workers/pool.py", "pickle.dumps"): "to the worker",
+    ("verl/workers/host.py", "pickle.loads"): "a call from the trainer, the parent process",
+    ("verl/workers/hosts.py", "pickle.dumps"): "to the process of an episode",
     ("verl/exchange.py", "pickle.loads"): "values from a rank of this run",
     ("verl/exchange.py", "pickle.dumps"): "to the other ranks",
     ("verl/prove/ranks.py", "pickle.loads"): "the result of a rank, which it wrote into the command's own temporary folder",
