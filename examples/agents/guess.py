@@ -2,9 +2,9 @@
 
     python examples/agents/guess.py
 
-The agent is guess_agent.py, which knows only the `openai` package. The game, the players of the games for fine-tuning and the rows are those
-of examples/environments/guess.py, where the same game is an environment. The script prints the mean reward of new games, before and after
-reinforcement learning; a game that is won is worth 1.
+The agent is guess_agent.py, which knows only the `openai` package. The game, the players of the games for fine-tuning and the rows are
+those of examples/environments/guess.py, where the same game is an environment. The script prints the mean reward of new games, before and
+after reinforcement learning; a game that is won is worth 1.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("guess-agent-run"))
     parser.add_argument("--games", type=int, default=4000)
     parser.add_argument("--sft-steps", type=int, default=80)
-    parser.add_argument("--rl-steps", type=int, default=40)
+    parser.add_argument("--rl-steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     shutil.rmtree(asked.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Makes the `openai` package ready before an agent's runs are forked: with its first answer, it builds types, which each run would do again.
+"""Makes the `openai` package ready before an agent's runs are forked: with its first answer it builds types, and each run would do so.
 
 Measured with 64 runs of one request each, on a CPU: 22 ms of a run with it, 59 ms without.
 """
