@@ -2,8 +2,8 @@
 
     python examples/environments/guess.py
 
-The numbers are from 1 to 7, and there are three turns; who halves what is left always wins. The players of the games for fine-tuning guess
-at random, and half of the time they forget what they were told. Reinforcement learning in the environment `guess` rewards games that are
+The numbers are from 1 to 7, and there are four turns. The players of the games for fine-tuning guess
+at random, and three times out of four they forget what they were told. Reinforcement learning in the environment `guess` rewards games that are
 won. The script prints the share of new games that the model wins, before and after reinforcement learning.
 """
 
@@ -17,8 +17,8 @@ import verl
 from verl.environments.guess import HIGHER, LOWER, QUESTION, write_rows
 from verl.models.tiny import write_tiny_model
 
-LARGEST, TURNS = 7, 3
-FORGETS = 0.5  # probability that a player's guess ignores what it was told
+LARGEST, TURNS = 7, 4
+FORGETS = 0.75  # probability that a player's guess ignores what it was told
 
 
 def played(draw: random.Random) -> list[dict[str, str]]:
@@ -59,7 +59,7 @@ def reinforce(folder: Path, checkpoint: Path | None, steps: int, seed: int) -> v
         f"environment.name=guess environment.largest={LARGEST} environment.max_turns={TURNS} reward.name=null data.response_key=null "
         f"trainer.default_local_dir={folder / 'rl'} trainer.total_training_steps={steps} trainer.seed={seed} "
         "rollout.max_new_tokens=80 data.max_prompt_length=40 data.prompts_per_step=16 algorithm.name=grpo "
-        "algorithm.keep_reference=false optim.lr=6e-4 optim.betas=[0.9,0.99] model.enable_gradient_checkpointing=false"
+        "algorithm.keep_reference=false optim.lr=4e-4 optim.betas=[0.9,0.99] model.enable_gradient_checkpointing=false"
     )
     return verl.ppo(*words.split())
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("guess-run"))
     parser.add_argument("--games", type=int, default=4000)
     parser.add_argument("--sft-steps", type=int, default=80)
-    parser.add_argument("--rl-steps", type=int, default=80)
+    parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     shutil.rmtree(asked.folder, ignore_errors=True)

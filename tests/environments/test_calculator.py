@@ -1,4 +1,4 @@
-"""The calculator as an environment: with calls of a tool, and with the line that the tool of the same name reads."""
+"""The calculator as an environment, with calls of a tool."""
 
 from verl.environments import Step
 from verl.environments.calculator import CALCULATE, Environment
@@ -17,10 +17,6 @@ def called(name: str, arguments: dict[str, object]) -> Step:
 
 def test_a_call_is_answered() -> None:
     assert called("calculate", {"expression": "48+24"}) == Step([{"role": "tool", "content": "72", "tool_call_id": "call_0_0"}])
-
-
-def test_a_line_is_answered_as_by_the_tool() -> None:
-    assert step(content="I add.\ncalculate 7*6").messages == [{"role": "tool", "content": "42"}]
 
 
 def test_a_turn_without_a_call_is_the_last() -> None:

@@ -1,158 +1,36 @@
 """Episodes in environments: their tokens, what is trained, many side by side, and what goes wrong in one of them."""
 
 import asyncio
-import json
-import os
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rl_runs import train, words, write_folder
-from runs import lines_of, metrics_of, timeless
-from safetensors.torch import load_file
+from episodes import QUESTION, Chatter, Table, endings, errors, write_talk
+from families import chatml, gemma, llama3, mistral, qwen3
+from rl_runs import words
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from verl.config.load import load_config
-from verl.config.ppo import PPOConfig
-from verl.data.prompts import Prompt
+from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig
 from verl.data.render import Renderer
 from verl.errors import UserError
-from verl.models.load import load_tokenizer
+from verl.rewards._scoring import Rewards
+from verl.rl.answering import Answerer
 from verl.rl.episodes import Episodes
 from verl.rl.outcome import DONE, FAILED, HUNG, LATE, LENGTH, TURNS
+from verl.rl.replies import Replies
 from verl.rl.samples import Sample, pack_samples
-from verl.rollout import Completion, Options, Sampling
+from verl.rollout import Completion, Options
 from verl.rollout.native import NativeRollout
-from verl.trainer import ppo_trainer
-from verl.workers.serve import _descendants
-
-# An environment that goes on for `environment.turns` turns, in its own words. What it does besides depends on the row.
-TALK = """
-import asyncio, os, random, time
-from dataclasses import dataclass
-
-from verl.environments import Start, Step
-
-
-@dataclass
-class Settings:
-    # talk: turns of a talk.
-    turns: int = 3
-    # talk: the longest nap before an answer, in seconds.
-    nap: float = 0.0
-
-
-class Environment:
-    def __init__(self, settings):
-        self.settings, self.turn, self.log = settings, 0, []
-
-    def reset(self, row, seed):
-        self.row, self.draw = row, random.Random(seed)
-        self.begin(row.get("in", "step"), "reset")
-        return Start([{"role": "user", "content": row.get("first", f"Talk to me, {self.draw.randint(1, 99)}.")}])
-
-    async def step(self, message):
-        await asyncio.sleep(self.settings.nap * random.SystemRandom().random())
-        self.begin(self.row.get("in", "step"), "step")
-        if self.row.get("does") == "await":
-            await asyncio.Event().wait()
-        self.turn += 1
-        said = self.row.get("says", f"Go on, {self.draw.randint(1, 99)}.")
-        done = self.turn == self.settings.turns
-        words = {"words": len(message["content"].split())}
-        return Step([{"role": "user", "content": said}], reward=0.5 * self.turn, done=done, metrics=words)
-
-    def begin(self, where, here):
-        does = self.row.get("does") if where == here else None
-        if does == "raise":
-            raise ValueError("no more words")
-        if does == "sleep":
-            time.sleep(1e6)
-        if does == "spin":
-            while True:
-                pass
-        if does == "leave":
-            os._exit(7)
-
-    def close(self):
-        if "log" in self.row:
-            with open(self.row["log"], "a") as file:
-                file.write(f"{self.turn}\\n")
-        if self.row.get("does") == "raise in close":
-            raise OSError("not closed")
-"""
-QUESTION = "How many?"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_folder(tmp_path_factory.mktemp("episodes"))
-    (folder / "talk.py").write_text(TALK)
-    return folder
-
-
-class Chatter:
-    """A rollout that says tokens of the seed, and ends each turn with the stop token."""
-
-    positions = None
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, longest: int = 6):
-        self.stop_ids = Renderer(tokenizer).stop_ids
-        special = set(tokenizer.added_tokens_decoder)
-        self._ordinary = [token for token in range(len(tokenizer)) if token not in special]
-        self._longest = longest
-        self.said: dict[int, list[int]] = {}  # by the seed
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int] | None = None) -> list[Completion]:
-        assert seeds is not None and sampling.n == 1
-        return [self._answer(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-
-    def _answer(self, prompt: list[int], sampling: Sampling, seed: int) -> Completion:
-        draw = random.Random(seed)
-        ids = [*draw.choices(self._ordinary, k=draw.randint(1, self._longest)), self.stop_ids[0]]
-        self.said[seed] = ids
-        ended = len(ids) <= sampling.max_new_tokens
-        ids = ids[: sampling.max_new_tokens]
-        return Completion(ids, "stop" if ended else "length", [-0.5] * len(ids), 3)
-
-
-class Table:
-    """Whoever plays, and rows to play."""
-
-    def __init__(self, folder: Path, name: str = "talk.py", tokenizer: PreTrainedTokenizerBase | None = None, **changes: object):
-        own: dict[str, object] = {"environment__name": folder / name if name.endswith(".py") else name, "reward__name": "null"}
-        changed = {"rollout__max_new_tokens": 400, "data__max_tokens_per_micro_batch": 2000, **own, **changes}
-        self.config = load_config(PPOConfig, words(folder, "unused", **changed))
-        self.tokenizer = tokenizer or load_tokenizer(str(folder / "model"))
-        self.renderer = Renderer(self.tokenizer)
-        self.chatter: Any = Chatter(self.tokenizer)
-        self.sampling = Sampling(self.config.rollout.max_new_tokens, 1.0, n=1, seed=1)
-
-    def prompts(self, rows: Sequence[dict[str, Any]]) -> list[tuple[int, Prompt]]:
-        chat = [{"role": "user", "content": QUESTION}]
-        return [(number, Prompt(f"row {number}", QUESTION, chat, self.renderer.prompt(chat), dict(row))) for number, row in enumerate(rows)]
-
-    def play(self, *rows: dict[str, Any], n: int = 1) -> list[Sample]:
-        before = set(_descendants(os.getpid(), ()))
-        episodes = Episodes(self.config, self.tokenizer)
-        try:
-            return episodes.play(self.chatter, self.prompts(rows), Sampling(self.sampling.max_new_tokens, 1.0, n=n, seed=1))
-        finally:
-            episodes.close()
-            assert set(_descendants(os.getpid(), ())) <= before, "a process is left"
-
-
-def endings(samples: Sequence[Sample]) -> list[str]:
-    return [sample.outcome.ending for sample in samples if sample.outcome is not None]
-
-
-def errors(samples: Sequence[Sample]) -> list[str]:
-    return [str(error) for sample in samples if sample.outcome is not None for error in sample.outcome.errors]
+    return write_talk(tmp_path_factory.mktemp("episodes"))
 
 
 # --- tokens
@@ -361,95 +239,104 @@ def test_episodes_are_played_where_an_event_loop_runs_already(folder: Path) -> N
     assert len(asyncio.run(cell())) == 1
 
 
-# --- runs
+# --- keys
 
 
-def keys_of_talk(folder: Path) -> dict[str, object]:
-    return {
-        "environment__name": folder / "talk.py",
-        "reward__name": "null",
-        "rollout__max_new_tokens": 60,
-        "data__max_tokens_per_micro_batch": 800,
-    }
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout__tool": "calculator"}, "environment.name=guess with rollout.tool=calculator"),
+        ({"rollout__oversample": 0.5}, "environment.name=guess with rollout.oversample=0.5"),
+        ({"rollout__staleness": 1}, "environment.name=guess with rollout.staleness=1"),
+        ({"environment__max_turns": 0}, "environment.max_turns"),
+        ({"environment__step_seconds": 0}, "environment.step_seconds"),
+        ({"environment__on_error": "zero"}, "environment.on_error"),
+        ({"environment__largest": 1}, "environment.largest"),
+        ({"environment__name": "gess"}, "did you mean 'guess'"),
+        ({"environment__smallest": 1}, "environment.smallest"),
+        ({"environment__name": "vowels.py"}, "Environment"),
+        ({"environment__name": "null"}, "there is neither a reward nor a reward model"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(folder: Path, changes: dict[str, object], said: str) -> None:
+    own = {"environment__name": "guess", "reward__name": "null", **changes}
+    if str(own["environment__name"]).endswith(".py"):
+        own["environment__name"] = folder / str(own["environment__name"])
+    with pytest.raises(UserError) as caught:
+        load_config(PPOConfig, words(folder, "unused", **own))
+    assert said in str(caught.value)
 
 
-def test_256_environments_of_which_some_hang_and_some_raise(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tenth hang, in four ways, and a twentieth raise: the step ends within the limit and 10 seconds, all are counted, and no process is
-    left.
-    """
-    limit = 5
-    hang = [{"does": how} for how in ("sleep", "spin", "await", "sleep")] * 6 + [{"does": "sleep", "in": "reset"}] * 2
-    fail = [{"does": "raise", "in": "reset"}] * 12 + [{"does": "leave", "in": "reset"}]
-    rows = [{"question": QUESTION, "answer": "1", **row} for row in [*hang, *fail, *[{}] * 217]]
-    assert len(rows) == 256 and len(hang) == 26 and len(fail) == 13
-    random.Random(1).shuffle(rows)
-    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = set(_descendants(os.getpid(), ()))
-    own = {
-        **keys_of_talk(folder),
-        "data__train_files": folder / "many.jsonl",
-        "data__prompts_per_step": 256,
-        "rollout__samples_per_prompt": 1,
-    }
-    own |= {"environment__step_seconds": limit, "trainer__total_training_steps": 1, "algorithm__name": "reinforce"}
-    own |= {"rollout__name": str(folder / "stopping.py"), "rollout__max_new_tokens": 120}
-    (folder / "stopping.py").write_text(STOPPING)
-    [line] = train(folder, "many", **own)
-    assert (line["environment/hung"], line["environment/failed"]) == (26, 13)
-    assert line["perf/seconds_generate"] < limit + 10
-    assert set(_descendants(os.getpid(), ())) <= before
-    assert "39 episodes of the environment went wrong" in capsys.readouterr().out
+# --- tools
 
 
-# The native engine, for which many tokens end a turn: those of a model that has learned nothing would go on.
-STOPPING = """
-from verl.rollout import native
+def test_an_environment_without_state_is_a_tool(folder: Path) -> None:
+    """The same greedy answers, token for token, as with `rollout.tool`."""
+    (folder / "tool.py").write_text("ROLE = 'user'\n\n\ndef reply(response, prompt, row):\n    return 'Go on.'\n")
+    (folder / "same.py").write_text(
+        "class Environment:\n    def reset(self, row, seed):\n        return {}\n    def step(self, message):\n"
+        "        return {'messages': [{'role': 'user', 'content': 'Go on.'}]}\n    def close(self):\n        pass\n"
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    found = []
+    kinds: tuple[dict[str, Any], ...] = (
+        {"rollout__tool": folder / "tool.py", "rollout__max_turns": 3},
+        {"environment__name": folder / "same.py", "environment__max_turns": 3},
+    )
+    for changes in kinds:
+        keys: dict[str, Any] = {"environment__name": "null", "reward__name": "gsm8k", **changes}
+        table = Table(folder, "guess", **keys)
+        engine = NativeRollout(model, list(range(0, len(table.tokenizer), 5)), Options())
+        episodes = Episodes(table.config, table.tokenizer) if table.config.environment.name is not None else None
+        scorer = Rewards(RewardConfig(name=None), RewardModelConfig())
+        answerer = Answerer(engine, table.config.rollout, scorer, table.tokenizer, 1, episodes=episodes)
+        samples = answerer.greedy(
+            [replace(prompt, token_ids=[*prompt.token_ids, 5 * number + 1]) for number, prompt in table.prompts([{}] * 6)]
+        )
+        found.append([(sample.answer_ids, sample.answer_mask, sample.text, sample.earlier, sample.turns) for sample in samples])
+        if episodes is not None:
+            episodes.close()
+    assert found[0] == found[1]
+    assert any(turns > 1 for *_, turns in found[0]), "else the test shows nothing"
 
 
-def share(model, path, tokenizer, stop_ids, options):
-    return native.share(model, path, tokenizer, list(range(0, len(tokenizer), 3)), options)
+def test_a_call_of_a_tool_is_read_and_answered_as_the_chat_template_writes_it(folder: Path) -> None:
+    tokenizer = qwen3()
+    with pytest.raises(
+        UserError, match=r"environment calculator has tools that cannot be rendered: the chat template does not show the tool"
+    ):
+        Table(folder, "calculator", tokenizer).play({})
+    tools = "{%- for tool in tools %}{{- tool | tojson ~ '\\n' }}{%- endfor %}"
+    tokenizer.chat_template = (
+        "{%- if tools %}{{- '<|im_start|>system\\n' }}" + tools + "{{- '<|im_end|>\\n' }}{%- endif %}" + tokenizer.chat_template
+    )
+    table = Table(folder, "calculator", tokenizer, data__max_prompt_length=1500)
+    call = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "48+24"}}\n</tool_call>'
+    texts = [call, "<tool_call>\n{", "#### 72"]
+    table.chatter._answer = lambda prompt, sampling, seed: Completion(
+        [*table.tokenizer(texts[seed % 2**16]).input_ids, table.renderer.stop_ids[0]], "stop", None, 0
+    )
+    [sample] = table.play({})
+    assert errors([sample]) == []
+    assert (endings([sample]), sample.turns) == ([DONE], 3)
+    assert sample.earlier == [call, "72", "<tool_call>\n{", "error: <tool_call> without </tool_call>"]
+    text = str(table.tokenizer.decode(sample.answer_ids))
+    assert "<tool_response>\n72\n</tool_response><|im_end|>" in text and '"calculate"' in table.tokenizer.decode(sample.prompt_ids)
 
 
-load = native.load
-"""
+@pytest.mark.parametrize("family", [chatml, llama3, gemma, mistral])
+def test_both_ways_to_render_what_is_said_between_turns_agree(family: Callable[[], PreTrainedTokenizerBase]) -> None:
+    renderer = Renderer(family())
+    replies = Replies(renderer)
+    said = [{"role": "user", "content": "Go <b>on</b>, 12."}]
+    assert replies.between(said) == renderer.turn_after(*said) == replies.after_stop(said)
+    assert replies.note is None
 
 
-def test_rewards_of_turns_and_of_graders_add_up(folder: Path) -> None:
-    (folder / "stopping.py").write_text(STOPPING)
-    own = {**keys_of_talk(folder), "reward__name": folder / "vowels.py", "rollout__name": str(folder / "stopping.py")}
-    lines = train(folder, "both", trainer__total_training_steps=1, data__val_files=folder / "train.jsonl", data__val_max_samples=6, **own)
-    answers = lines_of(folder / "both/rollouts/step_1.jsonl")
-    for answer in answers:
-        assert answer["reward/environment"] == pytest.approx(sum(answer["turn_rewards"]))
-        assert answer["reward"] == pytest.approx(answer["reward/environment"] + answer["reward/vowels"], abs=1e-5)
-    assert any(len(answer["turn_rewards"]) > 1 for answer in answers), "else the test shows nothing"
-    last = lines[-1]
-    assert last["reward/environment"] == pytest.approx(last["environment/reward_mean"])
-    assert last["train/grad_norm"] > 0 and last["rl/rollout_difference"] < 1e-5
-    assert {"episode/words", "val/words", "val/environment", "val/environment/turns_mean", "val/vowels"} <= last.keys()
-
-
-def guesses(folder: Path) -> dict[str, object]:
-    (folder / "stopping.py").write_text(STOPPING)
-    rows = [{"question": QUESTION, "answer": "1", "secret": number % 7 + 1} for number in range(20)]
-    (folder / "secrets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        **keys_of_talk(folder),
-        "environment__name": "guess",
-        "rollout__name": str(folder / "stopping.py"),
-        "data__train_files": folder / "secrets.jsonl",
-        "rollout__max_new_tokens": 100,
-    }
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(folder: Path) -> None:
-    whole = train(folder, "whole", **guesses(folder))
-    train(folder, "parts", trainer__total_training_steps=2, **guesses(folder))
-    ppo_trainer.main(words(folder, "parts", trainer__total_training_steps=4, **guesses(folder)))
-    assert any(line["environment/turns_mean"] > 1.2 for line in whole), "else the test shows less"
-    found = timeless(metrics_of(folder / "parts"))
-    for line in (*found, *whole):
-        line.pop("environment/seconds_mean", None)
-    assert found == timeless(whole)
-    weights = [load_file(folder / name / "global_step_4/model.safetensors") for name in ("whole", "parts")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_a_template_that_changes_earlier_turns_continues_them_as_they_were_sampled() -> None:
+    tokenizer = qwen3()
+    replies = Replies(Renderer(tokenizer))
+    assert replies.note is not None and "stay as they were sampled" in replies.note
+    assert tokenizer.decode(replies.between([{"role": "user", "content": "Go on."}])) == (
+        "\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -1,7 +1,7 @@
 """A calculator as an environment: the model calls the tool `calculate` as often as it wants, and answers then.
 
-It gives no rewards of its own: `reward.name` grades the answer. A model whose chat template has no calls of tools writes the line
-`calculate 48+24` at the end of its turn, as with `rollout.tool=calculator`.
+It gives no rewards of its own: `reward.name` grades the answer. For a model whose chat template has no tools there is
+`rollout.tool=calculator`, which reads the line `calculate 48+24`.
 """
 
 from typing import Any
@@ -38,8 +38,7 @@ class Environment:
             return Step([_reply(f"error: {message['parse_error']}")])
         if calls := message.get("tool_calls"):
             return Step([_reply(_result(call["function"]), call["id"]) for call in calls])
-        said = calculator.reply(message["content"], "", {})
-        return Step(done=True) if said is None else Step([_reply(said)])
+        return Step(done=True)
 
     def close(self) -> None:
         """Do nothing: an episode holds nothing."""

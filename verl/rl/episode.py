@@ -179,12 +179,23 @@ class Episode:
         if not start.messages and not start.tools:
             return
         messages = start.messages or prompt.messages
-        ids = self._rendered(lambda: self._table.replies.prompt(messages, start.tools), "reset")
+        ids = self._rendered(lambda: self._table.replies.prompt(messages, []), "reset")
+        if start.tools:
+            ids = self._with_tools(messages, start.tools)
         if len(ids) > self._table.max_prompt_length:
             what = f"environment {self._table.config.name} begins with {len(ids):,} tokens, more than data.max_prompt_length"
             raise UserError(what, where=prompt.where, fix=f"set data.max_prompt_length={len(ids)}, or shorten its first messages and tools")
         sample.prompt = replace(prompt, messages=messages, text=_text_of(messages[-1]), token_ids=ids)
         sample.prompt_ids = ids
+
+    def _with_tools(self, messages: list[Message], tools: list[dict[str, Any]]) -> list[int]:
+        """Return the tokens of the first messages with tools. Raises UserError: the chat template cannot show the tools."""
+        try:
+            return self._table.replies.prompt(messages, tools)
+        except (UserError, TypeError, ValueError) as error:
+            what = f"environment {self._table.config.name} has tools that cannot be rendered: {getattr(error, 'what', error)}"
+            fix = "set data.chat_template to one that prints tools, or take a model whose template does"
+            raise UserError(what, where="chat template", fix=fix) from error
 
     async def _draw(self, turn: int) -> Completion:
         """Draw the model's next turn, and append it."""

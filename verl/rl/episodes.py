@@ -29,13 +29,15 @@ class Episodes:
 
     Args:
         watch: is told if episodes are waited for.
+    Attributes:
+        note: what is to be said about the chat template; None: nothing.
     Raises:
         UserError: there is no such environment, or the chat template cannot continue a chat.
     """
 
     def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, watch: Watch | None = None):
         replies = Replies(Renderer(tokenizer))
-        replies.check()
+        self.note = replies.note
         template = str(tokenizer.chat_template)
         lengths = config.data.max_prompt_length, config.rollout.max_new_tokens
         self._table = Table(config.environment, tokenizer, replies, template, *lengths, config.trainer.seed)

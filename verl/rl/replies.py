@@ -16,18 +16,30 @@ CALL: Message = {
     "content": "",
     "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}],
 }
+CHANGES = (
+    "the chat template changes the model's earlier turns when a chat goes on, such as by leaving out thoughts; in an episode and in an "
+    "agent's chat they stay as they were sampled"
+)
 
 
 class Replies:
-    """Renders with one renderer."""
+    """Renders with one renderer.
+
+    Attributes:
+        note: what is to be said about the chat template; None: nothing.
+    Raises:
+        UserError: the chat template cannot continue a chat.
+    """
 
     def __init__(self, renderer: Renderer):
         self._renderer = renderer
         self._kept_prompt, self._kept_reply = lru_cache(KEPT)(self._prompt), lru_cache(KEPT)(self._reply)
-
-    def check(self) -> None:
-        """Raise UserError if the chat template cannot continue a chat."""
-        self.between([{"role": "user", "content": PROBE.messages[0]["content"]}])
+        self.note: str | None = None
+        try:
+            renderer.turn_after(PROBE.messages[0])
+        except UserError:
+            self.after_stop([PROBE.messages[0]])
+            self.note = CHANGES
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
         """Return the tokens of a chat with its generation prompt. Raises UserError: it cannot be rendered."""
@@ -46,6 +58,20 @@ class Replies:
         try:
             return self._renderer.turn_after(*messages)
         except UserError:
-            if messages[0]["role"] != "tool":
-                raise
-            return self._renderer.turn_after(*messages, answer=CALL)
+            if messages[0]["role"] == "tool":
+                return self._renderer.turn_after(*messages, answer=CALL)
+            return self.after_stop(messages)
+
+    def after_stop(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens after the stop token of a fixed answer, for a template that changes the answer when others follow.
+
+        The turn that is continued keeps its tokens, so what the template makes of the answer does not matter.
+        """
+        stop = self._renderer.stop_ids[0]
+        before = self._renderer.prompt([PROBE.messages[0]]).count(stop)
+        ids = self._renderer.prompt([*PROBE.messages, *messages])
+        ends = [place for place, token in enumerate(ids) if token == stop]
+        if len(ends) <= before:
+            what = "the chat template does not end an answer with its stop token when the chat continues"
+            raise UserError(what, where="chat template", fix="set data.chat_template to one that only appends")
+        return ids[ends[before] + 1 :]

@@ -252,6 +252,8 @@ def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: R
         return None
     of, found = ("agent", AgentAnswers) if config.rollout.serve else ("environment", Episodes)
     episodes: Episodes | AgentAnswers = found(config, tokenizer, run)
+    if episodes.note is not None:
+        run.say(episodes.note)
     if episodes.dropped:
         run.say(f"{of}: its processes have no {', '.join(episodes.dropped)}; {of}.secrets passes on such variables")
     return episodes
