@@ -26,7 +26,8 @@ def reinforce(folder: Path, checkpoint: Path | None, steps: int, seed: int) -> v
         f"rollout.serve=true agent.program={HERE / 'guess_agent.py'} reward.name=null data.response_key=null "
         f"trainer.default_local_dir={folder / 'rl'} trainer.total_training_steps={steps} trainer.seed={seed} "
         "rollout.max_new_tokens=80 data.max_prompt_length=40 data.prompts_per_step=16 algorithm.name=grpo "
-        "algorithm.keep_reference=false optim.lr=6e-4 optim.betas=[0.9,0.99] model.enable_gradient_checkpointing=false"
+        "algorithm.keep_reference=false optim.lr=1e-3 optim.lr_scheduler=linear optim.betas=[0.9,0.99] "
+        "model.enable_gradient_checkpointing=false"
     )
     return verl.ppo(*words.split())
 
@@ -35,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("guess-agent-run"))
     parser.add_argument("--games", type=int, default=4000)
-    parser.add_argument("--sft-steps", type=int, default=80)
-    parser.add_argument("--rl-steps", type=int, default=30)
+    parser.add_argument("--sft-steps", type=int, default=60)
+    parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     shutil.rmtree(asked.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""An agent that has the model guess a number in three turns, and tells it whether the number is higher or lower.
+"""An agent that has the model guess a number in four turns, and tells it whether the number is higher or lower.
 
 It knows nothing of the trainer: only the `openai` package, and where its endpoint is.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 
-TURNS, LARGEST = 3, 7
+TURNS, LARGEST = 4, 7
 CLIENT = openai.OpenAI(api_key="-")  # once, because it reads certificates; each run has an address and a key of its own
 
 

@@ -2,9 +2,9 @@
 
     python examples/environments/guess.py
 
-The numbers are from 1 to 7, and there are four turns. The players of the games for fine-tuning guess
-at random, and three times out of four they forget what they were told. Reinforcement learning in the environment `guess` rewards games that are
-won. The script prints the share of new games that the model wins, before and after reinforcement learning.
+The numbers are from 1 to 7, and there are four turns. The players of the games for fine-tuning guess at random, and three times out of four
+they forget what they were told. Reinforcement learning in the environment `guess` rewards games that are won. The script prints the share
+of new games that the model wins, before and after reinforcement learning.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def reinforce(folder: Path, checkpoint: Path | None, steps: int, seed: int) -> v
         f"environment.name=guess environment.largest={LARGEST} environment.max_turns={TURNS} reward.name=null data.response_key=null "
         f"trainer.default_local_dir={folder / 'rl'} trainer.total_training_steps={steps} trainer.seed={seed} "
         "rollout.max_new_tokens=80 data.max_prompt_length=40 data.prompts_per_step=16 algorithm.name=grpo "
-        "algorithm.keep_reference=false optim.lr=4e-4 optim.betas=[0.9,0.99] model.enable_gradient_checkpointing=false"
+        "algorithm.keep_reference=false optim.lr=1e-3 optim.lr_scheduler=linear optim.betas=[0.9,0.99] "
+        "model.enable_gradient_checkpointing=false"
     )
     return verl.ppo(*words.split())
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("guess-run"))
     parser.add_argument("--games", type=int, default=4000)
-    parser.add_argument("--sft-steps", type=int, default=80)
+    parser.add_argument("--sft-steps", type=int, default=60)
     parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()

@@ -190,9 +190,15 @@ def test_what_hangs_is_ended_at_its_limit_with_all_that_it_has_started(use: Call
     async def work(hosts: Hosts) -> Any:
         await called(hosts, "add", 1)
         begun = time.monotonic()
-        return await asyncio.gather(called(hosts, function, seconds=0.5), called(hosts, "add", 1)), time.monotonic() - begun
+        found = await asyncio.gather(called(hosts, function, seconds=0.5), called(hosts, "add", 1))
+        seconds = time.monotonic() - begun
+        while len(_descendants(os.getpid(), ())) > before + 3 and time.monotonic() - begun < 20.0:  # the keeper and two hosts
+            await asyncio.sleep(0.05)
+        return found, seconds, len(_descendants(os.getpid(), ()))
 
-    (failure, added), seconds = use(work)
+    before = len(_descendants(os.getpid(), ()))
+    (failure, added), seconds, left = use(work)
+    assert left <= before + 3
     failure = failure if isinstance(failure, Failure) else failure[1]
     assert failure.what == "did not return within 0.5 s" and seconds < 6.0
     assert added["total"] == 1
