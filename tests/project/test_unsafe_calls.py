@@ -17,6 +17,8 @@ ALLOWED = {  # file, call: why
     ("verl/workers/pool.py", "pickle.dumps"): "to the worker",
     ("verl/workers/host.py", "pickle.loads"): "a call from the trainer, the parent process",
     ("verl/workers/hosts.py", "pickle.dumps"): "to the process of an episode",
+    ("verl/workers/agents.py", "pickle.dumps"): "to the process of an agent's run",
+    ("verl/workers/nursery.py", "pickle.loads"): "a row from the trainer, the parent process",
     ("verl/exchange.py", "pickle.loads"): "values from a rank of this run",
     ("verl/exchange.py", "pickle.dumps"): "to the other ranks",
     ("verl/prove/ranks.py", "pickle.loads"): "the result of a rank, which it wrote into the command's own temporary folder",

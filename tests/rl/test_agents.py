@@ -18,7 +18,7 @@ import pytest
 import torch
 from agent_runs import TALK, Table, program, told
 from places import ROOT
-from rl_runs import train, words, write_folder
+from rl_runs import check_same, run_on, train, words, write_folder
 from runs import PPO, lines_of, metrics_of
 from transformers import AutoTokenizer
 
@@ -86,7 +86,7 @@ def test_what_an_agent_asks_is_its_answer(table: Table, folder: Path) -> None:
         assert (talk.turns, again.turns) == (2, 1) and talk.prompt_ids == again.prompt_ids == sample.prompt.token_ids
         assert talk.logprobs is not None and len(talk.logprobs) == len(talk.answer_ids) == len(talk.answer_mask)
         assert sample.outcome is not None and sample.outcome.rewards == [len(again.text)]
-    assert made.metrics_of(samples) == {
+    assert made.metrics_of(samples)[0] == {
         "agent/requests": 3.0,
         "agent/trajectories": 2.0,
         "agent/failed": 0,
@@ -407,3 +407,14 @@ def test_trajectories_share_the_advantage_that_their_answer_would_have_as_one(fo
         found.append(np.concatenate(learned.advantages))
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     assert len(set(found[0].tolist())) >= 4, "else the test shows nothing"
+
+
+# --- ranks
+
+
+def test_each_process_has_agents_of_its_own_and_ranks_that_only_generate_answer_them(folder: Path) -> None:
+    keys: dict[str, object] = {**SERVED, "agent__program": program(folder, TALK)}
+    roles = {f"mapping__{role}": "[0]" for role in ("actor", "critic", "reference", "reward")} | {"mapping__rollout": "[1]"}
+    alone = run_on(1, folder, "alone", **keys)
+    check_same(run_on(2, folder, "two", **keys), alone)
+    check_same(run_on(2, folder, "apart", **keys, **roles), alone)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tool_template import WITH_TOOLS
 from transformers import PreTrainedTokenizerBase
 
 from verl.data.prompts import Prompt
@@ -19,18 +20,6 @@ from verl.rl.samples import Sample
 from verl.rl.trajectories import Trajectories
 from verl.rollout import Completion, Sampling
 
-# Qwen's way with tools: their schemas in the system's turn, and calls between tags.
-WITH_TOOLS = """\
-{%- if tools %}{{- '<|im_start|>system\\n' ~ (tools | tojson) ~ '<|im_end|>\\n' }}{%- endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ (message.content or '') }}
-    {%- for call in message.tool_calls or [] %}
-        {{- '<tool_call>' ~ (call.function | tojson) ~ '</tool_call>' }}
-    {%- endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
 TEXTS = ['How are you? Fine, and you? Good to hear. calculate add 1234567890 {}[]":,<>/ name arguments tool_call Sure.']
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
 

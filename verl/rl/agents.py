@@ -74,6 +74,8 @@ class AgentAnswers:
 
     Args:
         watch: is told if runs are waited for.
+    Attributes:
+        note: what is to be said about the chat template; None: nothing.
     Raises:
         UserError: there is no such program, or the chat template cannot continue a chat.
     """
@@ -83,7 +85,7 @@ class AgentAnswers:
         self._longest, self._max_new_tokens = longest_sample(config), config.rollout.max_new_tokens
         renderer = Renderer(tokenizer)
         self._replies, self._stop_id = Replies(renderer), renderer.stop_ids[0]
-        self._replies.check()
+        self.note = self._replies.note
         assert self._config.program is not None
         self._agents = Agents(load_program(self._config.program), self._config.seconds, WorkersConfig(secrets=self._config.secrets))
         self._watch = watch or Unwatched()

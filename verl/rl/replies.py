@@ -17,8 +17,8 @@ CALL: Message = {
     "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}],
 }
 CHANGES = (
-    "environment: the chat template changes the model's earlier turns when a chat goes on, such as by leaving out thoughts; in an episode "
-    "they stay as they were sampled"
+    "the chat template changes the model's earlier turns when a chat goes on, such as by leaving out thoughts; in an episode and in an "
+    "agent's chat they stay as they were sampled"
 )
 
 

@@ -259,7 +259,7 @@ def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: R
         return None
     of, found = ("agent", AgentAnswers) if config.rollout.serve else ("environment", Episodes)
     episodes: Episodes | AgentAnswers = found(config, tokenizer, run)
-    if isinstance(episodes, Episodes) and episodes.note is not None:
+    if episodes.note is not None:
         run.say(episodes.note)
     if episodes.dropped:
         run.say(f"{of}: its processes have no {', '.join(episodes.dropped)}; {of}.secrets passes on such variables")

@@ -104,11 +104,12 @@ class Live:
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait({task, self._task}, return_when=asyncio.FIRST_COMPLETED)
+            has_failed = not task.done()
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
-        if task.cancelled() and self._task.done():
+        if has_failed:  # not `task.cancelled()`: what gathers others holds their cancellation as an error
             self._task.result()
         return task.result()
 

@@ -21,15 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from verl import plugin, user_files
+from verl import user_files
 from verl.errors import UserError
 from verl.workers.calls import LONGEST_TEXT, Failure, WrongResultError, failure_of, number, packed, shown
-from verl.workers.serve import adopt_orphans, end_descendants, fork_from_keeper
-from verl.workers.spawned import run_in_children
+from verl.workers.serve import adopt_orphans, end_descendants, fork_from_keeper, loaded
+from verl.workers.warm import warm_openai
 
 LOOK_SECONDS = 0.02  # between two looks at whether a run has ended
 STACK_SECONDS = 0.05  # for a late run to write its stack
@@ -153,14 +152,11 @@ class _Nursery:
 
     def _loaded(self, name: str) -> ModuleType:
         try:
-            module = plugin.load("verl", name, needs=("run",))
+            module, _ = loaded(name, None)
         except UserError as error:
             self._send(value=error)
             raise EOFError from error
-        path = Path(module.__file__ or "").resolve()
-        if module.__name__.startswith(user_files.FOLDER):
-            run_in_children(path)
-        sys.path.append(str(path.parent))
+        warm_openai()
         return module
 
     def _send(self, **message: object) -> None:
