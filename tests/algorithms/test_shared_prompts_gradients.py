@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import relative
 from places import run_ranks
-from ranks.methods import METHODS, PAIRED, POLICIES, engine_of, fields_of_answers, gradient
+from ranks.methods import PAIRED, POLICIES, SHARING, engine_of, fields_of_answers, gradient
 from ranks.shared_methods import CUTS, SINGLE, answers, shared_batches, unshared_batch
 from tiny import write_model
 from torch import Tensor
@@ -33,23 +33,23 @@ def fields(model: Path) -> Fields:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, fields: Fields) -> dict[str, Tensor]:
-    return {name: gradient(engine_of(name, model), [unshared_batch(fields)], method) for name, method in METHODS.items()}
+    return {name: gradient(engine_of(name, model), [unshared_batch(fields)], method) for name, method in SHARING.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARING)
 def test_the_gradient_is_that_of_answers_with_their_own_prompts(
     method: str, model: Path, fields: Fields, expected: dict[str, Tensor]
 ) -> None:
     for name, cut in (CUTS if method in PAIRED else {**CUTS, "single answers beside those that share": SINGLE}).items():
-        found = gradient(engine_of(method, model), shared_batches(cut, fields), METHODS[method])
+        found = gradient(engine_of(method, model), shared_batches(cut, fields), SHARING[method])
         assert relative(found, expected[method]) < 1e-5, name
         assert float((found - expected[method]).abs().max()) < 1e-5 * float(expected[method].abs().max()), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARING)
 def test_loss_and_metrics_are_those_of_answers_with_their_own_prompts(method: str, model: Path, fields: Fields) -> None:
     found, expected = (
-        engine_of(method, model).backward(batches, METHODS[method])
+        engine_of(method, model).backward(batches, SHARING[method])
         for batches in (shared_batches(CUTS["a group in two micro-batches"], fields), [unshared_batch(fields)])
     )
     assert found.keys() == expected.keys()
@@ -104,7 +104,7 @@ def without_prefix(batch: Batch) -> Batch:
 def test_wrong_ways_to_share_are_seen(wrong: Any, model: Path, fields: Fields, expected: dict[str, Tensor]) -> None:
     """Negative control."""
     (batch,) = shared_batches(CUTS["one micro-batch"], fields)
-    found = gradient(engine_of("grpo", model), [wrong(batch)], METHODS["grpo"])
+    found = gradient(engine_of("grpo", model), [wrong(batch)], SHARING["grpo"])
     assert relative(found, expected["grpo"]) > 1e-2
 
 

@@ -104,14 +104,14 @@ def examples(heading: str) -> list[list[dict[str, Any]]]:
 
 
 def test_the_examples_of_the_documentation_are_read_as_it_says(tmp_path: Path) -> None:
-    chats, texts, labelled = examples("## Pairs of answers")
+    chats, texts, with_margin, labelled = examples("## Pairs of answers")
     pairs = load(tmp_path, chats)
     assert len(pairs) == len(chats) == 11
     for number in range(2 * len(chats)):
         answer = "It is 6." if number % 2 else "It is 5."
         expected = Renderer(families.chatml()).chat([ASKED, {"role": "assistant", "content": answer}])
         assert pairs.document(number)[0].tolist() == expected.input_ids and trained(pairs, number) == f"{answer}<|im_end|>"
-    assert len(load(tmp_path, texts, prompt_key=None)) == 1
+    assert len(load(tmp_path, texts, prompt_key=None)) == 1 and len(load(tmp_path, with_margin)) == 1
     with pytest.raises(UserError, match="one answer with a label"):
         load(tmp_path, labelled)
     file = tmp_path / "labelled.jsonl"

@@ -77,6 +77,7 @@ METHODS |= {"value": ppo.ValueLoss(ppo.Settings()), "bradley_terry": bradley_ter
 PREFERENCES = {module.__name__.rpartition(".")[2]: module for module in (dpo, dpo_norm, ipo, kto, odpo, orpo, robust_dpo, simpo)}
 METHODS |= {name: module.Loss(module.Settings()) for name, module in PREFERENCES.items()}
 PAIRED = ("bradley_terry", *(name for name in PREFERENCES if name != "kto"))
+SHARING = {name: method for name, method in METHODS.items() if name != "kto"}  # single answers have no prompt in common
 
 
 def scorer_of(method: str, model: Path) -> Scorer:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ranks.methods import METHODS, engine_of, fields_of_answers, gradient
+from ranks.methods import SHARING, engine_of, fields_of_answers, gradient
 
 from verl import dist
 from verl.data.batch import Batch
@@ -60,7 +60,7 @@ def main(model: str, saved: str) -> None:
     dist.start()
     fields = fields_of_answers(Path(model), answers())
     mine: Cut = [[(6, 7)], []] if dist.rank() else [[(0, 1, 2, 3)], [(4, 5), (8, 9)]]
-    found = {name: gradient(engine_of(name, Path(model)), shared_batches(mine, fields), method) for name, method in METHODS.items()}
+    found = {name: gradient(engine_of(name, Path(model)), shared_batches(mine, fields), method) for name, method in SHARING.items()}
     if dist.is_main():
         torch.save(found, saved)
     dist.stop()

@@ -158,6 +158,8 @@ def nearest(key: str, known: list[str]) -> tuple[str, bool]:
     absent = {name: text for names, text in (*ABSENT, *_in_this_version(known)) for name in names}
     last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == path}
+    if last not in beside and (slip := difflib.get_close_matches(last, beside, n=1, cutoff=0.85)):
+        return beside[slip[0]], False  # closer than the same name in another group
     for names in (beside, last_parts, meant, absent):
         if last in names:
             return names[last], names is absent
