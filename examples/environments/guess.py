@@ -58,8 +58,8 @@ def reinforce(folder: Path, checkpoint: Path | None, steps: int, seed: int) -> v
         f"data.train_files={folder / 'train.jsonl'} data.val_files={folder / 'test.jsonl'} model.partial_pretrain={checkpoint} "
         f"environment.name=guess environment.largest={LARGEST} environment.max_turns={TURNS} reward.name=null data.response_key=null "
         f"trainer.default_local_dir={folder / 'rl'} trainer.total_training_steps={steps} trainer.seed={seed} "
-        "rollout.max_new_tokens=80 data.max_prompt_length=40 data.prompts_per_step=16 algorithm.name=grpo "
-        "algorithm.keep_reference=false optim.lr=4e-4 optim.betas=[0.9,0.99] "
+        "rollout.max_new_tokens=80 data.max_prompt_length=40 data.prompts_per_step=64 algorithm.name=grpo "
+        "algorithm.keep_reference=false optim.lr=1e-3 optim.lr_scheduler=linear optim.betas=[0.9,0.99] "
         "model.enable_gradient_checkpointing=false"
     )
     return verl.ppo(*words.split())
@@ -76,7 +76,7 @@ def main() -> None:
     shutil.rmtree(asked.folder, ignore_errors=True)
     asked.folder.mkdir(parents=True)
     texts = write_games(asked.folder / "games.jsonl", asked.games, asked.seed)
-    write_rows(asked.folder / "train.jsonl", 512, asked.seed, LARGEST)
+    write_rows(asked.folder / "train.jsonl", 2048, asked.seed, LARGEST)
     write_rows(asked.folder / "test.jsonl", 100, asked.seed + 1000, LARGEST)
     write_tiny_model(asked.folder / "model", texts, seed=asked.seed)
     fine_tuned = fine_tune(asked.folder, asked.sft_steps, asked.seed)

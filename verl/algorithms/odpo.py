@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from verl.data.numbered import NumberedBatch
 
 needs_reference, scorer, reads, trains = True, "token_logprobs", "margins", "a policy by DPO with a margin"
+of_margins = ("margin_weight", "margin_scale")
 measures = "accuracy margin chosen_reward rejected_reward chosen_logprob rejected_logprob offset"
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from verl.config.unused import check_unused
 from verl.errors import UserError, at_least, one_of
 
 MOST_REQUESTS = 2**16  # of a run; each has random numbers of its own
@@ -51,6 +52,7 @@ def check_agent(agent: AgentConfig, rollout: Generation, environment: str | None
         if agent.program is not None:
             what = "the agent has no endpoint to ask"
             raise UserError(what, where=f"agent.program={agent.program}", fix="set rollout.serve=true, or remove this key")
+        check_unused(agent, AgentConfig(), "agent", "agent.program and rollout.serve=true")
         return
     if agent.program is None:
         fix = "set agent.program=path/to/agent.py with a function run(row), or a command"

@@ -1,11 +1,12 @@
 """Checks of the keys of a teacher. Each raises a UserError that names the key."""
 
 from verl.config.shared import TeacherConfig
+from verl.config.unused import check_unused
 from verl.errors import UserError, at_least, one_of
 
 
-def check_teacher(teacher: TeacherConfig) -> None:
-    """Check the keys of a teacher."""
+def check_teacher(teacher: TeacherConfig, plain: TeacherConfig) -> None:
+    """Check the keys of a teacher; `plain` has the command's defaults."""
     one_of("teacher.divergence", teacher.divergence, ("reverse", "forward", "mix"))
     at_least("teacher.top_k", teacher.top_k, 1)
     if not 0.0 < teacher.weight <= 1.0:
@@ -19,6 +20,11 @@ def check_teacher(teacher: TeacherConfig) -> None:
     given = teacher.partial_pretrain
     if given is not None and not given.strip():
         raise UserError("is empty", where="teacher.partial_pretrain", fix="give a model directory or Hub name, or leave the key out")
+    if given is None:
+        check_unused(teacher, plain, "teacher", "teacher.partial_pretrain")
+    if teacher.beta != plain.beta and teacher.divergence != "mix":
+        fix = "set teacher.divergence=mix, or remove this key"
+        raise UserError(f"has no effect with teacher.divergence={teacher.divergence}", where="teacher.beta", fix=fix)
 
 
 def is_alone(teacher: TeacherConfig) -> bool:

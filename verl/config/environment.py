@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+from verl.config.unused import check_unused
 from verl.errors import UserError, at_least, one_of
 from verl.plugin import Plugins
 
@@ -47,6 +48,7 @@ def check_environment(environment: EnvironmentConfig, rollout: Generation) -> No
     at_least("environment.processes", environment.processes, 1)
     one_of("environment.on_error", environment.on_error, ("end", "stop"))
     if environment.name is None:
+        check_unused(environment, EnvironmentConfig(), "environment", "environment.name")
         return
     where = f"environment.name={environment.name}"
     if rollout.tool is not None:

@@ -52,7 +52,7 @@ def check_rewards(reward: RewardConfig, model: RewardModelConfig, environment: s
     check_workers(reward)
     names = reward_names(reward)
     if needed and not names and model.path is None and environment is None:
-        fix = "set reward.name, such as gsm8k, or reward_model.path, or environment.name, or agent.program"
+        fix = "set reward.name, such as gsm8k, reward_model.path, environment.name, agent.program, or with distill teacher.partial_pretrain"
         raise UserError("there is neither a reward nor a reward model", where="reward.name", fix=fix)
     if not all(isinstance(name, str) and name for name in names):
         raise UserError(f"found {reward.name!r}", where="reward.name", fix="give a name such as gsm8k, or a list such as [gsm8k,format]")
@@ -220,11 +220,11 @@ class PPOConfig:
         check_batches(self)
         one_of("algorithm.old_logprobs", self.algorithm.old_logprobs, ("trainer", "rollout"))
         at_least("algorithm.max_refills", self.algorithm.max_refills, 0)
-        check_teacher(self.teacher)
+        check_teacher(self.teacher, TeacherConfig())
         of_episodes = self.environment.name or self.agent.program
-        check_rewards(self.reward, self.reward_model, of_episodes, needed=not is_alone(self.teacher))
         check_environment(self.environment, self.rollout)
         check_agent(self.agent, self.rollout, self.environment.name)
+        check_rewards(self.reward, self.reward_model, of_episodes, needed=not is_alone(self.teacher))
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         check_oversampling(self.rollout, self.mapping)

@@ -97,7 +97,7 @@ class SFTConfig:
         from verl.config.distillation import check_teacher
         from verl.config.rows import check_rows
 
-        check_teacher(self.teacher)
+        check_teacher(self.teacher, TeacherConfig(divergence="forward"))
         check_best(self.trainer, data.val_files, ANSWERS if self.teacher.partial_pretrain is None else TAUGHT)
         check_sampled(self.samples, self.trainer, data.val_files, data.text_key)
         check_dist(self.dist)

@@ -40,6 +40,8 @@ def refusal(value: Any, kind: Any, key: str) -> tuple[str, str] | None:
         inside = [*value, *value.values()] if isinstance(value, dict) else value
         items = next((found for option in options if (found := _items_of(option, type(value))) is not Any), Any)
         return next((wrong for one in inside if (wrong := refusal(one, items, key)) is not None), None)
+    if isinstance(value, OldBoolean) and options & {int, float} and bool not in options:
+        return f"found {value!r}, expected a number", "write a number"
     if isinstance(value, OldBoolean) or (bool in options and options <= {bool, type(None)} and not isinstance(value, bool | None)):
         return f"found {value!r}, expected true or false", "write true or false, or a text in quotes"
     if isinstance(value, str) and "\0" in value:

@@ -13,6 +13,7 @@ and optionally
                                               "labels": each document is an answer, whose number is 1 if it is good and 0 if it is bad
     needs_reference: bool                     reads `batch.ref_logprob_M`, log-probabilities under the model that the run starts from
     trains: str                               the trained model, for the log, such as "a policy by DPO"
+    of_margins: list of str                   keys of Settings that only weigh the margins of rows
     measures: str                             names of the loss's metrics with spaces between, to notice a wrong `trainer.best_metric` early
 
 A `Loss` for labels may also have
@@ -78,7 +79,12 @@ def load_preference(config: RewardTrainerConfig) -> Preference:
         key = "model.lora_rank" if model.lora_rank > 0 else "model.lora_adapter_path"
         raise UserError("a reward model is trained whole, without adapters", where=key, fix=fix)
     _check_reference(config, needs_reference)
-    loss = module.Loss(settings_of(config.algorithm, module))
+    settings = settings_of(config.algorithm, module)
+    for key in getattr(module, "of_margins", ()) if config.data.margin_key is None else ():
+        if getattr(settings, key) != getattr(module.Settings(), key):
+            fix = "set data.margin_key to the column of the margins, or remove this key"
+            raise UserError("has no effect without data.margin_key", where=f"algorithm.{key}", fix=fix)
+    loss = module.Loss(settings)
     return Preference(loss, module.scorer, reads, needs_reference, getattr(module, "trains", f"a model by {name}"))
 
 
