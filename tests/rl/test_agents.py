@@ -215,6 +215,7 @@ def test_a_signal_ends_a_run_whose_agents_hang(folder: Path) -> None:
     ("changes", "said"),
     [
         ({"rollout__serve": "true"}, "there is no agent to ask the endpoint"),
+        ({"rollout__serve": "true", "reward__name": "null"}, "there is no agent to ask the endpoint"),
         ({"agent__program": "agent.py"}, "the agent has no endpoint to ask"),
         ({**SERVED, "agent__program": "agent.py", "rollout__tool": "calculator"}, "an agent has its own tools"),
         ({**SERVED, "agent__program": "agent.py", "environment__name": "calculator"}, "would act in an environment"),

@@ -214,6 +214,7 @@ class PPOConfig:
             check_optim(optim, key)
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
+        check_agent(self.agent, self.rollout, self.environment.name)  # an agent gives a reward too, so it is named first if it is missing
         check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model, self.environment.name or self.agent.program))
         check_dist(self.dist)
         check_samples(self.data)
@@ -224,7 +225,6 @@ class PPOConfig:
         of_episodes = self.environment.name or self.agent.program
         check_rewards(self.reward, self.reward_model, of_episodes, needed=not is_alone(self.teacher))
         check_environment(self.environment, self.rollout)
-        check_agent(self.agent, self.rollout, self.environment.name)
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)
         check_oversampling(self.rollout, self.mapping)
