@@ -187,6 +187,13 @@ def test_calls_of_tools_are_read_and_their_results_are_appended() -> None:
     assert sample.earlier == [call, "2"]
 
 
+def test_a_call_that_no_utf_8_has_stays_a_part_of_the_text() -> None:
+    call = '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>'
+    desk = Desk(call, tools=True)
+    reply = desk.run(lambda session: ask(session, [user("How are you?")], tools=[TOOL]))
+    assert (reply.message, reply.finish_reason) == ({"role": "assistant", "content": call}, "stop")
+
+
 def test_other_tools_begin_another_trajectory() -> None:
     desk = Desk("Fine, and you?", "Good to hear.", tools=True)
 
