@@ -223,6 +223,11 @@ def test_a_signal_ends_a_run_whose_agents_hang(folder: Path) -> None:
         ({**SERVED, "agent__program": "agent.py", "rollout__staleness": 1}, "cannot be drawn before their step"),
         ({**SERVED, "agent__program": "agent.py", "agent__requests": 0}, "agent.requests"),
         ({**SERVED, "agent__program": "agent.py", "agent__on_error": "weep"}, "agent.on_error"),
+        (
+            {**SERVED, "agent__program": "agent.py", "agent__secrets": "[A_KEY,OPENAI_API_KEY]"},
+            "agent.secrets=[A_KEY,OPENAI_API_KEY]: each run",
+        ),
+        ({**SERVED, "agent__program": "agent.py", "agent__secrets": "[OPENAI_BASE_URL]"}, "would ask another model than the trained one"),
     ],
 )
 def test_what_does_not_fit_an_agent_is_refused_before_anything_begins(folder: Path, changes: dict[str, Any], said: str) -> None:
