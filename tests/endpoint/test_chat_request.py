@@ -1,5 +1,6 @@
 """Requests in OpenAI's format: what is read, and what is refused, by name."""
 
+import json
 from typing import Any
 
 import pytest
@@ -80,6 +81,41 @@ def test_what_cannot_be_done_is_refused_and_not_left_out(change: dict[str, Any],
         read_request({**BODY, **change}, TERMS)
     error = caught.value.body()["error"]
     assert said in error["message"] and error["param"] == param and error["type"] == "invalid_request_error"
+
+
+LONE = "Hi \ud800."
+SAID: dict[str, Any] = {"role": "user", "content": "Hi."}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": [{**SAID, "content": LONE}]}, "messages[0].content"),
+        ({"messages": [{**SAID, "content": [{"type": "text", "text": LONE}]}]}, "messages[0].content[0].text"),
+        ({"messages": [SAID, {**SAID, "name": LONE}]}, "messages[1].name"),
+        ({"messages": [{**SAID, LONE: "x"}]}, "messages[0]"),
+        ({"messages": [{**SAID, "role": LONE}]}, "messages[0].role"),
+        ({"tools": [{**TOOL, "function": {"name": "add", "description": LONE}}]}, "tools[0].function.description"),
+        ({"stop": LONE}, "stop"),
+        ({"stop": ["a", LONE]}, "stop[1]"),
+        ({LONE: 1}, None),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": "\\ud800"}'}}]}, SAID]},
+            "messages[0].tool_calls[0].function.arguments.a",
+        ),
+    ],
+)
+def test_a_text_that_no_utf_8_has_is_refused(change: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(RefusedError, match=r"cannot be encoded as UTF-8: its character [03] is a lone surrogate") as caught:
+        read_request({**BODY, **change}, TERMS)
+    assert (caught.value.param, caught.value.status) == (param, 400)
+    json.dumps(caught.value.body(), ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("calls", [3, "add", [None], [{"type": "function"}]])
+def test_calls_that_are_none_are_refused(calls: object) -> None:
+    with pytest.raises(RefusedError, match="tool_calls is no list"):
+        read_request({**BODY, "messages": [{"role": "assistant", "tool_calls": calls}, SAID]}, TERMS)
 
 
 def test_a_body_that_is_no_object_is_refused() -> None:

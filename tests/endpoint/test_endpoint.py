@@ -37,6 +37,10 @@ class Parrot:
         said = body["messages"][-1]["content"]
         if said == "refuse":
             raise RefusedError("no room", param="messages", code="context_length_exceeded")
+        if said.startswith("break"):
+            raise TypeError(f"no such thing\nas {said}")
+        if said == "surrogate":
+            said = "\ud800"
         if said == "wait":
             try:
                 await asyncio.sleep(60)
@@ -56,8 +60,14 @@ class Parrot:
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[Endpoint]:
-    made = Endpoint()
+def told() -> list[str]:
+    """What the endpoint writes to the run's log."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def endpoint(told: list[str]) -> Iterator[Endpoint]:
+    made = Endpoint(told.append)
     yield made
     made.close()
 
@@ -114,6 +124,26 @@ def test_an_error_has_the_form_of_the_api(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "refuse"}])
     assert (caught.value.code, caught.value.param, caught.value.type) == ("context_length_exceeded", "messages", "invalid_request_error")
     assert client.chat.completions.create(model="policy", messages=CHAT).choices[0].message.content == "Hi."
+
+
+def test_whatever_a_session_raises_is_an_error_of_the_api_and_told_once(
+    client: openai.OpenAI, told: list[str], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    told.clear()
+    for said in ("break 1", "break 2", "break 2"):
+        with pytest.raises(openai.InternalServerError, match="the endpoint has failed: TypeError: no such thing") as caught:
+            client.chat.completions.create(model="policy", messages=[{"role": "user", "content": said}])
+        assert (caught.value.status_code, caught.value.type) == (500, "server_error")
+    [line] = told
+    assert "TypeError: no such thing as break 1 (test_endpoint.py:" in line and "\n" not in line
+    assert "Traceback" not in "".join([*capfd.readouterr(), caplog.text])
+    assert client.chat.completions.create(model="policy", messages=CHAT).choices[0].message.content == "Hi."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_encoded_is_an_error_of_the_api(client: openai.OpenAI, stream: bool) -> None:
+    with pytest.raises(openai.InternalServerError, match="UnicodeEncodeError"):
+        client.chat.completions.create(model="policy", messages=[{"role": "user", "content": "surrogate"}], stream=stream)
 
 
 def test_what_the_endpoint_has_not_is_told(client: openai.OpenAI) -> None:

@@ -215,6 +215,7 @@ def test_a_signal_ends_a_run_whose_agents_hang(folder: Path) -> None:
     ("changes", "said"),
     [
         ({"rollout__serve": "true"}, "there is no agent to ask the endpoint"),
+        ({"rollout__serve": "true", "reward__name": "null"}, "there is no agent to ask the endpoint"),
         ({"agent__program": "agent.py"}, "the agent has no endpoint to ask"),
         ({**SERVED, "agent__program": "agent.py", "rollout__tool": "calculator"}, "an agent has its own tools"),
         ({**SERVED, "agent__program": "agent.py", "environment__name": "calculator"}, "would act in an environment"),
@@ -222,6 +223,11 @@ def test_a_signal_ends_a_run_whose_agents_hang(folder: Path) -> None:
         ({**SERVED, "agent__program": "agent.py", "rollout__staleness": 1}, "cannot be drawn before their step"),
         ({**SERVED, "agent__program": "agent.py", "agent__requests": 0}, "agent.requests"),
         ({**SERVED, "agent__program": "agent.py", "agent__on_error": "weep"}, "agent.on_error"),
+        (
+            {**SERVED, "agent__program": "agent.py", "agent__secrets": "[A_KEY,OPENAI_API_KEY]"},
+            "agent.secrets=[A_KEY,OPENAI_API_KEY]: each run",
+        ),
+        ({**SERVED, "agent__program": "agent.py", "agent__secrets": "[OPENAI_BASE_URL]"}, "would ask another model than the trained one"),
     ],
 )
 def test_what_does_not_fit_an_agent_is_refused_before_anything_begins(folder: Path, changes: dict[str, Any], said: str) -> None:

@@ -15,6 +15,7 @@ from verl.config.workers import WorkersConfig
 from verl.errors import UserError
 from verl.workers.agents import Agents, Result, load_program
 from verl.workers.calls import Failure
+from verl.workers.nursery import Program
 from verl.workers.serve import _descendants
 
 MARK = "AGENT_TEST_MARK"
@@ -215,3 +216,37 @@ def test_a_program_that_cannot_be_imported_in_its_process_ends_the_run(program: 
             ran(made, ["number"] * 3)
     finally:
         made.close()
+
+
+@pytest.mark.parametrize(
+    "line", ["openai.OpenAI()", "os.environ['OPENAI_BASE_URL']", "os.environ['OPENAI_MODEL']", "int(os.environ['AGENT_SEED'])"]
+)
+def test_a_program_that_looks_for_the_endpoint_at_its_import_is_told_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-trainer")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://another.service/v1")
+    path = tmp_path / "early.py"
+    path.write_text(f"import os, openai\nFOUND = {line}\n\n\ndef run(row):\n    pass\n")
+    with pytest.raises(UserError, match="fails when it is imported") as caught:
+        load_program(str(path))
+    assert "exist only inside run(row)" in str(caught.value.fix) and str(caught.value.where).endswith("early.py:2")
+    assert os.environ["OPENAI_API_KEY"] == "sk-of-the-trainer", "the trainer's own environment is as before"
+    made = Agents(Program(str(path)), 20.0, WorkersConfig())
+    try:
+        with pytest.raises(UserError) as caught:
+            ran(made, ["number"])
+    finally:
+        made.close()
+    assert "exist only inside run(row)" in str(caught.value.fix)
+
+
+def test_the_address_of_the_trainers_service_never_reaches_an_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
+    for name in names:
+        monkeypatch.setenv(name, "of-the-trainer")
+    path = tmp_path / "looks.py"
+    path.write_text(f"import os\nEARLY = [os.environ.get(name) for name in {names}]\n\n\ndef run(row):\n    return str(EARLY)\n")
+    with agents(str(path), secrets=[*names]) as made:
+        assert ran(made, ["early"]) == [Result(text="[None, None]")]
+        assert not {*names} & {*made.dropped}, "nobody is told to pass them on"

@@ -7,6 +7,7 @@ from verl.config.unused import check_unused
 from verl.errors import UserError, at_least, one_of
 
 MOST_REQUESTS = 2**16  # of a run; each has random numbers of its own
+ADDRESS = ("OPENAI_BASE_URL", "OPENAI_API_KEY")  # of the endpoint; each run has its own, and none has those of the trainer's environment
 
 
 @dataclass
@@ -24,7 +25,8 @@ class AgentConfig:
     on_error: str = "end"
     # Maximum number of runs at the same time, per training process; each is a process of its own.
     processes: int = 64
-    # Environment variables that look like secrets and that the agent needs, such as [SEARCH_API_KEY]; it does not get the others.
+    # Environment variables that look like secrets and that the agent needs, such as [SEARCH_API_KEY]; it does not get the others. Nor does
+    # it get the trainer's OPENAI_API_KEY: each run has one of its own.
     secrets: list[str] = field(default_factory=list)
 
 
@@ -48,6 +50,10 @@ def check_agent(agent: AgentConfig, rollout: Generation, environment: str | None
     at_least("agent.seconds", agent.seconds, 0.001)
     at_least("agent.processes", agent.processes, 1)
     one_of("agent.on_error", agent.on_error, ("end", "stop"))
+    if own := [name for name in agent.secrets if name in ADDRESS]:
+        what = f"each run has {own[0]} of its own; with that of your environment, the agent would ask another model than the trained one"
+        fix = f"remove {own[0]} from agent.secrets; pass a key of another service under another name"
+        raise UserError(what, where=f"agent.secrets=[{','.join(agent.secrets)}]", fix=fix)
     if not rollout.serve:
         if agent.program is not None:
             what = "the agent has no endpoint to ask"

@@ -214,6 +214,7 @@ class PPOConfig:
             check_optim(optim, key)
             check_offload(self.model, optim, key)
         check_trainer(self.trainer)
+        check_agent(self.agent, self.rollout, self.environment.name)  # an agent gives a reward too, so it is named first if it is missing
         check_best(self.trainer, self.data.val_files, measured(self.reward, self.reward_model, self.environment.name or self.agent.program))
         check_dist(self.dist)
         check_samples(self.data)
@@ -223,7 +224,6 @@ class PPOConfig:
         check_teacher(self.teacher, TeacherConfig())
         of_episodes = self.environment.name or self.agent.program
         check_environment(self.environment, self.rollout)
-        check_agent(self.agent, self.rollout, self.environment.name)
         check_rewards(self.reward, self.reward_model, of_episodes, needed=not is_alone(self.teacher))
         check_mapping(self.mapping)
         check_engine(self.rollout, self.mapping)

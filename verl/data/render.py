@@ -110,10 +110,15 @@ class Renderer:
         rendered = iter(self._encode_in_pieces([text for text in texts if not isinstance(text, UserError)]))
         return [text if isinstance(text, UserError) else next(rendered) for text in texts]
 
-    def prompt(self, messages: object, tools: object = None, template_kwargs: object = None) -> list[int]:
-        """Return the tokens of a chat with its generation prompt. Raises UserError like `chat`."""
+    def prompt(self, messages: object, tools: object = None, template_kwargs: object = None, *, is_data: bool = True) -> list[int]:
+        """Return the tokens of a chat with its generation prompt. Raises UserError like `chat`.
+
+        Args:
+            is_data: whether the contents are data, to which a chat template must not be applied; else they may say anything.
+        """
         chat, disguise = self._disguised(checked(messages, tools, template_kwargs))
-        self._check_contents(chat, disguise)
+        if is_data:
+            self._check_contents(chat, disguise)
         text = self._render(chat, for_answer=True)
         if not self._shows_plainly(chat, text) or any("</think>" in message["content"] for message in chat.messages):
             text = self._turns(chat, []).asked()

@@ -4,7 +4,9 @@ Whatever would change the answer and cannot be done is refused in the format of 
 """
 
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +43,7 @@ READ = (
 )
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 MOST_STOPS = 4
+LONE = re.compile("[\ud800-\udfff]")  # half of a pair, which no text of UTF-8 has
 
 
 class RefusedError(Exception):
@@ -105,6 +108,7 @@ def read_request(body: object, terms: Terms) -> ChatRequest:
     """Read the JSON body of a request. Raises RefusedError: it is invalid, or asks for what the endpoint cannot do."""
     if not isinstance(body, dict):
         raise RefusedError("the body is no JSON object")
+    check_texts(body)
     given = {key: value for key, value in body.items() if value is not None}
     if given.get("model") != terms.model:
         what = f"there is no model {given.get('model')!r}; the model is {terms.model!r}, as the environment variable OPENAI_MODEL says"
@@ -124,6 +128,21 @@ def read_request(body: object, terms: Terms) -> ChatRequest:
         _flag(options, "include_usage"),
         json.dumps(tools, sort_keys=True),
     )
+
+
+def check_texts(value: object, where: str | None = None) -> None:
+    """Check the texts in a JSON value, names of keys too. Raises RefusedError: one cannot be encoded as UTF-8, so no tokenizer reads it."""
+    waiting = [(where, value)]
+    while waiting:
+        where, value = waiting.pop()
+        names: list[str] = [value] if isinstance(value, str) else list(value) if isinstance(value, dict) else []
+        if lone := next(filter(None, map(LONE.search, names)), None):
+            what = f"a text cannot be encoded as UTF-8: its character {lone.start()} is a lone surrogate, {lone[0]!a}"
+            raise RefusedError(what, param=where)
+        if isinstance(value, dict):
+            waiting += [(key if where is None else f"{where}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{where or ''}[{number}]", item) for number, item in enumerate(value)]
 
 
 def _check_others(given: Mapping[str, Any], tools: object) -> None:
@@ -167,7 +186,20 @@ def _message(message: object, where: str) -> Message:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise RefusedError("a content is a text, or a list of texts", param=f"{where}.content")
+    _check_calls(found.get("tool_calls", []), f"{where}.tool_calls")
     return {**found, "content": content}
+
+
+def _check_calls(calls: object, where: str) -> None:
+    """Check the calls of a message, and the texts that their arguments are the JSON of. Raises RefusedError: one is invalid."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls):
+        raise RefusedError('tool_calls is no list of {"type": "function", "function": …}', param=where)
+    for number, call in enumerate(calls):
+        arguments = call["function"].get("arguments")
+        if isinstance(arguments, str):
+            with suppress(ValueError, RecursionError):  # what is no JSON is a text
+                arguments = json.loads(arguments)
+        check_texts(arguments, f"{where}[{number}].function.arguments")
 
 
 def _tools(given: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -1,7 +1,7 @@
 """The endpoint's HTTP server: it listens on loopback alone, and answers those who have a key, each with the session of that key.
 
 It has a thread of its own, so that requests are read and answers are sent while the engine computes. What a session does, it does in the
-event loop of its own.
+event loop of its own. Whatever a session raises is answered in the API's format, and told once.
 """
 
 import asyncio
@@ -12,8 +12,10 @@ import secrets
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from verl.endpoint.reply import Reply
@@ -61,11 +63,13 @@ def check_installed() -> None:
 class Endpoint:
     """A server that is running.
 
+    Args:
+        say: is given a line if a session fails, which it should not.
     Attributes:
         url: its address, for OPENAI_BASE_URL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda _: None) -> None:
         check_installed()
         import uvicorn
 
@@ -75,7 +79,12 @@ class Endpoint:
         self._listener.listen(1024)
         self.url = f"http://{LOOPBACK}:{self._listener.getsockname()[1]}/v1"
         settings = uvicorn.Config(
-            _application(self._session_of), log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=1
+            _application(self._session_of, _Faults(say)),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, name="endpoint", daemon=True)
@@ -111,10 +120,31 @@ class Endpoint:
         return session
 
 
-def _application(session_of: Callable[[str], Session]) -> Any:
+class _Faults:
+    """Tells of what sessions raise: of each place in the code once, because an agent may ask the same again and again."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._told = say, set[tuple[str, str]]()
+
+    def refusal(self, error: Exception) -> RefusedError:
+        """Tell of an error, and return it as it is answered."""
+        what = f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+        if (type(error).__name__, place) not in self._told:
+            self._told.add((type(error).__name__, place))
+            line = " ".join(what.split())
+            self._say(
+                f"warning: a request of an agent failed in the endpoint: {line} ({place}); it is answered with status 500, and told once"
+            )
+        return RefusedError(f"the endpoint has failed: {what}", status=500)
+
+
+def _application(session_of: Callable[[str], Session], faults: _Faults) -> Any:
     """Return the ASGI application."""
     from starlette.applications import Starlette
-    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     def refused(error: RefusedError) -> "Response":
@@ -123,12 +153,13 @@ def _application(session_of: Callable[[str], Session]) -> Any:
     async def chat(request: "Request") -> "Response":
         try:
             session = session_of(_key(request))
-            reply, kind = await _answered(session, await _body(request), request)
+            return _response(*await _answered(session, await _body(request), request))
         except RefusedError as error:
             return refused(error)
-        if kind == "json":
-            return JSONResponse(reply.body())
-        return StreamingResponse(iter(list(reply.events(with_usage=kind == "events with usage"))), media_type="text/event-stream")
+        except ClientDisconnect:
+            return refused(RefusedError("the client went away before the request was complete"))
+        except Exception as error:  # whatever it is, this request alone fails
+            return refused(faults.refusal(error))
 
     async def models(request: "Request") -> "Response":
         try:
@@ -150,6 +181,16 @@ def _application(session_of: Callable[[str], Session]) -> Any:
         Route("/v1/models/{model:path}", models, methods=["GET"]),
     ]
     return Starlette(routes=routes, exception_handlers={404: other, 405: other})
+
+
+def _response(reply: Reply, kind: str) -> "Response":
+    """Return an answer that is encoded as a whole, so that whatever is wrong with it is known before any of it is sent."""
+    from starlette.responses import JSONResponse, StreamingResponse
+
+    if kind == "json":
+        return JSONResponse(reply.body())
+    events = [event.encode() for event in reply.events(with_usage=kind == "events with usage")]
+    return StreamingResponse(iter(events), media_type="text/event-stream")
 
 
 def _key(request: "Request") -> str:

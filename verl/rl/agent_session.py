@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from verl.data.tool_calls import OPEN, read_turn
 from verl.endpoint.reply import Reply
-from verl.endpoint.request import ChatRequest, RefusedError, Terms, read_request
+from verl.endpoint.request import ChatRequest, RefusedError, Terms, check_texts, read_request
 from verl.errors import UserError
 from verl.rl.trajectories import Asked, Trajectories
 from verl.rollout import Completion, Sampling
@@ -119,6 +119,10 @@ def _message(text: str, request: ChatRequest, template: str, turn: int) -> tuple
     if request.tools is None:
         return {"role": "assistant", "content": text}, False
     found = read_turn(text, template, turn)
+    try:
+        check_texts(found.get("tool_calls", []))  # "\\ud800" in the JSON of a call is no text
+    except RefusedError:
+        return {"role": "assistant", "content": text}, False
     calls = [_call(call) for call in found.get("tool_calls", [])]
     if not calls:
         return {"role": "assistant", "content": text}, False

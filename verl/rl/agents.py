@@ -6,7 +6,7 @@ which are the tokens of its answer. A run that fails, hangs or asks too often is
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,13 +74,16 @@ class AgentAnswers:
 
     Args:
         watch: is told if runs are waited for.
+        say: writes a line to the run's log.
     Attributes:
         note: what is to be said about the chat template; None: nothing.
     Raises:
         UserError: there is no such program, or the chat template cannot continue a chat.
     """
 
-    def __init__(self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, watch: Watch | None = None):
+    def __init__(
+        self, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, watch: Watch | None = None, say: Callable[[str], None] = print
+    ):
         self._config, self._tokenizer, self._seed = config.agent, tokenizer, config.trainer.seed
         self._longest, self._max_new_tokens = longest_sample(config), config.rollout.max_new_tokens
         renderer = Renderer(tokenizer)
@@ -88,7 +91,7 @@ class AgentAnswers:
         self.note = self._replies.note
         assert self._config.program is not None
         self._agents = Agents(load_program(self._config.program), self._config.seconds, WorkersConfig(secrets=self._config.secrets))
-        self._watch = watch or Unwatched()
+        self._watch, self._say = watch or Unwatched(), say
         self._endpoint: Endpoint | None = None
 
     @property
@@ -106,7 +109,7 @@ class AgentAnswers:
             AbandonedError: a signal has asked the run to end.
         """
         if self._endpoint is None:
-            self._endpoint = Endpoint()
+            self._endpoint = Endpoint(self._say)
         runs = [_Run(prompt, group, group * sampling.n + number, sampling) for group, prompt in prompts for number in range(sampling.n)]
         found: list[Sample] = []
         loop = asyncio.new_event_loop()

@@ -1,4 +1,7 @@
-"""Tokens of what a model reads: a chat that begins, and what is said between its turns."""
+"""Tokens of what a model reads: a chat that begins, and what is said between its turns.
+
+What environments and agents say is plain text, whatever it looks like: the text of a control token does not become one.
+"""
 
 import json
 from collections.abc import Sequence
@@ -51,7 +54,7 @@ class Replies:
 
     def _prompt(self, chat: str) -> list[int]:
         messages, tools = json.loads(chat)
-        return self._renderer.prompt(messages, tools)
+        return self._renderer.prompt(messages, tools, is_data=False)
 
     def _reply(self, said: str) -> list[int]:
         messages = json.loads(said)
@@ -69,7 +72,7 @@ class Replies:
         """
         stop = self._renderer.stop_ids[0]
         before = self._renderer.prompt([PROBE.messages[0]]).count(stop)
-        ids = self._renderer.prompt([*PROBE.messages, *messages])
+        ids = self._renderer.prompt([*PROBE.messages, *messages], is_data=False)
         ends = [place for place, token in enumerate(ids) if token == stop]
         if len(ends) <= before:
             what = "the chat template does not end an answer with its stop token when the chat continues"

@@ -257,8 +257,8 @@ def build_episodes(config: PPOConfig, tokenizer: PreTrainedTokenizerBase, run: R
     """
     if config.environment.name is None and not config.rollout.serve:
         return None
-    of, found = ("agent", AgentAnswers) if config.rollout.serve else ("environment", Episodes)
-    episodes: Episodes | AgentAnswers = found(config, tokenizer, run)
+    of = "agent" if config.rollout.serve else "environment"
+    episodes = AgentAnswers(config, tokenizer, run, run.say) if config.rollout.serve else Episodes(config, tokenizer, run)
     if episodes.note is not None:
         run.say(episodes.note)
     if episodes.dropped:

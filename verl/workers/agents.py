@@ -1,22 +1,33 @@
 """The trainer's side of agents' programs: it starts runs, waits for their ends, and ends them (see `verl.workers.nursery`)."""
 
 import asyncio
+import os
 import pickle
+import re
 import shlex
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from verl import plugin
+from verl.config.agent import ADDRESS
 from verl.config.workers import WorkersConfig
 from verl.errors import UserError
 from verl.workers.calls import Failure, check_function, unpacked
 from verl.workers.nursery import Program, Start, Stop
 from verl.workers.pool import Worker, environment
 
+# What an import says that looks for the endpoint.
+LOOKS_FOR_ENDPOINT = re.compile(r"OPENAI_|AGENT_SEED|(?i:\bcredentials\b|\bapi_key\b)")
+ONLY_IN_RUN = (
+    "OPENAI_BASE_URL, OPENAI_API_KEY, OPENAI_MODEL and AGENT_SEED exist only inside run(row). A client that is made at the import needs "
+    'some key, openai.OpenAI(api_key="-"), and in run its address: '
+    'client.with_options(base_url=os.environ["OPENAI_BASE_URL"], api_key=os.environ["OPENAI_API_KEY"])'
+)
 IMPORT_SECONDS = 300.0  # for the program to be imported in its own process
 
 
@@ -47,13 +58,37 @@ def load_program(given: str) -> Program:
     if not words:
         raise UserError("is empty", where="agent.program", fix="give path/to/agent.py with a function run(row), or a command")
     if len(words) == 1 and words[0].endswith(".py"):
-        module: ModuleType = plugin.load("verl", words[0], needs=("run",))
+        module = _imported(words[0])
         check_function(module, "run", where)
         return Program(words[0])
     if shutil.which(words[0]) is None:
         fix = "give path/to/agent.py with a function run(row), or a command such as 'python agent.py'"
         raise UserError(f"there is no command {words[0]!r}", where=where, fix=fix)
     return Program(None, tuple(words))
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a program as its own process does: without the trainer's address of a service."""
+    with _without(ADDRESS):
+        try:
+            return plugin.load("verl", name, needs=("run",))
+        except UserError as error:
+            raise _explained(error) from error
+
+
+@contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    """In this context, the environment does not have the variables."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _explained(error: UserError) -> UserError:
+    """Return the error of an import; with what to do, if it looks for the endpoint there."""
+    return UserError(error.what, where=error.where, fix=ONLY_IN_RUN) if LOOKS_FOR_ENDPOINT.search(error.what) else error
 
 
 class Agents:
@@ -67,7 +102,9 @@ class Agents:
 
     def __init__(self, program: Program, seconds: float, config: WorkersConfig):
         self._program, self._seconds = program, seconds
-        self._variables, self.dropped = environment(config)
+        variables, dropped = environment(config)
+        self._variables = {name: value for name, value in variables.items() if name not in ADDRESS}
+        self.dropped = [name for name in dropped if name not in ADDRESS]  # each run has its own
         self._worker: Worker | None = None
         self._waiting: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
         self._started, self._lock = 0, threading.Lock()
@@ -147,5 +184,5 @@ def _finish(future: "asyncio.Future[Any]", message: dict[str, Any]) -> None:
 
 def _failure(value: Failure | UserError) -> Failure:
     if isinstance(value, UserError):
-        raise value
+        raise _explained(value)
     return value
