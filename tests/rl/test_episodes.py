@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from episodes import QUESTION, Chatter, Table, endings, errors, write_talk
 from families import chatml, gemma, llama3, mistral, qwen3
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig
 from verl.data.render import Renderer
+from verl.environments._results import start_of, step_of
 from verl.errors import UserError
 from verl.rewards._scoring import Rewards
 from verl.rl.answering import Answerer
@@ -26,6 +28,7 @@ from verl.rl.replies import Replies
 from verl.rl.samples import Sample, pack_samples
 from verl.rollout import Completion, Options
 from verl.rollout.native import NativeRollout
+from verl.workers.calls import WrongResultError
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +177,12 @@ def test_an_episode_that_takes_too_long_ends_with_what_it_has(folder: Path) -> N
         ("return {'reward': 'good'}", "expected a finite number"),
         ("return {'metrics': {'a': 'b'}}", "expected a finite number"),
         ("return object()", "returned <object object"),
+        ("return {'done': 'false'}", "returned done 'false' of type str, expected True or False"),
+        ("return {'metrics': {'': 1}}", "a metric with the name '' of type str, expected a text of one line that is not empty"),
+        ("return {'metrics': {'a\\nb': 1}}", "a metric with the name 'a\\nb' of type str, expected a text of one line"),
+        ("return {'metrics': {'reward': 1}}", "a metric with the name 'reward', which is the run's own in val/reward"),
+        ("return {'metrics': {'environment': 1}}", "which is the run's own in val/environment"),
+        ("return {'metrics': {'environment/mine': 1}}", "which is the run's own in val/environment/mine"),
     ],
 )
 def test_a_wrong_result_is_told(folder: Path, body: str, said: str, tmp_path: Path) -> None:
@@ -182,6 +191,38 @@ def test_a_wrong_result_is_told(folder: Path, body: str, said: str, tmp_path: Pa
     samples = Table(folder, str(tmp_path / "wrong.py")).play({})
     assert endings(samples) == [FAILED] and said in errors(samples)[0]
     assert samples[0].prompt.text == QUESTION, "the row's own chat"
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"nonsense": 1},
+        "add",
+        {"type": "function"},
+        {"type": "function", "function": {"name": 5}},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "function", "function": {"name": "add", "parameters": "a, b"}},
+        {"type": "function", "function": {"name": "add", "description": 1}},
+        {"type": "tool", "function": {"name": "add"}},
+    ],
+)
+def test_a_tool_that_no_template_can_show_is_a_wrong_result(tool: Any) -> None:
+    with pytest.raises(WrongResultError, match="returned the tool "):
+        start_of({"tools": [tool]})
+    right = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+    assert start_of({"tools": [right, {"type": "function", "function": {"name": "now"}}]}).tools[0] == right
+
+
+def test_a_truth_value_of_numpy_ends_an_episode_or_does_not(folder: Path, tmp_path: Path) -> None:
+    assert step_of({"done": np.False_}).done is False and step_of({"done": np.True_}).done is True
+    (tmp_path / "numbers.py").write_text(
+        "import numpy as np\n\n\nclass Environment:\n    turns = 0\n    def reset(self, row, seed):\n        return {}\n"
+        "    def step(self, message):\n        self.turns += 1\n"
+        "        return {'messages': [{'role': 'user', 'content': 'Go on.'}], 'done': np.bool_(self.turns == 2)}\n"
+        "    def close(self):\n        pass\n"
+    )
+    [sample] = Table(folder, str(tmp_path / "numbers.py")).play({})
+    assert (endings([sample]), sample.turns) == ([DONE], 2)
 
 
 def test_first_messages_that_are_too_long_end_the_run(folder: Path) -> None:
