@@ -20,7 +20,7 @@ from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig
 from verl.data.render import Renderer
 from verl.environments._results import start_of, step_of
 from verl.errors import UserError
-from verl.rewards._scoring import Rewards
+from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Answerer
 from verl.rl.episodes import Episodes
 from verl.rl.outcome import DONE, FAILED, HUNG, LATE, LENGTH, TURNS
@@ -141,6 +141,7 @@ def test_an_episode_ends_when_the_environment_says_so_or_turns_or_tokens_are_use
         ({"does": "sleep"}, HUNG, "did not return within 0.7 s (environment.step_seconds)"),
         ({"does": "spin", "in": "reset"}, HUNG, "did not return within 0.7 s"),
         ({"does": "raise in close"}, DONE, "cannot be closed: it raised OSError: not closed"),
+        ({"does": "sleep in close"}, DONE, "cannot be closed: it did not return within 0.7 s (environment.step_seconds)"),
     ],
 )
 def test_what_goes_wrong_ends_one_episode_and_is_told(folder: Path, row: dict[str, Any], ending: str, said: str) -> None:
@@ -225,10 +226,33 @@ def test_a_truth_value_of_numpy_ends_an_episode_or_does_not(folder: Path, tmp_pa
     assert (endings([sample]), sample.turns) == ([DONE], 2)
 
 
-def test_first_messages_that_are_too_long_end_the_run(folder: Path) -> None:
+def test_first_messages_that_are_too_long_end_one_episode(folder: Path) -> None:
+    rows = ({}, {"first": "word " * 100})
+    samples = Table(folder, data__max_prompt_length=50).play(*rows)
+    assert endings(samples) == [DONE, FAILED]
+    [told] = errors(samples)
+    assert told.startswith("row 1: environment ") and "more than data.max_prompt_length" in told and "set data.max_prompt_length=" in told
     with pytest.raises(UserError, match="more than data\\.max_prompt_length") as caught:
-        Table(folder, data__max_prompt_length=10).play({"first": "word " * 40})
-    assert caught.value.where == "row 0"
+        Table(folder, data__max_prompt_length=50, environment__on_error="stop").play(*rows)
+    assert caught.value.where == "row 1"
+
+
+def test_a_row_that_an_environment_cannot_use_is_told_with_its_place(folder: Path) -> None:
+    with pytest.raises(UserError, match="found None in the column secret") as caught:
+        Table(folder, "guess").play({"secret": 3}, {})
+    assert caught.value.where == "row 1, environment.name=guess"
+
+
+def test_environments_that_cannot_be_closed_are_told_apart_from_those_that_went_wrong(folder: Path) -> None:
+    table = Table(folder)
+    samples = table.play({}, {"does": "raise"}, {"does": "raise in close"})
+    episodes = Episodes(table.config, table.tokenizer)
+    try:
+        said = str(episodes.with_own(Scored(np.zeros(3), {}, []), samples).describe_errors())
+    finally:
+        episodes.close()
+    assert "1 episodes of the environment went wrong and ended there" in said
+    assert "1 environments could not be closed after their episodes, which count as they ended" in said
 
 
 def test_an_object_is_closed_once(folder: Path, tmp_path: Path) -> None:

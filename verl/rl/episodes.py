@@ -65,8 +65,9 @@ class Episodes:
 
     def with_own(self, scored: Scored, samples: Sequence[Sample]) -> Scored:
         """Return the scores with the rewards of the environment added, and with what has failed there."""
-        found, errors = with_outcomes(scored, [sample.outcome or Outcome() for sample in samples], ENVIRONMENT)
-        return replace(found, environment_errors=errors)
+        outcomes = [sample.outcome or Outcome() for sample in samples]
+        found, errors = with_outcomes(scored, outcomes, ENVIRONMENT)
+        return replace(found, environment_errors=errors, unclosed=[error for outcome in outcomes for error in outcome.unclosed])
 
     def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
         """Return metrics of the episodes of all ranks, and those of the environment's own. Every rank calls it."""
