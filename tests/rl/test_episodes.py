@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig
 from verl.data.render import Renderer
+from verl.environments import load_environment
 from verl.environments._results import start_of, step_of
 from verl.errors import UserError
 from verl.rewards._scoring import Rewards, Scored
@@ -227,7 +228,7 @@ def test_a_truth_value_of_numpy_ends_an_episode_or_does_not(folder: Path, tmp_pa
 
 
 def test_first_messages_that_are_too_long_end_one_episode(folder: Path) -> None:
-    rows = ({}, {"first": "word " * 100})
+    rows: list[dict[str, Any]] = [{}, {"first": "word " * 100}]
     samples = Table(folder, data__max_prompt_length=50).play(*rows)
     assert endings(samples) == [DONE, FAILED]
     [told] = errors(samples)
@@ -330,6 +331,29 @@ def test_keys_that_do_not_go_together_are_refused(folder: Path, changes: dict[st
     with pytest.raises(UserError) as caught:
         load_config(PPOConfig, words(folder, "unused", **own))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("class Environment:\n    def reset(self, row, seed):\n        pass\n", "its class Environment has no method step and no close"),
+        (
+            "class Environment:\n    reset = step = close = print\n    def __init__(self, x):\n        pass\n",
+            "called as Environment(): missing",
+        ),
+    ],
+)
+def test_a_class_that_is_no_environment_is_refused_before_the_run(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "lame.py").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_environment(str(tmp_path / "lame.py"))
+    assert said in caught.value.what and caught.value.where == str(tmp_path / "lame.py")
+
+
+def test_a_method_with_other_arguments_is_told_with_the_users_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text("class Environment:\n    step = close = print\n    def reset(self):\n        return {}\n")
+    [told] = errors(Table(folder, str(tmp_path / "odd.py")).play({}))
+    assert "raised TypeError: Environment.reset() takes 1 positional argument" in told and f"in reset ({tmp_path / 'odd.py'})" in told
 
 
 # --- tools

@@ -52,11 +52,16 @@ def step_of(value: object) -> Step:
     return Step(found.messages, number(found.reward), bool(found.done), {name: number(metrics[name]) for name in metrics})
 
 
+def is_taken(name: str) -> bool:
+    """Return whether the run itself has a metric of this name, beside the environment's own."""
+    return name in TAKEN or name.startswith("environment/")
+
+
 def _check_name(name: object) -> None:
     """Check the name of a metric. Raises WrongResultError: the log cannot have it."""
     if not isinstance(name, str) or not name.strip() or name.splitlines() != [name]:
         raise WrongResultError(f"returned a metric with the name {shown(name)}, expected a text of one line that is not empty")
-    if name in TAKEN or name.startswith("environment/"):
+    if is_taken(name):
         raise WrongResultError(f"returned a metric with the name {name!r}, which is the run's own in val/{name}; give it another name")
 
 
