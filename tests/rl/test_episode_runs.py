@@ -79,7 +79,7 @@ def test_a_run_ends_at_the_first_step_all_of_whose_episodes_fail(folder: Path) -
     own = {**keys_of_talk(folder), "environment__name": folder / "worse.py", "trainer__save_freq": -1}
     own |= {"data__prompts_per_step": 4, "rollout__samples_per_prompt": 2}
     first = r"train.jsonl:\d+: all 8 episodes of the step have failed, so there is nothing to learn; the first: environment "
-    with pytest.raises(AssertionError, match=first + r"\S*worse.py raised RuntimeError: no more games, in reset \(.*worse.py:23\)"):
+    with pytest.raises(AssertionError, match=first + r"\S*worse.py raised RuntimeError: no more games, in reset \(.*worse.py:22\)"):
         run_ranks(*PPO, *words(folder, "worse", **own), processes=1)
     assert (folder / "worse/global_step_1/model.safetensors").is_file()
 
