@@ -74,6 +74,8 @@ class Environment:
                 file.write(f"{self.turn}\\n")
         if self.row.get("does") == "raise in close":
             raise OSError("not closed")
+        if self.row.get("does") == "sleep in close":
+            time.sleep(1e6)
 """
 QUESTION = "How many?"
 
@@ -164,7 +166,7 @@ def endings(samples: Sequence[Sample]) -> list[str]:
 
 
 def errors(samples: Sequence[Sample]) -> list[str]:
-    return [str(error) for sample in samples if sample.outcome is not None for error in sample.outcome.errors]
+    return [str(error) for sample in samples if sample.outcome is not None for error in (*sample.outcome.errors, *sample.outcome.unclosed)]
 
 
 def keys_of_talk(folder: Path) -> dict[str, object]:

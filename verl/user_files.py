@@ -184,13 +184,16 @@ def is_own(module: ModuleType) -> bool:
 def place_of(error: BaseException, module: ModuleType) -> str:
     """Return the place of an error as `file.py:LINE`: the last line that was running in the plugin's own files (see `is_own_file`).
 
-    Without such a line, it is the last line of all.
+    Without such a line, it is the last line of all; a user's file without a line, if that is in verl: verl has called it wrongly then, as
+    a function with other arguments.
     """
     if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename).is_file():
         return f"{error.filename}:{error.lineno}"
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [frame for frame in frames if is_own_file(frame[0], module)]
-    return "{}:{}".format(*(own or frames)[-1]) if frames else str(module.__file__)
+    if not frames or (not own and is_own(module) and Path(frames[-1][0]).is_relative_to(Path(__file__).parent)):
+        return str(module.__file__)
+    return "{}:{}".format(*(own or frames)[-1])
 
 
 def is_own_file(filename: str, module: ModuleType) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from verl.environments import Start, Step
-from verl.environments.gymnasium import Environment, Settings, _without_colors, needs_limit
+from verl.environments.gymnasium import Environment, Settings, _without_colors, needs_limit, prepare
 from verl.errors import UserError
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs gymnasium: pip install 'verl[gymnasium]'")
@@ -95,3 +95,9 @@ def test_what_cannot_be_played_names_its_key(keys: dict[str, Any], where: str, s
     with pytest.raises(UserError) as error:
         begun(**keys)
     assert error.value.where == where and said in str(error.value)
+
+
+def test_whatever_a_game_raises_at_its_arguments_is_told_of_them() -> None:
+    with pytest.raises(UserError, match="KeyError") as caught:
+        prepare(Settings(game="FrozenLake-v1", arguments={"map_name": "5x5"}))
+    assert caught.value.where == "environment.arguments"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from episodes import QUESTION, guesses, keys_of_talk, processes_here, write_talk
-from rl_runs import check_same, run_on, train, words
+from places import run_ranks
+from rl_runs import PPO, check_same, run_on, train, words
 from runs import lines_of, metrics_of, timeless
 from safetensors.torch import load_file
 
@@ -44,6 +45,50 @@ def test_256_environments_of_which_some_hang_and_some_raise(folder: Path, capsys
     assert line["perf/seconds_generate"] < limit + 10
     assert processes_here() <= before
     assert "39 episodes of the environment went wrong" in capsys.readouterr().out
+
+
+BROKEN = """
+import os
+
+class Environment:
+    def __init__(self):
+        {init}
+
+    def reset(self, row, seed):
+        return {reset}
+
+    def step(self, message):
+        return {{}}
+
+    def close(self):
+        pass
+
+
+def count(path, most):
+    with open(path, "a") as file:
+        file.write("1")
+    if os.path.getsize(path) > most:
+        raise RuntimeError("no more games")
+    return {{}}
+"""
+
+
+def test_a_run_ends_at_the_first_step_all_of_whose_episodes_fail(folder: Path) -> None:
+    """The steps before it are saved."""
+    (folder / "worse.py").write_text(BROKEN.format(init="self.turn = 0", reset=f"count({str(folder / 'count')!r}, most=8)"))
+    own = {**keys_of_talk(folder), "environment__name": folder / "worse.py", "trainer__save_freq": -1}
+    own |= {"data__prompts_per_step": 4, "rollout__samples_per_prompt": 2}
+    first = r"train.jsonl:\d+: all 8 episodes of the step have failed, so there is nothing to learn; the first: environment "
+    with pytest.raises(AssertionError, match=first + r"\S*worse.py raised RuntimeError: no more games, in reset \(.*worse.py:22\)"):
+        run_ranks(*PPO, *words(folder, "worse", **own), processes=1)
+    assert (folder / "worse/global_step_1/model.safetensors").is_file()
+
+
+def test_an_environment_that_never_works_ends_the_run_of_all_processes(folder: Path) -> None:
+    (folder / "broken.py").write_text(BROKEN.format(init='raise RuntimeError("no game today")', reset={}))
+    own = {**keys_of_talk(folder), "environment__name": folder / "broken.py"}
+    with pytest.raises(AssertionError, match=r"have failed(.|\n)*raised RuntimeError: no game today, in reset \(.*broken.py:6\)"):
+        run_on(2, folder, "broken", **own)
 
 
 def test_rewards_of_turns_and_of_graders_add_up(folder: Path) -> None:

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from episodes import QUESTION, Chatter, Table, endings, errors, write_talk
 from families import chatml, gemma, llama3, mistral, qwen3
@@ -17,8 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig, RewardConfig, RewardModelConfig
 from verl.data.render import Renderer
+from verl.environments import load_environment
+from verl.environments._results import start_of, step_of
 from verl.errors import UserError
-from verl.rewards._scoring import Rewards
+from verl.rewards._scoring import Rewards, Scored
 from verl.rl.answering import Answerer
 from verl.rl.episodes import Episodes
 from verl.rl.outcome import DONE, FAILED, HUNG, LATE, LENGTH, TURNS
@@ -26,6 +29,7 @@ from verl.rl.replies import Replies
 from verl.rl.samples import Sample, pack_samples
 from verl.rollout import Completion, Options
 from verl.rollout.native import NativeRollout
+from verl.workers.calls import WrongResultError
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,7 @@ def test_an_episode_ends_when_the_environment_says_so_or_turns_or_tokens_are_use
         ({"does": "sleep"}, HUNG, "did not return within 0.7 s (environment.step_seconds)"),
         ({"does": "spin", "in": "reset"}, HUNG, "did not return within 0.7 s"),
         ({"does": "raise in close"}, DONE, "cannot be closed: it raised OSError: not closed"),
+        ({"does": "sleep in close"}, DONE, "cannot be closed: it did not return within 0.7 s (environment.step_seconds)"),
     ],
 )
 def test_what_goes_wrong_ends_one_episode_and_is_told(folder: Path, row: dict[str, Any], ending: str, said: str) -> None:
@@ -188,6 +193,12 @@ def test_an_episode_that_takes_too_long_ends_with_what_it_has(folder: Path) -> N
         ("return {'reward': 'good'}", "expected a finite number"),
         ("return {'metrics': {'a': 'b'}}", "expected a finite number"),
         ("return object()", "returned <object object"),
+        ("return {'done': 'false'}", "returned done 'false' of type str, expected True or False"),
+        ("return {'metrics': {'': 1}}", "a metric with the name '' of type str, expected a text of one line that is not empty"),
+        ("return {'metrics': {'a\\nb': 1}}", "a metric with the name 'a\\nb' of type str, expected a text of one line"),
+        ("return {'metrics': {'reward': 1}}", "a metric with the name 'reward', which is the run's own in val/reward"),
+        ("return {'metrics': {'environment': 1}}", "which is the run's own in val/environment"),
+        ("return {'metrics': {'environment/mine': 1}}", "which is the run's own in val/environment/mine"),
     ],
 )
 def test_a_wrong_result_is_told(folder: Path, body: str, said: str, tmp_path: Path) -> None:
@@ -198,10 +209,65 @@ def test_a_wrong_result_is_told(folder: Path, body: str, said: str, tmp_path: Pa
     assert samples[0].prompt.text == QUESTION, "the row's own chat"
 
 
-def test_first_messages_that_are_too_long_end_the_run(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"nonsense": 1},
+        "add",
+        {"type": "function"},
+        {"type": "function", "function": {"name": 5}},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "function", "function": {"name": "add", "parameters": "a, b"}},
+        {"type": "function", "function": {"name": "add", "description": 1}},
+        {"type": "tool", "function": {"name": "add"}},
+    ],
+)
+def test_a_tool_that_no_template_can_show_is_a_wrong_result(tool: Any) -> None:
+    with pytest.raises(WrongResultError, match="returned the tool "):
+        start_of({"tools": [tool]})
+    right = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+    assert start_of({"tools": [right, {"type": "function", "function": {"name": "now"}}]}).tools[0] == right
+
+
+def test_a_truth_value_of_numpy_ends_an_episode_or_does_not(folder: Path, tmp_path: Path) -> None:
+    assert step_of({"done": np.False_}).done is False and step_of({"done": np.True_}).done is True
+    (tmp_path / "numbers.py").write_text(
+        "import numpy as np\n\n\nclass Environment:\n    turns = 0\n    def reset(self, row, seed):\n        return {}\n"
+        "    def step(self, message):\n        self.turns += 1\n"
+        "        return {'messages': [{'role': 'user', 'content': 'Go on.'}], 'done': np.bool_(self.turns == 2)}\n"
+        "    def close(self):\n        pass\n"
+    )
+    [sample] = Table(folder, str(tmp_path / "numbers.py")).play({})
+    assert (endings([sample]), sample.turns) == ([DONE], 2)
+
+
+def test_first_messages_that_are_too_long_end_one_episode(folder: Path) -> None:
+    rows: list[dict[str, Any]] = [{}, {"first": "word " * 100}]
+    samples = Table(folder, data__max_prompt_length=50).play(*rows)
+    assert endings(samples) == [DONE, FAILED]
+    [told] = errors(samples)
+    assert told.startswith("row 1: environment ") and "more than data.max_prompt_length" in told and "set data.max_prompt_length=" in told
     with pytest.raises(UserError, match="more than data\\.max_prompt_length") as caught:
-        Table(folder, data__max_prompt_length=10).play({"first": "word " * 40})
-    assert caught.value.where == "row 0"
+        Table(folder, data__max_prompt_length=50, environment__on_error="stop").play(*rows)
+    assert caught.value.where == "row 1"
+
+
+def test_a_row_that_an_environment_cannot_use_is_told_with_its_place(folder: Path) -> None:
+    with pytest.raises(UserError, match="found None in the column secret") as caught:
+        Table(folder, "guess").play({"secret": 3}, {})
+    assert caught.value.where == "row 1, environment.name=guess"
+
+
+def test_environments_that_cannot_be_closed_are_told_apart_from_those_that_went_wrong(folder: Path) -> None:
+    table = Table(folder)
+    samples = table.play({}, {"does": "raise"}, {"does": "raise in close"})
+    episodes = Episodes(table.config, table.tokenizer)
+    try:
+        said = str(episodes.with_own(Scored(np.zeros(3), {}, []), samples).describe_errors())
+    finally:
+        episodes.close()
+    assert "1 episodes of the environment went wrong and ended there" in said
+    assert "1 environments could not be closed after their episodes, which count as they ended" in said
 
 
 def test_an_object_is_closed_once(folder: Path, tmp_path: Path) -> None:
@@ -279,6 +345,29 @@ def test_keys_that_do_not_go_together_are_refused(folder: Path, changes: dict[st
     with pytest.raises(UserError) as caught:
         load_config(PPOConfig, words(folder, "unused", **own))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("class Environment:\n    def reset(self, row, seed):\n        pass\n", "its class Environment has no method step and no close"),
+        (
+            "class Environment:\n    reset = step = close = print\n    def __init__(self, x):\n        pass\n",
+            "called as Environment(): missing",
+        ),
+    ],
+)
+def test_a_class_that_is_no_environment_is_refused_before_the_run(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "lame.py").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_environment(str(tmp_path / "lame.py"))
+    assert said in caught.value.what and caught.value.where == str(tmp_path / "lame.py")
+
+
+def test_a_method_with_other_arguments_is_told_with_the_users_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text("class Environment:\n    step = close = print\n    def reset(self):\n        return {}\n")
+    [told] = errors(Table(folder, str(tmp_path / "odd.py")).play({}))
+    assert "raised TypeError: Environment.reset() takes 1 positional argument" in told and f"in reset ({tmp_path / 'odd.py'})" in told
 
 
 # --- tools

@@ -202,6 +202,12 @@ def test_whole_numbers_and_chats_are_read_and_named(folder: Path, capsys: pytest
     assert "labels: zero 0, bad " in capsys.readouterr().out, "with names, a whole number is the number of one"
 
 
+def test_a_line_end_in_a_label_does_not_split_a_line_of_the_log() -> None:
+    odd = Confusion.of(Labels(("a/b\nc", "ü\x1b[1m")), np.array([0, 1]), np.array([0, 0]))
+    assert [line.partition(":")[0] for line in odd.describe().splitlines()[1:]] == ["  a/b\\nc", "  ü\\x1b[1m"]
+    assert "val/f1/a/b\\nc" in odd.metrics("val/", 5) and odd.table()[0]["label"] == "a/b\nc"
+
+
 def test_macro_f1_is_that_of_scikit_learn() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     draw = np.random.default_rng(0)

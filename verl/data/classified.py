@@ -98,7 +98,7 @@ class Classified:
         if self.labels.problem == "number":
             return f"numbers from {self.labels_N.min():g} to {self.labels_N.max():g}, their mean {self.labels_N.mean():.4g}"
         counts = rows_of_labels(self.labels_N, len(self.labels.names))
-        shown = [f"{name} {count:,}" for name, count in zip(self.labels.names, counts.tolist(), strict=True)]
+        shown = [f"{name} {count:,}" for name, count in zip(self.labels.shown, counts.tolist(), strict=True)]
         return f"labels: {', '.join(shown[:20])}{f', and {len(shown) - 20:,} more' if len(shown) > 20 else ''}"
 
 
@@ -203,7 +203,7 @@ def numbers_of(given: Sequence[Any], labels: Labels, rows: Sequence[Row], column
     def number(value: str | int, row: Row) -> int:
         place = places.get(str(value), value if isinstance(value, int) and 0 <= value < len(places) else None)
         if place is None:
-            shown = ", ".join(labels.names[:20]) + (", …" if len(labels.names) > 20 else "")
+            shown = ", ".join(labels.shown[:20]) + (", …" if len(labels.names) > 20 else "")
             fix = "correct the row, or add the label to algorithm.labels, before the run begins"
             raise UserError(f"column {columns.label_key!r} has the label {str(value)!r:.60}, none of {shown}", where=row.where, fix=fix)
         assert isinstance(place, int)

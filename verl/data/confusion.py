@@ -70,7 +70,7 @@ class Confusion:
         found = {f"{prefix}macro_f1": self.macro_f1}
         if len(self.labels.names) > most_named:
             return found
-        return found | {f"{prefix}f1/{name}": float(f1) for name, f1 in zip(self.labels.names, self.f1, strict=True)}
+        return found | {f"{prefix}f1/{name}": float(f1) for name, f1 in zip(self.labels.shown, self.f1, strict=True)}
 
     def table(self) -> list[dict[str, Any]]:
         """Return the counts and measures of each label."""
@@ -85,8 +85,8 @@ class Confusion:
     def describe(self) -> str:
         """Return accuracy, macro F1 and the counts of each label, over several lines."""
         lines = [f"accuracy {self.accuracy:.4f}, macro F1 {self.macro_f1:.4f} of {self.rows:,} rows"]
-        for one in self.table()[:MOST_SHOWN]:
+        for label, one in zip(self.labels.shown[:MOST_SHOWN], self.table(), strict=False):
             counts = f"{one['rows']:,} rows, {one['predicted']:,} predicted, {one['right']:,} right"
-            lines.append(f"  {one['label']}: {counts}; precision {one['precision']:.3f}, recall {one['recall']:.3f}, F1 {one['f1']:.3f}")
+            lines.append(f"  {label}: {counts}; precision {one['precision']:.3f}, recall {one['recall']:.3f}, F1 {one['f1']:.3f}")
         more = len(self.labels.names) - MOST_SHOWN
         return "\n".join([*lines, *([f"  and {more:,} more labels"] if more > 0 else [])])

@@ -21,6 +21,11 @@ class Labels:
     names: tuple[str, ...]
     problem: Problem = "one"
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """Return the names for one line of a log: line ends and other characters that are not seen are escaped."""
+        return tuple("".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in self.names)
+
     def write(self, config: Any) -> None:
         """Write the labels into a model's config, as transformers reads them."""
         config.id2label = dict(enumerate(self.names))

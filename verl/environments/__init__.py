@@ -50,14 +50,17 @@ the episode, see `environment.on_error`; only a UserError ends the run: the envi
 in the process that the episodes run in, or that theirs are forked from, before the first of them: load there what they share.
 """
 
+import inspect
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Protocol
 
 from verl import plugin
+from verl.errors import UserError
 
 Message = dict[str, Any]
+METHODS = {"reset": "def reset(self, row, seed)", "step": "def step(self, message)", "close": "def close(self)"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,28 @@ def load_environment(name: str) -> ModuleType:
     """Load an environment's module: a name in this folder, a dotted module, or path/to/file.py.
 
     Raises:
-        UserError: there is none, it has no class `Environment`, or lacks a package.
+        UserError: there is none, it has no class `Environment`, the class lacks a method or takes other arguments, or a package is missing.
     """
     module = plugin.load("verl.environments", name, needs=("Environment",))
+    _check_class(module)
     check: Any = getattr(module, "check_installed", None)
     if check is not None:
         check()
     return module
+
+
+def _check_class(module: ModuleType) -> None:
+    """Raise UserError if the class of a module has not all methods, or cannot be called with the settings."""
+    kind: Any = module.Environment
+    where, arguments = str(module.__file__), ("settings",) if hasattr(module, "Settings") else ()
+    missing = [name for name in METHODS if isinstance(kind, type) and not callable(getattr(kind, name, None))]
+    if missing:
+        what = f"its class Environment has no method {' and no '.join(missing)}"
+        raise UserError(what, where=where, fix=f"write {', '.join(METHODS[name] for name in missing)}")
+    try:
+        inspect.signature(kind).bind(*arguments)
+    except ValueError:  # a class of an extension module that does not tell
+        return
+    except TypeError as error:
+        what = f"Environment cannot be called as Environment({', '.join(arguments)}): {error}"
+        raise UserError(what, where=where, fix=f"write def __init__({', '.join(('self', *arguments))})") from error

@@ -101,7 +101,7 @@ def _made(settings: Settings) -> Any:
     modes: dict[str, Any] = {} if "render_mode" in settings.arguments or not _draws_text(settings) else {"render_mode": "ansi"}
     try:
         return gymnasium.make(str(settings.game), **modes, **settings.arguments)
-    except (TypeError, gymnasium.error.Error) as error:
+    except Exception as error:  # a game may raise anything at arguments that it does not know
         raise UserError(
             f"{type(error).__name__}: {error}", where="environment.arguments", fix=f"correct them for {settings.game}"
         ) from error

@@ -18,6 +18,7 @@ from typing import Any
 
 from verl import plugin
 from verl.environments import Message, Start, Step
+from verl.environments._results import is_taken
 from verl.errors import UserError
 
 OLDEST, TOO_NEW = "0.1.11", "0.4"
@@ -231,5 +232,6 @@ def _plain(message: Mapping[str, Any]) -> Message:
 def _end_of(output: Mapping[str, Any]) -> Step:
     if output.get("error"):
         raise RuntimeError(f"the environment has failed: {output['error']}")
-    metrics = {name: float(value) for name, value in (output.get("metrics") or {}).items() if value is not None}
+    found = {name: float(value) for name, value in (output.get("metrics") or {}).items() if value is not None}
+    metrics = {f"rubric/{name}" if is_taken(name) else name: value for name, value in found.items()}
     return Step(reward=float(output.get("reward") or 0.0), done=True, metrics=metrics)

@@ -155,7 +155,7 @@ def show(results: dict[str, Any], confusion: Confusion, console: Console) -> Non
     low, high = results["confidence_interval_95"]
     console.print(f"accuracy {results['accuracy']:.2%}, 95% interval {low:.2%} to {high:.2%}")
     console.print(confusion.describe())
-    counts, names = confusion.counts_LL, confusion.labels.names
+    counts, names = confusion.counts_LL, confusion.labels.shown
     if counts is None or len(names) > MOST_ACROSS:
         return
     table = Table("label", *names, title="rows by their label and, across, the predicted one", box=None)

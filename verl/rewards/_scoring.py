@@ -49,6 +49,7 @@ class Scored:
         errors: failures of rewards (`reward.on_error=zero`), each with the place of its row.
         tool_errors: failures of the tool (`rollout.on_error=reply`), each with the place of its row.
         environment_errors: failures of the environment (`environment.on_error=end`), each with the place of its row.
+        unclosed: failures of the environment when it was closed, after its episode.
         agent_errors: runs of the agent that were ended (`agent.on_error=end`), each with the place of its row.
     """
 
@@ -58,6 +59,7 @@ class Scored:
     tool_errors: list[UserError] = field(default_factory=list)
     environment_errors: list[UserError] = field(default_factory=list)
     agent_errors: list[UserError] = field(default_factory=list)
+    unclosed: list[UserError] = field(default_factory=list)
 
     def describe_errors(self) -> str | None:
         """Return warnings with the number of failures and the first of them; None if there are none."""
@@ -65,6 +67,7 @@ class Scored:
             warning_of(self.errors, "rewards failed and count as 0 (reward.on_error=zero)"),
             warning_of(self.tool_errors, "calls of the tool failed; the model got the error as the reply (rollout.on_error=reply)"),
             warning_of(self.environment_errors, "episodes of the environment went wrong and ended there (environment.on_error=end)"),
+            warning_of(self.unclosed, "environments could not be closed after their episodes, which count as they ended"),
             warning_of(self.agent_errors, "runs of the agent were ended; the model's answers until then are kept (agent.on_error=end)"),
         ]
         return "\n".join(text for text in found if text) or None

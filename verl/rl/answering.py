@@ -145,6 +145,11 @@ class Answerer:
         if self._episodes is not None:
             self._episodes.close()
 
+    def check_any_works(self, samples: Sequence[Sample]) -> None:
+        """Raise UserError on every rank if all episodes of a step have failed, see `Episodes.check_any_works`. Every rank calls it."""
+        if isinstance(self._episodes, Episodes):
+            self._episodes.check_any_works(samples)
+
     def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
         """Return metrics of all ranks' episodes or runs of the agent, and the environment's own. Every rank calls it."""
         return ({}, {}) if self._episodes is None else self._episodes.metrics_of(samples)
@@ -289,6 +294,8 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
 
     Args:
         drawn: number of prompts drawn before this step.
+    Raises:
+        UserError: on every rank, as of one of them; or all episodes of the step have failed.
     """
     answered: list[Sample] = []
     scored: list[Scored] = []
@@ -303,13 +310,14 @@ def collect(answerer: Answerer, prompts: Prompts, drawn: int, config: PPOConfig,
             answers = answerer.sampled(mine, drawn_ahead=refill == 0)
             if not with_spread:
                 answerer.begin_next(numbers.stop)
+        answered += answers
+        answerer.check_any_works(answered)
         with clock.phase("score"):
             scored.append(answerer.score(answers))
         spread = groups_with_spread(answers)
         drawn += len(numbers)
         flat += len(numbers) - len(spread)
         kept = sorted({*kept, *(spread if with_spread else numbers)})
-        answered += answers
         if len(kept) == wanted or refill == refills:
             if with_spread:
                 answerer.begin_next(drawn)

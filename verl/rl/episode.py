@@ -79,8 +79,7 @@ class Episode:
         """Play to the end.
 
         Raises:
-            UserError: the environment failed, and `environment.on_error=stop`; it cannot be used at all; the first messages are too long;
-                or generation failed.
+            UserError: the environment failed, and `environment.on_error=stop`; it cannot be used at all; or generation failed.
         """
         config = self._table.config
         task = asyncio.ensure_future(self._turns())
@@ -100,22 +99,19 @@ class Episode:
         try:
             task.result()
         except (_FailedError, HostEndedError) as error:
-            failure, is_late = error.failure, isinstance(error.failure, Late)
-            self._fail(
-                HUNG if is_late else FAILED, replace(failure, what=f"{failure.what} (environment.step_seconds)") if is_late else failure
-            )
+            self._fail(HUNG if isinstance(error.failure, Late) else FAILED, _with_limit(error.failure))
 
     def _fail(self, ending: str, failure: Failure) -> None:
         """End the episode with what it has. Raises UserError: `environment.on_error=stop`."""
         self._outcome.ending = ending
-        self._tell(failure)
+        self._tell(failure, self._outcome.errors)
 
-    def _tell(self, failure: Failure) -> None:
+    def _tell(self, failure: Failure, errors: list[UserError]) -> None:
         config = self._table.config
         error = error_of(f"environment {config.name}", failure, self._sample.prompt.where, FIX)
         if config.on_error == "stop":
             raise error
-        self._outcome.errors.append(error)
+        errors.append(error)
 
     async def _close(self) -> None:
         """Close the environment's object, if its process still runs."""
@@ -126,7 +122,7 @@ class Episode:
         except HostEndedError as error:
             found = error.failure
         if isinstance(found, Failure) and self._outcome.ending not in (FAILED, HUNG):
-            self._tell(replace(found, what=f"cannot be closed: it {found.what}"))
+            self._tell(replace(found, what=f"cannot be closed: it {_with_limit(found).what}"), self._outcome.unclosed)
 
     async def _turns(self) -> None:
         config, sample = self._table.config, self._sample
@@ -155,10 +151,18 @@ class Episode:
         return world_seed(self._table.seed, self._sample.group)
 
     async def _call(self, function: str, *arguments: Any, seed: int | None = None) -> Any:
-        """Call a method of the environment. Raises _FailedError: it failed."""
+        """Call a method of the environment.
+
+        Raises:
+            _FailedError: it failed.
+            UserError: it cannot be used at all; with the row's place.
+        """
         begun = time.monotonic()
         try:
             found = await self._host.call(function, *arguments, seconds=self._table.config.step_seconds, seed=seed)
+        except UserError as error:
+            where = ", ".join(filter(None, (self._sample.prompt.where, error.where)))
+            raise UserError(error.what, where=where, fix=error.fix) from error
         finally:
             self._outcome.waited += time.monotonic() - begun
         if isinstance(found, Failure):
@@ -183,8 +187,9 @@ class Episode:
         if start.tools:
             ids = self._with_tools(messages, start.tools)
         if len(ids) > self._table.max_prompt_length:
-            what = f"environment {self._table.config.name} begins with {len(ids):,} tokens, more than data.max_prompt_length"
-            raise UserError(what, where=prompt.where, fix=f"set data.max_prompt_length={len(ids)}, or shorten its first messages and tools")
+            what = f"begins with {len(ids):,} tokens, more than data.max_prompt_length"
+            fix = f"set data.max_prompt_length={len(ids)}, or shorten its first messages and tools"
+            raise _FailedError(Failure(what, fix=fix))
         sample.prompt = replace(prompt, messages=messages, text=_text_of(messages[-1]), token_ids=ids)
         sample.prompt_ids = ids
 
@@ -243,6 +248,11 @@ def world_seed(seed: int, group: int) -> int:
         seed: of the run.
     """
     return int(np.random.SeedSequence([seed & WORD, group]).generate_state(1)[0]) >> 1
+
+
+def _with_limit(failure: Failure) -> Failure:
+    """Return a failure with the key of the limit that it exceeded, if it did."""
+    return replace(failure, what=f"{failure.what} (environment.step_seconds)") if isinstance(failure, Late) else failure
 
 
 def _of(function: str, failure: Failure) -> Failure:

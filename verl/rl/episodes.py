@@ -9,13 +9,15 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from verl import dist
 from verl.config.ppo import PPOConfig, longest_sample
 from verl.data.prompts import Prompt
 from verl.data.render import Renderer
+from verl.errors import UserError
 from verl.rewards._scoring import ENVIRONMENT, Scored
 from verl.rl.environment import open_environment
-from verl.rl.episode import Episode, Table
-from verl.rl.outcome import Outcome, metrics_of, with_outcomes
+from verl.rl.episode import FIX, Episode, Table
+from verl.rl.outcome import FAILED, HUNG, Outcome, metrics_of, with_outcomes
 from verl.rl.own_loop import run_to_end, tell
 from verl.rl.replies import Replies
 from verl.rl.samples import Sample
@@ -65,8 +67,24 @@ class Episodes:
 
     def with_own(self, scored: Scored, samples: Sequence[Sample]) -> Scored:
         """Return the scores with the rewards of the environment added, and with what has failed there."""
-        found, errors = with_outcomes(scored, [sample.outcome or Outcome() for sample in samples], ENVIRONMENT)
-        return replace(found, environment_errors=errors)
+        outcomes = [sample.outcome or Outcome() for sample in samples]
+        found, errors = with_outcomes(scored, outcomes, ENVIRONMENT)
+        return replace(found, environment_errors=errors, unclosed=[error for outcome in outcomes for error in outcome.unclosed])
+
+    def check_any_works(self, samples: Sequence[Sample]) -> None:
+        """Check that not all episodes of a step have failed, on any rank: nothing can be learned from them. Every rank calls it.
+
+        Raises:
+            UserError: all have. It has the first failure.
+        """
+        outcomes = [sample.outcome for sample in samples if sample.outcome is not None]
+        failed = [outcome.errors[0] for outcome in outcomes if outcome.ending in (FAILED, HUNG)]
+        played, wrong = (int(number) for number in dist.total([float(len(outcomes)), float(len(failed))]))
+        if not played or wrong < played:
+            return
+        first = next(error for of_rank in dist.gathered(failed[:1]) for error in of_rank)
+        what = f"all {played:,} episodes of the step have failed, so there is nothing to learn; the first: {first.what}"
+        raise UserError(what, where=first.where, fix="correct the environment or the rows" if first.fix == FIX else first.fix)
 
     def metrics_of(self, samples: Sequence[Sample]) -> tuple[dict[str, float], dict[str, float]]:
         """Return metrics of the episodes of all ranks, and those of the environment's own. Every rank calls it."""

@@ -22,7 +22,8 @@ class Outcome:
         ending: one of ENDINGS.
         rewards: of each turn that the environment has answered.
         metrics: the environment's own numbers, by name.
-        errors: what failed.
+        errors: what failed, and ended it.
+        unclosed: what failed afterwards, when the environment was closed.
         waited: seconds for the environment.
     """
 
@@ -30,6 +31,7 @@ class Outcome:
     rewards: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     errors: list[UserError] = field(default_factory=list)
+    unclosed: list[UserError] = field(default_factory=list)
     waited: float = 0.0
 
     @property

@@ -145,7 +145,7 @@ def _with_those_of_model(labels: Labels, path: str, trusted: bool) -> Labels:
             what, where=f"model.partial_pretrain={path}", fix=f"set algorithm.problem={there.problem}, or start from another model"
         )
     if labels.names and are_named(there) and there.names != labels.names:
-        what = f"has the labels {', '.join(there.names)}, not {', '.join(labels.names)} in this order"
+        what = f"has the labels {', '.join(there.shown)}, not {', '.join(labels.shown)} in this order"
         raise UserError(what, where=f"model.partial_pretrain={path}", fix="remove algorithm.labels, or start from a language model")
     return there if are_named(there) else labels
 
@@ -202,7 +202,7 @@ def _without_rows(rows: Classified) -> list[str]:
     if rows.labels.problem == "number":
         return []
     has = rows.labels_N if rows.labels_N.ndim == 1 else np.flatnonzero(rows.labels_N.sum(0))
-    return [name for number, name in enumerate(rows.labels.names) if number not in has]
+    return [name for number, name in enumerate(rows.labels.shown) if number not in has]
 
 
 def build_loader(config: RewardTrainerConfig, rows: Classified, hardware: Hardware) -> Loader:

@@ -283,9 +283,13 @@ def without_differences(collected: Collected, method: Method) -> str | None:
 
 def say_errors(scored: Scored, place: str, run: Run) -> None:
     """Log failed rewards of all ranks, which count as 0, and failures of the tool, the environment and the agent. Every rank calls it."""
-    kinds = (scored.errors, scored.tool_errors, scored.environment_errors, scored.agent_errors)
-    errors, of_tool, of_environment, of_agent = ([error for of_rank in dist.gathered(mine) for error in of_rank] for mine in kinds)
-    everywhere = replace(scored, errors=errors, tool_errors=of_tool, environment_errors=of_environment, agent_errors=of_agent)
+    kinds = ("errors", "tool_errors", "environment_errors", "agent_errors", "unclosed")
+    errors, of_tool, of_environment, of_agent, unclosed = (
+        [error for of_rank in dist.gathered(getattr(scored, kind)) for error in of_rank] for kind in kinds
+    )
+    everywhere = replace(
+        scored, errors=errors, tool_errors=of_tool, environment_errors=of_environment, agent_errors=of_agent, unclosed=unclosed
+    )
     if (text := everywhere.describe_errors()) is not None:
         run.say(f"{place}: {text}")
 

@@ -257,7 +257,9 @@ def _result(value: object) -> bytes:
 
 
 def _number(value: Any) -> float:
-    """Return a number of another library, such as NumPy, as a float."""
+    """Return a number of another library, such as NumPy, as a float; a truth value, as a bool."""
+    if str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        return bool(value)
     if hasattr(type(value), "__float__"):
         return float(value)
     raise TypeError(f"{type(value).__name__} is neither text, a number, a list nor an object")
