@@ -196,6 +196,7 @@ EXAMPLES = (
     Example("an RL method with keys of its own", "examples/algorithms/asymre.py"),
     Example("a preference loss", "examples/algorithms/cpo.py"),
     Example("a reward with keys of its own", "examples/rewards/cosine_length.py"),
+    Example("an environment with keys of its own", "examples/environments/countdown.py"),
     Example("an optimizer", "examples/optimizers/lion.py", 2),
     Example("a teacher for distillation", "examples/algorithms/distillation.py"),
 )
